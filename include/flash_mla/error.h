@@ -1,0 +1,22 @@
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace flash_mla {
+
+/// An argument the caller passed is wrong. The message names the argument, its value and what was
+/// expected; nothing has been written to any output when this is thrown.
+class InvalidArgument : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
+/// The request is well formed, but this build, this machine or this version cannot serve it. The
+/// message says why and what to use instead.
+class Unsupported : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace flash_mla

@@ -1,0 +1,9 @@
+#pragma once
+
+#include "flash_mla/decode.h"
+#include "flash_mla/error.h"
+#include "flash_mla/info.h"
+#include "flash_mla/merge.h"
+#include "flash_mla/reference.h"
+#include "flash_mla/schedule.h"
+#include "flash_mla/tensor.h"

@@ -1,0 +1,257 @@
+#include "api/checks.h"
+
+#include <algorithm>
+#include <array>
+
+#include "schedule/walk.h"
+
+namespace flash_mla::api {
+namespace {
+
+constexpr std::int64_t kMaxLatentWidth = 1024;
+constexpr std::int64_t kMaxRopeWidth = 128;
+constexpr std::int64_t kMaxPageSize = 256;
+constexpr std::int64_t kMaxQueryTokens = 64;
+
+std::string join_dtypes(std::initializer_list<DType> dtypes) {
+  std::string text;
+  for (const DType d : dtypes) {
+    if (!text.empty()) text += " or ";
+    text += dtype_name(d);
+  }
+  return text;
+}
+
+}  // namespace
+
+void check_tensor(const TensorView& t, const char* name, int rank, std::initializer_list<DType> dtypes) {
+  if (t.rank != rank) {
+    invalid("{} is {}, expected a tensor of rank {}", name, t.describe(), rank);
+  }
+  if (std::find(dtypes.begin(), dtypes.end(), t.dtype) == dtypes.end()) {
+    invalid("{} is {}, expected {}", name, t.describe(), join_dtypes(dtypes));
+  }
+  bool empty = false;
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.size(i) < 0) invalid("{}.shape[{}] is {}, expected >= 0", name, i, t.size(i));
+    if (t.size(i) == 0) empty = true;
+    if (t.size(i) > 1 && t.stride(i) < 0) {
+      invalid("{}.stride[{}] is {}, expected >= 0", name, i, t.stride(i));
+    }
+  }
+  if (empty) return;
+  if (t.data == nullptr) invalid("{} is {} with a null data pointer", name, t.describe());
+  if (reinterpret_cast<std::uintptr_t>(t.data) % dtype_size(t.dtype) != 0) {
+    invalid("{}.data is {}, expected a pointer aligned to {} bytes", name, fmt::ptr(t.data),
+            dtype_size(t.dtype));
+  }
+}
+
+void check_size(const TensorView& t, const char* name, int dim, std::int64_t expected,
+                const char* expected_name) {
+  if (t.size(dim) != expected) {
+    invalid("{}.shape[{}] is {}, expected {} = {}", name, dim, t.size(dim), expected_name, expected);
+  }
+}
+
+void check_last_dim_contiguous(const TensorView& t, const char* name) {
+  const int last = t.rank - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) {
+    invalid("{}.stride[{}] is {}, expected 1 (contiguous last dimension)", name, last, t.stride(last));
+  }
+}
+
+void check_no_overlap(const TensorView& t, const char* name) {
+  if (t.numel() == 0) return;
+  // Dimensions by ascending stride; an insertion sort, since there are at most kMaxRank.
+  std::array<int, TensorView::kMaxRank> order{};
+  int n = 0;
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.size(i) <= 1) continue;
+    int at = n++;
+    for (; at > 0 && t.stride(order[static_cast<std::size_t>(at) - 1]) > t.stride(i); --at) {
+      order[static_cast<std::size_t>(at)] = order[static_cast<std::size_t>(at) - 1];
+    }
+    order[static_cast<std::size_t>(at)] = i;
+  }
+  std::int64_t reach = 0;  // highest offset of the dimensions so far
+  for (int i = 0; i < n; ++i) {
+    const int dim = order[static_cast<std::size_t>(i)];
+    if (t.stride(dim) <= reach) {
+      invalid("{}.stride[{}] is {}, so that elements share addresses; expected > {}", name, dim,
+              t.stride(dim), reach);
+    }
+    reach += t.stride(dim) * (t.size(dim) - 1);
+  }
+}
+
+void check_same_device(const TensorView& t, const char* name, const TensorView& reference,
+                       const char* reference_name) {
+  if (t.device != reference.device) {
+    invalid("{} is {}, expected the device of {}, which is {}", name, t.describe(), reference_name,
+            reference.describe());
+  }
+}
+
+void check_dense_decode_shapes(const DenseDecodeArgs& a, const DenseDecodeOptions& options,
+                               bool allow_reference_types) {
+  if (allow_reference_types) {
+    check_tensor(a.q, "q", 4, {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64});
+    check_tensor(a.out, "out", 4, {a.q.dtype, DType::kFloat32, DType::kFloat64});
+  } else {
+    check_tensor(a.q, "q", 4, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
+    check_tensor(a.out, "out", 4, {a.q.dtype});
+  }
+  check_tensor(a.k_cache, "k_cache", 4, {a.q.dtype});
+  check_tensor(a.block_table, "block_table", 2, {DType::kInt32});
+  check_tensor(a.cache_seqlens, "cache_seqlens", 1, {DType::kInt32});
+
+  const std::int64_t b = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), d_qk = a.q.size(3);
+  if (s_q < 1 || s_q > kMaxQueryTokens) {
+    invalid("q.shape[1] (s_q) is {}, expected 1 to {}", s_q, kMaxQueryTokens);
+  }
+  if (h_q < 1) invalid("q.shape[2] (h_q) is {}, expected >= 1", h_q);
+  const std::int64_t page_size = a.k_cache.size(1), h_kv = a.k_cache.size(2);
+  if (page_size < 1 || page_size > kMaxPageSize) {
+    invalid("k_cache.shape[1] (page_size) is {}, expected 1 to {}", page_size, kMaxPageSize);
+  }
+  if (h_kv < 1) invalid("k_cache.shape[2] (h_kv) is {}, expected >= 1", h_kv);
+  if (h_q % h_kv != 0) {
+    invalid("q.shape[2] (h_q) is {}, expected a multiple of k_cache.shape[2] (h_kv) = {}", h_q, h_kv);
+  }
+  check_size(a.k_cache, "k_cache", 3, d_qk, "q.shape[3] (d_qk)");
+  const std::int64_t d_v = a.out.size(3);
+  if (d_v < 1 || d_v > kMaxLatentWidth) {
+    invalid("out.shape[3] (d_v, the latent width) is {}, expected 1 to {}", d_v, kMaxLatentWidth);
+  }
+  if (d_qk < d_v || d_qk - d_v > kMaxRopeWidth) {
+    invalid("q.shape[3] (d_qk) is {}, expected {} to {}: d_v plus a rope width of 0 to {}", d_qk, d_v,
+            d_v + kMaxRopeWidth, kMaxRopeWidth);
+  }
+  check_size(a.out, "out", 0, b, "q.shape[0] (b)");
+  check_size(a.out, "out", 1, s_q, "q.shape[1] (s_q)");
+  check_size(a.out, "out", 2, h_q, "q.shape[2] (h_q)");
+  check_size(a.block_table, "block_table", 0, b, "q.shape[0] (b)");
+  check_size(a.cache_seqlens, "cache_seqlens", 0, b, "q.shape[0] (b)");
+  check_last_dim_contiguous(a.q, "q");
+  check_last_dim_contiguous(a.k_cache, "k_cache");
+  check_last_dim_contiguous(a.out, "out");
+  check_last_dim_contiguous(a.block_table, "block_table");
+  check_last_dim_contiguous(a.cache_seqlens, "cache_seqlens");
+  check_no_overlap(a.out, "out");
+  check_same_device(a.k_cache, "k_cache", a.q, "q");
+  check_same_device(a.block_table, "block_table", a.q, "q");
+  check_same_device(a.cache_seqlens, "cache_seqlens", a.q, "q");
+  check_same_device(a.out, "out", a.q, "q");
+  if (a.lse.defined()) {
+    if (allow_reference_types) {
+      check_tensor(a.lse, "lse", 3, {DType::kFloat32, DType::kFloat64});
+    } else {
+      check_tensor(a.lse, "lse", 3, {DType::kFloat32});
+    }
+    check_size(a.lse, "lse", 0, b, "q.shape[0] (b)");
+    check_size(a.lse, "lse", 1, h_q, "q.shape[2] (h_q)");
+    check_size(a.lse, "lse", 2, s_q, "q.shape[1] (s_q)");
+    check_no_overlap(a.lse, "lse");
+    check_same_device(a.lse, "lse", a.q, "q");
+  }
+  if (options.softmax_scale && !(*options.softmax_scale > 0.0f && *options.softmax_scale < 1e30f)) {
+    invalid("softmax_scale is {}, expected a positive finite number", *options.softmax_scale);
+  }
+  if (options.num_threads < 0) invalid("num_threads is {}, expected >= 0", options.num_threads);
+}
+
+void check_dense_decode_values(const DenseDecodeArgs& a) {
+  const std::int64_t b = a.q.size(0), page_size = a.k_cache.size(1), num_blocks = a.k_cache.size(0);
+  const std::int64_t max_blocks = a.block_table.size(1);
+  const auto* lengths = a.cache_seqlens.ptr<const std::int32_t>();
+  for (std::int64_t i = 0; i < b; ++i) {
+    const std::int64_t length = lengths[i];
+    if (length < 0 || length > max_blocks * page_size) {
+      invalid("cache_seqlens[{}] is {}, expected 0 to block_table.shape[1] * page_size = {} * {}", i, length,
+              max_blocks, page_size);
+    }
+    const auto* row = a.block_table.ptr<const std::int32_t>() + i * a.block_table.stride(0);
+    const std::int64_t pages = schedule_blocks(length, static_cast<int>(page_size));
+    for (std::int64_t j = 0; j < pages; ++j) {
+      if (row[j] < 0 || row[j] >= num_blocks) {
+        invalid("block_table[{}][{}] is {}, expected 0 to {} (cache_seqlens[{}] = {} uses {} pages)", i, j,
+                row[j], num_blocks - 1, i, length, pages);
+      }
+    }
+  }
+}
+
+void check_schedule_shapes(const DecodeScheduleView& s, std::int64_t batch, const TensorView& q) {
+  check_tensor(s.parts, "schedule.parts", 2, {DType::kInt32});
+  check_tensor(s.num_splits, "schedule.num_splits", 1, {DType::kInt32});
+  if (s.parts.size(0) < 1) invalid("schedule.parts.shape[0] is {}, expected >= 1", s.parts.size(0));
+  check_size(s.parts, "schedule.parts", 1, 8, "the row width");
+  check_size(s.num_splits, "schedule.num_splits", 0, batch + 1, "b + 1");
+  check_last_dim_contiguous(s.parts, "schedule.parts");
+  check_last_dim_contiguous(s.num_splits, "schedule.num_splits");
+  check_same_device(s.parts, "schedule.parts", q, "q");
+  check_same_device(s.num_splits, "schedule.num_splits", q, "q");
+  if (s.block_size < 1) invalid("schedule.block_size is {}, expected >= 1", s.block_size);
+  if (s.fixed_split_blocks < 0) {
+    invalid("schedule.fixed_split_blocks is {}, expected >= 0", s.fixed_split_blocks);
+  }
+}
+
+void check_schedule_values(const DecodeScheduleView& s, const TensorView& cache_seqlens) {
+  const std::int64_t batch = cache_seqlens.size(0);
+  const auto* lengths = cache_seqlens.ptr<const std::int32_t>();
+  const auto* num_splits = s.num_splits.ptr<const std::int32_t>();
+  constexpr const char* kHint = "(is the schedule from other lengths?)";
+  if (num_splits[0] != 0) invalid("schedule.num_splits[0] is {}, expected 0", num_splits[0]);
+
+  std::int64_t req = 0, block = 0, split = 0;  // the next part has to start here
+  for (std::int64_t p = 0; p < s.parts.size(0); ++p) {
+    const DecodePart part = schedule_part(s, p);
+    if (part.begin_req >= batch || part.begin_req > part.end_req) {
+      continue;  // no work
+    }
+    if (part.begin_req != req || part.begin_block != block || part.begin_split != split) {
+      invalid("schedule.parts[{}] starts at request {} block {} split {}, expected {} {} {} {}", p,
+              part.begin_req, part.begin_block, part.begin_split, req, block, split, kHint);
+    }
+    if (part.end_req >= batch) {
+      invalid("schedule.parts[{}] ends with request {}, expected below b = {} {}", p, part.end_req, batch,
+              kHint);
+    }
+    for (; req <= part.end_req; ++req) {
+      const std::int64_t blocks = schedule_blocks(lengths[req], s.block_size);
+      const std::int64_t end = req == part.end_req ? part.end_block : blocks;
+      const bool complete = end >= blocks;
+      if (end < block || end > std::max<std::int64_t>(blocks, 1) || (end == block && !complete)) {
+        invalid("schedule.parts[{}] covers blocks {} to {} of request {}, which has {} {}", p, block, end,
+                req, blocks, kHint);
+      }
+      if (s.fixed_split_blocks > 0) {
+        if (!complete && end % s.fixed_split_blocks != 0) {
+          invalid("schedule.parts[{}] cuts request {} at block {}, expected a multiple of {}", p, req, end,
+                  s.fixed_split_blocks);
+        }
+        split += std::max<std::int64_t>((end - block + s.fixed_split_blocks - 1) / s.fixed_split_blocks, 1);
+      } else {
+        ++split;
+      }
+      if (!complete) {
+        block = end;
+        break;
+      }
+      if (num_splits[req + 1] - num_splits[req] != split) {
+        invalid("schedule.num_splits gives request {} {} splits, expected {} {}", req,
+                num_splits[req + 1] - num_splits[req], split, kHint);
+      }
+      block = 0;
+      split = 0;
+    }
+  }
+  if (req != batch || block != 0) {
+    invalid("schedule.parts ends at request {} block {}, expected all {} requests covered {}", req, block,
+            batch, kHint);
+  }
+}
+
+}  // namespace flash_mla::api

@@ -1,0 +1,12 @@
+#pragma once
+
+// The subcommands of the flash-mla program, one file each. A register_* function adds its subcommand to the
+// app and sets a callback; the callback stores the process's exit code.
+
+#include <CLI/CLI.hpp>
+
+namespace flash_mla::cli {
+
+void register_info(CLI::App& app, int& exit_code);
+
+}  // namespace flash_mla::cli

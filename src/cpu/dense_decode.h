@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstddef>
+
+#include "flash_mla/decode.h"
+
+namespace flash_mla::cpu {
+
+/// The CPU backend of flash_mla::dense_decode. Arguments have been checked; `softmax_scale` is resolved
+/// and `num_threads` is at least 1.
+struct DenseDecodeParams {
+  float softmax_scale = 1.0f;
+  bool causal = false;
+  int num_threads = 1;
+};
+
+std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args, const DecodeScheduleView& schedule,
+                                        const DenseDecodeParams& params);
+
+void dense_decode(const DenseDecodeArgs& args, const DecodeScheduleView& schedule, void* workspace,
+                  const DenseDecodeParams& params);
+
+/// Threads OpenMP would use for a parallel region here.
+int default_num_threads();
+
+}  // namespace flash_mla::cpu
