@@ -2,8 +2,18 @@
 
 #include <exception>
 
+#include "cli/args.h"
 #include "cli/commands.h"
+#include "flash_mla/error.h"
 #include "flash_mla/info.h"
+
+namespace {
+
+// Exit codes: 1 the work was done and failed, or could not be done; 2 what was asked for is wrong.
+constexpr int kFailed = 1;
+constexpr int kBadUsage = 2;
+
+}  // namespace
 
 int main(int argc, char** argv) {
   CLI::App app{"Multi-head latent attention on CPUs and Hopper GPUs", "flash-mla"};
@@ -11,13 +21,22 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", flash_mla::version());
   int exit_code = 0;
   flash_mla::cli::register_info(app, exit_code);
+  flash_mla::cli::register_demo(app, exit_code);
+  flash_mla::cli::register_verify(app, exit_code);
+  flash_mla::cli::register_bench(app, exit_code);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    return app.exit(e);
+    return app.exit(e) == 0 ? 0 : kBadUsage;
+  } catch (const flash_mla::cli::UsageError& e) {
+    fmt::print(stderr, "flash-mla: {}\n", e.what());
+    return kBadUsage;
+  } catch (const flash_mla::InvalidArgument& e) {
+    fmt::print(stderr, "flash-mla: {}\n", e.what());
+    return kBadUsage;
   } catch (const std::exception& e) {
     fmt::print(stderr, "flash-mla: {}\n", e.what());
-    return 1;
+    return kFailed;
   }
   return exit_code;
 }
