@@ -30,15 +30,20 @@ def draw_panel(axes, limits, rows):
     axes.plot([left, ridge], [left * bandwidth, highest], color="black",
               label=f"streaming read {bandwidth:.1f} GB/s")
     for (label, value), style in zip(tops, ("-", "--")):
-        axes.plot([value / bandwidth, right], [value, value], style, color="black", label=f"{label} {value:.0f} GFLOP/s")
+        axes.plot([value / bandwidth, right], [value, value], style, color="black",
+                  label=f"{label} {value:.0f} GFLOP/s")
     for index, row in enumerate(rows):
         colour = f"C{index % 10}"
+        share = f"{100 * row['limit_fraction']:.0f}% of the limit"
         axes.plot(row["intensity"], row["gflops"], "o", color=colour,
-                  label=f"{row['name']}: {row['gflops']:.0f} GFLOP/s, {100 * row['limit_fraction']:.0f}% of the limit")
+                  label=f"{row['name']}: {row['gflops']:.0f} GFLOP/s, {share}")
         if row.get("sgemm_gflops"):
             axes.plot(row["intensity"], row["sgemm_gflops"], "o", color=colour, fillstyle="none")
+    if any(row.get("sgemm_gflops") for row in rows):
+        axes.plot([], [], "o", color="grey", fillstyle="none", label="hollow: sgemm of the same products")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_ylim(min([left * bandwidth] + [row["gflops"] for row in rows]) / 2, highest * 1.5)
     axes.set_xlabel("arithmetic intensity [FLOP per byte of q, KV once and out]")
     axes.set_ylabel("GFLOP/s")
     count = limits["threads"]

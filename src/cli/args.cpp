@@ -64,7 +64,7 @@ CLI::Validator integer_between(long long lowest, long long highest) {
         return ok ? std::string{}
                   : fmt::format("value is \"{}\", expected an integer from {} to {}", text, lowest, highest);
       },
-      fmt::format("INT {}..{}", lowest, highest), "integer");
+      fmt::format("{}..{}", lowest, highest), "integer");
 }
 
 CLI::Validator number_between(double lowest, double highest) {
@@ -77,7 +77,7 @@ CLI::Validator number_between(double lowest, double highest) {
         return ok ? std::string{}
                   : fmt::format("value is \"{}\", expected a number from {} to {}", text, lowest, highest);
       },
-      fmt::format("NUMBER {}..{}", lowest, highest), "number");
+      fmt::format("{}..{}", lowest, highest), "number");
 }
 
 std::string command_line() {

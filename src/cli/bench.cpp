@@ -1,6 +1,5 @@
 #include <fmt/format.h>
 
-#include <filesystem>
 #include <map>
 #include <memory>
 
@@ -16,7 +15,7 @@ namespace flash_mla::cli {
 namespace {
 
 struct BenchOptions {
-  std::string preset, json, plot, python = "python3", blas_library;
+  std::string preset, json, plot, python = "python3", blas_library, blas_core;
   std::vector<int> b{4}, s_q{1}, h_q{128}, h_kv{1}, s_k{4096}, page_size{64}, threads;
   std::vector<std::string> dtype{"bf16"};
   bool varlen = false, causal = false, no_blas = false, quiet = false;
@@ -86,7 +85,7 @@ void run_bench(const BenchOptions& o) {
 
   std::string why = "switched off by --no-blas";
   std::optional<Blas> blas;
-  if (!o.no_blas) blas = Blas::load(o.blas_library, why);
+  if (!o.no_blas) blas = Blas::load(o.blas_library, o.blas_core, why);
   if (!blas && !o.blas_library.empty()) throw UsageError(fmt::format("--blas: {}", why));
 
   std::map<int, Limits> limits;
@@ -186,6 +185,9 @@ void register_bench(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   CLI::Option* blas =
       sub->add_option("--blas", o->blas_library, "OpenBLAS library to load instead of the system's");
+  sub->add_option("--blas-core", o->blas_core,
+                  "OpenBLAS kernels, e.g. SkylakeX; default: its own choice for this processor, whatever "
+                  "OPENBLAS_CORETYPE says");
   sub->add_flag("--no-blas", o->no_blas, "Do not measure sgemm")->excludes(blas);
   sub->add_option("--json", o->json, "Write the results to this file");
   sub->add_option("--plot", o->plot,

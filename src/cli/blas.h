@@ -10,9 +10,11 @@ namespace flash_mla::cli {
 
 class Blas {
  public:
-  /// Loads `library`, or when that is empty libopenblas.so.0 or libopenblas.so. Empty when there is none;
-  /// `why` then says so.
-  static std::optional<Blas> load(const std::string& library, std::string& why);
+  /// Loads `library`, or when that is empty libopenblas.so.0 or libopenblas.so, with the kernels of `core`
+  /// (e.g. "SkylakeX") or, when that is empty, those OpenBLAS itself takes for this processor:
+  /// OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE in the environment are ignored. Empty when there is no such
+  /// library; `why` then says so.
+  static std::optional<Blas> load(const std::string& library, const std::string& core, std::string& why);
 
   /// e.g. "OpenBLAS 0.3.21 ..."
   const std::string& description() const { return description_; }

@@ -116,7 +116,8 @@ double rate(int threads, double seconds, const std::function<double(int thread)>
         double sum = 0;
         for (const double u : units) sum += u;
         best = std::max(best, sum / std::chrono::duration<double>(now - started).count());
-        stop = std::chrono::duration<double>(now - begin).count() > seconds;
+        // A round that only prepared (rate 0) never ends it.
+        stop = best > 0 && std::chrono::duration<double>(now - begin).count() > seconds;
       }
     }
   };

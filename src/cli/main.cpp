@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <exception>
+#include <string>
 
 #include "cli/args.h"
 #include "cli/commands.h"
@@ -24,6 +25,19 @@ int main(int argc, char** argv) {
   flash_mla::cli::register_demo(app, exit_code);
   flash_mla::cli::register_verify(app, exit_code);
   flash_mla::cli::register_bench(app, exit_code);
+  // CLI11 itself would only say that a command is missing.
+  if (argc > 1 && argv[1][0] != '-') {
+    std::string names;
+    bool known = false;
+    for (const CLI::App* sub : app.get_subcommands([](CLI::App*) { return true; })) {
+      names += (names.empty() ? "" : ", ") + sub->get_name();
+      known = known || sub->get_name() == argv[1];
+    }
+    if (!known) {
+      fmt::print(stderr, "flash-mla: unknown command \"{}\", expected one of: {}\n", argv[1], names);
+      return kBadUsage;
+    }
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
