@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <utility>
 
 #include "cpu/element.h"
 #include "cpu/isa.h"
@@ -73,7 +74,7 @@ struct Problem {
 
 /// The workspace of one thread, as offsets into it.
 struct ScratchLayout {
-  std::size_t q, kv, scores, p, out, row_max, row_sum, alpha, limit, keys, q_rows, bytes;
+  std::size_t q, kv, scores, p, out, row_max, row_sum, alpha, limit, keys, next_keys, q_rows, bytes;
 
   explicit ScratchLayout(const Problem& problem) {
     const TileKernel& k = problem.kernel;
@@ -98,6 +99,7 @@ struct ScratchLayout {
     alpha = take(rows * sizeof(float));
     limit = take(rows * sizeof(std::int32_t));
     keys = take(tokens * sizeof(void*));
+    next_keys = take(tokens * sizeof(void*));
     q_rows = take(rows * sizeof(void*));
   }
 
@@ -113,6 +115,7 @@ struct ScratchLayout {
     s.alpha = reinterpret_cast<float*>(base + alpha);
     s.limit = reinterpret_cast<std::int32_t*>(base + limit);
     s.keys = reinterpret_cast<const void**>(base + keys);
+    s.next_keys = reinterpret_cast<const void**>(base + next_keys);
     return s;
   }
 };
@@ -220,9 +223,16 @@ class Worker {
       }
       p_.kernel.pack_q(tile, q_rows_, scratch_);
     }
+    const auto locate = [&](std::int64_t t) {
+      const std::int64_t count = std::clamp<std::int64_t>(stop - t, 0, p_.kernel.tile_tokens);
+      locate_keys(req, head, t, static_cast<int>(count), scratch_.next_keys);
+      return static_cast<int>(count);
+    };
+    scratch_.next_count = locate(begin);
     for (std::int64_t t = begin; t < stop; t += p_.kernel.tile_tokens) {
-      const int count = static_cast<int>(std::min<std::int64_t>(p_.kernel.tile_tokens, stop - t));
-      locate_keys(req, head, t, count);
+      const int count = scratch_.next_count;
+      std::swap(scratch_.keys, scratch_.next_keys);
+      scratch_.next_count = locate(t + count);
       for (int r = 0; r < tile.rows_padded; ++r) {
         scratch_.limit[r] = static_cast<std::int32_t>(std::clamp<std::int64_t>(visible(r) - t, 0, count));
       }
@@ -255,14 +265,14 @@ class Worker {
     }
   }
 
-  void locate_keys(std::int64_t req, std::int64_t head, std::int64_t token, int count) {
+  void locate_keys(std::int64_t req, std::int64_t head, std::int64_t token, int count, const void** keys) {
     const auto* pages = p_.args.block_table.ptr<const std::int32_t>() + req * p_.args.block_table.stride(0);
     const std::int64_t row_bytes =
         p_.args.k_cache.stride(1) * static_cast<std::int64_t>(dtype_size(p_.args.k_cache.dtype));
     std::int64_t page = token / p_.page_size, offset = token % p_.page_size;
     for (int i = 0; i < count; ++page, offset = 0) {
       const std::byte* key = address(p_.args.k_cache, pages[page], offset, head);
-      for (; offset < p_.page_size && i < count; ++offset, ++i, key += row_bytes) scratch_.keys[i] = key;
+      for (; offset < p_.page_size && i < count; ++offset, ++i, key += row_bytes) keys[i] = key;
     }
   }
 

@@ -43,6 +43,34 @@ struct TileScratch {
   float* alpha = nullptr;         ///< (rows_padded), factor on O for the current tile
   std::int32_t* limit = nullptr;  ///< (rows_padded), first token of the tile that a row does not see
   const void** keys = nullptr;    ///< (tile_tokens), rows of the cache
+  const void** next_keys = nullptr;  ///< (tile_tokens), rows of the next tile, to prefetch
+  int next_count = 0;
+};
+
+/// Brings the next tile's keys towards the core, one cache line per call, while the current tile is computed:
+/// with few heads a tile is computed faster than memory answers.
+class Prefetcher {
+ public:
+  Prefetcher(const TileProblem& problem, const TileScratch& scratch)
+      : keys_(scratch.next_keys),
+        end_(scratch.next_keys + scratch.next_count),
+        row_bytes_(problem.d_qk * static_cast<int>(dtype_size(problem.dtype))) {}
+
+  __attribute__((always_inline)) void next() {
+    if (keys_ == end_) return;
+    __builtin_prefetch(static_cast<const char*>(*keys_) + offset_, 0, 2);
+    offset_ += 64;
+    if (offset_ >= row_bytes_) {
+      offset_ = 0;
+      ++keys_;
+    }
+  }
+
+ private:
+  const void** keys_;
+  const void** end_;
+  int offset_ = 0;
+  int row_bytes_;
 };
 
 struct TileKernel {

@@ -33,7 +33,9 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kVectors = 2;
 constexpr int kPanel = kVectors * kLanes;
-constexpr int kRowsPerStep = 8;
+constexpr int kRowsPerStep = 8;           // output: rows
+constexpr int kTokensPerStep = 8;         // scores: tokens beside two vectors of rows
+constexpr int kTokensPerNarrowStep = 16;  // scores: tokens beside one
 constexpr int kTileTokens = 128;
 
 inline __m512 exp2_nonpositive(__m512 x) {
@@ -67,8 +69,9 @@ inline __m512i interleave(__m256i low, __m256i high) {
 }
 
 // S[t][row] for the R tokens of keys and W vectors of rows.
-template <int R, int W>
-inline void score_step(const void* const* keys, const __m512i* q, int pairs, float* scores, int ld) {
+template <int R, int W, bool kPrefetch>
+inline void score_step(const void* const* keys, const __m512i* q, int pairs, float* scores, int ld,
+                       Prefetcher& prefetcher) {
   __m512 acc[R][W];
   const char* key[R];
 #pragma GCC unroll 16
@@ -78,6 +81,7 @@ inline void score_step(const void* const* keys, const __m512i* q, int pairs, flo
     for (int w = 0; w < W; ++w) acc[r][w] = _mm512_setzero_ps();
   }
   for (int k = 0; k < pairs; ++k) {
+    if constexpr (kPrefetch) prefetcher.next();
     __m512i column[W];
 #pragma GCC unroll 16
     for (int w = 0; w < W; ++w) column[w] = _mm512_load_si512(q + k * W + w);
@@ -201,23 +205,33 @@ void softmax(const TileProblem& problem, const TileScratch& s, int count, bool f
   }
 }
 
-void attend(const TileProblem& problem, const TileScratch& s, int count, bool first, bool masked) {
-  const int rows = problem.rows_padded, d_pairs = problem.d_qk / 2;
-  interleave_values(problem, s, count);
-  // The last step of scores takes kRowsPerStep tokens whatever is left; the surplus is computed and ignored.
-  for (int t = count; t % kRowsPerStep != 0; ++t) s.keys[t] = s.keys[count - 1];
-  const auto* q = reinterpret_cast<const __m512i*>(s.q);
-  for (int row = 0; row < rows; row += kPanel) {
-    const __m512i* panel = q + static_cast<std::ptrdiff_t>(row / kLanes) * d_pairs;
-    for (int t = 0; t < count; t += kRowsPerStep) {
-      float* scores = s.scores + t * rows + row;
-      if (rows - row >= kPanel) {
-        score_step<kRowsPerStep, kVectors>(s.keys + t, panel, d_pairs, scores, rows);
-      } else {
-        score_step<kRowsPerStep, 1>(s.keys + t, panel, d_pairs, scores, rows);
-      }
+// S for all tokens of the tile and one panel of rows.
+template <bool kPrefetch>
+void score_panel(const TileProblem& problem, const TileScratch& s, int count, int row,
+                 Prefetcher& prefetcher) {
+  const int ld = problem.rows_padded, pairs = problem.d_qk / 2;
+  const __m512i* q =
+      reinterpret_cast<const __m512i*>(s.q) + static_cast<std::ptrdiff_t>(row / kLanes) * pairs;
+  float* scores = s.scores + row;
+  if (ld - row >= kPanel) {
+    for (int t = 0; t < count; t += kTokensPerStep) {
+      score_step<kTokensPerStep, kVectors, kPrefetch>(s.keys + t, q, pairs, scores + t * ld, ld, prefetcher);
+    }
+  } else {
+    for (int t = 0; t < count; t += kTokensPerNarrowStep) {
+      score_step<kTokensPerNarrowStep, 1, kPrefetch>(s.keys + t, q, pairs, scores + t * ld, ld, prefetcher);
     }
   }
+}
+
+void attend(const TileProblem& problem, const TileScratch& s, int count, bool first, bool masked) {
+  const int rows = problem.rows_padded;
+  interleave_values(problem, s, count);
+  // The last step of scores takes all its tokens whatever is left; the surplus is computed and ignored.
+  for (int t = count; t % kTokensPerNarrowStep != 0; ++t) s.keys[t] = s.keys[count - 1];
+  Prefetcher prefetcher(problem, s);
+  score_panel<true>(problem, s, count, 0, prefetcher);
+  for (int row = kPanel; row < rows; row += kPanel) score_panel<false>(problem, s, count, row, prefetcher);
   softmax(problem, s, count, first, masked);
   const int pairs = (count + 1) / 2;
   const auto* values = reinterpret_cast<const __m512i*>(s.kv);

@@ -89,13 +89,14 @@ void widen_keys(const TileProblem& problem, const TileScratch& scratch, int coun
 // S[t][row] for R tokens and W vectors of rows.
 template <int R, int W>
 HWY_INLINE void score_step(const float* HWY_RESTRICT keys, int ld, const float* HWY_RESTRICT q, int d_qk,
-                           float* HWY_RESTRICT scores, int ld_scores) {
+                           float* HWY_RESTRICT scores, int ld_scores, Prefetcher& prefetcher) {
   const F d;
   V acc[R][W];
   for (int r = 0; r < R; ++r) {
     for (int w = 0; w < W; ++w) acc[r][w] = hn::Zero(d);
   }
   for (int k = 0; k < d_qk; ++k) {
+    prefetcher.next();
     V column[W];
     for (int w = 0; w < W; ++w) column[w] = hn::Load(d, q + (k * W + w) * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -157,12 +158,13 @@ struct ScoreStep {
   float* scores;
   int ld_scores;
   int vectors;
+  Prefetcher& prefetcher;
   template <int R>
   void operator()() const {
     if (vectors == kVectors) {
-      score_step<R, kVectors>(keys, ld, q, d_qk, scores, ld_scores);
+      score_step<R, kVectors>(keys, ld, q, d_qk, scores, ld_scores, prefetcher);
     } else {
-      score_step<R, 1>(keys, ld, q, d_qk, scores, ld_scores);
+      score_step<R, 1>(keys, ld, q, d_qk, scores, ld_scores, prefetcher);
     }
   }
 };
@@ -234,13 +236,14 @@ void attend(const TileProblem& problem, const TileScratch& s, int count, bool fi
   const auto* kv = reinterpret_cast<const float*>(s.kv);
   const auto* q = reinterpret_cast<const float*>(s.q);
   const int rows = problem.rows_padded;
+  Prefetcher prefetcher(problem, s);
   for (int row = 0; row < rows; row += kPanel) {
     const int vectors = std::min((rows - row) / kLanes, kVectors);
     for (int t = 0; t < count; t += kRowsPerStep) {
       with_rows(std::min(count - t, kRowsPerStep),
                 ScoreStep{kv + static_cast<std::ptrdiff_t>(t) * ld, ld,
                           q + static_cast<std::ptrdiff_t>(row) * problem.d_qk, problem.d_qk,
-                          s.scores + t * rows + row, rows, vectors});
+                          s.scores + t * rows + row, rows, vectors, prefetcher});
     }
   }
   softmax(problem, s, count, first, masked);

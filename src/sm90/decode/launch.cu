@@ -1,0 +1,85 @@
+// Launches the kernels. Everything a launch depends on has been decided in dense_decode.cpp.
+
+#include "sm90/decode/launch.h"
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "sm90/decode/combine.cuh"
+#include "sm90/decode/kernel.cuh"
+#include "sm90/decode/schedule.cuh"
+
+namespace flash_mla::sm90 {
+namespace {
+
+constexpr std::size_t kSmemBytes = sizeof(DecodeSmem) + 1024;
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <class... Args>
+void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t smem, unsigned cluster, void* stream,
+            std::type_identity_t<Args>... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem;
+  config.stream = static_cast<cudaStream_t>(stream);
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes.data();
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  check(cudaLaunchKernelEx(&config, kernel, args...), "cudaLaunchKernelEx");
+}
+
+template <bool kBf16, int kCluster>
+void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, int h_kv, void* stream) {
+  static const bool kReady = [] {
+    check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(kSmemBytes)),
+          "cudaFuncSetAttribute");
+    return true;
+  }();
+  static_cast<void>(kReady);
+  const dim3 grid(static_cast<unsigned>(p.blocks.count()), static_cast<unsigned>(h_kv),
+                  static_cast<unsigned>(p.num_parts));
+  launch(dense_decode_kernel<kBf16, kCluster>, grid, kThreads, kSmemBytes, kCluster, stream, q_map, k_map, p);
+  if (p.num_parts == 1) return;
+  const int rows = p.s_q * p.h_q;
+  if (p.num_parts > 4 * p.batch) {
+    launch(combine_kernel<kBf16, kCombineWarps>, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(p.num_parts)),
+           kCombineWarps * 32, 0, 1, stream, p);
+  } else {
+    const auto groups = static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps);
+    launch(combine_kernel<kBf16, 1>, dim3(groups, static_cast<unsigned>(p.num_parts)), kCombineWarps * 32, 0, 1, stream,
+           p);
+  }
+}
+
+}  // namespace
+
+void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, bool bf16,
+                         int cluster, int h_kv, void* stream) {
+  if (cluster == 2) {
+    (bf16 ? launch_decode<true, 2> : launch_decode<false, 2>)(p, q_map, k_map, h_kv, stream);
+  } else {
+    (bf16 ? launch_decode<true, 1> : launch_decode<false, 1>)(p, q_map, k_map, h_kv, stream);
+  }
+}
+
+void launch_schedule(const ScheduleParams& p, void* stream) {
+  launch(schedule_kernel, dim3(1), kScheduleThreads, static_cast<std::size_t>(p.batch) * sizeof(std::int32_t), 1, stream,
+         p);
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,66 @@
+#pragma once
+
+#include <cstdint>
+
+namespace flash_mla::sm90 {
+
+inline constexpr int kTileTokens = 64;  ///< keys per tile, and tokens per block of the schedule
+inline constexpr int kTileRows = 64;    ///< query rows per CTA
+inline constexpr int kHeadDim = 576;
+inline constexpr int kHeadDimV = 512;
+
+/// How the s_q x group query rows of one latent head are cut into CTAs. A row block is `tokens` query tokens
+/// times `heads` heads, at most kTileRows rows, token-major.
+struct RowBlocks {
+  int tokens;        ///< query tokens in a block
+  int heads;         ///< heads in a block
+  int head_chunks;   ///< blocks along the heads of a token
+  int token_blocks;  ///< blocks along the tokens
+  constexpr int count() const { return head_chunks * token_blocks; }
+};
+
+constexpr RowBlocks row_blocks(int s_q, int group) {
+  if (group >= kTileRows) return {1, kTileRows, (group + kTileRows - 1) / kTileRows, s_q};
+  const int fit = kTileRows / group;
+  const int tokens = fit < s_q ? fit : s_q;
+  return {tokens, group, 1, (s_q + tokens - 1) / tokens};
+}
+
+/// What the decode and combine kernels need beside the tensor maps. Strides count elements.
+struct DecodeParams {
+  RowBlocks blocks;
+  int batch, s_q, h_q, group;
+  int page_size;
+  int num_parts;
+  bool causal;
+  float scale_log2;  ///< softmax_scale * log2(e)
+
+  const std::int32_t* block_table;
+  std::int64_t block_table_stride;
+  const std::int32_t* cache_seqlens;
+  const std::int32_t* parts;       ///< (num_parts, 8), rows as DecodePart
+  const std::int32_t* num_splits;  ///< (batch + 1)
+
+  void* out;
+  std::int64_t out_stride_b, out_stride_s, out_stride_h;
+  float* lse;  ///< may be null
+  std::int64_t lse_stride_b, lse_stride_h, lse_stride_s;
+
+  /// Partial results of split requests: slot 2p holds the first request of part p, slot 2p + 1 its last when
+  /// that is another one. O (slots, s_q, h_q, 512) normalised, lse (slots, s_q, h_q) in base 2, -inf if empty.
+  float* partial_out;
+  float* partial_lse;
+};
+
+inline constexpr int kMaxScheduleBatch = 8192;  // block counts in 32 KB of shared memory
+
+struct ScheduleParams {
+  const std::int32_t* cache_seqlens;
+  int batch;
+  int num_parts;
+  int block_size, fixed_overhead_blocks, min_blocks_per_request;
+  std::int32_t* parts;       ///< (num_parts, 8)
+  std::int32_t* num_splits;  ///< (batch + 1)
+};
+
+}  // namespace flash_mla::sm90
