@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <numbers>
@@ -106,6 +107,14 @@ CUtensorMap tensor_map(const char* name, const TensorView& t, std::array<int, 4>
 
 RowBlocks blocks_of(const DenseDecodeArgs& a) {
   return row_blocks(static_cast<int>(a.q.size(1)), static_cast<int>(a.q.size(2) / a.k_cache.size(2)));
+}
+/// The heuristics table: which division of work suits the shape.
+Division division_of(const DecodeParams& p) {
+  if (const char* forced = std::getenv("FLASH_MLA_SM90_DIVISION")) {
+    return forced[0] == 'p' ? Division::kPaired : Division::kSharedTile;
+  }
+  // One row block per latent head is memory-bound; two or more are compute-bound once there is enough to do.
+  return p.blocks.count() >= 2 ? Division::kPaired : Division::kSharedTile;
 }
 int cluster_of(const RowBlocks& blocks) { return blocks.count() % 2 == 0 ? 2 : 1; }
 
@@ -212,7 +221,7 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   const auto box = static_cast<std::uint32_t>(std::min(p.page_size, kTileTokens / cluster));
   const CUtensorMap k_map = tensor_map("k_cache", a.k_cache, {3, 2, 1, 0}, {64, 1, box, 1});
   const bool bf16 = a.q.dtype == DType::kBFloat16;
-  launch_dense_decode(p, q_map, k_map, bf16, cluster, h_kv, stream);
+  launch_dense_decode(p, q_map, k_map, bf16, cluster, division_of(p), h_kv, stream);
 }
 
 void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options, const DecodeScheduleView& s,

@@ -42,10 +42,10 @@ void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t sm
   check(cudaLaunchKernelEx(&config, kernel, args...), "cudaLaunchKernelEx");
 }
 
-template <bool kBf16, int kCluster>
+template <bool kBf16, int kCluster, Division kDivision>
 void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, int h_kv, void* stream) {
   static const bool kReady = [] {
-    check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster, kDivision>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(kSmemBytes)),
           "cudaFuncSetAttribute");
     return true;
@@ -53,7 +53,7 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
   static_cast<void>(kReady);
   const dim3 grid(static_cast<unsigned>(p.blocks.count()), static_cast<unsigned>(h_kv),
                   static_cast<unsigned>(p.num_parts));
-  launch(dense_decode_kernel<kBf16, kCluster>, grid, kThreads, kSmemBytes, kCluster, stream, q_map, k_map, p);
+  launch(dense_decode_kernel<kBf16, kCluster, kDivision>, grid, kThreads, kSmemBytes, kCluster, stream, q_map, k_map, p);
   if (p.num_parts == 1) return;
   const int rows = p.s_q * p.h_q;
   if (p.num_parts > 4 * p.batch) {
@@ -69,12 +69,16 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
 }  // namespace
 
 void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, bool bf16,
-                         int cluster, int h_kv, void* stream) {
-  if (cluster == 2) {
-    (bf16 ? launch_decode<true, 2> : launch_decode<false, 2>)(p, q_map, k_map, h_kv, stream);
-  } else {
-    (bf16 ? launch_decode<true, 1> : launch_decode<false, 1>)(p, q_map, k_map, h_kv, stream);
-  }
+                         int cluster, Division division, int h_kv, void* stream) {
+  const auto with_division = [&]<bool kBf16, int kCluster>() {
+    (division == Division::kPaired ? launch_decode<kBf16, kCluster, Division::kPaired>
+                                   : launch_decode<kBf16, kCluster, Division::kSharedTile>)(p, q_map, k_map, h_kv,
+                                                                                            stream);
+  };
+  const auto with_cluster = [&]<bool kBf16>() {
+    cluster == 2 ? with_division.template operator()<kBf16, 2>() : with_division.template operator()<kBf16, 1>();
+  };
+  bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
 }
 
 void launch_schedule(const ScheduleParams& p, void* stream) {

@@ -1,0 +1,239 @@
+#pragma once
+
+// What the consumer warpgroups have in common, however a tile is divided between them: where rows go, masks,
+// rescaling, releasing slots, storing results. kWg is 0 or 1; a warpgroup owns columns kWg * 256 to + 255 of O.
+
+#include <cstdint>
+
+#include "sm90/decode/smem.cuh"
+#include "sm90/ptx/tma.cuh"
+#include "sm90/ptx/wgmma.cuh"
+
+namespace flash_mla::sm90 {
+
+template <bool kBf16, int kCluster, int kWg>
+struct ConsumerBase {
+  const DecodeParams& p;
+  DecodeSmem& s;
+  const int warp, lane;  // in the warpgroup
+  const int row;         // this thread's rows are `row` and `row + 8`
+
+  __device__ ConsumerBase(const DecodeParams& params, DecodeSmem& smem)
+      : p(params),
+        s(smem),
+        warp(static_cast<int>(threadIdx.x) / 32 % 4),
+        lane(static_cast<int>(threadIdx.x) % 32),
+        row(warp * 16 + lane / 4) {}
+
+  // This warpgroup is done with its half of the slot's columns.
+  __device__ void release(int slot) {
+    if (lane < kCluster) {
+      if constexpr (kCluster == 1) {
+        ptx::mbarrier_arrive(&s.kv_empty[slot][kWg]);
+      } else {
+        ptx::mbarrier_arrive_cluster(&s.kv_empty[slot][kWg], lane);
+      }
+    }
+  }
+
+  // Key rows `count` to 63 of chunks [begin, end) become zero: P is zero there, but 0 * NaN is not.
+  __device__ void clear_rows(int slot, int count, int begin, int end) {
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    const int words = (kTileTokens - count) * 8;  // 16-byte words of a chunk
+    for (int i = thread; i < words * (end - begin); i += 128) {
+      reinterpret_cast<uint4*>(&s.kv[slot][begin + i / words][count * 64])[i % words] = uint4{0, 0, 0, 0};
+    }
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync(kWg == 0 ? kFillWg0 : kFillWg1, 128);
+  }
+
+  __device__ void rescale(float (&o)[128], float a0, float a1) {
+#pragma unroll
+    for (int i = 0; i < 128; i += 4) {
+      o[i] *= a0;
+      o[i + 1] *= a0;
+      o[i + 2] *= a1;
+      o[i + 3] *= a1;
+    }
+  }
+
+  __device__ static bool any_scaled(float a0, float a1) {
+    return __any_sync(0xFFFFFFFFu, a0 != 1.0f || a1 != 1.0f);
+  }
+
+  // First key that a row does not see.
+  __device__ int limit_of(const Item& item, int r) const {
+    if (!p.causal) return item.length;
+    const int token = static_cast<int>(blockIdx.x) / p.blocks.head_chunks * p.blocks.tokens + r / p.blocks.heads;
+    return min(item.length - p.s_q + token + 1, item.length);
+  }
+
+  // Scores that a row does not see become -inf. kColumns scores per thread pair of rows, from column `first`.
+  template <int kScores>
+  __device__ void mask(float (&x)[kScores], const Item& item, int tile, int first) const {
+    const int last_limit = p.causal ? item.length - p.s_q + 1 : item.length;
+    if ((tile + 1) * kTileTokens <= last_limit) return;
+    const int l0 = limit_of(item, row) - tile * kTileTokens, l1 = limit_of(item, row + 8) - tile * kTileTokens;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int column = first + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      if (column >= (i % 4 < 2 ? l0 : l1)) x[i] = -INFINITY;
+    }
+  }
+
+  // Maximum over a row's scores in this warpgroup, in base 2.
+  template <int kScores>
+  __device__ float row_max(const float (&x)[kScores], int h) const {
+    float highest = x[2 * h];
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) highest = fmaxf(highest, fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]));
+    highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 1));
+    return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2)) * p.scale_log2;
+  }
+
+  // S -> P = 2^(scale S - base), its row sums, and its place in the slot's rope chunk from column `first`.
+  template <int kScores>
+  __device__ void exponentiate(float (&x)[kScores], const float (&base)[2], float (&sum)[2], int slot, int first,
+                               std::uint32_t (&weights)[kScores / 8][4]) {
+    float part[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int h = i % 4 / 2;
+      x[i] = exp2_fast(fmaf(x[i], p.scale_log2, -base[h]));
+      part[h] += x[i];
+    }
+    sum[0] += part[0];
+    sum[1] += part[1];
+    const std::uint32_t chunk = ptx::smem_address(s.kv[slot][kRopeChunk]);
+    const int r = warp * 16 + lane % 16;  // row whose address this lane gives
+#pragma unroll
+    for (int i = 0; i < kScores / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) weights[i][j] = pack2<kBf16>(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]);
+      const std::uint32_t to = chunk + r * 128 + (((first / 8 + 2 * i + lane / 16) ^ (r % 8)) * 16);
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(weights[i][0]),
+                   "r"(weights[i][1]), "r"(weights[i][2]), "r"(weights[i][3])
+                   : "memory");
+    }
+    ptx::fence_async_proxy();
+  }
+
+  // O half += P V of the tile in `slot`, P from the slot's rope chunk.
+  __device__ void issue_pv_shared(float (&o)[128], int slot) {
+    const std::uint64_t weights = ptx::swizzled_descriptor(s.kv[slot][kRopeChunk], 0, 1024);
+    const std::uint64_t v = ptx::swizzled_descriptor(s.kv[slot][kWg * 4], 8192, 1024);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ptx::wgmma_m64n256k16_ss<kBf16>(o, weights + i * 2, v + i * 128, true);
+    ptx::wgmma_commit();
+  }
+
+  // Where row r of this CTA's block goes; false if it is padding.
+  __device__ bool locate(int r, int& token, int& head) const {
+    const int in_group = static_cast<int>(blockIdx.x) % p.blocks.head_chunks * kTileRows + r % p.blocks.heads;
+    token = static_cast<int>(blockIdx.x) / p.blocks.head_chunks * p.blocks.tokens + r / p.blocks.heads;
+    head = static_cast<int>(blockIdx.y) * p.group + in_group;
+    return r < p.blocks.tokens * p.blocks.heads && token < p.s_q && in_group < p.group;
+  }
+  __device__ std::int64_t partial_row(const Item& item, int token, int head) const {
+    return (static_cast<std::int64_t>(item.slot) * p.s_q + token) * p.h_q + head;
+  }
+  __device__ std::uint16_t* out_row(const Item& item, int token, int head) const {
+    return static_cast<std::uint16_t*>(p.out) + item.req * p.out_stride_b + token * p.out_stride_s +
+           head * p.out_stride_h;
+  }
+  __device__ void store_lse(const Item& item, int token, int head, float lse) const {
+    if (kWg != 0 || lane % 4 != 0) return;
+    if (item.is_split) {
+      p.partial_lse[partial_row(item, token, head)] = lse;
+    } else if (p.lse != nullptr) {
+      p.lse[item.req * p.lse_stride_b + head * p.lse_stride_h + token * p.lse_stride_s] =
+          lse == -INFINITY ? INFINITY : lse * 0.69314718056f;
+    }
+  }
+
+  // Writes this warpgroup's half of O and, from WG0, the lse.
+  __device__ void store(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      int token, head;
+      const bool valid = locate(row + 8 * h, token, head);
+      const bool none = !(sum[h] > 0.0f);
+      const float factor = none ? 0.0f : 1.0f / sum[h];
+      if (valid) store_lse(item, token, head, none ? -INFINITY : s.reference[row + 8 * h] + log2f(sum[h]));
+      if (item.is_split) {
+        float* to = p.partial_out + partial_row(item, token, head) * kHeadDimV + kWg * 256 + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          const float2 x{o[4 * i + 2 * h] * factor, o[4 * i + 2 * h + 1] * factor};
+          if (valid) *reinterpret_cast<float2*>(to + i * 8) = x;
+        }
+      } else {
+        std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < 32; i += 4) {
+          std::uint32_t x[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            x[j] = pack2<kBf16>(o[4 * (i + j) + 2 * h] * factor, o[4 * (i + j) + 2 * h + 1] * factor);
+          }
+          quad_transpose(x);
+          if (valid) *reinterpret_cast<uint4*>(to + i * 8) = uint4{x[0], x[1], x[2], x[3]};
+        }
+      }
+    }
+  }
+
+  // A request without keys.
+  __device__ void store_empty(const Item& item) const {
+    for (int h = 0; h < 2; ++h) {
+      int token, head;
+      if (!locate(row + 8 * h, token, head)) continue;
+      store_lse(item, token, head, -INFINITY);
+      if (item.is_split) {
+        float* to = p.partial_out + partial_row(item, token, head) * kHeadDimV + kWg * 256 + lane % 4 * 64;
+        for (int i = 0; i < 64; i += 4) *reinterpret_cast<float4*>(to + i) = float4{0, 0, 0, 0};
+      } else {
+        std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 64;
+        for (int i = 0; i < 64; i += 8) *reinterpret_cast<uint4*>(to + i) = uint4{0, 0, 0, 0};
+      }
+    }
+  }
+
+  // Row sums over all columns of both warpgroups' tiles, in the same order in both.
+  __device__ void add_sums(float (&sum)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 1);
+      sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 2);
+      if (lane % 4 == 0) s.row_sum[kWg][row + 8 * h] = sum[h];
+    }
+    ptx::named_barrier_sync(kItemEnd, kConsumerThreads);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] = s.row_sum[0][row + 8 * h] + s.row_sum[1][row + 8 * h];
+  }
+
+  // Walks the requests of a part; `tiles(o, item, sum)` does the work on one.
+  template <class Tiles>
+  __device__ void for_each_item(const std::int32_t* part, Tiles&& tiles) {
+    float o[128];
+    int items = 0;
+    for (int req = part[0]; req <= part[1]; ++req) {
+      const Item item = item_of(p, part, req);
+      if (item.begin_tile >= item.end_tile) {
+        store_empty(item);
+        continue;
+      }
+      float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (float& x : o) x = 0.0f;
+      ptx::mbarrier_wait(&s.q_full, items & 1);
+      ++items;
+      tiles(o, item, sum);
+      add_sums(sum);
+      store(item, o, sum);
+    }
+  }
+};
+
+}  // namespace flash_mla::sm90

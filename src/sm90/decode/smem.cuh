@@ -1,0 +1,92 @@
+#pragma once
+
+// What the roles of the decode kernel share: the shared-memory map, the work of a part, small helpers.
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "sm90/decode/params.h"
+#include "sm90/ptx/mbarrier.cuh"
+
+namespace flash_mla::sm90 {
+
+inline constexpr int kChunks = kHeadDim / 64;  // of 64 columns
+inline constexpr int kRopeChunk = kChunks - 1;
+inline constexpr int kChunkElements = 64 * 64;
+inline constexpr int kConsumerThreads = 256;
+inline constexpr int kThreads = kConsumerThreads + 128;
+inline constexpr float kMaxGrowth = 8.0f;  // base 2
+
+struct alignas(1024) DecodeSmem {
+  std::uint16_t q[kChunks][kChunkElements];
+  std::uint16_t kv[2][kChunks][kChunkElements];
+  float reference[kTileRows];
+  float alpha[2][kTileRows];
+  float row_sum[2][kTileRows];
+  std::uint64_t q_full, q_empty;
+  std::uint64_t kv_full[2][kChunks];
+  std::uint64_t kv_empty[2][2];  // by slot and half: chunks 0-3 are WG0's columns, 4-7 WG1's. The rope chunk
+                                 // of a slot is freed by the warpgroup that reads P there: half 1 - slot.
+};
+
+enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1 };
+
+/// The work of a part on one request.
+struct Item {
+  int req;
+  int length;
+  int begin_tile, end_tile;
+  bool is_split;  // other parts work on this request too
+  int slot;       // of the partial result
+};
+
+/// The n-th request of a part.
+__device__ __forceinline__ Item item_of(const DecodeParams& p, const std::int32_t* part, int req) {
+  Item item;
+  const int begin_req = part[0], end_req = part[1];
+  item.req = req;
+  item.length = p.cache_seqlens[req];
+  item.begin_tile = req == begin_req ? part[2] : 0;
+  const int tiles = (item.length + kTileTokens - 1) / kTileTokens;
+  item.end_tile = req == end_req ? min(part[3], tiles) : tiles;
+  item.is_split = p.num_splits[req + 1] - p.num_splits[req] > 1;
+  item.slot = 2 * static_cast<int>(blockIdx.z) + (req != begin_req ? 1 : 0);
+  return item;
+}
+
+template <bool kBf16>
+__device__ __forceinline__ std::uint32_t pack2(float low, float high) {
+  if constexpr (kBf16) {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(x);
+  } else {
+    const __half2 x = __floats2half2_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(x);
+  }
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Transposes a 4 x 4 matrix of words held by the four lanes of a quad, one row each.
+__device__ __forceinline__ void quad_transpose(std::uint32_t (&x)[4]) {
+  const bool b0 = threadIdx.x & 1, b1 = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const std::uint32_t t = __shfl_xor_sync(0xFFFFFFFFu, b0 ? x[i] : x[i + 1], 1);
+    (b0 ? x[i] : x[i + 1]) = t;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t t = __shfl_xor_sync(0xFFFFFFFFu, b1 ? x[i] : x[i + 2], 2);
+    (b1 ? x[i] : x[i + 2]) = t;
+  }
+}
+
+}  // namespace flash_mla::sm90
