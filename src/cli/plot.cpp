@@ -48,10 +48,11 @@ void require_plotting(const std::string& python) {
     throw UsageError(fmt::format(
         "--python is \"{}\", which does not run; expected a Python 3 that has matplotlib", python));
   }
-  throw UsageError(fmt::format(
-      "--plot needs matplotlib, which \"{}\" cannot import; install it there or name another Python with "
-      "--python",
-      python));
+  throw UsageError(
+      fmt::format("the roofline picture needs matplotlib, which \"{}\" cannot import; install it there or "
+                  "name another Python with "
+                  "--python",
+                  python));
 }
 
 void plot_roofline(const std::string& python, const std::string& json, const std::string& picture) {

@@ -67,7 +67,7 @@ TEST(Program, PlotWithoutMatplotlibSaysSo) {
   const std::string fake = ::testing::TempDir() + "python_without_matplotlib";
   std::ofstream(fake) << "#!/bin/sh\nexit 1\n";
   std::filesystem::permissions(fake, std::filesystem::perms::owner_all);
-  expect_usage_error("bench --plot x.png --python " + fake, "--plot needs matplotlib");
+  expect_usage_error("bench --plot x.png --python " + fake, "the roofline picture needs matplotlib");
 }
 
 TEST(Program, InfoNamesBackendsAndInstructionSet) {
