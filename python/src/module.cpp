@@ -46,14 +46,16 @@ Workspace& thread_workspace() {
   return workspace;
 }
 
-DenseDecodeArgs arguments(const TensorArgument& q, const TensorArgument& k_cache, const TensorArgument& block_table,
-                          const TensorArgument& cache_seqlens, const TensorArgument& out, const TensorArgument& lse) {
+DenseDecodeArgs arguments(const TensorArgument& q, const TensorArgument& k_cache,
+                          const TensorArgument& block_table, const TensorArgument& cache_seqlens,
+                          const TensorArgument& out, const TensorArgument& lse) {
   return {q.view(), k_cache.view(), block_table.view(), cache_seqlens.view(), out.view(), lse.view()};
 }
 
-void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens, nb::handle out,
-                     nb::handle lse, nb::handle parts, nb::handle num_splits, std::optional<float> softmax_scale,
-                     bool causal, bool token_rows, int block_size, int fixed_split_blocks, int num_threads) {
+void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
+                     nb::handle out, nb::handle lse, nb::handle parts, nb::handle num_splits,
+                     std::optional<float> softmax_scale, bool causal, bool token_rows, int block_size,
+                     int fixed_split_blocks, int num_threads) {
   const TensorArgument t_q(q, "q"), t_k(k_cache, "k_cache"), t_table(block_table, "block_table"),
       t_lengths(cache_seqlens, "cache_seqlens"), t_out(out, "out"), t_lse(lse, "lse"),
       t_parts(parts, "tile_scheduler_metadata"), t_splits(num_splits, "num_splits");
@@ -75,7 +77,8 @@ void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, n
 
 std::span<const std::int32_t> lengths_of(const TensorView& t) {
   if (t.rank != 1 || t.dtype != DType::kInt32 || (t.size(0) > 1 && t.stride(0) != 1)) {
-    throw InvalidArgument("cache_seqlens is " + t.describe() + ", expected a contiguous int32 tensor of rank 1");
+    throw InvalidArgument("cache_seqlens is " + t.describe() +
+                          ", expected a contiguous int32 tensor of rank 1");
   }
   if (t.device.type != DeviceType::kCpu) {
     throw Unsupported("cache_seqlens is " + t.describe() + "; this build plans and decodes on the CPU only");
@@ -84,9 +87,11 @@ std::span<const std::int32_t> lengths_of(const TensorView& t) {
 }
 
 /// Plans into `parts` (num_parts, 8) and `num_splits` (b + 1), which the caller has allocated.
-void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle num_splits, bool token_rows, int block_size,
-                       int fixed_overhead_blocks, int min_blocks_per_request, int fixed_split_blocks) {
-  const TensorArgument t_lengths(cache_seqlens, "cache_seqlens"), t_parts(parts, "parts"), t_splits(num_splits, "num_splits");
+void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle num_splits, bool token_rows,
+                       int block_size, int fixed_overhead_blocks, int min_blocks_per_request,
+                       int fixed_split_blocks) {
+  const TensorArgument t_lengths(cache_seqlens, "cache_seqlens"), t_parts(parts, "parts"),
+      t_splits(num_splits, "num_splits");
   const auto lengths = lengths_of(t_lengths.view());
   const TensorView& rows = t_parts.view();
   const TensorView& splits = t_splits.view();
@@ -115,8 +120,8 @@ void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle nu
   }
 }
 
-void py_reference(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens, nb::handle out,
-                  nb::handle lse, std::optional<float> softmax_scale, bool causal) {
+void py_reference(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
+                  nb::handle out, nb::handle lse, std::optional<float> softmax_scale, bool causal) {
   const TensorArgument t_q(q, "q"), t_k(k_cache, "k_cache"), t_table(block_table, "block_table"),
       t_lengths(cache_seqlens, "cache_seqlens"), t_out(out, "out"), t_lse(lse, "lse");
   DenseDecodeOptions options;
@@ -126,12 +131,13 @@ void py_reference(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::
   reference::dense_decode(arguments(t_q, t_k, t_table, t_lengths, t_out, t_lse), options);
 }
 
-void py_merge_states(nb::handle out_a, nb::handle lse_a, nb::handle out_b, nb::handle lse_b, nb::handle out, nb::handle lse,
-                     bool base2) {
-  const TensorArgument a(out_a, "out_a"), la(lse_a, "lse_a"), b(out_b, "out_b"), lb(lse_b, "lse_b"), o(out, "out"),
-      l(lse, "lse");
+void py_merge_states(nb::handle out_a, nb::handle lse_a, nb::handle out_b, nb::handle lse_b, nb::handle out,
+                     nb::handle lse, bool base2) {
+  const TensorArgument a(out_a, "out_a"), la(lse_a, "lse_a"), b(out_b, "out_b"), lb(lse_b, "lse_b"),
+      o(out, "out"), l(lse, "lse");
   nb::gil_scoped_release release;
-  merge_states(a.view(), la.view(), b.view(), lb.view(), o.view(), l.view(), base2 ? LseBase::kTwo : LseBase::kE);
+  merge_states(a.view(), la.view(), b.view(), lb.view(), o.view(), l.view(),
+               base2 ? LseBase::kTwo : LseBase::kE);
 }
 
 }  // namespace
@@ -150,19 +156,23 @@ NB_MODULE(_C, m) {
     }
   });
   m.def("version", &version);
-  m.def("dense_decode", &python::py_dense_decode, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a, "out"_a, "lse"_a,
-        "parts"_a, "num_splits"_a, "softmax_scale"_a = nb::none(), "causal"_a = false, "token_rows"_a = false,
-        "block_size"_a = 64, "fixed_split_blocks"_a = 0, "num_threads"_a = 0);
-  m.def("build_schedule", &python::py_build_schedule, "cache_seqlens"_a, "parts"_a, "num_splits"_a, "token_rows"_a = false,
-        "block_size"_a = 64, "fixed_overhead_blocks"_a = 5, "min_blocks_per_request"_a = 1, "fixed_split_blocks"_a = 0);
-  m.def("cpu_schedule_options", [](int num_threads) {
-    const ScheduleOptions o = cpu_schedule_options(num_threads);
-    return std::make_tuple(o.num_parts, o.fixed_overhead_blocks);
-  }, "num_threads"_a = 0);
-  m.def("reference_dense_decode", &python::py_reference, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a, "out"_a,
-        "lse"_a, "softmax_scale"_a = nb::none(), "causal"_a = false);
-  m.def("merge_states", &python::py_merge_states, "out_a"_a, "lse_a"_a, "out_b"_a, "lse_b"_a, "out"_a, "lse"_a,
-        "base2"_a = false);
+  m.def("dense_decode", &python::py_dense_decode, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a,
+        "out"_a, "lse"_a, "parts"_a, "num_splits"_a, "softmax_scale"_a = nb::none(), "causal"_a = false,
+        "token_rows"_a = false, "block_size"_a = 64, "fixed_split_blocks"_a = 0, "num_threads"_a = 0);
+  m.def("build_schedule", &python::py_build_schedule, "cache_seqlens"_a, "parts"_a, "num_splits"_a,
+        "token_rows"_a = false, "block_size"_a = 64, "fixed_overhead_blocks"_a = 5,
+        "min_blocks_per_request"_a = 1, "fixed_split_blocks"_a = 0);
+  m.def(
+      "cpu_schedule_options",
+      [](int num_threads) {
+        const ScheduleOptions o = cpu_schedule_options(num_threads);
+        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks);
+      },
+      "num_threads"_a = 0);
+  m.def("reference_dense_decode", &python::py_reference, "q"_a, "k_cache"_a, "block_table"_a,
+        "cache_seqlens"_a, "out"_a, "lse"_a, "softmax_scale"_a = nb::none(), "causal"_a = false);
+  m.def("merge_states", &python::py_merge_states, "out_a"_a, "lse_a"_a, "out_b"_a, "lse_b"_a, "out"_a,
+        "lse"_a, "base2"_a = false);
   m.def("backends", [] {
     nb::list all;
     for (const BackendInfo& b : backends()) {

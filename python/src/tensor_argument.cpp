@@ -1,5 +1,7 @@
 #include "tensor_argument.h"
 
+#include <nanobind/stl/string.h>
+
 #include <string>
 
 #include "flash_mla/dlpack.h"
@@ -29,11 +31,13 @@ const ExchangeApi* exchange_api(PyTypeObject* type) {
   static const ExchangeApi* last_api = nullptr;
   if (type == last_type) return last_api;
   const ExchangeApi* api = nullptr;
-  nb::object attribute = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
+  nb::object attribute =
+      nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
   if (PyCapsule_CheckExact(attribute.ptr())) {
     api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(attribute.ptr(), "dlpack_exchange_api"));
     if (api == nullptr) PyErr_Clear();
-    if (api != nullptr && (api->version.major != 1 || api->dltensor_from_py_object_no_sync == nullptr)) api = nullptr;
+    if (api != nullptr && (api->version.major != 1 || api->dltensor_from_py_object_no_sync == nullptr))
+      api = nullptr;
   }
   Py_INCREF(type);  // a remembered type never goes away and comes back as another at the same address
   last_type = type;
@@ -45,7 +49,8 @@ const ExchangeApi* exchange_api(PyTypeObject* type) {
 bool view_of_bfloat16_array(nb::handle object, TensorView& view) {
   nb::object interface = nb::getattr(object, "__array_interface__", nb::none());
   if (!nb::isinstance<nb::dict>(interface)) return false;
-  if (nb::cast<std::string>(nb::str(nb::getattr(nb::getattr(object, "dtype"), "name"))) != "bfloat16") return false;
+  if (nb::cast<std::string>(nb::str(nb::getattr(nb::getattr(object, "dtype"), "name"))) != "bfloat16")
+    return false;
   const auto shape = nb::cast<nb::tuple>(nb::getattr(object, "shape"));
   const auto strides = nb::cast<nb::tuple>(nb::getattr(object, "strides"));
   if (shape.size() > TensorView::kMaxRank) return false;
@@ -85,7 +90,8 @@ TensorArgument::TensorArgument(nb::handle object, const char* name) {
   } catch (nb::python_error& e) {
     throw InvalidArgument(std::string(name) + " does not export itself through DLPack: " + e.what());
   }
-  // Versioned capsules are asked for by max_version only, so this is DLManagedTensor, whose first member is the DLTensor.
+  // Versioned capsules are asked for by max_version only, so this is DLManagedTensor, whose first member is
+  // the DLTensor.
   void* managed = PyCapsule_GetPointer(capsule_.ptr(), "dltensor");
   if (managed == nullptr) {
     PyErr_Clear();

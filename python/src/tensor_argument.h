@@ -7,8 +7,8 @@
 
 namespace flash_mla::python {
 
-/// A tensor that Python passed, as a TensorView for the length of a call. Takes anything that speaks DLPack, by the
-/// quickest door the type offers:
+/// A tensor that Python passed, as a TensorView for the length of a call. Takes anything that speaks DLPack,
+/// by the quickest door the type offers:
 ///   - DLPack's C exchange API (torch 2.10 and later): no Python call, no capsule;
 ///   - __dlpack__();
 ///   - __array_interface__ of a NumPy array of ml_dtypes.bfloat16, which NumPy cannot export through DLPack.
