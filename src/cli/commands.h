@@ -8,5 +8,8 @@
 namespace flash_mla::cli {
 
 void register_info(CLI::App& app, int& exit_code);
+void register_demo(CLI::App& app, int& exit_code);
+void register_verify(CLI::App& app, int& exit_code);
+void register_bench(CLI::App& app, int& exit_code);
 
 }  // namespace flash_mla::cli

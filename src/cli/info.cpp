@@ -1,20 +1,43 @@
 #include "flash_mla/info.h"
 
+#include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <cstdlib>
+
 #include "cli/commands.h"
+#include "cli/machine.h"
+#include "cli/table.h"
+#include "flash_mla/schedule.h"
 
 namespace flash_mla::cli {
 namespace {
 
 void print_info() {
-  fmt::print("flash-mla {}\n", version());
+  fmt::print("flash-mla {}, commit {}\n", version(), commit());
+  const Machine& m = machine();
+  fmt::print("built with {}, Highway {}\n\nbackends\n", m.compiler, highway_version());
   for (const BackendInfo& b : backends()) {
-    fmt::print("{:<6} {:<12} {}{}{}\n", backend_name(b.backend), b.available ? "available" : "unavailable",
+    fmt::print("  {:<6}{:<13}{}{}{}\n", backend_name(b.backend), b.available ? "available" : "unavailable",
                b.device, b.device.empty() ? "" : "; ", b.detail);
   }
   const CpuIsaInfo isa = cpu_isa();
-  fmt::print("cpu instruction sets: {} (FLASH_MLA_CPU_ISA forces one)\n", fmt::join(isa.available, " "));
+  const char* forced = std::getenv("FLASH_MLA_CPU_ISA");
+  fmt::print("\ncpu\n");
+  fmt::print("  instruction set    {} ({})\n", isa.selected, isa.reason);
+  fmt::print("  available          {}, best first\n", fmt::join(isa.available, ", "));
+  fmt::print("  FLASH_MLA_CPU_ISA  {}\n", forced == nullptr || *forced == '\0'
+                                              ? std::string("not set; one of the available names forces it")
+                                              : fmt::format("\"{}\"", forced));
+  fmt::print("  threads            {} by default ({} processors usable of {})\n",
+             cpu_schedule_options().num_parts, m.usable_cpus, m.online_cpus);
+  const auto size = [](std::size_t bytes) {
+    return bytes == 0 ? std::string("unknown") : format_bytes(static_cast<double>(bytes));
+  };
+  fmt::print("  caches             L1d {}, L2 {}, L3 {}\n", size(m.l1d_bytes), size(m.l2_bytes),
+             size(m.l3_bytes));
+  fmt::print("  memory             {}\n", size(m.memory_bytes));
+  fmt::print("  system             {}\n", m.os);
 }
 
 }  // namespace

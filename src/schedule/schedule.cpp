@@ -77,7 +77,8 @@ void plan(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::
       std::int64_t take = room - o.fixed_overhead_blocks;
       if (step > 0) {
         // To the nearest split point, short of the end of the request.
-        std::int64_t steps = std::min((std::max<std::int64_t>(take, 0) + step / 2) / step, (left - 1) / step);
+        std::int64_t steps = std::min((std::max<std::int64_t>(take, 0) + step / 2) / step,
+                                      std::max<std::int64_t>(left - 1, 0) / step);
         if (steps == 0 && !has_work()) steps = 1;
         take = steps * step;
         split += static_cast<std::int32_t>(steps);

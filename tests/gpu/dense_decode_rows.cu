@@ -316,9 +316,9 @@ int main(int argc, char** argv) {
       over += median > row.best_ms;
       ++timed;
     }
-    std::printf("%2d b%-3d s_q%d h%-3d s_k%-6d v%d c%d %s err %.2f cos %.1e lse %.1e | %.5f ms best %.5f (%.2f) floor (%.2f) %.0f TF/s %.0f GB/s\n",
-                r, row.b, row.s_q, row.h_q, row.mean, row.varlen, row.causal, good ? "ok  " : "FAIL", worst, cosine, worst_lse,
-                median, row.best_ms, median / row.best_ms, median / row.floor_ms, tflops, gbs);
+    std::printf("%2d b%-3d q%d h%-3d k%-6d v%d c%d %s %.2f | %.5f ms %.2f best %.2f floor %4.0f TF/s %4.0f GB/s\n", r,
+                row.b, row.s_q, row.h_q, row.mean, row.varlen, row.causal, good ? "ok" : "FAIL", worst, median,
+                median / row.best_ms, median / row.floor_ms, tflops, gbs);
     std::fflush(stdout);
     json << (timed > 1 ? ",\n" : "") << "{\"b\":" << row.b << ",\"s_q\":" << row.s_q << ",\"h_q\":" << row.h_q
          << ",\"h_kv\":1,\"s_k\":" << row.mean << ",\"varlen\":" << row.varlen << ",\"causal\":" << row.causal

@@ -56,6 +56,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   }
   ptx::grid_dependency_wait();
+  // The combine kernel may be set up from now on; it waits for this grid to finish before it reads anything.
+  ptx::grid_dependency_launch();
   const std::int32_t* part = p.parts + static_cast<std::int64_t>(blockIdx.z) * 8;
   if (part[0] < p.batch) {
     if (warp >= kConsumerThreads / 32) {
@@ -63,7 +65,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
         Producer<kCluster>{p, s, &q_map, &k_map, kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0}.run(part);
       }
-      __syncwarp();
     } else if (warp < 4) {
       ptx::set_max_registers_up<240>();
       std::conditional_t<kDivision == Division::kPaired, PairedConsumer<kBf16, kCluster, 0>,
@@ -76,7 +77,6 @@ __global__ void __launch_bounds__(kThreads, 1)
           .run(part);
     }
   }
-  ptx::grid_dependency_launch();
   if constexpr (kCluster > 1) {
     // No CTA leaves while the other may still write to it or arrive at its barriers.
     ptx::cluster_arrive();

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -56,12 +57,13 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
   launch(dense_decode_kernel<kBf16, kCluster, kDivision>, grid, kThreads, kSmemBytes, kCluster, stream, q_map, k_map, p);
   if (p.num_parts == 1) return;
   const int rows = p.s_q * p.h_q;
+  const auto owners = static_cast<unsigned>(std::min(p.batch, p.num_parts));
   if (p.num_parts > 4 * p.batch) {
-    launch(combine_kernel<kBf16, kCombineWarps>, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(p.num_parts)),
+    launch(combine_kernel<kBf16, kCombineWarps>, dim3(static_cast<unsigned>(rows), owners),
            kCombineWarps * 32, 0, 1, stream, p);
   } else {
     const auto groups = static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps);
-    launch(combine_kernel<kBf16, 1>, dim3(groups, static_cast<unsigned>(p.num_parts)), kCombineWarps * 32, 0, 1, stream,
+    launch(combine_kernel<kBf16, 1>, dim3(groups, owners), kCombineWarps * 32, 0, 1, stream,
            p);
   }
 }

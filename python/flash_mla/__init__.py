@@ -1,0 +1,32 @@
+"""Multi-head latent attention (MLA) on CPUs and Hopper GPUs; a drop-in for FlashMLA's interface."""
+
+from ._arrays import Array
+from ._interface import (
+    FlashMLASchedMeta,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
+from ._library import backends, build_decode_schedule, cpu_isa, merge_states, reference_dense_decode
+from ._C import version as _version
+
+__version__ = _version()
+
+__all__ = [
+    "Array",
+    "FlashMLASchedMeta",
+    "backends",
+    "build_decode_schedule",
+    "cpu_isa",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_mla_sparse_fwd",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "merge_states",
+    "reference_dense_decode",
+]

@@ -1,0 +1,224 @@
+"""FlashMLA's interface, in the three forms it has had.
+
+Which one a caller uses shows in the arguments: ``get_mla_metadata(cache_seqlens, ...)`` returns tensors (February and
+September 2025), ``get_mla_metadata()`` an object that the first call fills (today's).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Optional, Tuple
+
+from . import _C
+from ._arrays import Array, empty, shape_of
+
+_BLOCK_SIZE = 64
+
+
+def _missing(feature: str) -> NotImplementedError:
+    return NotImplementedError(f"{feature} is not implemented in flash_mla {_C.version()}")
+
+
+@dataclass
+class FlashMLASchedMeta:
+    """Schedule of a decoding step, filled by the first flash_mla_with_kvcache call it is passed to.
+
+    May be passed again for calls with the same shapes and flags and the same lengths (every layer of a step).
+    """
+
+    @dataclass
+    class Config:
+        b: int
+        s_q: int
+        h_q: int
+        page_block_size: int
+        h_k: int
+        causal: bool
+        is_fp8_kvcache: bool
+        topk: Optional[int]
+        extra_page_block_size: Optional[int]
+        extra_topk: Optional[int]
+
+    have_initialized: bool = False
+    config: Optional[Config] = None
+    tile_scheduler_metadata: Any = None
+    num_splits: Any = None
+
+
+def get_mla_metadata(
+    cache_seqlens: Optional[Array] = None,
+    num_q_tokens_per_head_k: Optional[int] = None,
+    num_heads_k: Optional[int] = None,
+    num_heads_q: Optional[int] = None,
+    is_fp8_kvcache: bool = False,
+    topk: Optional[int] = None,
+    *,
+    num_heads_per_head_k: Optional[int] = None,
+) -> Tuple[Any, Any]:
+    """Plans a decoding step; one plan serves every layer.
+
+    With cache_seqlens (b,) int32, contiguous: returns tile_scheduler_metadata (num_sm_parts, 8) int32, rows
+    (begin_req, begin_token, end_req inclusive, end_token, begin_split, 0, 0, 0), and num_splits (b + 1,) int32. On the
+    CPU num_sm_parts is the number of threads OpenMP would use. ``num_q_tokens_per_head_k`` (``num_heads_per_head_k``
+    until September 2025) is s_q * h_q // h_kv.
+
+    Without arguments: returns (FlashMLASchedMeta(), None), to be filled by the first decode.
+
+    Raises ValueError for bad arguments, NotImplementedError for an FP8 cache or sparse attention.
+    """
+    if cache_seqlens is None:
+        return FlashMLASchedMeta(), None
+    if is_fp8_kvcache:
+        raise _missing("is_fp8_kvcache (an FP8 cache)")
+    if topk is not None:
+        raise _missing("topk (sparse attention)")
+    if num_q_tokens_per_head_k is None:
+        num_q_tokens_per_head_k = num_heads_per_head_k
+    for name, value in (("num_q_tokens_per_head_k", num_q_tokens_per_head_k), ("num_heads_k", num_heads_k)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected an integer >= 1")
+    return _plan(cache_seqlens, token_rows=True)
+
+
+def _plan(cache_seqlens: Array, token_rows: bool) -> Tuple[Array, Array]:
+    num_parts, overhead = _C.cpu_schedule_options()
+    (b,) = shape_of(cache_seqlens, "cache_seqlens", 1)
+    parts = empty((num_parts, 8), cache_seqlens, "int32")
+    num_splits = empty((b + 1,), cache_seqlens, "int32")
+    _C.build_schedule(
+        cache_seqlens,
+        parts,
+        num_splits,
+        token_rows=token_rows,
+        block_size=_BLOCK_SIZE,
+        fixed_overhead_blocks=overhead,
+        min_blocks_per_request=0 if token_rows else 1,
+    )
+    return parts, num_splits
+
+
+def flash_mla_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    block_table: Optional[Array],
+    cache_seqlens: Optional[Array],
+    head_dim_v: int,
+    tile_scheduler_metadata: Any,
+    num_splits: Optional[Array] = None,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Optional[Array] = None,
+    attn_sink: Optional[Array] = None,
+    extra_k_cache: Optional[Array] = None,
+    extra_indices_in_kvcache: Optional[Array] = None,
+    topk_length: Optional[Array] = None,
+    extra_topk_length: Optional[Array] = None,
+) -> Tuple[Array, Array]:
+    """Dense MLA decode over a paged cache.
+
+    q: (b, s_q, h_q, d_qk) bfloat16, float16 or float32; k_cache: (num_blocks, page_size, h_kv, d_qk), q's dtype, whose
+    first head_dim_v columns are V; block_table: (b, max_blocks) int32; cache_seqlens: (b,) int32. d_qk is 576 and
+    head_dim_v 512 for DeepSeek models. tile_scheduler_metadata and num_splits as get_mla_metadata returned them.
+    softmax_scale defaults to d_qk ** -0.5, which is not DeepSeek's (V3 and R1: 0.1352338). causal: query i of s_q sees
+    keys j <= length - s_q + i.
+
+    Returns out (b, s_q, h_q, head_dim_v) in q's dtype and lse (b, h_q, s_q) float32, natural log, +inf where a query
+    sees no key (out is 0 there). Tensors are of the kind that was passed: torch or NumPy.
+
+    Raises ValueError naming the argument that is wrong, NotImplementedError for a feature that is not there yet.
+    """
+    if is_fp8_kvcache:
+        raise _missing("is_fp8_kvcache (an FP8 cache)")
+    if indices is not None:
+        raise _missing("indices (sparse attention)")
+    if attn_sink is not None:
+        raise _missing("attn_sink")
+    if extra_k_cache is not None or extra_indices_in_kvcache is not None or extra_topk_length is not None:
+        raise _missing("extra_k_cache / extra_indices_in_kvcache / extra_topk_length (a second cache)")
+    if topk_length is not None:
+        raise _missing("topk_length (sparse attention)")
+    b, s_q, h_q, _ = shape_of(q, "q", 4)
+    if type(head_dim_v) is not int or head_dim_v < 1:
+        raise ValueError(f"head_dim_v is {head_dim_v!r}, expected an integer >= 1")
+    token_rows = True
+    parts = tile_scheduler_metadata
+    if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
+        if num_splits is not None:
+            raise ValueError("num_splits is given, expected None beside a FlashMLASchedMeta")
+        token_rows = False
+        parts, num_splits = _metadata(tile_scheduler_metadata, q, k_cache, cache_seqlens, causal)
+    out = empty((b, s_q, h_q, head_dim_v), q)
+    lse = empty((b, h_q, s_q), q, "float32")
+    _C.dense_decode(
+        q, k_cache, block_table, cache_seqlens, out, lse, parts, num_splits, softmax_scale, causal, token_rows
+    )
+    return out, lse
+
+
+def _metadata(meta: FlashMLASchedMeta, q: Array, k_cache: Array, cache_seqlens: Array, causal: bool):
+    """The object's schedule, planned now if this is the first call; ValueError if it was planned for something else."""
+    b, s_q, h_q, _ = q.shape
+    _, page_size, h_k, _ = shape_of(k_cache, "k_cache", 4)
+    config = FlashMLASchedMeta.Config(b, s_q, h_q, page_size, h_k, bool(causal), False, None, None, None)
+    if not meta.have_initialized:
+        meta.tile_scheduler_metadata, meta.num_splits = _plan(cache_seqlens, token_rows=False)
+        meta.config = config
+        meta.have_initialized = True
+    elif meta.config != config:
+        raise ValueError(f"tile_scheduler_metadata was filled for {meta.config}, expected the same as now: {config}")
+    return meta.tile_scheduler_metadata, meta.num_splits
+
+
+def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
+    """Sparse prefill. Not there yet: raises NotImplementedError."""
+    raise _missing("flash_mla_sparse_fwd (sparse prefill)")
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_qo,
+    cu_seqlens_kv,
+    max_seqlen_qo,
+    max_seqlen_kv,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    deterministic=False,
+    is_varlen=True,
+):
+    """Dense prefill. Not there yet: raises NotImplementedError."""
+    raise _missing("flash_attn_varlen_func (dense prefill)")
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv,
+    cu_seqlens,
+    max_seqlen,
+    head_dim_qk,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    deterministic=False,
+    is_varlen=True,
+):
+    """Dense prefill. Not there yet: raises NotImplementedError."""
+    raise _missing("flash_attn_varlen_qkvpacked_func (dense prefill)")
+
+
+def flash_attn_varlen_kvpacked_func(
+    q,
+    kv,
+    cu_seqlens_qo,
+    cu_seqlens_kv,
+    max_seqlen_qo,
+    max_seqlen_kv,
+    head_dim_qk,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    deterministic=False,
+    is_varlen=True,
+):
+    """Dense prefill. Not there yet: raises NotImplementedError."""
+    raise _missing("flash_attn_varlen_kvpacked_func (dense prefill)")

@@ -1,0 +1,91 @@
+"""What the library offers beyond FlashMLA's interface."""
+
+from typing import Dict, List, Optional, Tuple
+
+from . import _C
+from ._arrays import Array, empty, shape_of
+
+
+def backends() -> List[Dict[str, object]]:
+    """All backends the library knows: name, available, device, and why it is or is not used."""
+    return _C.backends()
+
+
+def cpu_isa() -> Dict[str, object]:
+    """The CPU backend's instruction set: selected, reason, and the names FLASH_MLA_CPU_ISA accepts here.
+
+    Raises ValueError when FLASH_MLA_CPU_ISA names one that this machine lacks.
+    """
+    return _C.cpu_isa()
+
+
+def build_decode_schedule(
+    cache_seqlens: Array,
+    num_parts: int,
+    *,
+    block_size: int = 64,
+    fixed_overhead_blocks: int = 5,
+    min_blocks_per_request: int = 1,
+    fixed_split_blocks: int = 0,
+    token_rows: bool = False,
+) -> Tuple[Array, Array]:
+    """Plans which worker handles which tokens of which request.
+
+    cache_seqlens: (b,) int32, contiguous, on the host. Returns parts (num_parts, 8) int32 with rows (begin_req,
+    end_req inclusive, begin_block, end_block exclusive, begin_split, first_is_split, last_is_split, 0), or with
+    ``token_rows`` (begin_req, begin_token, end_req, end_token, begin_split, 0, 0, 0); and num_splits (b + 1,) int32,
+    the exclusive prefix sum of splits per request. ``fixed_split_blocks`` > 0 is the batch-invariant mode.
+    Raises ValueError for a negative length or an option out of range.
+    """
+    (b,) = shape_of(cache_seqlens, "cache_seqlens", 1)
+    if num_parts < 1:
+        raise ValueError(f"num_parts is {num_parts}, expected >= 1")
+    parts = empty((num_parts, 8), cache_seqlens, "int32")
+    num_splits = empty((b + 1,), cache_seqlens, "int32")
+    _C.build_schedule(
+        cache_seqlens,
+        parts,
+        num_splits,
+        token_rows=token_rows,
+        block_size=block_size,
+        fixed_overhead_blocks=fixed_overhead_blocks,
+        min_blocks_per_request=min_blocks_per_request,
+        fixed_split_blocks=fixed_split_blocks,
+    )
+    return parts, num_splits
+
+
+def reference_dense_decode(
+    q: Array,
+    k_cache: Array,
+    block_table: Array,
+    cache_seqlens: Array,
+    head_dim_v: int,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+) -> Tuple[Array, Array]:
+    """Dense decode by the definition, every sum in float64; for verification.
+
+    Shapes as flash_mla_with_kvcache; q and k_cache may also be float64. Returns out (b, s_q, h_q, head_dim_v) and lse
+    (b, h_q, s_q), both float64. Raises ValueError as flash_mla_with_kvcache does.
+    """
+    b, s_q, h_q, _ = shape_of(q, "q", 4)
+    out = empty((b, s_q, h_q, head_dim_v), q, "float64")
+    lse = empty((b, h_q, s_q), q, "float64")
+    _C.reference_dense_decode(q, k_cache, block_table, cache_seqlens, out, lse, softmax_scale, causal)
+    return out, lse
+
+
+def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array, base: str = "e") -> Tuple[Array, Array]:
+    """Merges the attention of the same queries over two disjoint sets of keys.
+
+    out_a, out_b: (b, s_q, h_q, d) float32, float16 or bfloat16; lse_a, lse_b: (b, h_q, s_q) float32, in ``base`` "e"
+    (this library, FlashAttention) or "2" (FlashInfer). An empty state has lse +inf or -inf and contributes nothing.
+    Returns (out, lse) of the same shapes, lse +inf where both are empty. Raises ValueError for anything else.
+    """
+    if base not in ("e", "2"):
+        raise ValueError(f'base is {base!r}, expected "e" or "2"')
+    out = empty(shape_of(out_a, "out_a", 4), out_a)
+    lse = empty(shape_of(lse_a, "lse_a", 3), lse_a, "float32")
+    _C.merge_states(out_a, lse_a, out_b, lse_b, out, lse, base == "2")
+    return out, lse

@@ -1,0 +1,196 @@
+// The Python module: arguments in, one call of the C++ API, nothing computed here.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <new>
+
+#include "flash_mla/flash_mla.h"
+#include "tensor_argument.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flash_mla::python {
+namespace {
+
+/// Scratch memory of one thread: grown when a call needs more, kept until the thread ends.
+class Workspace {
+ public:
+  ~Workspace() { std::free(data_); }
+  void* get(std::size_t bytes) {
+    if (bytes > bytes_) {
+      std::free(data_);
+      bytes_ = (bytes + 63) / 64 * 64;
+      data_ = std::aligned_alloc(64, bytes_);
+      if (data_ == nullptr) {
+        bytes_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+  std::size_t size() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+Workspace& thread_workspace() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
+DenseDecodeArgs arguments(const TensorArgument& q, const TensorArgument& k_cache,
+                          const TensorArgument& block_table, const TensorArgument& cache_seqlens,
+                          const TensorArgument& out, const TensorArgument& lse) {
+  return {q.view(), k_cache.view(), block_table.view(), cache_seqlens.view(), out.view(), lse.view()};
+}
+
+void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
+                     nb::handle out, nb::handle lse, nb::handle parts, nb::handle num_splits,
+                     std::optional<float> softmax_scale, bool causal, bool token_rows, int block_size,
+                     int fixed_split_blocks, int num_threads) {
+  const TensorArgument t_q(q, "q"), t_k(k_cache, "k_cache"), t_table(block_table, "block_table"),
+      t_lengths(cache_seqlens, "cache_seqlens"), t_out(out, "out"), t_lse(lse, "lse"),
+      t_parts(parts, "tile_scheduler_metadata"), t_splits(num_splits, "num_splits");
+  const DenseDecodeArgs args = arguments(t_q, t_k, t_table, t_lengths, t_out, t_lse);
+  DecodeScheduleView schedule;
+  schedule.parts = t_parts.view();
+  schedule.num_splits = t_splits.view();
+  schedule.block_size = block_size;
+  schedule.fixed_split_blocks = fixed_split_blocks;
+  schedule.unit = token_rows ? PartUnit::kTokens : PartUnit::kBlocks;
+  DenseDecodeOptions options;
+  options.softmax_scale = softmax_scale;
+  options.causal = causal;
+  options.num_threads = num_threads;
+  nb::gil_scoped_release release;
+  const std::size_t bytes = dense_decode_workspace_size(args, schedule, options);
+  dense_decode(args, schedule, thread_workspace().get(bytes), bytes, options);
+}
+
+std::span<const std::int32_t> lengths_of(const TensorView& t) {
+  if (t.rank != 1 || t.dtype != DType::kInt32 || (t.size(0) > 1 && t.stride(0) != 1)) {
+    throw InvalidArgument("cache_seqlens is " + t.describe() +
+                          ", expected a contiguous int32 tensor of rank 1");
+  }
+  if (t.device.type != DeviceType::kCpu) {
+    throw Unsupported("cache_seqlens is " + t.describe() + "; this build plans and decodes on the CPU only");
+  }
+  return {t.ptr<const std::int32_t>(), static_cast<std::size_t>(t.size(0))};
+}
+
+/// Plans into `parts` (num_parts, 8) and `num_splits` (b + 1), which the caller has allocated.
+void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle num_splits, bool token_rows,
+                       int block_size, int fixed_overhead_blocks, int min_blocks_per_request,
+                       int fixed_split_blocks) {
+  const TensorArgument t_lengths(cache_seqlens, "cache_seqlens"), t_parts(parts, "parts"),
+      t_splits(num_splits, "num_splits");
+  const auto lengths = lengths_of(t_lengths.view());
+  const TensorView& rows = t_parts.view();
+  const TensorView& splits = t_splits.view();
+  if (rows.rank != 2 || rows.dtype != DType::kInt32 || rows.size(1) != 8 || splits.rank != 1 ||
+      splits.dtype != DType::kInt32) {
+    throw InvalidArgument("parts is " + rows.describe() + " and num_splits is " + splits.describe() +
+                          ", expected int32 (num_parts, 8) and (b + 1)");
+  }
+  ScheduleOptions options;
+  options.num_parts = static_cast<int>(rows.size(0));
+  options.block_size = block_size;
+  options.fixed_overhead_blocks = fixed_overhead_blocks;
+  options.min_blocks_per_request = min_blocks_per_request;
+  options.fixed_split_blocks = fixed_split_blocks;
+  if (token_rows) {
+    const DecodeSchedule schedule = DecodeSchedule::build(lengths, options);
+    if (static_cast<std::size_t>(splits.size(0)) != schedule.num_splits().size()) {
+      throw InvalidArgument("num_splits is " + splits.describe() + ", expected b + 1 elements");
+    }
+    const std::vector<std::int32_t> flat = schedule.to_token_rows(lengths);
+    std::copy(flat.begin(), flat.end(), rows.ptr<std::int32_t>());
+    std::copy(schedule.num_splits().begin(), schedule.num_splits().end(), splits.ptr<std::int32_t>());
+  } else {
+    build_decode_schedule(lengths, options, {rows.ptr<DecodePart>(), static_cast<std::size_t>(rows.size(0))},
+                          {splits.ptr<std::int32_t>(), static_cast<std::size_t>(splits.size(0))});
+  }
+}
+
+void py_reference(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
+                  nb::handle out, nb::handle lse, std::optional<float> softmax_scale, bool causal) {
+  const TensorArgument t_q(q, "q"), t_k(k_cache, "k_cache"), t_table(block_table, "block_table"),
+      t_lengths(cache_seqlens, "cache_seqlens"), t_out(out, "out"), t_lse(lse, "lse");
+  DenseDecodeOptions options;
+  options.softmax_scale = softmax_scale;
+  options.causal = causal;
+  nb::gil_scoped_release release;
+  reference::dense_decode(arguments(t_q, t_k, t_table, t_lengths, t_out, t_lse), options);
+}
+
+void py_merge_states(nb::handle out_a, nb::handle lse_a, nb::handle out_b, nb::handle lse_b, nb::handle out,
+                     nb::handle lse, bool base2) {
+  const TensorArgument a(out_a, "out_a"), la(lse_a, "lse_a"), b(out_b, "out_b"), lb(lse_b, "lse_b"),
+      o(out, "out"), l(lse, "lse");
+  nb::gil_scoped_release release;
+  merge_states(a.view(), la.view(), b.view(), lb.view(), o.view(), l.view(),
+               base2 ? LseBase::kTwo : LseBase::kE);
+}
+
+}  // namespace
+}  // namespace flash_mla::python
+
+NB_MODULE(_C, m) {
+  using namespace flash_mla;
+  m.doc() = "flash_mla's C++ API. The package flash_mla documents and wraps what is meant to be called.";
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const InvalidArgument& e) {
+      PyErr_SetString(PyExc_ValueError, e.what());
+    } catch (const Unsupported& e) {
+      PyErr_SetString(PyExc_NotImplementedError, e.what());
+    }
+  });
+  m.def("version", &version);
+  m.def("dense_decode", &python::py_dense_decode, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a,
+        "out"_a, "lse"_a, "parts"_a, "num_splits"_a, "softmax_scale"_a = nb::none(), "causal"_a = false,
+        "token_rows"_a = false, "block_size"_a = 64, "fixed_split_blocks"_a = 0, "num_threads"_a = 0);
+  m.def("build_schedule", &python::py_build_schedule, "cache_seqlens"_a, "parts"_a, "num_splits"_a,
+        "token_rows"_a = false, "block_size"_a = 64, "fixed_overhead_blocks"_a = 5,
+        "min_blocks_per_request"_a = 1, "fixed_split_blocks"_a = 0);
+  m.def(
+      "cpu_schedule_options",
+      [](int num_threads) {
+        const ScheduleOptions o = cpu_schedule_options(num_threads);
+        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks);
+      },
+      "num_threads"_a = 0);
+  m.def("reference_dense_decode", &python::py_reference, "q"_a, "k_cache"_a, "block_table"_a,
+        "cache_seqlens"_a, "out"_a, "lse"_a, "softmax_scale"_a = nb::none(), "causal"_a = false);
+  m.def("merge_states", &python::py_merge_states, "out_a"_a, "lse_a"_a, "out_b"_a, "lse_b"_a, "out"_a,
+        "lse"_a, "base2"_a = false);
+  m.def("backends", [] {
+    nb::list all;
+    for (const BackendInfo& b : backends()) {
+      nb::dict d;
+      d["name"] = backend_name(b.backend);
+      d["available"] = b.available;
+      d["device"] = b.device;
+      d["detail"] = b.detail;
+      all.append(d);
+    }
+    return all;
+  });
+  m.def("cpu_isa", [] {
+    const CpuIsaInfo isa = cpu_isa();
+    nb::dict d;
+    d["selected"] = isa.selected;
+    d["reason"] = isa.reason;
+    d["available"] = isa.available;
+    return d;
+  });
+}

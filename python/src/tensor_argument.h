@@ -1,0 +1,29 @@
+#pragma once
+
+#include <dlpack/dlpack.h>
+#include <nanobind/nanobind.h>
+
+#include "flash_mla/tensor.h"
+
+namespace flash_mla::python {
+
+/// A tensor that Python passed, as a TensorView for the length of a call. Takes anything that speaks DLPack,
+/// by the quickest door the type offers:
+///   - DLPack's C exchange API (torch 2.10 and later): no Python call, no capsule;
+///   - __dlpack__();
+///   - __array_interface__ of a NumPy array of ml_dtypes.bfloat16, which NumPy cannot export through DLPack.
+class TensorArgument {
+ public:
+  /// `name` is used in error messages; throws InvalidArgument when `object` is no tensor.
+  TensorArgument(nanobind::handle object, const char* name);
+  TensorArgument(const TensorArgument&) = delete;
+  TensorArgument& operator=(const TensorArgument&) = delete;
+
+  const TensorView& view() const { return view_; }
+
+ private:
+  TensorView view_;
+  nanobind::object capsule_;  // keeps a __dlpack__ export alive
+};
+
+}  // namespace flash_mla::python

@@ -1,0 +1,192 @@
+#include "flash_mla/c_api.h"
+
+#include <cmath>
+#include <exception>
+#include <new>
+#include <string>
+
+#include "api/checks.h"
+#include "flash_mla/decode.h"
+#include "flash_mla/dlpack.h"
+#include "flash_mla/error.h"
+#include "flash_mla/info.h"
+#include "flash_mla/merge.h"
+#include "flash_mla/schedule.h"
+
+namespace {
+
+using namespace flash_mla;
+
+std::string& last_error() {
+  thread_local std::string message;
+  return message;
+}
+
+flash_mla_status fail(flash_mla_status status, const char* message) noexcept {
+  try {
+    last_error() = message;
+  } catch (...) {
+    // Out of memory for the message itself: the status still tells.
+  }
+  return status;
+}
+
+/// Runs f and turns what it throws into a status.
+template <class F>
+flash_mla_status guarded(F&& f) noexcept {
+  try {
+    f();
+    return FLASH_MLA_OK;
+  } catch (const InvalidArgument& e) {
+    return fail(FLASH_MLA_INVALID_ARGUMENT, e.what());
+  } catch (const Unsupported& e) {
+    return fail(FLASH_MLA_UNSUPPORTED, e.what());
+  } catch (const std::bad_alloc&) {
+    return fail(FLASH_MLA_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::exception& e) {
+    return fail(FLASH_MLA_INTERNAL, e.what());
+  } catch (...) {
+    return fail(FLASH_MLA_INTERNAL, "unknown error");
+  }
+}
+
+template <class T>
+const T& required(const T* p, const char* name) {
+  if (p == nullptr) api::invalid("{} is NULL, expected a pointer", name);
+  return *p;
+}
+
+TensorView view(const DLTensor* t, const char* name) { return from_dlpack(required(t, name), name); }
+
+struct DecodeCall {
+  DenseDecodeArgs args;
+  DecodeScheduleView schedule;
+  DenseDecodeOptions options;
+};
+
+DecodeCall decode_call(const flash_mla_dense_decode_args* args,
+                       const flash_mla_dense_decode_options* options) {
+  required(args, "args");
+  DecodeCall call;
+  call.args.q = view(args->q, "q");
+  call.args.k_cache = view(args->k_cache, "k_cache");
+  call.args.block_table = view(args->block_table, "block_table");
+  call.args.cache_seqlens = view(args->cache_seqlens, "cache_seqlens");
+  call.args.out = view(args->out, "out");
+  if (args->lse != nullptr) {
+    call.args.lse = view(args->lse, "lse");
+    // Rank 0 would read as "not given".
+    if (call.args.lse.rank == 0) api::invalid("lse has rank 0, expected a tensor of rank 3 or NULL");
+  }
+  call.schedule.parts = view(args->parts, "parts");
+  call.schedule.num_splits = view(args->num_splits, "num_splits");
+  flash_mla_dense_decode_options defaults;
+  flash_mla_dense_decode_options_init(&defaults);
+  const flash_mla_dense_decode_options& o = options != nullptr ? *options : defaults;
+  call.schedule.block_size = o.block_size;
+  call.schedule.fixed_split_blocks = o.fixed_split_blocks;
+  if (!std::isnan(o.softmax_scale)) call.options.softmax_scale = o.softmax_scale;
+  call.options.causal = o.causal != 0;
+  call.options.num_threads = o.num_threads;
+  call.options.stream = o.stream;
+  return call;
+}
+
+}  // namespace
+
+const char* flash_mla_last_error(void) { return last_error().c_str(); }
+
+const char* flash_mla_version(void) { return version(); }
+
+void flash_mla_schedule_options_init(flash_mla_schedule_options* options) {
+  if (options == nullptr) return;
+  const ScheduleOptions defaults;
+  options->block_size = defaults.block_size;
+  options->fixed_overhead_blocks = defaults.fixed_overhead_blocks;
+  options->min_blocks_per_request = defaults.min_blocks_per_request;
+  options->fixed_split_blocks = defaults.fixed_split_blocks;
+}
+
+flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
+                                                 const flash_mla_schedule_options* options, DLTensor* parts,
+                                                 DLTensor* num_splits) {
+  return guarded([&] {
+    const TensorView lengths = view(cache_seqlens, "cache_seqlens");
+    const TensorView rows = view(parts, "parts");
+    const TensorView splits = view(num_splits, "num_splits");
+    api::check_tensor(lengths, "cache_seqlens", 1, {DType::kInt32});
+    api::check_tensor(rows, "parts", 2, {DType::kInt32});
+    api::check_tensor(splits, "num_splits", 1, {DType::kInt32});
+    api::check_last_dim_contiguous(lengths, "cache_seqlens");
+    api::check_last_dim_contiguous(splits, "num_splits");
+    api::check_size(rows, "parts", 1, 8, "the row width");
+    api::check_size(splits, "num_splits", 0, lengths.size(0) + 1, "b + 1");
+    if (rows.size(0) < 1) api::invalid("parts.shape[0] is {}, expected >= 1", rows.size(0));
+    if (rows.size(0) > 1 && rows.stride(0) != 8) {
+      api::invalid("parts.stride[0] is {}, expected 8 (contiguous)", rows.stride(0));
+    }
+    api::check_last_dim_contiguous(rows, "parts");
+    if (lengths.device.type != DeviceType::kCpu) {
+      throw Unsupported("cache_seqlens is " + lengths.describe() + ", expected a CPU tensor");
+    }
+    api::check_same_device(rows, "parts", lengths, "cache_seqlens");
+    api::check_same_device(splits, "num_splits", lengths, "cache_seqlens");
+    ScheduleOptions o;
+    if (rows.size(0) > 1 << 20)
+      api::invalid("parts.shape[0] is {}, expected at most {}", rows.size(0), 1 << 20);
+    o.num_parts = static_cast<int>(rows.size(0));
+    if (options != nullptr) {
+      o.block_size = options->block_size;
+      o.fixed_overhead_blocks = options->fixed_overhead_blocks;
+      o.min_blocks_per_request = options->min_blocks_per_request;
+      o.fixed_split_blocks = options->fixed_split_blocks;
+    }
+    build_decode_schedule({lengths.ptr<const std::int32_t>(), static_cast<std::size_t>(lengths.size(0))}, o,
+                          {rows.ptr<DecodePart>(), static_cast<std::size_t>(rows.size(0))},
+                          {splits.ptr<std::int32_t>(), static_cast<std::size_t>(splits.size(0))});
+  });
+}
+
+void flash_mla_dense_decode_options_init(flash_mla_dense_decode_options* options) {
+  if (options == nullptr) return;
+  const DecodeScheduleView schedule;
+  options->softmax_scale = std::nanf("");
+  options->causal = 0;
+  options->num_threads = 0;
+  options->block_size = schedule.block_size;
+  options->fixed_split_blocks = schedule.fixed_split_blocks;
+  options->stream = nullptr;
+}
+
+flash_mla_status flash_mla_dense_decode_workspace_size(const flash_mla_dense_decode_args* args,
+                                                       const flash_mla_dense_decode_options* options,
+                                                       size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "bytes");
+    const DecodeCall call = decode_call(args, options);
+    *bytes = dense_decode_workspace_size(call.args, call.schedule, call.options);
+  });
+}
+
+flash_mla_status flash_mla_dense_decode(const flash_mla_dense_decode_args* args,
+                                        const flash_mla_dense_decode_options* options, void* workspace,
+                                        size_t workspace_bytes) {
+  return guarded([&] {
+    const DecodeCall call = decode_call(args, options);
+    dense_decode(call.args, call.schedule, workspace, workspace_bytes, call.options);
+  });
+}
+
+flash_mla_status flash_mla_merge_states(const DLTensor* out_a, const DLTensor* lse_a, const DLTensor* out_b,
+                                        const DLTensor* lse_b, DLTensor* out, DLTensor* lse,
+                                        flash_mla_lse_base base) {
+  return guarded([&] {
+    if (base != FLASH_MLA_LSE_BASE_E && base != FLASH_MLA_LSE_BASE_2) {
+      api::invalid("base is {}, expected FLASH_MLA_LSE_BASE_E or FLASH_MLA_LSE_BASE_2",
+                   static_cast<int>(base));
+    }
+    merge_states(view(out_a, "out_a"), view(lse_a, "lse_a"), view(out_b, "out_b"), view(lse_b, "lse_b"),
+                 view(out, "out"), view(lse, "lse"),
+                 base == FLASH_MLA_LSE_BASE_E ? LseBase::kE : LseBase::kTwo);
+  });
+}

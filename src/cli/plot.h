@@ -1,0 +1,14 @@
+#pragma once
+
+#include <string>
+
+namespace flash_mla::cli {
+
+/// Throws UsageError unless `python` runs and has matplotlib. Call it before a long measurement.
+void require_plotting(const std::string& python);
+
+/// Draws the roofline of the result file `json` into `picture` with bench/plot_roofline.py, which is built
+/// into the program. Throws std::runtime_error.
+void plot_roofline(const std::string& python, const std::string& json, const std::string& picture);
+
+}  // namespace flash_mla::cli

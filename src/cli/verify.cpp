@@ -1,0 +1,27 @@
+#include <limits>
+#include <memory>
+
+#include "cli/args.h"
+#include "cli/commands.h"
+#include "cli/verify_cases.h"
+
+namespace flash_mla::cli {
+
+void register_verify(CLI::App& app, int& exit_code) {
+  auto options = std::make_shared<VerifyOptions>();
+  CLI::App* sub =
+      app.add_subcommand("verify", "Random cases against the fp64 reference; exit code 1 when one disagrees");
+  sub->add_option("--cases", options->cases, "How many cases to run")
+      ->check(integer_between(1, 1'000'000'000))
+      ->capture_default_str();
+  sub->add_option("--seed", options->seed, "Seed of the cases")
+      ->check(integer_between(0, std::numeric_limits<long long>::max()))
+      ->capture_default_str();
+  sub->add_option("--case", options->only_case, "Run this case of the seed alone, e.g. to repeat a failure")
+      ->check(integer_between(0, 1'000'000'000));
+  sub->add_flag("-v,--verbose", options->verbose, "Print every case");
+  sub->add_flag("-q,--quiet", options->quiet, "No progress on stderr");
+  sub->callback([options, &exit_code] { exit_code = run_verify(*options, library_decode) == 0 ? 0 : 1; });
+}
+
+}  // namespace flash_mla::cli

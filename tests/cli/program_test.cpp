@@ -1,0 +1,163 @@
+// The program as a user meets it: output, exit codes, result files.
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <array>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace {
+
+struct Outcome {
+  int exit_code = -1;
+  std::string output;  ///< stdout and stderr
+};
+
+Outcome run(const std::string& arguments, const std::string& environment = "") {
+  const std::string command = environment + " '" FLASH_MLA_PROGRAM "' " + arguments + " 2>&1 </dev/null";
+  FILE* pipe = popen(command.c_str(), "r");
+  Outcome outcome;
+  if (pipe == nullptr) return outcome;
+  std::array<char, 4096> part{};
+  for (std::size_t n; (n = std::fread(part.data(), 1, part.size(), pipe)) > 0;) {
+    outcome.output.append(part.data(), n);
+  }
+  const int status = pclose(pipe);
+  if (WIFEXITED(status)) outcome.exit_code = WEXITSTATUS(status);
+  return outcome;
+}
+
+void expect_usage_error(const std::string& arguments, const std::string& message,
+                        const std::string& environment = "") {
+  const Outcome o = run(arguments, environment);
+  EXPECT_EQ(o.exit_code, 2) << arguments << "\n" << o.output;
+  EXPECT_NE(o.output.find(message), std::string::npos) << arguments << "\n" << o.output;
+}
+
+TEST(Program, HelpEverywhere) {
+  for (const std::string command : {"", "info", "demo", "verify", "bench"}) {
+    const Outcome o = run(command + " --help");
+    EXPECT_EQ(o.exit_code, 0) << command;
+    EXPECT_NE(o.output.find("Usage: flash-mla"), std::string::npos) << o.output;
+  }
+  EXPECT_NE(run("--help").output.find("verify"), std::string::npos);
+}
+
+TEST(Program, BadFlagsExplainThemselves) {
+  expect_usage_error("", "subcommand");
+  expect_usage_error("nope", "unknown command \"nope\", expected one of: info, demo, verify, bench");
+  expect_usage_error("bench --b 0", "--b: value is \"0\", expected an integer from 1 to 65536");
+  expect_usage_error("bench --s-k 16,x", "--s-k: value is \"x\"");
+  expect_usage_error("bench --dtype bf16,int8", "value is \"int8\", expected bf16, fp16 or fp32");
+  expect_usage_error("bench --h-q 3 --h-kv 2", "h_q is 3, expected a multiple of h_kv = 2");
+  expect_usage_error("bench --preset /no/such.json", "/no/such.json: No such file");
+  expect_usage_error("bench --min-time soon", "--min-time: value is \"soon\", expected a number");
+  expect_usage_error("bench --blas /no/such.so", "--blas: /no/such.so");
+  expect_usage_error("bench --wrong", "--wrong");
+  expect_usage_error("verify --cases many", "expected an integer from 1");
+  expect_usage_error("bench --plot x.png --python /no/such/python", "--python is \"/no/such/python\"");
+  expect_usage_error("info", "FLASH_MLA_CPU_ISA is \"mmx\"", "FLASH_MLA_CPU_ISA=mmx");
+}
+
+TEST(Program, PlotWithoutMatplotlibSaysSo) {
+  const std::string fake = ::testing::TempDir() + "python_without_matplotlib";
+  std::ofstream(fake) << "#!/bin/sh\nexit 1\n";
+  std::filesystem::permissions(fake, std::filesystem::perms::owner_all);
+  expect_usage_error("bench --plot x.png --python " + fake, "the roofline picture needs matplotlib");
+}
+
+TEST(Program, InfoNamesBackendsAndInstructionSet) {
+  const Outcome o = run("info");
+  EXPECT_EQ(o.exit_code, 0);
+  for (const char* word : {"cpu", "sm90", "instruction set", "FLASH_MLA_CPU_ISA", "Highway", "L2"}) {
+    EXPECT_NE(o.output.find(word), std::string::npos) << word << "\n" << o.output;
+  }
+}
+
+TEST(Program, VerifyRepeatsACase) {
+  const Outcome all = run("verify --cases 4 --seed 5 --verbose --quiet");
+  EXPECT_EQ(all.exit_code, 0) << all.output;
+  const Outcome one = run("verify --seed 5 --case 3");
+  EXPECT_EQ(one.exit_code, 0) << one.output;
+  const std::string line = one.output.substr(0, one.output.find('\n') + 1);
+  EXPECT_EQ(line.rfind("ok 3: ", 0), 0u) << line;
+  EXPECT_NE(all.output.find(line), std::string::npos) << all.output << "\nlacks\n" << line;
+}
+
+TEST(Program, BenchWritesItsResults) {
+  const std::string file = ::testing::TempDir() + "bench_test.json";
+  std::filesystem::remove(file);
+  const Outcome o =
+      run("bench --preset '" FLASH_MLA_PRESETS "/smoke.json' --reps 3 --min-time 0 --json '" + file + "'");
+  ASSERT_EQ(o.exit_code, 0) << o.output;
+  EXPECT_NE(o.output.find("bench: 2 of 2: small-varlen"), std::string::npos) << "no progress\n" << o.output;
+  const auto json = nlohmann::json::parse(std::ifstream(file));
+  for (const char* key : {"cpu", "usable_cpus", "memory_bytes", "isa", "version", "compiler"}) {
+    EXPECT_TRUE(json["machine"].contains(key)) << key;
+  }
+  EXPECT_TRUE(json["commit"].is_string());
+  EXPECT_EQ(json["command"].get<std::string>().rfind("flash-mla bench --preset", 0), 0u) << json["command"];
+  EXPECT_EQ(json["date"].get<std::string>().size(), 20u);
+  ASSERT_EQ(json["limits"].size(), 1u);
+  EXPECT_GT(json["limits"][0]["read_gbps"], 0);
+  ASSERT_EQ(json["rows"].size(), 2u);
+  for (const auto& row : json["rows"]) {
+    for (const char* key : {"name",
+                            "b",
+                            "s_q",
+                            "h_q",
+                            "h_kv",
+                            "s_k",
+                            "tokens",
+                            "varlen",
+                            "causal",
+                            "dtype",
+                            "page_size",
+                            "threads",
+                            "cache",
+                            "reps",
+                            "ms",
+                            "gflops",
+                            "gbps",
+                            "intensity",
+                            "sgemm_ms",
+                            "sgemm_gflops",
+                            "ratio_sgemm",
+                            "limit_fraction",
+                            "limited_by",
+                            "workspace_bytes",
+                            "peak_rss_bytes"}) {
+      EXPECT_TRUE(row.contains(key)) << key;
+    }
+    const double flop =
+        2.0 * row["h_q"].get<double>() * row["s_q"].get<double>() * row["tokens"].get<double>() * (576 + 512);
+    EXPECT_NEAR(row["gflops"].get<double>(), flop / row["ms"].get<double>() / 1e6, 1e-6 * flop);
+    EXPECT_GE(row["reps"], 3);
+    EXPECT_GT(row["limit_fraction"], 0);
+  }
+  EXPECT_EQ(json["rows"][0]["tokens"], 512);
+  EXPECT_EQ(json["rows"][1]["dtype"], "float32");
+}
+
+TEST(Program, BenchTakesListsOfShapes) {
+  const Outcome o = run(
+      "bench --b 1,2 --h-q 1 --s-k 8,16 --dtype fp32 --threads 1 --reps 1 --min-time 0 --no-blas --quiet");
+  EXPECT_EQ(o.exit_code, 0) << o.output;
+  for (const char* name : {"b1 h1 s8 fp32", "b1 h1 s16 fp32", "b2 h1 s8 fp32", "b2 h1 s16 fp32"}) {
+    EXPECT_NE(o.output.find(name), std::string::npos) << name << "\n" << o.output;
+  }
+  EXPECT_NE(o.output.find("not measured: switched off by --no-blas"), std::string::npos) << o.output;
+}
+
+TEST(Program, AFileThatCannotBeWrittenIsAnError) {
+  const Outcome o =
+      run("bench --b 1 --h-q 1 --s-k 8 --reps 1 --min-time 0 --no-blas -q --json /no/such/dir/x");
+  EXPECT_EQ(o.exit_code, 1);
+  EXPECT_NE(o.output.find("cannot write /no/such/dir/x"), std::string::npos) << o.output;
+}
+
+}  // namespace

@@ -1,0 +1,283 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import Problem, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flash_mla
+from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+
+
+def decode(p, generation="2025-02"):
+    if generation == "today":
+        metadata, num_splits = get_mla_metadata()
+    elif generation == "2025-09":
+        metadata, num_splits = get_mla_metadata(p.cache_seqlens, p.s_q * p.h_q // p.h_kv, p.h_kv, p.h_q, False, None)
+    else:
+        metadata, num_splits = get_mla_metadata(p.cache_seqlens, p.s_q * p.h_q // p.h_kv, p.h_kv)
+    return flash_mla_with_kvcache(*p.args(), metadata, num_splits, p.softmax_scale, p.causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("generation", ["2025-02", "2025-09", "today"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(lengths=[1000, 1, 0, 64, 65], h_q=16),
+        dict(lengths=[300, 2], s_q=3, h_q=6, h_kv=2, causal=True),
+        dict(lengths=[129], s_q=2, h_q=9, page_size=16, softmax_scale=0.1352338),
+        dict(lengths=[50, 7], h_q=3, d_qk=72, d_v=64, page_size=5),
+    ],
+)
+def test_against_torch(shape, generation, dtype):
+    p = Problem(dtype=dtype, **shape)
+    assert_close(*decode(p, generation), *p.expected(), dtype)
+
+
+def test_unabsorbed_formulation_agrees_with_the_reference():
+    """Expanding the latent with random W_UK and W_UV and plain multi-head attention gives the same numbers."""
+    p = Problem([37], h_q=4, dtype=torch.float64)
+    g = torch.Generator().manual_seed(1)
+    nope, rope, heads, dv = 128, 64, 4, 128
+    w_uk = torch.randn(heads, nope, 512, generator=g, dtype=torch.float64) / 20
+    w_uv = torch.randn(heads, dv, 512, generator=g, dtype=torch.float64) / 20
+    q_nope = torch.randn(1, 1, heads, nope, generator=g, dtype=torch.float64)
+    q_rope = torch.randn(1, 1, heads, rope, generator=g, dtype=torch.float64)
+    scale = 2.0**-4  # the C++ API takes the scale as float32: one that loses nothing
+    p.q = torch.cat([torch.einsum("bshn,hnl->bshl", q_nope, w_uk), q_rope], dim=-1).contiguous()
+    out, lse = flash_mla.reference_dense_decode(*p.args(), softmax_scale=scale)
+    absorbed = torch.einsum("bshl,hvl->bshv", out, w_uv)
+
+    keys = p.keys(0)[:, 0]
+    k = torch.cat([torch.einsum("kl,hnl->hkn", keys[:, :512], w_uk), keys[None, :, 512:].expand(heads, -1, -1)], dim=-1)
+    v = torch.einsum("kl,hvl->hkv", keys[:, :512], w_uv)
+    q = torch.cat([q_nope, q_rope], dim=-1)[0, 0]
+    s = torch.einsum("hd,hkd->hk", q, k) * scale
+    expected = torch.einsum("hk,hkv->hv", torch.softmax(s, dim=-1), v)
+    assert (absorbed[0, 0] - expected).abs().max() < 1e-10
+    assert (lse[0, :, 0] - torch.logsumexp(s, dim=-1)).abs().max() < 1e-10
+
+
+def test_numpy_in_numpy_out():
+    p = Problem([100, 3], dtype=torch.float32)
+    arrays = [x.numpy() for x in p.args()[:4]]
+    metadata, num_splits = get_mla_metadata(arrays[3], 4, 1)
+    out, lse = flash_mla_with_kvcache(*arrays, 512, metadata, num_splits)
+    assert all(isinstance(x, np.ndarray) for x in (metadata, num_splits, out, lse))
+    assert_close(torch.from_numpy(out), torch.from_numpy(lse), *p.expected(), torch.float32)
+
+
+def test_numpy_bfloat16():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    p = Problem([100, 3])
+    q, k = (x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) for x in (p.q, p.k_cache))
+    metadata, num_splits = get_mla_metadata(p.cache_seqlens.numpy(), 4, 1)
+    out, lse = flash_mla_with_kvcache(
+        q, k, p.block_table.numpy(), p.cache_seqlens.numpy(), 512, metadata, num_splits
+    )
+    assert out.dtype == ml_dtypes.bfloat16
+    assert_close(
+        torch.from_numpy(out.view(np.int16)).view(torch.bfloat16), torch.from_numpy(lse), *p.expected(), torch.bfloat16
+    )
+
+
+class OnlyDlpack:
+    """A tensor of some other framework."""
+
+    def __init__(self, x):
+        self.x, self.shape, self.dtype = x, tuple(x.shape), str(x.dtype).rsplit(".", 1)[-1]
+
+    def __dlpack__(self, **kwargs):
+        return self.x.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+
+def test_anything_with_dlpack():
+    p = Problem([70], dtype=torch.float32)
+    args = [OnlyDlpack(x) for x in p.args()[:4]]
+    metadata, num_splits = get_mla_metadata(args[3], 4, 1)
+    out, lse = flash_mla_with_kvcache(*args, 512, metadata, num_splits)
+    assert_close(torch.as_tensor(out), torch.as_tensor(lse), *p.expected(), torch.float32)
+
+
+def test_strided_inputs():
+    p = Problem([200, 90], h_q=8)
+    metadata, num_splits = get_mla_metadata(p.cache_seqlens, 8, 1)
+    pool = torch.full((p.k_cache.shape[0], 2, 64, 1, 576), float("nan"), dtype=torch.bfloat16)
+    pool[:, 0] = p.k_cache
+    q = torch.empty(2, 8, 1, 576, dtype=torch.bfloat16).transpose(1, 2)
+    q.copy_(p.q)
+    out, lse = flash_mla_with_kvcache(q, pool[:, 0], p.block_table, p.cache_seqlens, 512, metadata, num_splits)
+    assert_close(out, lse, *p.expected(), torch.bfloat16)
+
+
+def test_empty_batch():
+    p = Problem([])
+    out, lse = decode(p)
+    assert out.shape == (0, 1, 4, 512) and lse.shape == (0, 4, 1)
+
+
+def test_repeats_are_bit_equal():
+    p = Problem([3000, 100, 5], h_q=32)
+    first = decode(p)
+    for _ in range(5):
+        again = decode(p)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_lazy_object_is_filled_once_and_refuses_other_shapes():
+    p = Problem([100, 20])
+    meta, none = get_mla_metadata()
+    assert isinstance(meta, FlashMLASchedMeta) and none is None and not meta.have_initialized
+    flash_mla_with_kvcache(*p.args(), meta)
+    assert meta.have_initialized and meta.num_splits.shape == (3,)
+    schedule = meta.tile_scheduler_metadata
+    flash_mla_with_kvcache(*p.args(), meta)
+    assert meta.tile_scheduler_metadata is schedule
+    other = Problem([100, 20], h_q=8)
+    with pytest.raises(ValueError, match="filled for"):
+        flash_mla_with_kvcache(*other.args(), meta)
+    with pytest.raises(ValueError, match="filled for"):
+        flash_mla_with_kvcache(*p.args(), meta, causal=True)
+
+
+def test_schedule_of_other_lengths_is_refused():
+    p = Problem([1000, 20])
+    metadata, num_splits = get_mla_metadata(torch.tensor([20, 1000], dtype=torch.int32), 4, 1)
+    with pytest.raises(ValueError, match="schedule"):
+        flash_mla_with_kvcache(*p.args(), metadata, num_splits)
+
+
+@pytest.mark.parametrize(
+    "name, replacement",
+    [
+        ("q", lambda p: p.q.to(torch.int32)),
+        ("q", lambda p: p.q[..., :500]),
+        ("q", lambda p: p.q[0]),
+        ("q", lambda p: p.q.transpose(2, 3)),
+        ("k_cache", lambda p: p.k_cache.float()),
+        ("k_cache", lambda p: p.k_cache[..., :512]),
+        ("k_cache", lambda p: p.k_cache.expand(-1, -1, 3, -1)),
+        ("block_table", lambda p: p.block_table.long()),
+        ("block_table", lambda p: p.block_table[:1]),
+        ("block_table", lambda p: p.block_table.clone().fill_(1 << 20)),
+        ("block_table", lambda p: p.block_table.clone().fill_(-1)),
+        ("block_table", lambda p: "pages"),
+        ("cache_seqlens", lambda p: p.cache_seqlens - 1000),
+        ("cache_seqlens", lambda p: p.cache_seqlens + 100000),
+        ("cache_seqlens", lambda p: p.cache_seqlens.float()),
+        ("cache_seqlens", lambda p: p.cache_seqlens[:1]),
+        ("head_dim_v", lambda p: 0),
+        ("head_dim_v", lambda p: "wide"),
+        ("d_qk", lambda p: None),
+        ("tile_scheduler_metadata", lambda p: torch.zeros(2, 7, dtype=torch.int32)),
+        ("num_splits", lambda p: torch.zeros(9, dtype=torch.int32)),
+        ("softmax_scale", lambda p: -1.0),
+        ("softmax_scale", lambda p: float("nan")),
+    ],
+)
+def test_bad_arguments_are_named(name, replacement):
+    p = Problem([100, 20])
+    metadata, num_splits = get_mla_metadata(p.cache_seqlens, 4, 1)
+    kwargs = dict(
+        q=p.q,
+        k_cache=p.k_cache,
+        block_table=p.block_table,
+        cache_seqlens=p.cache_seqlens,
+        head_dim_v=512,
+        tile_scheduler_metadata=metadata,
+        num_splits=num_splits,
+        softmax_scale=None,
+    )
+    pattern = {"tile_scheduler_metadata": "parts"}.get(name, name)
+    if name == "d_qk":
+        kwargs["head_dim_v"] = 100
+    else:
+        kwargs[name] = replacement(p)
+    with pytest.raises(ValueError, match=pattern):
+        flash_mla_with_kvcache(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs, feature",
+    [
+        (dict(is_fp8_kvcache=True), "is_fp8_kvcache"),
+        (dict(indices=torch.zeros(1)), "indices"),
+        (dict(attn_sink=torch.zeros(1)), "attn_sink"),
+        (dict(extra_k_cache=torch.zeros(1)), "extra_k_cache"),
+        (dict(topk_length=torch.zeros(1)), "topk_length"),
+    ],
+)
+def test_missing_features_are_named(kwargs, feature):
+    p = Problem([10])
+    with pytest.raises(NotImplementedError, match=feature):
+        flash_mla_with_kvcache(*p.args(), get_mla_metadata()[0], None, **kwargs)
+
+
+def test_missing_functions_are_named():
+    with pytest.raises(NotImplementedError, match="flash_mla_sparse_fwd"):
+        flash_mla.flash_mla_sparse_fwd(None, None, None, 1.0)
+    with pytest.raises(NotImplementedError, match="topk"):
+        get_mla_metadata(torch.zeros(1, dtype=torch.int32), 1, 1, topk=64)
+    with pytest.raises(NotImplementedError, match="is_fp8_kvcache"):
+        get_mla_metadata(torch.zeros(1, dtype=torch.int32), 1, 1, 1, True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=6), st.integers(0, 10**6), st.data())
+def test_permuting_the_batch_permutes_the_result(lengths, seed, data):
+    p = Problem(lengths, seed=seed, dtype=torch.float32, d_qk=40, d_v=32)
+    order = torch.tensor(data.draw(st.permutations(range(len(lengths)))))
+    out, lse = decode(p)
+    shuffled = flash_mla_with_kvcache(
+        p.q[order], p.k_cache, p.block_table[order], p.cache_seqlens[order], 32, get_mla_metadata()[0]
+    )
+    torch.testing.assert_close(shuffled[0], out[order], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(shuffled[1], lse[order], atol=2e-6, rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 300), st.lists(st.integers(0, 300), max_size=4), st.integers(0, 10**6), st.sampled_from("e2"))
+def test_any_partition_of_the_keys_merges_to_the_whole(length, cuts, seed, base):
+    p = Problem([length], seed=seed, dtype=torch.float32, d_qk=40, d_v=32, page_size=1)
+    whole_out, whole_lse = decode(p)
+    factor = 1.0 if base == "e" else 1.4426950408889634
+    edges = [0] + sorted(min(c, length) for c in cuts) + [length]
+    state = None
+    for begin, end in zip(edges, edges[1:]):
+        table = p.block_table[:, begin : max(end, begin + 1)].contiguous()
+        part = torch.tensor([end - begin], dtype=torch.int32)
+        out, lse = flash_mla_with_kvcache(p.q, p.k_cache, table, part, 32, get_mla_metadata()[0])
+        lse = lse * factor
+        state = (out, lse) if state is None else flash_mla.merge_states(*state, out, lse, base=base)
+    torch.testing.assert_close(state[0], whole_out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(state[1] / factor, whole_lse, atol=4e-6, rtol=1e-5)
+
+
+def test_imports_and_runs_without_torch():
+    code = """
+import sys
+sys.modules["torch"] = None
+import numpy as np
+import flash_mla
+q = np.ones((1, 1, 2, 576), np.float32)
+cache = np.ones((1, 64, 1, 576), np.float32)
+lengths = np.array([5], np.int32)
+meta, splits = flash_mla.get_mla_metadata(lengths, 2, 1)
+out, lse = flash_mla.flash_mla_with_kvcache(q, cache, np.zeros((1, 1), np.int32), lengths, 512, meta, splits)
+assert np.allclose(out, 1.0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_gpu_tensors_are_refused_clearly():
+    backends = {b["name"]: b for b in flash_mla.backends()}
+    assert backends["cpu"]["available"] and backends["cpu"]["detail"]
+    assert not backends["sm90"]["available"] and backends["sm90"]["detail"]
+    assert flash_mla.cpu_isa()["selected"] in flash_mla.cpu_isa()["available"]
