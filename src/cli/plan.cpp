@@ -1,18 +1,14 @@
 #include <fmt/format.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
-#include <cerrno>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "cli/args.h"
 #include "cli/commands.h"
-#include "cli/plot_script.h"
+#include "cli/plot.h"
 #include "flash_mla/planner.h"
 
 // `flash-mla plan`: turns options into a planner request, prints the result, draws the pictures.
@@ -84,7 +80,7 @@ Json scalar(const std::string& text) {
 std::pair<std::string, std::string> split_assignment(const std::string& text, const char* option) {
   const std::size_t at = text.find('=');
   if (at == std::string::npos || at == 0 || at + 1 == text.size()) {
-    throw InvalidArgument(fmt::format("{} {}: expected key=value", option, text));
+    throw UsageError(fmt::format("{} {}: expected key=value", option, text));
   }
   return {text.substr(0, at), text.substr(at + 1)};
 }
@@ -113,12 +109,16 @@ Json axis_values(const std::string& text, const std::string& option) {
     const bool usable = from.is_number() && to.is_number() && from.get<double>() <= to.get<double>() &&
                         (op == '+' ? step > 0 : step > 1 && from.get<double>() > 0);
     if (!usable) {
-      throw InvalidArgument(fmt::format("--sweep {}={}: expected first..last, first..last+step or first..last*factor", option, part));
+      throw UsageError(fmt::format(
+          "--sweep {}={}: expected first..last, first..last+step or first..last*factor", option, part));
     }
     constexpr std::size_t kMost = 200000;
-    for (double x = from.get<double>(); x <= to.get<double>() * (1 + 1e-12); x = op == '+' ? x + step : x * step) {
-      if (values.size() == kMost) throw InvalidArgument(fmt::format("--sweep {}={}: more than {} values", option, part, kMost));
-      values.push_back(x == std::floor(x) && std::abs(x) < 1e15 ? Json(static_cast<std::int64_t>(x)) : Json(x));
+    for (double x = from.get<double>(); x <= to.get<double>() * (1 + 1e-12);
+         x = op == '+' ? x + step : x * step) {
+      if (values.size() == kMost)
+        throw UsageError(fmt::format("--sweep {}={}: more than {} values", option, part, kMost));
+      values.push_back(x == std::floor(x) && std::abs(x) < 1e15 ? Json(static_cast<std::int64_t>(x))
+                                                                : Json(x));
     }
   }
   return values;
@@ -127,9 +127,11 @@ Json axis_values(const std::string& text, const std::string& option) {
 Json read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
-  if (!file || !(text << file.rdbuf())) throw InvalidArgument(fmt::format("{}: cannot be read; expected a JSON request", path));
+  if (!file || !(text << file.rdbuf()))
+    throw UsageError(fmt::format("{}: cannot be read; expected a JSON request", path));
   const Json json = Json::parse(text.str(), nullptr, false);
-  if (!json.is_object()) throw InvalidArgument(fmt::format("{}: not a JSON object; expected a plan request", path));
+  if (!json.is_object())
+    throw UsageError(fmt::format("{}: not a JSON object; expected a plan request", path));
   return json;
 }
 
@@ -152,47 +154,17 @@ void write_file(const std::filesystem::path& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);
   file << text;
   file.close();
-  if (!file) throw InvalidArgument(fmt::format("{}: cannot be written", path.string()));
+  if (!file) throw UsageError(fmt::format("{}: cannot be written", path.string()));
 }
 
 /// Runs the plotting script on the result; it writes PNG files beside the JSON.
 void draw(const Options& o, const std::string& result) {
   std::error_code error;
   std::filesystem::create_directories(o.plot, error);
-  if (error) throw InvalidArgument(fmt::format("--plot {}: {}; expected a directory", o.plot, error.message()));
+  if (error) throw UsageError(fmt::format("--plot {}: {}; expected a directory", o.plot, error.message()));
   const std::filesystem::path json = std::filesystem::path(o.plot) / "plan.json";
   write_file(json, result);
-  int ends[2];
-  if (pipe(ends) != 0) throw InvalidArgument(fmt::format("--plot: no pipe: {}", std::strerror(errno)));
-  const std::string json_text = json.string();
-  const pid_t child = fork();
-  if (child < 0) throw InvalidArgument(fmt::format("--plot: no process: {}", std::strerror(errno)));
-  if (child == 0) {  // python reads the script from standard input, so it need not be installed anywhere
-    dup2(ends[0], STDIN_FILENO);
-    close(ends[0]);
-    close(ends[1]);
-    execlp(o.python.c_str(), o.python.c_str(), "-", json_text.c_str(), o.plot.c_str(), nullptr);
-    _exit(127);
-  }
-  close(ends[0]);
-  const auto previous = signal(SIGPIPE, SIG_IGN);  // a python that is not there must not end this program
-  for (std::string_view rest = kPlotScript; !rest.empty();) {
-    const ssize_t n = write(ends[1], rest.data(), rest.size());
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) break;
-    rest.remove_prefix(static_cast<std::size_t>(n));
-  }
-  close(ends[1]);
-  signal(SIGPIPE, previous);
-  int status = 0;
-  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
-  }
-  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
-    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-    throw InvalidArgument(code == 127
-                            ? fmt::format("--python {}: not found; expected a Python 3 with matplotlib", o.python)
-                            : fmt::format("--plot: {} ended with status {}; its message is above", o.python, code));
-  }
+  plot_plan(o.python, json.string(), o.plot);
 }
 
 int finish(const Options& o, const std::string& result) {
@@ -216,9 +188,10 @@ int finish(const Options& o, const std::string& result) {
 }
 
 int run_plan(const Options& o) {
+  if (!o.plot.empty()) require_plotting(o.python);
   Json request = base_request(o);
   if (!o.sweep.empty()) {
-    if (o.explain) throw InvalidArgument("--explain: expected a single plan, not a sweep");
+    if (o.explain) throw UsageError("--explain: expected a single plan, not a sweep");
     Json axes = Json::object();
     for (const std::string& text : o.sweep) {
       const auto [key, values] = split_assignment(text, "--sweep");
@@ -232,6 +205,7 @@ int run_plan(const Options& o) {
 }
 
 int run_compare(const Options& o) {
+  if (!o.plot.empty()) require_plotting(o.python);
   Json cases = Json::array();
   for (const std::string& file : o.files) {
     Json one = read_file(file);
@@ -249,12 +223,14 @@ int run_compare(const Options& o) {
     }
     cases.push_back(one);
   }
-  if (cases.empty()) throw InvalidArgument("plan compare: expected request files, or --case \"hardware=h20 ep=8\" options");
+  if (cases.empty())
+    throw UsageError("plan compare: expected request files, or --case \"hardware=h20 ep=8\" options");
   return finish(o, planner::run_json(Json{{"command", "compare"}, {"cases", cases}}.dump()));
 }
 
 int run_calibrate(const Options& o) {
-  const Json request = {{"command", "calibrate"}, {"hardware", o.calibrate_hardware}, {"dtype", o.dtype}, {"bench", o.bench}};
+  const Json request = {
+      {"command", "calibrate"}, {"hardware", o.calibrate_hardware}, {"dtype", o.dtype}, {"bench", o.bench}};
   const std::string result = planner::run_json(request.dump());
   if (!o.out.empty()) write_file(o.out, Json::parse(result)["profile"].dump(2) + "\n");
   fmt::print("{}", planner::render(result, o.format));
@@ -283,26 +259,35 @@ void add_settings(CLI::App* app, Options& o) {
 
 void register_plan(CLI::App& app, int& exit_code) {
   auto options = std::make_shared<Options>();
-  CLI::App* plan = app.add_subcommand("plan", "What a model needs of compute, memory, bandwidth and links, and what limits it");
+  CLI::App* plan = app.add_subcommand(
+      "plan", "What a model needs of compute, memory, bandwidth and links, and what limits it");
   plan->require_subcommand(0, 1);
   add_settings(plan, *options);
   plan->add_flag("--explain", options->explain, "Print every equation with its numbers");
-  plan->add_option("--sweep", options->sweep, "key=values to vary: ep=8,16,32 batch=1..128 input=1024..65536*2")->expected(1, -1);
+  plan->add_option("--sweep", options->sweep,
+                   "key=values to vary: ep=8,16,32 batch=1..128 input=1024..65536*2")
+      ->expected(1, -1);
 
-  CLI::App* compare = plan->add_subcommand("compare", "Plans or cards side by side, and the best under the service levels");
+  CLI::App* compare =
+      plan->add_subcommand("compare", "Plans or cards side by side, and the best under the service levels");
   auto compare_options = std::make_shared<Options>();
   add_settings(compare, *compare_options);
   compare->add_option("files", compare_options->files, "JSON requests");
-  compare->add_option("--case", compare_options->cases, "A case: \"hardware=h200 ep=16 batch=64\"")->expected(1, -1);
+  compare->add_option("--case", compare_options->cases, "A case: \"hardware=h200 ep=16 batch=64\"")
+      ->expected(1, -1);
 
   CLI::App* calibrate = plan->add_subcommand("calibrate", "Measured efficiencies from benchmark results");
-  calibrate->add_option("--hardware", options->calibrate_hardware, "Profile the measurements belong to")->capture_default_str();
-  calibrate->add_option("--bench", options->bench, "Benchmark JSON, or a shipped measurement's name")->required()->expected(1, -1);
+  calibrate->add_option("--hardware", options->calibrate_hardware, "Profile the measurements belong to")
+      ->capture_default_str();
+  calibrate->add_option("--bench", options->bench, "Benchmark JSON, or a shipped measurement's name")
+      ->required()
+      ->expected(1, -1);
   calibrate->add_option("--dtype", options->dtype, "Rows to use: bf16 or fp8")->capture_default_str();
   calibrate->add_option("-o,--out", options->out, "File for the calibrated hardware profile");
   add_format(calibrate, *options);
 
-  CLI::App* tables = plan->add_subcommand("tables", "The source article's tables: printed, recomputed, corrected");
+  CLI::App* tables =
+      plan->add_subcommand("tables", "The source article's tables: printed, recomputed, corrected");
   add_format(tables, *options);
   CLI::App* list = plan->add_subcommand("list", "Shipped models, hardware profiles and measurements");
   add_format(list, *options);

@@ -11,4 +11,8 @@ void require_plotting(const std::string& python);
 /// into the program. Throws std::runtime_error.
 void plot_roofline(const std::string& python, const std::string& json, const std::string& picture);
 
+/// Draws the pictures of the planner's result file `json` into `directory` with python/flash_mla/plot.py,
+/// which is built into the program. Throws std::runtime_error.
+void plot_plan(const std::string& python, const std::string& json, const std::string& directory);
+
 }  // namespace flash_mla::cli

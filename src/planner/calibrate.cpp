@@ -57,7 +57,8 @@ std::vector<BenchRow> read_bench(const Json& json, const std::string& source) {
     row.h_q = r.integer("h_q", 1, kMax);
     row.h_kv = r.integer("h_kv", 1, 1, kMax);
     row.s_k = r.integer("s_k", 1, kMax);
-    row.dtype = r.choice("dtype", "bf16", {"bf16", "fp8"});
+    row.dtype = r.text("dtype", "bf16");
+    if (row.dtype == "bfloat16") row.dtype = "bf16";
     row.ms = r.number("ms", 1e-6, 1e9);
     out.push_back(row);
   }
@@ -153,6 +154,10 @@ Json run_calibrate(const Json& request) {
       if (json.contains(key)) origin[key] = json[key];
     }
     sources.push_back(origin);
+  }
+  if (rows.size() < 3) {
+    throw InvalidArgument(
+        fmt::format("request: bench = {} rows of dtype {}: expected at least 3", rows.size(), dtype));
   }
   const Efficiency e = fit_attention(rows, h);
   // Each half predicted from the other: what the error is on shapes the fit has not seen.

@@ -15,7 +15,7 @@ namespace flash_mla::planner {
 
 struct BenchRow {
   std::int64_t b, s_q, h_q, h_kv, s_k;
-  std::string dtype;  ///< of the cache: bf16, or fp8 for the 656-byte layout
+  std::string dtype;  ///< of the cache: bf16, or fp8 for the 656-byte layout; others are read but not fitted
   double ms;
 };
 
