@@ -232,6 +232,16 @@ Json advice(const Request& q, const Result& now) {
     both(fmt::format("{} prefill_batch to {}", word, scaled(q.workload.prefill_batch)),
          [&](Request& r) { r.workload.prefill_batch = scaled(r.workload.prefill_batch); });
   }
+  if (!now.fits) {
+    // One doubling may not be enough: the smallest EP degree that fits, if any does.
+    for (std::int64_t ep = 4 * now.decode.plan.ep; ep <= q.model.num_routed_experts; ep *= 2) {
+      Request r = q;
+      for (Plan* p : {&r.prefill_plan, &r.decode_plan}) p->ep = ep, p->dp = 0;
+      if (q.model.num_routed_experts % ep != 0 || !evaluate(r).fits) continue;
+      both(fmt::format("raise ep to {}, the least that fits", ep), [&](Request& target) { target = r; });
+      break;
+    }
+  }
   if (now.max_sequences >= 1) {
     const auto most = static_cast<std::int64_t>(now.max_sequences);
     both(fmt::format("set batch to {}, the most that fit", most),
