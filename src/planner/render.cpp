@@ -173,9 +173,10 @@ std::string plan_table(const Json& r) {
         out += fmt::format("\nEquations, {}\n", phase);
       }
       const int number = s["formula"].get<int>();
-      out += fmt::format("{} = {}\n    = {}\n    = {} {}   {}{}\n", plain(s["name"]), plain(s["equation"]),
-                         plain(s["substituted"]), plain(s["value"]), plain(s["unit"]), plain(s["meaning"]),
-                         number > 0 ? fmt::format(" [formula {}]", number) : std::string());
+      out +=
+          fmt::format("{} = {}\n    = {}\n    = {} {}   {}{}\n", plain(s["name"]), plain(s["equation"]),
+                      plain(s["substituted"]), fmt::format("{:.10g}", value(s["value"])), plain(s["unit"]),
+                      plain(s["meaning"]), number > 0 ? fmt::format(" [formula {}]", number) : std::string());
     }
   }
   return out;

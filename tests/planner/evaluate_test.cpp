@@ -249,7 +249,9 @@ void check_phase(const Phase& p) {
       EXPECT_GE(value, 0) << name;
       if (total > 0) shares += value / total;
     }
-    if (total > 0) EXPECT_NEAR(shares, 1, 1e-12);
+    if (total > 0) {
+      EXPECT_NEAR(shares, 1, 1e-12);
+    }
   }
   for (const double x : {p.compute_s, p.memory_s, p.communication_s, p.serial_s, p.step_s, p.mfu}) {
     EXPECT_TRUE(std::isfinite(x));

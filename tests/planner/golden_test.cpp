@@ -23,6 +23,7 @@ Json golden() {
 /// written.
 double half_unit(double value, int least_digits) {
   std::string digits = Json(value).dump();
+  if (digits.ends_with(".0")) digits.resize(digits.size() - 2);
   digits.erase(std::remove_if(digits.begin(), digits.end(), [](char c) { return c == '.' || c == '-'; }),
                digits.end());
   digits.erase(0, digits.find_first_not_of('0'));
