@@ -47,14 +47,22 @@ def roofline(result, directory):
         if peak > 0:
             ridge = peak / bandwidth
             axes.plot([low, ridge, high], [low * bandwidth / 1e12, peak / 1e12, peak / 1e12], label=f"{name} roof")
-    for phase, marker, color in (("prefill", "s", "tab:purple"), ("decode", "o", "tab:red")):
-        for owner, op in points:
-            if owner != phase:
-                continue
-            seconds = max(op["compute_s"], op["memory_s"])
-            x, y = op["flop_per_byte"], op["flop"] / seconds / 1e12
-            axes.plot(x, y, marker, color=color, markersize=7)
-            axes.annotate(f"{op['name']} ({phase})", (x, y), textcoords="offset points", xytext=(5, -10), fontsize=7)
+    marks = {"prefill": "s", "decode": "o"}
+    colors = pyplot.get_cmap("tab10")
+    names = list(dict.fromkeys(op["name"] for _, op in points))
+    for phase, op in points:
+        seconds = max(op["compute_s"], op["memory_s"])
+        axes.plot(
+            op["flop_per_byte"],
+            op["flop"] / seconds / 1e12,
+            marks[phase],
+            color=colors(names.index(op["name"]) % 10),
+            markersize=9,
+            markeredgecolor="black",
+            alpha=0.8,
+            linestyle="none",
+            label=f"{op['name']}, {phase}",
+        )
     axes.set(
         xscale="log",
         yscale="log",
@@ -64,7 +72,7 @@ def roofline(result, directory):
         title=f"{result['model']} on {hardware['name']}, mode {result['mode']}",
     )
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", fontsize=7)
     return _save(pyplot, figure, directory / "roofline.png")
 
 
@@ -81,7 +89,8 @@ def times(result, directory):
             bottom += height
         axes.bar("step", seconds["step"] * 1e3, color="tab:gray", label="predicted step")
         axes.set(ylabel="ms", title=f"{phase}: {result[phase]['bottleneck']}")
-        axes.legend(fontsize=8)
+        axes.margins(y=0.35)  # room for the legend
+        axes.legend(fontsize=8, loc="upper right")
     return _save(pyplot, figure, directory / "times.png")
 
 

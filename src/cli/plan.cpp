@@ -293,6 +293,14 @@ void register_plan(CLI::App& app, int& exit_code) {
   add_format(list, *options);
 
   plan->callback([=, &exit_code] {
+    if (const auto used = plan->get_subcommands(); !used.empty()) {
+      for (const CLI::Option* option : plan->get_options()) {
+        if (option->count() == 0) continue;
+        throw UsageError(
+            fmt::format("{0} stands before {1}, which would not see it; expected plan {1} {0} ...",
+                        option->get_name(), used.front()->get_name()));
+      }
+    }
     if (compare->parsed()) {
       exit_code = run_compare(*compare_options);
     } else if (calibrate->parsed()) {

@@ -59,8 +59,8 @@ TEST(Program, ExitCodes) {
   EXPECT_EQ(run("plan --ep 16", false).code, 0);
   for (const char* wrong :
        {"plan --batch 0", "plan --ep 3", "plan --tp 256", "plan --model nothing", "plan --sweep ep",
-        "plan --sweep ep=8..4", "plan --set speed=1", "plan compare", "plan --request /nowhere.json",
-        "plan calibrate --bench /nowhere.json", "plan --format xml"}) {
+        "plan --sweep ep=8..4", "plan --set speed=1", "plan compare", "plan --ep 16 compare --case ep=8",
+        "plan --request /nowhere.json", "plan calibrate --bench /nowhere.json", "plan --format xml"}) {
     const Output out = run(wrong, true);
     EXPECT_EQ(out.code, 2) << wrong;
     EXPECT_FALSE(out.text.empty()) << wrong;
