@@ -25,14 +25,14 @@ struct DenseDecodeArgs {
   TensorView block_table;    ///< (b, max_blocks) int32: page of each request's n-th page_size tokens
   TensorView cache_seqlens;  ///< (b) int32: keys of each request, 0 <= length <= max_blocks * page_size
   TensorView out;            ///< (b, s_q, h_q, d_v), q's dtype; written
-  TensorView lse;  ///< (b, h_q, s_q) float32, natural log of the softmax denominator; written. Optional
+  TensorView lse{};  ///< (b, h_q, s_q) float32, natural log of the softmax denominator; written. Optional
 };
 
 struct DenseDecodeOptions {
   /// Factor on q·k before the softmax. Default d_qk ** -0.5 for compatibility; DeepSeek models want
   /// (128 + 64) ** -0.5 times the square of YaRN's mscale: 0.1352338 for V3 and R1, 0.1147214 for V2 and
   /// V2-Lite.
-  std::optional<float> softmax_scale;
+  std::optional<float> softmax_scale = std::nullopt;
   /// Bottom-right aligned: query i sees keys j <= length - s_q + i. Without effect when s_q == 1.
   bool causal = false;
   /// CPU: threads to run on; 0 means as many as OpenMP would use, never more than there are parts.

@@ -171,6 +171,7 @@ void check_dense_decode_values(const DenseDecodeArgs& a) {
       invalid("cache_seqlens[{}] is {}, expected 0 to block_table.shape[1] * page_size = {} * {}", i, length,
               max_blocks, page_size);
     }
+    if (length == 0) continue;  // the table may have no columns then
     const auto* row = a.block_table.ptr<const std::int32_t>() + i * a.block_table.stride(0);
     const std::int64_t pages = schedule_blocks(length, static_cast<int>(page_size));
     for (std::int64_t j = 0; j < pages; ++j) {
@@ -198,12 +199,23 @@ void check_schedule_shapes(const DecodeScheduleView& s, std::int64_t batch, cons
   }
 }
 
+void check_num_splits(const DecodeScheduleView& s) {
+  const auto* num_splits = s.num_splits.ptr<const std::int32_t>();
+  if (num_splits[0] != 0) invalid("schedule.num_splits[0] is {}, expected 0", num_splits[0]);
+  for (std::int64_t i = 1; i < s.num_splits.size(0); ++i) {
+    if (num_splits[i] <= num_splits[i - 1]) {
+      invalid("schedule.num_splits[{}] is {}, expected more than the {} before it", i, num_splits[i],
+              num_splits[i - 1]);
+    }
+  }
+}
+
 void check_schedule_values(const DecodeScheduleView& s, const TensorView& cache_seqlens) {
   const std::int64_t batch = cache_seqlens.size(0);
   const auto* lengths = cache_seqlens.ptr<const std::int32_t>();
   const auto* num_splits = s.num_splits.ptr<const std::int32_t>();
   constexpr const char* kHint = "(is the schedule from other lengths?)";
-  if (num_splits[0] != 0) invalid("schedule.num_splits[0] is {}, expected 0", num_splits[0]);
+  check_num_splits(s);
 
   std::int64_t req = 0, block = 0, split = 0;  // the next part has to start here
   for (std::int64_t p = 0; p < s.parts.size(0); ++p) {

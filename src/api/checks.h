@@ -44,6 +44,9 @@ void check_dense_decode_values(const DenseDecodeArgs& args);
 /// Shapes of a schedule, and that it belongs to a batch of `batch` requests.
 void check_schedule_shapes(const DecodeScheduleView& schedule, std::int64_t batch, const TensorView& q);
 
+/// That num_splits is an exclusive prefix sum of at least one split per request. Host tensors only.
+void check_num_splits(const DecodeScheduleView& schedule);
+
 /// That a schedule covers every block of every request exactly once. Host tensors only.
 void check_schedule_values(const DecodeScheduleView& schedule, const TensorView& cache_seqlens);
 

@@ -64,6 +64,7 @@ std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args, const Decod
                                         const DenseDecodeOptions& options) {
   check_shapes(args, schedule, options);
   require_built(resolve_backend(args, options));
+  if (schedule.fixed_split_blocks > 0) api::check_num_splits(schedule);
   return cpu::dense_decode_workspace_size(args, schedule, cpu_params(args, schedule, options));
 }
 

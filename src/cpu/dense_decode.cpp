@@ -266,9 +266,11 @@ class Worker {
   }
 
   void locate_keys(std::int64_t req, std::int64_t head, std::int64_t token, int count, const void** keys) {
+    if (count == 0) return;
     const auto* pages = p_.args.block_table.ptr<const std::int32_t>() + req * p_.args.block_table.stride(0);
-    const std::int64_t row_bytes =
-        p_.args.k_cache.stride(1) * static_cast<std::int64_t>(dtype_size(p_.args.k_cache.dtype));
+    // The stride of a dimension of one element may be anything, and means nothing.
+    const std::int64_t row_stride = p_.page_size > 1 ? p_.args.k_cache.stride(1) : 0;
+    const std::int64_t row_bytes = row_stride * static_cast<std::int64_t>(dtype_size(p_.args.k_cache.dtype));
     std::int64_t page = token / p_.page_size, offset = token % p_.page_size;
     for (int i = 0; i < count; ++page, offset = 0) {
       const std::byte* key = address(p_.args.k_cache, pages[page], offset, head);

@@ -17,6 +17,10 @@ template <class T>
 double attend(const DenseDecodeArgs& a, std::int64_t req, const T* q, std::int64_t kv_head,
               std::int64_t visible, double scale, std::vector<double>& score, std::vector<double>& acc) {
   const std::int64_t page_size = a.k_cache.size(1), d_qk = a.q.size(3), d_v = a.out.size(3);
+  if (visible == 0) {
+    std::fill(acc.begin(), acc.end(), 0.0);
+    return std::numeric_limits<double>::infinity();
+  }
   const auto* pages = a.block_table.ptr<const std::int32_t>() + req * a.block_table.stride(0);
   const auto key = [&](std::int64_t j) {
     return a.k_cache.ptr<const T>() + pages[j / page_size] * a.k_cache.stride(0) +
@@ -39,7 +43,6 @@ double attend(const DenseDecodeArgs& a, std::int64_t req, const T* q, std::int64
     sum += p;
     for (std::int64_t d = 0; d < d_v; ++d) acc[static_cast<std::size_t>(d)] += p * double{to_float(v[d])};
   }
-  if (visible == 0) return std::numeric_limits<double>::infinity();
   for (double& x : acc) x /= sum;
   return highest + std::log(sum);
 }

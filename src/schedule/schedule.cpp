@@ -37,6 +37,12 @@ std::int64_t payload_of(std::span<const std::int32_t> lengths, const ScheduleOpt
       throw InvalidArgument(fmt::format("cache_seqlens[{}] is {}, expected >= 0", i, lengths[i]));
     }
     total += blocks_of(lengths[i], o) + o.fixed_overhead_blocks;
+    if (total > std::numeric_limits<std::int32_t>::max()) {
+      throw InvalidArgument(fmt::format(
+          "cache_seqlens adds up to more than {} blocks of block_size = {} (fixed_overhead_blocks = {} each "
+          "included), expected at most as many",
+          std::numeric_limits<std::int32_t>::max(), o.block_size, o.fixed_overhead_blocks));
+    }
   }
   return ceil_div(total, o.num_parts) + o.fixed_overhead_blocks;
 }

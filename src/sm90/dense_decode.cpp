@@ -1,5 +1,7 @@
 // Host side of the Hopper backend: what it accepts, tensor maps, how the work is shaped.
 
+#include "sm90/dense_decode.h"
+
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <fmt/format.h>
@@ -14,7 +16,6 @@
 
 #include "flash_mla/error.h"
 #include "sm90/decode/launch.h"
-#include "sm90/dense_decode.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -35,7 +36,8 @@ const DeviceInfo& device_info(int index) {
   static std::mutex mutex;
   static std::array<DeviceInfo, 64> devices;
   if (index < 0 || index >= static_cast<int>(devices.size())) {
-    throw InvalidArgument(fmt::format("CUDA device index is {}, expected 0 to {}", index, devices.size() - 1));
+    throw InvalidArgument(
+        fmt::format("CUDA device index is {}, expected 0 to {}", index, devices.size() - 1));
   }
   const std::lock_guard lock(mutex);
   DeviceInfo& d = devices[static_cast<std::size_t>(index)];
@@ -74,14 +76,16 @@ EncodeTiled encode_tiled() {
     cudaDriverEntryPointQueryResult result{};
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &result),
           "cudaGetDriverEntryPointByVersion(cuTensorMapEncodeTiled)");
-    if (result != cudaDriverEntryPointSuccess) throw Unsupported("the CUDA driver has no cuTensorMapEncodeTiled");
+    if (result != cudaDriverEntryPointSuccess)
+      throw Unsupported("the CUDA driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<EncodeTiled>(f);
   }();
   return kFunction;
 }
 
 /// A 4-D tensor map, innermost dimension first; boxes of 64 columns with 128-byte swizzle.
-CUtensorMap tensor_map(const char* name, const TensorView& t, std::array<int, 4> dims, std::array<std::uint32_t, 4> box) {
+CUtensorMap tensor_map(const char* name, const TensorView& t, std::array<int, 4> dims,
+                       std::array<std::uint32_t, 4> box) {
   CUtensorMap map;
   std::array<cuuint64_t, 4> shape{};
   std::array<cuuint64_t, 3> strides{};
@@ -95,12 +99,12 @@ CUtensorMap tensor_map(const char* name, const TensorView& t, std::array<int, 4>
     }
   }
   const CUresult r = encode_tiled()(
-      &map, t.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, t.data,
-      shape.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map, t.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      4, t.data, shape.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (r != CUDA_SUCCESS) {
-    throw InvalidArgument(fmt::format("{} is {} with a layout that no tensor map can describe (CUresult {})", name,
-                                      t.describe(), static_cast<int>(r)));
+    throw InvalidArgument(fmt::format("{} is {} with a layout that no tensor map can describe (CUresult {})",
+                                      name, t.describe(), static_cast<int>(r)));
   }
   return map;
 }
@@ -127,8 +131,9 @@ std::size_t partial_rows(const DenseDecodeArgs& a, const DecodeScheduleView& s) 
 void require_stride(const TensorView& t, const char* name) {
   for (int i = 0; i + 1 < t.rank; ++i) {
     if (t.size(i) > 1 && (t.stride(i) % 8 != 0 || t.stride(i) == 0)) {
-      throw InvalidArgument(fmt::format("{}.stride[{}] is {}, expected a positive multiple of 8 elements (16 bytes)",
-                                        name, i, t.stride(i)));
+      throw InvalidArgument(
+          fmt::format("{}.stride[{}] is {}, expected a positive multiple of 8 elements (16 bytes)", name, i,
+                      t.stride(i)));
     }
   }
   if (reinterpret_cast<std::uintptr_t>(t.data) % 16 != 0) {
@@ -143,9 +148,10 @@ std::string device_name(int index) { return device_info(index).name; }
 std::string reject_reason(int index) {
   const DeviceInfo& d = device_info(index);
   if (d.major == 9 && d.minor == 0) return "";
-  return fmt::format("the sm90 decode kernels need compute capability 9.0 (H100, H200, H800, H20); {} has {}.{}: use "
-                     "CPU tensors",
-                     d.name, d.major, d.minor);
+  return fmt::format(
+      "the sm90 decode kernels need compute capability 9.0 (H100, H200, H800, H20); {} has {}.{}: use "
+      "CPU tensors",
+      d.name, d.major, d.minor);
 }
 
 int num_parts(const DenseDecodeArgs& a) {
@@ -157,18 +163,22 @@ int num_parts(const DenseDecodeArgs& a) {
 void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
   const std::string reason = reject_reason(a.q.device.index);
   if (!reason.empty()) throw Unsupported(reason);
-  if (a.q.dtype == DType::kFloat32) throw Unsupported("q is float32; the sm90 backend takes bfloat16 and float16");
+  if (a.q.dtype == DType::kFloat32)
+    throw Unsupported("q is float32; the sm90 backend takes bfloat16 and float16");
   if (a.q.size(3) != kHeadDim || a.out.size(3) != kHeadDimV) {
-    throw Unsupported(fmt::format("head dimensions are {} / {}; the sm90 backend takes 576 / 512", a.q.size(3),
-                                  a.out.size(3)));
+    throw Unsupported(fmt::format("head dimensions are {} / {}; the sm90 backend takes 576 / 512",
+                                  a.q.size(3), a.out.size(3)));
   }
   const std::int64_t page = a.k_cache.size(1);
   if (page != 16 && page != 32 && page % kTileTokens != 0) {
-    throw Unsupported(fmt::format("page_size is {}; the sm90 backend takes 16, 32 and multiples of 64", page));
+    throw Unsupported(
+        fmt::format("page_size is {}; the sm90 backend takes 16, 32 and multiples of 64", page));
   }
-  if (a.q.size(0) > 65535) throw Unsupported(fmt::format("b is {}; the sm90 backend takes up to 65535", a.q.size(0)));
+  if (a.q.size(0) > 65535)
+    throw Unsupported(fmt::format("b is {}; the sm90 backend takes up to 65535", a.q.size(0)));
   if (s.block_size != kTileTokens) {
-    throw Unsupported(fmt::format("schedule.block_size is {}; the sm90 backend takes {}", s.block_size, kTileTokens));
+    throw Unsupported(
+        fmt::format("schedule.block_size is {}; the sm90 backend takes {}", s.block_size, kTileTokens));
   }
   if (s.fixed_split_blocks != 0) throw Unsupported("the sm90 backend has no batch-invariant mode yet");
   if (s.unit != PartUnit::kBlocks) throw Unsupported("the sm90 backend takes schedules in blocks");
@@ -179,7 +189,8 @@ void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
   if (s.parts.size(0) == 1) return 0;
-  return align_up(partial_rows(a, s) * kHeadDimV * sizeof(float)) + align_up(partial_rows(a, s) * sizeof(float));
+  return align_up(partial_rows(a, s) * kHeadDimV * sizeof(float)) +
+         align_up(partial_rows(a, s) * sizeof(float));
 }
 
 void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* workspace, float softmax_scale,
@@ -215,17 +226,17 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   p.partial_lse = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) +
                                            align_up(partial_rows(a, s) * kHeadDimV * sizeof(float)));
   const int cluster = cluster_of(p.blocks);
-  const CUtensorMap q_map =
-      tensor_map("q", a.q, {3, 2, 1, 0},
-                 {64, static_cast<std::uint32_t>(p.blocks.heads), static_cast<std::uint32_t>(p.blocks.tokens), 1});
+  const CUtensorMap q_map = tensor_map(
+      "q", a.q, {3, 2, 1, 0},
+      {64, static_cast<std::uint32_t>(p.blocks.heads), static_cast<std::uint32_t>(p.blocks.tokens), 1});
   const auto box = static_cast<std::uint32_t>(std::min(p.page_size, kTileTokens / cluster));
   const CUtensorMap k_map = tensor_map("k_cache", a.k_cache, {3, 2, 1, 0}, {64, 1, box, 1});
   const bool bf16 = a.q.dtype == DType::kBFloat16;
   launch_dense_decode(p, q_map, k_map, bf16, cluster, division_of(p), h_kv, stream);
 }
 
-void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options, const DecodeScheduleView& s,
-                    void* stream) {
+void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,
+                    const DecodeScheduleView& s, void* stream) {
   const DeviceGuard guard(cache_seqlens.device.index);
   ScheduleParams p{};
   p.cache_seqlens = cache_seqlens.ptr<const std::int32_t>();

@@ -28,7 +28,8 @@ int main(void) {
   }
   if (splits[0] != 0 || splits[2] < 2) return 1;
   lengths[1] = -1;
-  if (flash_mla_build_decode_schedule(&t_lengths, NULL, &t_parts, &t_splits) != FLASH_MLA_INVALID_ARGUMENT) return 1;
+  if (flash_mla_build_decode_schedule(&t_lengths, NULL, &t_parts, &t_splits) != FLASH_MLA_INVALID_ARGUMENT)
+    return 1;
   if (strstr(flash_mla_last_error(), "cache_seqlens[1] is -1") == NULL) return 1;
   return 0;
 }

@@ -5,7 +5,8 @@
 #include <cstdlib>
 #include <vector>
 
-// One request of three tokens whose keys are all equal: the output is the key's latent part, whatever the query.
+// One request of three tokens whose keys are all equal: the output is the key's latent part, whatever the
+// query.
 int main() {
   using namespace flash_mla;
   std::vector<float> q(2 * 576, 0.5f), cache(4 * 16 * 576, 0.25f), out(2 * 512), lse(2);

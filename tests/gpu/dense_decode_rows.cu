@@ -1,11 +1,11 @@
-// Checks and times dense decode on a GPU over the shapes of a CSV file (b, s_q, h_q, mean_s_k, varlen, causal, ...,
-// best_ms, floor_ms), through the C++ API of the sm90 backend.
+// Checks and times dense decode on a GPU over the shapes of a CSV file (b, s_q, h_q, mean_s_k, varlen,
+// causal, ..., best_ms, floor_ms), through the C++ API of the sm90 backend.
 //
 //   dense_decode_rows FILE.csv OUT.json [--check-only] [--rows A:B] [--reps N]
 //
-// Protocol: random data; every timed launch follows a read pass over 256 MiB (cold L2) and is queued behind a spin
-// kernel, so that the host is ahead; events around the launch; median. A sample of rows of every shape is checked
-// against an fp32 reference in the same process.
+// Protocol: random data; every timed launch follows a read pass over 256 MiB (cold L2) and is queued behind a
+// spin kernel, so that the host is ahead; events around the launch; median. A sample of rows of every shape
+// is checked against an fp32 reference in the same process.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -46,7 +46,8 @@ __device__ std::uint32_t mix(std::uint64_t x) {
 }
 
 __global__ void fill_normal(__nv_bfloat16* p, std::size_t n, std::uint64_t seed, float scale) {
-  for (std::size_t i = blockIdx.x * std::size_t(blockDim.x) + threadIdx.x; i < n; i += std::size_t(gridDim.x) * blockDim.x) {
+  for (std::size_t i = blockIdx.x * std::size_t(blockDim.x) + threadIdx.x; i < n;
+       i += std::size_t(gridDim.x) * blockDim.x) {
     const float u = (mix(seed * 0x9E3779B97F4A7C15ull + 2 * i) + 1.0f) * 2.3283064e-10f;
     const float v = mix(seed * 0x9E3779B97F4A7C15ull + 2 * i + 1) * 2.3283064e-10f;
     const float x = sqrtf(-2.0f * logf(fmaxf(u, 1e-10f))) * cospif(2.0f * v) * scale;
@@ -56,7 +57,8 @@ __global__ void fill_normal(__nv_bfloat16* p, std::size_t n, std::uint64_t seed,
 
 __global__ void read_pass(const uint4* p, std::size_t n, std::uint32_t* sink) {
   std::uint32_t x = 0;
-  for (std::size_t i = blockIdx.x * std::size_t(blockDim.x) + threadIdx.x; i < n; i += std::size_t(gridDim.x) * blockDim.x) {
+  for (std::size_t i = blockIdx.x * std::size_t(blockDim.x) + threadIdx.x; i < n;
+       i += std::size_t(gridDim.x) * blockDim.x) {
     const uint4 v = p[i];
     x ^= v.x ^ v.y ^ v.z ^ v.w;
   }
@@ -74,9 +76,10 @@ struct Sample {
 };
 
 // One block per sampled row; two passes over the keys, scores in global scratch.
-__global__ void reference_rows(const __nv_bfloat16* q, const __nv_bfloat16* k, const int* table, int max_blocks,
-                               const int* lengths, const Sample* samples, int s_q, int h_q, float scale, int causal,
-                               float* scratch, int scratch_stride, float* out, float* lse) {
+__global__ void reference_rows(const __nv_bfloat16* q, const __nv_bfloat16* k, const int* table,
+                               int max_blocks, const int* lengths, const Sample* samples, int s_q, int h_q,
+                               float scale, int causal, float* scratch, int scratch_stride, float* out,
+                               float* lse) {
   const Sample s = samples[blockIdx.x];
   const int length = lengths[s.req];
   const int visible = causal ? max(length - s_q + s.token + 1, 0) : length;
@@ -89,7 +92,8 @@ __global__ void reference_rows(const __nv_bfloat16* q, const __nv_bfloat16* k, c
   __syncthreads();
   float highest = -INFINITY;
   for (int j = threadIdx.x; j < visible; j += blockDim.x) {
-    const __nv_bfloat16* key = k + (std::size_t(table[std::size_t(s.req) * max_blocks + j / 64]) * 64 + j % 64) * 576;
+    const __nv_bfloat16* key =
+        k + (std::size_t(table[std::size_t(s.req) * max_blocks + j / 64]) * 64 + j % 64) * 576;
     float x = 0;
     for (int d = 0; d < 576; ++d) x += query[d] * __bfloat162float(key[d]);
     score[j] = x * scale;
@@ -116,7 +120,8 @@ __global__ void reference_rows(const __nv_bfloat16* q, const __nv_bfloat16* k, c
     float x = 0;
     for (int j = 0; j < visible; ++j) {
       x += expf(score[j] - highest) *
-           __bfloat162float(k[(std::size_t(table[std::size_t(s.req) * max_blocks + j / 64]) * 64 + j % 64) * 576 + d]);
+           __bfloat162float(
+               k[(std::size_t(table[std::size_t(s.req) * max_blocks + j / 64]) * 64 + j % 64) * 576 + d]);
     }
     out[std::size_t(blockIdx.x) * 512 + d] = visible > 0 ? x / sum : 0.0f;
   }
@@ -161,8 +166,8 @@ int main(int argc, char** argv) {
     std::vector<std::string> f;
     std::stringstream ss(line);
     for (std::string x; std::getline(ss, x, ',');) f.push_back(x);
-    rows.push_back({std::stoi(f[0]), std::stoi(f[1]), std::stoi(f[2]), std::stoi(f[3]), std::stoi(f[4]), std::stoi(f[5]),
-                    std::stod(f[9]), std::stod(f[10])});
+    rows.push_back({std::stoi(f[0]), std::stoi(f[1]), std::stoi(f[2]), std::stoi(f[3]), std::stoi(f[4]),
+                    std::stoi(f[5]), std::stod(f[9]), std::stod(f[10])});
   }
   using namespace flash_mla;
   std::ofstream json(argv[2]);
@@ -213,7 +218,8 @@ int main(int argc, char** argv) {
       const int length = lengths[static_cast<std::size_t>(i)], tail = length % 64;
       if (tail != 0) {
         const int page = table[static_cast<std::size_t>(i) * max_blocks + length / 64];
-        CHECK(cudaMemset(k + (static_cast<std::size_t>(page) * 64 + tail) * 576, 0xFF, (64 - tail) * 576 * 2));
+        CHECK(
+            cudaMemset(k + (static_cast<std::size_t>(page) * 64 + tail) * 576, 0xFF, (64 - tail) * 576 * 2));
       }
     }
     CHECK(cudaMemset(out, 0xFF, nq * 512 * 2));
@@ -224,7 +230,8 @@ int main(int argc, char** argv) {
     const Device gpu{DeviceType::kCuda, 0};
     DenseDecodeArgs args;
     args.q = TensorView::contiguous(q, DType::kBFloat16, {row.b, row.s_q, row.h_q, 576}, gpu);
-    args.k_cache = TensorView::contiguous(k, DType::kBFloat16, {static_cast<std::int64_t>(pages), 64, 1, 576}, gpu);
+    args.k_cache =
+        TensorView::contiguous(k, DType::kBFloat16, {static_cast<std::int64_t>(pages), 64, 1, 576}, gpu);
     args.block_table = TensorView::contiguous(d_table, DType::kInt32, {row.b, max_blocks}, gpu);
     args.cache_seqlens = TensorView::contiguous(d_lengths, DType::kInt32, {row.b}, gpu);
     args.out = TensorView::contiguous(out, DType::kBFloat16, {row.b, row.s_q, row.h_q, 512}, gpu);
@@ -258,8 +265,9 @@ int main(int argc, char** argv) {
     auto* scratch = device_alloc<float>(samples.size() * static_cast<std::size_t>(longest));
     auto* ref = device_alloc<float>(samples.size() * 512);
     auto* ref_lse = device_alloc<float>(samples.size());
-    reference_rows<<<static_cast<unsigned>(samples.size()), 256>>>(q, k, d_table, max_blocks, d_lengths, d_samples, row.s_q,
-                                                                  row.h_q, scale, row.causal, scratch, longest, ref, ref_lse);
+    reference_rows<<<static_cast<unsigned>(samples.size()), 256>>>(
+        q, k, d_table, max_blocks, d_lengths, d_samples, row.s_q, row.h_q, scale, row.causal, scratch,
+        longest, ref, ref_lse);
     std::vector<float> h_ref(samples.size() * 512), h_lse(samples.size()), got_lse(nq);
     std::vector<std::uint16_t> got(nq * 512);
     CHECK(cudaMemcpy(h_ref.data(), ref, h_ref.size() * 4, cudaMemcpyDeviceToHost));
@@ -316,25 +324,27 @@ int main(int argc, char** argv) {
       over += median > row.best_ms;
       ++timed;
     }
-    std::printf("%2d b%-3d q%d h%-3d k%-6d v%d c%d %s %.2f | %.5f ms %.2f best %.2f floor %4.0f TF/s %4.0f GB/s\n", r,
-                row.b, row.s_q, row.h_q, row.mean, row.varlen, row.causal, good ? "ok" : "FAIL", worst, median,
-                median / row.best_ms, median / row.floor_ms, tflops, gbs);
+    std::printf(
+        "%2d b%-3d q%d h%-3d k%-6d v%d c%d %s %.2f | %.5f ms %.2f best %.2f floor %4.0f TF/s %4.0f GB/s\n", r,
+        row.b, row.s_q, row.h_q, row.mean, row.varlen, row.causal, good ? "ok" : "FAIL", worst, median,
+        median / row.best_ms, median / row.floor_ms, tflops, gbs);
     std::fflush(stdout);
     json << (timed > 1 ? ",\n" : "") << "{\"b\":" << row.b << ",\"s_q\":" << row.s_q << ",\"h_q\":" << row.h_q
          << ",\"h_kv\":1,\"s_k\":" << row.mean << ",\"varlen\":" << row.varlen << ",\"causal\":" << row.causal
          << ",\"dtype\":\"bf16\",\"ms\":" << median << ",\"gflops\":" << tflops * 1e3 << ",\"gbps\":" << gbs
-         << ",\"best_ms\":" << row.best_ms << ",\"floor_ms\":" << row.floor_ms << ",\"correct\":" << (good ? "true" : "false")
-         << "}";
-    for (void* p : std::initializer_list<void*>{q, k, out, lse, d_table, d_lengths, parts, splits, workspace, d_samples,
-                                               scratch, ref, ref_lse}) {
+         << ",\"best_ms\":" << row.best_ms << ",\"floor_ms\":" << row.floor_ms
+         << ",\"correct\":" << (good ? "true" : "false") << "}";
+    for (void* p : std::initializer_list<void*>{q, k, out, lse, d_table, d_lengths, parts, splits, workspace,
+                                                d_samples, scratch, ref, ref_lse}) {
       CHECK(cudaFree(p));
     }
   }
   json << "\n]}\n";
   if (timed > 0) {
-    std::printf("geometric mean: %.3f of best, %.3f of floor; %d of %d rows over best_ms\n", std::exp(log_best / timed),
-                std::exp(log_floor / timed), over, timed);
+    std::printf("geometric mean: %.3f of best, %.3f of floor; %d of %d rows over best_ms\n",
+                std::exp(log_best / timed), std::exp(log_floor / timed), over, timed);
   }
-  std::printf("%d passed, %d failed\n", std::min<int>(end, static_cast<int>(rows.size())) - begin - failed, failed);
+  std::printf("%d passed, %d failed\n", std::min<int>(end, static_cast<int>(rows.size())) - begin - failed,
+              failed);
   return failed != 0;
 }

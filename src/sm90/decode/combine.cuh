@@ -2,11 +2,11 @@
 
 // Combines the partial results of split requests: out = sum_i O_i 2^(lse_i - lse).
 //
-// Grid (row groups, requests or parts, whichever is fewer). By request, a block looks for the part in which its
-// request begins; by part, for the split request that begins in its part (at most one does). It combines some of that
-// request's rows. kWarpsPerRow warps share a row, each taking every kWarpsPerRow-th
-// split over all 512 columns (16 per lane), and meet in shared memory: many warps where few requests are cut into
-// many splits, one where many requests are cut in two.
+// Grid (row groups, requests or parts, whichever is fewer). By request, a block looks for the part in which
+// its request begins; by part, for the split request that begins in its part (at most one does). It combines
+// some of that request's rows. kWarpsPerRow warps share a row, each taking every kWarpsPerRow-th split over
+// all 512 columns (16 per lane), and meet in shared memory: many warps where few requests are cut into many
+// splits, one where many requests are cut in two.
 
 #include <cstdint>
 
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
     req = static_cast<int>(blockIdx.y);
     if (p.num_splits[req + 1] - p.num_splits[req] <= 1) return;
     for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kCombineWarps * 32) {
-      const int4 part = reinterpret_cast<const int4*>(p.parts)[2 * i];  // begin_req, end_req, begin_block, end_block
+      const int4 part =
+          reinterpret_cast<const int4*>(p.parts)[2 * i];  // begin_req, end_req, begin_block, end_block
       if (part.x <= req && req <= part.y && (part.x < req || part.z == 0)) owner = i;
     }
     __syncthreads();
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
     }
   }
   const int token = row / p.h_q, head = row % p.h_q;
-  auto* to = static_cast<std::uint16_t*>(p.out) + req * p.out_stride_b + token * p.out_stride_s + head * p.out_stride_h;
+  auto* to = static_cast<std::uint16_t*>(p.out) + req * p.out_stride_b + token * p.out_stride_s +
+             head * p.out_stride_h;
   if constexpr (kWarpsPerRow > 1) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

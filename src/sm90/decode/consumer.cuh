@@ -1,7 +1,8 @@
 #pragma once
 
 // What the consumer warpgroups have in common, however a tile is divided between them: where rows go, masks,
-// rescaling, releasing slots, storing results. kWg is 0 or 1; a warpgroup owns columns kWg * 256 to + 255 of O.
+// rescaling, releasing slots, storing results. kWg is 0 or 1; a warpgroup owns columns kWg * 256 to + 255 of
+// O.
 
 #include <cstdint>
 
@@ -64,7 +65,8 @@ struct ConsumerBase {
   // First key that a row does not see.
   __device__ int limit_of(const Item& item, int r) const {
     if (!p.causal) return item.length;
-    const int token = static_cast<int>(blockIdx.x) / p.blocks.head_chunks * p.blocks.tokens + r / p.blocks.heads;
+    const int token =
+        static_cast<int>(blockIdx.x) / p.blocks.head_chunks * p.blocks.tokens + r / p.blocks.heads;
     return min(item.length - p.s_q + token + 1, item.length);
   }
 
@@ -73,7 +75,8 @@ struct ConsumerBase {
   __device__ void mask(float (&x)[kScores], const Item& item, int tile, int first) const {
     const int last_limit = p.causal ? item.length - p.s_q + 1 : item.length;
     if ((tile + 1) * kTileTokens <= last_limit) return;
-    const int l0 = limit_of(item, row) - tile * kTileTokens, l1 = limit_of(item, row + 8) - tile * kTileTokens;
+    const int l0 = limit_of(item, row) - tile * kTileTokens,
+              l1 = limit_of(item, row + 8) - tile * kTileTokens;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       const int column = first + i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -86,15 +89,16 @@ struct ConsumerBase {
   __device__ float row_max(const float (&x)[kScores], int h) const {
     float highest = x[2 * h];
 #pragma unroll
-    for (int i = 0; i < kScores / 4; ++i) highest = fmaxf(highest, fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]));
+    for (int i = 0; i < kScores / 4; ++i)
+      highest = fmaxf(highest, fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]));
     highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 1));
     return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2)) * p.scale_log2;
   }
 
   // S -> P = 2^(scale S - base), its row sums, and its place in the slot's rope chunk from column `first`.
   template <int kScores>
-  __device__ void exponentiate(float (&x)[kScores], const float (&base)[2], float (&sum)[2], int slot, int first,
-                               std::uint32_t (&weights)[kScores / 8][4]) {
+  __device__ void exponentiate(float (&x)[kScores], const float (&base)[2], float (&sum)[2], int slot,
+                               int first, std::uint32_t (&weights)[kScores / 8][4]) {
     float part[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
@@ -111,8 +115,8 @@ struct ConsumerBase {
 #pragma unroll
       for (int j = 0; j < 4; ++j) weights[i][j] = pack2<kBf16>(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]);
       const std::uint32_t to = chunk + r * 128 + (((first / 8 + 2 * i + lane / 16) ^ (r % 8)) * 16);
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(weights[i][0]),
-                   "r"(weights[i][1]), "r"(weights[i][2]), "r"(weights[i][3])
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                   "r"(weights[i][0]), "r"(weights[i][1]), "r"(weights[i][2]), "r"(weights[i][3])
                    : "memory");
     }
     ptx::fence_async_proxy();

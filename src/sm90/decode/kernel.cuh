@@ -5,19 +5,19 @@
 // Tile       64 rows (heads of one or more query tokens) x 64 keys x 576; O is 64 x 512 fp32 in registers.
 // Threads    384: two consumer warpgroups (WG0, WG1) and a producer warpgroup of which one thread works.
 // Shared     Q 72 KB | two key tiles, slot 0 and slot 1, 72 KB each | row statistics 1.3 KB | barriers.
-//            Every 64-column chunk (8 KB, 128-byte swizzle) of a slot has its own "full" barrier. A slot's ninth
-//            chunk, the rope part, is used by Q K^T alone; P overwrites it.
+//            Every 64-column chunk (8 KB, 128-byte swizzle) of a slot has its own "full" barrier. A slot's
+//            ninth chunk, the rope part, is used by Q K^T alone; P overwrites it.
 // Registers  consumers 240 (O half 128, S 32, P 16), producer 24, through setmaxnreg.
 //
-// The consumers divide a tile between them in one of two ways: paired.cuh (throughput) or shared_tile.cuh (memory-bound
-// work, latency).
+// The consumers divide a tile between them in one of two ways: paired.cuh (throughput) or shared_tile.cuh
+// (memory-bound work, latency).
 //
 // Softmax is taken relative to a reference that moves only when a row's maximum exceeds it by more than 2^8
 // (kMaxGrowth), so that O is almost never rescaled; P stays within range of fp16 and bf16 and the final
 // division by the sum makes the result independent of the reference.
 //
-// With a cluster of two CTAs, both work on the same keys for different rows: each loads half of every chunk and
-// multicasts it to both, which halves the traffic from L2.
+// With a cluster of two CTAs, both work on the same keys for different rows: each loads half of every chunk
+// and multicasts it to both, which halves the traffic from L2.
 
 #include <cstddef>
 #include <cstdint>
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                         const DecodeParams p) {
   extern __shared__ std::byte dynamic_smem[];
-  auto& s = *reinterpret_cast<DecodeSmem*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
+  auto& s =
+      *reinterpret_cast<DecodeSmem*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
     ptx::prefetch_tensor_map(&q_map);
@@ -63,7 +64,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= kConsumerThreads / 32) {
       ptx::set_max_registers_down<24>();
       if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
-        Producer<kCluster>{p, s, &q_map, &k_map, kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0}.run(part);
+        Producer<kCluster>{p, s, &q_map, &k_map, kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0}
+            .run(part);
       }
     } else if (warp < 4) {
       ptx::set_max_registers_up<240>();

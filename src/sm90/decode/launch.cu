@@ -1,7 +1,5 @@
 // Launches the kernels. Everything a launch depends on has been decided in dense_decode.cpp.
 
-#include "sm90/decode/launch.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -12,6 +10,7 @@
 
 #include "sm90/decode/combine.cuh"
 #include "sm90/decode/kernel.cuh"
+#include "sm90/decode/launch.h"
 #include "sm90/decode/schedule.cuh"
 
 namespace flash_mla::sm90 {
@@ -24,8 +23,8 @@ void check(cudaError_t error, const char* what) {
 }
 
 template <class... Args>
-void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t smem, unsigned cluster, void* stream,
-            std::type_identity_t<Args>... args) {
+void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t smem, unsigned cluster,
+            void* stream, std::type_identity_t<Args>... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -44,17 +43,19 @@ void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t sm
 }
 
 template <bool kBf16, int kCluster, Division kDivision>
-void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, int h_kv, void* stream) {
+void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, int h_kv,
+                   void* stream) {
   static const bool kReady = [] {
-    check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster, kDivision>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(kSmemBytes)),
+    check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster, kDivision>,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes)),
           "cudaFuncSetAttribute");
     return true;
   }();
   static_cast<void>(kReady);
   const dim3 grid(static_cast<unsigned>(p.blocks.count()), static_cast<unsigned>(h_kv),
                   static_cast<unsigned>(p.num_parts));
-  launch(dense_decode_kernel<kBf16, kCluster, kDivision>, grid, kThreads, kSmemBytes, kCluster, stream, q_map, k_map, p);
+  launch(dense_decode_kernel<kBf16, kCluster, kDivision>, grid, kThreads, kSmemBytes, kCluster, stream, q_map,
+         k_map, p);
   if (p.num_parts == 1) return;
   const int rows = p.s_q * p.h_q;
   const auto owners = static_cast<unsigned>(std::min(p.batch, p.num_parts));
@@ -63,8 +64,7 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
            kCombineWarps * 32, 0, 1, stream, p);
   } else {
     const auto groups = static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps);
-    launch(combine_kernel<kBf16, 1>, dim3(groups, owners), kCombineWarps * 32, 0, 1, stream,
-           p);
+    launch(combine_kernel<kBf16, 1>, dim3(groups, owners), kCombineWarps * 32, 0, 1, stream, p);
   }
 }
 
@@ -73,19 +73,20 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
 void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, bool bf16,
                          int cluster, Division division, int h_kv, void* stream) {
   const auto with_division = [&]<bool kBf16, int kCluster>() {
-    (division == Division::kPaired ? launch_decode<kBf16, kCluster, Division::kPaired>
-                                   : launch_decode<kBf16, kCluster, Division::kSharedTile>)(p, q_map, k_map, h_kv,
-                                                                                            stream);
+    (division == Division::kPaired
+         ? launch_decode<kBf16, kCluster, Division::kPaired>
+         : launch_decode<kBf16, kCluster, Division::kSharedTile>)(p, q_map, k_map, h_kv, stream);
   };
   const auto with_cluster = [&]<bool kBf16>() {
-    cluster == 2 ? with_division.template operator()<kBf16, 2>() : with_division.template operator()<kBf16, 1>();
+    cluster == 2 ? with_division.template operator()<kBf16, 2>()
+                 : with_division.template operator()<kBf16, 1>();
   };
   bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
 }
 
 void launch_schedule(const ScheduleParams& p, void* stream) {
-  launch(schedule_kernel, dim3(1), kScheduleThreads, static_cast<std::size_t>(p.batch) * sizeof(std::int32_t), 1, stream,
-         p);
+  launch(schedule_kernel, dim3(1), kScheduleThreads, static_cast<std::size_t>(p.batch) * sizeof(std::int32_t),
+         1, stream, p);
 }
 
 }  // namespace flash_mla::sm90

@@ -2,8 +2,9 @@
 
 // Consumers for compute-bound work (many rows per key): tiles in pairs.
 //
-// WG0 computes S and the softmax of the even tile (slot 0), WG1 of the odd one (slot 1); each accumulates half of the
-// 512 output columns over both tiles, taking its own P from registers and the other's from shared memory:
+// WG0 computes S and the softmax of the even tile (slot 0), WG1 of the odd one (slot 1); each accumulates
+// half of the 512 output columns over both tiles, taking its own P from registers and the other's from shared
+// memory:
 //
 //   WG0   QK0 | softmax0 -> P0 | O_left  += P0 V0 | O_left  += P1 V1 | next pair
 //   WG1         QK1 | O_right += P0 V0 | softmax1 -> P1 | O_right += P1 V1 | next pair
@@ -63,8 +64,8 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     ptx::wgmma_commit();
   }
   // The softmax of one tile relative to the running reference, which it may move; alpha says by how much.
-  __device__ void softmax(float (&x)[32], std::uint32_t (&weights)[4][4], int slot, const Item& item, int tile,
-                          bool first, float (&sum)[2], float (&alpha)[2]) {
+  __device__ void softmax(float (&x)[32], std::uint32_t (&weights)[4][4], int slot, const Item& item,
+                          int tile, bool first, float (&sum)[2], float (&alpha)[2]) {
     this->mask(x, item, tile, 0);
     float base[2];
 #pragma unroll
@@ -83,8 +84,8 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     this->exponentiate(x, base, sum, slot, 0, weights);
   }
 
-  // Q K^T of the next tile is issued before the loop goes round: the tensor cores have it to work on while the
-  // products with the last V are waited for and the other warpgroup catches up.
+  // Q K^T of the next tile is issued before the loop goes round: the tensor cores have it to work on while
+  // the products with the last V are waited for and the other warpgroup catches up.
 
   __device__ void issue_tile(float (&scores)[32], const Item& item, int tile, int slot, int& uses) {
     const std::uint32_t parity = uses++ & 1;
@@ -195,7 +196,6 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     sum[0] *= a0;
     sum[1] *= a1;
   }
-
 };
 
 }  // namespace flash_mla::sm90

@@ -50,7 +50,8 @@ struct DecodeParams {
   std::int64_t lse_stride_b, lse_stride_h, lse_stride_s;
 
   /// Partial results of split requests: slot 2p holds the first request of part p, slot 2p + 1 its last when
-  /// that is another one. O (slots, s_q, h_q, 512) normalised, lse (slots, s_q, h_q) in base 2, -inf if empty.
+  /// that is another one. O (slots, s_q, h_q, 512) normalised, lse (slots, s_q, h_q) in base 2, -inf if
+  /// empty.
   float* partial_out;
   float* partial_lse;
 };

@@ -1,7 +1,7 @@
 #pragma once
 
-// The producer: one thread that keeps the two key slots and the query buffer filled, running ahead of the consumers
-// across tiles and requests as far as the slots allow.
+// The producer: one thread that keeps the two key slots and the query buffer filled, running ahead of the
+// consumers across tiles and requests as far as the slots allow.
 
 #include <cstdint>
 
@@ -36,8 +36,8 @@ struct Producer {
         if constexpr (kCluster == 1) {
           ptx::tma_load_4d(to, k_map, &s.kv_full[slot][c], c * 64, blockIdx.y, offset, page);
         } else {
-          ptx::tma_load_4d_multicast(to, k_map, &s.kv_full[slot][c], (1 << kCluster) - 1, c * 64, blockIdx.y, offset,
-                                     page);
+          ptx::tma_load_4d_multicast(to, k_map, &s.kv_full[slot][c], (1 << kCluster) - 1, c * 64, blockIdx.y,
+                                     offset, page);
         }
       }
     }
@@ -47,13 +47,14 @@ struct Producer {
     int items = 0, uses[2] = {0, 0};
     const int m_block = blockIdx.x;
     const int first_token = m_block / p.blocks.head_chunks * p.blocks.tokens;
-    const int first_head = static_cast<int>(blockIdx.y) * p.group + m_block % p.blocks.head_chunks * kTileRows;
+    const int first_head =
+        static_cast<int>(blockIdx.y) * p.group + m_block % p.blocks.head_chunks * kTileRows;
     for (int req = part[0]; req <= part[1]; ++req) {
       const Item item = item_of(p, part, req);
       if (item.begin_tile >= item.end_tile) continue;
       ptx::mbarrier_wait(&s.q_empty, (items & 1) ^ 1);
-      ptx::mbarrier_arrive_expect_tx(&s.q_full, static_cast<std::uint32_t>(p.blocks.tokens * p.blocks.heads) * 128 *
-                                                    kChunks);
+      ptx::mbarrier_arrive_expect_tx(
+          &s.q_full, static_cast<std::uint32_t>(p.blocks.tokens * p.blocks.heads) * 128 * kChunks);
       for (int c = 0; c < kChunks; ++c) {
         ptx::tma_load_4d(s.q[c], q_map, &s.q_full, c * 64, first_head, first_token, req);
       }

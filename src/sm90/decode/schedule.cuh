@@ -1,7 +1,7 @@
 #pragma once
 
-// The decode schedule on the device: the algorithm of src/schedule, one block. All threads turn lengths into block
-// counts and sum them; one thread walks requests and parts, which is a chain of dependent decisions.
+// The decode schedule on the device: the algorithm of src/schedule, one block. All threads turn lengths into
+// block counts and sum them; one thread walks requests and parts, which is a chain of dependent decisions.
 
 #include <cstdint>
 
@@ -18,7 +18,8 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
   __syncthreads();
   int mine = 0;
   for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
-    const int n = max((max(p.cache_seqlens[i], 0) + p.block_size - 1) / p.block_size, p.min_blocks_per_request);
+    const int n =
+        max((max(p.cache_seqlens[i], 0) + p.block_size - 1) / p.block_size, p.min_blocks_per_request);
     blocks[i] = n;
     mine += n + p.fixed_overhead_blocks;
   }
@@ -53,7 +54,8 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
       const int end_block = block > 0 ? block : req > 0 ? blocks[req - 1] : 0;
       const bool idle = begin_req >= p.batch || begin_req > end_req;
       int4* row = reinterpret_cast<int4*>(p.parts + static_cast<std::int64_t>(part) * 8);
-      row[0] = idle ? int4{p.batch, p.batch - 1, 0, end_block} : int4{begin_req, end_req, begin_block, end_block};
+      row[0] =
+          idle ? int4{p.batch, p.batch - 1, 0, end_block} : int4{begin_req, end_req, begin_block, end_block};
       row[1] = idle ? int4{0, 0, 0, 0}
                     : int4{begin_split, begin_block > 0 || (begin_req == end_req && block > 0), block > 0, 0};
     }

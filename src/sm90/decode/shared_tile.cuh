@@ -2,13 +2,13 @@
 
 // Consumers for memory-bound work and for latency: both warpgroups share every tile.
 //
-// Each computes S for 32 of the 64 keys, both agree on the reference through shared memory, each turns its half into
-// P, and each accumulates half of the output columns over all 64 keys:
+// Each computes S for 32 of the 64 keys, both agree on the reference through shared memory, each turns its
+// half into P, and each accumulates half of the output columns over all 64 keys:
 //
 //   QK (own 32 keys) | row maxima exchanged | softmax -> P | P complete | O half += P V
 //
-// A tile takes longer than in the paired form (about 2700 clocks against 2180), but it holds its slot for that long
-// only, so that the other slot and most of this one are always being filled.
+// A tile takes longer than in the paired form (about 2700 clocks against 2180), but it holds its slot for
+// that long only, so that the other slot and most of this one are always being filled.
 
 #include <cstdint>
 

@@ -2,11 +2,11 @@
 
 // What the roles of the decode kernel share: the shared-memory map, the work of a part, small helpers.
 
-#include <cstddef>
-#include <cstdint>
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
 
 #include "sm90/decode/params.h"
 #include "sm90/ptx/mbarrier.cuh"

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "flash_mla/decode.h"
+
+namespace flash_mla::conformance {
+
+/// What the suite asks of a backend: memory it can use, moved to and from the host, and nothing else. A
+/// backend joins the suite by an entry in backends_under_test().
+class BackendUnderTest {
+ public:
+  virtual ~BackendUnderTest() = default;
+  virtual std::string name() const = 0;
+  virtual Device device() const = 0;
+  virtual bool supports(DType dtype, int d_qk, int d_v, int page_size) const = 0;
+  virtual bool checks_values() const = 0;  ///< lengths and block table are read on the host before the call
+  virtual bool batch_invariant() const = 0;
+  virtual void* allocate(std::size_t bytes) = 0;
+  virtual void release(void* memory) = 0;
+  virtual void upload(void* to, const void* from, std::size_t bytes) = 0;
+  virtual void download(void* to, const void* from, std::size_t bytes) = 0;
+};
+
+std::vector<std::shared_ptr<BackendUnderTest>> backends_under_test();
+
+inline void PrintTo(const std::shared_ptr<BackendUnderTest>& b, std::ostream* out) { *out << b->name(); }
+
+}  // namespace flash_mla::conformance

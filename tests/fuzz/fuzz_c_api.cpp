@@ -1,0 +1,155 @@
+// Arbitrary bytes as the arguments of the C ABI. Every tensor's data is a real allocation of as many bytes as
+// its shape and strides reach (or a small one, when that would be too large: then the call must be refused,
+// since such a tensor is only accepted when the problem is really that large). An accepted call must stay
+// inside its buffers, which AddressSanitizer watches; a refused one must leave a message.
+
+#include <fuzzer/FuzzedDataProvider.h>
+
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "flash_mla/c_api.h"
+
+namespace {
+
+constexpr std::int64_t kMaxBytes = 1 << 16;
+
+struct Tensor {
+  DLTensor t{};
+  std::array<std::int64_t, 8> shape{}, strides{};
+  std::vector<std::uint8_t> memory;
+};
+
+// A plausible tensor that some field of may be bent.
+void make(FuzzedDataProvider& in, Tensor& x, std::vector<std::int64_t> shape, DLDataType dtype) {
+  for (std::size_t i = 0; i < shape.size(); ++i) x.shape[i] = shape[i];
+  x.t.ndim = static_cast<int>(shape.size());
+  x.t.dtype = dtype;
+  x.t.device.device_type = kDLCPU;
+  std::int64_t stride = 1;
+  for (std::size_t i = shape.size(); i-- > 0;) {
+    x.strides[i] = stride;
+    stride *= std::max<std::int64_t>(shape[i], 1);
+  }
+  const bool bent = in.ConsumeIntegralInRange(0, 3) == 0;
+  if (bent) {
+    const auto dim = in.ConsumeIntegralInRange<std::size_t>(0, 4);
+    switch (in.ConsumeIntegralInRange(0, 7)) {
+      case 0:
+        x.shape[dim] = in.ConsumeIntegral<std::int64_t>();
+        break;
+      case 1:
+        x.shape[dim] = in.ConsumeIntegralInRange<std::int64_t>(-1, 5);
+        break;
+      case 2:
+        x.strides[dim] = in.ConsumeIntegral<std::int64_t>();
+        break;
+      case 3:
+        x.strides[dim] = in.ConsumeIntegralInRange<std::int64_t>(-2, 3);
+        break;
+      case 4:
+        x.t.ndim = in.ConsumeIntegralInRange(-1, 7);
+        break;
+      case 5:
+        x.t.dtype = {in.ConsumeIntegral<std::uint8_t>(), in.ConsumeIntegral<std::uint8_t>(), 1};
+        break;
+      case 6:
+        x.t.device.device_type = static_cast<DLDeviceType>(in.ConsumeIntegralInRange(0, 15));
+        break;
+      default:
+        x.t.dtype.lanes = in.ConsumeIntegral<std::uint16_t>();
+    }
+  }
+  x.t.shape = x.shape.data();
+  x.t.strides = in.ConsumeIntegralInRange(0, 7) == 0 && !bent ? nullptr : x.strides.data();
+  // The bytes the tensor reaches; unreachable ones are not provided.
+  __int128 reach = 1;
+  for (int i = 0; i < std::min(std::max(x.t.ndim, 0), 8); ++i) {
+    const auto d = static_cast<std::size_t>(i);
+    if (x.shape[d] <= 0) {
+      reach = 0;
+      break;
+    }
+    if (x.strides[d] > 0) reach += static_cast<__int128>(x.shape[d] - 1) * x.strides[d];
+    if (reach > kMaxBytes) break;
+  }
+  const auto bytes =
+      static_cast<std::int64_t>(reach > kMaxBytes ? 0 : reach) * std::max(x.t.dtype.bits / 8, 1);
+  x.memory.assign(static_cast<std::size_t>(std::min(bytes, 8 * kMaxBytes)), 0x3C);
+  // What is too large to provide has no memory at all.
+  x.t.data = reach > kMaxBytes ? nullptr : x.memory.data();
+}
+
+void put_ints(FuzzedDataProvider& in, Tensor& x, std::int32_t low, std::int32_t high) {
+  for (std::size_t i = 0; i + 4 <= x.memory.size(); i += 4) {
+    const std::int32_t v = in.ConsumeIntegralInRange(0, 15) == 0 ? in.ConsumeIntegral<std::int32_t>()
+                                                                 : in.ConsumeIntegralInRange(low, high);
+    std::memcpy(&x.memory[i], &v, 4);
+  }
+}
+
+void require_message(flash_mla_status status) {
+  if (status != FLASH_MLA_OK && *flash_mla_last_error() == '\0') std::abort();
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  FuzzedDataProvider in(data, size);
+  const auto small = [&](int low, int high) { return in.ConsumeIntegralInRange<std::int64_t>(low, high); };
+  const std::int64_t b = small(0, 3), s_q = small(1, 3), h_kv = small(1, 2), h_q = h_kv * small(1, 2);
+  const std::int64_t d_v = small(1, 5), d_qk = d_v + small(0, 3), pages = small(1, 3), page = small(1, 4);
+  const std::int64_t width = small(0, 3), parts = small(1, 3);
+  const DLDataType real = in.ConsumeBool() ? DLDataType{kDLFloat, 32, 1} : DLDataType{kDLBfloat, 16, 1};
+  const DLDataType i32{kDLInt, 32, 1};
+  Tensor q, cache, table, lengths, out, lse, rows, splits;
+  make(in, q, {b, s_q, h_q, d_qk}, real);
+  make(in, cache, {pages, page, h_kv, d_qk}, real);
+  make(in, table, {b, width}, i32);
+  make(in, lengths, {b}, i32);
+  make(in, out, {b, s_q, h_q, d_v}, real);
+  make(in, lse, {b, h_q, s_q}, {kDLFloat, 32, 1});
+  make(in, rows, {parts, 8}, i32);
+  make(in, splits, {b + 1}, i32);
+  put_ints(in, table, 0, static_cast<std::int32_t>(pages) - 1);
+  put_ints(in, lengths, 0, static_cast<std::int32_t>(width * page));
+  put_ints(in, rows, 0, 3);
+  put_ints(in, splits, 0, 3);
+
+  flash_mla_schedule_options plan;
+  flash_mla_schedule_options_init(&plan);
+  if (in.ConsumeBool()) {
+    plan.block_size = in.ConsumeIntegralInRange(-1, 5);
+    plan.fixed_overhead_blocks = in.ConsumeIntegralInRange(-1, 3);
+    plan.min_blocks_per_request = in.ConsumeIntegralInRange(-1, 2);
+    plan.fixed_split_blocks = in.ConsumeIntegralInRange(-1, 2);
+  }
+  if (in.ConsumeIntegralInRange(0, 3) != 0) {
+    require_message(flash_mla_build_decode_schedule(&lengths.t, &plan, &rows.t, &splits.t));
+  }
+  flash_mla_dense_decode_options options;
+  flash_mla_dense_decode_options_init(&options);
+  options.causal = in.ConsumeBool();
+  options.num_threads = in.ConsumeIntegralInRange(-1, 2);
+  options.block_size = plan.block_size;
+  options.fixed_split_blocks = plan.fixed_split_blocks;
+  if (in.ConsumeBool()) options.softmax_scale = in.ConsumeFloatingPoint<float>();
+  const flash_mla_dense_decode_args args{
+      &q.t, &cache.t, &table.t, &lengths.t, &out.t, in.ConsumeBool() ? &lse.t : nullptr, &rows.t, &splits.t};
+  std::size_t bytes = 0;
+  const flash_mla_status status = flash_mla_dense_decode_workspace_size(&args, &options, &bytes);
+  require_message(status);
+  if (status == FLASH_MLA_OK && bytes < (std::size_t{1} << 26)) {
+    const std::size_t given = in.ConsumeIntegralInRange(0, 7) == 0 ? bytes / 2 : bytes;
+    const std::unique_ptr<void, decltype(&std::free)> workspace(
+        std::aligned_alloc(64, (given + 63) / 64 * 64), &std::free);
+    require_message(flash_mla_dense_decode(&args, &options, workspace.get(), given));
+  }
+  require_message(flash_mla_merge_states(&out.t, &lse.t, &out.t, &lse.t, &out.t, &lse.t,
+                                         in.ConsumeBool() ? FLASH_MLA_LSE_BASE_E : FLASH_MLA_LSE_BASE_2));
+  return 0;
+}
