@@ -188,7 +188,7 @@ int finish(const Options& o, const std::string& result) {
 }
 
 int run_plan(const Options& o) {
-  if (!o.plot.empty()) require_plotting(o.python);
+  if (!o.plot.empty()) require_plotting(o.python, "--plot");
   Json request = base_request(o);
   if (!o.sweep.empty()) {
     if (o.explain) throw UsageError("--explain: expected a single plan, not a sweep");
@@ -205,7 +205,7 @@ int run_plan(const Options& o) {
 }
 
 int run_compare(const Options& o) {
-  if (!o.plot.empty()) require_plotting(o.python);
+  if (!o.plot.empty()) require_plotting(o.python, "--plot");
   Json cases = Json::array();
   for (const std::string& file : o.files) {
     Json one = read_file(file);

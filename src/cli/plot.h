@@ -4,8 +4,9 @@
 
 namespace flash_mla::cli {
 
-/// Throws UsageError unless `python` runs and has matplotlib. Call it before a long measurement.
-void require_plotting(const std::string& python);
+/// Throws UsageError, saying what needs it, unless `python` runs and has matplotlib. Call it before a long
+/// measurement.
+void require_plotting(const std::string& python, const char* what = "the roofline picture");
 
 /// Draws the roofline of the result file `json` into `picture` with bench/plot_roofline.py, which is built
 /// into the program. Throws std::runtime_error.

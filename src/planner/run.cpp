@@ -155,7 +155,6 @@ struct Lookup {
     for (const auto& [name, item] : known) {
       if (name == key) return item;
     }
-    known.reserve(64);
     return known.emplace_back(key, find(value)).second;
   }
 };

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <fstream>
 #include <set>
@@ -126,6 +127,17 @@ TEST(Json, SweepKeepsOrderAndMarksRows) {
     }
   }
   EXPECT_LE(r["rows"][best]["tpot_ms"].get<double>(), 40);
+}
+
+TEST(Json, SweepOfTenThousandPlans) {
+  Json request = {{"command", "sweep"}, {"base", {{"precision", {{"moe", "w4a8"}}}}}};
+  request["axes"] = {{"ep", {8, 16, 32, 64}}, {"batch", Json::array()}};
+  for (int batch = 1; batch <= 2500; ++batch) request["axes"]["batch"].push_back(batch);
+  const auto start = std::chrono::steady_clock::now();
+  const std::string result = run_json(request.dump());
+  printf("a sweep of 10,000 plans, JSON in and out: %.3f s\n",
+         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  EXPECT_EQ(Json::parse(result)["rows"].size(), 10000u);
 }
 
 TEST(Json, CompareNamesTheCheapestWhenPriced) {

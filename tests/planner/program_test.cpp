@@ -30,7 +30,7 @@ Output run(const std::string& arguments, bool errors) {
 }
 
 // A fenced block that starts with "$ flash-mla ..." is a command and its whole output.
-TEST(Documentation, ExamplesPrintWhatThePageShows) {
+TEST(PlanDocumentation, ExamplesPrintWhatThePageShows) {
   std::ifstream file(FLASH_MLA_PLANNER_DOC);
   ASSERT_TRUE(file) << FLASH_MLA_PLANNER_DOC;
   std::string line, command, expected;
@@ -55,7 +55,7 @@ TEST(Documentation, ExamplesPrintWhatThePageShows) {
   EXPECT_GE(examples, 3);
 }
 
-TEST(Program, ExitCodes) {
+TEST(PlanProgram, ExitCodes) {
   EXPECT_EQ(run("plan --ep 16", false).code, 0);
   for (const char* wrong :
        {"plan --batch 0", "plan --ep 3", "plan --tp 256", "plan --model nothing", "plan --sweep ep",
@@ -72,7 +72,7 @@ TEST(Program, ExitCodes) {
   EXPECT_EQ(run("plan --sweep ep=16,32 --slo-tpot-ms 0.001", false).code, 1);
 }
 
-TEST(Program, SweepRanges) {
+TEST(PlanProgram, SweepRanges) {
   auto lines = [](const std::string& arguments) {
     const std::string text = run(arguments + " --format csv", false).text;
     return std::count(text.begin(), text.end(), '\n') - 1;
@@ -82,7 +82,7 @@ TEST(Program, SweepRanges) {
   EXPECT_EQ(lines("plan --ep 16 --sweep input=1000..3000+500"), 5);
 }
 
-TEST(Program, CalibratedProfileIsAHardwareFile) {
+TEST(PlanProgram, CalibratedProfileIsAHardwareFile) {
   const std::string path = testing::TempDir() + "h200_measured.json";
   EXPECT_EQ(run("plan calibrate --bench h200_dense_decode -o " + path, false).code, 0);
   const Output peak = run("plan --hardware h200 --ep 16 --format csv", false);
@@ -92,7 +92,7 @@ TEST(Program, CalibratedProfileIsAHardwareFile) {
   std::remove(path.c_str());
 }
 
-TEST(Program, MissingMatplotlibIsSaid) {
+TEST(PlanProgram, MissingMatplotlibIsSaid) {
   const std::string directory = testing::TempDir() + "planner_pictures";
   const Output none = run("plan --ep 16 --python /nowhere/python --plot " + directory, true);
   EXPECT_EQ(none.code, 2);
