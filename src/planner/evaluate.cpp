@@ -212,7 +212,7 @@ double total(const Kinds& kinds) {
   return sum;
 }
 
-void fill_exact(Phase& p, const Values& v, PhaseKind kind) {
+void fill_exact(Phase& p, const Values& v) {
   p.flop = {{"attention", v["F_attn"]}, {"projections", v["F_proj"]}, {"experts", v["F_moe"]}};
   add(p.flop, "dense_ffn", v["F_ffn"]);
   add(p.flop, "output_head", v["F_head"]);
@@ -256,7 +256,6 @@ void fill_exact(Phase& p, const Values& v, PhaseKind kind) {
   link("context_parallel", "S_cp", "t_cp");
   p.mfu = v["t_peak"];  // divided by the step time once that is known
   p.memory_share = v["M_total"] / v["M_card"];
-  (void)kind;
 }
 
 void fill_article(Phase& p, const Values& v, PhaseKind kind) {
@@ -291,7 +290,7 @@ Phase run_phase(const Request& q, PhaseKind kind, Values& v) {
   if (q.mode == Mode::kArticle) {
     fill_article(p, v, kind);
   } else {
-    fill_exact(p, v, kind);
+    fill_exact(p, v);
   }
   p.flop_total = total(p.flop);
   p.resident_total = total(p.resident);
@@ -452,6 +451,7 @@ double price_per_card_hour(const Prices& p) {
 
 Result evaluate(const Request& q, bool with_steps) {
   check(q);
+  check_plan(q.decode_plan, q.model, "plan");  // before prefill's, which repeats it unless given
   Result r;
   Values pv(sheet(q.mode, PhaseKind::kPrefill)), dv(sheet(q.mode, PhaseKind::kDecode));
   r.prefill = run_phase(q, PhaseKind::kPrefill, pv);

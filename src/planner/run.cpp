@@ -159,7 +159,7 @@ struct Lookup {
   }
 };
 
-Json row_json(const Request& q, const Result& r) {
+Json row_json(const Result& r) {
   Json row = {{"fits", r.fits},
               {"meets_slo", r.meets_slo},
               {"ttft_ms", r.ttft_s * 1e3},
@@ -181,7 +181,6 @@ Json row_json(const Request& q, const Result& r) {
               {"prefill_cards_per_decode_card", r.pd_ratio}};
   if (r.card_hour > 0) row["cost_per_million_output_all_in"] = r.cost_per_million_total;
   if (!r.fits) row["problem"] = r.problem;
-  (void)q;
   return row;
 }
 
@@ -378,7 +377,7 @@ Json run_sweep(const Json& request) {
     try {
       const Request q = lookup.read(std::move(one), "request");
       slo = q.slo;
-      row.update(row_json(q, evaluate(q)));
+      row.update(row_json(evaluate(q)));
     } catch (const InvalidArgument& e) {
       row["error"] = e.what();
     }
@@ -416,7 +415,7 @@ Json run_compare(const Json& request) {
       row["plan"] =
           fmt::format("tp{} ep{} dp{}", result.decode.plan.tp, result.decode.plan.ep, result.decode.plan.dp);
       row["batch"] = q.workload.batch;
-      row.update(row_json(q, result));
+      row.update(row_json(result));
     } catch (const InvalidArgument& e) {
       row["error"] = e.what();
     }
