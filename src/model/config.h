@@ -1,0 +1,86 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace flash_mla::model {
+
+enum class ScoringFunc { kSoftmax, kSigmoid };
+
+/// How a token's experts are chosen from its scores.
+enum class TopkMethod {
+  kGreedy,              ///< V2-Lite: the top num_experts_per_tok of all
+  kGroupLimitedGreedy,  ///< V2: the best topk_group groups by their best expert, then the top of those
+  kNoAuxTc,             ///< V3: bias-corrected scores choose; groups by the sum of their two best
+};
+
+/// YaRN (arXiv 2309.00071) in the form of DeepSeek's configuration. factor == 1: plain RoPE.
+struct RopeScaling {
+  double factor = 1.0;
+  double beta_fast = 32.0;
+  double beta_slow = 1.0;
+  double mscale = 1.0;
+  double mscale_all_dim = 0.0;
+  std::int64_t original_max_position_embeddings = 4096;
+};
+
+/// config.json of a `deepseek_v2` or `deepseek_v3` checkpoint. Names are those of the file.
+struct ModelConfig {
+  std::string model_type;  ///< "deepseek_v2" or "deepseek_v3"
+  int vocab_size = 0;
+  int hidden_size = 0;
+  int intermediate_size = 0;
+  int num_hidden_layers = 0;
+  int num_attention_heads = 0;
+  int q_lora_rank = 0;  ///< 0: queries are projected directly
+  int kv_lora_rank = 512;
+  int qk_nope_head_dim = 128;
+  int qk_rope_head_dim = 64;
+  int v_head_dim = 128;
+  double rms_norm_eps = 1e-6;
+  double rope_theta = 10000.0;
+  RopeScaling rope_scaling;
+  bool rope_interleave = true;  ///< pairs are neighbours (2i, 2i+1), as in every published checkpoint
+  std::int64_t max_position_embeddings = 4096;
+  bool tie_word_embeddings = false;
+  bool attention_bias = false;
+
+  int n_routed_experts = 0;  ///< 0: every layer is dense
+  int n_shared_experts = 0;
+  int num_experts_per_tok = 0;
+  int moe_intermediate_size = 0;
+  int moe_layer_freq = 1;
+  int first_k_dense_replace = 0;
+  int n_group = 1;
+  int topk_group = 1;
+  bool norm_topk_prob = false;
+  double routed_scaling_factor = 1.0;
+  ScoringFunc scoring_func = ScoringFunc::kSoftmax;
+  TopkMethod topk_method = TopkMethod::kGreedy;
+
+  /// Rows and columns of one scale of block-scaled FP8 weights; 0: no FP8.
+  int fp8_block_rows = 0;
+  int fp8_block_columns = 0;
+
+  int bos_token_id = -1;
+  std::vector<int> eos_token_ids;
+
+  bool is_moe_layer(int layer) const {
+    return n_routed_experts > 0 && layer >= first_k_dense_replace && layer % moe_layer_freq == 0;
+  }
+  /// Factor on q·k: (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 times the square of YaRN's mscale.
+  double softmax_scale() const;
+};
+
+/// Parses the text of a config.json. `origin` names it in errors. Throws InvalidArgument for a malformed or
+/// missing field, Unsupported for an architecture or option that the engine does not run; both name the
+/// field, its value and what was expected.
+ModelConfig parse_config(std::string_view text, std::string_view origin);
+
+/// Reads DIR/config.json, and eos/bos from DIR/generation_config.json where that exists.
+ModelConfig read_config(const std::filesystem::path& directory);
+
+}  // namespace flash_mla::model
