@@ -83,30 +83,48 @@ EncodeTiled encode_tiled() {
   return kFunction;
 }
 
-/// A 4-D tensor map, innermost dimension first; boxes of 64 columns with 128-byte swizzle.
-CUtensorMap tensor_map(const char* name, const TensorView& t, std::array<int, 4> dims,
-                       std::array<std::uint32_t, 4> box) {
+/// One dimension of a tensor map: its size, the bytes from one index to the next (none for the innermost),
+/// and how much of it a box covers.
+struct MapDim {
+  std::int64_t size;
+  std::int64_t stride_bytes;
+  int box;
+};
+
+/// A tensor map, innermost dimension (64 contiguous columns) first, with 128-byte swizzle.
+template <std::size_t kRank>
+CUtensorMap tensor_map(const char* name, const TensorView& t, const std::array<MapDim, kRank>& dims) {
   CUtensorMap map;
-  std::array<cuuint64_t, 4> shape{};
-  std::array<cuuint64_t, 3> strides{};
-  const std::array<cuuint32_t, 4> steps{1, 1, 1, 1};
-  for (std::size_t i = 0; i < 4; ++i) {
-    shape[i] = static_cast<cuuint64_t>(t.size(dims[i]));
-    if (i > 0) {
-      // A dimension of one element may carry any stride; the map wants a sound one.
-      const std::int64_t stride = t.size(dims[i]) > 1 ? t.stride(dims[i]) : kHeadDim;
-      strides[i - 1] = static_cast<cuuint64_t>(stride) * 2;
-    }
+  std::array<cuuint64_t, kRank> shape{};
+  std::array<cuuint64_t, kRank - 1> strides{};
+  std::array<cuuint32_t, kRank> box{}, steps{};
+  for (std::size_t i = 0; i < kRank; ++i) {
+    shape[i] = static_cast<cuuint64_t>(dims[i].size);
+    box[i] = static_cast<cuuint32_t>(dims[i].box);
+    steps[i] = 1;
+    // A dimension of one element may carry any stride; the map wants a sound one.
+    if (i > 0)
+      strides[i - 1] = static_cast<cuuint64_t>(dims[i].size > 1 ? dims[i].stride_bytes : kHeadDim * 2);
   }
   const CUresult r = encode_tiled()(
       &map, t.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      4, t.data, shape.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+      kRank, t.data, shape.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (r != CUDA_SUCCESS) {
     throw InvalidArgument(fmt::format("{} is {} with a layout that no tensor map can describe (CUresult {})",
                                       name, t.describe(), static_cast<int>(r)));
   }
   return map;
+}
+
+/// (columns of a chunk, tokens, chunks, latent heads, pages)
+CUtensorMap key_map(const TensorView& k, int box_tokens, int box_chunks) {
+  return tensor_map<5>("k_cache", k,
+                       {{{64, 0, 64},
+                         {k.size(1), k.stride(1) * 2, box_tokens},
+                         {kHeadDim / 64, 128, box_chunks},
+                         {k.size(2), k.stride(2) * 2, 1},
+                         {k.size(0), k.stride(0) * 2, 1}}});
 }
 
 RowBlocks blocks_of(const DenseDecodeArgs& a) {
@@ -226,13 +244,17 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   p.partial_lse = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) +
                                            align_up(partial_rows(a, s) * kHeadDimV * sizeof(float)));
   const int cluster = cluster_of(p.blocks);
-  const CUtensorMap q_map = tensor_map(
-      "q", a.q, {3, 2, 1, 0},
-      {64, static_cast<std::uint32_t>(p.blocks.heads), static_cast<std::uint32_t>(p.blocks.tokens), 1});
-  const auto box = static_cast<std::uint32_t>(std::min(p.page_size, kTileTokens / cluster));
-  const CUtensorMap k_map = tensor_map("k_cache", a.k_cache, {3, 2, 1, 0}, {64, 1, box, 1});
+  const CUtensorMap q_map = tensor_map<4>("q", a.q,
+                                          {{{kHeadDim, 0, 64},
+                                            {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
+                                            {a.q.size(1), a.q.stride(1) * 2, p.blocks.tokens},
+                                            {a.q.size(0), a.q.stride(0) * 2, 1}}});
+  const int piece = std::min(p.page_size, kTileTokens);
+  const CUtensorMap k_piece_map = key_map(a.k_cache, piece, 1);
+  const CUtensorMap k_map =
+      p.page_size < kTileTokens ? k_piece_map : key_map(a.k_cache, kTileTokens, 4 / cluster);
   const bool bf16 = a.q.dtype == DType::kBFloat16;
-  launch_dense_decode(p, q_map, k_map, bf16, cluster, division_of(p), h_kv, stream);
+  launch_dense_decode(p, q_map, k_map, k_piece_map, bf16, cluster, division_of(p), h_kv, stream);
 }
 
 void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,

@@ -5,8 +5,8 @@
 // Tile       64 rows (heads of one or more query tokens) x 64 keys x 576; O is 64 x 512 fp32 in registers.
 // Threads    384: two consumer warpgroups (WG0, WG1) and a producer warpgroup of which one thread works.
 // Shared     Q 72 KB | two key tiles, slot 0 and slot 1, 72 KB each | row statistics 1.3 KB | barriers.
-//            Every 64-column chunk (8 KB, 128-byte swizzle) of a slot has its own "full" barrier. A slot's
-//            ninth chunk, the rope part, is used by Q K^T alone; P overwrites it.
+//            Made of 64-column chunks (8 KB, 128-byte swizzle); chunks 0-3 and 4-8 of a slot have a "full"
+//            barrier each. A slot's ninth chunk, the rope part, is used by Q K^T alone; P overwrites it.
 // Registers  consumers 240 (O half 128, S 32, P 16), producer 24, through setmaxnreg.
 //
 // The consumers divide a tile between them in one of two ways: paired.cuh (throughput) or shared_tile.cuh
@@ -34,7 +34,7 @@ namespace flash_mla::sm90 {
 template <bool kBf16, int kCluster, Division kDivision>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                        const DecodeParams p) {
+                        const __grid_constant__ CUtensorMap k_piece_map, const DecodeParams p) {
   extern __shared__ std::byte dynamic_smem[];
   auto& s =
       *reinterpret_cast<DecodeSmem*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
     ptx::prefetch_tensor_map(&q_map);
     ptx::prefetch_tensor_map(&k_map);
+    ptx::prefetch_tensor_map(&k_piece_map);
     ptx::mbarrier_init(&s.q_full, 1);
     ptx::mbarrier_init(&s.q_empty, 8);
     for (int slot = 0; slot < 2; ++slot) {
@@ -64,7 +65,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= kConsumerThreads / 32) {
       ptx::set_max_registers_down<24>();
       if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
-        Producer<kCluster>{p, s, &q_map, &k_map, kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0}
+        Producer<kCluster>{
+            p, s, &q_map, &k_map, &k_piece_map, kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0}
             .run(part);
       }
     } else if (warp < 4) {

@@ -43,8 +43,8 @@ void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t sm
 }
 
 template <bool kBf16, int kCluster, Division kDivision>
-void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, int h_kv,
-                   void* stream) {
+void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
+                   const CUtensorMap& k_piece_map, int h_kv, void* stream) {
   static const bool kReady = [] {
     check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster, kDivision>,
                                cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes)),
@@ -55,7 +55,7 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
   const dim3 grid(static_cast<unsigned>(p.blocks.count()), static_cast<unsigned>(h_kv),
                   static_cast<unsigned>(p.num_parts));
   launch(dense_decode_kernel<kBf16, kCluster, kDivision>, grid, kThreads, kSmemBytes, kCluster, stream, q_map,
-         k_map, p);
+         k_map, k_piece_map, p);
   if (p.num_parts == 1) return;
   const int rows = p.s_q * p.h_q;
   const auto owners = static_cast<unsigned>(std::min(p.batch, p.num_parts));
@@ -70,12 +70,13 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
 
 }  // namespace
 
-void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, bool bf16,
-                         int cluster, Division division, int h_kv, void* stream) {
+void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
+                         const CUtensorMap& k_piece_map, bool bf16, int cluster, Division division, int h_kv,
+                         void* stream) {
   const auto with_division = [&]<bool kBf16, int kCluster>() {
     (division == Division::kPaired
          ? launch_decode<kBf16, kCluster, Division::kPaired>
-         : launch_decode<kBf16, kCluster, Division::kSharedTile>)(p, q_map, k_map, h_kv, stream);
+         : launch_decode<kBf16, kCluster, Division::kSharedTile>)(p, q_map, k_map, k_piece_map, h_kv, stream);
   };
   const auto with_cluster = [&]<bool kBf16>() {
     cluster == 2 ? with_division.template operator()<kBf16, 2>()

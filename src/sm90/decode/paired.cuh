@@ -43,7 +43,7 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     const std::uint64_t k = ptx::swizzled_descriptor(s.kv[slot][0], 0, 1024);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      ptx::mbarrier_wait(&s.kv_full[slot][c], parity);
+      if (c % 4 == 0 && c < kRopeChunk) ptx::mbarrier_wait(&s.kv_full[slot][c / 4], parity);
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -91,7 +91,7 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     const std::uint32_t parity = uses++ & 1;
     const int count = item.length - tile * kTileTokens;
     if (count < kTileTokens) {
-      for (int c = 0; c < kChunks; ++c) ptx::mbarrier_wait(&s.kv_full[slot][c], parity);
+      for (auto& full : s.kv_full[slot]) ptx::mbarrier_wait(&full, parity);
       this->clear_rows(slot, count, 0, kRopeChunk);
     }
     issue_qk(scores, slot, parity);
@@ -123,16 +123,14 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
       sum[0] *= a0;
       sum[1] *= a1;
       this->issue_pv_shared(o, 1);
-      if (last) {
-        ptx::wgmma_wait<0>();
-        this->release(1);
-        return;
-      }
+      // Released before the next Q K^T is issued: that may have to wait for keys, and those that follow wait
+      // for this slot.
+      ptx::wgmma_wait<0>();
+      this->release(1);
+      if (last) return;
       tile += 2;
       first = false;
       issue_tile(scores, item, tile, 0, uses);
-      ptx::wgmma_wait<1>();
-      this->release(1);
     }
     // An odd number of tiles: one is left without a partner.
     ptx::wgmma_wait<0>();

@@ -36,7 +36,7 @@ struct SharedTileConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     const std::uint64_t k = ptx::swizzled_descriptor(&s.kv[slot][0][kWg * 32 * 64], 0, 1024);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      ptx::mbarrier_wait(&s.kv_full[slot][c], parity);
+      if (c % 4 == 0 && c < kRopeChunk) ptx::mbarrier_wait(&s.kv_full[slot][c / 4], parity);
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

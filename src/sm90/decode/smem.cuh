@@ -27,7 +27,7 @@ struct alignas(1024) DecodeSmem {
   float alpha[2][kTileRows];
   float row_sum[2][kTileRows];
   std::uint64_t q_full, q_empty;
-  std::uint64_t kv_full[2][kChunks];
+  std::uint64_t kv_full[2][2];   // by slot and half: chunks 0-3, chunks 4-8
   std::uint64_t kv_empty[2][2];  // by slot and half: chunks 0-3 are WG0's columns, 4-7 WG1's. The rope chunk
                                  // of a slot is freed by the warpgroup that reads P there: half 1 - slot.
 };
