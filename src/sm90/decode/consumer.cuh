@@ -18,6 +18,7 @@ struct ConsumerBase {
   DecodeSmem& s;
   const int warp, lane;  // in the warpgroup
   const int row;         // this thread's rows are `row` and `row + 8`
+  float reference[2];    // of the softmax, per row, base 2; -inf until a key has been seen
 
   __device__ ConsumerBase(const DecodeParams& params, DecodeSmem& smem)
       : p(params),
@@ -84,13 +85,24 @@ struct ConsumerBase {
     }
   }
 
+  // Moves a row's reference; returns what O and the sum have to be multiplied with. Both are 0 before the
+  // first key.
+  __device__ float move_reference(int h, float to) {
+    const float alpha = reference[h] == to || reference[h] == -INFINITY ? 1.0f : exp2_fast(reference[h] - to);
+    reference[h] = to;
+    return alpha;
+  }
+
   // Maximum over a row's scores in this warpgroup, in base 2.
   template <int kScores>
   __device__ float row_max(const float (&x)[kScores], int h) const {
-    float highest = x[2 * h];
+    float best[4];  // several chains: one alone is as long as its latency times its length
 #pragma unroll
-    for (int i = 0; i < kScores / 4; ++i)
-      highest = fmaxf(highest, fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]));
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float y = fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
+      best[i % 4] = i < 4 ? y : fmaxf(best[i % 4], y);
+    }
+    float highest = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
     highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 1));
     return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2)) * p.scale_log2;
   }
@@ -99,15 +111,15 @@ struct ConsumerBase {
   template <int kScores>
   __device__ void exponentiate(float (&x)[kScores], const float (&base)[2], float (&sum)[2], int slot,
                                int first, std::uint32_t (&weights)[kScores / 8][4]) {
-    float part[2] = {0.0f, 0.0f};
+    float part[2][2] = {};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       const int h = i % 4 / 2;
       x[i] = exp2_fast(fmaf(x[i], p.scale_log2, -base[h]));
-      part[h] += x[i];
+      part[h][i % 2] += x[i];
     }
-    sum[0] += part[0];
-    sum[1] += part[1];
+    sum[0] += part[0][0] + part[0][1];
+    sum[1] += part[1][0] + part[1][1];
     const std::uint32_t chunk = ptx::smem_address(s.kv[slot][kRopeChunk]);
     const int r = warp * 16 + lane % 16;  // row whose address this lane gives
 #pragma unroll
@@ -122,13 +134,15 @@ struct ConsumerBase {
     ptx::fence_async_proxy();
   }
 
-  // O half += P V of the tile in `slot`, P from the slot's rope chunk.
-  __device__ void issue_pv_shared(float (&o)[128], int slot) {
+  // O half (+)= P V of the tile in `slot`, P from the slot's rope chunk.
+  __device__ void issue_pv_shared(float (&o)[128], int slot, bool accumulate) {
     const std::uint64_t weights = ptx::swizzled_descriptor(s.kv[slot][kRopeChunk], 0, 1024);
     const std::uint64_t v = ptx::swizzled_descriptor(s.kv[slot][kWg * 4], 8192, 1024);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ptx::wgmma_m64n256k16_ss<kBf16>(o, weights + i * 2, v + i * 128, true);
+    for (int i = 0; i < 4; ++i) {
+      ptx::wgmma_m64n256k16_ss<kBf16>(o, weights + i * 2, v + i * 128, i > 0 || accumulate);
+    }
     ptx::wgmma_commit();
   }
 
@@ -164,7 +178,7 @@ struct ConsumerBase {
       const bool valid = locate(row + 8 * h, token, head);
       const bool none = !(sum[h] > 0.0f);
       const float factor = none ? 0.0f : 1.0f / sum[h];
-      if (valid) store_lse(item, token, head, none ? -INFINITY : s.reference[row + 8 * h] + log2f(sum[h]));
+      if (valid) store_lse(item, token, head, none ? -INFINITY : reference[h] + log2f(sum[h]));
       if (item.is_split) {
         float* to = p.partial_out + partial_row(item, token, head) * kHeadDimV + kWg * 256 + lane % 4 * 2;
 #pragma unroll
@@ -217,7 +231,8 @@ struct ConsumerBase {
     for (int h = 0; h < 2; ++h) sum[h] = s.row_sum[0][row + 8 * h] + s.row_sum[1][row + 8 * h];
   }
 
-  // Walks the requests of a part; `tiles(o, item, sum)` does the work on one.
+  // Walks the requests of a part; `tiles(o, item, sum)` does the work on one. O is not cleared: the first
+  // product of an item overwrites it.
   template <class Tiles>
   __device__ void for_each_item(const std::int32_t* part, Tiles&& tiles) {
     float o[128];
@@ -229,8 +244,7 @@ struct ConsumerBase {
         continue;
       }
       float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (float& x : o) x = 0.0f;
+      reference[0] = reference[1] = -INFINITY;
       ptx::mbarrier_wait(&s.q_full, items & 1);
       ++items;
       tiles(o, item, sum);

@@ -31,6 +31,19 @@
 
 namespace flash_mla::sm90 {
 
+// The chain part -> request -> page -> keys is what a small batch waits for first; the producer's idle warps
+// bring its tables into L2 while barriers are set up. Only a hint: nothing is read before the kernels ahead
+// have finished.
+__device__ __forceinline__ void prefetch_metadata(const DecodeParams& p, int warp) {
+  constexpr int kLine = 32;  // int32
+  constexpr int kMaxLines = 128;
+  const std::int32_t* from = warp == 9 ? p.cache_seqlens : warp == 10 ? p.num_splits : p.block_table;
+  const std::int64_t count = warp < 11 ? p.batch : p.batch * p.block_table_stride;
+  if (warp < 9 || count > kLine * kMaxLines) return;
+  for (int i = static_cast<int>(threadIdx.x) % 32 * kLine; i < count; i += 32 * kLine)
+    ptx::prefetch_l2(from + i);
+}
+
 template <bool kBf16, int kCluster, Division kDivision>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
@@ -57,6 +70,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
+  prefetch_metadata(p, warp);
   ptx::grid_dependency_wait();
   // The combine kernel may be set up from now on; it waits for this grid to finish before it reads anything.
   ptx::grid_dependency_launch();

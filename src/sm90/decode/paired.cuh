@@ -23,6 +23,7 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
   using Base::Base;
   using Base::lane;
   using Base::p;
+  using Base::reference;
   using Base::row;
   using Base::s;
 
@@ -54,32 +55,28 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
   }
 
   // O half += P V of the tile in `slot`, P from this warpgroup's registers.
-  __device__ void issue_pv_own(float (&o)[128], const std::uint32_t (&weights)[4][4], int slot) {
+  __device__ void issue_pv_own(float (&o)[128], const std::uint32_t (&weights)[4][4], int slot,
+                               bool accumulate) {
     const std::uint64_t v = ptx::swizzled_descriptor(s.kv[slot][kWg * 4], 8192, 1024);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      ptx::wgmma_m64n256k16_rs<kBf16>(o, weights[i], v + i * 128, true);
+      ptx::wgmma_m64n256k16_rs<kBf16>(o, weights[i], v + i * 128, i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
   // The softmax of one tile relative to the running reference, which it may move; alpha says by how much.
   __device__ void softmax(float (&x)[32], std::uint32_t (&weights)[4][4], int slot, const Item& item,
-                          int tile, bool first, float (&sum)[2], float (&alpha)[2]) {
+                          int tile, float (&sum)[2], float (&alpha)[2]) {
     this->mask(x, item, tile, 0);
     float base[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float highest = this->row_max(x, h);
-      const float before = first ? -INFINITY : s.reference[row + 8 * h];
-      const float now = highest > before + kMaxGrowth ? highest : before;
-      alpha[h] = now == before ? 1.0f : exp2_fast(before - now);
-      base[h] = now == -INFINITY ? 0.0f : now;
+      alpha[h] = this->move_reference(h, highest > reference[h] + kMaxGrowth ? highest : reference[h]);
+      base[h] = reference[h] == -INFINITY ? 0.0f : reference[h];
       sum[h] *= alpha[h];
-      if (lane % 4 == 0) {
-        s.reference[row + 8 * h] = now;
-        s.alpha[kWg][row + 8 * h] = alpha[h];
-      }
+      if (lane % 4 == 0) s.exchange[kWg][row + 8 * h] = reference[h];
     }
     this->exponentiate(x, base, sum, slot, 0, weights);
   }
@@ -104,41 +101,36 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     float alpha[2];
     const int end = item.end_tile;
     int tile = item.begin_tile;
-    bool first = true;
     issue_tile(scores, item, tile, 0, uses);
     while (tile + 1 < end) {
       ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
       ptx::wgmma_wait<0>();
       const bool last = tile + 2 >= end;
       if (last && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-      softmax(scores, weights, 0, item, tile, first, sum, alpha);
+      softmax(scores, weights, 0, item, tile, sum, alpha);
       ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
       if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-      issue_pv_own(o, weights, 0);
+      issue_pv_own(o, weights, 0, tile > item.begin_tile);
       ptx::wgmma_wait<0>();
       this->release(0);
       ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
-      const float a0 = s.alpha[1][row], a1 = s.alpha[1][row + 8];
-      if (this->any_scaled(a0, a1)) this->rescale(o, a0, a1);
-      sum[0] *= a0;
-      sum[1] *= a1;
-      this->issue_pv_shared(o, 1);
+      take_reference(o, sum);
+      this->issue_pv_shared(o, 1, true);
       // Released before the next Q K^T is issued: that may have to wait for keys, and those that follow wait
       // for this slot.
       ptx::wgmma_wait<0>();
       this->release(1);
       if (last) return;
       tile += 2;
-      first = false;
       issue_tile(scores, item, tile, 0, uses);
     }
     // An odd number of tiles: one is left without a partner.
     ptx::wgmma_wait<0>();
     if (lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-    softmax(scores, weights, 0, item, tile, first, sum, alpha);
+    softmax(scores, weights, 0, item, tile, sum, alpha);
     ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
     if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-    issue_pv_own(o, weights, 0);
+    issue_pv_own(o, weights, 0, tile > item.begin_tile);
     ptx::wgmma_wait<0>();
     this->release(0);
   }
@@ -155,17 +147,17 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
       issue_tile(scores, item, tile, 1, uses);
       while (true) {
         ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
-        take_alpha(o, sum);
-        this->issue_pv_shared(o, 0);
+        take_reference(o, sum);
+        this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
         ptx::wgmma_wait<1>();
         const bool last = tile + 2 >= end;
         if (last && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-        softmax(scores, weights, 1, item, tile, false, sum, alpha);
+        softmax(scores, weights, 1, item, tile, sum, alpha);
         ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
         ptx::wgmma_wait<0>();
         this->release(0);
         if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-        issue_pv_own(o, weights, 1);
+        issue_pv_own(o, weights, 1, true);
         tile += 2;
         // Nothing is lost by draining here: WG0's next Q K^T comes first.
         ptx::wgmma_wait<0>();
@@ -180,16 +172,17 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     if (tile == end) {
       // The last even tile has no partner.
       ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
-      take_alpha(o, sum);
-      this->issue_pv_shared(o, 0);
+      take_reference(o, sum);
+      this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
       ptx::wgmma_wait<0>();
       this->release(0);
     }
   }
 
-  // Follows a move of the reference that WG0 made.
-  __device__ void take_alpha(float (&o)[128], float (&sum)[2]) {
-    const float a0 = s.alpha[0][row], a1 = s.alpha[0][row + 8];
+  // Follows a move of the reference that the other warpgroup made.
+  __device__ void take_reference(float (&o)[128], float (&sum)[2]) {
+    const float a0 = this->move_reference(0, s.exchange[1 - kWg][row]);
+    const float a1 = this->move_reference(1, s.exchange[1 - kWg][row + 8]);
     if (this->any_scaled(a0, a1)) this->rescale(o, a0, a1);
     sum[0] *= a0;
     sum[1] *= a1;
