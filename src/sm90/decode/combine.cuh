@@ -2,8 +2,9 @@
 
 // Combines the partial results of split requests: out = sum_i O_i 2^(lse_i - lse).
 //
-// Grid (row groups, requests or parts, whichever is fewer). By request, a block looks for the part in which
-// its request begins; by part, for the split request that begins in its part (at most one does). It combines
+// Grid (row groups, requests or parts, whichever is fewer; with fixed split points, requests). By request, a
+// block looks for the part in which its request begins, unless split points are fixed and the slots follow
+// from num_splits; by part, for the split request that begins in its part (at most one does). It combines
 // some of that request's rows. kWarpsPerRow warps share a row, each taking every kWarpsPerRow-th split over
 // all 512 columns (16 per lane), and meet in shared memory: many warps where few requests are cut into many
 // splits, one where many requests are cut in two.
@@ -23,17 +24,19 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   ptx::grid_dependency_wait();
   __shared__ int owner;  // the part in which the request begins
   int req;
-  if (p.batch <= p.num_parts) {
+  if (p.split_tiles > 0) {
+    req = static_cast<int>(blockIdx.y);
+    if (p.num_splits[req + 1] - p.num_splits[req] <= 1) return;
+  } else if (p.batch <= p.num_parts) {
     req = static_cast<int>(blockIdx.y);
     if (p.num_splits[req + 1] - p.num_splits[req] <= 1) return;
     for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kCombineWarps * 32) {
-      const int4 part =
-          reinterpret_cast<const int4*>(p.parts)[2 * i];  // begin_req, end_req, begin_block, end_block
+      const int4 part = part_of(p, i);
       if (part.x <= req && req <= part.y && (part.x < req || part.z == 0)) owner = i;
     }
     __syncthreads();
   } else {
-    const int4 part = reinterpret_cast<const int4*>(p.parts)[2 * blockIdx.y];
+    const int4 part = part_of(p, static_cast<int>(blockIdx.y));
     req = part.y;
     if (part.x >= p.batch || part.x > req || (part.x == req && part.z > 0)) return;
     if (p.num_splits[req + 1] - p.num_splits[req] <= 1) return;
@@ -41,9 +44,9 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
     __syncthreads();
   }
   const int splits = p.num_splits[req + 1] - p.num_splits[req];
-  const int begin_req = p.parts[static_cast<std::int64_t>(owner) * 8];
-  const int first_slot = 2 * owner + (begin_req != req ? 1 : 0);
-  const auto slot_of = [&](int i) { return i == 0 ? first_slot : 2 * (owner + i); };
+  const bool fixed = p.split_tiles > 0;
+  const int first_slot = fixed ? p.num_splits[req] : 2 * owner + (part_of(p, owner).x != req ? 1 : 0);
+  const auto slot_of = [&](int i) { return fixed ? first_slot + i : i == 0 ? first_slot : 2 * (owner + i); };
 
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int rows = p.s_q * p.h_q;

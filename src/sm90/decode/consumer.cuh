@@ -217,13 +217,12 @@ struct ConsumerBase {
     for (int h = 0; h < 2; ++h) sum[h] = s.row_sum[0][row + 8 * h] + s.row_sum[1][row + 8 * h];
   }
 
-  // Walks the requests of a part; `tiles(o, item, sum)` does the work on one.
+  // Walks the items of a part; `tiles(o, item, sum)` does the work on one.
   template <class Tiles>
-  __device__ void for_each_item(const std::int32_t* part, Tiles&& tiles) {
+  __device__ void for_each_item(const int4& part, Tiles&& tiles) {
     float o[128];
     int items = 0;
-    for (int req = part[0]; req <= part[1]; ++req) {
-      const Item item = item_of(p, part, req);
+    for (Item item = first_item(p, part); item.req <= part.y; item = next_item(p, part, item)) {
       if (item.begin_tile >= item.end_tile) {
         store_empty(item);
         continue;

@@ -26,7 +26,7 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
   using Base::row;
   using Base::s;
 
-  __device__ void run(const std::int32_t* part) {
+  __device__ void run(const int4& part) {
     int uses = 0;  // of this warpgroup's slot so far
     this->for_each_item(part, [&](float(&o)[128], const Item& item, float(&sum)[2]) {
       if constexpr (kWg == 0) {

@@ -8,6 +8,7 @@ inline constexpr int kTileTokens = 64;  ///< keys per tile, and tokens per block
 inline constexpr int kTileRows = 64;    ///< query rows per CTA
 inline constexpr int kHeadDim = 576;
 inline constexpr int kHeadDimV = 512;
+inline constexpr int kMaxDevices = 64;  ///< CUDA devices this process can use
 
 /// How the consumer warpgroups divide the work on a tile: see paired.cuh and shared_tile.cuh.
 enum class Division { kPaired, kSharedTile };
@@ -35,13 +36,15 @@ struct DecodeParams {
   int batch, s_q, h_q, group;
   int page_size;
   int num_parts;
+  int split_tiles;  ///< 0, or batch-invariant mode: every request is cut at multiples of this
+  bool token_rows;  ///< rows of `parts` are as FlashMLA's until September 2025
   bool causal;
   float scale_log2;  ///< softmax_scale * log2(e)
 
   const std::int32_t* block_table;
   std::int64_t block_table_stride;
   const std::int32_t* cache_seqlens;
-  const std::int32_t* parts;       ///< (num_parts, 8), rows as DecodePart
+  const std::int32_t* parts;       ///< (num_parts, 8), rows as DecodePart or in tokens
   const std::int32_t* num_splits;  ///< (batch + 1)
 
   void* out;
@@ -50,19 +53,24 @@ struct DecodeParams {
   std::int64_t lse_stride_b, lse_stride_h, lse_stride_s;
 
   /// Partial results of split requests: slot 2p holds the first request of part p, slot 2p + 1 its last when
-  /// that is another one. O (slots, s_q, h_q, 512) normalised, lse (slots, s_q, h_q) in base 2, -inf if
-  /// empty.
+  /// that is another one. With split_tiles, slot num_splits[r] + i holds split i of request r. O (slots,
+  /// s_q, h_q, 512) normalised, lse (slots, s_q, h_q) in base 2, -inf if empty.
   float* partial_out;
   float* partial_lse;
 };
 
-inline constexpr int kMaxScheduleBatch = 8192;  // block counts in 32 KB of shared memory
+/// The device schedule keeps b + 1 prefix sums and two words per part in 48 KB of shared memory.
+inline constexpr int kMaxScheduleWords = 12000;
+constexpr std::int64_t schedule_words(std::int64_t batch, std::int64_t num_parts) {
+  return batch + 1 + 2 * num_parts;
+}
 
 struct ScheduleParams {
   const std::int32_t* cache_seqlens;
   int batch;
   int num_parts;
-  int block_size, fixed_overhead_blocks, min_blocks_per_request;
+  int block_size, fixed_overhead_blocks, min_blocks_per_request, fixed_split_blocks;
+  bool token_rows;
   std::int32_t* parts;       ///< (num_parts, 8)
   std::int32_t* num_splits;  ///< (batch + 1)
 };

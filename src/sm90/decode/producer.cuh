@@ -43,20 +43,19 @@ struct Producer {
     }
   }
 
-  __device__ void run(const std::int32_t* part) const {
+  __device__ void run(const int4& part) const {
     int items = 0, uses[2] = {0, 0};
     const int m_block = blockIdx.x;
     const int first_token = m_block / p.blocks.head_chunks * p.blocks.tokens;
     const int first_head =
         static_cast<int>(blockIdx.y) * p.group + m_block % p.blocks.head_chunks * kTileRows;
-    for (int req = part[0]; req <= part[1]; ++req) {
-      const Item item = item_of(p, part, req);
+    for (Item item = first_item(p, part); item.req <= part.y; item = next_item(p, part, item)) {
       if (item.begin_tile >= item.end_tile) continue;
       ptx::mbarrier_wait(&s.q_empty, (items & 1) ^ 1);
       ptx::mbarrier_arrive_expect_tx(
           &s.q_full, static_cast<std::uint32_t>(p.blocks.tokens * p.blocks.heads) * 128 * kChunks);
       for (int c = 0; c < kChunks; ++c) {
-        ptx::tma_load_4d(s.q[c], q_map, &s.q_full, c * 64, first_head, first_token, req);
+        ptx::tma_load_4d(s.q[c], q_map, &s.q_full, c * 64, first_head, first_token, item.req);
       }
       ++items;
       for (int tile = item.begin_tile, slot = 0; tile < item.end_tile; ++tile, slot ^= 1) {
