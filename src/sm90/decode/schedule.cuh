@@ -111,7 +111,8 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
   ptx::grid_dependency_wait();
 
   const auto blocks_of = [&](int req) {
-    return max((max(p.cache_seqlens[req], 0) + p.block_size - 1) / p.block_size, p.min_blocks_per_request);
+    const int length = max(p.cache_seqlens[req], 0);
+    return max(length / p.block_size + (length % p.block_size > 0), p.min_blocks_per_request);
   };
   if (threadIdx.x == 0) starts[0] = 0;
   for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
