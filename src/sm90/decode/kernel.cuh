@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::grid_dependency_wait();
   // The combine kernel may be set up from now on; it waits for this grid to finish before it reads anything.
   ptx::grid_dependency_launch();
-  const std::int32_t* part = p.parts + static_cast<std::int64_t>(blockIdx.z) * 8;
-  if (part[0] < p.batch) {
+  const int4 part = part_of(p, static_cast<int>(blockIdx.z));
+  if (part.x < p.batch) {
     if (warp >= kConsumerThreads / 32) {
       ptx::set_max_registers_down<24>();
       if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {

@@ -27,7 +27,7 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
   using Base::row;
   using Base::s;
 
-  __device__ void run(const std::int32_t* part) {
+  __device__ void run(const int4& part) {
     int uses = 0;  // of this warpgroup's slot so far
     this->for_each_item(part, [&](float(&o)[128], const Item& item, float(&sum)[2]) {
       if constexpr (kWg == 0) {
@@ -81,9 +81,6 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     this->exponentiate(x, base, sum, slot, 0, weights);
   }
 
-  // Q K^T of the next tile is issued before the loop goes round: the tensor cores have it to work on while
-  // the products with the last V are waited for and the other warpgroup catches up.
-
   __device__ void issue_tile(float (&scores)[32], const Item& item, int tile, int slot, int& uses) {
     const std::uint32_t parity = uses++ & 1;
     const int count = item.length - tile * kTileTokens;
@@ -94,45 +91,32 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     issue_qk(scores, slot, parity);
   }
 
-  // The tiles of an item as WG0 sees them: begin, begin + 2, ...
+  // The tiles of an item as WG0 sees them: begin, begin + 2, ... Everything is drained before the loop goes
+  // round: the slot is released without waiting for the keys that the next Q K^T may have to wait for, and
+  // ptxas serialises products whose accumulators are in flight there.
   __device__ void even_tiles(float (&o)[128], const Item& item, int& uses, float (&sum)[2]) {
     float scores[32];
     std::uint32_t weights[4][4];
     float alpha[2];
-    const int end = item.end_tile;
-    int tile = item.begin_tile;
-    issue_tile(scores, item, tile, 0, uses);
-    while (tile + 1 < end) {
-      ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
+    for (int tile = item.begin_tile; tile < item.end_tile; tile += 2) {
+      const bool paired = tile + 1 < item.end_tile;
+      issue_tile(scores, item, tile, 0, uses);
+      if (paired) ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
       ptx::wgmma_wait<0>();
-      const bool last = tile + 2 >= end;
-      if (last && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+      if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
       softmax(scores, weights, 0, item, tile, sum, alpha);
       ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
       if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
       issue_pv_own(o, weights, 0, tile > item.begin_tile);
       ptx::wgmma_wait<0>();
       this->release(0);
+      if (!paired) break;
       ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
       take_reference(o, sum);
       this->issue_pv_shared(o, 1, true);
-      // Released before the next Q K^T is issued: that may have to wait for keys, and those that follow wait
-      // for this slot.
       ptx::wgmma_wait<0>();
       this->release(1);
-      if (last) return;
-      tile += 2;
-      issue_tile(scores, item, tile, 0, uses);
     }
-    // An odd number of tiles: one is left without a partner.
-    ptx::wgmma_wait<0>();
-    if (lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-    softmax(scores, weights, 0, item, tile, sum, alpha);
-    ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
-    if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-    issue_pv_own(o, weights, 0, tile > item.begin_tile);
-    ptx::wgmma_wait<0>();
-    this->release(0);
   }
 
   // The tiles of an item as WG1 sees them: begin + 1, begin + 3, ...
@@ -140,36 +124,26 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     float scores[32];
     std::uint32_t weights[4][4];
     float alpha[2];
-    const int end = item.end_tile;
     int tile = item.begin_tile + 1;
-    if (tile < end) {
+    if (tile >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+    for (; tile < item.end_tile; tile += 2) {
       ptx::named_barrier_sync<kOrder, kConsumerThreads>();
       issue_tile(scores, item, tile, 1, uses);
-      while (true) {
-        ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
-        take_reference(o, sum);
-        this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
-        ptx::wgmma_wait<1>();
-        const bool last = tile + 2 >= end;
-        if (last && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-        softmax(scores, weights, 1, item, tile, sum, alpha);
-        ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
-        ptx::wgmma_wait<0>();
-        this->release(0);
-        if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-        issue_pv_own(o, weights, 1, true);
-        tile += 2;
-        // Nothing is lost by draining here: WG0's next Q K^T comes first.
-        ptx::wgmma_wait<0>();
-        this->release(1);
-        if (last) break;
-        ptx::named_barrier_sync<kOrder, kConsumerThreads>();
-        issue_tile(scores, item, tile, 1, uses);
-      }
-    } else if (lane == 0) {
-      ptx::mbarrier_arrive(&s.q_empty);
+      ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
+      take_reference(o, sum);
+      this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
+      ptx::wgmma_wait<1>();
+      if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+      softmax(scores, weights, 1, item, tile, sum, alpha);
+      ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
+      ptx::wgmma_wait<0>();
+      this->release(0);
+      if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
+      issue_pv_own(o, weights, 1, true);
+      ptx::wgmma_wait<0>();
+      this->release(1);
     }
-    if (tile == end) {
+    if (tile == item.end_tile) {
       // The last even tile has no partner.
       ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
       take_reference(o, sum);

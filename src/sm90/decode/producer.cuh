@@ -62,29 +62,29 @@ struct Producer {
     }
   }
 
-  __device__ void run(const std::int32_t* part) const {
-    int items = 0;
-    int uses[2] = {0, 0};
+  __device__ void run(const int4& part) const {
+    int items = 0, uses[2] = {0, 0};
+    const int tiles_per_page = p.page_size / kTileTokens;  // 0: several pages per tile
     const int m_block = blockIdx.x;
     const int first_token = m_block / p.blocks.head_chunks * p.blocks.tokens;
     const int first_head =
         static_cast<int>(blockIdx.y) * p.group + m_block % p.blocks.head_chunks * kTileRows;
-    for (int req = part[0]; req <= part[1]; ++req) {
-      const Item item = item_of(p, part, req);
+    for (Item item = first_item(p, part); item.req <= part.y; item = next_item(p, part, item)) {
+      const std::int32_t* pages = p.block_table + item.req * p.block_table_stride;
+      // The first page is looked up before the length is known to ask for it: both come from memory.
+      const int at = tiles_per_page == 1 ? item.begin_tile : item.begin_tile / max(tiles_per_page, 1);
+      int page = at < p.table_width ? pages[at] : 0, token = 0;
       if (item.begin_tile >= item.end_tile) continue;
       ptx::mbarrier_wait(&s.q_empty, (items & 1) ^ 1);
       ptx::mbarrier_arrive_expect_tx(
           &s.q_full, static_cast<std::uint32_t>(p.blocks.tokens * p.blocks.heads) * 128 * kChunks);
-      for (int c = 0; c < kChunks; ++c) {
-        ptx::tma_load_4d(s.q[c], q_map, &s.q_full, c * 64, first_head, first_token, req);
+      for (int c = 0; c < kChunks; c += p.q_box_chunks) {
+        ptx::tma_load_5d(s.q[c], q_map, &s.q_full, 0, first_head, first_token, c, item.req);
       }
       ++items;
-      const std::int32_t* pages = p.block_table + item.req * p.block_table_stride;
-      const int tiles_per_page = p.page_size / kTileTokens;
-      int page = 0, token = 0;
       for (int tile = item.begin_tile, slot = 0; tile < item.end_tile; ++tile, slot ^= 1) {
         if (tiles_per_page == 1) {
-          page = pages[tile];
+          if (tile > item.begin_tile) page = pages[tile];
         } else if (tiles_per_page > 1) {
           page = pages[tile / tiles_per_page];
           token = tile % tiles_per_page * kTileTokens;

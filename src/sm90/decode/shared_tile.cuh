@@ -26,7 +26,7 @@ struct SharedTileConsumer : ConsumerBase<kBf16, kCluster, kWg> {
   using Base::row;
   using Base::s;
 
-  __device__ void run(const std::int32_t* part) {
+  __device__ void run(const int4& part) {
     int uses[2] = {0, 0};  // of the slots so far
     this->for_each_item(part,
                         [&](float(&o)[128], const Item& item, float(&sum)[2]) { tiles(o, item, uses, sum); });
