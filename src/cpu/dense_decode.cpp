@@ -28,8 +28,10 @@ namespace flash_mla::cpu {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
+#if defined(_OPENMP)
 // Fewer multiply-adds than this are not worth waking a second thread for (about 10 us of one).
 constexpr double kSingleThreadWork = 1e6;
+#endif
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 std::size_t align_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -342,12 +344,14 @@ class Call {
   float* slots_;
 };
 
+#if defined(_OPENMP)
 int useful_threads(const Problem& p) {
   double tokens = 0;
   for (std::int64_t r = 0; r < p.batch; ++r) tokens += p.length(r);
   const double work = tokens * static_cast<double>(p.s_q * p.h_q) * (p.d_qk + p.d_v);
   return work < kSingleThreadWork ? 1 : p.params.num_threads;
 }
+#endif
 
 }  // namespace
 
@@ -370,29 +374,30 @@ void dense_decode(const DenseDecodeArgs& args, const DecodeScheduleView& schedul
                   const DenseDecodeParams& params) {
   const Problem problem(args, schedule, params);
   const Call call(problem, static_cast<std::byte*>(workspace));
+#if defined(_OPENMP)
   const int wanted = useful_threads(problem);
-  if (wanted == 1) {
-    call.attend(0, 1);
-    call.combine(0, 1);
+  if (wanted > 1) {
+    // The atomics say to a race detector what OpenMP's own, uninstrumented, synchronisation guarantees.
+    std::atomic<int> phase{0};
+    phase.fetch_add(1, std::memory_order_release);
+#pragma omp parallel num_threads(wanted) default(none) shared(call, phase)
+    {
+      phase.load(std::memory_order_acquire);
+      const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+      call.attend(thread, threads);
+      phase.fetch_add(1, std::memory_order_acq_rel);
+#pragma omp barrier
+      phase.load(std::memory_order_acquire);
+      call.combine(thread, threads);
+      phase.fetch_add(1, std::memory_order_release);
+    }
+    phase.load(std::memory_order_acquire);
     return;
   }
-#if defined(_OPENMP)
-  // The atomics say to a race detector what OpenMP's own, uninstrumented, synchronisation guarantees.
-  std::atomic<int> phase{0};
-  phase.fetch_add(1, std::memory_order_release);
-#pragma omp parallel num_threads(wanted) default(none) shared(call, phase)
-  {
-    phase.load(std::memory_order_acquire);
-    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    call.attend(thread, threads);
-    phase.fetch_add(1, std::memory_order_acq_rel);
-#pragma omp barrier
-    phase.load(std::memory_order_acquire);
-    call.combine(thread, threads);
-    phase.fetch_add(1, std::memory_order_release);
-  }
-  phase.load(std::memory_order_acquire);
 #endif
+  // Little work, or a build without OpenMP: all parts on this thread, however many threads were asked for.
+  call.attend(0, 1);
+  call.combine(0, 1);
 }
 
 }  // namespace flash_mla::cpu
