@@ -41,12 +41,15 @@ constexpr int kTileTokens = 64;
 HWY_INLINE int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
 // 2^x for x <= 0: Taylor series of 2^f on |f| <= 1/2 to degree 6 (relative error below 1.3e-7) times the
-// integer power through the exponent bits. Below 2^-127 the result is 0; -inf gives 0.
+// integer power through the exponent bits. Below 2^-126.5 the result is 0; -inf gives 0, NaN gives NaN.
 HWY_INLINE V exp2_nonpositive(V x) {
   const F d;
   const I di;
-  const V n = hn::Round(hn::Max(x, hn::Set(d, -127.0f)));
-  const V f = hn::Sub(hn::Max(x, hn::Set(d, -127.5f)), n);
+  // Not Max, which loses NaN on some targets: a comparison with NaN is false and keeps it.
+  const V lowest = hn::Set(d, -127.0f);
+  x = hn::IfThenElse(hn::Lt(x, lowest), lowest, x);
+  const V n = hn::Round(x);
+  const V f = hn::Sub(x, n);
   V p = hn::Set(d, 1.5403530e-4f);
   p = hn::MulAdd(p, f, hn::Set(d, 1.3333558e-3f));
   p = hn::MulAdd(p, f, hn::Set(d, 9.6181291e-3f));
@@ -62,18 +65,38 @@ HWY_INLINE void widen_row(const float* from, float* to, int n) {
   std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
 }
 
-template <class Storage, class Element>
-HWY_INLINE void widen_row16(const Element* from, float* to, int n) {
+HWY_INLINE V widen(const Bf16* from) {
   const F d;
-  const hn::Rebind<Storage, F> dh;
+  const hn::Rebind<hwy::bfloat16_t, F> dh;
+  return hn::PromoteTo(d, hn::LoadU(dh, reinterpret_cast<const hwy::bfloat16_t*>(from)));
+}
+
+// Where there is no instruction for it (below AVX2) Highway 1.0 takes the exponent of inf and NaN for 2^16,
+// which no fp16 number has: those become inf and NaN again.
+HWY_INLINE V widen(const Fp16* from) {
+  const F d;
+  const I di;
+  const hn::Rebind<hwy::float16_t, F> dh;
+  const V x = hn::PromoteTo(d, hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(from)));
+#if HWY_TARGET >= HWY_SSE4
+  const V magnitude = hn::Abs(x);
+  const auto special =
+      hn::And(hn::Ge(magnitude, hn::Set(d, 0x1p16f)), hn::Lt(magnitude, hn::Set(d, 0x1p17f)));
+  const V widened = hn::BitCast(d, hn::Add(hn::BitCast(di, x), hn::Set(di, (255 - 143) << 23)));
+  return hn::IfThenElse(special, widened, x);
+#else
+  (void)di;
+  return x;
+#endif
+}
+
+template <class Element>
+HWY_INLINE void widen_row(const Element* from, float* to, int n) {
+  const F d;
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    hn::StoreU(hn::PromoteTo(d, hn::LoadU(dh, reinterpret_cast<const Storage*>(from) + i)), d, to + i);
-  }
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(widen(from + i), d, to + i);
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
-HWY_INLINE void widen_row(const Bf16* from, float* to, int n) { widen_row16<hwy::bfloat16_t>(from, to, n); }
-HWY_INLINE void widen_row(const Fp16* from, float* to, int n) { widen_row16<hwy::float16_t>(from, to, n); }
 
 // Rows of fp32, `ld` apart, zero from column d_qk to ld.
 template <class Element>
@@ -277,11 +300,10 @@ void pack_q(const TileProblem& problem, const void* const* q_rows, const TileScr
   }
 }
 
-template <class Storage, class Element>
-HWY_INLINE void narrow(V x, Element* to) {
-  const hn::Rebind<Storage, F> dh;
-  hn::StoreU(hn::DemoteTo(dh, x), dh, reinterpret_cast<Storage*>(to));
-}
+// Whether Highway's conversion from fp32 rounds to nearest and keeps inf and NaN. Version 1.0 does where
+// there is an instruction for it (fp16 from AVX2 on) and truncates otherwise.
+template <class Element>
+constexpr bool kNarrowsWell = std::is_same_v<Element, Fp16>&& HWY_TARGET < HWY_SSE4;
 
 template <class Element>
 void store_row_as(const TileProblem& problem, const TileScratch& s, int row, float factor, Element* dst) {
@@ -295,13 +317,13 @@ void store_row_as(const TileProblem& problem, const TileScratch& s, int row, flo
     if (c + kLanes <= problem.d_v) {
       if constexpr (std::is_same_v<Element, float>) {
         hn::StoreU(x, d, dst + c);
-      } else if constexpr (std::is_same_v<Element, Fp16>) {
-        narrow<hwy::float16_t>(x, dst + c);
+      } else if constexpr (kNarrowsWell<Element>) {
+        const hn::Rebind<hwy::float16_t, F> dh;
+        hn::StoreU(hn::DemoteTo(dh, x), dh, reinterpret_cast<hwy::float16_t*>(dst + c));
       } else {
-        // Highway 1.0 truncates to bfloat16; round to nearest even by hand.
         HWY_ALIGN float lanes[kLanes];
         hn::Store(x, d, lanes);
-        for (int i = 0; i < kLanes; ++i) dst[c + i] = to_bf16(lanes[i]);
+        for (int i = 0; i < kLanes; ++i) dst[c + i] = from_double<Element>(lanes[i]);
       }
     } else {
       HWY_ALIGN float lanes[kLanes];

@@ -121,6 +121,67 @@ TEST_P(Conformance, ARowWithoutKeysIsZeroAndInfinite) {
   for (std::size_t i = 0; i < 6; ++i) ASSERT_EQ(r.lse[i], std::numeric_limits<float>::infinity());
 }
 
+// Sets one element of a bf16, fp16 or fp32 vector of bytes.
+void set_element(std::vector<std::uint8_t>& bytes, DType dtype, std::size_t index, float value) {
+  cpu::visit_float_type(dtype, [&](auto element) {
+    const auto x = cpu::from_double<decltype(element)>(value);
+    std::memcpy(&bytes[index * sizeof(x)], &x, sizeof(x));
+  });
+}
+
+TEST_P(Conformance, NumericsOfNanAndInfinityAreTheReferences) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  constexpr std::size_t kHeads = 5, kWidth = 576;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    for (const int parts : {1, 5}) {
+      Problem p({.lengths = {300, 0, 70}, .s_q = 2, .h_q = kHeads, .dtype = dtype, .causal = true});
+      const auto set_query = [&](std::size_t request, std::size_t token, std::size_t head, float value) {
+        set_element(p.q, dtype, ((request * 2 + token) * kHeads + head) * kWidth + 575, value);
+      };
+      set_query(0, 0, 1, kNan);
+      set_query(0, 1, 3, kNan);
+      set_query(0, 1, 4, kInf);  // scores of both signs
+      set_query(1, 0, 0, kNan);  // sees no key
+      set_query(2, 1, 2, -kNan);
+      const Result got = p.run(backend(), {.num_parts = parts}), expected = p.reference();
+      EXPECT_EQ(difference(got, expected, dtype), "") << dtype_name(dtype) << " parts " << parts;
+      const auto row = [&](std::size_t request, std::size_t token, std::size_t head) {
+        return got.out[((request * 2 + token) * kHeads + head) * 512];
+      };
+      EXPECT_TRUE(std::isnan(row(0, 0, 1)) && std::isnan(row(0, 1, 3)) && std::isnan(row(0, 1, 4)));
+      EXPECT_TRUE(std::isnan(got.lse[1 * 2]) && std::isnan(got.lse[3 * 2 + 1]));
+      EXPECT_TRUE(std::isnan(row(2, 1, 2)) && !std::isnan(row(2, 0, 2)));
+      EXPECT_EQ(row(1, 0, 0), 0.0f);
+      EXPECT_EQ(got.lse[2 * kHeads], kInf);
+    }
+  }
+}
+
+TEST_P(Conformance, NumericsOfScoresThatAreMinusInfinity) {
+  constexpr std::size_t kWidth = 576;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    for (const int parts : {1, 5}) {
+      // The last column of the keys (no part of V) is -inf and the queries' is 1: a score of -inf.
+      Problem p({.lengths = {300, 40}, .h_q = 3, .dtype = dtype});
+      const auto key = [&](std::size_t request, std::size_t token) {
+        const auto page =
+            static_cast<std::size_t>(p.table[request * static_cast<std::size_t>(p.max_blocks) + token / 64]);
+        return (page * 64 + token % 64) * kWidth;
+      };
+      for (std::size_t row = 0; row < 6; ++row) set_element(p.q, dtype, row * kWidth + 575, 1.0f);
+      constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+      // Part of one request's keys, and all of another's.
+      for (std::size_t t = 0; t < 130; ++t) set_element(p.cache, dtype, key(0, t) + 575, kMinusInf);
+      for (std::size_t t = 0; t < 40; ++t) set_element(p.cache, dtype, key(1, t) + 575, kMinusInf);
+      const Result got = p.run(backend(), {.num_parts = parts});
+      EXPECT_EQ(difference(got, p.reference(), dtype), "") << dtype_name(dtype) << " parts " << parts;
+      EXPECT_FALSE(std::isnan(got.out[0]));
+      EXPECT_TRUE(std::isnan(got.out[3 * 512]) && std::isnan(got.lse[3]));
+    }
+  }
+}
+
 TEST_P(Conformance, EmptyBatch) {
   const Problem p({.lengths = {}});
   EXPECT_TRUE(p.run(backend()).out.empty());
