@@ -121,7 +121,9 @@ flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
     api::check_last_dim_contiguous(splits, "num_splits");
     api::check_size(rows, "parts", 1, 8, "the row width");
     api::check_size(splits, "num_splits", 0, lengths.size(0) + 1, "b + 1");
-    if (rows.size(0) < 1) api::invalid("parts.shape[0] is {}, expected >= 1", rows.size(0));
+    if (rows.size(0) < 1 || rows.size(0) > api::kMaxParts) {
+      api::invalid("parts.shape[0] is {}, expected 1 to {}", rows.size(0), api::kMaxParts);
+    }
     if (rows.size(0) > 1 && rows.stride(0) != 8) {
       api::invalid("parts.stride[0] is {}, expected 8 (contiguous)", rows.stride(0));
     }
@@ -132,8 +134,6 @@ flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
     api::check_same_device(rows, "parts", lengths, "cache_seqlens");
     api::check_same_device(splits, "num_splits", lengths, "cache_seqlens");
     ScheduleOptions o;
-    if (rows.size(0) > 1 << 20)
-      api::invalid("parts.shape[0] is {}, expected at most {}", rows.size(0), 1 << 20);
     o.num_parts = static_cast<int>(rows.size(0));
     if (options != nullptr) {
       o.block_size = options->block_size;

@@ -1,8 +1,11 @@
 #include "cpu/dense_decode.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <numbers>
 #include <utility>
@@ -10,6 +13,7 @@
 #include "cpu/element.h"
 #include "cpu/isa.h"
 #include "cpu/tile.h"
+#include "flash_mla/error.h"
 #include "schedule/walk.h"
 
 #if defined(_OPENMP)
@@ -379,8 +383,17 @@ int default_num_threads() {
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args, const DecodeScheduleView& schedule,
                                         const DenseDecodeParams& params) {
   const Problem problem(args, schedule, params);
-  return static_cast<std::size_t>(params.num_threads) * ScratchLayout(problem).bytes +
-         align_up(num_slots(problem) * problem.slot_floats() * sizeof(float));
+  const std::size_t scratch = static_cast<std::size_t>(params.num_threads) * ScratchLayout(problem).bytes;
+  const std::size_t slots = num_slots(problem), slot_bytes = problem.slot_floats() * sizeof(float);
+  // Only num_splits, which counts up to 2^31 in batch-invariant mode, can ask for this much.
+  constexpr std::size_t kMost = std::numeric_limits<std::ptrdiff_t>::max() - kAlignment;
+  if (scratch > kMost || (slots > 0 && slot_bytes > (kMost - scratch) / slots)) {
+    throw InvalidArgument(fmt::format(
+        "schedule.num_splits asks for {} partial results of {} bytes, expected a workspace that fits "
+        "a 64-bit address space",
+        slots, slot_bytes));
+  }
+  return scratch + align_up(slots * slot_bytes);
 }
 
 void dense_decode(const DenseDecodeArgs& args, const DecodeScheduleView& schedule, void* workspace,

@@ -433,6 +433,60 @@ TEST_F(BadInput, IsNamedAndNothingIsWritten) {
   expect_refused("other lengths");
 }
 
+// Products that pass 2^63: refused, where UBSan would otherwise see them or a small workspace be allowed.
+TEST_F(BadInput, ExtentsNearTwoToThe63) {
+  constexpr std::int64_t kHuge = std::numeric_limits<std::int64_t>::max();
+  for (const std::int64_t huge : {kHuge, kHuge / 2, kHuge / 576, std::int64_t{1} << 55}) {
+    a.q.shape[0] = huge;
+    expect_refused("q.shape[");
+  }
+  for (const std::int64_t huge : {kHuge, kHuge / 2}) {
+    a.q.strides[0] = huge;
+    expect_refused("q.shape[0] is 2 with stride");
+  }
+  a.k_cache.shape[0] = kHuge;
+  expect_refused("k_cache.shape[");
+  a.k_cache.strides[0] = kHuge;
+  expect_refused("k_cache.shape[0] is");
+  a.out.strides[0] = kHuge / 2;
+  expect_refused("out.shape[0] is 2 with stride");
+  a.lse.strides[0] = kHuge / 4;
+  expect_refused("lse.shape[0] is 2 with stride");
+  a.q.shape[2] = a.out.shape[2] = a.lse.shape[1] = std::int64_t{1} << 33;
+  a.q.strides = {0, 0, 0, 1};
+  expect_refused("(h_q) is 8589934592");
+  view.parts.shape[0] = std::int64_t{1} << 57;
+  view.parts.strides[0] = 0;
+  expect_refused("schedule.parts.shape[0] is 144115188075855872");
+  view.parts.data = reinterpret_cast<void*>(std::numeric_limits<std::uintptr_t>::max() - 31);
+  expect_refused("schedule.parts.shape[");
+}
+
+TEST_F(BadInput, ABlockTableOfAnyWidthIsFine) {
+  // max_blocks * page_size passes 2^63; the columns past the lengths are never read.
+  a.block_table.shape[1] = std::int64_t{1} << 59;
+  EXPECT_NO_THROW(dense_decode(a, view, workspace, bytes, options));
+  EXPECT_NE(out[0] & out[1], 0xFF);
+}
+
+TEST_F(BadInput, AWorkspacePastTheAddressSpace) {
+  // Shapes alone: nothing of these tensors is read. 2^26 rows of 1025 floats for each of 2^31 splits.
+  constexpr std::int64_t kHeads = 1 << 20;
+  a.q.shape = {1, 64, kHeads, 1024};
+  a.q.strides = {0, 0, 0, 1};
+  a.k_cache.shape = {1, 64, 1, 1024};
+  a.k_cache.strides = {0, 0, 0, 1};
+  a.block_table.shape[0] = a.cache_seqlens.shape[0] = 1;
+  a.out = TensorView::contiguous(out.data(), DType::kBFloat16, {1, 64, kHeads, 1024});
+  a.lse = {};
+  std::vector<std::int32_t> splits{0, std::numeric_limits<std::int32_t>::max()};
+  view.num_splits = TensorView::contiguous(splits.data(), DType::kInt32, {2});
+  view.fixed_split_blocks = 1;
+  EXPECT_THROW(dense_decode_workspace_size(a, view), InvalidArgument);
+  splits[1] = 1;
+  EXPECT_GT(dense_decode_workspace_size(a, view), 0u);
+}
+
 TEST_F(BadInput, ValuesAreCheckedToo) {
   std::vector<std::int32_t> lengths = p.shape().lengths, table = p.table;
   const auto with_values = [&] {

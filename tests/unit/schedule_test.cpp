@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -133,6 +134,33 @@ TEST(Schedule, FixedSplitsDependOnTheRequestAlone) {
   const auto alone = DecodeSchedule::build(std::vector<std::int32_t>{5000}, o);
   const auto among = DecodeSchedule::build(std::vector<std::int32_t>{70000, 5000, 3, 0}, o);
   EXPECT_EQ(alone.num_splits()[1], among.num_splits()[2] - among.num_splits()[1]);
+}
+
+TEST(Schedule, TheLongestRequestsStayWithinInt32) {
+  constexpr std::int32_t kLongest = std::numeric_limits<std::int32_t>::max();
+  for (const int block_size : {64, 1 << 30, kLongest}) {
+    ScheduleOptions o = with_parts(3, 0);
+    o.block_size = block_size;
+    const std::vector<std::int32_t> lengths{kLongest};
+    const auto s = DecodeSchedule::build(lengths, o);
+    const Row rows = s.to_token_rows(lengths);
+    const auto last =
+        static_cast<std::size_t>(std::find_if(s.parts().begin(), s.parts().end(),
+                                              [](const DecodePart& p) { return p.begin_req == 1; }) -
+                                 s.parts().begin() - 1);
+    EXPECT_EQ(rows[8 * last + 3], kLongest) << block_size;
+  }
+  ScheduleOptions o = with_parts(kLongest - 2, 0);
+  std::vector<DecodePart> parts(1);
+  std::vector<std::int32_t> splits(4);
+  EXPECT_THROW(build_decode_schedule(std::vector<std::int32_t>{0, 0, 0}, o, parts, splits), InvalidArgument);
+  o = with_parts(1);
+  o.block_size = 1;
+  o.fixed_overhead_blocks = 0;
+  EXPECT_THROW(DecodeSchedule::build(std::vector<std::int32_t>{kLongest}, o), InvalidArgument);
+  o.block_size = 2;
+  o.fixed_overhead_blocks = kLongest;
+  EXPECT_THROW(DecodeSchedule::build(std::vector<std::int32_t>{1, 1}, o), InvalidArgument);
 }
 
 TEST(Schedule, BadInputIsNamed) {
