@@ -18,6 +18,7 @@
 
 #if defined(_OPENMP)
 #include <omp.h>
+#include <unistd.h>
 #endif
 
 // The schedule's parts are handed to threads; each part walks its requests, and within a request its splits.
@@ -362,7 +363,14 @@ class Call {
 };
 
 #if defined(_OPENMP)
+// fork() copies a process without OpenMP's threads, and GCC's runtime then waits for them for ever. Whether
+// there were any is the runtime's secret, so that every child of the process that loaded the library runs on
+// one thread.
+const pid_t loaded_by = getpid();
+bool is_forked_child() { return getpid() != loaded_by; }
+
 int useful_threads(const Problem& p) {
+  if (is_forked_child()) return 1;
   double tokens = 0;
   for (std::int64_t r = 0; r < p.batch; ++r) tokens += p.length(r);
   const double work = tokens * static_cast<double>(p.s_q * p.h_q) * (p.d_qk + p.d_v);
@@ -374,7 +382,7 @@ int useful_threads(const Problem& p) {
 
 int default_num_threads() {
 #if defined(_OPENMP)
-  return omp_get_max_threads();
+  return is_forked_child() ? 1 : omp_get_max_threads();
 #else
   return 1;
 #endif

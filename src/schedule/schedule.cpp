@@ -100,10 +100,11 @@ void plan(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::
       break;
     }
     part.end_req = block > 0 ? req : req - 1;
-    part.end_block = block > 0 ? static_cast<std::int32_t>(block)
-                     : req > 0
-                         ? static_cast<std::int32_t>(blocks_of(lengths[static_cast<std::size_t>(req) - 1], o))
-                         : 0;
+    // The blocks a request has, not those it counts as: FlashMLA's rows of an empty request end at block 0.
+    part.end_block = static_cast<std::int32_t>(
+        block > 0 ? block
+        : req > 0 ? schedule_blocks(lengths[static_cast<std::size_t>(req) - 1], o.block_size)
+                  : 0);
     parts[p] = part;
   }
   // Split flags need the final split counts.

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -271,6 +273,22 @@ TEST_P(Conformance, WorkspaceIsBoundedByWorkersNotTokens) {
     return dense_decode_workspace_size(p.host_args(out, lse), schedule.view(), {.num_threads = 2});
   };
   EXPECT_EQ(bytes(10), bytes(100000));
+}
+
+TEST_P(Conformance, AForkedChildDecodes) {
+  if (backend().device().type != DeviceType::kCpu) GTEST_SKIP() << "a CUDA context does not survive a fork";
+  const Problem p({.lengths = {3000, 500}, .h_q = 16});
+  const Result before = p.run(backend());  // starts OpenMP's threads
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(60);  // a child that waits for threads that are not there dies of it
+    _exit(p.run(backend()).out_bits == before.out_bits ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
 }
 
 // Latent keys expanded by random W_UK and W_UV and plain multi-head attention over them: no code in common

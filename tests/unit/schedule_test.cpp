@@ -59,6 +59,11 @@ TEST(Schedule, EmptyRequests) {
   const auto s = DecodeSchedule::build(lengths, with_parts(8, 1));
   EXPECT_EQ(s.payload_blocks(), 9);
   EXPECT_EQ(Row(s.num_splits().begin(), s.num_splits().end()), (Row{0, 1, 2, 3, 4}));
+  const std::vector<Row> rows = block_rows(s);
+  EXPECT_EQ(rows[0], (Row{0, 0, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(rows[1], (Row{1, 1, 0, 1, 0, 0, 0}));
+  EXPECT_EQ(rows[2], (Row{2, 2, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(rows[3], (Row{3, 3, 0, 3, 0, 0, 0}));
 }
 
 TEST(Schedule, NoRequests) {
@@ -71,8 +76,7 @@ TEST(Schedule, NoRequests) {
 void expect_exact_cover(const std::vector<std::int32_t>& lengths, const ScheduleOptions& o) {
   const auto s = DecodeSchedule::build(lengths, o);
   const auto blocks_of = [&](std::size_t r) {
-    return std::max((std::int64_t{lengths[r]} + o.block_size - 1) / o.block_size,
-                    std::int64_t{o.min_blocks_per_request});
+    return (std::int64_t{lengths[r]} + o.block_size - 1) / o.block_size;
   };
   std::size_t req = 0;
   std::int64_t block = 0, split = 0, split_total = 0;

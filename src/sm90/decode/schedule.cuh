@@ -51,7 +51,11 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
         }
       }
       const int end_req = block > 0 ? req : req - 1;
-      const int end_block = block > 0 ? block : req > 0 ? blocks[req - 1] : 0;
+      // The blocks a request has, not those it counts as: rows of an empty request end at block 0.
+      const auto blocks_in = [&](int r) {
+        return (max(p.cache_seqlens[r], 0) + p.block_size - 1) / p.block_size;
+      };
+      const int end_block = block > 0 ? block : req > 0 ? blocks_in(req - 1) : 0;
       const bool idle = begin_req >= p.batch || begin_req > end_req;
       int4* row = reinterpret_cast<int4*>(p.parts + static_cast<std::int64_t>(part) * 8);
       row[0] =
