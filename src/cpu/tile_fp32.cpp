@@ -9,6 +9,9 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "cpu/element.h"
 #include "cpu/tile.h"
@@ -358,18 +361,54 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace flash_mla::cpu {
 
-HWY_EXPORT(table);
-
+// Highway's own dispatch (HWY_DYNAMIC_DISPATCH) would need its library at run time; its headers are enough
+// for this.
 const TileKernel& highway_tile_kernel(std::int64_t target) {
-  // Where HWY_EXPORT puts a target; the static target stands at the end.
-  const auto shifted = static_cast<std::uint64_t>(HWY_CHOSEN_TARGET_SHIFT(target));
-  const std::size_t index = target == HWY_STATIC_TARGET || shifted == 0
-                                ? static_cast<std::size_t>(HWY_MAX_DYNAMIC_TARGETS) + 1
-                                : hwy::Num0BitsBelowLS1Bit_Nonzero64(shifted);
-  return *HWY_DISPATCH_TABLE(table)[index]();
+  switch (target) {
+#if HWY_TARGETS & HWY_AVX3
+    case HWY_AVX3:
+      return *N_AVX3::table();
+#endif
+#if HWY_TARGETS & HWY_AVX2
+    case HWY_AVX2:
+      return *N_AVX2::table();
+#endif
+#if HWY_TARGETS & HWY_SSE4
+    case HWY_SSE4:
+      return *N_SSE4::table();
+#endif
+#if HWY_TARGETS & HWY_SSSE3
+    case HWY_SSSE3:
+      return *N_SSSE3::table();
+#endif
+    default:
+      return *HWY_NAMESPACE::table();  // here that of HWY_STATIC_TARGET
+  }
 }
 
-std::int64_t highway_targets() { return hwy::SupportedTargets() & (HWY_TARGETS); }
+std::int64_t highway_targets() {
+  std::int64_t targets = HWY_STATIC_TARGET;
+#if HWY_ARCH_X86
+  // What Highway compiles each target for. The library asks the operating system about the wide registers.
+  __builtin_cpu_init();
+  const auto has_bit = [](unsigned leaf, int bit) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(leaf, &a, &b, &c, &d) != 0 && (c >> bit & 1u) != 0;
+  };
+  constexpr unsigned kFeatures = 1, kExtendedFeatures = 0x80000001;
+  const bool ssse3 = __builtin_cpu_supports("ssse3") != 0;
+  const bool sse4 = ssse3 && __builtin_cpu_supports("sse4.1") != 0 && __builtin_cpu_supports("sse4.2") != 0 &&
+                    has_bit(kFeatures, 1) && has_bit(kFeatures, 25);  // PCLMULQDQ, AES
+  const bool avx2 = sse4 && __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
+                    __builtin_cpu_supports("bmi") != 0 && __builtin_cpu_supports("bmi2") != 0 &&
+                    has_bit(kFeatures, 29) && has_bit(kExtendedFeatures, 5);  // F16C, LZCNT
+  const bool avx3 = avx2 && __builtin_cpu_supports("avx512f") != 0 &&
+                    __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&
+                    __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("avx512cd") != 0;
+  targets |= (ssse3 ? HWY_SSSE3 : 0) | (sse4 ? HWY_SSE4 : 0) | (avx2 ? HWY_AVX2 : 0) | (avx3 ? HWY_AVX3 : 0);
+#endif
+  return targets & (HWY_TARGETS);
+}
 
 }  // namespace flash_mla::cpu
 #endif
