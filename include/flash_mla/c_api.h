@@ -78,7 +78,9 @@ FLASH_MLA_API flash_mla_status flash_mla_dense_decode(const flash_mla_dense_deco
                                                       const flash_mla_dense_decode_options* options,
                                                       void* workspace, size_t workspace_bytes);
 
-typedef enum flash_mla_lse_base { FLASH_MLA_LSE_BASE_E = 0, FLASH_MLA_LSE_BASE_2 = 1 } flash_mla_lse_base;
+/* An integer, so that a wrong one is an error and not undefined behaviour. */
+typedef int32_t flash_mla_lse_base;
+enum { FLASH_MLA_LSE_BASE_E = 0, FLASH_MLA_LSE_BASE_2 = 1 };
 
 /* See flash_mla::merge_states. */
 FLASH_MLA_API flash_mla_status flash_mla_merge_states(const DLTensor* out_a, const DLTensor* lse_a,

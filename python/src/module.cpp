@@ -10,6 +10,7 @@
 #include <new>
 
 #include "flash_mla/flash_mla.h"
+#include "planner_bindings.h"
 #include "tensor_argument.h"
 
 namespace nb = nanobind;
@@ -155,6 +156,7 @@ NB_MODULE(_C, m) {
       PyErr_SetString(PyExc_NotImplementedError, e.what());
     }
   });
+  flash_mla::python::bind_planner(m);
   m.def("version", &version);
   m.def("dense_decode", &python::py_dense_decode, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a,
         "out"_a, "lse"_a, "parts"_a, "num_splits"_a, "softmax_scale"_a = nb::none(), "causal"_a = false,

@@ -40,7 +40,7 @@ int run(const std::string& command, const char* input) {
 
 }  // namespace
 
-void require_plotting(const std::string& python) {
+void require_plotting(const std::string& python, const char* what) {
   const int status = run(shell_quote(python) + " - 2>/dev/null", "import matplotlib");
   if (status == 0) return;
   constexpr int kNotFound = 127, kNotExecutable = 126;
@@ -49,10 +49,17 @@ void require_plotting(const std::string& python) {
         "--python is \"{}\", which does not run; expected a Python 3 that has matplotlib", python));
   }
   throw UsageError(
-      fmt::format("the roofline picture needs matplotlib, which \"{}\" cannot import; install it there or "
+      fmt::format("{} needs matplotlib, which \"{}\" cannot import; install it there or "
                   "name another Python with "
                   "--python",
-                  python));
+                  what, python));
+}
+
+void plot_plan(const std::string& python, const std::string& json, const std::string& directory) {
+  const std::string command =
+      fmt::format("{} - {} {}", shell_quote(python), shell_quote(json), shell_quote(directory));
+  const int status = run(command, kPlanPlotScript);
+  if (status != 0) throw std::runtime_error(fmt::format("the plot script ended with status {}", status));
 }
 
 void plot_roofline(const std::string& python, const std::string& json, const std::string& picture) {

@@ -1,7 +1,7 @@
 // Checks and times dense decode on a GPU over the shapes of a CSV file (b, s_q, h_q, mean_s_k, varlen,
 // causal, ..., best_ms, floor_ms), through the C++ API of the sm90 backend.
 //
-//   dense_decode_rows FILE.csv OUT.json [--check-only] [--rows A:B] [--reps N]
+//   dense_decode_rows FILE.csv OUT.json [--check-only] [--rows A:B] [--reps N] [--overhead BLOCKS]
 //
 // Protocol: random data; every timed launch follows a read pass over 256 MiB (cold L2) and is queued behind a
 // spin kernel, so that the host is ahead; events around the launch; median. A sample of rows of every shape
@@ -144,11 +144,13 @@ struct Row {
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    std::fprintf(stderr, "usage: %s FILE.csv OUT.json [--check-only] [--rows A:B] [--reps N]\n", argv[0]);
+    std::fprintf(stderr,
+                 "usage: %s FILE.csv OUT.json [--check-only] [--rows A:B] [--reps N] [--overhead BLOCKS]\n",
+                 argv[0]);
     return 2;
   }
   bool check_only = false;
-  int begin = 0, end = 1 << 30, reps = 30;
+  int begin = 0, end = 1 << 30, reps = 30, overhead = 5;
   for (int i = 3; i < argc; ++i) {
     if (std::strcmp(argv[i], "--check-only") == 0) {
       check_only = true;
@@ -156,6 +158,8 @@ int main(int argc, char** argv) {
       std::sscanf(argv[++i], "%d:%d", &begin, &end);
     } else if (std::strcmp(argv[i], "--reps") == 0 && i + 1 < argc) {
       reps = std::atoi(argv[++i]);
+    } else if (std::strcmp(argv[i], "--overhead") == 0 && i + 1 < argc) {
+      overhead = std::atoi(argv[++i]);
     }
   }
   std::vector<Row> rows;
@@ -238,6 +242,7 @@ int main(int argc, char** argv) {
     args.lse = TensorView::contiguous(lse, DType::kFloat32, {row.b, row.h_q, row.s_q}, gpu);
     ScheduleOptions options;
     options.num_parts = sm90::num_parts(args);
+    options.fixed_overhead_blocks = overhead;
     auto* parts = device_alloc<int>(static_cast<std::size_t>(options.num_parts) * 8);
     auto* splits = device_alloc<int>(static_cast<std::size_t>(row.b) + 1);
     DecodeScheduleView schedule;

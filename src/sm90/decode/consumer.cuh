@@ -45,7 +45,7 @@ struct ConsumerBase {
       reinterpret_cast<uint4*>(&s.kv[slot][begin + i / words][count * 64])[i % words] = uint4{0, 0, 0, 0};
     }
     ptx::fence_async_proxy();
-    ptx::named_barrier_sync(kWg == 0 ? kFillWg0 : kFillWg1, 128);
+    ptx::named_barrier_sync<(kWg == 0 ? kFillWg0 : kFillWg1), 128>();
   }
 
   __device__ void rescale(float (&o)[128], float a0, float a1) {
@@ -212,7 +212,7 @@ struct ConsumerBase {
       sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 2);
       if (lane % 4 == 0) s.row_sum[kWg][row + 8 * h] = sum[h];
     }
-    ptx::named_barrier_sync(kItemEnd, kConsumerThreads);
+    ptx::named_barrier_sync<kItemEnd, kConsumerThreads>();
 #pragma unroll
     for (int h = 0; h < 2; ++h) sum[h] = s.row_sum[0][row + 8 * h] + s.row_sum[1][row + 8 * h];
   }

@@ -107,17 +107,17 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     bool first = true;
     issue_tile(scores, item, tile, 0, uses);
     while (tile + 1 < end) {
-      ptx::named_barrier_arrive(kOrder, kConsumerThreads);
+      ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
       ptx::wgmma_wait<0>();
       const bool last = tile + 2 >= end;
       if (last && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
       softmax(scores, weights, 0, item, tile, first, sum, alpha);
-      ptx::named_barrier_arrive(kP0Ready, kConsumerThreads);
+      ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
       if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
       issue_pv_own(o, weights, 0);
       ptx::wgmma_wait<0>();
       this->release(0);
-      ptx::named_barrier_sync(kP1Ready, kConsumerThreads);
+      ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
       const float a0 = s.alpha[1][row], a1 = s.alpha[1][row + 8];
       if (this->any_scaled(a0, a1)) this->rescale(o, a0, a1);
       sum[0] *= a0;
@@ -138,7 +138,7 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     ptx::wgmma_wait<0>();
     if (lane == 0) ptx::mbarrier_arrive(&s.q_empty);
     softmax(scores, weights, 0, item, tile, first, sum, alpha);
-    ptx::named_barrier_arrive(kP0Ready, kConsumerThreads);
+    ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
     if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
     issue_pv_own(o, weights, 0);
     ptx::wgmma_wait<0>();
@@ -153,17 +153,17 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     const int end = item.end_tile;
     int tile = item.begin_tile + 1;
     if (tile < end) {
-      ptx::named_barrier_sync(kOrder, kConsumerThreads);
+      ptx::named_barrier_sync<kOrder, kConsumerThreads>();
       issue_tile(scores, item, tile, 1, uses);
       while (true) {
-        ptx::named_barrier_sync(kP0Ready, kConsumerThreads);
+        ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
         take_alpha(o, sum);
         this->issue_pv_shared(o, 0);
         ptx::wgmma_wait<1>();
         const bool last = tile + 2 >= end;
         if (last && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
         softmax(scores, weights, 1, item, tile, false, sum, alpha);
-        ptx::named_barrier_arrive(kP1Ready, kConsumerThreads);
+        ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
         ptx::wgmma_wait<0>();
         this->release(0);
         if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
@@ -173,7 +173,7 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
         ptx::wgmma_wait<0>();
         this->release(1);
         if (last) break;
-        ptx::named_barrier_sync(kOrder, kConsumerThreads);
+        ptx::named_barrier_sync<kOrder, kConsumerThreads>();
         issue_tile(scores, item, tile, 1, uses);
       }
     } else if (lane == 0) {
@@ -181,7 +181,7 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     }
     if (tile == end) {
       // The last even tile has no partner.
-      ptx::named_barrier_sync(kP0Ready, kConsumerThreads);
+      ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
       take_alpha(o, sum);
       this->issue_pv_shared(o, 0);
       ptx::wgmma_wait<0>();

@@ -65,7 +65,7 @@ struct SharedTileConsumer : ConsumerBase<kBf16, kCluster, kWg> {
         highest[h] = this->row_max(scores, h);
         if (lane % 4 == 0) s.alpha[kWg][row + 8 * h] = highest[h];
       }
-      ptx::named_barrier_sync(kP0Ready, kConsumerThreads);
+      ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
       float alpha[2], base[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -77,7 +77,7 @@ struct SharedTileConsumer : ConsumerBase<kBf16, kCluster, kWg> {
         sum[h] *= alpha[h];
       }
       this->exponentiate(scores, base, sum, slot, kWg * 32, weights);
-      ptx::named_barrier_sync(kP1Ready, kConsumerThreads);
+      ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
       if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
       this->issue_pv_shared(o, slot);
       // Drained at once: the sooner the slot is free, the more is in flight from memory.
