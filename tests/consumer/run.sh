@@ -5,14 +5,12 @@ set -eu
 cd "$(dirname "$0")/../.."
 work=build/consumer
 mkdir -p "$work"
-launcher=
-if command -v ccache >/dev/null 2>&1; then launcher=-DCMAKE_CXX_COMPILER_LAUNCHER=ccache; fi
 
 # quiet COMMAND...: its output only when it fails.
 quiet() { "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }; }
 
 quiet cmake -S . -B build/shared -G Ninja -DBUILD_SHARED_LIBS=ON -DCMAKE_BUILD_TYPE=Release \
-  -DFLASH_MLA_BUILD_CLI=OFF -DFLASH_MLA_BUILD_TESTS=OFF $launcher
+  -DFLASH_MLA_BUILD_CLI=OFF -DFLASH_MLA_BUILD_TESTS=OFF
 quiet cmake --build build/shared
 
 for build in release shared; do
