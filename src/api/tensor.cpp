@@ -159,14 +159,13 @@ TensorView from_dlpack(const DLTensor& t, const char* name) {
                       name, i, t.shape[i], v.strides[d]));
     }
   }
-  // As integers: a pointer must not overflow even for a moment.
+  // Checked as integers: a pointer must not overflow even for a moment.
   std::uintptr_t address = 0;
-  if (t.data != nullptr &&
-      __builtin_add_overflow(reinterpret_cast<std::uintptr_t>(t.data), t.byte_offset, &address)) {
+  if (__builtin_add_overflow(reinterpret_cast<std::uintptr_t>(t.data), t.byte_offset, &address)) {
     throw InvalidArgument(
         fmt::format("{}.byte_offset is {}, expected one within the address space", name, t.byte_offset));
   }
-  v.data = reinterpret_cast<void*>(address);
+  v.data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
   return v;
 }
 
