@@ -1,6 +1,6 @@
 #!/bin/sh
 # The documentation's promises: README's examples build and run, and every relative link leads to a file.
-# Needs build/release (the library) and .venv with the package and torch.
+# run.sh [BUILD [PYTHON]]: a folder with the built library, and a Python with the package and torch.
 set -eu
 cd "$(dirname "$0")/../.."
 work=build/docs
@@ -18,11 +18,18 @@ for example in cpp py; do
   [ -s "$work/example.$example" ] || { echo "README.md has no $example example" >&2; exit 1; }
 done
 
-g++ -std=c++20 -Wall -Wextra -Werror -Iinclude "$work/example.cpp" build/release/src/libflash_mla.a \
-  -fopenmp -o "$work/example"
-"$work/example"
+# quiet COMMAND...: its output only when it fails.
+quiet() { "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }; }
+
+# Through the installed package, which knows what the library was built with.
+build=${1:-build/release}
+quiet cmake --install "$build" --prefix "$PWD/$work/prefix"
+quiet cmake -S tests/docs -B "$work/build" -G Ninja -DCMAKE_PREFIX_PATH="$PWD/$work/prefix" \
+  -DEXAMPLE="$PWD/$work/example.cpp"
+quiet cmake --build "$work/build"
+"$work/build/example"
 echo "README.md, C++ example: ok"
-.venv/bin/python "$work/example.py"
+"${2:-.venv/bin/python}" "$work/example.py"
 echo "README.md, Python example: ok"
 
 # [text](target), without those that name another site or a place on the same page.
