@@ -4,10 +4,15 @@
 
 #include <fstream>
 #include <iterator>
+#include <unordered_set>
+#include <vector>
 
 #include "flash_mla/error.h"
 
 namespace flash_mla::model {
+namespace {
+constexpr int kMaxDepth = 64;
+}
 
 std::string read_file(const std::filesystem::path& path) {
   std::error_code error;
@@ -23,8 +28,22 @@ std::string read_file(const std::filesystem::path& path) {
 }
 
 Json parse_json(std::string_view text, std::string_view origin) {
+  std::vector<std::unordered_set<std::string>> names;  // of the objects that are open
+  const auto check = [&](int depth, Json::parse_event_t event, Json& parsed) {
+    if (depth > kMaxDepth) {
+      throw InvalidArgument(fmt::format("{}: JSON is nested more than {} deep", origin, kMaxDepth));
+    }
+    if (event == Json::parse_event_t::object_start) {
+      names.emplace_back();
+    } else if (event == Json::parse_event_t::object_end) {
+      names.pop_back();
+    } else if (event == Json::parse_event_t::key && !names.back().insert(parsed.get<std::string>()).second) {
+      throw InvalidArgument(fmt::format("{}: {} is there twice in one JSON object", origin, shown(parsed)));
+    }
+    return true;
+  };
   try {
-    return Json::parse(text);
+    return Json::parse(text, check);
   } catch (const Json::exception& e) {
     throw InvalidArgument(fmt::format("{}: not valid JSON: {}", origin, e.what()));
   }
@@ -39,9 +58,9 @@ std::string shown(const Json& value) {
 JsonObject::JsonObject(const Json& json, std::string origin, std::string where)
     : json_(json), origin_(std::move(origin)), where_(std::move(where)) {
   if (!json.is_object()) {
+    const std::string place = where_.substr(0, where_.find_last_not_of(".: ") + 1);
     throw InvalidArgument(fmt::format("{}: {} = {}: expected a JSON object", origin_,
-                                      where_.empty() ? "top level" : where_.substr(0, where_.size() - 1),
-                                      shown(json)));
+                                      place.empty() ? "top level" : place, shown(json)));
   }
 }
 

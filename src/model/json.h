@@ -15,7 +15,8 @@ using Json = nlohmann::json;
 /// The bytes of a file. Throws InvalidArgument if it cannot be read.
 std::string read_file(const std::filesystem::path& path);
 
-/// Throws InvalidArgument, naming `origin`, if `text` is not JSON.
+/// Throws InvalidArgument, naming `origin`, if `text` is not JSON, names a field of an object twice or is
+/// nested more than 64 deep.
 Json parse_json(std::string_view text, std::string_view origin);
 
 /// A value as errors show it: its JSON, shortened.
