@@ -10,6 +10,7 @@
 #include <new>
 
 #include "flash_mla/flash_mla.h"
+#include "forward_bindings.h"
 #include "model_bindings.h"
 #include "planner_bindings.h"
 #include "tensor_argument.h"
@@ -157,6 +158,7 @@ NB_MODULE(_C, m) {
       PyErr_SetString(PyExc_NotImplementedError, e.what());
     }
   });
+  flash_mla::python::bind_forward(m);
   flash_mla::python::bind_model(m);
   flash_mla::python::bind_planner(m);
   m.def("version", &version);
