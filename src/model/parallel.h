@@ -8,7 +8,7 @@ namespace flash_mla::model {
 
 /// f(i) for i in [0, n) on up to `threads` OpenMP threads, in any order. An exception ends up at the caller.
 template <class F>
-void parallel_for(std::int64_t n, int threads, F&& f) {
+void parallel_for(std::int64_t n, [[maybe_unused]] int threads, F&& f) {
 #if defined(_OPENMP)
   if (threads > 1 && n > 1) {
     std::exception_ptr error;
