@@ -2,8 +2,27 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 
 #include "cpu/element.h"
+#include "flash_mla/info.h"
+
+// This file is compiled once for each instruction set.
+#ifndef FLASH_MLA_MODEL_CPU_ROWS_TABLE
+#define FLASH_MLA_MODEL_CPU_ROWS_TABLE
+namespace flash_mla::model::rows {
+struct Table {
+  void (*widen)(const void*, DType, float*, std::int64_t);
+  void (*narrow)(const float*, void*, DType, std::int64_t);
+  void (*rms_norm)(const void*, const float*, float, void*, DType, std::int64_t);
+  void (*silu_mul)(const void*, const void*, void*, DType, std::int64_t);
+  float (*max)(const float*, std::int64_t);
+  float (*exp_sum)(const float*, float, float, void*, DType, std::int64_t);
+  void (*scale)(float*, float, std::int64_t);
+  void (*add_scaled)(const float*, float, float*, std::int64_t);
+};
+}  // namespace flash_mla::model::rows
+#endif
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "model/cpu_rows.cpp"
@@ -166,41 +185,51 @@ void AddScaled(const float* x, float factor, float* y, std::int64_t n) {
 }
 
 }  // namespace
+
+extern const Table kTable;
+const Table kTable = {Widen, Narrow, RmsNorm, SiluMul, Max, ExpSum, Scale, AddScaled};
+
 }  // namespace HWY_NAMESPACE
 }  // namespace flash_mla::model::rows
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace flash_mla::model::rows {
+namespace {
 
-HWY_EXPORT(Widen);
-HWY_EXPORT(Narrow);
-HWY_EXPORT(RmsNorm);
-HWY_EXPORT(SiluMul);
-HWY_EXPORT(Max);
-HWY_EXPORT(ExpSum);
-HWY_EXPORT(Scale);
-HWY_EXPORT(AddScaled);
+// Highway's own dispatch would need its library at run time; its headers are enough for this. The machine is
+// asked once, by the backend whose kernels run beside these.
+const Table& table() {
+  static const Table& chosen = []() -> const Table& {
+    [[maybe_unused]] const std::string isa = cpu_isa().selected;
+#if HWY_TARGETS & HWY_AVX3
+    if (isa.starts_with("avx512")) return N_AVX3::kTable;
+#endif
+#if HWY_TARGETS & HWY_AVX2
+    if (isa.starts_with("avx")) return N_AVX2::kTable;
+#endif
+    return HWY_NAMESPACE::kTable;  // here that of HWY_STATIC_TARGET
+  }();
+  return chosen;
+}
 
-void widen(const void* x, DType dtype, float* out, std::int64_t n) {
-  HWY_DYNAMIC_DISPATCH(Widen)(x, dtype, out, n);
-}
-void narrow(const float* x, void* out, DType dtype, std::int64_t n) {
-  HWY_DYNAMIC_DISPATCH(Narrow)(x, out, dtype, n);
-}
+}  // namespace
+
+void widen(const void* x, DType dtype, float* out, std::int64_t n) { table().widen(x, dtype, out, n); }
+void narrow(const float* x, void* out, DType dtype, std::int64_t n) { table().narrow(x, out, dtype, n); }
 void rms_norm(const void* x, const float* weight, float eps, void* out, DType dtype, std::int64_t n) {
-  HWY_DYNAMIC_DISPATCH(RmsNorm)(x, weight, eps, out, dtype, n);
+  table().rms_norm(x, weight, eps, out, dtype, n);
 }
 void silu_mul(const void* gate, const void* up, void* out, DType dtype, std::int64_t n) {
-  HWY_DYNAMIC_DISPATCH(SiluMul)(gate, up, out, dtype, n);
+  table().silu_mul(gate, up, out, dtype, n);
 }
-float max(const float* x, std::int64_t n) { return HWY_DYNAMIC_DISPATCH(Max)(x, n); }
+float max(const float* x, std::int64_t n) { return table().max(x, n); }
 float exp_sum(const float* x, float scale, float shift, void* p, DType dtype, std::int64_t n) {
-  return HWY_DYNAMIC_DISPATCH(ExpSum)(x, scale, shift, p, dtype, n);
+  return table().exp_sum(x, scale, shift, p, dtype, n);
 }
-void scale(float* x, float factor, std::int64_t n) { HWY_DYNAMIC_DISPATCH(Scale)(x, factor, n); }
+void scale(float* x, float factor, std::int64_t n) { table().scale(x, factor, n); }
 void add_scaled(const float* x, float factor, float* y, std::int64_t n) {
-  HWY_DYNAMIC_DISPATCH(AddScaled)(x, factor, y, n);
+  table().add_scaled(x, factor, y, n);
 }
 
 }  // namespace flash_mla::model::rows
