@@ -3,7 +3,7 @@
 from typing import Dict, List, Optional, Tuple
 
 from . import _C
-from ._arrays import Array, empty, shape_of
+from ._arrays import Array, cuda_device, current_stream, empty, shape_of
 
 
 def backends() -> List[Dict[str, object]]:
@@ -31,7 +31,8 @@ def build_decode_schedule(
 ) -> Tuple[Array, Array]:
     """Plans which worker handles which tokens of which request.
 
-    cache_seqlens: (b,) int32, contiguous, on the host. Returns parts (num_parts, 8) int32 with rows (begin_req,
+    cache_seqlens: (b,) int32, contiguous, on the host or on a GPU (torch), where the plan is then made without reading
+    anything back. Returns parts (num_parts, 8) int32 with rows (begin_req,
     end_req inclusive, begin_block, end_block exclusive, begin_split, first_is_split, last_is_split, 0), or with
     ``token_rows`` (begin_req, begin_token, end_req, end_token, begin_split, 0, 0, 0); and num_splits (b + 1,) int32,
     the exclusive prefix sum of splits per request. ``fixed_split_blocks`` > 0 is the batch-invariant mode.
@@ -51,6 +52,7 @@ def build_decode_schedule(
         fixed_overhead_blocks=fixed_overhead_blocks,
         min_blocks_per_request=min_blocks_per_request,
         fixed_split_blocks=fixed_split_blocks,
+        stream=current_stream(cuda_device(cache_seqlens)),
     )
     return parts, num_splits
 

@@ -86,7 +86,10 @@ TensorArgument::TensorArgument(nb::handle object, const char* name) {
                           ", expected a torch tensor, a NumPy array or anything else with __dlpack__");
   }
   try {
-    capsule_ = method();
+    // Work is queued on the stream that the tensor is used on, so its producer need not synchronise another.
+    nb::object device = nb::getattr(object, "__dlpack_device__", nb::none());
+    const bool cuda = !device.is_none() && nb::cast<int>(nb::object(device()[0])) == 2;
+    capsule_ = cuda ? method(nb::arg("stream") = -1) : method();
   } catch (nb::python_error& e) {
     throw InvalidArgument(std::string(name) + " does not export itself through DLPack: " + e.what());
   }

@@ -116,7 +116,9 @@ TEST(Refusals, NameArgumentValueAndExpectation) {
   with_args(
       [](auto& a) {
         a.q.strides[1] = 576 * 8 + 4;
-        a.q.shape[1] = a.out.shape[1] = a.lse.shape[2] = 2;
+        a.q.shape[1] = a.out.shape[1] = 2;
+        a.out.strides[0] *= 2;
+        a.lse = {};
       },
       "q.stride[1] is 4612");
   with_args([](auto& a) { a.k_cache.strides[0] = 0; }, "k_cache.stride[0] is 0");
