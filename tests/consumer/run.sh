@@ -16,7 +16,8 @@ for kind in OFF ON; do
   rm -rf "$prefix" "$work/use-$kind"
   cmake -S . -B "$work/build-$kind" -G Ninja -DBUILD_SHARED_LIBS=$kind -DCMAKE_INSTALL_PREFIX="$prefix" \
     -DCMAKE_BUILD_TYPE=Release -DFLASH_MLA_BUILD_CLI=OFF -DFLASH_MLA_BUILD_TESTS=OFF \
-    $(command -v ccache >/dev/null 2>&1 && echo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) >"$work/configure.log" || {
+    $(command -v ccache >/dev/null 2>&1 && echo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache) \
+    >"$work/configure.log" || {
     cat "$work/configure.log"
     exit 1
   }
