@@ -77,7 +77,6 @@ TEST(DeviceSchedule, IsTheHosts) {
     o.fixed_overhead_blocks = draw(0, 2) == 0 ? draw(0, 8) : 5;
     o.min_blocks_per_request = draw(0, 1);
     o.fixed_split_blocks = draw(0, 1) == 0 ? 0 : draw(1, 40);
-    if (o.fixed_split_blocks > 0 && o.fixed_overhead_blocks == 0) o.min_blocks_per_request = 1;
     o.block_size = draw(0, 4) == 0 ? draw(1, 100) : 64;
     expect_the_hosts(lengths, o);
     ASSERT_FALSE(::testing::Test::HasFatalFailure())
@@ -110,6 +109,8 @@ double microseconds(const Buffers& d, const ScheduleOptions& o) {
   cudaEvent_t begin = nullptr, end = nullptr;
   check(cudaEventCreate(&begin), "cudaEventCreate");
   check(cudaEventCreate(&end), "cudaEventCreate");
+  // Long enough for the clocks to rise.
+  for (int i = 0; i < 200; ++i) check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
   std::vector<float> times;
   for (int i = 0; i < 30; ++i) {
     check(cudaEventRecord(begin, stream), "cudaEventRecord");
@@ -149,7 +150,7 @@ TEST(DeviceSchedule, TakesAtMostTenMicrosecondsFor128Requests) {
       const double us = microseconds(d, o);
       std::printf("schedule: b %d, mean length %d, %d parts, fixed_split_blocks %d: %.2f us\n", b, mean,
                   parts, step, us);
-      if (b <= 128 && step == 0) {
+      if (b <= 128) {
         EXPECT_LE(us, 10.0);
       }
     }

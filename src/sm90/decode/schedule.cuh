@@ -3,7 +3,7 @@
 // The decode schedule on the device: the plan of src/schedule, word for word, by one block.
 //
 // Requests are laid on a line, each as long as its blocks and the fixed overhead behind them. Only where the
-// parts begin on that line is a chain of dependent decisions, so one thread walks it and does nothing else;
+// parts begin on that line is a chain of dependent decisions, so one warp walks it and does nothing else;
 // everything before (the line) and after (rows, splits) is done by all threads.
 //
 // Shared memory: ends of the requests on the line (b + 1), begins of the parts (num_parts), cuts (num_parts).
@@ -61,49 +61,40 @@ __device__ __forceinline__ int count_up_to(const std::int32_t* values, int n, in
 
 /// Where each part begins on the line; `starts` are the requests' begins, ascending, starts[batch] the line's
 /// end. A part that reaches to `y` stops there less the overhead of the request it cuts, or at the last
-/// request that ends by y if that is further. One thread: a step is a few additions and, per request, one
-/// comparison with a value that was loaded two requests ahead (132 parts of 128 requests: 4 us; a warp that
-/// searches 32 requests at a time takes twice as long, for its votes are slower than that).
-__device__ __forceinline__ void place_parts(const ScheduleParams& p, const std::int32_t* starts, int payload,
-                                            std::int32_t* begins) {
-  constexpr int kEnd = 0x7FFFFFFF, kStride = 8;
-  const int overhead = p.fixed_overhead_blocks, step = p.fixed_split_blocks;
-  const int line_end = starts[p.batch];
-  const bool long_runs = p.batch > kStride * p.num_parts;
-  const auto start = [&](int i) { return i <= p.batch ? starts[i] : kEnd; };
-  int req = 0, boundary = 0, next = start(1), after = start(2);  // starts of requests req, req + 1, req + 2
-  int x = 0;
+/// request that ends by y if that is further. One warp: it looks at 32 requests at a time, and a step is one
+/// reduction.
+__device__ __forceinline__ void place_balanced(const ScheduleParams& p, const std::int32_t* starts, int total,
+                                               std::int32_t* begins) {
+  constexpr int kEnd = 0x7FFFFFFF;
+  const int lane = static_cast<int>(threadIdx.x);
+  const auto load = [&](int i) { return i <= p.batch ? starts[i] : kEnd; };
+  const int step = __reduce_max_sync(0xFFFFFFFFu, (total + p.num_parts - 1) / p.num_parts);
+  int base = 0, window = load(lane), x = 0;
+  int last = __reduce_max_sync(0xFFFFFFFFu, window);
   for (int part = 0; part < p.num_parts; ++part) {
-    begins[part] = x;
-    // No further than the line's end plus a payload: no part behind that has anything left.
-    const int y = min(x, line_end) + payload;
-    if (long_runs) {
-      const int before = req;
-      while (req + kStride <= p.batch && starts[req + kStride] <= y) req += kStride;
-      if (req != before) {
-        boundary = starts[req];
-        next = start(req + 1);
-        after = start(req + 2);
-      }
+    if (lane == 0) begins[part] = x;
+    const int y = x + step + p.fixed_overhead_blocks;
+    while (last <= y) {  // the last of these becomes the first of the next
+      base += 31;
+      window = load(base + lane);
+      last = __reduce_max_sync(0xFFFFFFFFu, window);
     }
-    while (next <= y) {
-      ++req;
-      boundary = next;
-      next = after;
-      after = start(req + 2);
-    }
-    if (step == 0) {
-      x = max(y - overhead, boundary);
-    } else if (req >= p.batch) {
-      x = line_end;
-    } else {
-      // To the nearest split point of the request that the part would cut, short of that request's end.
-      const bool has_work = boundary > x;
-      const int from = has_work ? boundary : x, left = next - overhead - from;
-      const int steps = min((max(y - from - overhead, 0) + step / 2) / step, max(left - 1, 0) / step);
-      // A part takes at least one whole split.
-      x = has_work || steps > 0 ? from + steps * step : left > step ? from + step : next;
-    }
+    x = max(x + step, static_cast<int>(__reduce_max_sync(0xFFFFFFFFu, window <= y ? window : 0)));
+  }
+}
+
+/// With fixed split points: the line is cut into equal lengths, each cut moved to the nearest split point of
+/// the request it falls into. All threads.
+__device__ __forceinline__ void place_fixed(const ScheduleParams& p, const std::int32_t* starts, int total,
+                                            std::int32_t* begins) {
+  const int step = p.fixed_split_blocks, length = (total + p.num_parts - 1) / p.num_parts;
+  for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kScheduleThreads) {
+    const int cut = i * length, req = count_up_to(starts, p.batch + 1, cut) - 1;
+    begins[i] = total;
+    if (req >= p.batch) continue;
+    const int moved = (cut - starts[req] + step / 2) / step * step;
+    const int blocks = starts[req + 1] - starts[req] - p.fixed_overhead_blocks;
+    begins[i] = moved > 0 && moved >= blocks ? starts[req + 1] : starts[req] + moved;
   }
 }
 
@@ -125,8 +116,11 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
   }
   __syncthreads();
   const int total = sum_until(starts + 1, p.batch);
-  const int payload = (total + p.num_parts - 1) / p.num_parts + p.fixed_overhead_blocks;
-  if (threadIdx.x == 0) place_parts(p, starts, payload, begins);
+  if (p.fixed_split_blocks > 0) {
+    place_fixed(p, starts, total, begins);
+  } else if (threadIdx.x < 32) {
+    place_balanced(p, starts, total, begins);
+  }
   __syncthreads();
 
   // The request in which part i begins. The first part begins with request 0 whatever its length.
@@ -155,14 +149,16 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
     const int end_block = next_block > 0 ? next_block
                           : next_req > 0 ? starts[next_req] - starts[next_req - 1] - p.fixed_overhead_blocks
                                          : 0;
-    const bool idle = begin_req >= p.batch;
+    const bool idle = begin_req >= p.batch || (begin_req == next_req && begin_block == next_block);
     const int split = p.fixed_split_blocks > 0 ? begin_block / p.fixed_split_blocks
                       : begin_block > 0        ? cuts[i] - cuts_before(begin_req)
                                                : 0;
     auto* row = reinterpret_cast<int4*>(p.parts + static_cast<std::int64_t>(i) * 8);
     if (p.token_rows) {
-      const int end_token = end_req >= 0 ? min(end_block * p.block_size, p.cache_seqlens[end_req]) : 0;
-      row[0] = {begin_req, begin_block * p.block_size, end_req, end_token};
+      const int last_req = idle ? p.batch - 1 : end_req;
+      const int end_token = last_req >= 0 ? min(end_block * p.block_size, p.cache_seqlens[last_req]) : 0;
+      row[0] = idle ? int4{p.batch, 0, last_req, end_token}
+                    : int4{begin_req, begin_block * p.block_size, last_req, end_token};
       row[1] = {idle ? 0 : split, 0, 0, 0};
     } else if (idle) {
       row[0] = {p.batch, p.batch - 1, 0, end_block};
