@@ -2,11 +2,11 @@
 
 // The decode schedule on the device: the plan of src/schedule, word for word, by one block.
 //
-// Requests are laid on a line, each as long as its blocks and the fixed overhead behind them. Only where the
-// parts begin on that line is a chain of dependent decisions, so one warp walks it and does nothing else;
-// everything before (the line) and after (rows, splits) is done by all threads.
-//
-// Shared memory: ends of the requests on the line (b + 1), begins of the parts (num_parts), cuts (num_parts).
+// Requests are laid on a line, each as long as its blocks and the fixed overhead behind them; parts are cut
+// out of the line. With fixed split points every cut stands for itself. Without, a part begins where the one
+// before it ended. That is a chain as long as there are parts, which costs 50 to 70 ns a link to follow
+// (place_by_walk); but most links only add the same number, and up to 256 requests all threads look for the
+// links that do more and then follow those by pointer doubling (place_by_stops).
 
 #include <cstdint>
 
@@ -17,36 +17,37 @@ namespace flash_mla::sm90 {
 
 inline constexpr int kScheduleThreads = 256;
 
-/// Inclusive sum over the threads of a block; `total` becomes the sum over all.
-__device__ __forceinline__ int block_sum_until(int x, int& total) {
+/// Turns values[0, n) into their inclusive sums (or maxima: any associative `op` with identity 0); returns
+/// the last. Every thread takes a run of them.
+template <class Op>
+__device__ __forceinline__ int scan(std::int32_t* values, int n, Op op) {
   __shared__ int warps[kScheduleThreads / 32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int below = __shfl_up_sync(0xFFFFFFFFu, x, offset);
-    if (lane >= offset) x += below;
-  }
-  if (lane == 31) warps[warp] = x;
-  __syncthreads();
-  total = 0;
-  for (int i = 0; i < kScheduleThreads / 32; ++i) {
-    if (i < warp) x += warps[i];
-    total += warps[i];
-  }
-  __syncthreads();
-  return x;
-}
-
-/// Turns values[0, n) into their inclusive sums; returns the sum of all. Every thread takes a run of them.
-__device__ __forceinline__ int sum_until(std::int32_t* values, int n) {
   const int run = (n + kScheduleThreads - 1) / kScheduleThreads;
   const int begin = min(static_cast<int>(threadIdx.x) * run, n), end = min(begin + run, n);
-  int mine = 0, total;
-  for (int i = begin; i < end; ++i) mine += values[i];
-  int sum = block_sum_until(mine, total) - mine;
-  for (int i = begin; i < end; ++i) values[i] = sum += values[i];
+  int upto = 0;  // of this thread's run, then of this warp up to here
+  for (int i = begin; i < end; ++i) upto = op(upto, values[i]);
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int below = __shfl_up_sync(0xFFFFFFFFu, upto, offset);
+    if (lane >= offset) upto = op(below, upto);
+  }
+  if (lane == 31) warps[warp] = upto;
+  __syncthreads();
+  int before = __shfl_up_sync(0xFFFFFFFFu, upto, 1), total = 0;
+  if (lane == 0) before = 0;
+#pragma unroll
+  for (int i = kScheduleThreads / 32; i-- > 0;) {
+    if (i < warp) before = op(warps[i], before);
+  }
+#pragma unroll
+  for (int i = 0; i < kScheduleThreads / 32; ++i) total = op(total, warps[i]);
+  for (int i = begin; i < end; ++i) values[i] = before = op(before, values[i]);
   __syncthreads();
   return total;
+}
+__device__ __forceinline__ int sum_until(std::int32_t* values, int n) {
+  return scan(values, n, [](int a, int b) { return a + b; });
 }
 
 /// How many of the ascending values[0, n) are at most x.
@@ -59,50 +60,130 @@ __device__ __forceinline__ int count_up_to(const std::int32_t* values, int n, in
   return low;
 }
 
-/// Where each part begins on the line; `starts` are the requests' begins, ascending, starts[batch] the line's
-/// end. A part that reaches to `y` stops there less the overhead of the request it cuts, or at the last
-/// request that ends by y if that is further. One warp: it looks at 32 requests at a time, and a step is one
-/// reduction.
-__device__ __forceinline__ void place_balanced(const ScheduleParams& p, const std::int32_t* starts, int total,
-                                               std::int32_t* begins) {
-  constexpr int kEnd = 0x7FFFFFFF;
-  const int lane = static_cast<int>(threadIdx.x);
-  const auto load = [&](int i) { return i <= p.batch ? starts[i] : kEnd; };
-  const int step = __reduce_max_sync(0xFFFFFFFFu, (total + p.num_parts - 1) / p.num_parts);
-  int base = 0, window = load(lane), x = 0;
-  int last = __reduce_max_sync(0xFFFFFFFFu, window);
-  for (int part = 0; part < p.num_parts; ++part) {
-    if (lane == 0) begins[part] = x;
-    const int y = x + step + p.fixed_overhead_blocks;
-    while (last <= y) {  // the last of these becomes the first of the next
-      base += 31;
-      window = load(base + lane);
-      last = __reduce_max_sync(0xFFFFFFFFu, window);
+/// What a block works on, in shared memory.
+struct ScheduleMemory {
+  std::int32_t* starts;   ///< (batch + 1) where requests begin on the line; the last is the line's end
+  std::int32_t* begins;   ///< (num_parts) where parts begin on the line
+  std::int32_t* cuts;     ///< (num_parts) parts up to this one that begin inside a request
+  std::uint32_t* jumps;   ///< (kMaxStops) from a stop to another: requests << 16 | parts
+  std::int32_t* stop_at;  ///< (kMaxStops) the part that begins with this request, or -1
+
+  __device__ ScheduleMemory(std::int32_t* memory, const ScheduleParams& p)
+      : starts(memory),
+        begins(starts + p.batch + 1),
+        cuts(begins + p.num_parts),
+        jumps(reinterpret_cast<std::uint32_t*>(cuts + p.num_parts)),
+        stop_at(cuts + p.num_parts + kMaxStops) {}
+};
+static_assert(kMaxStops == kScheduleThreads);
+inline constexpr std::uint32_t kNoJump = 0xFFFFFFFFu;
+
+// Where each part begins, in two ways. A part that begins at x makes the next one begin at x + step; but if a
+// request ends at most `overhead` further, at that end, for a piece so short is not worth its overhead. Such
+// a begin is a stop; from one stop to the next parts are `step` apart.
+
+/// For up to kMaxStops requests. All threads.
+__device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const ScheduleMemory& s, int total) {
+  const int thread = static_cast<int>(threadIdx.x), overhead = p.fixed_overhead_blocks;
+  const int step = max((total + p.num_parts - 1) / p.num_parts, 1);
+  const float per_step = 1.0f / static_cast<float>(step);
+  if (thread < p.batch) {
+    s.jumps[thread] = kNoJump;
+    s.stop_at[thread] = thread == 0 ? 0 : -1;
+  }
+  for (int i = thread; i < p.num_parts; i += kScheduleThreads) s.begins[i] = 0;
+  __syncthreads();
+  // From every request to the first stop behind it, if it were one itself: the first request j, and m >= 1,
+  // with m * step < starts[j] - starts[i] <= m * step + overhead. As many threads a request as there are.
+  const int helpers = kScheduleThreads / p.batch, i = thread % p.batch, helper = thread / p.batch;
+  for (int j = i + 1 + 4 * helper; helper < helpers && j < p.batch; j += 4 * helpers) {
+    std::uint32_t found = kNoJump;
+#pragma unroll
+    for (int u = 3; u >= 0; --u) {
+      const int distance = s.starts[min(j + u, p.batch)] - s.starts[i], least = max(distance - overhead, 1);
+      int m = static_cast<int>(static_cast<float>(least) * per_step), rest = least - m * step;
+      m += (rest > step) - (rest <= 0);  // the quotient in float may be one off
+      rest = least - m * step;
+      m += rest > 0;
+      if (m * step < distance && j + u < p.batch) {
+        found = static_cast<std::uint32_t>(j + u - i) << 16 | static_cast<std::uint32_t>(m);
+      }
     }
-    x = max(x + step, static_cast<int>(__reduce_max_sync(0xFFFFFFFFu, window <= y ? window : 0)));
+    if (found != kNoJump) {
+      atomicMin(&s.jumps[i], found);
+      break;
+    }
+  }
+  __syncthreads();
+  // Every round marks the stops that one jump leads to from those marked so far, and doubles the jumps.
+  for (int reach = 1; reach < min(p.num_parts, p.batch); reach *= 2) {
+    std::uint32_t jump = kNoJump, next = kNoJump;
+    int at = -1;
+    if (thread < p.batch) {
+      jump = s.jumps[thread];
+      at = s.stop_at[thread];
+      if (jump != kNoJump) next = s.jumps[thread + (jump >> 16)];
+    }
+    __syncthreads();
+    if (at >= 0 && jump != kNoJump) s.stop_at[thread + (jump >> 16)] = at + static_cast<int>(jump & 0xFFFF);
+    if (thread < p.batch) s.jumps[thread] = next != kNoJump ? jump + next : kNoJump;
+    __syncthreads();
+  }
+  // Every part's last stop: which part that is, then how far from it.
+  if (thread < p.batch) {
+    const int at = s.stop_at[thread];
+    if (at >= 0 && at < p.num_parts) {
+      s.begins[at] = at;
+      s.cuts[at] = s.starts[thread];
+    }
+  }
+  __syncthreads();
+  scan(s.begins, p.num_parts, [](int a, int b) { return max(a, b); });
+  for (int part = thread; part < p.num_parts; part += kScheduleThreads) {
+    const int at = s.begins[part], x = s.cuts[at] + (part - at) * step;
+    // The line's end is a stop too.
+    s.begins[part] = x > s.starts[p.batch - 1] && x + overhead >= total ? total : x;
+  }
+}
+
+/// For any number of requests. One warp, which looks at 32 of them at a time.
+__device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const ScheduleMemory& s, int total) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const int step = (total + p.num_parts - 1) / p.num_parts;
+  int base = 0, x = 0;
+  int window = lane <= p.batch ? s.starts[lane] : 0x7FFFFFFF;
+  for (int part = 0; part < p.num_parts; ++part) {
+    if (lane == 0) s.begins[part] = x;
+    const int y = min(x, total) + step + p.fixed_overhead_blocks;
+    while (base + 31 < p.batch && __all_sync(0xFFFFFFFFu, window <= y)) {
+      base += 31;  // the last of these becomes the first of the next
+      window = base + lane <= p.batch ? s.starts[base + lane] : 0x7FFFFFFF;
+    }
+    const int boundary = __reduce_max_sync(0xFFFFFFFFu, window <= y ? window : 0);
+    x = max(y - p.fixed_overhead_blocks, boundary);
   }
 }
 
 /// With fixed split points: the line is cut into equal lengths, each cut moved to the nearest split point of
 /// the request it falls into. All threads.
-__device__ __forceinline__ void place_fixed(const ScheduleParams& p, const std::int32_t* starts, int total,
-                                            std::int32_t* begins) {
+__device__ __forceinline__ void place_fixed(const ScheduleParams& p, const ScheduleMemory& s, int total) {
   const int step = p.fixed_split_blocks, length = (total + p.num_parts - 1) / p.num_parts;
   for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kScheduleThreads) {
-    const int cut = i * length, req = count_up_to(starts, p.batch + 1, cut) - 1;
-    begins[i] = total;
+    const int cut = i * length, req = count_up_to(s.starts, p.batch + 1, cut) - 1;
+    s.begins[i] = total;
     if (req >= p.batch) continue;
-    const int moved = (cut - starts[req] + step / 2) / step * step;
-    const int blocks = starts[req + 1] - starts[req] - p.fixed_overhead_blocks;
-    begins[i] = moved > 0 && moved >= blocks ? starts[req + 1] : starts[req] + moved;
+    const int moved = (cut - s.starts[req] + step / 2) / step * step;
+    const int blocks = s.starts[req + 1] - s.starts[req] - p.fixed_overhead_blocks;
+    s.begins[i] = moved > 0 && moved >= blocks ? s.starts[req + 1] : s.starts[req] + moved;
   }
 }
 
 static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const ScheduleParams p) {
   extern __shared__ std::int32_t memory[];
-  std::int32_t* starts = memory;                // (batch + 1)
-  std::int32_t* begins = starts + p.batch + 1;  // (num_parts)
-  std::int32_t* cuts = begins + p.num_parts;  // (num_parts): parts up to this one that begin inside a request
+  const ScheduleMemory s(memory, p);
+  std::int32_t* const starts = s.starts;
+  std::int32_t* const begins = s.begins;
+  std::int32_t* const cuts = s.cuts;
   // The schedule may still be in use by the kernel before this one.
   ptx::grid_dependency_wait();
 
@@ -117,9 +198,11 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
   __syncthreads();
   const int total = sum_until(starts + 1, p.batch);
   if (p.fixed_split_blocks > 0) {
-    place_fixed(p, starts, total, begins);
+    place_fixed(p, s, total);
+  } else if (p.batch > 0 && p.batch <= kMaxStops) {
+    place_by_stops(p, s, total);
   } else if (threadIdx.x < 32) {
-    place_balanced(p, starts, total, begins);
+    place_by_walk(p, s, total);
   }
   __syncthreads();
 
