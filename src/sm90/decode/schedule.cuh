@@ -15,7 +15,7 @@
 
 namespace flash_mla::sm90 {
 
-inline constexpr int kScheduleThreads = 256;
+inline constexpr int kScheduleThreads = 512;
 
 /// Turns values[0, n) into their inclusive sums (or maxima: any associative `op` with identity 0); returns
 /// the last. Every thread takes a run of them.
@@ -75,7 +75,7 @@ struct ScheduleMemory {
         jumps(reinterpret_cast<std::uint32_t*>(cuts + p.num_parts)),
         stop_at(cuts + p.num_parts + kMaxStops) {}
 };
-static_assert(kMaxStops == kScheduleThreads);
+static_assert(kMaxStops <= kScheduleThreads);
 inline constexpr std::uint32_t kNoJump = 0xFFFFFFFFu;
 
 // Where each part begins, in two ways. A part that begins at x makes the next one begin at x + step; but if a
@@ -142,7 +142,7 @@ __device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const Sc
   for (int part = thread; part < p.num_parts; part += kScheduleThreads) {
     const int at = s.begins[part], x = s.cuts[at] + (part - at) * step;
     // The line's end is a stop too.
-    s.begins[part] = x > s.starts[p.batch - 1] && x + overhead >= total ? total : x;
+    s.begins[part] = part > at && x + overhead >= total ? total : x;
   }
 }
 
