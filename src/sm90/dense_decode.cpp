@@ -99,25 +99,33 @@ EncodeTiled encode_tiled() {
   return kFunction;
 }
 
-/// A 4-D tensor map, innermost dimension first; boxes of 64 columns with 128-byte swizzle.
-CUtensorMap tensor_map(const char* name, const TensorView& t, std::array<int, 4> dims,
-                       std::array<std::uint32_t, 4> box) {
+/// One dimension of a tensor map: its size, the bytes from one index to the next (none for the innermost),
+/// and how much of it a box covers.
+struct MapDim {
+  std::int64_t size;
+  std::int64_t stride_bytes;
+  int box;
+};
+
+/// A tensor map, innermost dimension (64 contiguous columns) first, with 128-byte swizzle.
+template <std::size_t kRank>
+CUtensorMap tensor_map(const char* name, const TensorView& t, const std::array<MapDim, kRank>& dims) {
   CUtensorMap map;
-  std::array<cuuint64_t, 4> shape{};
-  std::array<cuuint64_t, 3> strides{};
-  const std::array<cuuint32_t, 4> steps{1, 1, 1, 1};
-  for (std::size_t i = 0; i < 4; ++i) {
-    shape[i] = static_cast<cuuint64_t>(t.size(dims[i]));
-    if (i > 0) {
-      // A dimension of one element may carry any stride; the map wants a sound one.
-      const std::int64_t stride = t.size(dims[i]) > 1 ? t.stride(dims[i]) : kHeadDim;
-      strides[i - 1] = static_cast<cuuint64_t>(stride) * 2;
-    }
+  std::array<cuuint64_t, kRank> shape{};
+  std::array<cuuint64_t, kRank - 1> strides{};
+  std::array<cuuint32_t, kRank> box{}, steps{};
+  for (std::size_t i = 0; i < kRank; ++i) {
+    shape[i] = static_cast<cuuint64_t>(dims[i].size);
+    box[i] = static_cast<cuuint32_t>(dims[i].box);
+    steps[i] = 1;
+    // A dimension of one element may carry any stride; the map wants a sound one.
+    if (i > 0)
+      strides[i - 1] = static_cast<cuuint64_t>(dims[i].size > 1 ? dims[i].stride_bytes : kHeadDim * 2);
   }
   const CUresult r = encode_tiled()(
       &map, t.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      4, t.data, shape.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      kRank, t.data, shape.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (r != CUDA_SUCCESS) {
     throw InvalidArgument(fmt::format("{} is {} with a layout that no tensor map can describe (CUresult {})",
                                       name, t.describe(), static_cast<int>(r)));
@@ -125,16 +133,18 @@ CUtensorMap tensor_map(const char* name, const TensorView& t, std::array<int, 4>
   return map;
 }
 
+/// (columns of a chunk, tokens, chunks, latent heads, pages)
+CUtensorMap key_map(const TensorView& k, int box_tokens, int box_chunks) {
+  return tensor_map<5>("k_cache", k,
+                       {{{64, 0, 64},
+                         {k.size(1), k.stride(1) * 2, box_tokens},
+                         {kHeadDim / 64, 128, box_chunks},
+                         {k.size(2), k.stride(2) * 2, 1},
+                         {k.size(0), k.stride(0) * 2, 1}}});
+}
+
 RowBlocks blocks_of(const DenseDecodeArgs& a) {
   return row_blocks(static_cast<int>(a.q.size(1)), static_cast<int>(a.q.size(2) / a.k_cache.size(2)));
-}
-/// The heuristics table: which division of work suits the shape.
-Division division_of(const DecodeParams& p) {
-  if (const char* forced = std::getenv("FLASH_MLA_SM90_DIVISION")) {
-    return forced[0] == 'p' ? Division::kPaired : Division::kSharedTile;
-  }
-  // One row block per latent head is memory-bound; two or more are compute-bound once there is enough to do.
-  return p.blocks.count() >= 2 ? Division::kPaired : Division::kSharedTile;
 }
 int cluster_of(const RowBlocks& blocks) { return blocks.count() % 2 == 0 ? 2 : 1; }
 
@@ -142,14 +152,22 @@ std::size_t align_up(std::size_t n) { return (n + kAlignment - 1) / kAlignment *
 
 /// Rows of partial results: those of 2 * num_parts slots, or with fixed split points of every split that the
 /// block table has room for.
-std::size_t partial_rows(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
+struct PartialLayout {
+  std::size_t out_bytes, stats_bytes;
+};
+
+PartialLayout partial_layout(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
   std::int64_t slots = 2 * s.parts.size(0);
   if (s.fixed_split_blocks > 0) {
     const std::int64_t split_tokens = std::int64_t{s.fixed_split_blocks} * s.block_size;
     const std::int64_t tokens = a.block_table.size(1) * a.k_cache.size(1);
     slots = a.q.size(0) * std::max<std::int64_t>((tokens + split_tokens - 1) / split_tokens, 1);
   }
-  return static_cast<std::size_t>(slots * a.q.size(1) * a.q.size(2));
+  const RowBlocks blocks = blocks_of(a);
+  const auto slot_blocks = static_cast<std::size_t>(slots * blocks.count() * a.k_cache.size(2));
+  return {
+      align_up(slot_blocks * static_cast<std::size_t>(row_groups(blocks)) * 16 * kHeadDimV * sizeof(float)),
+      align_up(slot_blocks * kTileRows * 2 * sizeof(float))};
 }
 
 void require_stride(const TensorView& t, const char* name) {
@@ -235,8 +253,8 @@ void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
   if (s.parts.size(0) == 1 && s.fixed_split_blocks == 0) return 0;
-  return align_up(partial_rows(a, s) * kHeadDimV * sizeof(float)) +
-         align_up(partial_rows(a, s) * sizeof(float));
+  const PartialLayout layout = partial_layout(a, s);
+  return layout.out_bytes + layout.stats_bytes;
 }
 
 void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* workspace, float softmax_scale,
@@ -257,6 +275,7 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   p.scale_log2 = softmax_scale * std::numbers::log2e_v<float>;
   p.block_table = a.block_table.ptr<const std::int32_t>();
   p.block_table_stride = a.block_table.stride(0);
+  p.table_width = static_cast<int>(a.block_table.size(1));
   p.cache_seqlens = a.cache_seqlens.ptr<const std::int32_t>();
   p.parts = s.parts.ptr<const std::int32_t>();
   p.num_splits = s.num_splits.ptr<const std::int32_t>();
@@ -271,21 +290,27 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
     p.lse_stride_s = a.lse.stride(2);
   }
   p.partial_out = static_cast<float*>(workspace);
-  p.partial_lse = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) +
-                                           align_up(partial_rows(a, s) * kHeadDimV * sizeof(float)));
+  p.partial_stats =
+      reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + partial_layout(a, s).out_bytes);
   const int cluster = cluster_of(p.blocks);
-  const CUtensorMap q_map = tensor_map(
-      "q", a.q, {3, 2, 1, 0},
-      {64, static_cast<std::uint32_t>(p.blocks.heads), static_cast<std::uint32_t>(p.blocks.tokens), 1});
-  const auto box = static_cast<std::uint32_t>(std::min(p.page_size, kTileTokens / cluster));
+  // One copy brings all of Q where a chunk has 64 rows; else the chunks, 64 rows apart, come one by one.
+  p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows ? kHeadDim / 64 : 1;
+  const CUtensorMap q_map = tensor_map<5>("q", a.q,
+                                          {{{64, 0, 64},
+                                            {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
+                                            {a.q.size(1), a.q.stride(1) * 2, p.blocks.tokens},
+                                            {kHeadDim / 64, 128, p.q_box_chunks},
+                                            {a.q.size(0), a.q.stride(0) * 2, 1}}});
   TensorView k = a.k_cache;
   if (k.size(0) == 0) {
     // A pool without pages serves requests without keys: nothing follows the map, but it has to be sound.
     k = TensorView::contiguous(a.q.data, k.dtype, {1, k.size(1), k.size(2), k.size(3)}, k.device);
   }
-  const CUtensorMap k_map = tensor_map("k_cache", k, {3, 2, 1, 0}, {64, 1, box, 1});
+  const int piece = std::min(p.page_size, kTileTokens);
+  const CUtensorMap k_piece_map = key_map(k, piece, 1);
+  const CUtensorMap k_map = p.page_size < kTileTokens ? k_piece_map : key_map(k, kTileTokens, 4 / cluster);
   const bool bf16 = a.q.dtype == DType::kBFloat16;
-  launch_dense_decode(p, q_map, k_map, bf16, cluster, division_of(p), h_kv, stream);
+  launch_dense_decode(p, q_map, k_map, k_piece_map, bf16, cluster, h_kv, stream);
 }
 
 void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,

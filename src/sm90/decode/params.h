@@ -10,9 +10,6 @@ inline constexpr int kHeadDim = 576;
 inline constexpr int kHeadDimV = 512;
 inline constexpr int kMaxDevices = 64;  ///< CUDA devices this process can use
 
-/// How the consumer warpgroups divide the work on a tile: see paired.cuh and shared_tile.cuh.
-enum class Division { kPaired, kSharedTile };
-
 /// How the s_q x group query rows of one latent head are cut into CTAs. A row block is `tokens` query tokens
 /// times `heads` heads, at most kTileRows rows, token-major.
 struct RowBlocks {
@@ -30,11 +27,20 @@ constexpr RowBlocks row_blocks(int s_q, int group) {
   return {tokens, group, 1, (s_q + tokens - 1) / tokens};
 }
 
+/// Groups of 16 rows, one per warp of a warpgroup, that a row block needs.
+constexpr int row_groups(const RowBlocks& b) { return (b.tokens * b.heads + 15) / 16; }
+
+/// float4s of one warp's share of a partial result: 16 rows x 256 columns. Lane l holds, of column group i,
+/// columns 8 i + 2 (l % 4) and the next one of rows l / 4 and l / 4 + 8.
+inline constexpr int kFragment = 32 * 32;
+
 /// What the decode and combine kernels need beside the tensor maps. Strides count elements.
 struct DecodeParams {
   RowBlocks blocks;
   int batch, s_q, h_q, group;
   int page_size;
+  int table_width;   ///< columns of block_table
+  int q_box_chunks;  ///< 64-column chunks that one copy of Q brings: 1 or 9
   int num_parts;
   int split_tiles;  ///< 0, or batch-invariant mode: every request is cut at multiples of this
   bool token_rows;  ///< rows of `parts` are as FlashMLA's until September 2025
@@ -53,10 +59,13 @@ struct DecodeParams {
   std::int64_t lse_stride_b, lse_stride_h, lse_stride_s;
 
   /// Partial results of split requests: slot 2p holds the first request of part p, slot 2p + 1 its last when
-  /// that is another one. With split_tiles, slot num_splits[r] + i holds split i of request r. O (slots,
-  /// s_q, h_q, 512) normalised, lse (slots, s_q, h_q) in base 2, -inf if empty.
+  /// that is another one. With split_tiles, slot num_splits[r] + i holds split i of request r.
+  ///
+  /// O lies there as the consumers' registers hold it, not normalised: (slots, h_kv * blocks, groups of 16
+  /// rows, 2 warpgroups, 32 groups of 8 columns, 32 lanes, 4), see kFragment. The statistics are (slots, h_kv
+  /// * blocks, 64 rows, 2): the reference, -inf if the row saw no key, and the sum relative to it, base 2.
   float* partial_out;
-  float* partial_lse;
+  float* partial_stats;
 };
 
 /// What the device schedule keeps in 48 KB of shared memory: see ScheduleMemory.

@@ -23,11 +23,10 @@ inline constexpr float kMaxGrowth = 8.0f;  // base 2
 struct alignas(1024) DecodeSmem {
   std::uint16_t q[kChunks][kChunkElements];
   std::uint16_t kv[2][kChunks][kChunkElements];
-  float reference[kTileRows];
-  float alpha[2][kTileRows];
+  float exchange[2][kTileRows];  // by warpgroup: the softmax reference it has moved to
   float row_sum[2][kTileRows];
   std::uint64_t q_full, q_empty;
-  std::uint64_t kv_full[2][kChunks];
+  std::uint64_t kv_full[2][2];   // by slot and half: chunks 0-3, chunks 4-8
   std::uint64_t kv_empty[2][2];  // by slot and half: chunks 0-3 are WG0's columns, 4-7 WG1's. The rope chunk
                                  // of a slot is freed by the warpgroup that reads P there: half 1 - slot.
 };
