@@ -18,13 +18,16 @@ from ._library import (
     merge_states,
     reference_dense_decode,
 )
+from .tokenizer import ChatTemplate, Tokenizer
 from ._C import version as _version
 
 __version__ = _version()
 
 __all__ = [
     "Array",
+    "ChatTemplate",
     "FlashMLASchedMeta",
+    "Tokenizer",
     "backends",
     "build_decode_schedule",
     "cpu_isa",

@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "flash_mla/flash_mla.h"
+#include "forward_bindings.h"
+#include "model_bindings.h"
 #include "planner_bindings.h"
 #include "tensor_argument.h"
 
@@ -191,6 +193,8 @@ NB_MODULE(_C, m) {
       PyErr_SetString(PyExc_NotImplementedError, e.what());
     }
   });
+  flash_mla::python::bind_forward(m);
+  flash_mla::python::bind_model(m);
   flash_mla::python::bind_planner(m);
   m.def("version", &version);
   // nanobind refuses None before the argument has a name, so every argument takes it and refuses it by name.

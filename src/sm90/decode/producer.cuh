@@ -24,6 +24,7 @@ struct Producer {
   int rank;
 
   static constexpr std::uint16_t kEveryCta = (1 << kCluster) - 1;
+  static constexpr int kBoxChunks = 4 / kCluster;
 
   // A box of either map. Of page_size < 64, `token` counts from the page's start; chunk c is `c * 64`
   // columns.
@@ -38,7 +39,6 @@ struct Producer {
 
   // Half 0 or 1 of a tile that lies in one page.
   __device__ void load_half(int slot, int half, int page, int token, bool mine) const {
-    constexpr int kBoxChunks = 4 / kCluster;
     std::uint64_t* full = &s.kv_full[slot][half];
     ptx::mbarrier_arrive_expect_tx(full, (half == 0 ? 4 : 5) * kChunkElements * 2);
     const int chunk = half * 4 + rank * kBoxChunks;
@@ -97,6 +97,16 @@ struct Producer {
             load_half(slot, half, page, token, mine);
           } else {
             load_pieces(item, tile, slot, half);
+          }
+        }
+        // Where work is compute-bound, a slot's load starts when the slot is free and is waited for: from L2
+        // that takes half as long. Memory-bound work has nothing to gain and loses bandwidth (measured: 1 to
+        // 4% faster with two row blocks or more, 4.2 to 3.7 TB/s in a plain stream).
+        if constexpr (kCluster > 1) {
+          if (tiles_per_page == 1 && tile + 2 < item.end_tile) {
+            const int ahead = pages[tile + 2];
+            ptx::tma_prefetch_5d(k_map, 0, 0, rank * kBoxChunks, blockIdx.y, ahead);
+            ptx::tma_prefetch_5d(k_map, 0, 0, 4 + rank * kBoxChunks, blockIdx.y, ahead);
           }
         }
       }
