@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, Tuple
 
 from . import _C
-from ._arrays import Array, count, empty, head_dim, shape_of
+from ._arrays import Array, count, cuda_device, current_stream, empty, head_dim, shape_of, workspace_allocator
 
 _BLOCK_SIZE = 64
 
@@ -56,9 +56,11 @@ def get_mla_metadata(
     """Plans a decoding step; one plan serves every layer.
 
     With cache_seqlens (b,) int32, contiguous: returns tile_scheduler_metadata (num_sm_parts, 8) int32, rows
-    (begin_req, begin_token, end_req inclusive, end_token, begin_split, 0, 0, 0), and num_splits (b + 1,) int32. On the
-    CPU num_sm_parts is the number of threads OpenMP would use. ``num_q_tokens_per_head_k`` (``num_heads_per_head_k``
-    until September 2025) is s_q * h_q // h_kv.
+    (begin_req, begin_token, end_req inclusive, end_token, begin_split, 0, 0, 0), and num_splits (b + 1,) int32, on the
+    device of cache_seqlens. num_sm_parts is the number of threads OpenMP would use on the CPU, and on a GPU the number
+    of clusters of CTAs that run at a time. ``num_q_tokens_per_head_k`` (``num_heads_per_head_k`` until September 2025)
+    is s_q * h_q // h_kv. On a GPU the plan is made there, on torch's current stream, and never read back: a CUDA graph
+    may capture it.
 
     Without arguments: returns (FlashMLASchedMeta(), None), to be filled by the first decode.
 
@@ -77,16 +79,26 @@ def get_mla_metadata(
                 "its name since September 2025"
             )
         num_q_tokens_per_head_k = num_heads_per_head_k
-    count(num_q_tokens_per_head_k, "num_q_tokens_per_head_k")
-    count(num_heads_k, "num_heads_k")
+    num_q_tokens_per_head_k = count(num_q_tokens_per_head_k, "num_q_tokens_per_head_k")
+    num_heads_k = count(num_heads_k, "num_heads_k")
+    s_q, h_q = 1, num_q_tokens_per_head_k * num_heads_k
     if num_heads_q is not None:
-        count(num_heads_q, "num_heads_q")
-    return _plan(cache_seqlens, token_rows=True)
+        num_heads_q = count(num_heads_q, "num_heads_q")
+        if h_q % num_heads_q != 0:
+            raise ValueError(
+                f"num_heads_q is {num_heads_q}, expected a divisor of num_q_tokens_per_head_k * num_heads_k = {h_q}"
+            )
+        s_q, h_q = h_q // num_heads_q, num_heads_q
+    return _plan(cache_seqlens, s_q, h_q, num_heads_k, token_rows=True)
 
 
-def _plan(cache_seqlens: Array, token_rows: bool) -> Tuple[Array, Array]:
-    num_parts, overhead = _C.cpu_schedule_options()
+def _plan(cache_seqlens: Array, s_q: int, h_q: int, h_k: int, token_rows: bool) -> Tuple[Array, Array]:
     (b,) = shape_of(cache_seqlens, "cache_seqlens", 1)
+    device = cuda_device(cache_seqlens)
+    if device is None:
+        num_parts, overhead = _C.cpu_schedule_options()
+    else:
+        num_parts, overhead = _C.cuda_schedule_options(device, s_q, h_q, h_k)
     parts = empty((num_parts, 8), cache_seqlens, "int32")
     num_splits = empty((b + 1,), cache_seqlens, "int32")
     _C.build_schedule(
@@ -97,6 +109,7 @@ def _plan(cache_seqlens: Array, token_rows: bool) -> Tuple[Array, Array]:
         block_size=_BLOCK_SIZE,
         fixed_overhead_blocks=overhead,
         min_blocks_per_request=0 if token_rows else 1,
+        stream=current_stream(device),
     )
     return parts, num_splits
 
@@ -127,6 +140,11 @@ def flash_mla_with_kvcache(
     softmax_scale defaults to d_qk ** -0.5, which is not DeepSeek's (V3 and R1: 0.1352338). causal: query i of s_q sees
     keys j <= length - s_q + i.
 
+    On a GPU (torch tensors on a Hopper) the work is queued on torch's current stream of that device and waited for by
+    nobody; scratch memory comes from torch's allocator. Lengths, block-table entries and the schedule's agreement with
+    cache_seqlens are not checked there. bfloat16 and float16, d_qk 576, head_dim_v 512, pages of 16, 32 or a multiple
+    of 64 tokens.
+
     Returns out (b, s_q, h_q, head_dim_v) in q's dtype and lse (b, h_q, s_q) float32, natural log, +inf where a query
     sees no key (out is 0 there). Results are torch tensors where q is one, NumPy arrays otherwise. Inputs may be
     read-only; nothing but a FlashMLASchedMeta that the call fills is changed. A child of fork() runs on one thread.
@@ -144,6 +162,7 @@ def flash_mla_with_kvcache(
     if topk_length is not None:
         raise _missing("topk_length (sparse attention)")
     b, s_q, h_q, d_qk = shape_of(q, "q", 4)
+    device = cuda_device(q)
     head_dim_v = head_dim(head_dim_v, d_qk)
     token_rows = True
     parts = tile_scheduler_metadata
@@ -157,7 +176,19 @@ def flash_mla_with_kvcache(
     out = empty((b, s_q, h_q, head_dim_v), q)
     lse = empty((b, h_q, s_q), q, "float32")
     _C.dense_decode(
-        q, k_cache, block_table, cache_seqlens, out, lse, parts, num_splits, softmax_scale, causal, token_rows
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        out,
+        lse,
+        parts,
+        num_splits,
+        softmax_scale,
+        causal,
+        token_rows,
+        stream=current_stream(device),
+        allocate=workspace_allocator(device),
     )
     if config is not None and not tile_scheduler_metadata.have_initialized:
         # Only now: a call that was refused must not bind the object to its shapes.
@@ -177,7 +208,7 @@ def _config(q: Array, k_cache: Array, causal: bool) -> FlashMLASchedMeta.Config:
 def _metadata(meta: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, cache_seqlens: Array):
     """The object's schedule, or a new one if it has none yet; ValueError if it was planned for something else."""
     if not meta.have_initialized:
-        return _plan(cache_seqlens, token_rows=False)
+        return _plan(cache_seqlens, config.s_q, config.h_q, config.h_k, token_rows=False)
     if meta.config != config:
         raise ValueError(f"tile_scheduler_metadata was filled for {meta.config}, expected the same as now: {config}")
     return meta.tile_scheduler_metadata, meta.num_splits

@@ -3,7 +3,7 @@
 from typing import Dict, List, Optional, Tuple
 
 from . import _C
-from ._arrays import Array, count, empty, head_dim, shape_of
+from ._arrays import Array, count, cuda_device, current_stream, empty, head_dim, shape_of, workspace_allocator
 
 
 def backends() -> List[Dict[str, object]]:
@@ -31,7 +31,8 @@ def build_decode_schedule(
 ) -> Tuple[Array, Array]:
     """Plans which worker handles which tokens of which request.
 
-    cache_seqlens: (b,) int32, contiguous, on the host. Returns parts (num_parts, 8) int32 with rows (begin_req,
+    cache_seqlens: (b,) int32, contiguous, on the host or on a GPU (torch), where the plan is then made without reading
+    anything back. Returns parts (num_parts, 8) int32 with rows (begin_req,
     end_req inclusive, begin_block, end_block exclusive, begin_split, first_is_split, last_is_split, 0), or with
     ``token_rows`` (begin_req, begin_token, end_req, end_token, begin_split, 0, 0, 0); and num_splits (b + 1,) int32,
     the exclusive prefix sum of splits per request. ``fixed_split_blocks`` > 0 is the batch-invariant mode.
@@ -52,6 +53,7 @@ def build_decode_schedule(
         fixed_overhead_blocks=fixed_overhead_blocks,
         min_blocks_per_request=min_blocks_per_request,
         fixed_split_blocks=fixed_split_blocks,
+        stream=current_stream(cuda_device(cache_seqlens)),
     )
     return parts, num_splits
 
@@ -80,6 +82,7 @@ def dense_decode(
     whatever else is in the batch. ``num_threads`` 0 means as many as OpenMP would use.
     """
     b, s_q, h_q, d_qk = shape_of(q, "q", 4)
+    device = cuda_device(q)
     head_dim_v = head_dim(head_dim_v, d_qk)
     out = empty((b, s_q, h_q, head_dim_v), q)
     lse = empty((b, h_q, s_q), q, "float32")
@@ -98,6 +101,8 @@ def dense_decode(
         block_size,
         fixed_split_blocks,
         num_threads,
+        stream=current_stream(device),
+        allocate=workspace_allocator(device),
     )
     return out, lse
 

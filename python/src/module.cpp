@@ -99,7 +99,8 @@ DenseDecodeArgs arguments(const TensorArgument& q, const TensorArgument& k_cache
 void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
                      nb::handle out, nb::handle lse, nb::handle parts, nb::handle num_splits,
                      nb::handle softmax_scale, nb::handle causal, bool token_rows, nb::handle block_size,
-                     nb::handle fixed_split_blocks, nb::handle num_threads) {
+                     nb::handle fixed_split_blocks, nb::handle num_threads, std::uintptr_t stream,
+                     nb::handle allocate) {
   const TensorArgument t_q(q, "q"), t_k(k_cache, "k_cache"), t_table(block_table, "block_table"),
       t_lengths(cache_seqlens, "cache_seqlens"), t_out(out, "out"), t_lse(lse, "lse"),
       t_parts(parts, "tile_scheduler_metadata"), t_splits(num_splits, "num_splits");
@@ -114,54 +115,47 @@ void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, n
   options.softmax_scale = scale_argument(softmax_scale);
   options.causal = flag_argument(causal, "causal");
   options.num_threads = int_argument(num_threads, "num_threads", 0);
+  options.stream = reinterpret_cast<void*>(stream);
+  if (!allocate.is_none()) {
+    // The caller's allocator knows when its memory may be used again; a call without it would have to wait.
+    const std::size_t bytes = dense_decode_workspace_size(args, schedule, options);
+    if (bytes == 0) {
+      dense_decode(args, schedule, nullptr, 0, options);
+    } else {
+      const nb::object memory = allocate(bytes);
+      const TensorArgument workspace(memory, "workspace");
+      dense_decode(args, schedule, workspace.view().data, bytes, options);
+    }
+    return;
+  }
   nb::gil_scoped_release release;
   const std::size_t bytes = dense_decode_workspace_size(args, schedule, options);
   dense_decode(args, schedule, thread_workspace().get(bytes), bytes, options);
 }
 
-std::span<const std::int32_t> lengths_of(const TensorView& t) {
-  if (t.rank != 1 || t.dtype != DType::kInt32 || (t.size(0) > 1 && t.stride(0) != 1)) {
-    throw InvalidArgument("cache_seqlens is " + t.describe() +
-                          ", expected a contiguous int32 tensor of rank 1");
-  }
-  if (t.device.type != DeviceType::kCpu) {
-    throw Unsupported("cache_seqlens is " + t.describe() + "; this build plans and decodes on the CPU only");
-  }
-  return {t.ptr<const std::int32_t>(), static_cast<std::size_t>(t.size(0))};
-}
-
 /// Plans into `parts` (num_parts, 8) and `num_splits` (b + 1), which the caller has allocated.
 void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle num_splits, bool token_rows,
                        nb::handle block_size, nb::handle fixed_overhead_blocks,
-                       nb::handle min_blocks_per_request, nb::handle fixed_split_blocks) {
+                       nb::handle min_blocks_per_request, nb::handle fixed_split_blocks,
+                       std::uintptr_t stream) {
   const TensorArgument t_lengths(cache_seqlens, "cache_seqlens"), t_parts(parts, "parts"),
       t_splits(num_splits, "num_splits");
-  const auto lengths = lengths_of(t_lengths.view());
   const TensorView& rows = t_parts.view();
-  const TensorView& splits = t_splits.view();
-  if (rows.rank != 2 || rows.dtype != DType::kInt32 || rows.size(1) != 8 || splits.rank != 1 ||
-      splits.dtype != DType::kInt32) {
-    throw InvalidArgument("parts is " + rows.describe() + " and num_splits is " + splits.describe() +
-                          ", expected int32 (num_parts, 8) and (b + 1)");
-  }
+  if (rows.rank != 2)
+    throw InvalidArgument("parts is " + rows.describe() + ", expected int32 (num_parts, 8)");
   ScheduleOptions options;
   options.num_parts = static_cast<int>(rows.size(0));
   options.block_size = int_argument(block_size, "block_size", 1);
   options.fixed_overhead_blocks = int_argument(fixed_overhead_blocks, "fixed_overhead_blocks", 0);
   options.min_blocks_per_request = int_argument(min_blocks_per_request, "min_blocks_per_request", 0);
   options.fixed_split_blocks = int_argument(fixed_split_blocks, "fixed_split_blocks", 0);
-  if (token_rows) {
-    const DecodeSchedule schedule = DecodeSchedule::build(lengths, options);
-    if (static_cast<std::size_t>(splits.size(0)) != schedule.num_splits().size()) {
-      throw InvalidArgument("num_splits is " + splits.describe() + ", expected b + 1 elements");
-    }
-    const std::vector<std::int32_t> flat = schedule.to_token_rows(lengths);
-    std::copy(flat.begin(), flat.end(), rows.ptr<std::int32_t>());
-    std::copy(schedule.num_splits().begin(), schedule.num_splits().end(), splits.ptr<std::int32_t>());
-  } else {
-    build_decode_schedule(lengths, options, {rows.ptr<DecodePart>(), static_cast<std::size_t>(rows.size(0))},
-                          {splits.ptr<std::int32_t>(), static_cast<std::size_t>(splits.size(0))});
-  }
+  DecodeScheduleView schedule;
+  schedule.parts = rows;
+  schedule.num_splits = t_splits.view();
+  schedule.block_size = options.block_size;
+  schedule.fixed_split_blocks = options.fixed_split_blocks;
+  schedule.unit = token_rows ? PartUnit::kTokens : PartUnit::kBlocks;
+  build_decode_schedule(t_lengths.view(), options, schedule, reinterpret_cast<void*>(stream));
 }
 
 void py_reference(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
@@ -207,11 +201,19 @@ NB_MODULE(_C, m) {
   m.def("dense_decode", &python::py_dense_decode, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(),
         "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(), "parts"_a.none(), "num_splits"_a.none(),
         "softmax_scale"_a.none() = nb::none(), "causal"_a.none() = false, "token_rows"_a = false,
-        "block_size"_a.none() = 64, "fixed_split_blocks"_a.none() = 0, "num_threads"_a.none() = 0);
+        "block_size"_a.none() = 64, "fixed_split_blocks"_a.none() = 0, "num_threads"_a.none() = 0,
+        "stream"_a = 0, "allocate"_a.none() = nb::none());
   m.def("build_schedule", &python::py_build_schedule, "cache_seqlens"_a.none(), "parts"_a.none(),
         "num_splits"_a.none(), "token_rows"_a = false, "block_size"_a.none() = 64,
         "fixed_overhead_blocks"_a.none() = 5, "min_blocks_per_request"_a.none() = 1,
-        "fixed_split_blocks"_a.none() = 0);
+        "fixed_split_blocks"_a.none() = 0, "stream"_a = 0);
+  m.def(
+      "cuda_schedule_options",
+      [](int device_index, int s_q, int num_heads_q, int num_heads_k) {
+        const ScheduleOptions o = cuda_schedule_options(device_index, s_q, num_heads_q, num_heads_k);
+        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks);
+      },
+      "device_index"_a, "s_q"_a, "num_heads_q"_a, "num_heads_k"_a);
   m.def(
       "cpu_schedule_options",
       [](int num_threads) {

@@ -119,6 +119,11 @@ nb::object export_through_dlpack(nb::handle object, const char* name) {
         ", expected a torch tensor, a NumPy array or anything else with __dlpack__");
   }
   try {
+    // Work is queued on the stream that a GPU tensor is used on: its producer need not make another one wait.
+    const nb::object device = nb::getattr(object, "__dlpack_device__", nb::none());
+    if (!device.is_none() && nb::cast<int>(nb::object(device()[0])) == 2) {
+      return method(nb::arg("stream") = -1);
+    }
     try {
       return method(nb::arg("max_version") = nb::make_tuple(1, 0));
     } catch (nb::python_error& e) {

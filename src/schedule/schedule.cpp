@@ -35,7 +35,8 @@ std::int64_t blocks_of(std::int32_t length, const ScheduleOptions& o) {
   return std::max<std::int64_t>(ceil_div(length, o.block_size), o.min_blocks_per_request);
 }
 
-std::int64_t payload_of(std::span<const std::int32_t> lengths, const ScheduleOptions& o) {
+// Blocks of all requests, the overhead of each included.
+std::int64_t total_of(std::span<const std::int32_t> lengths, const ScheduleOptions& o) {
   // Everything in a schedule is an int32. A request is at least one split, also one that counts as no block,
   // and every part may add a cut.
   const std::int64_t limit = std::numeric_limits<std::int32_t>::max() - std::int64_t{o.num_parts};
@@ -54,81 +55,130 @@ std::int64_t payload_of(std::span<const std::int32_t> lengths, const ScheduleOpt
           limit, o.block_size, o.fixed_overhead_blocks));
     }
   }
+  return total;
+}
+
+std::int64_t payload_of(std::int64_t total, const ScheduleOptions& o) {
   return ceil_div(total, o.num_parts) + o.fixed_overhead_blocks;
+}
+
+// Where a part begins: `block` of request `req`, which is `split` of it.
+struct Position {
+  std::int32_t req = 0;
+  std::int64_t block = 0;
+  std::int32_t split = 0;
+  friend bool operator==(const Position&, const Position&) = default;
+};
+
+// The part from `begin` to `end`. Split flags need the final split counts.
+DecodePart part_between(const Position& begin, const Position& end, std::span<const std::int32_t> lengths,
+                        const ScheduleOptions& o, std::span<const std::int32_t> num_splits) {
+  const auto batch = static_cast<std::int32_t>(lengths.size());
+  DecodePart part;
+  // The blocks a request has, not those it counts as: FlashMLA's rows of an empty request end at block 0.
+  part.end_block = static_cast<std::int32_t>(
+      end.block > 0 ? end.block
+      : end.req > 0 ? schedule_blocks(lengths[static_cast<std::size_t>(end.req) - 1], o.block_size)
+                    : 0);
+  if (begin.req >= batch || begin == end) {
+    // Nothing to do: begin_req > end_req.
+    part.begin_req = batch;
+    part.end_req = batch - 1;
+    return part;
+  }
+  const auto is_split = [&](std::int32_t r) {
+    return num_splits[static_cast<std::size_t>(r) + 1] - num_splits[static_cast<std::size_t>(r)] > 1;
+  };
+  part.begin_req = begin.req;
+  part.begin_block = static_cast<std::int32_t>(begin.block);
+  part.begin_split = begin.split;
+  part.end_req = end.block > 0 ? end.req : end.req - 1;
+  part.first_is_split = is_split(part.begin_req);
+  part.last_is_split = is_split(part.end_req);
+  return part;
 }
 
 // One pass over the requests, filling each part up to `payload` blocks. A request that does not fit into
 // what is left of a part is cut there, and the cut costs the next part the overhead again.
-void plan(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::int64_t payload,
-          std::span<DecodePart> parts, std::span<std::int32_t> num_splits) {
+void plan_balanced(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::int64_t total,
+                   std::span<DecodePart> parts, std::span<std::int32_t> num_splits) {
   const auto batch = static_cast<std::int32_t>(lengths.size());
-  std::int32_t req = 0;     // request the next part starts with
-  std::int64_t block = 0;   // ... at this block
-  std::int32_t split = 0;   // ... which is this split of it
-  std::int32_t splits = 0;  // splits of all requests before `req`
+  const std::int64_t payload = payload_of(total, o);
+  Position at;
   num_splits[0] = 0;
   for (std::size_t p = 0; p < parts.size(); ++p) {
-    DecodePart part;
-    part.begin_req = req;
-    part.begin_block = static_cast<std::int32_t>(block);
-    part.begin_split = split;
-    // The last part takes all that rounding to fixed split points has left over.
-    std::int64_t room = p + 1 == parts.size() ? std::numeric_limits<std::int64_t>::max() / 2 : payload;
-    const auto has_work = [&] { return req != part.begin_req || block != part.begin_block; };
-    while (req < batch) {
-      const std::int64_t step = o.fixed_split_blocks;
-      const std::int64_t left = blocks_of(lengths[static_cast<std::size_t>(req)], o) - block;
-      // With fixed split points a part that has nothing yet takes at least one whole split.
-      const bool last_step = step > 0 && left <= step && !has_work();
-      if (room >= left + o.fixed_overhead_blocks || last_step) {
-        room -= left + o.fixed_overhead_blocks;
-        split += step > 0 ? static_cast<std::int32_t>(std::max<std::int64_t>(ceil_div(left, step), 1)) : 1;
-        splits += split;
-        num_splits[static_cast<std::size_t>(req) + 1] = splits;
-        ++req;
-        block = 0;
-        split = 0;
-        continue;
+    parts[p].begin_req = at.req;  // parked here until the split counts are known
+    parts[p].begin_block = static_cast<std::int32_t>(at.block);
+    parts[p].begin_split = at.split;
+    // Nothing is left over for the last part: the sum of all payloads covers every cut's overhead.
+    std::int64_t room = payload;
+    while (at.req < batch) {
+      const std::int64_t left = blocks_of(lengths[static_cast<std::size_t>(at.req)], o) - at.block;
+      if (room < left + o.fixed_overhead_blocks) {
+        const std::int64_t take = room - o.fixed_overhead_blocks;
+        if (take > 0) {
+          at.block += take;
+          ++at.split;
+        }
+        break;
       }
-      std::int64_t take = room - o.fixed_overhead_blocks;
-      if (step > 0) {
-        // To the nearest split point, short of the end of the request.
-        std::int64_t steps = std::min((std::max<std::int64_t>(take, 0) + step / 2) / step,
-                                      std::max<std::int64_t>(left - 1, 0) / step);
-        if (steps == 0 && !has_work()) steps = 1;
-        take = steps * step;
-        split += static_cast<std::int32_t>(steps);
-      } else if (take > 0) {
-        ++split;
+      room -= left + o.fixed_overhead_blocks;
+      num_splits[static_cast<std::size_t>(at.req) + 1] =
+          num_splits[static_cast<std::size_t>(at.req)] + at.split + 1;
+      at = {at.req + 1, 0, 0};
+    }
+  }
+  Position end{batch, 0, 0};
+  for (std::size_t p = parts.size(); p-- > 0;) {
+    const Position begin{parts[p].begin_req, parts[p].begin_block, parts[p].begin_split};
+    parts[p] = part_between(begin, end, lengths, o, num_splits);
+    end = begin;
+  }
+}
+
+// Requests lie on a line, each as long as its blocks and the overhead. The line is cut into equal lengths,
+// each cut moved to the nearest split point of the request it falls into.
+void plan_fixed(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::int64_t total,
+                std::span<DecodePart> parts, std::span<std::int32_t> num_splits) {
+  const auto batch = static_cast<std::int32_t>(lengths.size());
+  const std::int64_t step = o.fixed_split_blocks;
+  const std::int64_t stride = ceil_div(total, o.num_parts);
+  const auto blocks = [&](std::int32_t r) { return blocks_of(lengths[static_cast<std::size_t>(r)], o); };
+  num_splits[0] = 0;
+  for (std::int32_t r = 0; r < batch; ++r) {
+    num_splits[static_cast<std::size_t>(r) + 1] =
+        num_splits[static_cast<std::size_t>(r)] +
+        static_cast<std::int32_t>(std::max<std::int64_t>(ceil_div(blocks(r), step), 1));
+  }
+  std::int32_t req = 0;
+  std::int64_t start = 0;  // of request `req` on the line
+  const auto advance_to = [&](std::int64_t x) {
+    while (req < batch && start + blocks(req) + o.fixed_overhead_blocks <= x) {
+      start += blocks(req) + o.fixed_overhead_blocks;
+      ++req;
+    }
+  };
+  Position begin;
+  for (std::size_t p = 1; p <= parts.size(); ++p) {
+    Position end{batch, 0, 0};
+    if (p < parts.size()) {
+      const std::int64_t cut = static_cast<std::int64_t>(p) * stride;
+      advance_to(cut);
+      std::int64_t steps = req < batch ? (std::max<std::int64_t>(cut - start, 0) + step / 2) / step : 0;
+      if (steps > 0 && steps * step >= blocks(req)) {
+        advance_to(start + blocks(req) + o.fixed_overhead_blocks);
+        steps = 0;
       }
-      if (take > 0) block += take;
-      break;
+      end = {req, steps * step, static_cast<std::int32_t>(steps)};
     }
-    part.end_req = block > 0 ? req : req - 1;
-    // The blocks a request has, not those it counts as: FlashMLA's rows of an empty request end at block 0.
-    part.end_block = static_cast<std::int32_t>(
-        block > 0 ? block
-        : req > 0 ? schedule_blocks(lengths[static_cast<std::size_t>(req) - 1], o.block_size)
-                  : 0);
-    parts[p] = part;
+    parts[p - 1] = part_between(begin, end, lengths, o, num_splits);
+    begin = end;
   }
-  // Split flags need the final split counts.
-  for (DecodePart& part : parts) {
-    if (part.begin_req >= batch || part.begin_req > part.end_req) {
-      // Nothing to do: begin_req > end_req.
-      const std::int32_t end_block = part.end_block;
-      part = DecodePart{};
-      part.begin_req = batch;
-      part.end_req = batch - 1;
-      part.end_block = end_block;
-      continue;
-    }
-    const auto count = [&](std::int32_t r) {
-      return num_splits[static_cast<std::size_t>(r) + 1] - num_splits[static_cast<std::size_t>(r)];
-    };
-    part.first_is_split = count(part.begin_req) > 1;
-    part.last_is_split = count(part.end_req) > 1;
-  }
+}
+
+void plan(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::int64_t total,
+          std::span<DecodePart> parts, std::span<std::int32_t> num_splits) {
+  (o.fixed_split_blocks > 0 ? plan_fixed : plan_balanced)(lengths, o, total, parts, num_splits);
 }
 
 }  // namespace
@@ -144,7 +194,7 @@ void build_decode_schedule(std::span<const std::int32_t> cache_seqlens, const Sc
     throw InvalidArgument(fmt::format("num_splits has {} elements, expected b + 1 = {}", num_splits.size(),
                                       cache_seqlens.size() + 1));
   }
-  plan(cache_seqlens, options, payload_of(cache_seqlens, options), parts, num_splits);
+  plan(cache_seqlens, options, total_of(cache_seqlens, options), parts, num_splits);
 }
 
 DecodeSchedule DecodeSchedule::build(std::span<const std::int32_t> cache_seqlens,
@@ -152,10 +202,11 @@ DecodeSchedule DecodeSchedule::build(std::span<const std::int32_t> cache_seqlens
   check_schedule_options(options);
   DecodeSchedule s;
   s.options_ = options;
-  s.payload_blocks_ = payload_of(cache_seqlens, options);
+  const std::int64_t total = total_of(cache_seqlens, options);
+  s.payload_blocks_ = payload_of(total, options);
   s.parts_.resize(static_cast<std::size_t>(options.num_parts));
   s.num_splits_.resize(cache_seqlens.size() + 1);
-  plan(cache_seqlens, options, s.payload_blocks_, s.parts_, s.num_splits_);
+  plan(cache_seqlens, options, total, s.parts_, s.num_splits_);
   return s;
 }
 

@@ -25,7 +25,6 @@ Plan::Plan(const DenseDecodeArgs& a, int num_parts, int fixed_split_blocks, Part
       num_splits(static_cast<std::size_t>(a.q.size(0) + 1) * 4) {
   if (num_parts > 0) options.num_parts = num_parts;
   options.fixed_split_blocks = fixed_split_blocks;
-  if (unit == PartUnit::kTokens) options.min_blocks_per_request = 0;  // as FlashMLA did then
   view.parts = TensorView::contiguous(parts.as<void>(), DType::kInt32, {options.num_parts, 8}, kGpu);
   view.num_splits = TensorView::contiguous(num_splits.as<void>(), DType::kInt32, {a.q.size(0) + 1}, kGpu);
   view.fixed_split_blocks = fixed_split_blocks;

@@ -3,8 +3,8 @@
 #
 #   tests/gpu/run.sh [--quick] [--sanitize] [BUILD]
 #
-# BUILD holds gpu_tests, conformance_gpu and the program (default: build/release's); tests/gpu/stage.sh makes such a
-# folder to carry to another machine. The Python tests run when PYTHON (default: python3) can import torch with CUDA
+# BUILD is a build tree (default: build/release) or a folder that tests/gpu/stage.sh made; a staged copy of this script
+# takes its own folder. The Python tests run when PYTHON (default: python3) can import torch with CUDA
 # and flash_mla. --quick leaves out the large grid; --sanitize runs a reduced grid under compute-sanitizer as well.
 # The last line is "N passed, M failed", counting programs.
 set -u
@@ -28,12 +28,15 @@ done
 
 # find_program NAME: in a staged folder or in a build tree.
 find_program() {
-  for candidate in ${build:+"$build/$1" "$build/tests/gpu/$1"} "$root/build/release/tests/gpu/$1"; do
+  for candidate in ${build:+"$build/$1" "$build/tests/gpu/$1"} "$here/$1" "$root/build/release/tests/gpu/$1"; do
     [ -x "$candidate" ] && printf '%s' "$candidate" && return 0
   done
   echo "run.sh: $1 is not in ${build:-build/release}; build it with ./run build or name the folder" >&2
   return 1
 }
+
+# Staged libraries.
+if [ -d "${build:-$here}/lib" ]; then export LD_LIBRARY_PATH="${build:-$here}/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"; fi
 
 passed=0
 failed=0

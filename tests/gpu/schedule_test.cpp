@@ -89,7 +89,7 @@ TEST(DeviceSchedule, IsTheHosts) {
 TEST(DeviceSchedule, LargestBatch) {
   ScheduleOptions o;
   o.num_parts = 132;
-  std::vector<std::int32_t> lengths(static_cast<std::size_t>(12000 - 2 * 132 - 1), 1000);
+  std::vector<std::int32_t> lengths(static_cast<std::size_t>(11487 - 2 * 132), 1000);
   expect_the_hosts(lengths, o);
   lengths.push_back(1);
   Buffers d(lengths, o);
@@ -109,6 +109,8 @@ double microseconds(const Buffers& d, const ScheduleOptions& o) {
   cudaEvent_t begin = nullptr, end = nullptr;
   check(cudaEventCreate(&begin), "cudaEventCreate");
   check(cudaEventCreate(&end), "cudaEventCreate");
+  // Long enough for the clocks to rise.
+  for (int i = 0; i < 200; ++i) check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
   std::vector<float> times;
   for (int i = 0; i < 30; ++i) {
     check(cudaEventRecord(begin, stream), "cudaEventRecord");

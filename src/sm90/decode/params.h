@@ -93,10 +93,11 @@ struct DecodeParams {
   float* partial_stats;
 };
 
-/// The device schedule keeps b + 1 prefix sums and two words per part in 48 KB of shared memory.
+/// What the device schedule keeps in 48 KB of shared memory: see ScheduleMemory.
 inline constexpr int kMaxScheduleWords = 12000;
+inline constexpr int kMaxStops = 256;
 constexpr std::int64_t schedule_words(std::int64_t batch, std::int64_t num_parts) {
-  return batch + 1 + 2 * num_parts;
+  return batch + 1 + 2 * num_parts + 2 * kMaxStops;
 }
 
 struct ScheduleParams {

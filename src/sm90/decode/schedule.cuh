@@ -2,11 +2,11 @@
 
 // The decode schedule on the device: the plan of src/schedule, word for word, by one block.
 //
-// Requests are laid on a line, each as long as its blocks and the fixed overhead behind them. Only where the
-// parts begin on that line is a chain of dependent decisions, so one warp walks it and does nothing else;
-// everything before (the line) and after (rows, splits) is done by all threads.
-//
-// Shared memory: ends of the requests on the line (b + 1), begins of the parts (num_parts), cuts (num_parts).
+// Requests are laid on a line, each as long as its blocks and the fixed overhead behind them; parts are cut
+// out of the line. With fixed split points every cut stands for itself. Without, a part begins where the one
+// before it ended. That is a chain as long as there are parts, which costs 50 to 70 ns a link to follow
+// (place_by_walk); but most links only add the same number, and up to 256 requests all threads look for the
+// links that do more and then follow those by pointer doubling (place_by_stops).
 
 #include <cstdint>
 
@@ -15,38 +15,39 @@
 
 namespace flash_mla::sm90 {
 
-inline constexpr int kScheduleThreads = 256;
+inline constexpr int kScheduleThreads = 512;
 
-/// Inclusive sum over the threads of a block; `total` becomes the sum over all.
-__device__ __forceinline__ int block_sum_until(int x, int& total) {
+/// Turns values[0, n) into their inclusive sums (or maxima: any associative `op` with identity 0); returns
+/// the last. Every thread takes a run of them.
+template <class Op>
+__device__ __forceinline__ int scan(std::int32_t* values, int n, Op op) {
   __shared__ int warps[kScheduleThreads / 32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int below = __shfl_up_sync(0xFFFFFFFFu, x, offset);
-    if (lane >= offset) x += below;
-  }
-  if (lane == 31) warps[warp] = x;
-  __syncthreads();
-  total = 0;
-  for (int i = 0; i < kScheduleThreads / 32; ++i) {
-    if (i < warp) x += warps[i];
-    total += warps[i];
-  }
-  __syncthreads();
-  return x;
-}
-
-/// Turns values[0, n) into their inclusive sums; returns the sum of all. Every thread takes a run of them.
-__device__ __forceinline__ int sum_until(std::int32_t* values, int n) {
   const int run = (n + kScheduleThreads - 1) / kScheduleThreads;
   const int begin = min(static_cast<int>(threadIdx.x) * run, n), end = min(begin + run, n);
-  int mine = 0, total;
-  for (int i = begin; i < end; ++i) mine += values[i];
-  int sum = block_sum_until(mine, total) - mine;
-  for (int i = begin; i < end; ++i) values[i] = sum += values[i];
+  int upto = 0;  // of this thread's run, then of this warp up to here
+  for (int i = begin; i < end; ++i) upto = op(upto, values[i]);
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int below = __shfl_up_sync(0xFFFFFFFFu, upto, offset);
+    if (lane >= offset) upto = op(below, upto);
+  }
+  if (lane == 31) warps[warp] = upto;
+  __syncthreads();
+  int before = __shfl_up_sync(0xFFFFFFFFu, upto, 1), total = 0;
+  if (lane == 0) before = 0;
+#pragma unroll
+  for (int i = kScheduleThreads / 32; i-- > 0;) {
+    if (i < warp) before = op(warps[i], before);
+  }
+#pragma unroll
+  for (int i = 0; i < kScheduleThreads / 32; ++i) total = op(total, warps[i]);
+  for (int i = begin; i < end; ++i) values[i] = before = op(before, values[i]);
   __syncthreads();
   return total;
+}
+__device__ __forceinline__ int sum_until(std::int32_t* values, int n) {
+  return scan(values, n, [](int a, int b) { return a + b; });
 }
 
 /// How many of the ascending values[0, n) are at most x.
@@ -59,54 +60,130 @@ __device__ __forceinline__ int count_up_to(const std::int32_t* values, int n, in
   return low;
 }
 
-/// Where each part begins on the line; `starts` are the requests' begins, ascending, starts[batch] the line's
-/// end. A part that reaches to `y` stops there less the overhead of the request it cuts, or at the last
-/// request that ends by y if that is further. One warp.
-__device__ __forceinline__ void place_parts(const ScheduleParams& p, const std::int32_t* starts, int payload,
-                                            std::int32_t* begins) {
+/// What a block works on, in shared memory.
+struct ScheduleMemory {
+  std::int32_t* starts;   ///< (batch + 1) where requests begin on the line; the last is the line's end
+  std::int32_t* begins;   ///< (num_parts) where parts begin on the line
+  std::int32_t* cuts;     ///< (num_parts) parts up to this one that begin inside a request
+  std::uint32_t* jumps;   ///< (kMaxStops) from a stop to another: requests << 16 | parts
+  std::int32_t* stop_at;  ///< (kMaxStops) the part that begins with this request, or -1
+
+  __device__ ScheduleMemory(std::int32_t* memory, const ScheduleParams& p)
+      : starts(memory),
+        begins(starts + p.batch + 1),
+        cuts(begins + p.num_parts),
+        jumps(reinterpret_cast<std::uint32_t*>(cuts + p.num_parts)),
+        stop_at(cuts + p.num_parts + kMaxStops) {}
+};
+static_assert(kMaxStops <= kScheduleThreads);
+inline constexpr std::uint32_t kNoJump = 0xFFFFFFFFu;
+
+// Where each part begins, in two ways. A part that begins at x makes the next one begin at x + step; but if a
+// request ends at most `overhead` further, at that end, for a piece so short is not worth its overhead. Such
+// a begin is a stop; from one stop to the next parts are `step` apart.
+
+/// For up to kMaxStops requests. All threads.
+__device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const ScheduleMemory& s, int total) {
+  const int thread = static_cast<int>(threadIdx.x), overhead = p.fixed_overhead_blocks;
+  const int step = max((total + p.num_parts - 1) / p.num_parts, 1);
+  const float per_step = 1.0f / static_cast<float>(step);
+  if (thread < p.batch) {
+    s.jumps[thread] = kNoJump;
+    s.stop_at[thread] = thread == 0 ? 0 : -1;
+  }
+  for (int i = thread; i < p.num_parts; i += kScheduleThreads) s.begins[i] = 0;
+  __syncthreads();
+  // From every request to the first stop behind it, if it were one itself: the first request j, and m >= 1,
+  // with m * step < starts[j] - starts[i] <= m * step + overhead. As many threads a request as there are.
+  const int helpers = kScheduleThreads / p.batch, i = thread % p.batch, helper = thread / p.batch;
+  for (int j = i + 1 + 4 * helper; helper < helpers && j < p.batch; j += 4 * helpers) {
+    std::uint32_t found = kNoJump;
+#pragma unroll
+    for (int u = 3; u >= 0; --u) {
+      const int distance = s.starts[min(j + u, p.batch)] - s.starts[i], least = max(distance - overhead, 1);
+      int m = static_cast<int>(static_cast<float>(least) * per_step), rest = least - m * step;
+      m += (rest > step) - (rest <= 0);  // the quotient in float may be one off
+      rest = least - m * step;
+      m += rest > 0;
+      if (m * step < distance && j + u < p.batch) {
+        found = static_cast<std::uint32_t>(j + u - i) << 16 | static_cast<std::uint32_t>(m);
+      }
+    }
+    if (found != kNoJump) {
+      atomicMin(&s.jumps[i], found);
+      break;
+    }
+  }
+  __syncthreads();
+  // Every round marks the stops that one jump leads to from those marked so far, and doubles the jumps.
+  for (int reach = 1; reach < min(p.num_parts, p.batch); reach *= 2) {
+    std::uint32_t jump = kNoJump, next = kNoJump;
+    int at = -1;
+    if (thread < p.batch) {
+      jump = s.jumps[thread];
+      at = s.stop_at[thread];
+      if (jump != kNoJump) next = s.jumps[thread + (jump >> 16)];
+    }
+    __syncthreads();
+    if (at >= 0 && jump != kNoJump) s.stop_at[thread + (jump >> 16)] = at + static_cast<int>(jump & 0xFFFF);
+    if (thread < p.batch) s.jumps[thread] = next != kNoJump ? jump + next : kNoJump;
+    __syncthreads();
+  }
+  // Every part's last stop: which part that is, then how far from it.
+  if (thread < p.batch) {
+    const int at = s.stop_at[thread];
+    if (at >= 0 && at < p.num_parts) {
+      s.begins[at] = at;
+      s.cuts[at] = s.starts[thread];
+    }
+  }
+  __syncthreads();
+  scan(s.begins, p.num_parts, [](int a, int b) { return max(a, b); });
+  for (int part = thread; part < p.num_parts; part += kScheduleThreads) {
+    const int at = s.begins[part], x = s.cuts[at] + (part - at) * step;
+    // The line's end is a stop too.
+    s.begins[part] = part > at && x + overhead >= total ? total : x;
+  }
+}
+
+/// For any number of requests. One warp, which looks at 32 of them at a time.
+__device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const ScheduleMemory& s, int total) {
   const int lane = static_cast<int>(threadIdx.x);
-  const int overhead = p.fixed_overhead_blocks, step = p.fixed_split_blocks;
-  const int line_end = starts[p.batch];
-  int base = 0;  // the warp holds starts[base, base + 32)
-  int window = lane <= p.batch ? starts[lane] : 0x7FFFFFFF;
-  int x = 0;
+  const int step = (total + p.num_parts - 1) / p.num_parts;
+  int base = 0, x = 0;
+  int window = lane <= p.batch ? s.starts[lane] : 0x7FFFFFFF;
   for (int part = 0; part < p.num_parts; ++part) {
-    if (lane == 0) begins[part] = x;
-    // No further than the line's end plus a payload: no overflow, and no part behind it has anything left.
-    const int y = min(x, line_end) + payload;
+    if (lane == 0) s.begins[part] = x;
+    const int y = min(x, total) + step + p.fixed_overhead_blocks;
     while (base + 31 < p.batch && __all_sync(0xFFFFFFFFu, window <= y)) {
-      base += 31;
-      window = base + lane <= p.batch ? starts[base + lane] : 0x7FFFFFFF;
+      base += 31;  // the last of these becomes the first of the next
+      window = base + lane <= p.batch ? s.starts[base + lane] : 0x7FFFFFFF;
     }
-    if (step == 0) {
-      const int boundary = __reduce_max_sync(0xFFFFFFFFu, window <= y ? window : 0);
-      x = max(y - overhead, boundary);
-    } else if (x < line_end) {
-      // To the nearest split point of the request that the part would cut, short of that request's end.
-      const int req = base + __popc(__ballot_sync(0xFFFFFFFFu, window <= y)) - 1;
-      if (req >= p.batch) {
-        x = line_end;
-        continue;
-      }
-      const bool has_work = starts[req] > x;
-      const int from = has_work ? starts[req] : x;
-      const int left = starts[req + 1] - overhead - from;
-      if (!has_work && left <= step) {
-        x = starts[req + 1];  // a part takes at least one whole split
-        continue;
-      }
-      const int take = max(y - from - overhead, 0);
-      const int steps = min((take + step / 2) / step, max(left - 1, 0) / step);
-      x = from + (steps == 0 && !has_work ? 1 : steps) * step;
-    }
+    const int boundary = __reduce_max_sync(0xFFFFFFFFu, window <= y ? window : 0);
+    x = max(y - p.fixed_overhead_blocks, boundary);
+  }
+}
+
+/// With fixed split points: the line is cut into equal lengths, each cut moved to the nearest split point of
+/// the request it falls into. All threads.
+__device__ __forceinline__ void place_fixed(const ScheduleParams& p, const ScheduleMemory& s, int total) {
+  const int step = p.fixed_split_blocks, length = (total + p.num_parts - 1) / p.num_parts;
+  for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kScheduleThreads) {
+    const int cut = i * length, req = count_up_to(s.starts, p.batch + 1, cut) - 1;
+    s.begins[i] = total;
+    if (req >= p.batch) continue;
+    const int moved = (cut - s.starts[req] + step / 2) / step * step;
+    const int blocks = s.starts[req + 1] - s.starts[req] - p.fixed_overhead_blocks;
+    s.begins[i] = moved > 0 && moved >= blocks ? s.starts[req + 1] : s.starts[req] + moved;
   }
 }
 
 static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const ScheduleParams p) {
   extern __shared__ std::int32_t memory[];
-  std::int32_t* starts = memory;                // (batch + 1)
-  std::int32_t* begins = starts + p.batch + 1;  // (num_parts)
-  std::int32_t* cuts = begins + p.num_parts;  // (num_parts): parts up to this one that begin inside a request
+  const ScheduleMemory s(memory, p);
+  std::int32_t* const starts = s.starts;
+  std::int32_t* const begins = s.begins;
+  std::int32_t* const cuts = s.cuts;
   // The schedule may still be in use by the kernel before this one.
   ptx::grid_dependency_wait();
 
@@ -120,8 +197,13 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
   }
   __syncthreads();
   const int total = sum_until(starts + 1, p.batch);
-  const int payload = (total + p.num_parts - 1) / p.num_parts + p.fixed_overhead_blocks;
-  if (threadIdx.x < 32) place_parts(p, starts, payload, begins);
+  if (p.fixed_split_blocks > 0) {
+    place_fixed(p, s, total);
+  } else if (p.batch > 0 && p.batch <= kMaxStops) {
+    place_by_stops(p, s, total);
+  } else if (threadIdx.x < 32) {
+    place_by_walk(p, s, total);
+  }
   __syncthreads();
 
   // The request in which part i begins. The first part begins with request 0 whatever its length.
@@ -151,14 +233,16 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
     const int last_length = next_req > 0 ? max(p.cache_seqlens[next_req - 1], 0) : 0;
     const int end_block =
         next_block > 0 ? next_block : last_length / p.block_size + (last_length % p.block_size > 0);
-    const bool idle = begin_req >= p.batch;
+    const bool idle = begin_req >= p.batch || (begin_req == next_req && begin_block == next_block);
     const int split = p.fixed_split_blocks > 0 ? begin_block / p.fixed_split_blocks
                       : begin_block > 0        ? cuts[i] - cuts_before(begin_req)
                                                : 0;
     auto* row = reinterpret_cast<int4*>(p.parts + static_cast<std::int64_t>(i) * 8);
     if (p.token_rows) {
-      const int end_token = end_req >= 0 ? min(end_block * p.block_size, p.cache_seqlens[end_req]) : 0;
-      row[0] = {begin_req, begin_block * p.block_size, end_req, end_token};
+      const int last_req = idle ? p.batch - 1 : end_req;
+      const int end_token = last_req >= 0 ? min(end_block * p.block_size, p.cache_seqlens[last_req]) : 0;
+      row[0] = idle ? int4{p.batch, 0, last_req, end_token}
+                    : int4{begin_req, begin_block * p.block_size, last_req, end_token};
       row[1] = {idle ? 0 : split, 0, 0, 0};
     } else if (idle) {
       row[0] = {p.batch, p.batch - 1, 0, end_block};

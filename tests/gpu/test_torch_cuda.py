@@ -1,0 +1,268 @@
+"""The Python package on torch CUDA tensors. Run by tests/gpu/run.sh; needs a Hopper GPU."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flash_mla
+from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+
+if not torch.cuda.is_available():
+    pytest.fail("no CUDA device", pytrace=False)
+
+DEVICES = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
+class Problem:
+    def __init__(self, lengths, s_q=1, h_q=16, h_kv=1, page_size=64, dtype=torch.bfloat16, causal=False, device="cuda:0"):
+        self.lengths, self.s_q, self.h_q, self.h_kv, self.causal = lengths, s_q, h_q, h_kv, causal
+        g = torch.Generator().manual_seed(1)
+        pages = [-(-n // page_size) for n in lengths]
+        total, width = sum(pages) + 2, max(pages, default=0) + 2
+        self.k_host = (torch.randn(total, page_size, h_kv, 576, generator=g) / 10).clamp(-1, 1).to(dtype)
+        table = torch.full((len(lengths), width), 2147480000, dtype=torch.int32)
+        order = torch.randperm(total, generator=g).to(torch.int32)
+        used = torch.zeros(total, page_size, dtype=torch.bool)
+        at = 0
+        for i, n in enumerate(lengths):
+            table[i, : pages[i]] = order[at : at + pages[i]]
+            at += pages[i]
+            for j in range(pages[i]):
+                used[table[i, j], : min(page_size, n - j * page_size)] = True
+        self.k_host[~used] = float("nan")
+        self.table_host = table
+        self.q = torch.randn(len(lengths), s_q, h_q, 576, generator=g).clamp(-1, 1).to(dtype).to(device)
+        self.k_cache, self.block_table = self.k_host.to(device), table.to(device)
+        self.cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
+
+    def args(self):
+        return self.q, self.k_cache, self.block_table, self.cache_seqlens, 512
+
+    def decode(self, *metadata, **kwargs):
+        if not metadata:
+            metadata = get_mla_metadata(self.cache_seqlens, self.s_q * self.h_q // self.h_kv, self.h_kv)
+        return flash_mla_with_kvcache(*self.args(), *metadata, causal=self.causal, **kwargs)
+
+    def check(self, out, lse, scale=576**-0.5, lengths=None):
+        """Against the library's float64 reference on the CPU."""
+        lengths = self.cache_seqlens.cpu() if lengths is None else lengths
+        expected, expected_lse = flash_mla.reference_dense_decode(
+            self.q.cpu(), self.k_host, self.table_host, lengths, 512, softmax_scale=scale, causal=self.causal
+        )
+        assert out.device == lse.device == self.q.device and out.dtype == self.q.dtype and lse.dtype == torch.float32
+        out, lse = out.cpu().double(), lse.cpu().double()
+        error = (out - expected).abs()
+        assert ((error <= 8e-4) | (error <= 2.01 / 128 * expected.abs())).all(), error.max()
+        assert torch.equal(torch.isinf(lse), torch.isinf(expected_lse))
+        finite = torch.isfinite(expected_lse)
+        error = (lse - expected_lse).abs()[finite]
+        assert ((error <= 1e-5) | (error <= 8.01 / 65536 * expected_lse.abs()[finite])).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("generation", ["february", "september", "today"])
+def test_every_generation_of_the_interface(generation, dtype):
+    p = Problem([700, 0, 64, 1, 2000], s_q=2, h_q=16, dtype=dtype, causal=True)
+    if generation == "february":
+        metadata = get_mla_metadata(p.cache_seqlens, 32, 1)
+    elif generation == "september":
+        metadata = get_mla_metadata(p.cache_seqlens, 32, 1, 16, False, None)
+    else:
+        metadata = get_mla_metadata()
+        assert isinstance(metadata[0], FlashMLASchedMeta)
+    for _ in range(3):  # every layer of a step
+        p.check(*p.decode(*metadata))
+    if generation == "today":
+        assert metadata[0].have_initialized and metadata[0].num_splits.device == p.q.device
+        with pytest.raises(ValueError, match="filled for"):
+            other = Problem([700, 0, 64, 1, 2000], s_q=1, h_q=32)
+            other.decode(*metadata)
+    else:
+        assert metadata[0].shape[1] == 8 and metadata[1].shape == (6,) and metadata[0].device == p.q.device
+
+
+@pytest.mark.parametrize("h_q, h_kv, page_size", [(1, 1, 64), (16, 2, 16), (63, 1, 32), (128, 1, 128), (24, 3, 64)])
+def test_shapes(h_q, h_kv, page_size):
+    for s_q, causal in itertools.product((1, 3), (False, True)):
+        p = Problem([300, 5, 0, 129], s_q, h_q, h_kv, page_size, causal=causal)
+        p.check(*p.decode(softmax_scale=0.1352338), scale=0.1352338)
+
+
+def test_the_metadata_is_the_hosts():
+    lengths = torch.randint(0, 5000, (77,), dtype=torch.int32)
+    for token_rows in (False, True):
+        on_host = flash_mla.build_decode_schedule(lengths, 132, token_rows=token_rows)
+        on_device = flash_mla.build_decode_schedule(lengths.cuda(), 132, token_rows=token_rows)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(on_host, on_device))
+
+
+def test_current_stream_is_used():
+    p = Problem([1500, 40], h_q=128)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    q = torch.empty_like(p.q)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # about 0.1 s: a launch on any other stream reads q before it is written
+        q.copy_(p.q)
+        p.q = q
+        out, lse = p.decode()
+        copies = out.clone(), lse.clone()
+    stream.synchronize()
+    p.check(*copies)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_device_need_not_be_current(device):
+    p = Problem([1500, 40, 0], h_q=128, device=device)
+    for current in DEVICES:
+        with torch.cuda.device(current):
+            p.check(*p.decode())
+            assert torch.cuda.current_device() == current.index
+
+
+def test_nothing_synchronises():
+    p = Problem([900, 33], h_q=128)
+    p.decode()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, lse = p.decode()
+        p.decode(*get_mla_metadata())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    p.check(out, lse)
+    # Seen from outside: the call returns while earlier work on the stream still runs.
+    done = torch.cuda.Event()
+    torch.cuda._sleep(400_000_000)
+    p.decode()
+    done.record()
+    assert not done.query()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("generation", ["tensors", "object"])
+def test_cuda_graph_follows_refilled_lengths(generation):
+    p = Problem([3000, 2500, 100, 1], s_q=2, h_q=128, causal=True)
+    if generation == "tensors":
+        p.decode()
+    else:
+        p.decode(*get_mla_metadata())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        metadata = get_mla_metadata(p.cache_seqlens, 256, 1) if generation == "tensors" else get_mla_metadata()
+        layers = [p.decode(*metadata) for _ in range(5)]
+    for lengths in ([3000, 2500, 100, 1], [0, 0, 0, 0], [1234, 17, 64, 0], [3000, 0, 0, 1]):
+        p.cache_seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        torch.cuda.synchronize()
+        for out, lse in layers:
+            p.check(out, lse, lengths=torch.tensor(lengths, dtype=torch.int32))
+
+
+def test_first_call_of_a_process_may_be_captured():
+    code = """
+import torch, flash_mla
+q = torch.randn(2, 1, 128, 576, dtype=torch.bfloat16, device="cuda") / 10
+k = torch.randn(40, 64, 1, 576, dtype=torch.bfloat16, device="cuda") / 10
+table = torch.arange(40, dtype=torch.int32, device="cuda").view(2, 20)
+lengths = torch.tensor([1280, 77], dtype=torch.int32, device="cuda")
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    out, lse = flash_mla.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla.get_mla_metadata(lengths, 128, 1))
+graph.replay()
+again, _ = flash_mla.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla.get_mla_metadata(lengths, 128, 1))
+assert torch.equal(out, again) and out.isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_comes_from_torchs_allocator():
+    p = Problem([5000, 40], h_q=128)
+    p.decode()
+    torch.cuda.synchronize()
+    free, _ = torch.cuda.mem_get_info()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    results = [p.decode() for _ in range(20)]
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_stats()["reserved_bytes.all.current"]
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] > before
+    assert free - torch.cuda.mem_get_info()[0] <= reserved
+    assert all(torch.equal(results[0][0], out) for out, _ in results)
+
+
+def test_strided_inputs():
+    p = Problem([400, 90], h_q=8)
+    pool = torch.full((p.k_cache.shape[0], 2, 64, 1, 576), float("nan"), dtype=torch.bfloat16, device="cuda")
+    pool[:, 0] = p.k_cache
+    q = torch.empty(2, 8, 1, 576, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+    q.copy_(p.q)
+    p.k_cache, p.q = pool[:, 0], q
+    p.check(*p.decode())
+
+
+def test_empty_batch():
+    out, lse = Problem([]).decode()
+    assert out.shape == (0, 1, 16, 512) and lse.shape == (0, 16, 1) and out.is_cuda
+
+
+@pytest.mark.parametrize(
+    "error, name, change",
+    [
+        (ValueError, "k_cache", lambda p: dict(k_cache=p.k_cache.cpu())),
+        (ValueError, "block_table", lambda p: dict(block_table=p.block_table.cpu())),
+        (ValueError, "cache_seqlens", lambda p: dict(cache_seqlens=p.cache_seqlens.cpu())),
+        (ValueError, "parts", lambda p: dict(tile_scheduler_metadata=get_mla_metadata(p.cache_seqlens.cpu(), 16, 1)[0])),
+        (ValueError, "k_cache", lambda p: dict(k_cache=p.k_cache.half())),
+        (ValueError, "num_splits", lambda p: dict(num_splits=torch.zeros(9, dtype=torch.int32, device="cuda"))),
+        (NotImplementedError, "q is float32", lambda p: dict(q=p.q.float(), k_cache=p.k_cache.float())),
+        (NotImplementedError, "page_size is 48", lambda p: dict(k_cache=p.k_cache[:, :48])),
+        (NotImplementedError, "head dimensions", lambda p: dict(head_dim_v=500)),
+    ],
+)
+def test_bad_arguments_are_named(error, name, change):
+    p = Problem([100, 20])
+    metadata, num_splits = get_mla_metadata(p.cache_seqlens, 16, 1)
+    kwargs = dict(
+        q=p.q,
+        k_cache=p.k_cache,
+        block_table=p.block_table,
+        cache_seqlens=p.cache_seqlens,
+        head_dim_v=512,
+        tile_scheduler_metadata=metadata,
+        num_splits=num_splits,
+    )
+    kwargs.update(change(p))
+    with pytest.raises(error, match=name):
+        flash_mla_with_kvcache(**kwargs)
+    torch.cuda.synchronize()
+
+
+def test_bad_head_counts_are_named():
+    lengths = torch.tensor([5], dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="num_heads_q"):
+        get_mla_metadata(lengths, 16, 1, 5)
+
+
+def test_arrays_of_other_libraries_on_a_gpu_are_refused():
+    class Other:
+        def __init__(self, x):
+            self.x, self.shape = x, tuple(x.shape)
+
+        def __dlpack__(self, **kwargs):
+            return self.x.__dlpack__(**kwargs)
+
+        def __dlpack_device__(self):
+            return self.x.__dlpack_device__()
+
+    with pytest.raises(NotImplementedError, match="torch.from_dlpack"):
+        get_mla_metadata(Other(torch.tensor([5], dtype=torch.int32, device="cuda")), 16, 1)
+
+
+def test_info_lists_the_gpus():
+    gpus = [b for b in flash_mla.backends() if b["name"] == "sm90"]
+    assert len(gpus) == len(DEVICES) and all(b["available"] for b in gpus)
+    assert torch.cuda.get_device_name(0) in gpus[0]["device"]
