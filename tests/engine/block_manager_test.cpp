@@ -203,6 +203,23 @@ TEST(BlockManager, WithoutPrefixCacheNothingIsKept) {
   pool.manager.check();
 }
 
+TEST(BlockManager, ACollidingPageOfAnotherPrefixIsNoHit) {
+  Pool pool(16, true, [](std::uint64_t, std::span<const std::int32_t>) { return std::uint64_t{1}; });
+  Tokens of_a = counting(200), of_b = counting(200);
+  of_b[0] = 4711;  // the second and third pages have the same tokens
+  SequencePages a, b, c;
+  pool.manager.admit(a, of_a);
+  ASSERT_TRUE(pool.extend(a, of_a));
+  pool.manager.admit(b, of_b);
+  ASSERT_TRUE(pool.extend(b, of_b));
+  EXPECT_EQ(pool.manager.num_used(), 8);
+  for (SequencePages* s : {&a, &b}) pool.manager.release(*s);
+  pool.manager.admit(c, of_b);
+  EXPECT_EQ(pool.memory.read(c), Tokens(of_b.begin(), of_b.begin() + 192));
+  pool.manager.check();
+  pool.manager.release(c);
+}
+
 // Random interleavings of everything, against an oracle that knows each sequence's tokens and nothing of
 // pages.
 class Interleaving {
