@@ -85,16 +85,12 @@ std::int64_t BlockManager::cached_prefix(std::span<const std::int32_t> tokens) c
   return static_cast<std::int64_t>(match(tokens).size()) * kPageTokens;
 }
 
-std::int64_t BlockManager::admit(SequencePages& sequence, std::span<const std::int32_t> tokens, bool count) {
+std::int64_t BlockManager::admit(SequencePages& sequence, std::span<const std::int32_t> tokens) {
   if (!sequence.pages_.empty()) throw std::logic_error("admit: the sequence already has pages");
   sequence.pages_ = match(tokens);
   for (const std::int32_t page : sequence.pages_) reference(page);
   sequence.num_linked_ = static_cast<int>(sequence.pages_.size());
   sequence.num_tokens_ = std::int64_t{sequence.num_linked_} * kPageTokens;
-  if (count) {
-    counters_.tokens_looked_up += static_cast<std::int64_t>(tokens.size());
-    counters_.tokens_hit += sequence.num_tokens_;
-  }
   return sequence.num_tokens_;
 }
 

@@ -55,8 +55,6 @@ class BlockManager {
   using PageHash = std::uint64_t (*)(std::uint64_t parent, std::span<const std::int32_t> tokens);
 
   struct Counters {
-    std::int64_t tokens_looked_up = 0;  ///< prompt tokens of admitted sequences
-    std::int64_t tokens_hit = 0;        ///< of which found in the prefix cache
     std::int64_t pages_evicted = 0;
     std::int64_t pages_copied = 0;  ///< copy-on-write
   };
@@ -65,9 +63,8 @@ class BlockManager {
   explicit BlockManager(int num_pages, bool prefix_cache = true, PageHash hash = nullptr);
 
   /// Starts `sequence` (empty before) with the cached pages of the longest known prefix of `tokens`, always
-  /// leaving at least one token to be computed. Returns the tokens found. `count` enters the look-up into the
-  /// counters (not wanted when a preempted sequence comes back).
-  std::int64_t admit(SequencePages& sequence, std::span<const std::int32_t> tokens, bool count = true);
+  /// leaving at least one token to be computed. Returns the tokens found.
+  std::int64_t admit(SequencePages& sequence, std::span<const std::int32_t> tokens);
 
   /// Tokens that admit() would find now.
   std::int64_t cached_prefix(std::span<const std::int32_t> tokens) const;
