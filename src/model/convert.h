@@ -1,0 +1,10 @@
+#pragma once
+
+#include "model/checkpoint.h"
+
+namespace flash_mla::model {
+
+/// Every element of `view` as float32, exactly; FP8 without its scales. `out` holds view.elements() floats.
+void to_float32(const WeightView& view, float* out);
+
+}  // namespace flash_mla::model
