@@ -1,0 +1,418 @@
+#include "model/cpu_ops.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "cpu/element.h"
+#include "flash_mla/decode.h"
+#include "flash_mla/error.h"
+#include "model/cpu_gemm.h"
+#include "model/cpu_prefill.h"
+#include "model/cpu_router.h"
+#include "model/cpu_rows.h"
+#include "model/model.h"
+#include "model/rope.h"
+
+namespace flash_mla::model {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+// Blocks of 64 keys between the fixed split points of a batch-invariant step.
+constexpr int kInvariantSplitBlocks = 16;
+// Elements below which a row-wise operation is not worth waking a second thread.
+constexpr std::int64_t kParallelElements = 16384;
+
+struct CpuLinear : Linear {
+  PackedWeight weight;
+  std::vector<float> bias;
+};
+
+struct CpuHeadLinear : HeadLinear {
+  std::vector<PackedWeight> heads;
+};
+
+struct CpuExperts : Experts {
+  struct Expert {
+    PackedWeight gate_up, down;
+  };
+  std::vector<Expert> experts;
+};
+
+Buffer allocate_aligned(std::size_t bytes) {
+  auto* data =
+      static_cast<std::byte*>(::operator new (std::max(bytes, kAlignment), std::align_val_t{kAlignment}));
+  return {std::shared_ptr<std::byte>(
+              data, [](std::byte* p) { ::operator delete (p, std::align_val_t{kAlignment}); }),
+          bytes};
+}
+
+const float* floats(const Buffer& buffer) { return reinterpret_cast<const float*>(buffer.data()); }
+
+Matrix dense(std::byte* data, DType dtype, std::int64_t rows, std::int64_t columns) {
+  return {data, dtype, rows, columns, columns};
+}
+
+/// Turns the pairs (2i, 2i + 1) of x by the angles whose cosines and sines are given.
+template <class T>
+void rotate(T* x, const float* cosines, const float* sines, std::int64_t pairs) {
+  for (std::int64_t i = 0; i < pairs; ++i) {
+    const float a = cpu::to_float(x[2 * i]), b = cpu::to_float(x[2 * i + 1]);
+    x[2 * i] = cpu::from_double<T>(a * cosines[i] - b * sines[i]);
+    x[2 * i + 1] = cpu::from_double<T>(b * cosines[i] + a * sines[i]);
+  }
+}
+
+class CpuOps : public Ops {
+ public:
+  CpuOps(const ModelConfig& config, DType dtype, int num_threads)
+      : config_(config), rope_(make_rope(config)), dtype_(dtype), threads_(num_threads) {}
+
+  DType dtype() const override { return dtype_; }
+
+  Buffer allocate(std::size_t bytes) override { return allocate_aligned(bytes); }
+
+  Buffer make_vector(std::span<const float> values) override {
+    Buffer out = allocate_aligned(values.size_bytes());
+    std::memcpy(out.data(), values.data(), values.size_bytes());
+    return out;
+  }
+
+  Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) override {
+    Buffer out = allocate_aligned(static_cast<std::size_t>(rows * columns) * dtype_size(dtype_));
+    rows::narrow(values, out.data(), dtype_, rows * columns);
+    return out;
+  }
+
+  std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
+                                      std::int64_t in_features, std::span<const float> bias) override {
+    auto out = std::make_unique<CpuLinear>();
+    out->weight = gemm_.pack(weight, out_features, in_features, dtype_);
+    out->bias.assign(bias.begin(), bias.end());
+    return out;
+  }
+
+  std::unique_ptr<Linear> make_router(const float* weight, std::int64_t num_experts,
+                                      std::int64_t in_features) override {
+    auto out = std::make_unique<CpuLinear>();
+    out->weight = gemm_.pack(weight, num_experts, in_features, DType::kFloat32);
+    return out;
+  }
+
+  std::unique_ptr<HeadLinear> make_head_linear(const float* weight, std::int64_t heads,
+                                               std::int64_t out_features, std::int64_t in_features) override {
+    auto out = std::make_unique<CpuHeadLinear>();
+    for (std::int64_t h = 0; h < heads; ++h) {
+      out->heads.push_back(
+          gemm_.pack(weight + h * out_features * in_features, out_features, in_features, dtype_));
+    }
+    return out;
+  }
+
+  std::unique_ptr<Experts> make_experts(int num_experts, std::int64_t hidden, std::int64_t intermediate,
+                                        const std::function<void(int, float*, float*)>& read) override {
+    auto out = std::make_unique<CpuExperts>();
+    std::vector<float> gate_up(static_cast<std::size_t>(2 * intermediate * hidden));
+    std::vector<float> down(static_cast<std::size_t>(hidden * intermediate));
+    for (int e = 0; e < num_experts; ++e) {
+      read(e, gate_up.data(), down.data());
+      out->experts.push_back({gemm_.pack(gate_up.data(), 2 * intermediate, hidden, dtype_),
+                              gemm_.pack(down.data(), hidden, intermediate, dtype_)});
+    }
+    return out;
+  }
+
+  void begin_step(const Step& step) override {
+    step_ = &step;
+    const std::size_t tokens = step.token_ids.size(), pairs = rope_.inv_freq.size();
+    cosines_.resize(tokens * pairs);
+    sines_.resize(tokens * pairs);
+    for (std::size_t t = 0; t < tokens; ++t) {
+      for (std::size_t i = 0; i < pairs; ++i) {
+        const float angle = static_cast<float>(step.positions[t]) * rope_.inv_freq[i];
+        cosines_[t * pairs + i] = std::cos(angle) * rope_.scale;
+        sines_[t * pairs + i] = std::sin(angle) * rope_.scale;
+      }
+    }
+    if (step.num_absorbed > 0) {
+      ScheduleOptions options = cpu_schedule_options(threads_);
+      if (step.batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
+      schedule_ = DecodeSchedule::build(step.absorbed_lens, options);
+    }
+  }
+
+  void embed(const Buffer& table, Matrix out) override {
+    const auto bytes = static_cast<std::size_t>(out.columns) * dtype_size(dtype_);
+    for (std::int64_t t = 0; t < out.rows; ++t) {
+      const auto id = static_cast<std::size_t>(step_->token_ids[static_cast<std::size_t>(t)]);
+      std::memcpy(out.row(t), table.data() + id * bytes, bytes);
+    }
+  }
+
+  void rms_norm(Matrix x, const Buffer& weight, double eps, Matrix out) override {
+    for_rows(x.rows, x.columns, [&](std::int64_t t) {
+      rows::rms_norm(x.row(t), floats(weight), static_cast<float>(eps), out.row(t), dtype_, x.columns);
+    });
+  }
+
+  void linear(Matrix x, const Linear& weight, Matrix out) override { multiply(x, weight, out, false); }
+  void linear_add(Matrix x, const Linear& weight, Matrix inout) override { multiply(x, weight, inout, true); }
+
+  void silu_mul(Matrix gate_up, Matrix out) override {
+    for_rows(out.rows, out.columns, [&](std::int64_t t) {
+      const std::byte* gate = gate_up.row(t);
+      rows::silu_mul(gate, gate + out.columns * element(), out.row(t), dtype_, out.columns);
+    });
+  }
+
+  void rope_and_append(Matrix q, Matrix kv, const Buffer& kv_norm, double eps, const Buffer& cache) override {
+    const std::int64_t rank = config_.kv_lora_rank, rope = config_.qk_rope_head_dim, pairs = rope / 2;
+    const std::int64_t nope = config_.qk_nope_head_dim;
+    for_rows(q.rows, q.columns + kv.columns, [&](std::int64_t t) {
+      const float* cosines = cosines_.data() + t * pairs;
+      const float* sines = sines_.data() + t * pairs;
+      const std::int64_t slot = step_->slots[static_cast<std::size_t>(t)];
+      std::byte* key = cache.data() + slot * (rank + rope) * element();
+      rows::rms_norm(kv.row(t), floats(kv_norm), static_cast<float>(eps), key, dtype_, rank);
+      std::memcpy(key + rank * element(), kv.row(t) + rank * element(),
+                  static_cast<std::size_t>(rope * element()));
+      cpu::visit_float_type(dtype_, [&](auto type) {
+        using T = decltype(type);
+        rotate(reinterpret_cast<T*>(key) + rank, cosines, sines, pairs);
+        for (std::int64_t h = 0; h < config_.num_attention_heads; ++h) {
+          rotate(reinterpret_cast<T*>(q.row(t)) + h * (nope + rope) + nope, cosines, sines, pairs);
+        }
+      });
+    });
+  }
+
+  void absorb_queries(Matrix q, const HeadLinear& w_uk, Matrix q_latent) override {
+    const auto& weights = static_cast<const CpuHeadLinear&>(w_uk).heads;
+    const std::int64_t nope = config_.qk_nope_head_dim, rope = config_.qk_rope_head_dim;
+    const std::int64_t rank = config_.kv_lora_rank;
+    for_heads([&](std::int64_t h) {
+      const Matrix from = q.column_range(h * (nope + rope), nope + rope);
+      const Matrix to = q_latent.column_range(h * (rank + rope), rank + rope);
+      gemm_.run(from.column_range(0, nope), weights[static_cast<std::size_t>(h)], nullptr,
+                to.column_range(0, rank), {1, step_->batch_invariant, false});
+      for (std::int64_t t = 0; t < q.rows; ++t) {
+        std::memcpy(to.row(t) + rank * element(), from.row(t) + nope * element(),
+                    static_cast<std::size_t>(rope * element()));
+      }
+    });
+  }
+
+  void decode_attention(Matrix q_latent, const Buffer& cache, Matrix out_latent) override {
+    const std::int64_t n = step_->num_absorbed, heads = config_.num_attention_heads;
+    const std::int64_t rank = config_.kv_lora_rank, width = rank + config_.qk_rope_head_dim;
+    const auto pages =
+        static_cast<std::int64_t>(cache.bytes()) / (static_cast<std::int64_t>(kPageSize) * width * element());
+    DenseDecodeArgs args;
+    args.q = TensorView::contiguous(q_latent.data, dtype_, {n, 1, heads, width});
+    args.k_cache = TensorView::contiguous(cache.data(), dtype_, {pages, kPageSize, 1, width});
+    args.block_table = TensorView::contiguous(const_cast<std::int32_t*>(step_->absorbed_table.data()),
+                                              DType::kInt32, {n, step_->max_blocks});
+    args.cache_seqlens =
+        TensorView::contiguous(const_cast<std::int32_t*>(step_->absorbed_lens.data()), DType::kInt32, {n});
+    args.out = TensorView::contiguous(out_latent.data, dtype_, {n, 1, heads, rank});
+    DenseDecodeOptions options;
+    options.softmax_scale = static_cast<float>(config_.softmax_scale());
+    options.num_threads = threads_;
+    const DecodeScheduleView schedule = schedule_.view();
+    const std::size_t bytes = dense_decode_workspace_size(args, schedule, options);
+    dense_decode(args, schedule, grown(decode_workspace_, bytes), bytes, options);
+  }
+
+  void expand_values(Matrix out_latent, const HeadLinear& w_uv, Matrix out) override {
+    const auto& weights = static_cast<const CpuHeadLinear&>(w_uv).heads;
+    const std::int64_t rank = config_.kv_lora_rank, v = config_.v_head_dim;
+    for_heads([&](std::int64_t h) {
+      gemm_.run(out_latent.column_range(h * rank, rank), weights[static_cast<std::size_t>(h)], nullptr,
+                out.column_range(h * v, v), {1, step_->batch_invariant, false});
+    });
+  }
+
+  void prefill_attention(Matrix q, const Buffer& cache, const Linear& kv_b, Matrix out) override {
+    const PackedWeight& weight = static_cast<const CpuLinear&>(kv_b).weight;
+    for (const Chunk& chunk : step_->chunks) {
+      const std::int64_t first = chunk.first_token - step_->num_absorbed;
+      model::prefill_attention(config_, gemm_, threads_, step_->batch_invariant, chunk,
+                               q.row_range(first, chunk.num_tokens), cache, weight,
+                               out.row_range(first, chunk.num_tokens));
+    }
+  }
+
+  void route(Matrix x, const Linear& router, const Buffer& bias, const Buffer& ids,
+             const Buffer& weights) override {
+    const std::int64_t experts = config_.n_routed_experts, chosen = config_.num_experts_per_tok;
+    std::byte* wide = grown(wide_, static_cast<std::size_t>(x.rows * x.columns) * sizeof(float));
+    const Matrix input = dense(wide, DType::kFloat32, x.rows, x.columns);
+    const Matrix logits = dense(grown(logits_, static_cast<std::size_t>(x.rows * experts) * sizeof(float)),
+                                DType::kFloat32, x.rows, experts);
+    for_rows(x.rows, x.columns, [&](std::int64_t t) {
+      rows::widen(x.row(t), dtype_, reinterpret_cast<float*>(input.row(t)), x.columns);
+    });
+    multiply(input, router, logits, false);
+    for_rows(x.rows, experts * 8, [&](std::int64_t t) {
+      choose_experts(config_, reinterpret_cast<const float*>(logits.row(t)),
+                     bias.bytes() > 0 ? floats(bias) : nullptr,
+                     reinterpret_cast<std::int32_t*>(ids.data()) + t * chosen,
+                     reinterpret_cast<float*>(weights.data()) + t * chosen);
+    });
+  }
+
+  // Every expert multiplies the rows of its tokens; the results of a token's experts are then added in the
+  // order of its choice, whichever expert was done first.
+  void experts_add(Matrix x, const Experts& all, const Buffer& ids, const Buffer& weights,
+                   Matrix inout) override {
+    const auto& experts = static_cast<const CpuExperts&>(all).experts;
+    const std::int64_t chosen = config_.num_experts_per_tok, hidden = x.columns;
+    const auto* id = reinterpret_cast<const std::int32_t*>(ids.data());
+    const auto* weight = reinterpret_cast<const float*>(weights.data());
+    expert_rows_.assign(experts.size(), {});
+    for (std::int64_t i = 0; i < x.rows * chosen; ++i)
+      expert_rows_[static_cast<std::size_t>(id[i])].push_back(i);
+    active_.clear();
+    for (std::size_t e = 0; e < experts.size(); ++e) {
+      if (!expert_rows_[e].empty()) active_.push_back(e);
+    }
+    // The longest first, so that no thread is left with one at the end.
+    std::stable_sort(active_.begin(), active_.end(), [&](std::size_t a, std::size_t b) {
+      return expert_rows_[a].size() > expert_rows_[b].size();
+    });
+    auto* results = reinterpret_cast<float*>(
+        grown(expert_out_, static_cast<std::size_t>(x.rows * chosen * hidden) * sizeof(float)));
+    const auto count = static_cast<std::int64_t>(active_.size());
+#pragma omp parallel for num_threads(threads_) schedule(dynamic)
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::size_t e = active_[static_cast<std::size_t>(i)];
+      run_expert(x, experts[e], expert_rows_[e], results);
+    }
+    for_rows(x.rows, hidden * chosen, [&](std::int64_t t) {
+      thread_local std::vector<float> sum;
+      sum.resize(static_cast<std::size_t>(hidden));
+      rows::widen(inout.row(t), dtype_, sum.data(), hidden);
+      for (std::int64_t i = t * chosen; i < (t + 1) * chosen; ++i) {
+        rows::add_scaled(results + i * hidden, weight[i], sum.data(), hidden);
+      }
+      rows::narrow(sum.data(), inout.row(t), dtype_, hidden);
+    });
+  }
+
+  void gather_logit_rows(Matrix x, Matrix out) override {
+    for (std::int64_t i = 0; i < out.rows; ++i) {
+      std::memcpy(out.row(i), x.row(step_->logit_rows[static_cast<std::size_t>(i)]),
+                  static_cast<std::size_t>(x.columns * element()));
+    }
+  }
+
+  void copy(const Buffer& buffer, std::size_t source, std::size_t target, std::size_t bytes) override {
+    std::memmove(buffer.data() + target, buffer.data() + source, bytes);
+  }
+
+  void download(Matrix x, float* host) override {
+    for (std::int64_t i = 0; i < x.rows; ++i) {
+      std::memcpy(host + i * x.columns, x.row(i), static_cast<std::size_t>(x.columns) * sizeof(float));
+    }
+  }
+
+ private:
+  std::int64_t element() const { return static_cast<std::int64_t>(dtype_size(dtype_)); }
+
+  static std::byte* grown(Buffer& buffer, std::size_t bytes) {
+    if (bytes > buffer.bytes()) buffer = allocate_aligned(bytes);
+    return buffer.data();
+  }
+
+  template <class F>
+  void for_rows(std::int64_t rows, std::int64_t columns, F&& f) const {
+#pragma omp parallel for num_threads(threads_) if (rows * columns >= kParallelElements)
+    for (std::int64_t t = 0; t < rows; ++t) f(t);
+  }
+
+  template <class F>
+  void for_heads(F&& f) const {
+#pragma omp parallel for num_threads(threads_)
+    for (std::int64_t h = 0; h < config_.num_attention_heads; ++h) f(h);
+  }
+
+  void multiply(Matrix x, const Linear& weight, Matrix out, bool accumulate) {
+    const auto& linear = static_cast<const CpuLinear&>(weight);
+    gemm_.run(x, linear.weight, linear.bias.empty() ? nullptr : linear.bias.data(), out,
+              {threads_, step_->batch_invariant, accumulate});
+  }
+
+  // `chosen` lists (token * num_experts_per_tok + rank); row i of the result goes to results[chosen[i]].
+  void run_expert(const Matrix& x, const CpuExperts::Expert& expert, const std::vector<std::int64_t>& chosen,
+                  float* results) {
+    const std::int64_t n = static_cast<std::int64_t>(chosen.size()), hidden = x.columns;
+    const std::int64_t intermediate = expert.down.in_features();
+    thread_local Buffer in_buffer, gate_up_buffer, act_buffer, out_buffer;
+    const auto matrix = [&](Buffer& buffer, std::int64_t columns, DType dtype) {
+      return dense(grown(buffer, static_cast<std::size_t>(n * columns) * dtype_size(dtype)), dtype, n,
+                   columns);
+    };
+    const Matrix in = matrix(in_buffer, hidden, dtype_),
+                 gate_up = matrix(gate_up_buffer, 2 * intermediate, dtype_),
+                 act = matrix(act_buffer, intermediate, dtype_),
+                 out = matrix(out_buffer, hidden, DType::kFloat32);
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::int64_t token = chosen[static_cast<std::size_t>(i)] / config_.num_experts_per_tok;
+      std::memcpy(in.row(i), x.row(token), static_cast<std::size_t>(hidden * element()));
+    }
+    const GemmMode mode{1, step_->batch_invariant, false};
+    gemm_.run(in, expert.gate_up, nullptr, gate_up, mode);
+    for (std::int64_t i = 0; i < n; ++i) {
+      rows::silu_mul(gate_up.row(i), gate_up.row(i) + intermediate * element(), act.row(i), dtype_,
+                     intermediate);
+    }
+    gemm_.run(act, expert.down, nullptr, out, mode);
+    for (std::int64_t i = 0; i < n; ++i) {
+      std::memcpy(results + chosen[static_cast<std::size_t>(i)] * hidden, out.row(i),
+                  static_cast<std::size_t>(hidden) * sizeof(float));
+    }
+  }
+
+  ModelConfig config_;
+  Rope rope_;
+  DType dtype_;
+  int threads_;
+  Gemm gemm_;
+
+  const Step* step_ = nullptr;
+  std::vector<float> cosines_, sines_;  // (tokens, qk_rope_head_dim / 2)
+  DecodeSchedule schedule_;
+  Buffer decode_workspace_, wide_, logits_, expert_out_;
+  std::vector<std::vector<std::int64_t>> expert_rows_;
+  std::vector<std::size_t> active_;
+};
+
+int default_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+DType preferred_cpu_dtype() { return Gemm::native_bfloat16() ? DType::kBFloat16 : DType::kFloat32; }
+
+std::unique_ptr<Ops> make_cpu_ops(const ModelConfig& config, DType dtype, int num_threads) {
+  if (dtype == DType::kBFloat16 && !Gemm::supports_bfloat16()) {
+    throw Unsupported("precision bfloat16 needs a processor with AVX-512; use float32");
+  }
+  return std::make_unique<CpuOps>(config, dtype, num_threads > 0 ? num_threads : default_threads());
+}
+
+}  // namespace flash_mla::model

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <memory>
+
+#include "model/model.h"
+#include "model/ops.h"
+#include "model/weights.h"
+
+namespace flash_mla::model {
+
+/// A DeepSeek-V2 or V3 decoder (arXiv 2405.04434, 2412.19437), written over the operations of a device.
+class DeepSeek : public Model {
+ public:
+  DeepSeek(ModelConfig config, const Checkpoint& checkpoint, std::unique_ptr<Ops> ops);
+
+  int vocab_size() const override { return config_.vocab_size; }
+  std::int64_t max_position() const override { return config_.max_position_embeddings; }
+  std::size_t bytes_per_page() const override;
+  void allocate_cache(int num_pages) override;
+  void copy_page(int source, int target) override;
+  void forward(const ForwardBatch& batch, float* logits) override;
+
+ private:
+  void attention(const Attention& weights, const Buffer& cache, Matrix h, Matrix x);
+  void feed_forward(const FeedForward& weights, Matrix h, Matrix x);
+  void mixture(const MixtureOfExperts& weights, Matrix h, Matrix x);
+
+  std::size_t layer_page_bytes() const;
+  /// (rows, columns) activations in a buffer that grows and stays.
+  Matrix activations(Buffer& buffer, std::int64_t rows, std::int64_t columns);
+  Matrix activations(Buffer& buffer, std::int64_t rows, std::int64_t columns, DType dtype);
+
+  ModelConfig config_;
+  std::unique_ptr<Ops> ops_;
+  Weights weights_;
+  int num_pages_ = 0;
+  std::vector<Buffer> caches_;  ///< one per layer: (pages, kPageSize, 1, kv_lora_rank + qk_rope_head_dim)
+
+  std::int64_t num_absorbed_ = 0;  ///< of the step that runs
+  Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, gate_up_, act_, ids_, expert_weights_;
+  Buffer last_, logits_;
+};
+
+}  // namespace flash_mla::model

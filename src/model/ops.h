@@ -1,0 +1,165 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "flash_mla/tensor.h"
+#include "model/config.h"
+
+namespace flash_mla::model {
+
+/// Device memory. The model passes it around and never looks inside.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(std::shared_ptr<std::byte> data, std::size_t bytes) : data_(std::move(data)), bytes_(bytes) {}
+  std::byte* data() const { return data_.get(); }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<std::byte> data_;
+  std::size_t bytes_ = 0;
+};
+
+/// A window on device memory: rows of `columns` contiguous elements, `stride` elements apart. Not owning.
+struct Matrix {
+  std::byte* data = nullptr;
+  DType dtype = DType::kFloat32;
+  std::int64_t rows = 0, columns = 0, stride = 0;
+
+  std::byte* row(std::int64_t i) const {
+    return data + i * stride * static_cast<std::int64_t>(dtype_size(dtype));
+  }
+  Matrix row_range(std::int64_t first, std::int64_t count) const {
+    return {row(first), dtype, count, columns, stride};
+  }
+  Matrix column_range(std::int64_t first, std::int64_t count) const {
+    return {data + first * static_cast<std::int64_t>(dtype_size(dtype)), dtype, rows, count, stride};
+  }
+};
+
+/// The weights of x -> x·W^T + bias, in whatever layout the device multiplies best.
+class Linear {
+ public:
+  virtual ~Linear() = default;
+};
+
+/// One matrix per attention head.
+class HeadLinear {
+ public:
+  virtual ~HeadLinear() = default;
+};
+
+/// The feed-forward networks of a layer's routed experts.
+class Experts {
+ public:
+  virtual ~Experts() = default;
+};
+
+/// Which pages hold one sequence, and which of the step's tokens are its new ones.
+struct Chunk {
+  std::int64_t first_token = 0;
+  std::int64_t num_tokens = 0;
+  std::int64_t seq_len = 0;  ///< with this step's tokens
+  std::vector<std::int32_t> pages;
+};
+
+/// What a step is, on the host. Its tokens are ordered so that those that take the absorbed form of
+/// attention come first; each of them is a request of its own there.
+struct Step {
+  std::vector<std::int32_t> token_ids;  ///< (num_tokens)
+  std::vector<std::int32_t> positions;  ///< (num_tokens)
+  std::vector<std::int64_t> slots;      ///< (num_tokens): page * kPageSize + offset
+
+  std::int64_t num_absorbed = 0;
+  std::int64_t max_blocks = 1;
+  std::vector<std::int32_t> absorbed_lens;   ///< (num_absorbed): keys the token sees
+  std::vector<std::int32_t> absorbed_table;  ///< (num_absorbed, max_blocks): pages
+
+  std::vector<Chunk> chunks;  ///< the sequences behind them, in the un-absorbed form
+
+  std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted
+  bool batch_invariant = false;
+
+  std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
+};
+
+/// What the model asks of a device. Activations are matrices of one row per token in `dtype()`; sums are
+/// accumulated in fp32. Calls are queued in order and may return before they ran; only download() waits.
+/// In a batch-invariant step no row's bits depend on the other rows.
+class Ops {
+ public:
+  virtual ~Ops() = default;
+
+  /// Of weights, activations and cache.
+  virtual DType dtype() const = 0;
+
+  // Memory and weights. Host arrays are float32, row-major, and free again when the call returns.
+  virtual Buffer allocate(std::size_t bytes) = 0;
+  /// Parameters that stay float32: norm weights, biases.
+  virtual Buffer make_vector(std::span<const float> values) = 0;
+  virtual Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) = 0;
+  /// `weight` (out_features, in_features); `bias` (out_features) or empty.
+  virtual std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
+                                              std::int64_t in_features, std::span<const float> bias) = 0;
+  /// A Linear that multiplies in fp32 whatever dtype() is.
+  virtual std::unique_ptr<Linear> make_router(const float* weight, std::int64_t num_experts,
+                                              std::int64_t in_features) = 0;
+  /// `weight` (heads, out_features, in_features).
+  virtual std::unique_ptr<HeadLinear> make_head_linear(const float* weight, std::int64_t heads,
+                                                       std::int64_t out_features,
+                                                       std::int64_t in_features) = 0;
+  /// `read(e, gate_up, down)` fills expert e's (2 * intermediate, hidden) and (hidden, intermediate).
+  virtual std::unique_ptr<Experts> make_experts(int num_experts, std::int64_t hidden,
+                                                std::int64_t intermediate,
+                                                const std::function<void(int, float*, float*)>& read) = 0;
+
+  /// Hands over the step that the calls below belong to: metadata goes to the device, the decode schedule is
+  /// made, once for all layers. `step` must live until the next begin_step.
+  virtual void begin_step(const Step& step) = 0;
+
+  /// out[t] = table[token_ids[t]]
+  virtual void embed(const Buffer& table, Matrix out) = 0;
+  /// out = x / sqrt(mean(x²) + eps) * weight
+  virtual void rms_norm(Matrix x, const Buffer& weight, double eps, Matrix out) = 0;
+  virtual void linear(Matrix x, const Linear& weight, Matrix out) = 0;
+  /// inout += x·W^T + bias
+  virtual void linear_add(Matrix x, const Linear& weight, Matrix inout) = 0;
+  /// out = silu(gate) * up, where gate_up = [gate | up]
+  virtual void silu_mul(Matrix gate_up, Matrix out) = 0;
+
+  /// Rotates the rope part of every head of q (tokens, heads * (nope + rope)) in place; normalises the latent
+  /// in kv (tokens, rank + rope), rotates its rope part and writes both to the token's slot of the cache.
+  virtual void rope_and_append(Matrix q, Matrix kv, const Buffer& kv_norm, double eps,
+                               const Buffer& cache) = 0;
+  /// q_latent[t, h] = [q_nope[t, h] · W_UK[h] | q_rope[t, h]]: (tokens, heads * (rank + rope))
+  virtual void absorb_queries(Matrix q, const HeadLinear& w_uk, Matrix q_latent) = 0;
+  /// Attention of the step's absorbed tokens over the cache; out_latent (tokens, heads * rank).
+  virtual void decode_attention(Matrix q_latent, const Buffer& cache, Matrix out_latent) = 0;
+  /// out[t, h] = out_latent[t, h] · W_UV[h]^T: (tokens, heads * v)
+  virtual void expand_values(Matrix out_latent, const HeadLinear& w_uv, Matrix out) = 0;
+  /// Causal attention of the step's chunks with keys and values expanded from the cached latents.
+  virtual void prefill_attention(Matrix q, const Buffer& cache, const Linear& kv_b, Matrix out) = 0;
+
+  /// Experts of every token and their weights, by the configuration's routing; they stay on the device as
+  /// `ids` (tokens, num_experts_per_tok) int32 and `weights` of the same shape, float32. `bias`: V3's
+  /// correction, or empty.
+  virtual void route(Matrix x, const Linear& router, const Buffer& bias, const Buffer& ids,
+                     const Buffer& weights) = 0;
+  /// inout[t] += sum over t's experts e of weight * ffn_e(x[t])
+  virtual void experts_add(Matrix x, const Experts& experts, const Buffer& ids, const Buffer& weights,
+                           Matrix inout) = 0;
+
+  /// out[i] = x[logit_rows[i]]
+  virtual void gather_logit_rows(Matrix x, Matrix out) = 0;
+  /// Copies `bytes` bytes within the device.
+  virtual void copy(const Buffer& buffer, std::size_t source, std::size_t target, std::size_t bytes) = 0;
+  /// Dense float32 rows to the host; returns when everything queued has run.
+  virtual void download(Matrix x, float* host) = 0;
+};
+
+}  // namespace flash_mla::model

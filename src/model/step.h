@@ -1,0 +1,22 @@
+#pragma once
+
+#include "model/model.h"
+#include "model/ops.h"
+
+namespace flash_mla::model {
+
+/// Sequences with at most this many new tokens take the absorbed form of attention. A property of the
+/// sequence alone, so that its bits do not depend on its neighbours.
+inline constexpr int kMaxAbsorbedTokens = 16;
+
+/// What a batch is checked against.
+struct StepLimits {
+  int vocab_size = 0;
+  std::int64_t max_position = 0;
+  int num_pages = 0;
+};
+
+/// Checks a batch and orders its tokens for the device. Throws InvalidArgument.
+Step plan_step(const ForwardBatch& batch, const StepLimits& limits);
+
+}  // namespace flash_mla::model

@@ -1,0 +1,194 @@
+#include "model/weights.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "flash_mla/error.h"
+
+namespace flash_mla::model {
+namespace {
+
+using Values = std::vector<float>;
+
+class Loader {
+ public:
+  Loader(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops)
+      : config_(config), checkpoint_(checkpoint), ops_(ops) {}
+
+  Weights load() {
+    Weights out;
+    const Values embedding = matrix("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size);
+    out.embedding = ops_.make_table(embedding.data(), config_.vocab_size, config_.hidden_size);
+    for (int i = 0; i < config_.num_hidden_layers; ++i) out.layers.push_back(layer(i));
+    out.norm = norm("model.norm", config_.hidden_size);
+    const Values head = config_.tie_word_embeddings
+                            ? embedding
+                            : matrix("lm_head.weight", config_.vocab_size, config_.hidden_size);
+    out.lm_head = ops_.make_linear(head.data(), config_.vocab_size, config_.hidden_size, {});
+    return out;
+  }
+
+ private:
+  void read(const std::string& name, std::int64_t rows, std::int64_t columns, float* out) const {
+    checkpoint_.read_float32(name, rows, columns, config_.fp8_block_rows, config_.fp8_block_columns, out);
+    float* end = out + rows * columns;
+    const float* bad = std::find_if(out, end, [](float x) { return !std::isfinite(x); });
+    if (bad != end) {
+      throw InvalidArgument(fmt::format("tensor {} holds {} at row {}, column {}, expected finite weights",
+                                        name, *bad, (bad - out) / columns, (bad - out) % columns));
+    }
+  }
+
+  Values matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
+    Values out(static_cast<std::size_t>(rows * columns));
+    read(name, rows, columns, out.data());
+    return out;
+  }
+
+  /// A one-dimensional tensor.
+  Values vector(const std::string& name, std::int64_t size) const {
+    checkpoint_.get(name, {size});
+    return matrix(name, 1, size);
+  }
+
+  Buffer norm(const std::string& name, std::int64_t size) {
+    return ops_.make_vector(vector(name + ".weight", size));
+  }
+
+  Layer layer(int index) {
+    const std::string name = fmt::format("model.layers.{}", index);
+    Layer out;
+    out.input_norm = norm(name + ".input_layernorm", config_.hidden_size);
+    out.attention = attention(name + ".self_attn");
+    out.post_attention_norm = norm(name + ".post_attention_layernorm", config_.hidden_size);
+    if (config_.is_moe_layer(index)) {
+      out.moe = mixture(name + ".mlp");
+    } else {
+      out.dense = feed_forward(name + ".mlp", config_.intermediate_size);
+    }
+    return out;
+  }
+
+  Attention attention(const std::string& name) {
+    const std::int64_t hidden = config_.hidden_size, heads = config_.num_attention_heads;
+    const std::int64_t nope = config_.qk_nope_head_dim, rope = config_.qk_rope_head_dim;
+    const std::int64_t rank = config_.kv_lora_rank, q_rank = config_.q_lora_rank, v = config_.v_head_dim;
+    const std::int64_t q_width = heads * (nope + rope);
+    Attention out;
+
+    const std::int64_t q_rows = q_rank > 0 ? q_rank : q_width, kv_rows = rank + rope;
+    Values qkv = matrix(name + (q_rank > 0 ? ".q_a_proj.weight" : ".q_proj.weight"), q_rows, hidden);
+    if (q_rank == 0) pair_rope_rows(qkv, hidden, heads, nope);
+    Values kv = matrix(name + ".kv_a_proj_with_mqa.weight", kv_rows, hidden);
+    pair_rope_rows(kv, hidden, 1, rank);
+    append(qkv, kv);
+    Values bias;
+    if (config_.attention_bias) {
+      // q_proj has none; q_a_proj has.
+      bias = q_rank > 0 ? vector(name + ".q_a_proj.bias", q_rank)
+                        : Values(static_cast<std::size_t>(q_rows), 0.0f);
+      Values kv_bias = vector(name + ".kv_a_proj_with_mqa.bias", kv_rows);
+      pair_rope_rows(kv_bias, 1, 1, rank);
+      append(bias, kv_bias);
+    }
+    out.qkv_a = ops_.make_linear(qkv.data(), q_rows + kv_rows, hidden, bias);
+
+    if (q_rank > 0) {
+      out.q_norm = norm(name + ".q_a_layernorm", q_rank);
+      Values q_b = matrix(name + ".q_b_proj.weight", q_width, q_rank);
+      pair_rope_rows(q_b, q_rank, heads, nope);
+      out.q_b = ops_.make_linear(q_b.data(), q_width, q_rank, {});
+    }
+    out.kv_norm = norm(name + ".kv_a_layernorm", rank);
+    const Values kv_b = matrix(name + ".kv_b_proj.weight", heads * (nope + v), rank);
+    out.kv_b = ops_.make_linear(kv_b.data(), heads * (nope + v), rank, {});
+    absorb(kv_b, out);
+
+    const Values o = matrix(name + ".o_proj.weight", hidden, heads * v);
+    const Values o_bias = config_.attention_bias ? vector(name + ".o_proj.bias", hidden) : Values();
+    out.o = ops_.make_linear(o.data(), hidden, heads * v, o_bias);
+    return out;
+  }
+
+  /// Splits kv_b (heads * (nope + v), rank) into its key half, transposed, and its value half.
+  void absorb(const Values& kv_b, Attention& out) {
+    const std::int64_t heads = config_.num_attention_heads, rank = config_.kv_lora_rank;
+    const std::int64_t nope = config_.qk_nope_head_dim, v = config_.v_head_dim;
+    Values uk(static_cast<std::size_t>(heads * rank * nope)), uv(static_cast<std::size_t>(heads * v * rank));
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const float* from = kv_b.data() + h * (nope + v) * rank;
+      float* to = uk.data() + h * rank * nope;
+      for (std::int64_t i = 0; i < nope; ++i) {
+        for (std::int64_t r = 0; r < rank; ++r) to[r * nope + i] = from[i * rank + r];
+      }
+      std::copy_n(from + nope * rank, v * rank, uv.data() + h * v * rank);
+    }
+    out.w_uk = ops_.make_head_linear(uk.data(), heads, rank, nope);
+    out.w_uv = ops_.make_head_linear(uv.data(), heads, v, rank);
+  }
+
+  /// Where a model pairs rope dimension i with i + rope / 2, reorders the rope rows of every head (which
+  /// follow `before` others) so that pairs are neighbours. Queries and keys alike, so their products stay.
+  void pair_rope_rows(Values& weight, std::int64_t columns, std::int64_t heads, std::int64_t before) const {
+    if (config_.rope_interleave) return;
+    const std::int64_t rope = config_.qk_rope_head_dim;
+    for (std::int64_t h = 0; h < heads; ++h) {
+      float* rows = weight.data() + (h * (before + rope) + before) * columns;
+      const Values from(rows, rows + rope * columns);
+      for (std::int64_t i = 0; i < rope; ++i) {
+        std::copy_n(from.data() + (i / 2 + i % 2 * (rope / 2)) * columns, columns, rows + i * columns);
+      }
+    }
+  }
+
+  FeedForward feed_forward(const std::string& name, std::int64_t intermediate) {
+    const std::int64_t hidden = config_.hidden_size;
+    FeedForward out;
+    out.intermediate = intermediate;
+    Values gate_up = matrix(name + ".gate_proj.weight", intermediate, hidden);
+    append(gate_up, matrix(name + ".up_proj.weight", intermediate, hidden));
+    out.gate_up = ops_.make_linear(gate_up.data(), 2 * intermediate, hidden, {});
+    const Values down = matrix(name + ".down_proj.weight", hidden, intermediate);
+    out.down = ops_.make_linear(down.data(), hidden, intermediate, {});
+    return out;
+  }
+
+  MixtureOfExperts mixture(const std::string& name) {
+    const std::int64_t hidden = config_.hidden_size, intermediate = config_.moe_intermediate_size;
+    MixtureOfExperts out;
+    const Values router = matrix(name + ".gate.weight", config_.n_routed_experts, hidden);
+    out.router = ops_.make_router(router.data(), config_.n_routed_experts, hidden);
+    if (config_.topk_method == TopkMethod::kNoAuxTc) {
+      out.correction_bias =
+          ops_.make_vector(vector(name + ".gate.e_score_correction_bias", config_.n_routed_experts));
+    }
+    out.experts = ops_.make_experts(
+        config_.n_routed_experts, hidden, intermediate, [&](int e, float* gate_up, float* down) {
+          const std::string expert = fmt::format("{}.experts.{}", name, e);
+          read(expert + ".gate_proj.weight", intermediate, hidden, gate_up);
+          read(expert + ".up_proj.weight", intermediate, hidden, gate_up + intermediate * hidden);
+          read(expert + ".down_proj.weight", hidden, intermediate, down);
+        });
+    if (config_.n_shared_experts > 0) {
+      out.shared = feed_forward(name + ".shared_experts", config_.n_shared_experts * intermediate);
+    }
+    return out;
+  }
+
+  static void append(Values& to, const Values& from) { to.insert(to.end(), from.begin(), from.end()); }
+
+  const ModelConfig& config_;
+  const Checkpoint& checkpoint_;
+  Ops& ops_;
+};
+
+}  // namespace
+
+Weights load_weights(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops) {
+  return Loader(config, checkpoint, ops).load();
+}
+
+}  // namespace flash_mla::model
