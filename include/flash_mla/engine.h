@@ -221,8 +221,10 @@ class Engine {
   void stop();   ///< ends that thread after its step; everything waiting and running ends as cancelled
 
   /// Generates for all prompts and waits. Steps the engine itself unless start() was called. `on_event`, if
-  /// given, sees every event as it comes.
-  std::vector<Completion> generate(std::span<const Request> requests, const EventHandler& on_event = {});
+  /// given, sees every event as it comes. `keep_going` is asked between steps; once it says false the
+  /// requests end as cancelled.
+  std::vector<Completion> generate(std::span<const Request> requests, const EventHandler& on_event = {},
+                                   const std::function<bool()>& keep_going = {});
   std::vector<Completion> generate(std::span<const std::string> prompts, const SamplingParams& params);
 
   std::vector<std::int32_t> tokenize(std::string_view text, bool add_special_tokens = true) const;

@@ -11,13 +11,19 @@ from ._interface import (
     get_mla_metadata,
 )
 from ._library import backends, build_decode_schedule, cpu_isa, merge_states, reference_dense_decode
+from .tokenizer import ChatTemplate, Tokenizer
 from ._C import version as _version
+from .llm import LLM, SamplingParams
 
 __version__ = _version()
 
 __all__ = [
     "Array",
+    "ChatTemplate",
     "FlashMLASchedMeta",
+    "LLM",
+    "SamplingParams",
+    "Tokenizer",
     "backends",
     "build_decode_schedule",
     "cpu_isa",

@@ -35,7 +35,8 @@ void forward(model::Model& self, const Ints& token_ids, const Ints& query_starts
   self.forward(batch, logits.data());
 }
 
-std::unique_ptr<model::Model> load(const std::string& directory, const std::string& precision, int num_threads) {
+std::unique_ptr<model::Model> load(const std::string& directory, const std::string& precision,
+                                   int num_threads) {
   model::ModelOptions options;
   options.device = model::ModelDevice::kCpu;
   options.num_threads = num_threads;

@@ -199,7 +199,8 @@ void Engine::stop() {
   impl_->core.cancel_all();
 }
 
-std::vector<Completion> Engine::generate(std::span<const Request> requests, const EventHandler& on_event) {
+std::vector<Completion> Engine::generate(std::span<const Request> requests, const EventHandler& on_event,
+                                         const std::function<bool()>& keep_going) {
   // All are checked before any starts.
   std::vector<engine::EngineCore::Submission> submissions;
   for (std::size_t i = 0; i < requests.size(); ++i) {
@@ -211,12 +212,17 @@ std::vector<Completion> Engine::generate(std::span<const Request> requests, cons
     }
   }
   if (submissions.empty()) return {};
+  std::vector<RequestId> ids;
   const auto collector = std::make_shared<Collector>(submissions, on_event);
   for (std::size_t i = 0; i < submissions.size(); ++i) {
     submissions[i].on_event = [collector, i](const GenerationEvent& e) { collector->take(i, e); };
-    impl_->core.submit(std::move(submissions[i]), /*bounded=*/false);
+    ids.push_back(impl_->core.submit(std::move(submissions[i]), /*bounded=*/false));
   }
   while (!collector->done()) {
+    if (keep_going && !ids.empty() && !keep_going()) {
+      for (const RequestId id : ids) impl_->core.cancel(id);
+      ids.clear();  // asked no more
+    }
     if (impl_->runs_itself() || !impl_->core.step()) collector->wait_a_moment();
   }
   return collector->result();

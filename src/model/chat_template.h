@@ -15,18 +15,19 @@ struct ChatMessage {
 /// The formats that DeepSeek's checkpoints were trained with. The published files state them as Jinja
 /// templates; here they are code, chosen by what the template contains.
 enum class ChatFormat {
-  kV2,  ///< "User: ...\n\nAssistant: ..." (V2, V2-Lite, V2.5's predecessors)
+  kV2,  ///< "User: ...\n\nAssistant: ..." (V2, V2-Lite)
   kV3,  ///< "<｜User｜>...<｜Assistant｜>..." (V2.5, V3)
-  kR1,  ///< as kV3, and an earlier answer's reasoning up to "</think>" is left out (R1, V3-0324's sibling)
+  kR1,  ///< as kV3, and of earlier answers only what follows the last "</think>" (R1, V3-0324)
 };
 
 /// Turns a conversation into the text of a prompt. The text has the begin-of-sentence token in front and
-/// other special tokens within: encode it with add_special_tokens = false, allow_special = true. Text of a
-/// message that spells special tokens is taken as such, as with the published templates; see escape_special.
+/// other special tokens within: encode it with add_special_tokens = false, allow_special = true. As with the
+/// published templates, special tokens that a message's content spells out are then such tokens too; whoever
+/// takes content from strangers removes them first.
 class ChatTemplate {
  public:
-  /// Reads DIR/chat_template.jinja, or "chat_template" in DIR/tokenizer_config.json. Throws InvalidArgument
-  /// if there is none, Unsupported if it is not one of DeepSeek's.
+  /// Reads DIR/chat_template.jinja, or else "chat_template" of DIR/tokenizer_config.json, and the tokens of
+  /// the latter. Throws InvalidArgument if there is none, Unsupported if it is not one of DeepSeek's.
   static ChatTemplate open(const std::filesystem::path& directory);
   /// From the text of the Jinja template and of the tokens it refers to. `origin` names it in errors.
   static ChatTemplate parse(std::string_view jinja, std::string bos_token, std::string eos_token,
@@ -34,18 +35,22 @@ class ChatTemplate {
 
   ChatFormat format() const { return format_; }
 
-  /// The prompt. `add_generation_prompt` ends it with what begins an answer. Throws InvalidArgument for an
-  /// unknown role or, where the format has no place for it, a message out of order.
+  /// The prompt. `add_generation_prompt` ends it with what begins an answer. Throws InvalidArgument for no
+  /// messages and for an unknown role.
   std::string apply(std::span<const ChatMessage> messages, bool add_generation_prompt = true) const;
 
  private:
-  ChatTemplate(ChatFormat format, std::string bos_token, std::string eos_token);
+  ChatTemplate() = default;
+  std::string apply_v2(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
+  std::string apply_v3(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
 
-  ChatFormat format_;
+  ChatFormat format_ = ChatFormat::kV2;
   std::string bos_token_;
   std::string eos_token_;
-  /// R1's newer templates begin an answer with "<think>\n".
-  bool generation_prompt_thinks_ = false;
+  // V3 and R1: several system messages are joined by an empty line (else the last one counts), and an answer
+  // begins with "<think>\n".
+  bool joins_system_ = false;
+  bool begins_with_think_ = false;
 };
 
 }  // namespace flash_mla::model

@@ -71,7 +71,7 @@ const Json* JsonObject::find(const char* name) const {
 
 std::string JsonObject::complaint(const char* name, std::string_view expected) const {
   const auto found = json_.find(name);
-  return fmt::format("{}: {}{} {}: expected {}", origin_, where_, name,
+  return fmt::format("{} {}: expected {}", path(name),
                      found == json_.end() ? "is missing" : "= " + shown(*found), expected);
 }
 

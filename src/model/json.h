@@ -31,6 +31,8 @@ class JsonObject {
 
   const Json& json() const { return json_; }
   const std::string& origin() const { return origin_; }
+  /// File and field, as errors name them.
+  std::string path(const char* name) const { return origin_ + ": " + where_ + name; }
   /// The field, or nullptr if it is missing or null.
   const Json* find(const char* name) const;
   bool has(const char* name) const { return find(name) != nullptr; }

@@ -43,7 +43,7 @@ void PreTokenizer::add(const JsonObject& json, bool last) {
   }
   if (type == "ByteLevel") {
     if (json.boolean_or("add_prefix_space", true)) json.refuse("add_prefix_space", "false");
-    if (json.boolean_or("use_regex", true)) expressions_.emplace_back(kGpt2Words, json.origin());
+    if (json.boolean_or("use_regex", true)) expressions_.emplace_back(kGpt2Words, json.path("use_regex"));
   } else if (type == "Split") {
     if (json.string("behavior") != "Isolated") json.refuse("behavior", "\"Isolated\"");
     // Pieces between matches are pieces as well, so that it does not matter which of both is inverted.
@@ -51,10 +51,11 @@ void PreTokenizer::add(const JsonObject& json, bool last) {
     const JsonObject pattern = json.object("pattern");
     const bool literal = pattern.has("String");
     const std::string text = pattern.string(literal ? "String" : "Regex");
-    expressions_.emplace_back(literal ? escape_literal(text) : text, json.origin() + ": pattern");
+    expressions_.emplace_back(literal ? escape_literal(text) : text,
+                              pattern.path(literal ? "String" : "Regex"));
   } else if (type == "Digits") {
     const bool each = json.boolean_or("individual_digits", false);
-    expressions_.emplace_back(each ? "\\p{N}" : "\\p{N}+", json.origin() + ": Digits");
+    expressions_.emplace_back(each ? "\\p{N}" : "\\p{N}+", json.path("individual_digits"));
   } else {
     json.refuse("type", "\"Split\", \"Digits\" or \"ByteLevel\"");
   }

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace flash_mla::python {
+
+/// Tokenizer and chat template.
+void bind_tokenizer(nanobind::module_& m);
+
+}  // namespace flash_mla::python
