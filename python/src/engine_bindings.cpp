@@ -1,6 +1,5 @@
 #include "engine_bindings.h"
 
-#include <fmt/format.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -25,14 +24,14 @@ Device device_named(const std::string& name) {
   if (name == "auto") return Device::kAuto;
   if (name == "cpu") return Device::kCpu;
   if (name == "cuda") return Device::kCuda;
-  throw InvalidArgument(fmt::format("device is \"{}\", expected auto, cpu or cuda", name));
+  throw InvalidArgument("device is \"" + name + "\", expected auto, cpu or cuda");
 }
 
 Precision precision_named(const std::string& name) {
   if (name == "auto") return Precision::kAuto;
   if (name == "float32") return Precision::kFloat32;
   if (name == "bfloat16") return Precision::kBFloat16;
-  throw InvalidArgument(fmt::format("precision is \"{}\", expected auto, float32 or bfloat16", name));
+  throw InvalidArgument("precision is \"" + name + "\", expected auto, float32 or bfloat16");
 }
 
 nb::list to_python(const std::vector<TokenLogprobs>& logprobs) {
