@@ -118,8 +118,8 @@ struct Engine::Impl {
             model::read_config(directory).eos_token_ids, options) {
     try {
       chat_template.emplace(model::ChatTemplate::open(directory));
-    } catch (const std::exception& e) {
-      no_chat_template = e.what();  // matters only to requests with messages
+    } catch (const std::exception&) {
+      // Matters only to requests with messages. The reason names a path, which a server must not tell.
     }
   }
 
@@ -134,7 +134,10 @@ struct Engine::Impl {
     }
     if (!request.prompt_token_ids.empty()) return std::move(request.prompt_token_ids);
     if (!chat_template) {
-      throw Unsupported("messages: the model has no usable chat template; " + no_chat_template);
+      throw Unsupported(
+          "messages: the model directory has no chat template that this library knows (chat_template.jinja, "
+          "or "
+          "chat_template in tokenizer_config.json); use prompt");
     }
     std::vector<model::ChatMessage> messages;
     for (ChatMessage& m : request.messages) messages.push_back({std::move(m.role), std::move(m.content)});
@@ -157,7 +160,6 @@ struct Engine::Impl {
 
   model::Tokenizer tokenizer;
   std::optional<model::ChatTemplate> chat_template;
-  std::string no_chat_template;
   engine::EngineCore core;
   mutable std::mutex thread_mutex;
   std::jthread thread;
