@@ -34,13 +34,20 @@ typedef struct flash_mla_schedule_options {
   int32_t fixed_overhead_blocks;  /* default 5 */
   int32_t min_blocks_per_request; /* default 1 */
   int32_t fixed_split_blocks;     /* 0, or batch-invariant mode; default 0 */
+  void* stream;                   /* cudaStream_t for tensors on a GPU; default NULL */
 } flash_mla_schedule_options;
 
 /* Fills *options with the defaults. */
 FLASH_MLA_API void flash_mla_schedule_options_init(flash_mla_schedule_options* options);
 
-/* Plans `cache_seqlens` (b) int32 on the CPU into parts (num_parts, 8) int32 and num_splits (b + 1) int32.
- * options may be NULL. */
+/* Parts that a schedule should have on `device` for calls of these shapes: the threads OpenMP would use on a
+ * CPU, the clusters of CTAs that run at a time on a GPU. */
+FLASH_MLA_API flash_mla_status flash_mla_num_parts(DLDevice device, int32_t s_q, int32_t num_heads_q,
+                                                   int32_t num_heads_k, int32_t* num_parts);
+
+/* Plans `cache_seqlens` (b) int32 into parts (num_parts, 8) int32 and num_splits (b + 1) int32, all on the
+ * same device. On a GPU one kernel is queued on options->stream; nothing is read back. options may be NULL.
+ */
 FLASH_MLA_API flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
                                                                const flash_mla_schedule_options* options,
                                                                DLTensor* parts, DLTensor* num_splits);

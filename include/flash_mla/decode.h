@@ -44,9 +44,10 @@ struct DenseDecodeOptions {
 };
 
 /// Bytes of scratch memory dense_decode needs for this problem, on the tensors' device, 64-byte aligned.
-/// Depends on shapes, the number of parts and the thread count. Only in batch-invariant mode
-/// (fixed_split_blocks > 0) does it also read num_splits. Throws as dense_decode does for shapes that do
-/// not fit together.
+/// Depends on shapes, the number of parts and the thread count. In batch-invariant mode
+/// (fixed_split_blocks > 0) it also reads num_splits on the CPU; on a GPU it never reads device data and
+/// has room for as many splits as the block table's width allows. Throws as dense_decode does for shapes that
+/// do not fit together.
 FLASH_MLA_API std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args,
                                                       const DecodeScheduleView& schedule,
                                                       const DenseDecodeOptions& options = {});
@@ -65,6 +66,12 @@ FLASH_MLA_API std::size_t dense_decode_workspace_size(const DenseDecodeArgs& arg
 /// On the host every argument is checked before anything is written, block-table entries within a
 /// request's length and the schedule's agreement with cache_seqlens included. Throws InvalidArgument
 /// (message: argument, value, what was expected) or Unsupported.
+///
+/// On a GPU (the sm90 backend) the work is queued on options.stream and may be captured in a CUDA graph.
+/// Shapes, dtypes, strides and devices are checked; device data is never read on the host, so lengths,
+/// block-table entries and the schedule's agreement with cache_seqlens are the caller's to get right. Takes
+/// bfloat16 and float16, d_qk 576 and d_v 512, pages of 16, 32 or a multiple of 64 tokens, schedules with
+/// block_size 64, and q, k_cache and out aligned to 16 bytes with strides that are multiples of 8 elements.
 FLASH_MLA_API void dense_decode(const DenseDecodeArgs& args, const DecodeScheduleView& schedule,
                                 void* workspace, std::size_t workspace_bytes,
                                 const DenseDecodeOptions& options = {});

@@ -23,7 +23,8 @@ struct CpuIsaInfo {
   std::vector<std::string> available;  ///< names that FLASH_MLA_CPU_ISA accepts here, best first
 };
 
-/// All backends this library knows, available or not.
+/// All backends this library knows, available or not. The sm90 backend has one entry for each GPU, or one
+/// that says why there is none.
 FLASH_MLA_API std::vector<BackendInfo> backends();
 
 /// The instruction set in use. The environment variable FLASH_MLA_CPU_ISA forces one; a name the machine

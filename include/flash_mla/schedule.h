@@ -96,6 +96,25 @@ FLASH_MLA_API void build_decode_schedule(std::span<const std::int32_t> cache_seq
                                          const ScheduleOptions& options, std::span<DecodePart> parts,
                                          std::span<std::int32_t> num_splits);
 
+/// Plans on whatever device the tensors live on, in the unit that `schedule` says: cache_seqlens (b) int32,
+/// contiguous; schedule.parts (num_parts, 8) and schedule.num_splits (b + 1) are written. `options` and
+/// `schedule` agree on num_parts, block_size and fixed_split_blocks.
+///
+/// On the CPU this is the function above, and lengths are checked. On a GPU one kernel is queued on `stream`
+/// (a cudaStream_t): nothing is allocated, read back or waited for, so a CUDA graph may capture it, and every
+/// replay plans anew for the lengths it finds; a negative length counts as 0. Both give the same plan, bit
+/// for bit. Takes b + 1 + 2 * num_parts up to 12000 on a GPU.
+///
+/// Throws InvalidArgument (message: argument, value, what was expected) or Unsupported.
+FLASH_MLA_API void build_decode_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,
+                                         const DecodeScheduleView& schedule, void* stream = nullptr);
+
+/// Options that suit the sm90 backend on CUDA device `device_index` for calls of these shapes: one part per
+/// cluster of CTAs that the GPU runs at a time. Throws Unsupported where that GPU is missing or not a Hopper,
+/// InvalidArgument for a count below 1 or heads that num_heads_k does not divide.
+FLASH_MLA_API ScheduleOptions cuda_schedule_options(int device_index, int s_q, int num_heads_q,
+                                                    int num_heads_k);
+
 /// Options that suit the CPU backend with `num_threads` workers (0: all that OpenMP would use).
 FLASH_MLA_API ScheduleOptions cpu_schedule_options(int num_threads = 0);
 

@@ -1,69 +1,78 @@
 #include "model_bindings.h"
 
-#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
-#include "model/model.h"
+#include "model/chat_template.h"
+#include "model/tokenizer.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace flash_mla::python {
 namespace {
 
-using Ints = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Table = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using model::ChatMessage;
+using model::ChatTemplate;
+using model::StreamDecoder;
+using model::TokenId;
+using model::Tokenizer;
 
-std::span<const std::int32_t> span(const Ints& x) { return {x.data(), x.size()}; }
+std::string_view view(const nb::bytes& text) { return {text.c_str(), text.size()}; }
 
-void forward(model::Model& self, const Ints& token_ids, const Ints& query_starts, const Ints& seq_lens,
-             const Table& block_table, const Ints& logit_rows, bool batch_invariant, const Logits& logits) {
-  if (logits.shape(0) != logit_rows.size() ||
-      logits.shape(1) != static_cast<std::size_t>(self.vocab_size())) {
-    throw nb::value_error("logits must have shape (len(logit_rows), vocab_size)");
-  }
-  model::ForwardBatch batch;
-  batch.token_ids = span(token_ids);
-  batch.query_starts = span(query_starts);
-  batch.seq_lens = span(seq_lens);
-  batch.block_table = {block_table.data(), block_table.size()};
-  batch.max_blocks = static_cast<int>(block_table.shape(1));
-  batch.logit_rows = span(logit_rows);
-  batch.batch_invariant = batch_invariant;
-  nb::gil_scoped_release release;
-  self.forward(batch, logits.data());
+nb::bytes to_bytes(std::string_view text) { return nb::bytes(text.data(), text.size()); }
+
+std::vector<TokenId> encode(const Tokenizer& tokenizer, const nb::bytes& text, bool add_special_tokens,
+                            bool allow_special) {
+  const std::string_view bytes = view(text);  // immutable, and held by the caller
+  const nb::gil_scoped_release release;
+  return tokenizer.encode(bytes, add_special_tokens, allow_special);
 }
 
-std::unique_ptr<model::Model> load(const std::string& directory, const std::string& precision,
-                                   int num_threads) {
-  model::ModelOptions options;
-  options.device = model::ModelDevice::kCpu;
-  options.num_threads = num_threads;
-  if (precision == "float32") {
-    options.precision = model::ModelPrecision::kFloat32;
-  } else if (precision == "bfloat16") {
-    options.precision = model::ModelPrecision::kBFloat16;
-  } else if (precision != "auto") {
-    throw nb::value_error(
-        ("precision is '" + precision + "', expected 'auto', 'float32' or 'bfloat16'").c_str());
-  }
-  nb::gil_scoped_release release;
-  return model::load_model(directory, options);
+std::string apply(const ChatTemplate& chat, const std::vector<std::pair<std::string, std::string>>& pairs,
+                  bool add_generation_prompt) {
+  std::vector<ChatMessage> messages;
+  for (const auto& [role, content] : pairs) messages.push_back({role, content});
+  return chat.apply(messages, add_generation_prompt);
 }
 
 }  // namespace
 
 void bind_model(nb::module_& m) {
-  nb::class_<model::Model>(m, "Model")
-      .def_prop_ro("vocab_size", &model::Model::vocab_size)
-      .def_prop_ro("max_position", &model::Model::max_position)
-      .def_prop_ro("bytes_per_page", &model::Model::bytes_per_page)
-      .def("allocate_cache", &model::Model::allocate_cache, nb::arg("num_pages"))
-      .def("copy_page", &model::Model::copy_page, nb::arg("source"), nb::arg("target"))
-      .def("forward", &forward, nb::arg("token_ids"), nb::arg("query_starts"), nb::arg("seq_lens"),
-           nb::arg("block_table"), nb::arg("logit_rows"), nb::arg("batch_invariant"), nb::arg("logits"));
-  m.def("load_model", &load, nb::arg("directory"), nb::arg("precision"), nb::arg("num_threads"));
+  nb::class_<Tokenizer>(m, "Tokenizer")
+      .def_static(
+          "open", [](const std::string& directory) { return Tokenizer::open(directory); }, "directory"_a)
+      .def_static(
+          "parse",
+          [](const std::string& json, const std::string& origin) { return Tokenizer::parse(json, origin); },
+          "json"_a, "origin"_a)
+      .def_prop_ro("vocab_size", &Tokenizer::vocab_size)
+      .def("encode", &encode, "text"_a, "add_special_tokens"_a, "allow_special"_a)
+      .def(
+          "decode",
+          [](const Tokenizer& t, const std::vector<TokenId>& ids, bool skip) { return t.decode(ids, skip); },
+          "ids"_a, "skip_special"_a)
+      .def(
+          "token_bytes", [](const Tokenizer& t, TokenId id) { return to_bytes(t.token_bytes(id)); }, "id"_a)
+      .def("is_special", &Tokenizer::is_special, "id"_a)
+      .def(
+          "token_to_id", [](const Tokenizer& t, const std::string& token) { return t.token_to_id(token); },
+          "token"_a)
+      .def("id_to_token", &Tokenizer::id_to_token, "id"_a);
+  nb::class_<StreamDecoder>(m, "StreamDecoder")
+      .def(nb::init<const Tokenizer&, bool>(), "tokenizer"_a, "skip_special"_a, nb::keep_alive<1, 2>())
+      .def("push", &StreamDecoder::push, "id"_a)
+      .def("flush", &StreamDecoder::flush);
+  nb::class_<ChatTemplate>(m, "ChatTemplate")
+      .def_static(
+          "open", [](const std::string& directory) { return ChatTemplate::open(directory); }, "directory"_a)
+      .def_static(
+          "parse",
+          [](const std::string& jinja, const std::string& bos, const std::string& eos,
+             const std::string& origin) { return ChatTemplate::parse(jinja, bos, eos, origin); },
+          "jinja"_a, "bos_token"_a, "eos_token"_a, "origin"_a)
+      .def("apply", &apply, "messages"_a, "add_generation_prompt"_a);
 }
 
 }  // namespace flash_mla::python

@@ -4,6 +4,7 @@
 
 namespace flash_mla::python {
 
+/// Tokenizer and chat template.
 void bind_model(nanobind::module_& m);
 
 }  // namespace flash_mla::python

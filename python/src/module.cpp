@@ -9,12 +9,12 @@
 #include <cstdlib>
 #include <new>
 
-#include "engine_bindings.h"
 #include "flash_mla/flash_mla.h"
+#include "engine_bindings.h"
+#include "forward_bindings.h"
 #include "model_bindings.h"
 #include "planner_bindings.h"
 #include "tensor_argument.h"
-#include "tokenizer_bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -160,8 +160,8 @@ NB_MODULE(_C, m) {
     }
   });
   flash_mla::python::bind_engine(m);
+  flash_mla::python::bind_forward(m);
   flash_mla::python::bind_model(m);
-  flash_mla::python::bind_tokenizer(m);
   flash_mla::python::bind_planner(m);
   m.def("version", &version);
   m.def("dense_decode", &python::py_dense_decode, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a,

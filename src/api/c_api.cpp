@@ -105,6 +105,25 @@ void flash_mla_schedule_options_init(flash_mla_schedule_options* options) {
   options->fixed_overhead_blocks = defaults.fixed_overhead_blocks;
   options->min_blocks_per_request = defaults.min_blocks_per_request;
   options->fixed_split_blocks = defaults.fixed_split_blocks;
+  options->stream = nullptr;
+}
+
+flash_mla_status flash_mla_num_parts(DLDevice device, int32_t s_q, int32_t num_heads_q, int32_t num_heads_k,
+                                     int32_t* num_parts) {
+  return guarded([&] {
+    required(num_parts, "num_parts");
+    switch (static_cast<int>(device.device_type)) {
+      case 1:  // kDLCPU
+        *num_parts = cpu_schedule_options().num_parts;
+        return;
+      case 2:  // kDLCUDA
+        *num_parts = cuda_schedule_options(device.device_id, s_q, num_heads_q, num_heads_k).num_parts;
+        return;
+      default:
+        api::invalid("device.device_type is {}, expected CPU (1) or CUDA (2)",
+                     static_cast<int>(device.device_type));
+    }
+  });
 }
 
 flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
@@ -114,26 +133,11 @@ flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
     const TensorView lengths = view(cache_seqlens, "cache_seqlens");
     const TensorView rows = view(parts, "parts");
     const TensorView splits = view(num_splits, "num_splits");
-    api::check_tensor(lengths, "cache_seqlens", 1, {DType::kInt32});
     api::check_tensor(rows, "parts", 2, {DType::kInt32});
-    api::check_tensor(splits, "num_splits", 1, {DType::kInt32});
-    api::check_last_dim_contiguous(lengths, "cache_seqlens");
-    api::check_last_dim_contiguous(splits, "num_splits");
-    api::check_size(rows, "parts", 1, 8, "the row width");
-    api::check_size(splits, "num_splits", 0, lengths.size(0) + 1, "b + 1");
-    if (rows.size(0) < 1) api::invalid("parts.shape[0] is {}, expected >= 1", rows.size(0));
-    if (rows.size(0) > 1 && rows.stride(0) != 8) {
-      api::invalid("parts.stride[0] is {}, expected 8 (contiguous)", rows.stride(0));
+    if (rows.size(0) < 1 || rows.size(0) > 1 << 20) {
+      api::invalid("parts.shape[0] is {}, expected 1 to {}", rows.size(0), 1 << 20);
     }
-    api::check_last_dim_contiguous(rows, "parts");
-    if (lengths.device.type != DeviceType::kCpu) {
-      throw Unsupported("cache_seqlens is " + lengths.describe() + ", expected a CPU tensor");
-    }
-    api::check_same_device(rows, "parts", lengths, "cache_seqlens");
-    api::check_same_device(splits, "num_splits", lengths, "cache_seqlens");
     ScheduleOptions o;
-    if (rows.size(0) > 1 << 20)
-      api::invalid("parts.shape[0] is {}, expected at most {}", rows.size(0), 1 << 20);
     o.num_parts = static_cast<int>(rows.size(0));
     if (options != nullptr) {
       o.block_size = options->block_size;
@@ -141,9 +145,12 @@ flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
       o.min_blocks_per_request = options->min_blocks_per_request;
       o.fixed_split_blocks = options->fixed_split_blocks;
     }
-    build_decode_schedule({lengths.ptr<const std::int32_t>(), static_cast<std::size_t>(lengths.size(0))}, o,
-                          {rows.ptr<DecodePart>(), static_cast<std::size_t>(rows.size(0))},
-                          {splits.ptr<std::int32_t>(), static_cast<std::size_t>(splits.size(0))});
+    DecodeScheduleView schedule;
+    schedule.parts = rows;
+    schedule.num_splits = splits;
+    schedule.block_size = o.block_size;
+    schedule.fixed_split_blocks = o.fixed_split_blocks;
+    build_decode_schedule(lengths, o, schedule, options != nullptr ? options->stream : nullptr);
   });
 }
 

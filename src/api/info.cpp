@@ -1,8 +1,11 @@
 #include "flash_mla/info.h"
 
+#include <fmt/format.h>
+
 #include <fstream>
 
 #include "cpu/isa.h"
+#include "sm90/dense_decode.h"
 
 namespace flash_mla {
 namespace {
@@ -26,10 +29,19 @@ CpuIsaInfo cpu_isa() { return cpu::isa_info(); }
 
 std::vector<BackendInfo> backends() {
   const CpuIsaInfo isa = cpu_isa();
-  return {
-      {Backend::kCpu, true, processor_name(), isa.selected + ": " + isa.reason},
-      {Backend::kSm90, false, "", "this build has no sm90 backend"},
-  };
+  std::vector<BackendInfo> all{{Backend::kCpu, true, processor_name(), isa.selected + ": " + isa.reason}};
+  const std::vector<sm90::Gpu> gpus = sm90::gpus();
+  for (std::size_t i = 0; i < gpus.size(); ++i) {
+    const sm90::Gpu& g = gpus[i];
+    const std::string reason = sm90::reject_reason(g);
+    all.push_back({Backend::kSm90, reason.empty(), fmt::format("cuda:{} {}", i, g.name),
+                   reason.empty()
+                       ? fmt::format("compute capability {}.{}, {} multiprocessors, {:.1f} GiB", g.major,
+                                     g.minor, g.sms, static_cast<double>(g.memory_bytes) / (1 << 30))
+                       : reason});
+  }
+  if (gpus.empty()) all.push_back({Backend::kSm90, false, "", sm90::why_no_gpus()});
+  return all;
 }
 
 }  // namespace flash_mla

@@ -190,7 +190,7 @@ PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int
   out.memory_ = std::make_unique<PackedWeight::Memory>();
   out.memory_->dtype = dtype;
   dnnl::memory plain(Desc({in_features, out_features}, Type::f32, Tag::ba), cpu_engine(),
-                           const_cast<float*>(weight));
+                     const_cast<float*>(weight));
   out.memory_->memory =
       dnnl::memory(blocked_weights(out_features, in_features, type_of(dtype)), cpu_engine());
   dnnl::stream stream(cpu_engine());

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include "model/unicode_additions.h"
+
 namespace flash_mla::model {
 namespace {
 
@@ -55,7 +57,8 @@ void PreTokenizer::add(const JsonObject& json, bool last) {
                               pattern.path(literal ? "String" : "Regex"));
   } else if (type == "Digits") {
     const bool each = json.boolean_or("individual_digits", false);
-    expressions_.emplace_back(each ? "\\p{N}" : "\\p{N}+", json.path("individual_digits"));
+    const std::string digit = "[\\p{N}" + std::string(kUnicode17Digits) + "]";
+    expressions_.emplace_back(each ? digit : digit + "+", json.path("individual_digits"));
   } else {
     json.refuse("type", "\"Split\", \"Digits\" or \"ByteLevel\"");
   }

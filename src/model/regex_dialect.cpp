@@ -3,8 +3,11 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "flash_mla/error.h"
 #include "model/regex.h"
+#include "model/unicode_additions.h"
 
 namespace flash_mla::model {
 namespace {
@@ -12,10 +15,6 @@ namespace {
 // \s in Oniguruma: Unicode's White_Space. PCRE2's has U+180E besides.
 constexpr std::string_view kSpaces =
     "\\t-\\r \\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}";
-
-constexpr std::string_view kGeneralCategories[] = {
-    "L",  "Lu", "Ll", "Lt", "Lm", "Lo", "M",  "Mn", "Mc", "Me", "N", "Nd", "Nl", "No", "P", "Pc", "Pd",
-    "Ps", "Pe", "Pi", "Pf", "Po", "S",  "Sm", "Sc", "Sk", "So", "Z", "Zs", "Zl", "Zp", "C", "Cc", "Cf"};
 
 class Translator {
  public:
@@ -112,7 +111,9 @@ class Translator {
       out_ += fmt::format("[^{}]", kSpaces);
       at_ += 2;
     } else if (c == 'p' || c == 'P') {
-      property();
+      property(in_class);
+    } else if (c == 'x') {
+      braced_code_point();
     } else if (c == 'u') {
       code_point();
     } else if (c == 'r' || c == 'n' || c == 't' || c == 'f' || punctuation(c)) {
@@ -126,15 +127,30 @@ class Translator {
     return std::string_view("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ ").find(c) != std::string_view::npos;
   }
 
-  void property() {
+  /// The general categories L, M, N, P and S with what PCRE2's Unicode may lack of them, and Z, which has not
+  /// grown.
+  void property(bool in_class) {
     const std::size_t end = pattern_.find('}', at_);
-    if (at_ + 2 >= pattern_.size() || pattern_[at_ + 2] != '{' || end == std::string_view::npos) {
-      refuse("\"\\p\" without {...}");
-    }
+    if (pattern_.substr(at_ + 2, 1) != "{" || end == std::string_view::npos) refuse("\"\\p\" without {...}");
     const std::string_view name = pattern_.substr(at_ + 3, end - at_ - 3);
-    bool known = false;
-    for (const std::string_view category : kGeneralCategories) known = known || category == name;
-    if (!known) refuse(fmt::format("\"\\p{{{}}}\", which is no general category,", name));
+    const bool negated = pattern_[at_ + 1] == 'P';
+    std::string_view additions;
+    bool known = name == "Z";
+    for (const UnicodeAddition& a : kUnicodeAdditions) {
+      if (a.category != name) continue;
+      known = true;
+      additions = a.ranges;
+    }
+    if (!known) refuse(fmt::format("\"\\p{{{}}}\", which is none of L, M, N, P, S and Z,", name));
+    if (in_class && negated) refuse("\"\\P\" inside a class");
+    const std::string members = fmt::format("\\p{{{}}}{}", name, additions);
+    out_ += in_class ? members : fmt::format("[{}{}]", negated ? "^" : "", members);
+    at_ = end + 1;
+  }
+
+  void braced_code_point() {
+    const std::size_t end = pattern_.find('}', at_);
+    if (pattern_.substr(at_ + 2, 1) != "{" || end == std::string_view::npos) refuse("\"\\x\" without {...}");
     take(end + 1 - at_);
   }
 

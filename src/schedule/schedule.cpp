@@ -7,6 +7,7 @@
 
 #include "cpu/dense_decode.h"
 #include "flash_mla/error.h"
+#include "schedule/options.h"
 #include "schedule/walk.h"
 
 namespace flash_mla {
@@ -14,7 +15,9 @@ namespace {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-void check_options(const ScheduleOptions& o) {
+}  // namespace
+
+void check_schedule_options(const ScheduleOptions& o) {
   const auto require = [](bool ok, const char* name, int value, const char* expected) {
     if (!ok) throw InvalidArgument(fmt::format("{} is {}, expected {}", name, value, expected));
   };
@@ -25,6 +28,8 @@ void check_options(const ScheduleOptions& o) {
           o.min_blocks_per_request, "0 or 1");
   require(o.fixed_split_blocks >= 0, "fixed_split_blocks", o.fixed_split_blocks, ">= 0");
 }
+
+namespace {
 
 std::int64_t blocks_of(std::int32_t length, const ScheduleOptions& o) {
   return std::max<std::int64_t>(ceil_div(length, o.block_size), o.min_blocks_per_request);
@@ -124,7 +129,7 @@ void plan(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::
 
 void build_decode_schedule(std::span<const std::int32_t> cache_seqlens, const ScheduleOptions& options,
                            std::span<DecodePart> parts, std::span<std::int32_t> num_splits) {
-  check_options(options);
+  check_schedule_options(options);
   if (parts.size() != static_cast<std::size_t>(options.num_parts)) {
     throw InvalidArgument(
         fmt::format("parts has {} rows, expected num_parts = {}", parts.size(), options.num_parts));
@@ -138,7 +143,7 @@ void build_decode_schedule(std::span<const std::int32_t> cache_seqlens, const Sc
 
 DecodeSchedule DecodeSchedule::build(std::span<const std::int32_t> cache_seqlens,
                                      const ScheduleOptions& options) {
-  check_options(options);
+  check_schedule_options(options);
   DecodeSchedule s;
   s.options_ = options;
   s.payload_blocks_ = payload_of(cache_seqlens, options);

@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <numbers>
 
 #include "flash_mla/error.h"
@@ -26,27 +25,44 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(fmt::format("{}: {}", what, cudaGetErrorString(error)));
 }
 
-struct DeviceInfo {
-  bool known = false;
-  int major = 0, minor = 0, sms = 0;
-  std::string name;
+/// What the CUDA runtime sees, asked for once. A machine without a GPU or a driver is no error: it has none.
+struct Gpus {
+  std::vector<Gpu> all;
+  std::string why_none;
+
+  Gpus() {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // not to be found by the next caller
+      why_none = fmt::format("no CUDA device: {}", cudaGetErrorString(error));
+      return;
+    }
+    if (count == 0) why_none = "no CUDA device";
+    for (int i = 0; i < std::min(count, kMaxDevices); ++i) {
+      cudaDeviceProp prop{};
+      check(cudaGetDeviceProperties(&prop, i), "cudaGetDeviceProperties");
+      all.push_back({prop.name, prop.major, prop.minor, prop.multiProcessorCount, prop.totalGlobalMem});
+    }
+  }
 };
 
-const DeviceInfo& device_info(int index) {
-  static std::mutex mutex;
-  static std::array<DeviceInfo, 64> devices;
-  if (index < 0 || index >= static_cast<int>(devices.size())) {
+const Gpus& known_gpus() {
+  static const Gpus kGpus;
+  return kGpus;
+}
+
+const Gpu& gpu(int index) {
+  const Gpus& known = known_gpus();
+  if (known.all.empty()) {
+    throw Unsupported(
+        fmt::format("cuda:{} cannot be used, this machine has {}: pass CPU tensors", index, known.why_none));
+  }
+  if (index < 0 || index >= static_cast<int>(known.all.size())) {
     throw InvalidArgument(
-        fmt::format("CUDA device index is {}, expected 0 to {}", index, devices.size() - 1));
+        fmt::format("CUDA device index is {}, expected 0 to {}", index, known.all.size() - 1));
   }
-  const std::lock_guard lock(mutex);
-  DeviceInfo& d = devices[static_cast<std::size_t>(index)];
-  if (!d.known) {
-    cudaDeviceProp prop{};
-    check(cudaGetDeviceProperties(&prop, index), "cudaGetDeviceProperties");
-    d = {true, prop.major, prop.minor, prop.multiProcessorCount, prop.name};
-  }
-  return d;
+  return known.all[static_cast<std::size_t>(index)];
 }
 
 /// Makes a device current for the life of the object.
@@ -83,30 +99,48 @@ EncodeTiled encode_tiled() {
   return kFunction;
 }
 
-/// A 4-D tensor map, innermost dimension first; boxes of 64 columns with 128-byte swizzle.
-CUtensorMap tensor_map(const char* name, const TensorView& t, std::array<int, 4> dims,
-                       std::array<std::uint32_t, 4> box) {
+/// One dimension of a tensor map: its size, the bytes from one index to the next (none for the innermost),
+/// and how much of it a box covers.
+struct MapDim {
+  std::int64_t size;
+  std::int64_t stride_bytes;
+  int box;
+};
+
+/// A tensor map, innermost dimension (64 contiguous columns) first, with 128-byte swizzle.
+template <std::size_t kRank>
+CUtensorMap tensor_map(const char* name, const TensorView& t, const std::array<MapDim, kRank>& dims) {
   CUtensorMap map;
-  std::array<cuuint64_t, 4> shape{};
-  std::array<cuuint64_t, 3> strides{};
-  const std::array<cuuint32_t, 4> steps{1, 1, 1, 1};
-  for (std::size_t i = 0; i < 4; ++i) {
-    shape[i] = static_cast<cuuint64_t>(t.size(dims[i]));
-    if (i > 0) {
-      // A dimension of one element may carry any stride; the map wants a sound one.
-      const std::int64_t stride = t.size(dims[i]) > 1 ? t.stride(dims[i]) : kHeadDim;
-      strides[i - 1] = static_cast<cuuint64_t>(stride) * 2;
-    }
+  std::array<cuuint64_t, kRank> shape{};
+  std::array<cuuint64_t, kRank - 1> strides{};
+  std::array<cuuint32_t, kRank> box{}, steps{};
+  for (std::size_t i = 0; i < kRank; ++i) {
+    shape[i] = static_cast<cuuint64_t>(dims[i].size);
+    box[i] = static_cast<cuuint32_t>(dims[i].box);
+    steps[i] = 1;
+    // A dimension of one element may carry any stride; the map wants a sound one.
+    if (i > 0)
+      strides[i - 1] = static_cast<cuuint64_t>(dims[i].size > 1 ? dims[i].stride_bytes : kHeadDim * 2);
   }
   const CUresult r = encode_tiled()(
       &map, t.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      4, t.data, shape.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      kRank, t.data, shape.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (r != CUDA_SUCCESS) {
     throw InvalidArgument(fmt::format("{} is {} with a layout that no tensor map can describe (CUresult {})",
                                       name, t.describe(), static_cast<int>(r)));
   }
   return map;
+}
+
+/// (columns of a chunk, tokens, chunks, latent heads, pages)
+CUtensorMap key_map(const TensorView& k, int box_tokens, int box_chunks) {
+  return tensor_map<5>("k_cache", k,
+                       {{{64, 0, 64},
+                         {k.size(1), k.stride(1) * 2, box_tokens},
+                         {kHeadDim / 64, 128, box_chunks},
+                         {k.size(2), k.stride(2) * 2, 1},
+                         {k.size(0), k.stride(0) * 2, 1}}});
 }
 
 RowBlocks blocks_of(const DenseDecodeArgs& a) {
@@ -124,8 +158,24 @@ int cluster_of(const RowBlocks& blocks) { return blocks.count() % 2 == 0 ? 2 : 1
 
 std::size_t align_up(std::size_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
 
-std::size_t partial_rows(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
-  return static_cast<std::size_t>(2 * s.parts.size(0) * a.q.size(1) * a.q.size(2));
+/// Rows of partial results: those of 2 * num_parts slots, or with fixed split points of every split that the
+/// block table has room for.
+struct PartialLayout {
+  std::size_t out_bytes, stats_bytes;
+};
+
+PartialLayout partial_layout(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
+  std::int64_t slots = 2 * s.parts.size(0);
+  if (s.fixed_split_blocks > 0) {
+    const std::int64_t split_tokens = std::int64_t{s.fixed_split_blocks} * s.block_size;
+    const std::int64_t tokens = a.block_table.size(1) * a.k_cache.size(1);
+    slots = a.q.size(0) * std::max<std::int64_t>((tokens + split_tokens - 1) / split_tokens, 1);
+  }
+  const RowBlocks blocks = blocks_of(a);
+  const auto slot_blocks = static_cast<std::size_t>(slots * blocks.count() * a.k_cache.size(2));
+  return {
+      align_up(slot_blocks * static_cast<std::size_t>(row_groups(blocks)) * 16 * kHeadDimV * sizeof(float)),
+      align_up(slot_blocks * kTileRows * 2 * sizeof(float))};
 }
 
 void require_stride(const TensorView& t, const char* name) {
@@ -143,26 +193,45 @@ void require_stride(const TensorView& t, const char* name) {
 
 }  // namespace
 
-std::string device_name(int index) { return device_info(index).name; }
+std::vector<Gpu> gpus() { return known_gpus().all; }
 
-std::string reject_reason(int index) {
-  const DeviceInfo& d = device_info(index);
-  if (d.major == 9 && d.minor == 0) return "";
+std::string why_no_gpus() { return known_gpus().why_none; }
+
+std::string reject_reason(const Gpu& g) {
+  if (g.major == 9 && g.minor == 0) return "";
   return fmt::format(
-      "the sm90 decode kernels need compute capability 9.0 (H100, H200, H800, H20); {} has {}.{}: use "
-      "CPU tensors",
-      d.name, d.major, d.minor);
+      "the sm90 kernels (dense_decode, decode schedule) need compute capability 9.0 (H100, H200, H800, H20); "
+      "{} has {}.{}: pass CPU tensors",
+      g.name, g.major, g.minor);
+}
+
+void require_device(int index) {
+  const std::string reason = reject_reason(gpu(index));
+  if (!reason.empty()) throw Unsupported(reason);
+}
+
+int num_parts(int device, int s_q, int h_q, int h_kv) {
+  return std::max(gpu(device).sms / h_kv / row_blocks(s_q, h_q / h_kv).count(), 1);
 }
 
 int num_parts(const DenseDecodeArgs& a) {
-  const RowBlocks blocks = blocks_of(a);
-  const int sms = device_info(a.q.device.index).sms;
-  return std::max(sms / static_cast<int>(a.k_cache.size(2)) / blocks.count(), 1);
+  return num_parts(a.q.device.index, static_cast<int>(a.q.size(1)), static_cast<int>(a.q.size(2)),
+                   static_cast<int>(a.k_cache.size(2)));
+}
+
+void check_schedule_layout(const DecodeScheduleView& s) {
+  if (s.parts.size(0) > 1 && s.parts.stride(0) != 8) {
+    throw InvalidArgument(
+        fmt::format("schedule.parts.stride[0] is {}, expected 8 (contiguous)", s.parts.stride(0)));
+  }
+  if (reinterpret_cast<std::uintptr_t>(s.parts.data) % 16 != 0) {
+    throw InvalidArgument(
+        fmt::format("schedule.parts.data is {}, expected a pointer aligned to 16 bytes", s.parts.data));
+  }
 }
 
 void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
-  const std::string reason = reject_reason(a.q.device.index);
-  if (!reason.empty()) throw Unsupported(reason);
+  require_device(a.q.device.index);
   if (a.q.dtype == DType::kFloat32)
     throw Unsupported("q is float32; the sm90 backend takes bfloat16 and float16");
   if (a.q.size(3) != kHeadDim || a.out.size(3) != kHeadDimV) {
@@ -180,17 +249,20 @@ void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
     throw Unsupported(
         fmt::format("schedule.block_size is {}; the sm90 backend takes {}", s.block_size, kTileTokens));
   }
-  if (s.fixed_split_blocks != 0) throw Unsupported("the sm90 backend has no batch-invariant mode yet");
-  if (s.unit != PartUnit::kBlocks) throw Unsupported("the sm90 backend takes schedules in blocks");
+  if (s.parts.size(0) > 65535) {
+    throw Unsupported(
+        fmt::format("schedule.parts.shape[0] is {}; the sm90 backend takes up to 65535", s.parts.size(0)));
+  }
+  check_schedule_layout(s);
   require_stride(a.q, "q");
   require_stride(a.k_cache, "k_cache");
   require_stride(a.out, "out");
 }
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
-  if (s.parts.size(0) == 1) return 0;
-  return align_up(partial_rows(a, s) * kHeadDimV * sizeof(float)) +
-         align_up(partial_rows(a, s) * sizeof(float));
+  if (s.parts.size(0) == 1 && s.fixed_split_blocks == 0) return 0;
+  const PartialLayout layout = partial_layout(a, s);
+  return layout.out_bytes + layout.stats_bytes;
 }
 
 void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* workspace, float softmax_scale,
@@ -205,10 +277,13 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   p.group = p.h_q / h_kv;
   p.page_size = static_cast<int>(a.k_cache.size(1));
   p.num_parts = static_cast<int>(s.parts.size(0));
+  p.split_tiles = s.fixed_split_blocks;
+  p.token_rows = s.unit == PartUnit::kTokens;
   p.causal = causal;
   p.scale_log2 = softmax_scale * std::numbers::log2e_v<float>;
   p.block_table = a.block_table.ptr<const std::int32_t>();
   p.block_table_stride = a.block_table.stride(0);
+  p.table_width = static_cast<int>(a.block_table.size(1));
   p.cache_seqlens = a.cache_seqlens.ptr<const std::int32_t>();
   p.parts = s.parts.ptr<const std::int32_t>();
   p.num_splits = s.num_splits.ptr<const std::int32_t>();
@@ -223,20 +298,39 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
     p.lse_stride_s = a.lse.stride(2);
   }
   p.partial_out = static_cast<float*>(workspace);
-  p.partial_lse = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) +
-                                           align_up(partial_rows(a, s) * kHeadDimV * sizeof(float)));
+  p.partial_stats =
+      reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + partial_layout(a, s).out_bytes);
   const int cluster = cluster_of(p.blocks);
-  const CUtensorMap q_map = tensor_map(
-      "q", a.q, {3, 2, 1, 0},
-      {64, static_cast<std::uint32_t>(p.blocks.heads), static_cast<std::uint32_t>(p.blocks.tokens), 1});
-  const auto box = static_cast<std::uint32_t>(std::min(p.page_size, kTileTokens / cluster));
-  const CUtensorMap k_map = tensor_map("k_cache", a.k_cache, {3, 2, 1, 0}, {64, 1, box, 1});
+  // One copy brings all of Q where a chunk has 64 rows; else the chunks, 64 rows apart, come one by one.
+  p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows ? kHeadDim / 64 : 1;
+  const CUtensorMap q_map = tensor_map<5>("q", a.q,
+                                          {{{64, 0, 64},
+                                            {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
+                                            {a.q.size(1), a.q.stride(1) * 2, p.blocks.tokens},
+                                            {kHeadDim / 64, 128, p.q_box_chunks},
+                                            {a.q.size(0), a.q.stride(0) * 2, 1}}});
+  TensorView k = a.k_cache;
+  if (k.size(0) == 0) {
+    // A pool without pages serves requests without keys: nothing follows the map, but it has to be sound.
+    k = TensorView::contiguous(a.q.data, k.dtype, {1, k.size(1), k.size(2), k.size(3)}, k.device);
+  }
+  const int piece = std::min(p.page_size, kTileTokens);
+  const CUtensorMap k_piece_map = key_map(k, piece, 1);
+  const CUtensorMap k_map = p.page_size < kTileTokens ? k_piece_map : key_map(k, kTileTokens, 4 / cluster);
   const bool bf16 = a.q.dtype == DType::kBFloat16;
-  launch_dense_decode(p, q_map, k_map, bf16, cluster, division_of(p), h_kv, stream);
+  launch_dense_decode(p, q_map, k_map, k_piece_map, bf16, cluster, division_of(p), h_kv, stream);
 }
 
 void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,
                     const DecodeScheduleView& s, void* stream) {
+  require_device(cache_seqlens.device.index);
+  check_schedule_layout(s);
+  if (schedule_words(cache_seqlens.size(0), options.num_parts) > kMaxScheduleWords) {
+    throw Unsupported(fmt::format(
+        "b + 1 + 2 * num_parts is {} for b = {} and num_parts = {}; a schedule on the device takes up to {}",
+        schedule_words(cache_seqlens.size(0), options.num_parts), cache_seqlens.size(0), options.num_parts,
+        kMaxScheduleWords));
+  }
   const DeviceGuard guard(cache_seqlens.device.index);
   ScheduleParams p{};
   p.cache_seqlens = cache_seqlens.ptr<const std::int32_t>();
@@ -245,11 +339,10 @@ void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& opti
   p.block_size = options.block_size;
   p.fixed_overhead_blocks = options.fixed_overhead_blocks;
   p.min_blocks_per_request = options.min_blocks_per_request;
+  p.fixed_split_blocks = options.fixed_split_blocks;
+  p.token_rows = s.unit == PartUnit::kTokens;
   p.parts = s.parts.ptr<std::int32_t>();
   p.num_splits = s.num_splits.ptr<std::int32_t>();
-  if (p.batch > kMaxScheduleBatch) {
-    throw Unsupported(fmt::format("b is {}; the device schedule takes up to {}", p.batch, kMaxScheduleBatch));
-  }
   launch_schedule(p, stream);
 }
 

@@ -1,21 +1,35 @@
 #pragma once
 
-// The Hopper backend's side of flash_mla::dense_decode. Free of CUDA headers.
+// The Hopper backend's side of the public API. Free of CUDA headers. Implemented by dense_decode.cpp, or by
+// not_built.cpp in a build without CUDA.
 
 #include <cstddef>
-#include <span>
 #include <string>
+#include <vector>
 
 #include "flash_mla/decode.h"
 
 namespace flash_mla::sm90 {
 
-/// Why device `index` cannot run this backend, or "" if it can.
-std::string reject_reason(int index);
-/// Name of device `index`.
-std::string device_name(int index);
+struct Gpu {
+  std::string name;
+  int major = 0, minor = 0;  ///< compute capability
+  int sms = 0;
+  std::size_t memory_bytes = 0;
+};
+
+/// The CUDA devices of this machine, by index. Never fails: without a GPU or a driver there are none.
+std::vector<Gpu> gpus();
+/// Why there are none, or "".
+std::string why_no_gpus();
+/// Why a device cannot run this backend, or "" if it can.
+std::string reject_reason(const Gpu& gpu);
+/// Throws Unsupported if there is no such device or it cannot run this backend, InvalidArgument for a device
+/// index beyond those there are.
+void require_device(int index);
 
 /// Parts a schedule for this problem should have: one per cluster of CTAs that runs at a time.
+int num_parts(int device, int s_q, int h_q, int h_kv);
 int num_parts(const DenseDecodeArgs& args);
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args, const DecodeScheduleView& schedule);

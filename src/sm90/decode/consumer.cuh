@@ -18,6 +18,7 @@ struct ConsumerBase {
   DecodeSmem& s;
   const int warp, lane;  // in the warpgroup
   const int row;         // this thread's rows are `row` and `row + 8`
+  float reference[2];    // of the softmax, per row, base 2; -inf until a key has been seen
 
   __device__ ConsumerBase(const DecodeParams& params, DecodeSmem& smem)
       : p(params),
@@ -84,13 +85,24 @@ struct ConsumerBase {
     }
   }
 
+  // Moves a row's reference; returns what O and the sum have to be multiplied with. Both are 0 before the
+  // first key.
+  __device__ float move_reference(int h, float to) {
+    const float alpha = reference[h] == to || reference[h] == -INFINITY ? 1.0f : exp2_fast(reference[h] - to);
+    reference[h] = to;
+    return alpha;
+  }
+
   // Maximum over a row's scores in this warpgroup, in base 2.
   template <int kScores>
   __device__ float row_max(const float (&x)[kScores], int h) const {
-    float highest = x[2 * h];
+    float best[4];  // several chains: one alone is as long as its latency times its length
 #pragma unroll
-    for (int i = 0; i < kScores / 4; ++i)
-      highest = fmaxf(highest, fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]));
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float y = fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
+      best[i % 4] = i < 4 ? y : fmaxf(best[i % 4], y);
+    }
+    float highest = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
     highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 1));
     return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2)) * p.scale_log2;
   }
@@ -99,15 +111,15 @@ struct ConsumerBase {
   template <int kScores>
   __device__ void exponentiate(float (&x)[kScores], const float (&base)[2], float (&sum)[2], int slot,
                                int first, std::uint32_t (&weights)[kScores / 8][4]) {
-    float part[2] = {0.0f, 0.0f};
+    float part[2][2] = {};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       const int h = i % 4 / 2;
       x[i] = exp2_fast(fmaf(x[i], p.scale_log2, -base[h]));
-      part[h] += x[i];
+      part[h][i % 2] += x[i];
     }
-    sum[0] += part[0];
-    sum[1] += part[1];
+    sum[0] += part[0][0] + part[0][1];
+    sum[1] += part[1][0] + part[1][1];
     const std::uint32_t chunk = ptx::smem_address(s.kv[slot][kRopeChunk]);
     const int r = warp * 16 + lane % 16;  // row whose address this lane gives
 #pragma unroll
@@ -122,13 +134,15 @@ struct ConsumerBase {
     ptx::fence_async_proxy();
   }
 
-  // O half += P V of the tile in `slot`, P from the slot's rope chunk.
-  __device__ void issue_pv_shared(float (&o)[128], int slot) {
+  // O half (+)= P V of the tile in `slot`, P from the slot's rope chunk.
+  __device__ void issue_pv_shared(float (&o)[128], int slot, bool accumulate) {
     const std::uint64_t weights = ptx::swizzled_descriptor(s.kv[slot][kRopeChunk], 0, 1024);
     const std::uint64_t v = ptx::swizzled_descriptor(s.kv[slot][kWg * 4], 8192, 1024);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ptx::wgmma_m64n256k16_ss<kBf16>(o, weights + i * 2, v + i * 128, true);
+    for (int i = 0; i < 4; ++i) {
+      ptx::wgmma_m64n256k16_ss<kBf16>(o, weights + i * 2, v + i * 128, i > 0 || accumulate);
+    }
     ptx::wgmma_commit();
   }
 
@@ -139,21 +153,37 @@ struct ConsumerBase {
     head = static_cast<int>(blockIdx.y) * p.group + in_group;
     return r < p.blocks.tokens * p.blocks.heads && token < p.s_q && in_group < p.group;
   }
-  __device__ std::int64_t partial_row(const Item& item, int token, int head) const {
-    return (static_cast<std::int64_t>(item.slot) * p.s_q + token) * p.h_q + head;
+  // This CTA's row block among those of a partial result's slot.
+  __device__ std::int64_t partial_block(const Item& item) const {
+    const int blocks = p.blocks.count();
+    return (static_cast<std::int64_t>(item.slot) * gridDim.y + blockIdx.y) * blocks + blockIdx.x;
   }
   __device__ std::uint16_t* out_row(const Item& item, int token, int head) const {
     return static_cast<std::uint16_t*>(p.out) + item.req * p.out_stride_b + token * p.out_stride_s +
            head * p.out_stride_h;
   }
   __device__ void store_lse(const Item& item, int token, int head, float lse) const {
+    if (kWg != 0 || lane % 4 != 0 || p.lse == nullptr) return;
+    p.lse[item.req * p.lse_stride_b + head * p.lse_stride_h + token * p.lse_stride_s] = lse;
+  }
+
+  // A split's result as it stands in the registers: 512 contiguous bytes per warp and instruction, and as
+  // little code as possible, for a small batch runs it once from a cold instruction cache.
+  __device__ void store_partial(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
+    const int groups = row_groups(p.blocks);
+    if (warp >= groups) return;
+    const std::int64_t block = partial_block(item);
+    store_stats(block, sum);
+    float4* to =
+        reinterpret_cast<float4*>(p.partial_out) + ((block * groups + warp) * 2 + kWg) * kFragment + lane;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) to[i * 32] = float4{o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]};
+  }
+  __device__ void store_stats(std::int64_t block, const float (&sum)[2]) const {
     if (kWg != 0 || lane % 4 != 0) return;
-    if (item.is_split) {
-      p.partial_lse[partial_row(item, token, head)] = lse;
-    } else if (p.lse != nullptr) {
-      p.lse[item.req * p.lse_stride_b + head * p.lse_stride_h + token * p.lse_stride_s] =
-          lse == -INFINITY ? INFINITY : lse * 0.69314718056f;
-    }
+    float2* stats = reinterpret_cast<float2*>(p.partial_stats) + block * kTileRows + row;
+    stats[0] = float2{reference[0], sum[0]};
+    stats[8] = float2{reference[1], sum[1]};
   }
 
   // Writes this warpgroup's half of O and, from WG0, the lse.
@@ -162,45 +192,39 @@ struct ConsumerBase {
     for (int h = 0; h < 2; ++h) {
       int token, head;
       const bool valid = locate(row + 8 * h, token, head);
-      const bool none = !(sum[h] > 0.0f);
+      // A row that saw no key has sum 0; of NaN scores the sum is NaN, and so is the result.
+      const bool none = sum[h] == 0.0f;
       const float factor = none ? 0.0f : 1.0f / sum[h];
-      if (valid) store_lse(item, token, head, none ? -INFINITY : s.reference[row + 8 * h] + log2f(sum[h]));
-      if (item.is_split) {
-        float* to = p.partial_out + partial_row(item, token, head) * kHeadDimV + kWg * 256 + lane % 4 * 2;
+      if (valid) {
+        store_lse(item, token, head, none ? INFINITY : (reference[h] + log2f(sum[h])) * 0.69314718056f);
+      }
+      std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 8;
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          const float2 x{o[4 * i + 2 * h] * factor, o[4 * i + 2 * h + 1] * factor};
-          if (valid) *reinterpret_cast<float2*>(to + i * 8) = x;
+      for (int i = 0; i < 32; i += 4) {
+        std::uint32_t x[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          x[j] = pack2<kBf16>(o[4 * (i + j) + 2 * h] * factor, o[4 * (i + j) + 2 * h + 1] * factor);
         }
-      } else {
-        std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 8;
-#pragma unroll
-        for (int i = 0; i < 32; i += 4) {
-          std::uint32_t x[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            x[j] = pack2<kBf16>(o[4 * (i + j) + 2 * h] * factor, o[4 * (i + j) + 2 * h + 1] * factor);
-          }
-          quad_transpose(x);
-          if (valid) *reinterpret_cast<uint4*>(to + i * 8) = uint4{x[0], x[1], x[2], x[3]};
-        }
+        quad_transpose(x);
+        if (valid) *reinterpret_cast<uint4*>(to + i * 8) = uint4{x[0], x[1], x[2], x[3]};
       }
     }
   }
 
   // A request without keys.
-  __device__ void store_empty(const Item& item) const {
+  __device__ void store_empty(const Item& item) {
+    if (item.is_split) {
+      reference[0] = reference[1] = -INFINITY;
+      if (warp < row_groups(p.blocks)) store_stats(partial_block(item), {0.0f, 0.0f});
+      return;
+    }
     for (int h = 0; h < 2; ++h) {
       int token, head;
       if (!locate(row + 8 * h, token, head)) continue;
-      store_lse(item, token, head, -INFINITY);
-      if (item.is_split) {
-        float* to = p.partial_out + partial_row(item, token, head) * kHeadDimV + kWg * 256 + lane % 4 * 64;
-        for (int i = 0; i < 64; i += 4) *reinterpret_cast<float4*>(to + i) = float4{0, 0, 0, 0};
-      } else {
-        std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 64;
-        for (int i = 0; i < 64; i += 8) *reinterpret_cast<uint4*>(to + i) = uint4{0, 0, 0, 0};
-      }
+      store_lse(item, token, head, INFINITY);
+      std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 64;
+      for (int i = 0; i < 64; i += 8) *reinterpret_cast<uint4*>(to + i) = uint4{0, 0, 0, 0};
     }
   }
 
@@ -217,25 +241,28 @@ struct ConsumerBase {
     for (int h = 0; h < 2; ++h) sum[h] = s.row_sum[0][row + 8 * h] + s.row_sum[1][row + 8 * h];
   }
 
-  // Walks the requests of a part; `tiles(o, item, sum)` does the work on one.
+  // Walks the items of a part; `tiles(o, item, sum)` does the work on one. O is not cleared: the first
+  // product of an item overwrites it.
   template <class Tiles>
-  __device__ void for_each_item(const std::int32_t* part, Tiles&& tiles) {
+  __device__ void for_each_item(const int4& part, Tiles&& tiles) {
     float o[128];
     int items = 0;
-    for (int req = part[0]; req <= part[1]; ++req) {
-      const Item item = item_of(p, part, req);
+    for (Item item = first_item(p, part); item.req <= part.y; item = next_item(p, part, item)) {
       if (item.begin_tile >= item.end_tile) {
         store_empty(item);
         continue;
       }
       float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (float& x : o) x = 0.0f;
+      reference[0] = reference[1] = -INFINITY;
       ptx::mbarrier_wait(&s.q_full, items & 1);
       ++items;
       tiles(o, item, sum);
       add_sums(sum);
-      store(item, o, sum);
+      if (item.is_split) {
+        store_partial(item, o, sum);
+      } else {
+        store(item, o, sum);
+      }
     }
   }
 };

@@ -5,8 +5,8 @@
 // Tile       64 rows (heads of one or more query tokens) x 64 keys x 576; O is 64 x 512 fp32 in registers.
 // Threads    384: two consumer warpgroups (WG0, WG1) and a producer warpgroup of which one thread works.
 // Shared     Q 72 KB | two key tiles, slot 0 and slot 1, 72 KB each | row statistics 1.3 KB | barriers.
-//            Every 64-column chunk (8 KB, 128-byte swizzle) of a slot has its own "full" barrier. A slot's
-//            ninth chunk, the rope part, is used by Q K^T alone; P overwrites it.
+//            Made of 64-column chunks (8 KB, 128-byte swizzle); chunks 0-3 and 4-8 of a slot have a "full"
+//            barrier each. A slot's ninth chunk, the rope part, is used by Q K^T alone; P overwrites it.
 // Registers  consumers 240 (O half 128, S 32, P 16), producer 24, through setmaxnreg.
 //
 // The consumers divide a tile between them in one of two ways: paired.cuh (throughput) or shared_tile.cuh
@@ -31,10 +31,23 @@
 
 namespace flash_mla::sm90 {
 
+// The chain part -> request -> page -> keys is what a small batch waits for first; the producer's idle warps
+// bring its tables into L2 while barriers are set up. Only a hint: nothing is read before the kernels ahead
+// have finished.
+__device__ __forceinline__ void prefetch_metadata(const DecodeParams& p, int warp) {
+  constexpr int kLine = 32;  // int32
+  constexpr int kMaxLines = 128;
+  const std::int32_t* from = warp == 9 ? p.cache_seqlens : warp == 10 ? p.num_splits : p.block_table;
+  const std::int64_t count = warp < 11 ? p.batch : p.batch * p.block_table_stride;
+  if (warp < 9 || count > kLine * kMaxLines) return;
+  for (int i = static_cast<int>(threadIdx.x) % 32 * kLine; i < count; i += 32 * kLine)
+    ptx::prefetch_l2(from + i);
+}
+
 template <bool kBf16, int kCluster, Division kDivision>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                        const DecodeParams p) {
+                        const __grid_constant__ CUtensorMap k_piece_map, const DecodeParams p) {
   extern __shared__ std::byte dynamic_smem[];
   auto& s =
       *reinterpret_cast<DecodeSmem*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
@@ -42,6 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
     ptx::prefetch_tensor_map(&q_map);
     ptx::prefetch_tensor_map(&k_map);
+    ptx::prefetch_tensor_map(&k_piece_map);
     ptx::mbarrier_init(&s.q_full, 1);
     ptx::mbarrier_init(&s.q_empty, 8);
     for (int slot = 0; slot < 2; ++slot) {
@@ -56,15 +70,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
+  prefetch_metadata(p, warp);
   ptx::grid_dependency_wait();
   // The combine kernel may be set up from now on; it waits for this grid to finish before it reads anything.
   ptx::grid_dependency_launch();
-  const std::int32_t* part = p.parts + static_cast<std::int64_t>(blockIdx.z) * 8;
-  if (part[0] < p.batch) {
+  const int4 part = part_of(p, static_cast<int>(blockIdx.z));
+  if (part.x < p.batch) {
     if (warp >= kConsumerThreads / 32) {
       ptx::set_max_registers_down<24>();
       if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
-        Producer<kCluster>{p, s, &q_map, &k_map, kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0}
+        Producer<kCluster>{
+            p, s, &q_map, &k_map, &k_piece_map, kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0}
             .run(part);
       }
     } else if (warp < 4) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -43,39 +44,43 @@ void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t sm
 }
 
 template <bool kBf16, int kCluster, Division kDivision>
-void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, int h_kv,
-                   void* stream) {
-  static const bool kReady = [] {
+void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
+                   const CUtensorMap& k_piece_map, int h_kv, void* stream) {
+  // An attribute of the kernel on the current device. Setting it twice does no harm.
+  static std::array<std::atomic<bool>, kMaxDevices> ready{};
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (!ready[static_cast<std::size_t>(device)].load(std::memory_order_acquire)) {
     check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster, kDivision>,
                                cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes)),
           "cudaFuncSetAttribute");
-    return true;
-  }();
-  static_cast<void>(kReady);
+    ready[static_cast<std::size_t>(device)].store(true, std::memory_order_release);
+  }
   const dim3 grid(static_cast<unsigned>(p.blocks.count()), static_cast<unsigned>(h_kv),
                   static_cast<unsigned>(p.num_parts));
   launch(dense_decode_kernel<kBf16, kCluster, kDivision>, grid, kThreads, kSmemBytes, kCluster, stream, q_map,
-         k_map, p);
-  if (p.num_parts == 1) return;
-  const int rows = p.s_q * p.h_q;
-  const auto owners = static_cast<unsigned>(std::min(p.batch, p.num_parts));
-  if (p.num_parts > 4 * p.batch) {
-    launch(combine_kernel<kBf16, kCombineWarps>, dim3(static_cast<unsigned>(rows), owners),
-           kCombineWarps * 32, 0, 1, stream, p);
-  } else {
-    const auto groups = static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps);
-    launch(combine_kernel<kBf16, 1>, dim3(groups, owners), kCombineWarps * 32, 0, 1, stream, p);
-  }
+         k_map, k_piece_map, p);
+  const bool fixed = p.split_tiles > 0;
+  if (p.num_parts == 1 && !fixed) return;
+  const auto owners = static_cast<unsigned>(fixed ? p.batch : std::min(p.batch, p.num_parts));
+  // With fixed split points the order of summation must not depend on the rest of the batch; it does not
+  // depend on kSteps either.
+  const bool few = p.num_parts > 4 * p.batch;
+  const auto blocks =
+      static_cast<unsigned>(few ? combine_blocks<1>(p.blocks, h_kv) : combine_blocks<4>(p.blocks, h_kv));
+  launch(few ? combine_kernel<kBf16, 1> : combine_kernel<kBf16, 4>, dim3(blocks, owners), kCombineWarps * 32,
+         0, 1, stream, p, h_kv);
 }
 
 }  // namespace
 
-void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map, bool bf16,
-                         int cluster, Division division, int h_kv, void* stream) {
+void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
+                         const CUtensorMap& k_piece_map, bool bf16, int cluster, Division division, int h_kv,
+                         void* stream) {
   const auto with_division = [&]<bool kBf16, int kCluster>() {
     (division == Division::kPaired
          ? launch_decode<kBf16, kCluster, Division::kPaired>
-         : launch_decode<kBf16, kCluster, Division::kSharedTile>)(p, q_map, k_map, h_kv, stream);
+         : launch_decode<kBf16, kCluster, Division::kSharedTile>)(p, q_map, k_map, k_piece_map, h_kv, stream);
   };
   const auto with_cluster = [&]<bool kBf16>() {
     cluster == 2 ? with_division.template operator()<kBf16, 2>()
@@ -85,8 +90,8 @@ void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const 
 }
 
 void launch_schedule(const ScheduleParams& p, void* stream) {
-  launch(schedule_kernel, dim3(1), kScheduleThreads, static_cast<std::size_t>(p.batch) * sizeof(std::int32_t),
-         1, stream, p);
+  launch(schedule_kernel, dim3(1), kScheduleThreads,
+         static_cast<std::size_t>(schedule_words(p.batch, p.num_parts)) * sizeof(std::int32_t), 1, stream, p);
 }
 
 }  // namespace flash_mla::sm90

@@ -23,10 +23,11 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
   using Base::Base;
   using Base::lane;
   using Base::p;
+  using Base::reference;
   using Base::row;
   using Base::s;
 
-  __device__ void run(const std::int32_t* part) {
+  __device__ void run(const int4& part) {
     int uses = 0;  // of this warpgroup's slot so far
     this->for_each_item(part, [&](float(&o)[128], const Item& item, float(&sum)[2]) {
       if constexpr (kWg == 0) {
@@ -43,7 +44,7 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     const std::uint64_t k = ptx::swizzled_descriptor(s.kv[slot][0], 0, 1024);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      ptx::mbarrier_wait(&s.kv_full[slot][c], parity);
+      if (c % 4 == 0 && c < kRopeChunk) ptx::mbarrier_wait(&s.kv_full[slot][c / 4], parity);
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -54,95 +55,68 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
   }
 
   // O half += P V of the tile in `slot`, P from this warpgroup's registers.
-  __device__ void issue_pv_own(float (&o)[128], const std::uint32_t (&weights)[4][4], int slot) {
+  __device__ void issue_pv_own(float (&o)[128], const std::uint32_t (&weights)[4][4], int slot,
+                               bool accumulate) {
     const std::uint64_t v = ptx::swizzled_descriptor(s.kv[slot][kWg * 4], 8192, 1024);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      ptx::wgmma_m64n256k16_rs<kBf16>(o, weights[i], v + i * 128, true);
+      ptx::wgmma_m64n256k16_rs<kBf16>(o, weights[i], v + i * 128, i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
   // The softmax of one tile relative to the running reference, which it may move; alpha says by how much.
   __device__ void softmax(float (&x)[32], std::uint32_t (&weights)[4][4], int slot, const Item& item,
-                          int tile, bool first, float (&sum)[2], float (&alpha)[2]) {
+                          int tile, float (&sum)[2], float (&alpha)[2]) {
     this->mask(x, item, tile, 0);
     float base[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float highest = this->row_max(x, h);
-      const float before = first ? -INFINITY : s.reference[row + 8 * h];
-      const float now = highest > before + kMaxGrowth ? highest : before;
-      alpha[h] = now == before ? 1.0f : exp2_fast(before - now);
-      base[h] = now == -INFINITY ? 0.0f : now;
+      alpha[h] = this->move_reference(h, highest > reference[h] + kMaxGrowth ? highest : reference[h]);
+      base[h] = reference[h] == -INFINITY ? 0.0f : reference[h];
       sum[h] *= alpha[h];
-      if (lane % 4 == 0) {
-        s.reference[row + 8 * h] = now;
-        s.alpha[kWg][row + 8 * h] = alpha[h];
-      }
+      if (lane % 4 == 0) s.exchange[kWg][row + 8 * h] = reference[h];
     }
     this->exponentiate(x, base, sum, slot, 0, weights);
   }
-
-  // Q K^T of the next tile is issued before the loop goes round: the tensor cores have it to work on while
-  // the products with the last V are waited for and the other warpgroup catches up.
 
   __device__ void issue_tile(float (&scores)[32], const Item& item, int tile, int slot, int& uses) {
     const std::uint32_t parity = uses++ & 1;
     const int count = item.length - tile * kTileTokens;
     if (count < kTileTokens) {
-      for (int c = 0; c < kChunks; ++c) ptx::mbarrier_wait(&s.kv_full[slot][c], parity);
+      for (auto& full : s.kv_full[slot]) ptx::mbarrier_wait(&full, parity);
       this->clear_rows(slot, count, 0, kRopeChunk);
     }
     issue_qk(scores, slot, parity);
   }
 
-  // The tiles of an item as WG0 sees them: begin, begin + 2, ...
+  // The tiles of an item as WG0 sees them: begin, begin + 2, ... Everything is drained before the loop goes
+  // round: the slot is released without waiting for the keys that the next Q K^T may have to wait for, and
+  // ptxas serialises products whose accumulators are in flight there.
   __device__ void even_tiles(float (&o)[128], const Item& item, int& uses, float (&sum)[2]) {
     float scores[32];
     std::uint32_t weights[4][4];
     float alpha[2];
-    const int end = item.end_tile;
-    int tile = item.begin_tile;
-    bool first = true;
-    issue_tile(scores, item, tile, 0, uses);
-    while (tile + 1 < end) {
-      ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
+    for (int tile = item.begin_tile; tile < item.end_tile; tile += 2) {
+      const bool paired = tile + 1 < item.end_tile;
+      issue_tile(scores, item, tile, 0, uses);
+      if (paired) ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
       ptx::wgmma_wait<0>();
-      const bool last = tile + 2 >= end;
-      if (last && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-      softmax(scores, weights, 0, item, tile, first, sum, alpha);
+      if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+      softmax(scores, weights, 0, item, tile, sum, alpha);
       ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
       if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-      issue_pv_own(o, weights, 0);
+      issue_pv_own(o, weights, 0, tile > item.begin_tile);
       ptx::wgmma_wait<0>();
       this->release(0);
+      if (!paired) break;
       ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
-      const float a0 = s.alpha[1][row], a1 = s.alpha[1][row + 8];
-      if (this->any_scaled(a0, a1)) this->rescale(o, a0, a1);
-      sum[0] *= a0;
-      sum[1] *= a1;
-      this->issue_pv_shared(o, 1);
-      if (last) {
-        ptx::wgmma_wait<0>();
-        this->release(1);
-        return;
-      }
-      tile += 2;
-      first = false;
-      issue_tile(scores, item, tile, 0, uses);
-      ptx::wgmma_wait<1>();
+      take_reference(o, sum);
+      this->issue_pv_shared(o, 1, true);
+      ptx::wgmma_wait<0>();
       this->release(1);
     }
-    // An odd number of tiles: one is left without a partner.
-    ptx::wgmma_wait<0>();
-    if (lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-    softmax(scores, weights, 0, item, tile, first, sum, alpha);
-    ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
-    if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-    issue_pv_own(o, weights, 0);
-    ptx::wgmma_wait<0>();
-    this->release(0);
   }
 
   // The tiles of an item as WG1 sees them: begin + 1, begin + 3, ...
@@ -150,48 +124,39 @@ struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     float scores[32];
     std::uint32_t weights[4][4];
     float alpha[2];
-    const int end = item.end_tile;
     int tile = item.begin_tile + 1;
-    if (tile < end) {
+    if (tile >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+    for (; tile < item.end_tile; tile += 2) {
       ptx::named_barrier_sync<kOrder, kConsumerThreads>();
       issue_tile(scores, item, tile, 1, uses);
-      while (true) {
-        ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
-        take_alpha(o, sum);
-        this->issue_pv_shared(o, 0);
-        ptx::wgmma_wait<1>();
-        const bool last = tile + 2 >= end;
-        if (last && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-        softmax(scores, weights, 1, item, tile, false, sum, alpha);
-        ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
-        ptx::wgmma_wait<0>();
-        this->release(0);
-        if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-        issue_pv_own(o, weights, 1);
-        tile += 2;
-        // Nothing is lost by draining here: WG0's next Q K^T comes first.
-        ptx::wgmma_wait<0>();
-        this->release(1);
-        if (last) break;
-        ptx::named_barrier_sync<kOrder, kConsumerThreads>();
-        issue_tile(scores, item, tile, 1, uses);
-      }
-    } else if (lane == 0) {
-      ptx::mbarrier_arrive(&s.q_empty);
+      ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
+      take_reference(o, sum);
+      this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
+      ptx::wgmma_wait<1>();
+      if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+      softmax(scores, weights, 1, item, tile, sum, alpha);
+      ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
+      ptx::wgmma_wait<0>();
+      this->release(0);
+      if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
+      issue_pv_own(o, weights, 1, true);
+      ptx::wgmma_wait<0>();
+      this->release(1);
     }
-    if (tile == end) {
+    if (tile == item.end_tile) {
       // The last even tile has no partner.
       ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
-      take_alpha(o, sum);
-      this->issue_pv_shared(o, 0);
+      take_reference(o, sum);
+      this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
       ptx::wgmma_wait<0>();
       this->release(0);
     }
   }
 
-  // Follows a move of the reference that WG0 made.
-  __device__ void take_alpha(float (&o)[128], float (&sum)[2]) {
-    const float a0 = s.alpha[0][row], a1 = s.alpha[0][row + 8];
+  // Follows a move of the reference that the other warpgroup made.
+  __device__ void take_reference(float (&o)[128], float (&sum)[2]) {
+    const float a0 = this->move_reference(0, s.exchange[1 - kWg][row]);
+    const float a1 = this->move_reference(1, s.exchange[1 - kWg][row + 8]);
     if (this->any_scaled(a0, a1)) this->rescale(o, a0, a1);
     sum[0] *= a0;
     sum[1] *= a1;

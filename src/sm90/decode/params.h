@@ -8,6 +8,7 @@ inline constexpr int kTileTokens = 64;  ///< keys per tile, and tokens per block
 inline constexpr int kTileRows = 64;    ///< query rows per CTA
 inline constexpr int kHeadDim = 576;
 inline constexpr int kHeadDimV = 512;
+inline constexpr int kMaxDevices = 64;  ///< CUDA devices this process can use
 
 /// How the consumer warpgroups divide the work on a tile: see paired.cuh and shared_tile.cuh.
 enum class Division { kPaired, kSharedTile };
@@ -29,19 +30,30 @@ constexpr RowBlocks row_blocks(int s_q, int group) {
   return {tokens, group, 1, (s_q + tokens - 1) / tokens};
 }
 
+/// Groups of 16 rows, one per warp of a warpgroup, that a row block needs.
+constexpr int row_groups(const RowBlocks& b) { return (b.tokens * b.heads + 15) / 16; }
+
+/// float4s of one warp's share of a partial result: 16 rows x 256 columns. Lane l holds, of column group i,
+/// columns 8 i + 2 (l % 4) and the next one of rows l / 4 and l / 4 + 8.
+inline constexpr int kFragment = 32 * 32;
+
 /// What the decode and combine kernels need beside the tensor maps. Strides count elements.
 struct DecodeParams {
   RowBlocks blocks;
   int batch, s_q, h_q, group;
   int page_size;
+  int table_width;   ///< columns of block_table
+  int q_box_chunks;  ///< 64-column chunks that one copy of Q brings: 1 or 9
   int num_parts;
+  int split_tiles;  ///< 0, or batch-invariant mode: every request is cut at multiples of this
+  bool token_rows;  ///< rows of `parts` are as FlashMLA's until September 2025
   bool causal;
   float scale_log2;  ///< softmax_scale * log2(e)
 
   const std::int32_t* block_table;
   std::int64_t block_table_stride;
   const std::int32_t* cache_seqlens;
-  const std::int32_t* parts;       ///< (num_parts, 8), rows as DecodePart
+  const std::int32_t* parts;       ///< (num_parts, 8), rows as DecodePart or in tokens
   const std::int32_t* num_splits;  ///< (batch + 1)
 
   void* out;
@@ -50,19 +62,27 @@ struct DecodeParams {
   std::int64_t lse_stride_b, lse_stride_h, lse_stride_s;
 
   /// Partial results of split requests: slot 2p holds the first request of part p, slot 2p + 1 its last when
-  /// that is another one. O (slots, s_q, h_q, 512) normalised, lse (slots, s_q, h_q) in base 2, -inf if
-  /// empty.
+  /// that is another one. With split_tiles, slot num_splits[r] + i holds split i of request r.
+  ///
+  /// O lies there as the consumers' registers hold it, not normalised: (slots, h_kv * blocks, groups of 16
+  /// rows, 2 warpgroups, 32 groups of 8 columns, 32 lanes, 4), see kFragment. The statistics are (slots, h_kv
+  /// * blocks, 64 rows, 2): the reference, -inf if the row saw no key, and the sum relative to it, base 2.
   float* partial_out;
-  float* partial_lse;
+  float* partial_stats;
 };
 
-inline constexpr int kMaxScheduleBatch = 8192;  // block counts in 32 KB of shared memory
+/// The device schedule keeps b + 1 prefix sums and two words per part in 48 KB of shared memory.
+inline constexpr int kMaxScheduleWords = 12000;
+constexpr std::int64_t schedule_words(std::int64_t batch, std::int64_t num_parts) {
+  return batch + 1 + 2 * num_parts;
+}
 
 struct ScheduleParams {
   const std::int32_t* cache_seqlens;
   int batch;
   int num_parts;
-  int block_size, fixed_overhead_blocks, min_blocks_per_request;
+  int block_size, fixed_overhead_blocks, min_blocks_per_request, fixed_split_blocks;
+  bool token_rows;
   std::int32_t* parts;       ///< (num_parts, 8)
   std::int32_t* num_splits;  ///< (batch + 1)
 };

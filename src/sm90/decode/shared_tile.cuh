@@ -22,10 +22,11 @@ struct SharedTileConsumer : ConsumerBase<kBf16, kCluster, kWg> {
   using Base::Base;
   using Base::lane;
   using Base::p;
+  using Base::reference;
   using Base::row;
   using Base::s;
 
-  __device__ void run(const std::int32_t* part) {
+  __device__ void run(const int4& part) {
     int uses[2] = {0, 0};  // of the slots so far
     this->for_each_item(part,
                         [&](float(&o)[128], const Item& item, float(&sum)[2]) { tiles(o, item, uses, sum); });
@@ -36,7 +37,7 @@ struct SharedTileConsumer : ConsumerBase<kBf16, kCluster, kWg> {
     const std::uint64_t k = ptx::swizzled_descriptor(&s.kv[slot][0][kWg * 32 * 64], 0, 1024);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      ptx::mbarrier_wait(&s.kv_full[slot][c], parity);
+      if (c % 4 == 0 && c < kRopeChunk) ptx::mbarrier_wait(&s.kv_full[slot][c / 4], parity);
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -47,7 +48,6 @@ struct SharedTileConsumer : ConsumerBase<kBf16, kCluster, kWg> {
   }
 
   __device__ void tiles(float (&o)[128], const Item& item, int (&uses)[2], float (&sum)[2]) {
-    float reference[2] = {-INFINITY, -INFINITY};
     int slot = 0;
     for (int tile = item.begin_tile; tile < item.end_tile; ++tile, slot ^= 1) {
       float scores[16];
@@ -63,30 +63,25 @@ struct SharedTileConsumer : ConsumerBase<kBf16, kCluster, kWg> {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         highest[h] = this->row_max(scores, h);
-        if (lane % 4 == 0) s.alpha[kWg][row + 8 * h] = highest[h];
+        if (lane % 4 == 0) s.exchange[kWg][row + 8 * h] = highest[h];
       }
       ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
       float alpha[2], base[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        highest[h] = fmaxf(highest[h], s.alpha[1 - kWg][row + 8 * h]);
-        const float now = highest[h] > reference[h] + kMaxGrowth ? highest[h] : reference[h];
-        alpha[h] = now == reference[h] ? 1.0f : exp2_fast(reference[h] - now);
-        base[h] = now == -INFINITY ? 0.0f : now;
-        reference[h] = now;
+        highest[h] = fmaxf(highest[h], s.exchange[1 - kWg][row + 8 * h]);
+        alpha[h] =
+            this->move_reference(h, highest[h] > reference[h] + kMaxGrowth ? highest[h] : reference[h]);
+        base[h] = reference[h] == -INFINITY ? 0.0f : reference[h];
         sum[h] *= alpha[h];
       }
       this->exponentiate(scores, base, sum, slot, kWg * 32, weights);
       ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
       if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-      this->issue_pv_shared(o, slot);
+      this->issue_pv_shared(o, slot, tile > item.begin_tile);
       // Drained at once: the sooner the slot is free, the more is in flight from memory.
       ptx::wgmma_wait<0>();
       this->release(slot);
-    }
-    if (kWg == 0 && lane % 4 == 0) {
-      s.reference[row] = reference[0];
-      s.reference[row + 8] = reference[1];
     }
   }
 };

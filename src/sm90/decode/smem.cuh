@@ -23,11 +23,10 @@ inline constexpr float kMaxGrowth = 8.0f;  // base 2
 struct alignas(1024) DecodeSmem {
   std::uint16_t q[kChunks][kChunkElements];
   std::uint16_t kv[2][kChunks][kChunkElements];
-  float reference[kTileRows];
-  float alpha[2][kTileRows];
+  float exchange[2][kTileRows];  // by warpgroup: the reference (paired) or the row maxima (shared tile)
   float row_sum[2][kTileRows];
   std::uint64_t q_full, q_empty;
-  std::uint64_t kv_full[2][kChunks];
+  std::uint64_t kv_full[2][2];   // by slot and half: chunks 0-3, chunks 4-8
   std::uint64_t kv_empty[2][2];  // by slot and half: chunks 0-3 are WG0's columns, 4-7 WG1's. The rope chunk
                                  // of a slot is freed by the warpgroup that reads P there: half 1 - slot.
 };
@@ -43,18 +42,46 @@ struct Item {
   int slot;       // of the partial result
 };
 
-/// The n-th request of a part.
-__device__ __forceinline__ Item item_of(const DecodeParams& p, const std::int32_t* part, int req) {
+/// The requests and tiles of part `index`, whichever unit the schedule's rows are in.
+__device__ __forceinline__ int4 part_of(const DecodeParams& p, int index) {
+  const int4 row = reinterpret_cast<const int4*>(p.parts)[2 * static_cast<std::int64_t>(index)];
+  if (!p.token_rows) return row;  // begin_req, end_req, begin_block, end_block
+  return {row.x, row.z, row.y / kTileTokens, (row.w + kTileTokens - 1) / kTileTokens};
+}
+
+/// Where a part stops working on a request.
+__device__ __forceinline__ int stop_tile(const int4& part, int req, int length) {
+  const int tiles = (length + kTileTokens - 1) / kTileTokens;
+  return req == part.y ? min(part.w, tiles) : tiles;
+}
+
+/// The work of a part on request `req` from `begin_tile` on.
+__device__ __forceinline__ Item item_at(const DecodeParams& p, const int4& part, int req, int begin_tile) {
   Item item;
-  const int begin_req = part[0], end_req = part[1];
   item.req = req;
+  if (req > part.y) return item;
   item.length = p.cache_seqlens[req];
-  item.begin_tile = req == begin_req ? part[2] : 0;
-  const int tiles = (item.length + kTileTokens - 1) / kTileTokens;
-  item.end_tile = req == end_req ? min(part[3], tiles) : tiles;
-  item.is_split = p.num_splits[req + 1] - p.num_splits[req] > 1;
-  item.slot = 2 * static_cast<int>(blockIdx.z) + (req != begin_req ? 1 : 0);
+  item.begin_tile = begin_tile;
+  item.end_tile = stop_tile(part, req, item.length);
+  const int before = p.num_splits[req];
+  item.is_split = p.num_splits[req + 1] - before > 1;
+  if (p.split_tiles > 0) {
+    item.end_tile = min(item.end_tile, begin_tile + p.split_tiles);
+    item.slot = before + begin_tile / p.split_tiles;
+  } else {
+    item.slot = 2 * static_cast<int>(blockIdx.z) + (req != part.x ? 1 : 0);
+  }
   return item;
+}
+
+/// The items of a part: first_item, then next_item while item.req <= part.y. One per request, or one per
+/// split where split points are fixed.
+__device__ __forceinline__ Item first_item(const DecodeParams& p, const int4& part) {
+  return item_at(p, part, part.x, part.z);
+}
+__device__ __forceinline__ Item next_item(const DecodeParams& p, const int4& part, const Item& item) {
+  const bool more = p.split_tiles > 0 && item.end_tile < stop_tile(part, item.req, item.length);
+  return item_at(p, part, more ? item.req : item.req + 1, more ? item.end_tile : 0);
 }
 
 template <bool kBf16>

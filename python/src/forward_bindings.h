@@ -4,7 +4,7 @@
 
 namespace flash_mla::python {
 
-/// Tokenizer and chat template.
-void bind_tokenizer(nanobind::module_& m);
+/// The forward pass of a model directory.
+void bind_forward(nanobind::module_& m);
 
 }  // namespace flash_mla::python

@@ -1,0 +1,26 @@
+// The Hopper backend of a build without CUDA: it has no devices and refuses every call.
+
+#include "flash_mla/error.h"
+#include "sm90/dense_decode.h"
+
+namespace flash_mla::sm90 {
+namespace {
+
+constexpr const char* kReason = "this build has no sm90 backend (FLASH_MLA_CUDA=OFF)";
+
+[[noreturn]] void refuse() { throw Unsupported(std::string(kReason) + ": pass CPU tensors"); }
+
+}  // namespace
+
+std::vector<Gpu> gpus() { return {}; }
+std::string why_no_gpus() { return kReason; }
+std::string reject_reason(const Gpu&) { return kReason; }
+void require_device(int) { refuse(); }
+int num_parts(int, int, int, int) { refuse(); }
+int num_parts(const DenseDecodeArgs&) { refuse(); }
+std::size_t dense_decode_workspace_size(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }
+void dense_decode(const DenseDecodeArgs&, const DecodeScheduleView&, void*, float, bool, void*) { refuse(); }
+void check_supported(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }
+void build_schedule(const TensorView&, const ScheduleOptions&, const DecodeScheduleView&, void*) { refuse(); }
+
+}  // namespace flash_mla::sm90

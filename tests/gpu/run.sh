@@ -1,0 +1,75 @@
+#!/bin/sh
+# Runs the GPU tests of a prebuilt tree on a machine with a Hopper GPU. No compiler and no network are needed.
+#
+#   tests/gpu/run.sh [--quick] [--sanitize] [BUILD]
+#
+# BUILD holds gpu_tests, conformance_gpu and the program (default: build/release's); tests/gpu/stage.sh makes such a
+# folder to carry to another machine. The Python tests run when PYTHON (default: python3) can import torch with CUDA
+# and flash_mla. --quick leaves out the large grid; --sanitize runs a reduced grid under compute-sanitizer as well.
+# The last line is "N passed, M failed", counting programs.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+python=${PYTHON:-python3}
+quick=
+sanitize=
+build=
+for argument in "$@"; do
+  case $argument in
+    --quick) quick=1 ;;
+    --sanitize) sanitize=1 ;;
+    -*)
+      echo "run.sh: unknown option $argument; expected --quick or --sanitize" >&2
+      exit 2
+      ;;
+    *) build=$argument ;;
+  esac
+done
+
+# find_program NAME: in a staged folder or in a build tree.
+find_program() {
+  for candidate in ${build:+"$build/$1" "$build/tests/gpu/$1"} "$root/build/release/tests/gpu/$1"; do
+    [ -x "$candidate" ] && printf '%s' "$candidate" && return 0
+  done
+  echo "run.sh: $1 is not in ${build:-build/release}; build it with ./run build or name the folder" >&2
+  return 1
+}
+
+passed=0
+failed=0
+step() {
+  name=$1
+  shift
+  echo "=== $name"
+  begin=$(date +%s)
+  if "$@"; then
+    passed=$((passed + 1))
+    echo "=== $name: passed ($(($(date +%s) - begin)) s)"
+  else
+    failed=$((failed + 1))
+    echo "=== $name: FAILED ($(($(date +%s) - begin)) s)"
+  fi
+}
+
+gpu_tests=$(find_program gpu_tests) || exit 2
+conformance=$(find_program conformance_gpu) || exit 2
+step "conformance suite on the GPU" "$conformance" --gtest_brief=1
+if [ -n "$quick" ]; then
+  step "GPU tests without the large grid" "$gpu_tests" --gtest_brief=1 '--gtest_filter=-*k4096*'
+else
+  step "GPU tests" "$gpu_tests" --gtest_brief=1
+fi
+if "$python" -c 'import torch, flash_mla; assert torch.cuda.is_available()' 2>/dev/null; then
+  step "Python on the GPU" "$python" -m pytest -q -p no:cacheprovider "$here/test_torch_cuda.py"
+else
+  echo "=== Python on the GPU: FAILED, $python cannot import torch with CUDA and flash_mla"
+  failed=$((failed + 1))
+fi
+if [ -n "$sanitize" ]; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu_tests" --gtest_brief=1 \
+      '--gtest_filter=Decode.ZeroLengthMixes:*b2_k140*'
+  done
+fi
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
