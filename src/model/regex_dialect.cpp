@@ -74,7 +74,7 @@ class Translator {
     good = good && end < pattern_.size() && pattern_[end] == '}';
     if (!good) refuse("\"{\" that is not {n}, {n,} or {n,m}");
     take(end + 1 - at_);
-    if (ahead("+") || ahead("?") || ahead("*")) refuse("a quantifier behind a quantifier");
+    if (ahead("+") || ahead("?") || ahead("*") || ahead("{")) refuse("a quantifier behind a quantifier");
   }
 
   void lazy_or_possessive() {

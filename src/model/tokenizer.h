@@ -19,9 +19,11 @@ using TokenId = std::int32_t;
 /// bytes.decode(errors="replace") makes of it.
 class Tokenizer {
  public:
-  /// Reads DIR/tokenizer.json (and add_bos_token / add_eos_token of DIR/tokenizer_config.json where that
-  /// exists). Throws InvalidArgument for a malformed file, Unsupported for a feature that DeepSeek's
-  /// tokenizers do not use; both name the file, the field and its value.
+  /// Reads DIR/tokenizer.json and, where DIR/tokenizer_config.json has them, add_bos_token and add_eos_token:
+  /// they replace what the post-processor puts around a text, as in the LlamaTokenizerFast of transformers 4
+  /// that DeepSeek's files name (the loader of transformers 5 passes over them). Throws InvalidArgument for a
+  /// malformed file, Unsupported for a feature that DeepSeek's tokenizers do not use; both name the file, the
+  /// field and its value.
   static Tokenizer open(const std::filesystem::path& directory);
   /// From the text of a tokenizer.json; `origin` names it in errors.
   static Tokenizer parse(std::string_view tokenizer_json, std::string_view origin);

@@ -146,14 +146,6 @@ CUtensorMap key_map(const TensorView& k, int box_tokens, int box_chunks) {
 RowBlocks blocks_of(const DenseDecodeArgs& a) {
   return row_blocks(static_cast<int>(a.q.size(1)), static_cast<int>(a.q.size(2) / a.k_cache.size(2)));
 }
-/// The heuristics table: which division of work suits the shape.
-Division division_of(const DecodeParams& p) {
-  if (const char* forced = std::getenv("FLASH_MLA_SM90_DIVISION")) {
-    return forced[0] == 'p' ? Division::kPaired : Division::kSharedTile;
-  }
-  // One row block per latent head is memory-bound; two or more are compute-bound once there is enough to do.
-  return p.blocks.count() >= 2 ? Division::kPaired : Division::kSharedTile;
-}
 int cluster_of(const RowBlocks& blocks) { return blocks.count() % 2 == 0 ? 2 : 1; }
 
 std::size_t align_up(std::size_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
@@ -318,7 +310,7 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   const CUtensorMap k_piece_map = key_map(k, piece, 1);
   const CUtensorMap k_map = p.page_size < kTileTokens ? k_piece_map : key_map(k, kTileTokens, 4 / cluster);
   const bool bf16 = a.q.dtype == DType::kBFloat16;
-  launch_dense_decode(p, q_map, k_map, k_piece_map, bf16, cluster, division_of(p), h_kv, stream);
+  launch_dense_decode(p, q_map, k_map, k_piece_map, bf16, cluster, h_kv, stream);
 }
 
 void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,

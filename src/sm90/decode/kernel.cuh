@@ -9,8 +9,7 @@
 //            barrier each. A slot's ninth chunk, the rope part, is used by Q K^T alone; P overwrites it.
 // Registers  consumers 240 (O half 128, S 32, P 16), producer 24, through setmaxnreg.
 //
-// The consumers divide a tile between them in one of two ways: paired.cuh (throughput) or shared_tile.cuh
-// (memory-bound work, latency).
+// The consumers take tiles in pairs: see paired.cuh.
 //
 // Softmax is taken relative to a reference that moves only when a row's maximum exceeds it by more than 2^8
 // (kMaxGrowth), so that O is almost never rescaled; P stays within range of fp16 and bf16 and the final
@@ -21,11 +20,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "sm90/decode/paired.cuh"
 #include "sm90/decode/producer.cuh"
-#include "sm90/decode/shared_tile.cuh"
 #include "sm90/decode/smem.cuh"
 #include "sm90/ptx/cluster.cuh"
 
@@ -44,7 +41,7 @@ __device__ __forceinline__ void prefetch_metadata(const DecodeParams& p, int war
     ptx::prefetch_l2(from + i);
 }
 
-template <bool kBf16, int kCluster, Division kDivision>
+template <bool kBf16, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                         const __grid_constant__ CUtensorMap k_piece_map, const DecodeParams p) {
@@ -85,14 +82,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     } else if (warp < 4) {
       ptx::set_max_registers_up<240>();
-      std::conditional_t<kDivision == Division::kPaired, PairedConsumer<kBf16, kCluster, 0>,
-                         SharedTileConsumer<kBf16, kCluster, 0>>(p, s)
-          .run(part);
+      Consumer<kBf16, kCluster, 0>(p, s).run(part);
     } else {
       ptx::set_max_registers_up<240>();
-      std::conditional_t<kDivision == Division::kPaired, PairedConsumer<kBf16, kCluster, 1>,
-                         SharedTileConsumer<kBf16, kCluster, 1>>(p, s)
-          .run(part);
+      Consumer<kBf16, kCluster, 1>(p, s).run(part);
     }
   }
   if constexpr (kCluster > 1) {

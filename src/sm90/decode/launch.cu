@@ -43,7 +43,7 @@ void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t sm
   check(cudaLaunchKernelEx(&config, kernel, args...), "cudaLaunchKernelEx");
 }
 
-template <bool kBf16, int kCluster, Division kDivision>
+template <bool kBf16, int kCluster>
 void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
                    const CUtensorMap& k_piece_map, int h_kv, void* stream) {
   // An attribute of the kernel on the current device. Setting it twice does no harm.
@@ -51,40 +51,33 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   if (!ready[static_cast<std::size_t>(device)].load(std::memory_order_acquire)) {
-    check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster, kDivision>,
+    check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster>,
                                cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes)),
           "cudaFuncSetAttribute");
     ready[static_cast<std::size_t>(device)].store(true, std::memory_order_release);
   }
   const dim3 grid(static_cast<unsigned>(p.blocks.count()), static_cast<unsigned>(h_kv),
                   static_cast<unsigned>(p.num_parts));
-  launch(dense_decode_kernel<kBf16, kCluster, kDivision>, grid, kThreads, kSmemBytes, kCluster, stream, q_map,
-         k_map, k_piece_map, p);
+  launch(dense_decode_kernel<kBf16, kCluster>, grid, kThreads, kSmemBytes, kCluster, stream, q_map, k_map,
+         k_piece_map, p);
   const bool fixed = p.split_tiles > 0;
   if (p.num_parts == 1 && !fixed) return;
   const auto owners = static_cast<unsigned>(fixed ? p.batch : std::min(p.batch, p.num_parts));
-  // With fixed split points the order of summation must not depend on the rest of the batch; it does not
-  // depend on kSteps either.
-  const bool few = p.num_parts > 4 * p.batch;
-  const auto blocks =
-      static_cast<unsigned>(few ? combine_blocks<1>(p.blocks, h_kv) : combine_blocks<4>(p.blocks, h_kv));
-  launch(few ? combine_kernel<kBf16, 1> : combine_kernel<kBf16, 4>, dim3(blocks, owners), kCombineWarps * 32,
-         0, 1, stream, p, h_kv);
+  // With fixed split points the order of summation must not depend on the rest of the batch.
+  const bool many_splits = fixed || p.num_parts >= 16 * p.batch;
+  const auto blocks = static_cast<unsigned>(many_splits ? combine_blocks<true>(p.blocks, h_kv)
+                                                        : combine_blocks<false>(p.blocks, h_kv));
+  launch(many_splits ? combine_kernel<kBf16, true> : combine_kernel<kBf16, false>, dim3(blocks, owners),
+         kCombineWarps * 32, 0, 1, stream, p, h_kv);
 }
 
 }  // namespace
 
 void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                         const CUtensorMap& k_piece_map, bool bf16, int cluster, Division division, int h_kv,
-                         void* stream) {
-  const auto with_division = [&]<bool kBf16, int kCluster>() {
-    (division == Division::kPaired
-         ? launch_decode<kBf16, kCluster, Division::kPaired>
-         : launch_decode<kBf16, kCluster, Division::kSharedTile>)(p, q_map, k_map, k_piece_map, h_kv, stream);
-  };
+                         const CUtensorMap& k_piece_map, bool bf16, int cluster, int h_kv, void* stream) {
   const auto with_cluster = [&]<bool kBf16>() {
-    cluster == 2 ? with_division.template operator()<kBf16, 2>()
-                 : with_division.template operator()<kBf16, 1>();
+    (cluster == 2 ? launch_decode<kBf16, 2> : launch_decode<kBf16, 1>)(p, q_map, k_map, k_piece_map, h_kv,
+                                                                       stream);
   };
   bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
 }

@@ -18,7 +18,7 @@
 namespace flash_mla::sm90 {
 
 template <bool kBf16, int kCluster, int kWg>
-struct PairedConsumer : ConsumerBase<kBf16, kCluster, kWg> {
+struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
   using Base = ConsumerBase<kBf16, kCluster, kWg>;
   using Base::Base;
   using Base::lane;

@@ -10,9 +10,6 @@ inline constexpr int kHeadDim = 576;
 inline constexpr int kHeadDimV = 512;
 inline constexpr int kMaxDevices = 64;  ///< CUDA devices this process can use
 
-/// How the consumer warpgroups divide the work on a tile: see paired.cuh and shared_tile.cuh.
-enum class Division { kPaired, kSharedTile };
-
 /// How the s_q x group query rows of one latent head are cut into CTAs. A row block is `tokens` query tokens
 /// times `heads` heads, at most kTileRows rows, token-major.
 struct RowBlocks {

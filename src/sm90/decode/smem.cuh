@@ -23,7 +23,7 @@ inline constexpr float kMaxGrowth = 8.0f;  // base 2
 struct alignas(1024) DecodeSmem {
   std::uint16_t q[kChunks][kChunkElements];
   std::uint16_t kv[2][kChunks][kChunkElements];
-  float exchange[2][kTileRows];  // by warpgroup: the reference (paired) or the row maxima (shared tile)
+  float exchange[2][kTileRows];  // by warpgroup: the softmax reference it has moved to
   float row_sum[2][kTileRows];
   std::uint64_t q_full, q_empty;
   std::uint64_t kv_full[2][2];   // by slot and half: chunks 0-3, chunks 4-8
