@@ -370,7 +370,10 @@ void EngineCore::fork_generations(Job& job) {
 
 void EngineCore::sample(std::vector<Draw>& draws) {
   const auto count = static_cast<std::ptrdiff_t>(draws.size());
-  const int num_threads = std::min(static_cast<int>(samplers_.size()), std::max(1, static_cast<int>(count)));
+  // Below some ten microseconds of work, waking threads costs more than they bring.
+  constexpr std::ptrdiff_t kLogitsWorthThreads = 1 << 16;
+  const bool threads = count > 1 && count * model_->vocab_size() >= kLogitsWorthThreads;
+  const int num_threads = threads ? static_cast<int>(std::min(std::ssize(samplers_), count)) : 1;
   static_cast<void>(num_threads);
 #ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
