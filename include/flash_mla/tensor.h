@@ -57,17 +57,14 @@ struct TensorView {
   std::array<std::int64_t, kMaxRank> shape{};
   std::array<std::int64_t, kMaxRank> strides{};
 
-  /// A dense row-major view. Throws InvalidArgument for a rank above kMaxRank or a negative extent.
+  /// A dense row-major view. Throws InvalidArgument for a rank above kMaxRank, a negative extent, or more
+  /// bytes than 64 bits count.
   FLASH_MLA_API static TensorView contiguous(void* data, DType dtype,
                                              std::initializer_list<std::int64_t> shape, Device device = {});
 
   bool defined() const { return rank > 0; }
-  std::int64_t numel() const {
-    if (rank == 0) return 0;
-    std::int64_t n = 1;
-    for (int i = 0; i < rank; ++i) n *= shape[static_cast<std::size_t>(i)];
-    return n;
-  }
+  /// Elements; the largest int64 where there are more.
+  FLASH_MLA_API std::int64_t numel() const;
   std::int64_t size(int dim) const { return shape[static_cast<std::size_t>(dim)]; }
   std::int64_t stride(int dim) const { return strides[static_cast<std::size_t>(dim)]; }
   template <class T>

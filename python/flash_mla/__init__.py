@@ -10,7 +10,14 @@ from ._interface import (
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
-from ._library import backends, build_decode_schedule, cpu_isa, merge_states, reference_dense_decode
+from ._library import (
+    backends,
+    build_decode_schedule,
+    cpu_isa,
+    dense_decode,
+    merge_states,
+    reference_dense_decode,
+)
 from .tokenizer import ChatTemplate, Tokenizer
 from ._C import version as _version
 from .llm import LLM, SamplingParams
@@ -27,6 +34,7 @@ __all__ = [
     "backends",
     "build_decode_schedule",
     "cpu_isa",
+    "dense_decode",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",

@@ -1,7 +1,10 @@
 """Outputs of the caller's own kind. torch and NumPy are used when the caller uses them, never imported otherwise."""
 
+import operator
 import sys
 from typing import Any
+
+from . import _C
 
 #: A torch tensor, a NumPy array, or anything else with ``__dlpack__``.
 Array = Any
@@ -13,29 +16,53 @@ def is_torch(x: Array) -> bool:
 
 
 def empty(shape, like: Array, dtype=None) -> Array:
-    """Uninitialised memory beside ``like``; ``dtype`` is "float32", "float64" or "int32", by default ``like``'s."""
+    """Uninitialised memory of ``like``'s kind (NumPy's for what is no torch tensor); ``dtype`` is "float32", "float64"
+    or "int32", by default ``like``'s."""
     if is_torch(like):
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device)
     import numpy
 
     if dtype is None:
-        dtype = getattr(like, "dtype", None)
-        if dtype is None:
-            raise ValueError(f"q is of type {type(like).__name__}, expected a torch tensor or an array with a dtype")
-        if not isinstance(dtype, numpy.dtype):
-            dtype = str(dtype).rsplit(".", 1)[-1]
+        dtype = _C.shape_and_dtype(like, "q")[1]
+        if dtype == "bfloat16":
+            dtype = _bfloat16()
     return numpy.empty(shape, dtype=dtype)
+
+
+def _bfloat16():
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ValueError(
+            "q is bfloat16 and no torch tensor, expected the package ml_dtypes to be installed, "
+            "which gives NumPy that dtype"
+        ) from None
+    return ml_dtypes.bfloat16
 
 
 def shape_of(x: Array, name: str, rank: int) -> tuple:
     """The shape of a tensor of ``rank`` dimensions. Raises ValueError naming the argument."""
-    try:
-        shape = tuple(x.shape)
-    except AttributeError:
-        raise ValueError(
-            f"{name} is of type {type(x).__name__}, expected a torch tensor, a NumPy array or anything with __dlpack__"
-        ) from None
+    shape = tuple(x.shape) if is_torch(x) else _C.shape_and_dtype(x, name)[0]
     if len(shape) != rank:
         raise ValueError(f"{name} has shape {shape}, expected a tensor of rank {rank}")
     return shape
+
+
+def count(x: Any, name: str, least: int = 1) -> int:
+    """An integer argument: anything with ``__index__`` but bool. Raises ValueError naming it."""
+    try:
+        value = None if isinstance(x, bool) else operator.index(x)
+    except TypeError:
+        value = None
+    if value is None or value < least:
+        raise ValueError(f"{name} is {x!r}, expected an integer >= {least}")
+    return value
+
+
+def head_dim(head_dim_v: Any, d_qk: int) -> int:
+    """head_dim_v, checked before memory for it is asked for. Raises ValueError."""
+    value = count(head_dim_v, "head_dim_v")
+    if value > d_qk:
+        raise ValueError(f"head_dim_v is {value}, expected 1 to q.shape[3] (d_qk) = {d_qk}")
+    return value

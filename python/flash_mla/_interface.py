@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, Tuple
 
 from . import _C
-from ._arrays import Array, empty, shape_of
+from ._arrays import Array, count, empty, head_dim, shape_of
 
 _BLOCK_SIZE = 64
 
@@ -70,11 +70,17 @@ def get_mla_metadata(
         raise _missing("is_fp8_kvcache (an FP8 cache)")
     if topk is not None:
         raise _missing("topk (sparse attention)")
-    if num_q_tokens_per_head_k is None:
+    if num_heads_per_head_k is not None:
+        if num_q_tokens_per_head_k is not None:
+            raise ValueError(
+                f"num_heads_per_head_k is {num_heads_per_head_k!r}, expected None beside num_q_tokens_per_head_k, "
+                "its name since September 2025"
+            )
         num_q_tokens_per_head_k = num_heads_per_head_k
-    for name, value in (("num_q_tokens_per_head_k", num_q_tokens_per_head_k), ("num_heads_k", num_heads_k)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, expected an integer >= 1")
+    count(num_q_tokens_per_head_k, "num_q_tokens_per_head_k")
+    count(num_heads_k, "num_heads_k")
+    if num_heads_q is not None:
+        count(num_heads_q, "num_heads_q")
     return _plan(cache_seqlens, token_rows=True)
 
 
@@ -122,7 +128,8 @@ def flash_mla_with_kvcache(
     keys j <= length - s_q + i.
 
     Returns out (b, s_q, h_q, head_dim_v) in q's dtype and lse (b, h_q, s_q) float32, natural log, +inf where a query
-    sees no key (out is 0 there). Tensors are of the kind that was passed: torch or NumPy.
+    sees no key (out is 0 there). Results are torch tensors where q is one, NumPy arrays otherwise. Inputs may be
+    read-only; nothing but a FlashMLASchedMeta that the call fills is changed. A child of fork() runs on one thread.
 
     Raises ValueError naming the argument that is wrong, NotImplementedError for a feature that is not there yet.
     """
@@ -136,34 +143,42 @@ def flash_mla_with_kvcache(
         raise _missing("extra_k_cache / extra_indices_in_kvcache / extra_topk_length (a second cache)")
     if topk_length is not None:
         raise _missing("topk_length (sparse attention)")
-    b, s_q, h_q, _ = shape_of(q, "q", 4)
-    if type(head_dim_v) is not int or head_dim_v < 1:
-        raise ValueError(f"head_dim_v is {head_dim_v!r}, expected an integer >= 1")
+    b, s_q, h_q, d_qk = shape_of(q, "q", 4)
+    head_dim_v = head_dim(head_dim_v, d_qk)
     token_rows = True
     parts = tile_scheduler_metadata
+    config = None
     if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         if num_splits is not None:
             raise ValueError("num_splits is given, expected None beside a FlashMLASchedMeta")
         token_rows = False
-        parts, num_splits = _metadata(tile_scheduler_metadata, q, k_cache, cache_seqlens, causal)
+        config = _config(q, k_cache, causal)
+        parts, num_splits = _metadata(tile_scheduler_metadata, config, cache_seqlens)
     out = empty((b, s_q, h_q, head_dim_v), q)
     lse = empty((b, h_q, s_q), q, "float32")
     _C.dense_decode(
         q, k_cache, block_table, cache_seqlens, out, lse, parts, num_splits, softmax_scale, causal, token_rows
     )
+    if config is not None and not tile_scheduler_metadata.have_initialized:
+        # Only now: a call that was refused must not bind the object to its shapes.
+        tile_scheduler_metadata.tile_scheduler_metadata = parts
+        tile_scheduler_metadata.num_splits = num_splits
+        tile_scheduler_metadata.config = config
+        tile_scheduler_metadata.have_initialized = True
     return out, lse
 
 
-def _metadata(meta: FlashMLASchedMeta, q: Array, k_cache: Array, cache_seqlens: Array, causal: bool):
-    """The object's schedule, planned now if this is the first call; ValueError if it was planned for something else."""
-    b, s_q, h_q, _ = q.shape
+def _config(q: Array, k_cache: Array, causal: bool) -> FlashMLASchedMeta.Config:
+    b, s_q, h_q, _ = shape_of(q, "q", 4)
     _, page_size, h_k, _ = shape_of(k_cache, "k_cache", 4)
-    config = FlashMLASchedMeta.Config(b, s_q, h_q, page_size, h_k, bool(causal), False, None, None, None)
+    return FlashMLASchedMeta.Config(b, s_q, h_q, page_size, h_k, bool(causal), False, None, None, None)
+
+
+def _metadata(meta: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, cache_seqlens: Array):
+    """The object's schedule, or a new one if it has none yet; ValueError if it was planned for something else."""
     if not meta.have_initialized:
-        meta.tile_scheduler_metadata, meta.num_splits = _plan(cache_seqlens, token_rows=False)
-        meta.config = config
-        meta.have_initialized = True
-    elif meta.config != config:
+        return _plan(cache_seqlens, token_rows=False)
+    if meta.config != config:
         raise ValueError(f"tile_scheduler_metadata was filled for {meta.config}, expected the same as now: {config}")
     return meta.tile_scheduler_metadata, meta.num_splits
 

@@ -3,7 +3,7 @@
 from typing import Dict, List, Optional, Tuple
 
 from . import _C
-from ._arrays import Array, empty, shape_of
+from ._arrays import Array, count, empty, head_dim, shape_of
 
 
 def backends() -> List[Dict[str, object]]:
@@ -38,8 +38,9 @@ def build_decode_schedule(
     Raises ValueError for a negative length or an option out of range.
     """
     (b,) = shape_of(cache_seqlens, "cache_seqlens", 1)
-    if num_parts < 1:
-        raise ValueError(f"num_parts is {num_parts}, expected >= 1")
+    num_parts = count(num_parts, "num_parts")
+    if num_parts > 1 << 20:  # the library's own limit, before memory for more is asked for
+        raise ValueError(f"num_parts is {num_parts}, expected 1 to {1 << 20}")
     parts = empty((num_parts, 8), cache_seqlens, "int32")
     num_splits = empty((b + 1,), cache_seqlens, "int32")
     _C.build_schedule(
@@ -53,6 +54,52 @@ def build_decode_schedule(
         fixed_split_blocks=fixed_split_blocks,
     )
     return parts, num_splits
+
+
+def dense_decode(
+    q: Array,
+    k_cache: Array,
+    block_table: Array,
+    cache_seqlens: Array,
+    head_dim_v: int,
+    parts: Array,
+    num_splits: Array,
+    *,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    block_size: int = 64,
+    fixed_split_blocks: int = 0,
+    token_rows: bool = False,
+    num_threads: int = 0,
+) -> Tuple[Array, Array]:
+    """flash_mla_with_kvcache with a plan of build_decode_schedule.
+
+    parts (num_parts, 8) and num_splits (b + 1,) int32 as build_decode_schedule returned them; block_size,
+    fixed_split_blocks and token_rows as it was given them. The other tensors, the result and the errors as
+    flash_mla_with_kvcache. ``fixed_split_blocks`` > 0 is the batch-invariant mode: a request's result has the same bits
+    whatever else is in the batch. ``num_threads`` 0 means as many as OpenMP would use.
+    """
+    b, s_q, h_q, d_qk = shape_of(q, "q", 4)
+    head_dim_v = head_dim(head_dim_v, d_qk)
+    out = empty((b, s_q, h_q, head_dim_v), q)
+    lse = empty((b, h_q, s_q), q, "float32")
+    _C.dense_decode(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        out,
+        lse,
+        parts,
+        num_splits,
+        softmax_scale,
+        causal,
+        bool(token_rows),
+        block_size,
+        fixed_split_blocks,
+        num_threads,
+    )
+    return out, lse
 
 
 def reference_dense_decode(
@@ -69,7 +116,8 @@ def reference_dense_decode(
     Shapes as flash_mla_with_kvcache; q and k_cache may also be float64. Returns out (b, s_q, h_q, head_dim_v) and lse
     (b, h_q, s_q), both float64. Raises ValueError as flash_mla_with_kvcache does.
     """
-    b, s_q, h_q, _ = shape_of(q, "q", 4)
+    b, s_q, h_q, d_qk = shape_of(q, "q", 4)
+    head_dim_v = head_dim(head_dim_v, d_qk)
     out = empty((b, s_q, h_q, head_dim_v), q, "float64")
     lse = empty((b, h_q, s_q), q, "float64")
     _C.reference_dense_decode(q, k_cache, block_table, cache_seqlens, out, lse, softmax_scale, causal)

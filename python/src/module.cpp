@@ -1,13 +1,17 @@
 // The Python module: arguments in, one call of the C++ API, nothing computed here.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
+#include <limits>
 #include <new>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
 
 #include "flash_mla/flash_mla.h"
 #include "engine_bindings.h"
@@ -38,7 +42,6 @@ class Workspace {
     }
     return data_;
   }
-  std::size_t size() const { return bytes_; }
 
  private:
   void* data_ = nullptr;
@@ -50,6 +53,44 @@ Workspace& thread_workspace() {
   return workspace;
 }
 
+/// An integer argument: anything with __index__ but bool.
+int int_argument(nb::handle object, const char* name, int least) {
+  int overflow = 0;
+  long long value = least - 1LL;
+  if (PyIndex_Check(object.ptr()) && !PyBool_Check(object.ptr())) {
+    const nb::object index = nb::steal<nb::object>(PyNumber_Index(object.ptr()));
+    if (!index.is_valid()) throw nb::python_error();
+    value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  }
+  if (overflow != 0 || value < least || value > std::numeric_limits<int>::max()) {
+    throw InvalidArgument(std::string(name) + " is " + nb::cast<std::string>(nb::repr(object)) +
+                          ", expected an integer from " + std::to_string(least) + " to " +
+                          std::to_string(std::numeric_limits<int>::max()));
+  }
+  return static_cast<int>(value);
+}
+
+std::optional<float> scale_argument(nb::handle object) {
+  if (object.is_none()) return std::nullopt;
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1.0 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw InvalidArgument("softmax_scale is " + nb::cast<std::string>(nb::repr(object)) +
+                          ", expected a positive finite number or None");
+  }
+  return static_cast<float>(value);
+}
+
+bool flag_argument(nb::handle object, const char* name) {
+  const int truth = PyObject_IsTrue(object.ptr());
+  if (truth < 0) {
+    PyErr_Clear();
+    throw InvalidArgument(std::string(name) + " is " + nb::cast<std::string>(nb::repr(object)) +
+                          ", expected True or False");
+  }
+  return truth != 0;
+}
+
 DenseDecodeArgs arguments(const TensorArgument& q, const TensorArgument& k_cache,
                           const TensorArgument& block_table, const TensorArgument& cache_seqlens,
                           const TensorArgument& out, const TensorArgument& lse) {
@@ -58,8 +99,8 @@ DenseDecodeArgs arguments(const TensorArgument& q, const TensorArgument& k_cache
 
 void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
                      nb::handle out, nb::handle lse, nb::handle parts, nb::handle num_splits,
-                     std::optional<float> softmax_scale, bool causal, bool token_rows, int block_size,
-                     int fixed_split_blocks, int num_threads) {
+                     nb::handle softmax_scale, nb::handle causal, bool token_rows, nb::handle block_size,
+                     nb::handle fixed_split_blocks, nb::handle num_threads) {
   const TensorArgument t_q(q, "q"), t_k(k_cache, "k_cache"), t_table(block_table, "block_table"),
       t_lengths(cache_seqlens, "cache_seqlens"), t_out(out, "out"), t_lse(lse, "lse"),
       t_parts(parts, "tile_scheduler_metadata"), t_splits(num_splits, "num_splits");
@@ -67,13 +108,13 @@ void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, n
   DecodeScheduleView schedule;
   schedule.parts = t_parts.view();
   schedule.num_splits = t_splits.view();
-  schedule.block_size = block_size;
-  schedule.fixed_split_blocks = fixed_split_blocks;
+  schedule.block_size = int_argument(block_size, "block_size", 1);
+  schedule.fixed_split_blocks = int_argument(fixed_split_blocks, "fixed_split_blocks", 0);
   schedule.unit = token_rows ? PartUnit::kTokens : PartUnit::kBlocks;
   DenseDecodeOptions options;
-  options.softmax_scale = softmax_scale;
-  options.causal = causal;
-  options.num_threads = num_threads;
+  options.softmax_scale = scale_argument(softmax_scale);
+  options.causal = flag_argument(causal, "causal");
+  options.num_threads = int_argument(num_threads, "num_threads", 0);
   nb::gil_scoped_release release;
   const std::size_t bytes = dense_decode_workspace_size(args, schedule, options);
   dense_decode(args, schedule, thread_workspace().get(bytes), bytes, options);
@@ -92,8 +133,8 @@ std::span<const std::int32_t> lengths_of(const TensorView& t) {
 
 /// Plans into `parts` (num_parts, 8) and `num_splits` (b + 1), which the caller has allocated.
 void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle num_splits, bool token_rows,
-                       int block_size, int fixed_overhead_blocks, int min_blocks_per_request,
-                       int fixed_split_blocks) {
+                       nb::handle block_size, nb::handle fixed_overhead_blocks,
+                       nb::handle min_blocks_per_request, nb::handle fixed_split_blocks) {
   const TensorArgument t_lengths(cache_seqlens, "cache_seqlens"), t_parts(parts, "parts"),
       t_splits(num_splits, "num_splits");
   const auto lengths = lengths_of(t_lengths.view());
@@ -106,10 +147,10 @@ void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle nu
   }
   ScheduleOptions options;
   options.num_parts = static_cast<int>(rows.size(0));
-  options.block_size = block_size;
-  options.fixed_overhead_blocks = fixed_overhead_blocks;
-  options.min_blocks_per_request = min_blocks_per_request;
-  options.fixed_split_blocks = fixed_split_blocks;
+  options.block_size = int_argument(block_size, "block_size", 1);
+  options.fixed_overhead_blocks = int_argument(fixed_overhead_blocks, "fixed_overhead_blocks", 0);
+  options.min_blocks_per_request = int_argument(min_blocks_per_request, "min_blocks_per_request", 0);
+  options.fixed_split_blocks = int_argument(fixed_split_blocks, "fixed_split_blocks", 0);
   if (token_rows) {
     const DecodeSchedule schedule = DecodeSchedule::build(lengths, options);
     if (static_cast<std::size_t>(splits.size(0)) != schedule.num_splits().size()) {
@@ -125,12 +166,12 @@ void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle nu
 }
 
 void py_reference(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
-                  nb::handle out, nb::handle lse, std::optional<float> softmax_scale, bool causal) {
+                  nb::handle out, nb::handle lse, nb::handle softmax_scale, nb::handle causal) {
   const TensorArgument t_q(q, "q"), t_k(k_cache, "k_cache"), t_table(block_table, "block_table"),
       t_lengths(cache_seqlens, "cache_seqlens"), t_out(out, "out"), t_lse(lse, "lse");
   DenseDecodeOptions options;
-  options.softmax_scale = softmax_scale;
-  options.causal = causal;
+  options.softmax_scale = scale_argument(softmax_scale);
+  options.causal = flag_argument(causal, "causal");
   nb::gil_scoped_release release;
   reference::dense_decode(arguments(t_q, t_k, t_table, t_lengths, t_out, t_lse), options);
 }
@@ -164,12 +205,15 @@ NB_MODULE(_C, m) {
   flash_mla::python::bind_model(m);
   flash_mla::python::bind_planner(m);
   m.def("version", &version);
-  m.def("dense_decode", &python::py_dense_decode, "q"_a, "k_cache"_a, "block_table"_a, "cache_seqlens"_a,
-        "out"_a, "lse"_a, "parts"_a, "num_splits"_a, "softmax_scale"_a = nb::none(), "causal"_a = false,
-        "token_rows"_a = false, "block_size"_a = 64, "fixed_split_blocks"_a = 0, "num_threads"_a = 0);
-  m.def("build_schedule", &python::py_build_schedule, "cache_seqlens"_a, "parts"_a, "num_splits"_a,
-        "token_rows"_a = false, "block_size"_a = 64, "fixed_overhead_blocks"_a = 5,
-        "min_blocks_per_request"_a = 1, "fixed_split_blocks"_a = 0);
+  // nanobind refuses None before the argument has a name, so every argument takes it and refuses it by name.
+  m.def("dense_decode", &python::py_dense_decode, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(),
+        "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(), "parts"_a.none(), "num_splits"_a.none(),
+        "softmax_scale"_a.none() = nb::none(), "causal"_a.none() = false, "token_rows"_a = false,
+        "block_size"_a.none() = 64, "fixed_split_blocks"_a.none() = 0, "num_threads"_a.none() = 0);
+  m.def("build_schedule", &python::py_build_schedule, "cache_seqlens"_a.none(), "parts"_a.none(),
+        "num_splits"_a.none(), "token_rows"_a = false, "block_size"_a.none() = 64,
+        "fixed_overhead_blocks"_a.none() = 5, "min_blocks_per_request"_a.none() = 1,
+        "fixed_split_blocks"_a.none() = 0);
   m.def(
       "cpu_schedule_options",
       [](int num_threads) {
@@ -177,10 +221,20 @@ NB_MODULE(_C, m) {
         return std::make_tuple(o.num_parts, o.fixed_overhead_blocks);
       },
       "num_threads"_a = 0);
-  m.def("reference_dense_decode", &python::py_reference, "q"_a, "k_cache"_a, "block_table"_a,
-        "cache_seqlens"_a, "out"_a, "lse"_a, "softmax_scale"_a = nb::none(), "causal"_a = false);
-  m.def("merge_states", &python::py_merge_states, "out_a"_a, "lse_a"_a, "out_b"_a, "lse_b"_a, "out"_a,
-        "lse"_a, "base2"_a = false);
+  m.def("reference_dense_decode", &python::py_reference, "q"_a.none(), "k_cache"_a.none(),
+        "block_table"_a.none(), "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(),
+        "softmax_scale"_a.none() = nb::none(), "causal"_a.none() = false);
+  m.def("merge_states", &python::py_merge_states, "out_a"_a.none(), "lse_a"_a.none(), "out_b"_a.none(),
+        "lse_b"_a.none(), "out"_a.none(), "lse"_a.none(), "base2"_a = false);
+  m.def(
+      "shape_and_dtype",
+      [](nb::handle tensor, const char* name) {
+        const python::TensorArgument t(tensor, name);
+        nb::list extents;
+        for (int i = 0; i < t.view().rank; ++i) extents.append(t.view().size(i));
+        return nb::make_tuple(nb::tuple(extents), dtype_name(t.view().dtype));
+      },
+      "tensor"_a.none(), "name"_a);
   m.def("backends", [] {
     nb::list all;
     for (const BackendInfo& b : backends()) {

@@ -10,8 +10,8 @@ namespace flash_mla::python {
 /// A tensor that Python passed, as a TensorView for the length of a call. Takes anything that speaks DLPack,
 /// by the quickest door the type offers:
 ///   - DLPack's C exchange API (torch 2.10 and later): no Python call, no capsule;
-///   - __dlpack__();
-///   - __array_interface__ of a NumPy array of ml_dtypes.bfloat16, which NumPy cannot export through DLPack.
+///   - __array_interface__ of a NumPy array, read-only ones and those of ml_dtypes.bfloat16 included;
+///   - __dlpack__(), version 1 or older.
 class TensorArgument {
  public:
   /// `name` is used in error messages; throws InvalidArgument when `object` is no tensor.

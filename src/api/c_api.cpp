@@ -134,8 +134,8 @@ flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
     const TensorView rows = view(parts, "parts");
     const TensorView splits = view(num_splits, "num_splits");
     api::check_tensor(rows, "parts", 2, {DType::kInt32});
-    if (rows.size(0) < 1 || rows.size(0) > 1 << 20) {
-      api::invalid("parts.shape[0] is {}, expected 1 to {}", rows.size(0), 1 << 20);
+    if (rows.size(0) < 1 || rows.size(0) > api::kMaxParts) {
+      api::invalid("parts.shape[0] is {}, expected 1 to {}", rows.size(0), api::kMaxParts);
     }
     ScheduleOptions o;
     o.num_parts = static_cast<int>(rows.size(0));

@@ -12,6 +12,8 @@ constexpr std::int64_t kMaxLatentWidth = 1024;
 constexpr std::int64_t kMaxRopeWidth = 128;
 constexpr std::int64_t kMaxPageSize = 256;
 constexpr std::int64_t kMaxQueryTokens = 64;
+// With the limits above, bounds every product of shapes well below 2^63.
+constexpr std::int64_t kMaxQueryHeads = 1 << 20;
 
 std::string join_dtypes(std::initializer_list<DType> dtypes) {
   std::string text;
@@ -20,6 +22,25 @@ std::string join_dtypes(std::initializer_list<DType> dtypes) {
     text += dtype_name(d);
   }
   return text;
+}
+
+// That the bytes of a non-empty tensor, and its last address, are numbers of 64 bits: whatever is computed
+// from shape and strides later cannot overflow. Elements are counted too, which may share addresses.
+void check_extent(const TensorView& t, const char* name) {
+  const auto element = static_cast<std::int64_t>(dtype_size(t.dtype));
+  std::int64_t bytes = element, reach = element;
+  std::uintptr_t last = 0;
+  for (int i = 0; i < t.rank; ++i) {
+    std::int64_t span = 0;
+    if (__builtin_mul_overflow(bytes, t.size(i), &bytes) ||
+        __builtin_mul_overflow(t.size(i) - 1, t.size(i) > 1 ? t.stride(i) : 0, &span) ||
+        __builtin_mul_overflow(span, element, &span) || __builtin_add_overflow(reach, span, &reach) ||
+        __builtin_add_overflow(reinterpret_cast<std::uintptr_t>(t.data), static_cast<std::uintptr_t>(reach),
+                               &last)) {
+      invalid("{}.shape[{}] is {} with stride {}: the tensor does not fit a 64-bit address space", name, i,
+              t.size(i), t.stride(i));
+    }
+  }
 }
 
 }  // namespace
@@ -45,6 +66,7 @@ void check_tensor(const TensorView& t, const char* name, int rank, std::initiali
     invalid("{}.data is {}, expected a pointer aligned to {} bytes", name, fmt::ptr(t.data),
             dtype_size(t.dtype));
   }
+  check_extent(t, name);
 }
 
 void check_size(const TensorView& t, const char* name, int dim, std::int64_t expected,
@@ -110,7 +132,9 @@ void check_dense_decode_shapes(const DenseDecodeArgs& a, const DenseDecodeOption
   if (s_q < 1 || s_q > kMaxQueryTokens) {
     invalid("q.shape[1] (s_q) is {}, expected 1 to {}", s_q, kMaxQueryTokens);
   }
-  if (h_q < 1) invalid("q.shape[2] (h_q) is {}, expected >= 1", h_q);
+  if (h_q < 1 || h_q > kMaxQueryHeads) {
+    invalid("q.shape[2] (h_q) is {}, expected 1 to {}", h_q, kMaxQueryHeads);
+  }
   const std::int64_t page_size = a.k_cache.size(1), h_kv = a.k_cache.size(2);
   if (page_size < 1 || page_size > kMaxPageSize) {
     invalid("k_cache.shape[1] (page_size) is {}, expected 1 to {}", page_size, kMaxPageSize);
@@ -167,13 +191,13 @@ void check_dense_decode_values(const DenseDecodeArgs& a) {
   const auto* lengths = a.cache_seqlens.ptr<const std::int32_t>();
   for (std::int64_t i = 0; i < b; ++i) {
     const std::int64_t length = lengths[i];
-    if (length < 0 || length > max_blocks * page_size) {
+    const std::int64_t pages = schedule_blocks(length, static_cast<int>(page_size));
+    if (length < 0 || pages > max_blocks) {
       invalid("cache_seqlens[{}] is {}, expected 0 to block_table.shape[1] * page_size = {} * {}", i, length,
               max_blocks, page_size);
     }
     if (length == 0) continue;  // the table may have no columns then
     const auto* row = a.block_table.ptr<const std::int32_t>() + i * a.block_table.stride(0);
-    const std::int64_t pages = schedule_blocks(length, static_cast<int>(page_size));
     for (std::int64_t j = 0; j < pages; ++j) {
       if (row[j] < 0 || row[j] >= num_blocks) {
         invalid("block_table[{}][{}] is {}, expected 0 to {} (cache_seqlens[{}] = {} uses {} pages)", i, j,
@@ -186,7 +210,9 @@ void check_dense_decode_values(const DenseDecodeArgs& a) {
 void check_schedule_shapes(const DecodeScheduleView& s, std::int64_t batch, const TensorView& q) {
   check_tensor(s.parts, "schedule.parts", 2, {DType::kInt32});
   check_tensor(s.num_splits, "schedule.num_splits", 1, {DType::kInt32});
-  if (s.parts.size(0) < 1) invalid("schedule.parts.shape[0] is {}, expected >= 1", s.parts.size(0));
+  if (s.parts.size(0) < 1 || s.parts.size(0) > kMaxParts) {
+    invalid("schedule.parts.shape[0] is {}, expected 1 to {}", s.parts.size(0), kMaxParts);
+  }
   check_size(s.parts, "schedule.parts", 1, 8, "the row width");
   check_size(s.num_splits, "schedule.num_splits", 0, batch + 1, "b + 1");
   check_last_dim_contiguous(s.parts, "schedule.parts");

@@ -13,12 +13,16 @@
 
 namespace flash_mla::api {
 
+/// Rows of a schedule; far more than workers exist.
+inline constexpr std::int64_t kMaxParts = 1 << 20;
+
 template <class... Args>
 [[noreturn]] void invalid(fmt::format_string<Args...> format, Args&&... args) {
   throw InvalidArgument(fmt::format(format, std::forward<Args>(args)...));
 }
 
-/// Rank, dtype, a pointer where there are elements, its alignment, and no negative stride.
+/// Rank, dtype, a pointer where there are elements, its alignment, no negative stride, and that the tensor's
+/// bytes and addresses are numbers of 64 bits.
 void check_tensor(const TensorView& t, const char* name, int rank, std::initializer_list<DType> dtypes);
 
 /// `t.size(dim)` is `expected`, which is what `expected_name` says.

@@ -2,7 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "flash_mla/dlpack.h"
@@ -75,12 +77,29 @@ TensorView TensorView::contiguous(void* data, DType dtype, std::initializer_list
     if (extent < 0) throw InvalidArgument(fmt::format("shape[{}] is {}, expected >= 0", i, extent));
     v.shape[i++] = extent;
   }
+  const bool empty = v.numel() == 0;
   std::int64_t stride = 1;
   for (std::size_t d = shape.size(); d-- > 0;) {
     v.strides[d] = stride;
-    stride *= v.shape[d];
+    std::int64_t bytes = 0;
+    if (!empty && (__builtin_mul_overflow(stride, v.shape[d], &stride) ||
+                   __builtin_mul_overflow(stride, static_cast<std::int64_t>(dtype_size(dtype)), &bytes))) {
+      throw InvalidArgument(
+          fmt::format("shape[{}] is {}: the tensor does not fit a 64-bit address space", d, v.shape[d]));
+    }
   }
   return v;
+}
+
+std::int64_t TensorView::numel() const {
+  if (rank == 0) return 0;
+  const auto begin = shape.begin(), end = begin + std::clamp(rank, 0, kMaxRank);
+  if (std::find(begin, end, 0) != end) return 0;
+  std::int64_t n = 1;
+  for (auto extent = begin; extent != end; ++extent) {
+    if (__builtin_mul_overflow(n, *extent, &n)) return std::numeric_limits<std::int64_t>::max();
+  }
+  return n;
 }
 
 TensorView from_dlpack(const DLTensor& t, const char* name) {
@@ -140,6 +159,12 @@ TensorView from_dlpack(const DLTensor& t, const char* name) {
                       name, i, t.shape[i], v.strides[d]));
     }
   }
+  // Checked as integers: a pointer must not overflow even for a moment.
+  std::uintptr_t address = 0;
+  if (__builtin_add_overflow(reinterpret_cast<std::uintptr_t>(t.data), t.byte_offset, &address)) {
+    throw InvalidArgument(
+        fmt::format("{}.byte_offset is {}, expected one within the address space", name, t.byte_offset));
+  }
   v.data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
   return v;
 }
@@ -179,7 +204,7 @@ std::string TensorView::describe() const {
   if (!defined()) return "(none)";
   std::string text = dtype_name(dtype);
   text += " (";
-  for (int i = 0; i < rank; ++i) {
+  for (int i = 0; i < std::min(rank, kMaxRank); ++i) {
     if (i > 0) text += ", ";
     text += std::to_string(size(i));
   }

@@ -1,8 +1,11 @@
 #include "cpu/dense_decode.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <numbers>
 #include <utility>
@@ -10,10 +13,12 @@
 #include "cpu/element.h"
 #include "cpu/isa.h"
 #include "cpu/tile.h"
+#include "flash_mla/error.h"
 #include "schedule/walk.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
+#include <unistd.h>
 #endif
 
 // The schedule's parts are handed to threads; each part walks its requests, and within a request its splits.
@@ -28,8 +33,10 @@ namespace flash_mla::cpu {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
+#if defined(_OPENMP)
 // Fewer multiply-adds than this are not worth waking a second thread for (about 10 us of one).
 constexpr double kSingleThreadWork = 1e6;
+#endif
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 std::size_t align_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -166,26 +173,26 @@ class Worker {
     };
     float highest = -kInfinity;
     for (std::int64_t s = 0; s < n; ++s) highest = std::max(highest, lse_of(s));
+    // No split has a weight: subtract 0, so that -inf - -inf never arises. A split that is NaN stays NaN.
+    const float base = highest == -kInfinity ? 0.0f : highest;
     float* acc = scratch_.out;
     std::fill(acc, acc + p_.d_v, 0.0f);
     float sum = 0;
-    if (highest != -kInfinity) {
-      for (std::int64_t s = 0; s < n; ++s) {
-        const float weight = std::exp2(lse_of(s) - highest);
-        sum += weight;
-        const float* o = slots_ + static_cast<std::size_t>(slot + s) * p_.slot_floats() +
-                         static_cast<std::size_t>(row * p_.d_v);
-        for (int c = 0; c < p_.d_v; ++c) acc[c] += weight * o[c];
-      }
+    for (std::int64_t s = 0; s < n; ++s) {
+      const float weight = std::exp2(lse_of(s) - base);
+      sum += weight;
+      const float* o = slots_ + static_cast<std::size_t>(slot + s) * p_.slot_floats() +
+                       static_cast<std::size_t>(row * p_.d_v);
+      for (int c = 0; c < p_.d_v; ++c) acc[c] += weight * o[c];
     }
-    const float factor = sum > 0 ? 1.0f / sum : 0.0f;
     const std::int64_t i = row / p_.h_q, h = row % p_.h_q;
+    if (sum == 0) return write_weightless_row(req, i, h);
     visit_float_type(p_.args.out.dtype, [&](auto element) {
       using Out = decltype(element);
       auto* dst = const_cast<Out*>(reinterpret_cast<const Out*>(address(p_.args.out, req, i, h)));
-      for (int c = 0; c < p_.d_v; ++c) dst[c] = from_double<Out>(acc[c] * factor);
+      for (int c = 0; c < p_.d_v; ++c) dst[c] = from_double<Out>(acc[c] * (1.0f / sum));
     });
-    write_lse(req, i, h, sum > 0 ? highest + std::log2(sum) : -kInfinity);
+    write_lse(req, i, h, base + std::log2(sum));
   }
 
  private:
@@ -209,12 +216,11 @@ class Worker {
     tile.d_v = p_.d_v;
     tile.scale_log2 = p_.params.softmax_scale * std::numbers::log2e_v<float>;
 
-    // First token that a row does not see: bottom-right aligned causal mask.
-    const auto visible = [&](int row) {
-      const std::int64_t i = (first_row + std::min(row, rows - 1)) / p_.group;
-      return p_.params.causal ? std::max<std::int64_t>(p_.length(req) - p_.s_q + i + 1, 0) : end;
+    const auto visible_to = [&](int row) {
+      return visible(req, (first_row + std::min(row, rows - 1)) / p_.group);
     };
-    const std::int64_t stop = std::min(end, visible(rows - 1));  // rows are token-major: the last sees most
+    const std::int64_t stop =
+        std::min(end, visible_to(rows - 1));  // rows are token-major: the last sees most
     bool first = true;
     if (begin < stop) {
       for (int r = 0; r < rows; ++r) {
@@ -234,35 +240,50 @@ class Worker {
       std::swap(scratch_.keys, scratch_.next_keys);
       scratch_.next_count = locate(t + count);
       for (int r = 0; r < tile.rows_padded; ++r) {
-        scratch_.limit[r] = static_cast<std::int32_t>(std::clamp<std::int64_t>(visible(r) - t, 0, count));
+        scratch_.limit[r] = static_cast<std::int32_t>(std::clamp<std::int64_t>(visible_to(r) - t, 0, count));
       }
-      p_.kernel.attend(tile, scratch_, count, first, visible(0) < t + count);
+      p_.kernel.attend(tile, scratch_, count, first, visible_to(0) < t + count);
       first = false;
     }
 
     for (int r = 0; r < rows; ++r) {
       const std::int64_t i = (first_row + r) / p_.group, h = head * p_.group + (first_row + r) % p_.group;
       const float sum = first ? 0.0f : scratch_.row_sum[r];
-      const float factor = sum > 0 ? 1.0f / sum : 0.0f;
-      const float lse = sum > 0 ? scratch_.row_max[r] + std::log2(sum) : -kInfinity;
-      void* dst;
-      DType dtype = DType::kFloat32;
       if (slot != nullptr) {
-        dst = slot + (i * p_.h_q + h) * p_.d_v;
-        slot[p_.s_q * p_.h_q * p_.d_v + i * p_.h_q + h] = lse;
+        float* dst = slot + (i * p_.h_q + h) * p_.d_v;
+        slot[p_.s_q * p_.h_q * p_.d_v + i * p_.h_q + h] =
+            sum == 0 ? -kInfinity : scratch_.row_max[r] + std::log2(sum);
+        if (sum == 0) {
+          std::fill_n(dst, p_.d_v, 0.0f);  // O may hold anything
+        } else {
+          p_.kernel.store_row(tile, scratch_, r, 1.0f / sum, DType::kFloat32, dst);
+        }
+      } else if (sum == 0) {
+        write_weightless_row(req, i, h);
       } else {
-        dst = const_cast<std::byte*>(address(p_.args.out, req, i, h));
-        dtype = p_.args.out.dtype;
-        write_lse(req, i, h, lse);
-      }
-      if (sum == 0) {
-        // No key seen; O may hold anything.
-        std::fill_n(static_cast<std::byte*>(dst), static_cast<std::size_t>(p_.d_v) * dtype_size(dtype),
-                    std::byte{0});
-      } else {
-        p_.kernel.store_row(tile, scratch_, r, factor, dtype, dst);
+        p_.kernel.store_row(tile, scratch_, r, 1.0f / sum, p_.args.out.dtype,
+                            const_cast<std::byte*>(address(p_.args.out, req, i, h)));
+        write_lse(req, i, h, scratch_.row_max[r] + std::log2(sum));
       }
     }
+  }
+
+  /// First token of a request that query token i does not see: bottom-right aligned causal mask.
+  std::int64_t visible(std::int64_t req, std::int64_t i) const {
+    const std::int64_t length = p_.length(req);
+    return p_.params.causal ? std::max<std::int64_t>(length - p_.s_q + i + 1, 0) : length;
+  }
+
+  // A row whose weights add up to 0. It sees no key: out = 0, lse = +inf. Or every score it sees is -inf, and
+  // 0 / 0 is NaN.
+  void write_weightless_row(std::int64_t req, std::int64_t i, std::int64_t h) {
+    const bool empty = visible(req, i) == 0;
+    visit_float_type(p_.args.out.dtype, [&](auto element) {
+      using Out = decltype(element);
+      auto* dst = const_cast<Out*>(reinterpret_cast<const Out*>(address(p_.args.out, req, i, h)));
+      std::fill_n(dst, p_.d_v, from_double<Out>(empty ? 0.0 : std::numeric_limits<double>::quiet_NaN()));
+    });
+    write_lse(req, i, h, empty ? kInfinity : std::numeric_limits<float>::quiet_NaN());
   }
 
   void locate_keys(std::int64_t req, std::int64_t head, std::int64_t token, int count, const void** keys) {
@@ -278,12 +299,11 @@ class Worker {
     }
   }
 
-  // `lse` is in base 2, -inf for a row without keys.
+  // `lse` is in base 2.
   void write_lse(std::int64_t req, std::int64_t i, std::int64_t h, float lse) {
     const TensorView& t = p_.args.lse;
     if (!t.defined()) return;
-    t.ptr<float>()[req * t.stride(0) + h * t.stride(1) + i * t.stride(2)] =
-        lse == -kInfinity ? kInfinity : lse * std::numbers::ln2_v<float>;
+    t.ptr<float>()[req * t.stride(0) + h * t.stride(1) + i * t.stride(2)] = lse * std::numbers::ln2_v<float>;
   }
 
   const Problem& p_;
@@ -342,18 +362,27 @@ class Call {
   float* slots_;
 };
 
+#if defined(_OPENMP)
+// fork() copies a process without OpenMP's threads, and GCC's runtime then waits for them for ever. Whether
+// there were any is the runtime's secret, so that every child of the process that loaded the library runs on
+// one thread.
+const pid_t loaded_by = getpid();
+bool is_forked_child() { return getpid() != loaded_by; }
+
 int useful_threads(const Problem& p) {
+  if (is_forked_child()) return 1;
   double tokens = 0;
   for (std::int64_t r = 0; r < p.batch; ++r) tokens += p.length(r);
   const double work = tokens * static_cast<double>(p.s_q * p.h_q) * (p.d_qk + p.d_v);
   return work < kSingleThreadWork ? 1 : p.params.num_threads;
 }
+#endif
 
 }  // namespace
 
 int default_num_threads() {
 #if defined(_OPENMP)
-  return omp_get_max_threads();
+  return is_forked_child() ? 1 : omp_get_max_threads();
 #else
   return 1;
 #endif
@@ -362,37 +391,47 @@ int default_num_threads() {
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args, const DecodeScheduleView& schedule,
                                         const DenseDecodeParams& params) {
   const Problem problem(args, schedule, params);
-  return static_cast<std::size_t>(params.num_threads) * ScratchLayout(problem).bytes +
-         align_up(num_slots(problem) * problem.slot_floats() * sizeof(float));
+  const std::size_t scratch = static_cast<std::size_t>(params.num_threads) * ScratchLayout(problem).bytes;
+  const std::size_t slots = num_slots(problem), slot_bytes = problem.slot_floats() * sizeof(float);
+  // Only num_splits, which counts up to 2^31 in batch-invariant mode, can ask for this much.
+  constexpr std::size_t kMost = std::numeric_limits<std::ptrdiff_t>::max() - kAlignment;
+  if (scratch > kMost || (slots > 0 && slot_bytes > (kMost - scratch) / slots)) {
+    throw InvalidArgument(fmt::format(
+        "schedule.num_splits asks for {} partial results of {} bytes, expected a workspace that fits "
+        "a 64-bit address space",
+        slots, slot_bytes));
+  }
+  return scratch + align_up(slots * slot_bytes);
 }
 
 void dense_decode(const DenseDecodeArgs& args, const DecodeScheduleView& schedule, void* workspace,
                   const DenseDecodeParams& params) {
   const Problem problem(args, schedule, params);
   const Call call(problem, static_cast<std::byte*>(workspace));
+#if defined(_OPENMP)
   const int wanted = useful_threads(problem);
-  if (wanted == 1) {
-    call.attend(0, 1);
-    call.combine(0, 1);
+  if (wanted > 1) {
+    // The atomics say to a race detector what OpenMP's own, uninstrumented, synchronisation guarantees.
+    std::atomic<int> phase{0};
+    phase.fetch_add(1, std::memory_order_release);
+#pragma omp parallel num_threads(wanted) default(none) shared(call, phase)
+    {
+      phase.load(std::memory_order_acquire);
+      const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+      call.attend(thread, threads);
+      phase.fetch_add(1, std::memory_order_acq_rel);
+#pragma omp barrier
+      phase.load(std::memory_order_acquire);
+      call.combine(thread, threads);
+      phase.fetch_add(1, std::memory_order_release);
+    }
+    phase.load(std::memory_order_acquire);
     return;
   }
-#if defined(_OPENMP)
-  // The atomics say to a race detector what OpenMP's own, uninstrumented, synchronisation guarantees.
-  std::atomic<int> phase{0};
-  phase.fetch_add(1, std::memory_order_release);
-#pragma omp parallel num_threads(wanted) default(none) shared(call, phase)
-  {
-    phase.load(std::memory_order_acquire);
-    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    call.attend(thread, threads);
-    phase.fetch_add(1, std::memory_order_acq_rel);
-#pragma omp barrier
-    phase.load(std::memory_order_acquire);
-    call.combine(thread, threads);
-    phase.fetch_add(1, std::memory_order_release);
-  }
-  phase.load(std::memory_order_acquire);
 #endif
+  // Little work, or a build without OpenMP: all parts on this thread, however many threads were asked for.
+  call.attend(0, 1);
+  call.combine(0, 1);
 }
 
 }  // namespace flash_mla::cpu

@@ -49,7 +49,7 @@ void merge_states(const TensorView& out_a, const TensorView& lse_a, const Tensor
         const float y = empty_as_minus_inf(lse_of(lse_b, b, i, h));
         // Differences are taken before the change of base, which would round large values.
         const float highest = std::max(x, y);
-        const bool none = highest == -kInfinity;
+        const bool none = x == -kInfinity && y == -kInfinity;  // not `highest`: std::max may drop a NaN
         const float power_a = none ? 0.0f : std::exp2((x - highest) * to_base2);
         const float power_b = none ? 0.0f : std::exp2((y - highest) * to_base2);
         const float sum = power_a + power_b;

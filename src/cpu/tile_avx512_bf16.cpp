@@ -39,8 +39,9 @@ constexpr int kTokensPerNarrowStep = 16;  // scores: tokens beside one
 constexpr int kTileTokens = 128;
 
 inline __m512 exp2_nonpositive(__m512 x) {
-  // Taylor series of 2^f on |f| <= 1/2 to degree 6, relative error below 1.3e-7.
-  x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  // Taylor series of 2^f on |f| <= 1/2 to degree 6, relative error below 1.3e-7. NaN gives NaN: the maximum
+  // is its second operand when one is NaN.
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, n);
   __m512 p = _mm512_set1_ps(1.5403530e-4f);

@@ -9,6 +9,9 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "cpu/element.h"
 #include "cpu/tile.h"
@@ -41,12 +44,15 @@ constexpr int kTileTokens = 64;
 HWY_INLINE int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
 // 2^x for x <= 0: Taylor series of 2^f on |f| <= 1/2 to degree 6 (relative error below 1.3e-7) times the
-// integer power through the exponent bits. Below 2^-127 the result is 0; -inf gives 0.
+// integer power through the exponent bits. Below 2^-126.5 the result is 0; -inf gives 0, NaN gives NaN.
 HWY_INLINE V exp2_nonpositive(V x) {
   const F d;
   const I di;
-  const V n = hn::Round(hn::Max(x, hn::Set(d, -127.0f)));
-  const V f = hn::Sub(hn::Max(x, hn::Set(d, -127.5f)), n);
+  // Not Max, which loses NaN on some targets: a comparison with NaN is false and keeps it.
+  const V lowest = hn::Set(d, -127.0f);
+  x = hn::IfThenElse(hn::Lt(x, lowest), lowest, x);
+  const V n = hn::Round(x);
+  const V f = hn::Sub(x, n);
   V p = hn::Set(d, 1.5403530e-4f);
   p = hn::MulAdd(p, f, hn::Set(d, 1.3333558e-3f));
   p = hn::MulAdd(p, f, hn::Set(d, 9.6181291e-3f));
@@ -62,18 +68,38 @@ HWY_INLINE void widen_row(const float* from, float* to, int n) {
   std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
 }
 
-template <class Storage, class Element>
-HWY_INLINE void widen_row16(const Element* from, float* to, int n) {
+HWY_INLINE V widen(const Bf16* from) {
   const F d;
-  const hn::Rebind<Storage, F> dh;
+  const hn::Rebind<hwy::bfloat16_t, F> dh;
+  return hn::PromoteTo(d, hn::LoadU(dh, reinterpret_cast<const hwy::bfloat16_t*>(from)));
+}
+
+// Where there is no instruction for it (below AVX2) Highway 1.0 takes the exponent of inf and NaN for 2^16,
+// which no fp16 number has: those become inf and NaN again.
+HWY_INLINE V widen(const Fp16* from) {
+  const F d;
+  const I di;
+  const hn::Rebind<hwy::float16_t, F> dh;
+  const V x = hn::PromoteTo(d, hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(from)));
+#if HWY_TARGET >= HWY_SSE4
+  const V magnitude = hn::Abs(x);
+  const auto special =
+      hn::And(hn::Ge(magnitude, hn::Set(d, 0x1p16f)), hn::Lt(magnitude, hn::Set(d, 0x1p17f)));
+  const V widened = hn::BitCast(d, hn::Add(hn::BitCast(di, x), hn::Set(di, (255 - 143) << 23)));
+  return hn::IfThenElse(special, widened, x);
+#else
+  (void)di;
+  return x;
+#endif
+}
+
+template <class Element>
+HWY_INLINE void widen_row(const Element* from, float* to, int n) {
+  const F d;
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    hn::StoreU(hn::PromoteTo(d, hn::LoadU(dh, reinterpret_cast<const Storage*>(from) + i)), d, to + i);
-  }
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(widen(from + i), d, to + i);
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
-HWY_INLINE void widen_row(const Bf16* from, float* to, int n) { widen_row16<hwy::bfloat16_t>(from, to, n); }
-HWY_INLINE void widen_row(const Fp16* from, float* to, int n) { widen_row16<hwy::float16_t>(from, to, n); }
 
 // Rows of fp32, `ld` apart, zero from column d_qk to ld.
 template <class Element>
@@ -277,11 +303,10 @@ void pack_q(const TileProblem& problem, const void* const* q_rows, const TileScr
   }
 }
 
-template <class Storage, class Element>
-HWY_INLINE void narrow(V x, Element* to) {
-  const hn::Rebind<Storage, F> dh;
-  hn::StoreU(hn::DemoteTo(dh, x), dh, reinterpret_cast<Storage*>(to));
-}
+// Whether Highway's conversion from fp32 rounds to nearest and keeps inf and NaN. Version 1.0 does where
+// there is an instruction for it (fp16 from AVX2 on) and truncates otherwise.
+template <class Element>
+constexpr bool kNarrowsWell = std::is_same_v<Element, Fp16>&& HWY_TARGET < HWY_SSE4;
 
 template <class Element>
 void store_row_as(const TileProblem& problem, const TileScratch& s, int row, float factor, Element* dst) {
@@ -295,13 +320,13 @@ void store_row_as(const TileProblem& problem, const TileScratch& s, int row, flo
     if (c + kLanes <= problem.d_v) {
       if constexpr (std::is_same_v<Element, float>) {
         hn::StoreU(x, d, dst + c);
-      } else if constexpr (std::is_same_v<Element, Fp16>) {
-        narrow<hwy::float16_t>(x, dst + c);
+      } else if constexpr (kNarrowsWell<Element>) {
+        const hn::Rebind<hwy::float16_t, F> dh;
+        hn::StoreU(hn::DemoteTo(dh, x), dh, reinterpret_cast<hwy::float16_t*>(dst + c));
       } else {
-        // Highway 1.0 truncates to bfloat16; round to nearest even by hand.
         HWY_ALIGN float lanes[kLanes];
         hn::Store(x, d, lanes);
-        for (int i = 0; i < kLanes; ++i) dst[c + i] = to_bf16(lanes[i]);
+        for (int i = 0; i < kLanes; ++i) dst[c + i] = from_double<Element>(lanes[i]);
       }
     } else {
       HWY_ALIGN float lanes[kLanes];
@@ -336,18 +361,54 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace flash_mla::cpu {
 
-HWY_EXPORT(table);
-
+// Highway's own dispatch (HWY_DYNAMIC_DISPATCH) would need its library at run time; its headers are enough
+// for this.
 const TileKernel& highway_tile_kernel(std::int64_t target) {
-  // Where HWY_EXPORT puts a target; the static target stands at the end.
-  const auto shifted = static_cast<std::uint64_t>(HWY_CHOSEN_TARGET_SHIFT(target));
-  const std::size_t index = target == HWY_STATIC_TARGET || shifted == 0
-                                ? static_cast<std::size_t>(HWY_MAX_DYNAMIC_TARGETS) + 1
-                                : hwy::Num0BitsBelowLS1Bit_Nonzero64(shifted);
-  return *HWY_DISPATCH_TABLE(table)[index]();
+  switch (target) {
+#if HWY_TARGETS & HWY_AVX3
+    case HWY_AVX3:
+      return *N_AVX3::table();
+#endif
+#if HWY_TARGETS & HWY_AVX2
+    case HWY_AVX2:
+      return *N_AVX2::table();
+#endif
+#if HWY_TARGETS & HWY_SSE4
+    case HWY_SSE4:
+      return *N_SSE4::table();
+#endif
+#if HWY_TARGETS & HWY_SSSE3
+    case HWY_SSSE3:
+      return *N_SSSE3::table();
+#endif
+    default:
+      return *HWY_NAMESPACE::table();  // here that of HWY_STATIC_TARGET
+  }
 }
 
-std::int64_t highway_targets() { return hwy::SupportedTargets() & (HWY_TARGETS); }
+std::int64_t highway_targets() {
+  std::int64_t targets = HWY_STATIC_TARGET;
+#if HWY_ARCH_X86
+  // What Highway compiles each target for. The library asks the operating system about the wide registers.
+  __builtin_cpu_init();
+  const auto has_bit = [](unsigned leaf, int bit) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(leaf, &a, &b, &c, &d) != 0 && (c >> bit & 1u) != 0;
+  };
+  constexpr unsigned kFeatures = 1, kExtendedFeatures = 0x80000001;
+  const bool ssse3 = __builtin_cpu_supports("ssse3") != 0;
+  const bool sse4 = ssse3 && __builtin_cpu_supports("sse4.1") != 0 && __builtin_cpu_supports("sse4.2") != 0 &&
+                    has_bit(kFeatures, 1) && has_bit(kFeatures, 25);  // PCLMULQDQ, AES
+  const bool avx2 = sse4 && __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
+                    __builtin_cpu_supports("bmi") != 0 && __builtin_cpu_supports("bmi2") != 0 &&
+                    has_bit(kFeatures, 29) && has_bit(kExtendedFeatures, 5);  // F16C, LZCNT
+  const bool avx3 = avx2 && __builtin_cpu_supports("avx512f") != 0 &&
+                    __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&
+                    __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("avx512cd") != 0;
+  targets |= (ssse3 ? HWY_SSSE3 : 0) | (sse4 ? HWY_SSE4 : 0) | (avx2 ? HWY_AVX2 : 0) | (avx3 ? HWY_AVX3 : 0);
+#endif
+  return targets & (HWY_TARGETS);
+}
 
 }  // namespace flash_mla::cpu
 #endif

@@ -36,17 +36,22 @@ std::int64_t blocks_of(std::int32_t length, const ScheduleOptions& o) {
 }
 
 std::int64_t payload_of(std::span<const std::int32_t> lengths, const ScheduleOptions& o) {
-  std::int64_t total = 0;
+  // Everything in a schedule is an int32. A request is at least one split, also one that counts as no block,
+  // and every part may add a cut.
+  const std::int64_t limit = std::numeric_limits<std::int32_t>::max() - std::int64_t{o.num_parts};
+  std::int64_t total = 0, counted = 0;
   for (std::size_t i = 0; i < lengths.size(); ++i) {
     if (lengths[i] < 0) {
       throw InvalidArgument(fmt::format("cache_seqlens[{}] is {}, expected >= 0", i, lengths[i]));
     }
-    total += blocks_of(lengths[i], o) + o.fixed_overhead_blocks;
-    if (total > std::numeric_limits<std::int32_t>::max()) {
+    const std::int64_t blocks = blocks_of(lengths[i], o);
+    total += blocks + o.fixed_overhead_blocks;
+    counted += std::max<std::int64_t>(blocks, 1) + o.fixed_overhead_blocks;
+    if (counted > limit) {
       throw InvalidArgument(fmt::format(
           "cache_seqlens adds up to more than {} blocks of block_size = {} (fixed_overhead_blocks = {} each "
           "included), expected at most as many",
-          std::numeric_limits<std::int32_t>::max(), o.block_size, o.fixed_overhead_blocks));
+          limit, o.block_size, o.fixed_overhead_blocks));
     }
   }
   return ceil_div(total, o.num_parts) + o.fixed_overhead_blocks;
@@ -100,10 +105,11 @@ void plan(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::
       break;
     }
     part.end_req = block > 0 ? req : req - 1;
-    part.end_block = block > 0 ? static_cast<std::int32_t>(block)
-                     : req > 0
-                         ? static_cast<std::int32_t>(blocks_of(lengths[static_cast<std::size_t>(req) - 1], o))
-                         : 0;
+    // The blocks a request has, not those it counts as: FlashMLA's rows of an empty request end at block 0.
+    part.end_block = static_cast<std::int32_t>(
+        block > 0 ? block
+        : req > 0 ? schedule_blocks(lengths[static_cast<std::size_t>(req) - 1], o.block_size)
+                  : 0);
     parts[p] = part;
   }
   // Split flags need the final split counts.
@@ -182,11 +188,13 @@ std::vector<std::int32_t> DecodeSchedule::to_token_rows(std::span<const std::int
     const DecodePart& part = parts_[p];
     std::int32_t* row = &rows[p * 8];
     row[0] = part.begin_req;
-    row[1] = part.begin_block * options_.block_size;
+    row[1] = static_cast<std::int32_t>(std::int64_t{part.begin_block} * options_.block_size);
     row[2] = part.end_req;
     if (part.end_req >= 0) {
-      row[3] = std::min(part.end_block * options_.block_size,
-                        cache_seqlens[static_cast<std::size_t>(part.end_req)]);
+      // The end of the last block may be past the largest int32, where no length is.
+      row[3] = static_cast<std::int32_t>(
+          std::min<std::int64_t>(std::int64_t{part.end_block} * options_.block_size,
+                                 cache_seqlens[static_cast<std::size_t>(part.end_req)]));
     }
     row[4] = part.begin_split;
   }

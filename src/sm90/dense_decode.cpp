@@ -167,7 +167,7 @@ PartialLayout partial_layout(const DenseDecodeArgs& a, const DecodeScheduleView&
   const auto slot_blocks = static_cast<std::size_t>(slots * blocks.count() * a.k_cache.size(2));
   return {
       align_up(slot_blocks * static_cast<std::size_t>(row_groups(blocks)) * 16 * kHeadDimV * sizeof(float)),
-      align_up(slot_blocks * kTileRows * 2 * sizeof(float))};
+      align_up(slot_blocks * static_cast<std::size_t>(row_groups(blocks)) * 16 * 2 * sizeof(float))};
 }
 
 void require_stride(const TensorView& t, const char* name) {

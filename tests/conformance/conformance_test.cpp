@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -121,6 +123,67 @@ TEST_P(Conformance, ARowWithoutKeysIsZeroAndInfinite) {
   for (std::size_t i = 0; i < 6; ++i) ASSERT_EQ(r.lse[i], std::numeric_limits<float>::infinity());
 }
 
+// Sets one element of a bf16, fp16 or fp32 vector of bytes.
+void set_element(std::vector<std::uint8_t>& bytes, DType dtype, std::size_t index, float value) {
+  cpu::visit_float_type(dtype, [&](auto element) {
+    const auto x = cpu::from_double<decltype(element)>(value);
+    std::memcpy(&bytes[index * sizeof(x)], &x, sizeof(x));
+  });
+}
+
+TEST_P(Conformance, NumericsOfNanAndInfinityAreTheReferences) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  constexpr std::size_t kHeads = 5, kWidth = 576;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    for (const int parts : {1, 5}) {
+      Problem p({.lengths = {300, 0, 70}, .s_q = 2, .h_q = kHeads, .dtype = dtype, .causal = true});
+      const auto set_query = [&](std::size_t request, std::size_t token, std::size_t head, float value) {
+        set_element(p.q, dtype, ((request * 2 + token) * kHeads + head) * kWidth + 575, value);
+      };
+      set_query(0, 0, 1, kNan);
+      set_query(0, 1, 3, kNan);
+      set_query(0, 1, 4, kInf);  // scores of both signs
+      set_query(1, 0, 0, kNan);  // sees no key
+      set_query(2, 1, 2, -kNan);
+      const Result got = p.run(backend(), {.num_parts = parts}), expected = p.reference();
+      EXPECT_EQ(difference(got, expected, dtype), "") << dtype_name(dtype) << " parts " << parts;
+      const auto row = [&](std::size_t request, std::size_t token, std::size_t head) {
+        return got.out[((request * 2 + token) * kHeads + head) * 512];
+      };
+      EXPECT_TRUE(std::isnan(row(0, 0, 1)) && std::isnan(row(0, 1, 3)) && std::isnan(row(0, 1, 4)));
+      EXPECT_TRUE(std::isnan(got.lse[1 * 2]) && std::isnan(got.lse[3 * 2 + 1]));
+      EXPECT_TRUE(std::isnan(row(2, 1, 2)) && !std::isnan(row(2, 0, 2)));
+      EXPECT_EQ(row(1, 0, 0), 0.0f);
+      EXPECT_EQ(got.lse[2 * kHeads], kInf);
+    }
+  }
+}
+
+TEST_P(Conformance, NumericsOfScoresThatAreMinusInfinity) {
+  constexpr std::size_t kWidth = 576;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    for (const int parts : {1, 5}) {
+      // The last column of the keys (no part of V) is -inf and the queries' is 1: a score of -inf.
+      Problem p({.lengths = {300, 40}, .h_q = 3, .dtype = dtype});
+      const auto key = [&](std::size_t request, std::size_t token) {
+        const auto page =
+            static_cast<std::size_t>(p.table[request * static_cast<std::size_t>(p.max_blocks) + token / 64]);
+        return (page * 64 + token % 64) * kWidth;
+      };
+      for (std::size_t row = 0; row < 6; ++row) set_element(p.q, dtype, row * kWidth + 575, 1.0f);
+      constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+      // Part of one request's keys, and all of another's.
+      for (std::size_t t = 0; t < 130; ++t) set_element(p.cache, dtype, key(0, t) + 575, kMinusInf);
+      for (std::size_t t = 0; t < 40; ++t) set_element(p.cache, dtype, key(1, t) + 575, kMinusInf);
+      const Result got = p.run(backend(), {.num_parts = parts});
+      EXPECT_EQ(difference(got, p.reference(), dtype), "") << dtype_name(dtype) << " parts " << parts;
+      EXPECT_FALSE(std::isnan(got.out[0]));
+      EXPECT_TRUE(std::isnan(got.out[3 * 512]) && std::isnan(got.lse[3]));
+    }
+  }
+}
+
 TEST_P(Conformance, EmptyBatch) {
   const Problem p({.lengths = {}});
   EXPECT_TRUE(p.run(backend()).out.empty());
@@ -190,7 +253,15 @@ TEST_P(Conformance, OffsetsBeyondTwoToThe31) {
   dense_decode(a, schedule.view(), aligned, workspace.size() - 64);
   munmap(pool, bytes);
   const Result expected = p.reference();
-  for (std::size_t i = 0; i < lse.size(); ++i) EXPECT_NEAR(lse[i], expected.lse[i], 1e-4);
+  // `out` is dense here.
+  Result got;
+  got.lse = lse;
+  for (std::size_t i = 0; i < out.size(); i += sizeof(cpu::Bf16)) {
+    cpu::Bf16 x;
+    std::memcpy(&x, &out[i], sizeof(x));
+    got.out.push_back(cpu::to_float(x));
+  }
+  EXPECT_EQ(difference(got, expected, DType::kBFloat16), "");
 }
 
 TEST_P(Conformance, WorkspaceIsBoundedByWorkersNotTokens) {
@@ -203,6 +274,22 @@ TEST_P(Conformance, WorkspaceIsBoundedByWorkersNotTokens) {
     return dense_decode_workspace_size(p.host_args(out, lse), schedule.view(), {.num_threads = 2});
   };
   EXPECT_EQ(bytes(10), bytes(100000));
+}
+
+TEST_P(Conformance, AForkedChildDecodes) {
+  if (backend().device().type != DeviceType::kCpu) GTEST_SKIP() << "a CUDA context does not survive a fork";
+  const Problem p({.lengths = {3000, 500}, .h_q = 16});
+  const Result before = p.run(backend());  // starts OpenMP's threads
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(60);  // a child that waits for threads that are not there dies of it
+    _exit(p.run(backend()).out_bits == before.out_bits ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
 }
 
 // Latent keys expanded by random W_UK and W_UV and plain multi-head attention over them: no code in common
@@ -371,6 +458,60 @@ TEST_F(BadInput, IsNamedAndNothingIsWritten) {
   expect_refused("schedule.block_size is 0");
   view.block_size = 32;
   expect_refused("other lengths");
+}
+
+// Products that pass 2^63: refused, where UBSan would otherwise see them or a small workspace be allowed.
+TEST_F(BadInput, ExtentsNearTwoToThe63) {
+  constexpr std::int64_t kHuge = std::numeric_limits<std::int64_t>::max();
+  for (const std::int64_t huge : {kHuge, kHuge / 2, kHuge / 576, std::int64_t{1} << 55}) {
+    a.q.shape[0] = huge;
+    expect_refused("q.shape[");
+  }
+  for (const std::int64_t huge : {kHuge, kHuge / 2}) {
+    a.q.strides[0] = huge;
+    expect_refused("q.shape[0] is 2 with stride");
+  }
+  a.k_cache.shape[0] = kHuge;
+  expect_refused("k_cache.shape[");
+  a.k_cache.strides[0] = kHuge;
+  expect_refused("k_cache.shape[0] is");
+  a.out.strides[0] = kHuge / 2;
+  expect_refused("out.shape[0] is 2 with stride");
+  a.lse.strides[0] = kHuge / 4;
+  expect_refused("lse.shape[0] is 2 with stride");
+  a.q.shape[2] = a.out.shape[2] = a.lse.shape[1] = std::int64_t{1} << 33;
+  a.q.strides = {0, 0, 0, 1};
+  expect_refused("(h_q) is 8589934592");
+  view.parts.shape[0] = std::int64_t{1} << 57;
+  view.parts.strides[0] = 0;
+  expect_refused("schedule.parts.shape[0] is 144115188075855872");
+  view.parts.data = reinterpret_cast<void*>(std::numeric_limits<std::uintptr_t>::max() - 31);
+  expect_refused("schedule.parts.shape[");
+}
+
+TEST_F(BadInput, ABlockTableOfAnyWidthIsFine) {
+  // max_blocks * page_size passes 2^63; the columns past the lengths are never read.
+  a.block_table.shape[1] = std::int64_t{1} << 59;
+  EXPECT_NO_THROW(dense_decode(a, view, workspace, bytes, options));
+  EXPECT_NE(out[0] & out[1], 0xFF);
+}
+
+TEST_F(BadInput, AWorkspacePastTheAddressSpace) {
+  // Shapes alone: nothing of these tensors is read. 2^26 rows of 1025 floats for each of 2^31 splits.
+  constexpr std::int64_t kHeads = 1 << 20;
+  a.q.shape = {1, 64, kHeads, 1024};
+  a.q.strides = {0, 0, 0, 1};
+  a.k_cache.shape = {1, 64, 1, 1024};
+  a.k_cache.strides = {0, 0, 0, 1};
+  a.block_table.shape[0] = a.cache_seqlens.shape[0] = 1;
+  a.out = TensorView::contiguous(out.data(), DType::kBFloat16, {1, 64, kHeads, 1024});
+  a.lse = {};
+  std::vector<std::int32_t> splits{0, std::numeric_limits<std::int32_t>::max()};
+  view.num_splits = TensorView::contiguous(splits.data(), DType::kInt32, {2});
+  view.fixed_split_blocks = 1;
+  EXPECT_THROW(dense_decode_workspace_size(a, view), InvalidArgument);
+  splits[1] = 1;
+  EXPECT_GT(dense_decode_workspace_size(a, view), 0u);
 }
 
 TEST_F(BadInput, ValuesAreCheckedToo) {

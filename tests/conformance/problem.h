@@ -69,7 +69,8 @@ class Problem {
   Shape shape_;
 };
 
-/// Compares with the tolerances of the suite; the message names the worst element. "" when close.
+/// Compares with the tolerances of the suite; NaN equals NaN only. The message names the first element that
+/// is off. "" when close.
 std::string difference(const Result& got, const Result& expected, DType dtype);
 
 }  // namespace flash_mla::conformance

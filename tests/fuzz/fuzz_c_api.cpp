@@ -1,6 +1,7 @@
 // Arbitrary bytes as the arguments of the C ABI. Every tensor's data is a real allocation of as many bytes as
-// its shape and strides reach (or a small one, when that would be too large: then the call must be refused,
-// since such a tensor is only accepted when the problem is really that large). An accepted call must stay
+// its shape and strides reach. Where that is too much the tensor is a phantom: extents near 2^63 over a small
+// allocation, for the arithmetic of checks and sizes. Phantoms go to the calls that look at shapes alone,
+// and, where no call may follow them beyond the allocation, to the others too. An accepted call must stay
 // inside its buffers, which AddressSanitizer watches; a refused one must leave a message.
 
 #include <fuzzer/FuzzedDataProvider.h>
@@ -22,7 +23,15 @@ struct Tensor {
   DLTensor t{};
   std::array<std::int64_t, 8> shape{}, strides{};
   std::vector<std::uint8_t> memory;
+  bool phantom = false;
+  bool bent = false;
 };
+
+// Extents around which products overflow.
+std::int64_t extreme(FuzzedDataProvider& in) {
+  const std::int64_t power = std::int64_t{1} << in.ConsumeIntegralInRange(16, 62);
+  return power + in.ConsumeIntegralInRange(-1, 1);
+}
 
 // A plausible tensor that some field of may be bent.
 void make(FuzzedDataProvider& in, Tensor& x, std::vector<std::int64_t> shape, DLDataType dtype) {
@@ -33,10 +42,10 @@ void make(FuzzedDataProvider& in, Tensor& x, std::vector<std::int64_t> shape, DL
   std::int64_t stride = 1;
   for (std::size_t i = shape.size(); i-- > 0;) {
     x.strides[i] = stride;
-    stride *= std::max<std::int64_t>(shape[i], 1);
+    if (__builtin_mul_overflow(stride, std::max<std::int64_t>(shape[i], 1), &stride)) stride = 0;
   }
-  const bool bent = in.ConsumeIntegralInRange(0, 3) == 0;
-  if (bent) {
+  x.bent = in.ConsumeIntegralInRange(0, 3) == 0;
+  if (x.bent) {
     const auto dim = in.ConsumeIntegralInRange<std::size_t>(0, 4);
     switch (in.ConsumeIntegralInRange(0, 7)) {
       case 0:
@@ -65,7 +74,7 @@ void make(FuzzedDataProvider& in, Tensor& x, std::vector<std::int64_t> shape, DL
     }
   }
   x.t.shape = x.shape.data();
-  x.t.strides = in.ConsumeIntegralInRange(0, 7) == 0 && !bent ? nullptr : x.strides.data();
+  x.t.strides = in.ConsumeIntegralInRange(0, 7) == 0 && !x.bent ? nullptr : x.strides.data();
   // The bytes the tensor reaches; unreachable ones are not provided.
   __int128 reach = 1;
   for (int i = 0; i < std::min(std::max(x.t.ndim, 0), 8); ++i) {
@@ -77,17 +86,22 @@ void make(FuzzedDataProvider& in, Tensor& x, std::vector<std::int64_t> shape, DL
     if (x.strides[d] > 0) reach += static_cast<__int128>(x.shape[d] - 1) * x.strides[d];
     if (reach > kMaxBytes) break;
   }
-  const auto bytes =
-      static_cast<std::int64_t>(reach > kMaxBytes ? 0 : reach) * std::max(x.t.dtype.bits / 8, 1);
-  x.memory.assign(static_cast<std::size_t>(std::min(bytes, 8 * kMaxBytes)), 0x3C);
-  // What is too large to provide has no memory at all.
-  x.t.data = reach > kMaxBytes ? nullptr : x.memory.data();
+  x.phantom = reach > kMaxBytes;
+  const auto elements = static_cast<std::int64_t>(x.phantom ? kMaxBytes : reach);
+  x.memory.assign(static_cast<std::size_t>(elements * std::max(x.t.dtype.bits / 8, 1)), 0x3C);
+  x.t.data = x.phantom && in.ConsumeBool() ? nullptr : x.memory.data();
+  if (in.ConsumeIntegralInRange(0, 31) == 0) {
+    x.t.byte_offset = in.ConsumeIntegral<std::uint64_t>();
+    x.phantom = x.bent = true;
+  }
 }
 
-void put_ints(FuzzedDataProvider& in, Tensor& x, std::int32_t low, std::int32_t high) {
+// Numbers from low to high and, unless `wild` is false, now and then any other.
+void put_ints(FuzzedDataProvider& in, Tensor& x, std::int32_t low, std::int32_t high, bool wild = true) {
   for (std::size_t i = 0; i + 4 <= x.memory.size(); i += 4) {
-    const std::int32_t v = in.ConsumeIntegralInRange(0, 15) == 0 ? in.ConsumeIntegral<std::int32_t>()
-                                                                 : in.ConsumeIntegralInRange(low, high);
+    const std::int32_t v = wild && in.ConsumeIntegralInRange(0, 15) == 0
+                               ? in.ConsumeIntegral<std::int32_t>()
+                               : in.ConsumeIntegralInRange(low, high);
     std::memcpy(&x.memory[i], &v, 4);
   }
 }
@@ -101,9 +115,35 @@ void require_message(flash_mla_status status) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   FuzzedDataProvider in(data, size);
   const auto small = [&](int low, int high) { return in.ConsumeIntegralInRange<std::int64_t>(low, high); };
-  const std::int64_t b = small(0, 3), s_q = small(1, 3), h_kv = small(1, 2), h_q = h_kv * small(1, 2);
-  const std::int64_t d_v = small(1, 5), d_qk = d_v + small(0, 3), pages = small(1, 3), page = small(1, 4);
-  const std::int64_t width = small(0, 3), parts = small(1, 3);
+  std::int64_t b = small(0, 3), h_kv = small(1, 2), h_q = h_kv * small(1, 2), pages = small(1, 3);
+  std::int64_t width = small(0, 3), parts = small(1, 3);
+  const std::int64_t s_q = small(1, 3), d_v = small(1, 5), d_qk = d_v + small(0, 3), page = small(1, 4);
+  const std::int64_t real_pages = pages, real_width = width;
+  // One dimension huge in every tensor that has it, so that no check of one shape against another gets in the
+  // way.
+  switch (in.ConsumeIntegralInRange(0, 15)) {
+    case 0:
+      b = extreme(in);
+      break;
+    case 1:
+      h_q = extreme(in);
+      h_kv = 1;
+      break;
+    case 2:
+      h_q = h_kv = extreme(in);
+      break;
+    case 3:
+      pages = extreme(in);
+      break;
+    case 4:
+      width = extreme(in);
+      break;
+    case 5:
+      parts = extreme(in);
+      break;
+    default:
+      break;
+  }
   const DLDataType real = in.ConsumeBool() ? DLDataType{kDLFloat, 32, 1} : DLDataType{kDLBfloat, 16, 1};
   const DLDataType i32{kDLInt, 32, 1};
   Tensor q, cache, table, lengths, out, lse, rows, splits;
@@ -115,26 +155,44 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   make(in, lse, {b, h_q, s_q}, {kDLFloat, 32, 1});
   make(in, rows, {parts, 8}, i32);
   make(in, splits, {b + 1}, i32);
-  put_ints(in, table, 0, static_cast<std::int32_t>(pages) - 1);
-  put_ints(in, lengths, 0, static_cast<std::int32_t>(width * page));
+  put_ints(in, table, 0, static_cast<std::int32_t>(real_pages) - 1, !cache.phantom);
+  put_ints(in, lengths, 0, static_cast<std::int32_t>(real_width * page), !table.phantom);
   put_ints(in, rows, 0, 3);
   put_ints(in, splits, 0, 3);
 
+  const bool real_plan = !lengths.phantom && !rows.phantom && !splits.phantom;
+  const bool real_results = !out.phantom && !lse.phantom;
+  // A pool of any number of pages is real as far as the table leads into it, and one row of a table as far as
+  // the lengths do.
+  const bool real_inputs = !q.phantom && (!cache.phantom || !cache.bent) &&
+                           (!table.phantom || (!table.bent && b == 1)) && real_plan;
+
   flash_mla_schedule_options plan;
   flash_mla_schedule_options_init(&plan);
-  if (in.ConsumeBool()) {
-    plan.block_size = in.ConsumeIntegralInRange(-1, 5);
-    plan.fixed_overhead_blocks = in.ConsumeIntegralInRange(-1, 3);
-    plan.min_blocks_per_request = in.ConsumeIntegralInRange(-1, 2);
-    plan.fixed_split_blocks = in.ConsumeIntegralInRange(-1, 2);
+  switch (in.ConsumeIntegralInRange(0, 3)) {
+    case 0:
+      break;
+    case 1:
+      plan.block_size = in.ConsumeIntegral<std::int32_t>();
+      plan.fixed_overhead_blocks = in.ConsumeIntegral<std::int32_t>();
+      plan.min_blocks_per_request = in.ConsumeIntegralInRange(0, 1);
+      plan.fixed_split_blocks = in.ConsumeIntegral<std::int32_t>();
+      break;
+    default:
+      plan.block_size = in.ConsumeIntegralInRange(-1, 5);
+      plan.fixed_overhead_blocks = in.ConsumeIntegralInRange(-1, 3);
+      plan.min_blocks_per_request = in.ConsumeIntegralInRange(-1, 2);
+      plan.fixed_split_blocks = in.ConsumeIntegralInRange(-1, 2);
   }
-  if (in.ConsumeIntegralInRange(0, 3) != 0) {
+  if (splits.phantom) plan.fixed_split_blocks = 0;  // the one mode in which num_splits is read for a size
+  if (real_plan && in.ConsumeIntegralInRange(0, 3) != 0) {
     require_message(flash_mla_build_decode_schedule(&lengths.t, &plan, &rows.t, &splits.t));
   }
   flash_mla_dense_decode_options options;
   flash_mla_dense_decode_options_init(&options);
   options.causal = in.ConsumeBool();
-  options.num_threads = in.ConsumeIntegralInRange(-1, 2);
+  options.num_threads =
+      in.ConsumeBool() ? in.ConsumeIntegral<std::int32_t>() : in.ConsumeIntegralInRange(-1, 2);
   options.block_size = plan.block_size;
   options.fixed_split_blocks = plan.fixed_split_blocks;
   if (in.ConsumeBool()) options.softmax_scale = in.ConsumeFloatingPoint<float>();
@@ -143,13 +201,15 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   std::size_t bytes = 0;
   const flash_mla_status status = flash_mla_dense_decode_workspace_size(&args, &options, &bytes);
   require_message(status);
-  if (status == FLASH_MLA_OK && bytes < (std::size_t{1} << 26)) {
+  if (status == FLASH_MLA_OK && bytes < (std::size_t{1} << 26) && real_inputs && real_results) {
     const std::size_t given = in.ConsumeIntegralInRange(0, 7) == 0 ? bytes / 2 : bytes;
     const std::unique_ptr<void, decltype(&std::free)> workspace(
         std::aligned_alloc(64, (given + 63) / 64 * 64), &std::free);
     require_message(flash_mla_dense_decode(&args, &options, workspace.get(), given));
   }
-  require_message(flash_mla_merge_states(&out.t, &lse.t, &out.t, &lse.t, &out.t, &lse.t,
-                                         in.ConsumeBool() ? FLASH_MLA_LSE_BASE_E : FLASH_MLA_LSE_BASE_2));
+  if (real_results) {
+    require_message(flash_mla_merge_states(&out.t, &lse.t, &out.t, &lse.t, &out.t, &lse.t,
+                                           in.ConsumeBool() ? FLASH_MLA_LSE_BASE_E : FLASH_MLA_LSE_BASE_2));
+  }
   return 0;
 }

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -106,6 +107,66 @@ def test_anything_with_dlpack():
     assert_close(torch.as_tensor(out), torch.as_tensor(lse), *p.expected(), torch.float32)
 
 
+class NothingButDlpack:
+    """As the protocol has it: two methods, and neither a shape nor a dtype."""
+
+    def __init__(self, x):
+        self._x = x
+
+    def __dlpack__(self, **kwargs):
+        return self._x.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self._x.__dlpack_device__()
+
+
+@pytest.mark.parametrize("generation", ["2025-02", "today"])
+def test_nothing_but_dlpack(generation):
+    p = Problem([70], dtype=torch.float32)
+    args = [NothingButDlpack(x) for x in p.args()[:4]]
+    metadata, num_splits = get_mla_metadata(args[3], 4, 1) if generation == "2025-02" else get_mla_metadata()
+    out, lse = flash_mla_with_kvcache(*args, 512, metadata, num_splits)
+    assert_close(torch.as_tensor(out), torch.as_tensor(lse), *p.expected(), torch.float32)
+    out, lse = flash_mla.reference_dense_decode(*args, 512)
+    assert (torch.as_tensor(out) - p.expected()[0]).abs().max() < 1e-6
+
+
+def test_dlpack_of_bfloat16_gives_numpy_bfloat16():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    p = Problem([70])
+    args = [NothingButDlpack(x) for x in p.args()[:4]]
+    out, _ = flash_mla_with_kvcache(*args, 512, get_mla_metadata()[0])
+    assert out.dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, NothingButDlpack])
+def test_read_only_inputs(wrap):
+    p = Problem([100, 3], dtype=torch.float32)
+    arrays = [x.numpy().copy() for x in p.args()[:4]]
+    for x in arrays:
+        x.flags.writeable = False
+    args = [wrap(x) for x in arrays]
+    out, lse = flash_mla_with_kvcache(*args, 512, *get_mla_metadata(args[3], 4, 1))
+    assert out.flags.writeable
+    assert_close(torch.from_numpy(out), torch.from_numpy(lse), *p.expected(), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("q", lambda x: x.astype(">f4")),
+        ("q", lambda x: x.astype(object)),
+        ("q", lambda x: x.astype("complex64")),
+        ("q", lambda x: x[::-1]),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_named(name, change):
+    p = Problem([100, 3], dtype=torch.float32)
+    q, *rest = [x.numpy() for x in p.args()[:4]]
+    with pytest.raises(ValueError, match=f"^{name}[ .]"):
+        flash_mla_with_kvcache(change(q), *rest, 512, get_mla_metadata()[0])
+
+
 def test_strided_inputs():
     p = Problem([200, 90], h_q=8)
     metadata, num_splits = get_mla_metadata(p.cache_seqlens, 8, 1)
@@ -147,6 +208,75 @@ def test_lazy_object_is_filled_once_and_refuses_other_shapes():
         flash_mla_with_kvcache(*p.args(), meta, causal=True)
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(block_table=None),
+        dict(cache_seqlens=None),
+        dict(k_cache=None),
+        dict(q=None),
+        dict(head_dim_v=None),
+        dict(softmax_scale="wide"),
+        dict(q=torch.zeros(1, 1, 4, 576, dtype=torch.bfloat16)),
+        dict(cache_seqlens=torch.tensor([20, 100000], dtype=torch.int32)),
+    ],
+)
+def test_a_refused_first_call_leaves_the_lazy_object_as_it_was(bad):
+    p = Problem([100, 20])
+    args = dict(zip(["q", "k_cache", "block_table", "cache_seqlens", "head_dim_v"], p.args()))
+    meta = get_mla_metadata()[0]
+    with pytest.raises(ValueError):
+        flash_mla_with_kvcache(**{**args, **bad}, tile_scheduler_metadata=meta)
+    assert meta == FlashMLASchedMeta()
+    out, lse = flash_mla_with_kvcache(**args, tile_scheduler_metadata=meta)
+    assert meta.have_initialized
+    assert_close(out, lse, *p.expected(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("token_rows", [False, True])
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("block_size", [64, 16])
+def test_plans_of_build_decode_schedule_decode(token_rows, step, block_size):
+    p = Problem([1000, 1, 0, 300], h_q=8, s_q=2, causal=True)
+    plan = dict(block_size=block_size, fixed_split_blocks=step, token_rows=token_rows)
+    parts, num_splits = flash_mla.build_decode_schedule(p.cache_seqlens, 5, **plan)
+    assert num_splits[-1] > 4  # something is split
+    out, lse = flash_mla.dense_decode(*p.args(), parts, num_splits, causal=True, num_threads=2, **plan)
+    assert_close(out, lse, *p.expected(), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("block_size", 0), ("block_size", None), ("fixed_split_blocks", -1), ("num_threads", -1), ("num_threads", "2")],
+)
+def test_bad_plan_options_of_a_decode_are_named(name, value):
+    p = Problem([100])
+    parts, num_splits = flash_mla.build_decode_schedule(p.cache_seqlens, 2)
+    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+        flash_mla.dense_decode(*p.args(), parts, num_splits, **{name: value})
+
+
+def test_a_forked_child_decodes():
+    code = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from conftest import Problem
+from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+p = Problem([3000, 100], h_q=16)
+plan = get_mla_metadata(p.cache_seqlens, 16, 1)
+before = flash_mla_with_kvcache(*p.args(), *plan)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    lazy = flash_mla_with_kvcache(*p.args(), get_mla_metadata()[0])[0]
+    same = flash_mla_with_kvcache(*p.args(), *plan)[0].equal(before[0])
+    os._exit(0 if same and (lazy.float() - before[0].float()).abs().max() < 1e-2 else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    here = os.path.dirname(os.path.abspath(__file__))
+    subprocess.run([sys.executable, "-c", code, here], check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
 def test_schedule_of_other_lengths_is_refused():
     p = Problem([1000, 20])
     metadata, num_splits = get_mla_metadata(torch.tensor([20, 1000], dtype=torch.int32), 4, 1)
@@ -180,6 +310,18 @@ def test_schedule_of_other_lengths_is_refused():
         ("num_splits", lambda p: torch.zeros(9, dtype=torch.int32)),
         ("softmax_scale", lambda p: -1.0),
         ("softmax_scale", lambda p: float("nan")),
+        ("softmax_scale is 'wide'", lambda p: "wide"),
+        ("q is None", lambda p: None),
+        ("q is of type list", lambda p: [[1.0]]),
+        ("k_cache is None", lambda p: None),
+        ("block_table is None", lambda p: None),
+        ("cache_seqlens is None", lambda p: None),
+        ("tile_scheduler_metadata is None", lambda p: None),
+        ("num_splits is None", lambda p: None),
+        ("head_dim_v is None", lambda p: None),
+        ("head_dim_v is True", lambda p: True),
+        ("head_dim_v", lambda p: 10**12),
+        ("head_dim_v", lambda p: 1 << 70),
     ],
 )
 def test_bad_arguments_are_named(name, replacement):
@@ -199,7 +341,7 @@ def test_bad_arguments_are_named(name, replacement):
     if name == "d_qk":
         kwargs["head_dim_v"] = 100
     else:
-        kwargs[name] = replacement(p)
+        kwargs[name.split()[0]] = replacement(p)
     with pytest.raises(ValueError, match=pattern):
         flash_mla_with_kvcache(**kwargs)
 
@@ -281,3 +423,20 @@ def test_gpu_tensors_are_refused_clearly():
     assert backends["cpu"]["available"] and backends["cpu"]["detail"]
     assert not backends["sm90"]["available"] and backends["sm90"]["detail"]
     assert flash_mla.cpu_isa()["selected"] in flash_mla.cpu_isa()["available"]
+
+
+def test_integers_and_scales_of_other_kinds_are_taken():
+    p = Problem([100])
+    expected = decode(p)
+    plan = get_mla_metadata(p.cache_seqlens, np.int64(4), np.int32(1))
+    out, lse = flash_mla_with_kvcache(*p.args()[:4], np.int64(512), *plan, np.float32(576**-0.5), np.bool_(False))
+    assert torch.equal(out, expected[0])
+    flash_mla_with_kvcache(*p.args(), *plan, softmax_scale=torch.tensor(0.1), causal=1)
+
+
+@pytest.mark.parametrize("name", ["out_a", "lse_a", "out_b", "lse_b"])
+def test_missing_states_are_named(name):
+    p = Problem([10])
+    out, lse = decode(p)
+    with pytest.raises(ValueError, match=f"{name} is None"):
+        flash_mla.merge_states(**{**dict(out_a=out, lse_a=lse, out_b=out, lse_b=lse), name: None})

@@ -59,6 +59,14 @@ def test_token_rows(lengths, parts, splits, rows):
             [(0, 2, 0, 9, 0, 0, 1), (2, 2, 9, 32, 1, 1, 1), (2, 2, 32, 55, 2, 1, 1), (2, 3, 55, 2, 3, 1, 0)],
         ),
         ([1000, 1], 2, [(0, 0, 0, 14, 0, 1, 1), (0, 1, 14, 1, 1, 1, 0)]),
+        # An empty request counts as a block in the balance and ends at block 0 in its row; idle parts follow.
+        (
+            [0, 64, 0, 129],
+            8,
+            [(0, 0, 0, 0, 0, 0, 0), (1, 1, 0, 1, 0, 0, 0), (2, 2, 0, 0, 0, 0, 0), (3, 3, 0, 3, 0, 0, 0)]
+            + [(4, 3, 0, 3, 0, 0, 0)] * 4,
+        ),
+        ([64, 0], 1, [(0, 1, 0, 0, 0, 0, 0)]),
     ],
 )
 def test_block_rows(lengths, parts, rows):
@@ -91,7 +99,7 @@ def test_every_block_is_in_exactly_one_part(lengths, parts, overhead, step, leas
             continue
         assert (begin, first, split) == at
         for r in range(begin, end + 1):
-            blocks = max(-(-lengths[r] // 64), least)
+            blocks = -(-lengths[r] // 64)
             start, stop = (first if r == begin else 0), (last if r == end else blocks)
             assert start <= stop <= blocks and (stop > start or blocks == 0)
             pieces = max(-(-(stop - start) // step), 1) if step else 1
@@ -115,6 +123,14 @@ def test_every_block_is_in_exactly_one_part(lengths, parts, overhead, step, leas
         (dict(num_parts=2, fixed_overhead_blocks=-1), "fixed_overhead_blocks"),
         (dict(num_parts=2, min_blocks_per_request=2), "min_blocks_per_request"),
         (dict(num_parts=2, fixed_split_blocks=-1), "fixed_split_blocks"),
+        (dict(num_parts=None), "num_parts is None"),
+        (dict(num_parts="3"), "num_parts is '3'"),
+        (dict(num_parts=1 << 70), "num_parts"),
+        (dict(num_parts=2, block_size="a"), "block_size is 'a'"),
+        (dict(num_parts=2, block_size=None), "block_size is None"),
+        (dict(num_parts=2, fixed_overhead_blocks=1 << 40), "fixed_overhead_blocks"),
+        (dict(num_parts=2, min_blocks_per_request=True), "min_blocks_per_request is True"),
+        (dict(num_parts=2, fixed_split_blocks=1.5), "fixed_split_blocks is 1.5"),
     ],
 )
 def test_bad_options_are_named(kwargs, name):
@@ -128,7 +144,7 @@ def test_bad_lengths_are_named(lengths):
         get_mla_metadata(lengths, 1, 1)
 
 
-@pytest.mark.parametrize("heads", [(0, 1), (1, 0), (None, 1), (1, None)])
+@pytest.mark.parametrize("heads", [(0, 1), (1, 0), (None, 1), (1, None), (True, 1), ("4", 1), (1, 1.0)])
 def test_bad_head_counts_are_named(heads):
     with pytest.raises(ValueError, match="num_"):
         get_mla_metadata(ints([1]), *heads)

@@ -58,6 +58,17 @@ TEST(Merge, EmptyStatesContributeNothing) {
   }
 }
 
+TEST(Merge, NanStaysNan) {
+  const float others[] = {0.0f, kInf, -kInf};
+  for (const float other : others) {
+    State a({1, 2}, {kNan}), b({4, 2}, {other}), to({9, 9}, {9});
+    for (const bool swap : {false, true}) {
+      merge(swap ? b : a, swap ? a : b, to);
+      EXPECT_TRUE(std::isnan(to.out[0]) && std::isnan(to.out[1]) && std::isnan(to.lse[0])) << other << swap;
+    }
+  }
+}
+
 TEST(Merge, InPlaceAndAssociative) {
   std::mt19937 rng(3);
   std::normal_distribution<float> n;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -58,6 +59,11 @@ TEST(Schedule, EmptyRequests) {
   const auto s = DecodeSchedule::build(lengths, with_parts(8, 1));
   EXPECT_EQ(s.payload_blocks(), 9);
   EXPECT_EQ(Row(s.num_splits().begin(), s.num_splits().end()), (Row{0, 1, 2, 3, 4}));
+  const std::vector<Row> rows = block_rows(s);
+  EXPECT_EQ(rows[0], (Row{0, 0, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(rows[1], (Row{1, 1, 0, 1, 0, 0, 0}));
+  EXPECT_EQ(rows[2], (Row{2, 2, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(rows[3], (Row{3, 3, 0, 3, 0, 0, 0}));
 }
 
 TEST(Schedule, NoRequests) {
@@ -70,8 +76,7 @@ TEST(Schedule, NoRequests) {
 void expect_exact_cover(const std::vector<std::int32_t>& lengths, const ScheduleOptions& o) {
   const auto s = DecodeSchedule::build(lengths, o);
   const auto blocks_of = [&](std::size_t r) {
-    return std::max((std::int64_t{lengths[r]} + o.block_size - 1) / o.block_size,
-                    std::int64_t{o.min_blocks_per_request});
+    return (std::int64_t{lengths[r]} + o.block_size - 1) / o.block_size;
   };
   std::size_t req = 0;
   std::int64_t block = 0, split = 0, split_total = 0;
@@ -133,6 +138,33 @@ TEST(Schedule, FixedSplitsDependOnTheRequestAlone) {
   const auto alone = DecodeSchedule::build(std::vector<std::int32_t>{5000}, o);
   const auto among = DecodeSchedule::build(std::vector<std::int32_t>{70000, 5000, 3, 0}, o);
   EXPECT_EQ(alone.num_splits()[1], among.num_splits()[2] - among.num_splits()[1]);
+}
+
+TEST(Schedule, TheLongestRequestsStayWithinInt32) {
+  constexpr std::int32_t kLongest = std::numeric_limits<std::int32_t>::max();
+  for (const int block_size : {64, 1 << 30, kLongest}) {
+    ScheduleOptions o = with_parts(3, 0);
+    o.block_size = block_size;
+    const std::vector<std::int32_t> lengths{kLongest};
+    const auto s = DecodeSchedule::build(lengths, o);
+    const Row rows = s.to_token_rows(lengths);
+    const auto last =
+        static_cast<std::size_t>(std::find_if(s.parts().begin(), s.parts().end(),
+                                              [](const DecodePart& p) { return p.begin_req == 1; }) -
+                                 s.parts().begin() - 1);
+    EXPECT_EQ(rows[8 * last + 3], kLongest) << block_size;
+  }
+  ScheduleOptions o = with_parts(kLongest - 2, 0);
+  std::vector<DecodePart> parts(1);
+  std::vector<std::int32_t> splits(4);
+  EXPECT_THROW(build_decode_schedule(std::vector<std::int32_t>{0, 0, 0}, o, parts, splits), InvalidArgument);
+  o = with_parts(1);
+  o.block_size = 1;
+  o.fixed_overhead_blocks = 0;
+  EXPECT_THROW(DecodeSchedule::build(std::vector<std::int32_t>{kLongest}, o), InvalidArgument);
+  o.block_size = 2;
+  o.fixed_overhead_blocks = kLongest;
+  EXPECT_THROW(DecodeSchedule::build(std::vector<std::int32_t>{1, 1}, o), InvalidArgument);
 }
 
 TEST(Schedule, BadInputIsNamed) {

@@ -86,6 +86,35 @@ TEST(TensorView, WhatCannotBeUsedIsRefused) {
   EXPECT_TRUE(refused(x, "64-bit"));
 }
 
+TEST(TensorView, CountsThatDoNotFit) {
+  constexpr std::int64_t kHuge = std::numeric_limits<std::int64_t>::max();
+  EXPECT_THROW(TensorView::contiguous(nullptr, DType::kInt32, {kHuge, kHuge}), InvalidArgument);
+  EXPECT_THROW(TensorView::contiguous(nullptr, DType::kInt32, {kHuge / 2}), InvalidArgument);
+  EXPECT_EQ(TensorView::contiguous(nullptr, DType::kUInt8, {kHuge}).numel(), kHuge);
+  EXPECT_EQ(TensorView::contiguous(nullptr, DType::kInt32, {kHuge, kHuge, 0}).numel(), 0);
+  TensorView v = TensorView::contiguous(nullptr, DType::kInt32, {1, 1, 1});
+  v.shape = {kHuge, kHuge, 2, 0, 0};
+  EXPECT_EQ(v.numel(), kHuge);
+  v.rank = 1000;  // by hand; only what is there is looked at
+  EXPECT_EQ(v.numel(), 0);
+  EXPECT_EQ(v.describe().substr(0, 7), "int32 (");
+}
+
+TEST(TensorView, ByteOffsetPastTheAddressSpace) {
+  float data[4];
+  std::int64_t shape[1] = {1};
+  DLTensor t{};
+  t.data = data;
+  t.device.device_type = kDLCPU;
+  t.ndim = 1;
+  t.dtype = {kDLFloat, 32, 1};
+  t.shape = shape;
+  t.byte_offset = std::numeric_limits<std::uint64_t>::max() - 3;
+  EXPECT_THROW(from_dlpack(t), InvalidArgument);
+  t.byte_offset = 4;
+  EXPECT_EQ(from_dlpack(t).data, data + 1);
+}
+
 TEST(TensorView, Describes) {
   EXPECT_EQ(TensorView::contiguous(nullptr, DType::kBFloat16, {2, 1}).describe(), "bfloat16 (2, 1) on cpu");
   EXPECT_EQ(TensorView::contiguous(nullptr, DType::kInt32, {3}, {DeviceType::kCuda, 2}).describe(),

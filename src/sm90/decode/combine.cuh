@@ -3,15 +3,14 @@
 // Combines the partial results of split requests: out = sum_i O_i 2^(m_i - m) / sum_i l_i 2^(m_i - m), with
 // m_i the reference and l_i the sum of a row's split i, m the largest m_i.
 //
-// Grid (row blocks x groups of 16 rows x 2 halves of the columns x column chunks, requests or parts,
-// whichever is fewer; with fixed split points, requests). By request, a block looks for the part in which its
-// request begins, unless split points are fixed and the slots follow from num_splits; by part, for the split
-// request that begins in its part (at most one does). The layout is that of the consumers' registers
-// (kFragment): one load of 16 bytes per lane, split and group of 8 columns.
+// Grid (32 groups of 8 columns / those of a block, 2 halves of the columns x groups of 16 rows x row blocks x
+// latent heads, requests or parts, whichever is fewer; with fixed split points, requests). By part, a block
+// takes the split request that begins in its part (at most one does). The layout is that of the consumers'
+// registers (kFragment): one load of 16 bytes per lane, split and group of 8 columns.
 //
-// kManySplits (few requests, cut into many splits): a block takes one group of 8 columns, its warps every
-// eighth split each, and they meet in shared memory. Otherwise (many requests, cut in two): a warp takes four
-// groups of columns of all splits.
+// For a small batch what counts is the time from the last decode block's end to this kernel's end, and most
+// of that is instructions fetched from a cold memory: about 100 ns per 128 bytes. So the code is small, not
+// clever.
 
 #include <cstdint>
 
@@ -21,52 +20,20 @@ namespace flash_mla::sm90 {
 
 inline constexpr int kCombineWarps = 8;
 
-/// Blocks along x.
-template <bool kManySplits>
-constexpr int combine_blocks(const RowBlocks& blocks, int h_kv) {
-  return blocks.count() * h_kv * row_groups(blocks) * 2 * (kManySplits ? 32 : 1);
-}
-
-/// Which slots hold a request's partial results.
-struct SplitSlots {
-  int splits = 0;  // 0: nothing to combine
-  int first = 0, base = 0, step = 0;
-  __device__ int at(int i) const { return i == 0 ? first : base + i * step; }
+/// How the eight warps of a block divide 32 groups of 8 columns and a request's splits. Finer shapes have
+/// shorter chains of loads and more blocks.
+enum class CombineShape {
+  kFine,    ///< a block takes one group of columns, a warp every eighth split of it
+  kMedium,  ///< four groups; a warp takes two of them and every fourth split
+  kCoarse,  ///< all groups; a warp takes four of them and all splits
 };
-
-__device__ __forceinline__ SplitSlots split_slots(const DecodeParams& p, int& req) {
-  SplitSlots slots;
-  int owner = static_cast<int>(blockIdx.y);  // the part in which the request begins
-  if (p.split_tiles == 0 && p.batch > p.num_parts) {
-    const int4 part = part_of(p, owner);
-    req = part.y;
-    if (part.x >= p.batch || part.x > req || (part.x == req && part.z > 0)) return slots;
-  } else {
-    req = static_cast<int>(blockIdx.y);
-  }
-  const int before = p.num_splits[req], splits = p.num_splits[req + 1] - before;
-  if (splits <= 1) return slots;
-  slots.splits = splits;
-  if (p.split_tiles > 0) {
-    slots.first = slots.base = before;
-    slots.step = 1;
-    return slots;
-  }
-  if (p.batch <= p.num_parts) {
-    // The last part that begins at or before the request's first block.
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    int found = -1;
-    for (int i = lane; i < p.num_parts; i += 32) {
-      const int4 part = part_of(p, i);
-      if (part.x <= req && req <= part.y && (part.x < req || part.z == 0)) found = i;
-    }
-    owner = __reduce_max_sync(0xFFFFFFFFu, found);
-  }
-  slots.first = 2 * owner + (part_of(p, owner).x != req ? 1 : 0);
-  slots.base = 2 * owner;
-  slots.step = 2;
-  return slots;
+constexpr int split_warps(CombineShape s) {
+  return s == CombineShape::kFine ? 8 : s == CombineShape::kMedium ? 4 : 1;
 }
+constexpr int warp_groups(CombineShape s) {
+  return s == CombineShape::kFine ? 1 : s == CombineShape::kMedium ? 2 : 4;
+}
+constexpr int column_chunks(CombineShape s) { return 32 / (kCombineWarps / split_warps(s) * warp_groups(s)); }
 
 /// (m, l) becomes the reference and sum over it and one more split.
 __device__ __forceinline__ void add_split(float& m, float& l, float2 split) {
@@ -76,121 +43,144 @@ __device__ __forceinline__ void add_split(float& m, float& l, float2 split) {
   m = top;
 }
 
-template <bool kBf16, bool kManySplits>
-__global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const DecodeParams p, int h_kv) {
-  constexpr int kColumnChunks = kManySplits ? 32 : 1;
-  constexpr int kSteps = kManySplits ? 1 : 32 / kCombineWarps;  // groups of 8 columns per warp
-  constexpr int kSplitStep = kManySplits ? kCombineWarps : 1;   // a warp takes every so many-th split
-  ptx::grid_dependency_wait();
-  int req;
-  const SplitSlots slots = split_slots(p, req);
-  if (slots.splits == 0) return;
-
-  int x = static_cast<int>(blockIdx.x);
-  const int chunk = x % kColumnChunks;
-  x /= kColumnChunks;
-  const int wg = x % 2;
-  x /= 2;
-  const int groups = row_groups(p.blocks), group = x % groups;
-  const int block = x / groups;  // (latent head, row block)
-  const int blocks = p.blocks.count() * h_kv;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-
-  // 16 threads per row walk the statistics: a chain of loads per thread, as short as possible.
+template <bool kBf16, CombineShape kShape>
+__global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const DecodeParams p) {
+  constexpr int kSteps = warp_groups(kShape);      // groups of 8 columns per warp
+  constexpr int kSplitStep = split_warps(kShape);  // a warp takes every so many-th split
+  constexpr int kBatch = kSteps == 4 ? 2 : 4;      // splits whose loads are in flight together
   constexpr int kWeightedSplits = 64;
+  constexpr int kThreadsPerRow = kCombineWarps * 32 / 16;
   __shared__ float weights[kWeightedSplits][16];
-  constexpr int kBatch = kManySplits ? 4 : 2;
-  __shared__ std::uint16_t* out_of_row[16];  // null: padding
   __shared__ float2 rows[16];                // what a row's references are relative to, and 1 / its sum
-  const auto* stats = reinterpret_cast<const float2*>(p.partial_stats) + block * kTileRows + group * 16;
-  const int stats_stride = blocks * kTileRows;
+  __shared__ std::uint16_t* out_of_row[16];  // null: padding
+  __shared__ float4 partial[kCombineWarps][kSteps][32];
+
+  // The decode kernel waited for the schedule before it let this one start.
+  int req = static_cast<int>(blockIdx.z), splits = 0;
+  if (p.split_tiles == 0 && p.batch > p.num_parts) {
+    const int4 part = part_of(p, req);
+    req = part.x < p.batch && (part.x < part.y || (part.x == part.y && part.z == 0)) ? part.y : p.batch;
+  }
+  int first_slot = 0, next_slot = 0;
+  if (req < p.batch) {
+    const int before = p.num_splits[req];
+    splits = p.num_splits[req + 1] - before;
+    first_slot = p.split_tiles > 0 ? before : p.num_parts + before - req;
+    next_slot = p.split_tiles > 0 ? before : before - req - 1;  // plus i for split i > 0
+  }
+  const auto slot_of = [&](int i) { return i == 0 ? first_slot : next_slot + i; };
+  ptx::grid_dependency_wait();
+  if (splits <= 1) return;
+
+  // y: ((latent head, row block), group of 16 rows), half of the columns.
+  const int wg = static_cast<int>(blockIdx.y) % 2, groups = row_groups(p.blocks);
+  const int row_group = static_cast<int>(blockIdx.y) / 2;  // over all blocks
+  const int all_groups = static_cast<int>(gridDim.y) / 2;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const auto* stats = reinterpret_cast<const float2*>(p.partial_stats) + row_group * 16;
+  const int stats_stride = all_groups * 16;
   {
-    constexpr int kThreadsPerRow = kCombineWarps * 32 / 16;
+    // 16 threads per row walk the statistics: a chain of loads per thread, as short as possible.
     const int row = static_cast<int>(threadIdx.x) / kThreadsPerRow;
     float m = -INFINITY, l = 0.0f;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) % kThreadsPerRow; i < slots.splits; i += kThreadsPerRow) {
-      add_split(m, l, stats[slots.at(i) * stats_stride + row]);
+    for (int i = static_cast<int>(threadIdx.x) % kThreadsPerRow; i < splits; i += kThreadsPerRow) {
+      add_split(m, l, stats[slot_of(i) * stats_stride + row]);
     }
-#pragma unroll
+#pragma unroll 1
     for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2) {
       add_split(m, l,
                 float2{__shfl_xor_sync(0xFFFFFFFFu, m, offset), __shfl_xor_sync(0xFFFFFFFFu, l, offset)});
     }
     if (threadIdx.x % kThreadsPerRow == 0) {
       rows[row] = float2{m == -INFINITY ? 0.0f : m, l == 0.0f ? 0.0f : 1.0f / l};
-      const int in_block = group * 16 + row, m_block = block % p.blocks.count();
-      const int in_group = m_block % p.blocks.head_chunks * kTileRows + in_block % p.blocks.heads;
-      const int token = m_block / p.blocks.head_chunks * p.blocks.tokens + in_block / p.blocks.heads;
-      const int head = block / p.blocks.count() * p.group + in_group;
-      const bool valid = in_block < p.blocks.tokens * p.blocks.heads && token < p.s_q && in_group < p.group;
+      const int block_of_all = row_group / groups, in_block = row_group % groups * 16 + row;
+      const int h_kv = block_of_all / p.blocks.count();
+      const RowPlace place = place_of(p.blocks, block_of_all % p.blocks.count(), in_block);
+      const int head = h_kv * p.group + place.head;
+      const bool valid =
+          in_block < p.blocks.tokens * p.blocks.heads && place.token < p.s_q && place.head < p.group;
       out_of_row[row] = valid ? static_cast<std::uint16_t*>(p.out) + req * p.out_stride_b +
-                                    token * p.out_stride_s + head * p.out_stride_h
+                                    place.token * p.out_stride_s + head * p.out_stride_h
                               : nullptr;
-      if (valid && p.lse != nullptr && wg == 0 && chunk == 0) {
-        p.lse[req * p.lse_stride_b + head * p.lse_stride_h + token * p.lse_stride_s] =
+      if (valid && p.lse != nullptr && wg == 0 && blockIdx.x == 0) {
+        p.lse[req * p.lse_stride_b + head * p.lse_stride_h + place.token * p.lse_stride_s] =
             l == 0.0f ? INFINITY : (m + log2f(l)) * 0.69314718056f;
       }
     }
   }
-  const int low = lane / 4, high = lane / 4 + 8;          // this lane's rows of the group
-  const int first = kManySplits ? chunk : warp * kSteps;  // of the groups of 8 columns
-  const int first_split = kManySplits ? warp : 0;
+
+  const int first_split = warp % kSplitStep;
+  const int first =
+      (static_cast<int>(blockIdx.x) * (kCombineWarps / kSplitStep) + warp / kSplitStep) * kSteps;
   const auto* from = reinterpret_cast<const float4*>(p.partial_out) +
-                     static_cast<std::int64_t>((block * groups + group) * 2 + wg) * kFragment + first * 32 +
-                     lane;
+                     static_cast<std::int64_t>(blockIdx.y) * kFragment + first * 32 + lane;
   // In float4s; 32 bits reach 64 GiB of partial results.
-  const auto stride = static_cast<unsigned>(blocks * groups * 2 * kFragment);
+  const auto stride = static_cast<unsigned>(gridDim.y * kFragment);
+  const int low = lane / 4;  // this lane's rows are `low` and `low + 8`
   float4 acc[kSteps] = {};
-  for (int begin = 0; begin < slots.splits; begin += kWeightedSplits) {
-    const int count = min(slots.splits - begin, kWeightedSplits);
+#pragma unroll 1
+  for (int begin = 0; begin < splits; begin += kWeightedSplits) {
+    const int count = min(splits - begin, kWeightedSplits);
     __syncthreads();
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < count * 16; i += kCombineWarps * 32) {
-      const float2 s = stats[slots.at(begin + i / 16) * stats_stride + i % 16];
-      weights[i / 16][i % 16] = s.y == 0.0f ? 0.0f : exp2_fast(s.x - rows[i % 16].x) * rows[i % 16].y;
+    for (int i = static_cast<int>(threadIdx.x); i < kWeightedSplits * 16; i += kCombineWarps * 32) {
+      float w = 0.0f;
+      if (i < count * 16) {
+        const float2 s = stats[slot_of(begin + i / 16) * stats_stride + i % 16];
+        if (s.y != 0.0f) w = exp2_fast(s.x - rows[i % 16].x) * rows[i % 16].y;
+      }
+      weights[i / 16][i % 16] = w;
     }
     __syncthreads();
-    for (int begin_batch = first_split; begin_batch < count; begin_batch += kBatch * kSplitStep) {
-      // All loads of a batch first: what a warp waits for is one of them, not the sum.
+#pragma unroll 1
+    for (int batch = first_split; batch < count; batch += kBatch * kSplitStep) {
+      // All loads of a batch first: what a warp waits for is one of them, not the sum. Behind the last split
+      // follow ones of weight 0.
       float4 x[kBatch][kSteps];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int split = begin + min(begin_batch + i * kSplitStep, count - 1);
-        const float4* o = from + static_cast<unsigned>(slots.at(split)) * stride;
+        const float4* o =
+            from + static_cast<unsigned>(slot_of(min(begin + batch + i * kSplitStep, splits - 1))) * stride;
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) x[i][j] = o[j * 32];
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int split = begin_batch + i * kSplitStep;
-        const float w0 = split < count ? weights[split][low] : 0.0f;
-        const float w1 = split < count ? weights[split][high] : 0.0f;
+        const int split = min(batch + i * kSplitStep, kWeightedSplits - 1);
+        const bool more = batch + i * kSplitStep < kWeightedSplits;
+        const float w0 = more ? weights[split][low] : 0.0f, w1 = more ? weights[split][low + 8] : 0.0f;
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
           // Where the weight is 0 there may be no O: a split without keys writes none.
-          acc[j].x += w0 == 0.0f ? 0.0f : w0 * x[i][j].x;
-          acc[j].y += w0 == 0.0f ? 0.0f : w0 * x[i][j].y;
-          acc[j].z += w1 == 0.0f ? 0.0f : w1 * x[i][j].z;
-          acc[j].w += w1 == 0.0f ? 0.0f : w1 * x[i][j].w;
+          if (w0 != 0.0f) {
+            acc[j].x += w0 * x[i][j].x;
+            acc[j].y += w0 * x[i][j].y;
+          }
+          if (w1 != 0.0f) {
+            acc[j].z += w1 * x[i][j].z;
+            acc[j].w += w1 * x[i][j].w;
+          }
         }
       }
     }
   }
 
-  if constexpr (kManySplits) {
-    __shared__ float4 partial[kCombineWarps][32];
-    partial[warp][lane] = acc[0];
-    __syncthreads();
-    if (warp > 0) return;
-    acc[0] = float4{};
+  if constexpr (kSplitStep > 1) {
 #pragma unroll
-    for (int w = 0; w < kCombineWarps; ++w) {
-      const float4 x = partial[w][lane];
-      acc[0].x += x.x;
-      acc[0].y += x.y;
-      acc[0].z += x.z;
-      acc[0].w += x.w;
+    for (int j = 0; j < kSteps; ++j) partial[warp][j][lane] = acc[j];
+    __syncthreads();
+    if (first_split > 0) return;
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+#pragma unroll 1
+      for (int w = 1; w < kSplitStep; ++w) {
+        const float4 x = partial[warp + w][j][lane];
+        acc[j].x += x.x;
+        acc[j].y += x.y;
+        acc[j].z += x.z;
+        acc[j].w += x.w;
+      }
     }
   }
 #pragma unroll

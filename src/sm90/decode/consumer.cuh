@@ -66,9 +66,8 @@ struct ConsumerBase {
   // First key that a row does not see.
   __device__ int limit_of(const Item& item, int r) const {
     if (!p.causal) return item.length;
-    const int token =
-        static_cast<int>(blockIdx.x) / p.blocks.head_chunks * p.blocks.tokens + r / p.blocks.heads;
-    return min(item.length - p.s_q + token + 1, item.length);
+    return min(item.length - p.s_q + place_of(p.blocks, static_cast<int>(blockIdx.x), r).token + 1,
+               item.length);
   }
 
   // Scores that a row does not see become -inf. kColumns scores per thread pair of rows, from column `first`.
@@ -148,10 +147,10 @@ struct ConsumerBase {
 
   // Where row r of this CTA's block goes; false if it is padding.
   __device__ bool locate(int r, int& token, int& head) const {
-    const int in_group = static_cast<int>(blockIdx.x) % p.blocks.head_chunks * kTileRows + r % p.blocks.heads;
-    token = static_cast<int>(blockIdx.x) / p.blocks.head_chunks * p.blocks.tokens + r / p.blocks.heads;
-    head = static_cast<int>(blockIdx.y) * p.group + in_group;
-    return r < p.blocks.tokens * p.blocks.heads && token < p.s_q && in_group < p.group;
+    const RowPlace place = place_of(p.blocks, static_cast<int>(blockIdx.x), r);
+    token = place.token;
+    head = static_cast<int>(blockIdx.y) * p.group + place.head;
+    return r < p.blocks.tokens * p.blocks.heads && token < p.s_q && place.head < p.group;
   }
   // This CTA's row block among those of a partial result's slot.
   __device__ std::int64_t partial_block(const Item& item) const {
@@ -181,7 +180,7 @@ struct ConsumerBase {
   }
   __device__ void store_stats(std::int64_t block, const float (&sum)[2]) const {
     if (kWg != 0 || lane % 4 != 0) return;
-    float2* stats = reinterpret_cast<float2*>(p.partial_stats) + block * kTileRows + row;
+    float2* stats = reinterpret_cast<float2*>(p.partial_stats) + block * row_groups(p.blocks) * 16 + row;
     stats[0] = float2{reference[0], sum[0]};
     stats[8] = float2{reference[1], sum[1]};
   }

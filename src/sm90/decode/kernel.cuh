@@ -34,6 +34,8 @@ namespace flash_mla::sm90 {
 __device__ __forceinline__ void prefetch_metadata(const DecodeParams& p, int warp) {
   constexpr int kLine = 32;  // int32
   constexpr int kMaxLines = 128;
+  if (threadIdx.x % 32 == 0 && warp == 8)
+    ptx::prefetch_l2(p.parts + static_cast<std::int64_t>(blockIdx.z) * 8);
   const std::int32_t* from = warp == 9 ? p.cache_seqlens : warp == 10 ? p.num_splits : p.block_table;
   const std::int64_t count = warp < 11 ? p.batch : p.batch * p.block_table_stride;
   if (warp < 9 || count > kLine * kMaxLines) return;

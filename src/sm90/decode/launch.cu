@@ -63,12 +63,22 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
   const bool fixed = p.split_tiles > 0;
   if (p.num_parts == 1 && !fixed) return;
   const auto owners = static_cast<unsigned>(fixed ? p.batch : std::min(p.batch, p.num_parts));
-  // With fixed split points the order of summation must not depend on the rest of the batch.
-  const bool many_splits = fixed || p.num_parts >= 16 * p.batch;
-  const auto blocks = static_cast<unsigned>(many_splits ? combine_blocks<true>(p.blocks, h_kv)
-                                                        : combine_blocks<false>(p.blocks, h_kv));
-  launch(many_splits ? combine_kernel<kBf16, true> : combine_kernel<kBf16, false>, dim3(blocks, owners),
-         kCombineWarps * 32, 0, 1, stream, p, h_kv);
+  // The finest shape of at most kBlocks blocks; with fixed split points always the same, since the order of
+  // summation must not depend on the rest of the batch.
+  constexpr int kBlocks = 512;
+  const int row_groups_of_all = 2 * p.blocks.count() * h_kv * row_groups(p.blocks);
+  const auto blocks_of = [&](CombineShape shape) {
+    return column_chunks(shape) * row_groups_of_all * static_cast<int>(owners);
+  };
+  CombineShape shape = CombineShape::kMedium;
+  if (!fixed && blocks_of(CombineShape::kFine) <= kBlocks) shape = CombineShape::kFine;
+  if (!fixed && blocks_of(CombineShape::kMedium) > kBlocks) shape = CombineShape::kCoarse;
+  const auto kernel = shape == CombineShape::kFine     ? combine_kernel<kBf16, CombineShape::kFine>
+                      : shape == CombineShape::kMedium ? combine_kernel<kBf16, CombineShape::kMedium>
+                                                       : combine_kernel<kBf16, CombineShape::kCoarse>;
+  const dim3 blocks(static_cast<unsigned>(column_chunks(shape)), static_cast<unsigned>(row_groups_of_all),
+                    owners);
+  launch(kernel, blocks, kCombineWarps * 32, 0, 1, stream, p);
 }
 
 }  // namespace

@@ -18,7 +18,30 @@ struct RowBlocks {
   int head_chunks;   ///< blocks along the heads of a token
   int token_blocks;  ///< blocks along the tokens
   constexpr int count() const { return head_chunks * token_blocks; }
+
+  // Division by these as a product, for numbers below 2^10: a division is twenty instructions, and a small
+  // batch waits for every one of them to be fetched.
+  std::uint32_t heads_inverse =
+      ((1u << 16) + static_cast<std::uint32_t>(heads) - 1) / static_cast<std::uint32_t>(heads);
+  std::uint32_t chunks_inverse =
+      ((1u << 16) + static_cast<std::uint32_t>(head_chunks) - 1) / static_cast<std::uint32_t>(head_chunks);
+  constexpr int by_heads(int row) const {
+    return static_cast<int>(static_cast<std::uint32_t>(row) * heads_inverse >> 16);
+  }
+  constexpr int by_chunks(int block) const {
+    return static_cast<int>(static_cast<std::uint32_t>(block) * chunks_inverse >> 16);
+  }
 };
+
+/// Query token and head (of the group) of row `row` of row block `block`.
+struct RowPlace {
+  int token, head;
+};
+constexpr RowPlace place_of(const RowBlocks& b, int block, int row) {
+  const int token_block = b.by_chunks(block), token = b.by_heads(row);
+  return {token_block * b.tokens + token,
+          (block - token_block * b.head_chunks) * kTileRows + row - token * b.heads};
+}
 
 constexpr RowBlocks row_blocks(int s_q, int group) {
   if (group >= kTileRows) return {1, kTileRows, (group + kTileRows - 1) / kTileRows, s_q};
@@ -58,12 +81,13 @@ struct DecodeParams {
   float* lse;  ///< may be null
   std::int64_t lse_stride_b, lse_stride_h, lse_stride_s;
 
-  /// Partial results of split requests: slot 2p holds the first request of part p, slot 2p + 1 its last when
-  /// that is another one. With split_tiles, slot num_splits[r] + i holds split i of request r.
+  /// Partial results of split requests. Let e = num_splits[r] - r, the splits beyond the first of all
+  /// requests before r: split 0 of request r lies in slot num_parts + e, split i > 0 in slot e + i - 1. With
+  /// split_tiles, split i lies in slot num_splits[r] + i.
   ///
   /// O lies there as the consumers' registers hold it, not normalised: (slots, h_kv * blocks, groups of 16
   /// rows, 2 warpgroups, 32 groups of 8 columns, 32 lanes, 4), see kFragment. The statistics are (slots, h_kv
-  /// * blocks, 64 rows, 2): the reference, -inf if the row saw no key, and the sum relative to it, base 2.
+  /// * blocks, groups, 16 rows, 2): the reference, -inf if the row saw no key, and the sum relative to it, base 2.
   float* partial_out;
   float* partial_stats;
 };

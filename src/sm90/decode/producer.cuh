@@ -66,9 +66,8 @@ struct Producer {
     int items = 0, uses[2] = {0, 0};
     const int tiles_per_page = p.page_size / kTileTokens;  // 0: several pages per tile
     const int m_block = blockIdx.x;
-    const int first_token = m_block / p.blocks.head_chunks * p.blocks.tokens;
-    const int first_head =
-        static_cast<int>(blockIdx.y) * p.group + m_block % p.blocks.head_chunks * kTileRows;
+    const RowPlace first = place_of(p.blocks, m_block, 0);
+    const int first_token = first.token, first_head = static_cast<int>(blockIdx.y) * p.group + first.head;
     for (Item item = first_item(p, part); item.req <= part.y; item = next_item(p, part, item)) {
       const std::int32_t* pages = p.block_table + item.req * p.block_table_stride;
       // The first page is looked up before the length is known to ask for it: both come from memory.

@@ -147,9 +147,10 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
     const int begin_req = req_at(i), begin_block = block_at(i, begin_req);
     const int next_req = req_at(i + 1), next_block = block_at(i + 1, next_req);
     const int end_req = next_block > 0 ? next_req : next_req - 1;
-    const int end_block = next_block > 0 ? next_block
-                          : next_req > 0 ? starts[next_req] - starts[next_req - 1] - p.fixed_overhead_blocks
-                                         : 0;
+    // The blocks a request has, not those it counts as: rows of an empty request end at block 0.
+    const int last_length = next_req > 0 ? max(p.cache_seqlens[next_req - 1], 0) : 0;
+    const int end_block =
+        next_block > 0 ? next_block : last_length / p.block_size + (last_length % p.block_size > 0);
     const bool idle = begin_req >= p.batch;
     const int split = p.fixed_split_blocks > 0 ? begin_block / p.fixed_split_blocks
                       : begin_block > 0        ? cuts[i] - cuts_before(begin_req)

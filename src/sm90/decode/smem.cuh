@@ -69,7 +69,9 @@ __device__ __forceinline__ Item item_at(const DecodeParams& p, const int4& part,
     item.end_tile = min(item.end_tile, begin_tile + p.split_tiles);
     item.slot = before + begin_tile / p.split_tiles;
   } else {
-    item.slot = 2 * static_cast<int>(blockIdx.z) + (req != part.x ? 1 : 0);
+    const int split =
+        req != part.x || begin_tile == 0 ? 0 : p.parts[static_cast<std::int64_t>(blockIdx.z) * 8 + 4];
+    item.slot = before - req + (split == 0 ? p.num_parts : split - 1);
   }
   return item;
 }

@@ -1,0 +1,44 @@
+#!/bin/sh
+# The documentation's promises: README's examples build and run, and every relative link leads to a file.
+# run.sh [BUILD [PYTHON]]: a folder with the built library, and a Python with the package and torch.
+set -eu
+cd "$(dirname "$0")/../.."
+work=build/docs
+rm -rf "$work"
+mkdir -p "$work"
+
+# The blocks that follow a line <!-- example -->, one per language.
+awk -v dir="$work" '
+  /^<!-- example -->$/ { marked = 1; next }
+  marked && /^```/ { file = dir "/example." ($0 == "```cpp" ? "cpp" : "py"); marked = 0; inside = 1; next }
+  inside && /^```$/ { inside = 0; close(file); next }
+  inside { print >> file }
+' README.md
+for example in cpp py; do
+  [ -s "$work/example.$example" ] || { echo "README.md has no $example example" >&2; exit 1; }
+done
+
+# quiet COMMAND...: its output only when it fails.
+quiet() { "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }; }
+
+# Through the installed package, which knows what the library was built with.
+build=${1:-build/release}
+quiet cmake --install "$build" --prefix "$PWD/$work/prefix"
+quiet cmake -S tests/docs -B "$work/build" -G Ninja -DCMAKE_PREFIX_PATH="$PWD/$work/prefix" \
+  -DEXAMPLE="$PWD/$work/example.cpp"
+quiet cmake --build "$work/build"
+"$work/build/example"
+echo "README.md, C++ example: ok"
+"${2:-.venv/bin/python}" "$work/example.py"
+echo "README.md, Python example: ok"
+
+# [text](target), without those that name another site or a place on the same page.
+broken=0
+for page in *.md docs/*.md docs/*/*.md; do
+  [ -f "$page" ] || continue
+  for target in $(grep -o '](\([^)]*\))' "$page" | sed -e 's/^](//' -e 's/)$//' -e 's/#.*//' | grep -v '^[a-z]*:' | sort -u); do
+    [ -e "$(dirname "$page")/$target" ] || { echo "$page: link to $target, which does not exist" >&2; broken=1; }
+  done
+done
+[ "$broken" = 0 ]
+echo "links: ok"
