@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "flash_mla/flash_mla.h"
 #include "engine_bindings.h"
+#include "flash_mla/flash_mla.h"
 #include "forward_bindings.h"
 #include "model_bindings.h"
 #include "planner_bindings.h"

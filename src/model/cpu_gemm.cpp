@@ -82,7 +82,7 @@ class ThreadLimit {
   ThreadLimit& operator=(const ThreadLimit&) = delete;
 
  private:
-  int before_ = 1;
+  [[maybe_unused]] int before_ = 1;
 };
 
 /// Blocked layout of a (in_features, out_features) operand; it does not depend on the rows of the other.

@@ -21,6 +21,7 @@
 #include "model/cpu_router.h"
 #include "model/cpu_rows.h"
 #include "model/model.h"
+#include "model/parallel.h"
 #include "model/rope.h"
 
 namespace flash_mla::model {
@@ -292,11 +293,10 @@ class CpuOps : public Ops {
     auto* results = reinterpret_cast<float*>(
         grown(expert_out_, static_cast<std::size_t>(x.rows * chosen * hidden) * sizeof(float)));
     const auto count = static_cast<std::int64_t>(active_.size());
-#pragma omp parallel for num_threads(threads_) schedule(dynamic)
-    for (std::int64_t i = 0; i < count; ++i) {
+    parallel_for(count, threads_, [&](std::int64_t i) {
       const std::size_t e = active_[static_cast<std::size_t>(i)];
       run_expert(x, experts[e], expert_rows_[e], results);
-    }
+    });
     for_rows(x.rows, hidden * chosen, [&](std::int64_t t) {
       thread_local std::vector<float> sum;
       sum.resize(static_cast<std::size_t>(hidden));
@@ -335,14 +335,12 @@ class CpuOps : public Ops {
 
   template <class F>
   void for_rows(std::int64_t rows, std::int64_t columns, F&& f) const {
-#pragma omp parallel for num_threads(threads_) if (rows * columns >= kParallelElements)
-    for (std::int64_t t = 0; t < rows; ++t) f(t);
+    parallel_for(rows, rows * columns >= kParallelElements ? threads_ : 1, f);
   }
 
   template <class F>
   void for_heads(F&& f) const {
-#pragma omp parallel for num_threads(threads_)
-    for (std::int64_t h = 0; h < config_.num_attention_heads; ++h) f(h);
+    parallel_for(config_.num_attention_heads, threads_, f);
   }
 
   void multiply(Matrix x, const Linear& weight, Matrix out, bool accumulate) {

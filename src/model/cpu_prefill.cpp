@@ -8,6 +8,7 @@
 
 #include "model/cpu_rows.h"
 #include "model/model.h"
+#include "model/parallel.h"
 
 // Keys are expanded kSpanKeys at a time, for all heads in one product; then every (head, tile of queries)
 // walks the span in tiles of keys with an online softmax. All tile shapes are fixed and their borders are
@@ -57,13 +58,10 @@ class Prefill {
       const std::int64_t width = heads_ * (nope_ + v_);
       const Matrix expanded{expanded_.data(), q_.dtype, count, width, width};
       gemm.run(latents, kv_b, nullptr, expanded, {num_threads, batch_invariant, false});
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic)
-      for (std::int64_t item = 0; item < items; ++item) {
-        attend(gemm, item / tiles_, item % tiles_, begin, count);
-      }
+      parallel_for(items, num_threads,
+                   [&](std::int64_t item) { attend(gemm, item / tiles_, item % tiles_, begin, count); });
     }
-#pragma omp parallel for num_threads(num_threads)
-    for (std::int64_t item = 0; item < items; ++item) finish(item / tiles_, item % tiles_);
+    parallel_for(items, num_threads, [&](std::int64_t item) { finish(item / tiles_, item % tiles_); });
   }
 
  private:

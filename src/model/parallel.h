@@ -1,0 +1,33 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+
+namespace flash_mla::model {
+
+/// f(i) for i in [0, n) on up to `threads` OpenMP threads, in any order. An exception ends up at the caller.
+template <class F>
+void parallel_for(std::int64_t n, [[maybe_unused]] int threads, F&& f) {
+#if defined(_OPENMP)
+  if (threads > 1 && n > 1) {
+    std::exception_ptr error;
+    // A few pieces per thread, so that uneven ones even out.
+    const std::int64_t piece = std::max<std::int64_t>(n / (threads * 8), 1);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, piece)
+    for (std::int64_t i = 0; i < n; ++i) {
+      try {
+        f(i);
+      } catch (...) {
+#pragma omp critical(flash_mla_model_parallel_for)
+        if (!error) error = std::current_exception();
+      }
+    }
+    if (error) std::rethrow_exception(error);
+    return;
+  }
+#endif
+  for (std::int64_t i = 0; i < n; ++i) f(i);
+}
+
+}  // namespace flash_mla::model
