@@ -21,10 +21,10 @@ struct RowBlocks {
 
   // Division by these as a product, for numbers below 2^10: a division is twenty instructions, and a small
   // batch waits for every one of them to be fetched.
-  std::uint32_t heads_inverse =
-      ((1u << 16) + static_cast<std::uint32_t>(heads) - 1) / static_cast<std::uint32_t>(heads);
-  std::uint32_t chunks_inverse =
-      ((1u << 16) + static_cast<std::uint32_t>(head_chunks) - 1) / static_cast<std::uint32_t>(head_chunks);
+  static constexpr std::uint32_t inverse(int n) {
+    return n > 0 ? ((1u << 16) + static_cast<std::uint32_t>(n) - 1) / static_cast<std::uint32_t>(n) : 0;
+  }
+  std::uint32_t heads_inverse = inverse(heads), chunks_inverse = inverse(head_chunks);
   constexpr int by_heads(int row) const {
     return static_cast<int>(static_cast<std::uint32_t>(row) * heads_inverse >> 16);
   }
@@ -87,7 +87,8 @@ struct DecodeParams {
   ///
   /// O lies there as the consumers' registers hold it, not normalised: (slots, h_kv * blocks, groups of 16
   /// rows, 2 warpgroups, 32 groups of 8 columns, 32 lanes, 4), see kFragment. The statistics are (slots, h_kv
-  /// * blocks, groups, 16 rows, 2): the reference, -inf if the row saw no key, and the sum relative to it, base 2.
+  /// * blocks, groups, 16 rows, 2): the reference, -inf if the row saw no key, and the sum relative to it,
+  /// base 2.
   float* partial_out;
   float* partial_stats;
 };
