@@ -20,6 +20,7 @@ from ._library import (
 )
 from .tokenizer import ChatTemplate, Tokenizer
 from ._C import version as _version
+from .llm import LLM, SamplingParams
 
 __version__ = _version()
 
@@ -27,6 +28,8 @@ __all__ = [
     "Array",
     "ChatTemplate",
     "FlashMLASchedMeta",
+    "LLM",
+    "SamplingParams",
     "Tokenizer",
     "backends",
     "build_decode_schedule",

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "engine_bindings.h"
 #include "flash_mla/flash_mla.h"
 #include "forward_bindings.h"
 #include "model_bindings.h"
@@ -193,6 +194,7 @@ NB_MODULE(_C, m) {
       PyErr_SetString(PyExc_NotImplementedError, e.what());
     }
   });
+  flash_mla::python::bind_engine(m);
   flash_mla::python::bind_forward(m);
   flash_mla::python::bind_model(m);
   flash_mla::python::bind_planner(m);

@@ -12,5 +12,7 @@ void register_demo(CLI::App& app, int& exit_code);
 void register_verify(CLI::App& app, int& exit_code);
 void register_bench(CLI::App& app, int& exit_code);
 void register_plan(CLI::App& app, int& exit_code);
+void register_generate(CLI::App& app, int& exit_code);
+void register_serve(CLI::App& app, int& exit_code);
 
 }  // namespace flash_mla::cli

@@ -93,11 +93,15 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
                 float2{__shfl_xor_sync(0xFFFFFFFFu, m, offset), __shfl_xor_sync(0xFFFFFFFFu, l, offset)});
     }
     if (threadIdx.x % kThreadsPerRow == 0) {
-      rows[row] = float2{m == -INFINITY ? 0.0f : m, l == 0.0f ? 0.0f : 1.0f / l};
       const int block_of_all = row_group / groups, in_block = row_group % groups * 16 + row;
       const int h_kv = block_of_all / p.blocks.count();
       const RowPlace place = place_of(p.blocks, block_of_all % p.blocks.count(), in_block);
       const int head = h_kv * p.group + place.head;
+      // A row that saw no key gives 0 and lse = +inf; one whose every score is -inf gives NaN.
+      const int length = p.cache_seqlens[req];
+      const bool none = l == 0.0f;
+      const bool unseen = none && (p.causal ? min(length - p.s_q + place.token + 1, length) : length) <= 0;
+      rows[row] = float2{m == -INFINITY ? 0.0f : m, unseen ? 0.0f : none ? NAN : 1.0f / l};
       const bool valid =
           in_block < p.blocks.tokens * p.blocks.heads && place.token < p.s_q && place.head < p.group;
       out_of_row[row] = valid ? static_cast<std::uint16_t*>(p.out) + req * p.out_stride_b +
@@ -105,7 +109,9 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
                               : nullptr;
       if (valid && p.lse != nullptr && wg == 0 && blockIdx.x == 0) {
         p.lse[req * p.lse_stride_b + head * p.lse_stride_h + place.token * p.lse_stride_s] =
-            l == 0.0f ? INFINITY : (m + log2f(l)) * 0.69314718056f;
+            unseen ? INFINITY
+            : none ? NAN
+                   : (m + log2f(l)) * 0.69314718056f;
       }
     }
   }
@@ -125,7 +131,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
     __syncthreads();
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < kWeightedSplits * 16; i += kCombineWarps * 32) {
-      float w = 0.0f;
+      float w = 0.0f * rows[i % 16].y;  // of a split that saw nothing: 0, or NaN where the row's result is
       if (i < count * 16) {
         const float2 s = stats[slot_of(begin + i / 16) * stats_stride + i % 16];
         if (s.y != 0.0f) w = exp2_fast(s.x - rows[i % 16].x) * rows[i % 16].y;

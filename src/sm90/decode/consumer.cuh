@@ -191,11 +191,15 @@ struct ConsumerBase {
     for (int h = 0; h < 2; ++h) {
       int token, head;
       const bool valid = locate(row + 8 * h, token, head);
-      // A row that saw no key has sum 0; of NaN scores the sum is NaN, and so is the result.
-      const bool none = sum[h] == 0.0f;
-      const float factor = none ? 0.0f : 1.0f / sum[h];
+      // A row that saw no key gives 0 and lse = +inf. One whose every score is -inf gives NaN, as NaN scores
+      // do.
+      const bool none = sum[h] == 0.0f, unseen = none && limit_of(item, row + 8 * h) <= 0;
+      const float factor = unseen ? 0.0f : none ? NAN : 1.0f / sum[h];
       if (valid) {
-        store_lse(item, token, head, none ? INFINITY : (reference[h] + log2f(sum[h])) * 0.69314718056f);
+        store_lse(item, token, head,
+                  unseen ? INFINITY
+                  : none ? NAN
+                         : (reference[h] + log2f(sum[h])) * 0.69314718056f);
       }
       std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 8;
 #pragma unroll

@@ -1,0 +1,249 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace flash_mla {
+
+/// How a request's tokens are chosen. Order: repetition, frequency and presence penalties on the logits;
+/// temperature; min_p; top_k; top_p; one draw from what is left, renormalised after each filter.
+struct SamplingParams {
+  int max_tokens = 256;      ///< tokens to generate at most, >= 1
+  int n = 1;                 ///< continuations of the prompt, >= 1
+  double temperature = 1.0;  ///< >= 0; 0 takes the likeliest token (the smallest id among equals)
+  double top_p = 1.0;        ///< in (0, 1]: the likeliest tokens that together reach it
+  int top_k = 0;             ///< >= 0: that many likeliest tokens; 0 is all
+  double min_p = 0.0;        ///< in [0, 1): tokens at least that share of the likeliest one's probability
+  /// 0.01 to 100: logits of tokens in prompt or continuation are divided by it if positive, else multiplied.
+  double repetition_penalty = 1.0;
+  double frequency_penalty = 0.0;  ///< in [-2, 2]: subtracted per occurrence in the continuation
+  double presence_penalty = 0.0;   ///< in [-2, 2]: subtracted once for tokens in the continuation
+  /// The same seed gives the same tokens, whatever else runs, as far as the model gives the same logits (see
+  /// EngineOptions::batch_invariant). Without: a fresh one per request.
+  std::optional<std::uint64_t> seed;
+  std::vector<std::string> stop;  ///< texts that end the continuation; not part of it unless include_stop
+  bool include_stop = false;
+  std::vector<std::int32_t> stop_token_ids;  ///< tokens that end it, like the model's own end of sentence
+  bool ignore_eos = false;                   ///< go on after the model's end of sentence
+  /// -1: none. k >= 0: the log-probability of every token and of the k likeliest. They are the model's own,
+  /// of its logits before penalties, temperature and filters.
+  int logprobs = -1;
+};
+
+/// Most alternatives that SamplingParams::logprobs may ask for.
+inline constexpr int kMaxLogprobs = 20;
+
+/// Throws InvalidArgument that names the field, its value and what was expected.
+void validate(const SamplingParams& params);
+
+struct TokenLogprob {
+  std::int32_t token = -1;
+  float logprob = 0;  ///< natural log
+};
+
+/// Of one generated token.
+struct TokenLogprobs {
+  TokenLogprob chosen;
+  std::vector<TokenLogprob> top;  ///< likeliest first
+};
+
+struct ChatMessage {
+  std::string role;  ///< "system", "user" or "assistant"
+  std::string content;
+};
+
+/// A prompt and how to continue it. Exactly one of prompt, prompt_token_ids and messages is given.
+struct Request {
+  std::string prompt;  ///< tokenized with the begin-of-sentence token in front
+  std::vector<std::int32_t> prompt_token_ids;
+  std::vector<ChatMessage> messages;  ///< put through the model's chat template
+  SamplingParams sampling;
+};
+
+using RequestId = std::uint64_t;
+
+enum class FinishReason {
+  kNone,       ///< goes on
+  kStop,       ///< end of sentence, a stop token or a stop string
+  kLength,     ///< max_tokens, or the longest sequence that model and cache hold
+  kCancelled,  ///< cancel(), or the engine was stopped
+  kError,      ///< see GenerationEvent::error
+};
+/// "", "stop", "length", "cancelled", "error".
+const char* finish_reason_name(FinishReason reason);
+
+struct Usage {
+  std::int64_t prompt_tokens = 0;
+  std::int64_t cached_tokens = 0;  ///< of the prompt, found in the prefix cache
+  std::int64_t completion_tokens = 0;
+};
+
+/// News of one continuation. Text is whole UTF-8, and held back while it could still become a stop string; so
+/// tokens and text of one event need not belong together, but all events together do.
+struct GenerationEvent {
+  RequestId request = 0;
+  int index = 0;  ///< which of the n continuations
+  std::string text;
+  std::vector<std::int32_t> token_ids;
+  std::vector<TokenLogprobs> logprobs;  ///< one per token id, if asked for
+  FinishReason finish = FinishReason::kNone;
+  std::string error;  ///< with kError
+  Usage usage;        ///< of this continuation so far
+  bool last = false;  ///< nothing more comes of the request
+};
+
+/// Called from the thread that steps the engine, in order. Must not block, throw or call into the engine
+/// except for submit and cancel.
+using EventHandler = std::function<void(const GenerationEvent&)>;
+
+struct EngineOptions {
+  enum class Device { kAuto, kCpu, kCuda };
+  enum class Precision { kAuto, kFloat32, kBFloat16 };
+  Device device = Device::kAuto;
+  Precision precision = Precision::kAuto;
+  /// Pages of 64 tokens in the cache; 0: as many as fit into memory_bytes.
+  int num_pages = 0;
+  /// Of the cache. 0: what max_batch_size sequences of the model's longest length need, or 2 GiB, whichever
+  /// is less.
+  std::size_t memory_bytes = 0;
+  int max_batch_size = 128;        ///< sequences per step
+  int max_tokens_per_step = 2048;  ///< >= max_batch_size; prompts are processed in chunks that fit
+  int max_waiting = 0;  ///< requests that wait at most; 0: no bound. submit throws Overloaded past it
+  bool prefix_cache = true;
+  /// The same bits for a request whatever else is in the batch.
+  bool batch_invariant = false;
+  int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use
+};
+
+/// Too many requests wait already (EngineOptions::max_waiting).
+class Overloaded : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// Counts of values at most `bounds[i]`, and one more for the rest.
+struct Histogram {
+  std::vector<double> bounds;
+  std::vector<std::int64_t> counts;  ///< (bounds.size() + 1), not cumulative
+  double sum = 0;
+  std::int64_t total = 0;
+
+  void add(double value);
+  /// Estimate of a quantile, q in [0, 1], linear within a bucket; 0 if nothing was counted.
+  double quantile(double q) const;
+};
+
+/// Since the engine was made.
+struct EngineStats {
+  std::int64_t requests_submitted = 0;
+  /// Continuations by how they ended.
+  std::int64_t finished_stop = 0, finished_length = 0, cancelled = 0, failed = 0;
+  int running = 0, waiting = 0;  ///< sequences now
+  int max_batch_size = 0;
+  int pages_total = 0;
+  int pages_used = 0;    ///< now, by running sequences
+  int pages_cached = 0;  ///< now, kept for prefix reuse, free to be taken
+  std::size_t bytes_per_page = 0;
+  std::int64_t prompt_tokens = 0;     ///< of submitted requests
+  std::int64_t computed_tokens = 0;   ///< that went through the model
+  std::int64_t generated_tokens = 0;  ///< of continuations
+  std::int64_t prefix_tokens_looked_up = 0, prefix_tokens_hit = 0;
+  std::int64_t preemptions = 0, pages_evicted = 0, pages_copied = 0;
+  std::int64_t steps = 0;
+  double step_seconds = 0;  ///< all steps together
+  double seconds = 0;       ///< since the engine was made
+  /// Of the last step with a sequence in decoding: blocks of the decode schedule over what its workers could
+  /// have done in the time of the busiest, in [0, 1].
+  double schedule_utilisation = 0;
+  Histogram ttft_seconds;  ///< submission to first token
+  Histogram tpot_seconds;  ///< per token after the first, one value per continuation
+  Histogram e2e_seconds;   ///< submission to the end of a continuation
+};
+
+/// One step in the past; times in seconds since the engine was made.
+struct StepRecord {
+  std::int64_t step = 0;
+  double begin = 0, planned = 0, computed = 0, end = 0;  ///< plan, then model, then sampling and events
+  int prefill_tokens = 0, decode_tokens = 0, sequences = 0;
+  int waiting = 0, preempted = 0, pages_used = 0;
+};
+
+/// What generate() returns for one prompt.
+struct Completion {
+  struct Choice {
+    std::string text;
+    std::vector<std::int32_t> token_ids;
+    std::vector<TokenLogprobs> logprobs;
+    FinishReason finish = FinishReason::kNone;
+    std::string error;
+  };
+  std::vector<Choice> choices;  ///< n of them
+  Usage usage;                  ///< over all choices
+};
+
+/// Generation with continuous batching over a paged MLA cache: requests join and leave the batch at every
+/// step, prompts are processed in chunks beside running sequences, equal prefixes are computed once.
+///
+/// All members may be called from any thread. Work is done by step(): call it yourself, or let start() do so
+/// in a thread of the engine's own.
+class Engine {
+ public:
+  /// Loads a Hugging Face model directory (config.json, safetensors, tokenizer.json). Throws InvalidArgument,
+  /// Unsupported or std::bad_alloc.
+  explicit Engine(const std::filesystem::path& model_directory, const EngineOptions& options = {});
+  /// Stops; whatever still runs ends as cancelled.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  /// Queues a request. Throws InvalidArgument naming the field (empty or too long prompt, token outside the
+  /// vocabulary, sampling parameters out of range), Overloaded when the queue is full. Errors later on arrive
+  /// as events and end this request alone.
+  RequestId submit(Request request, EventHandler on_event);
+
+  /// Ends a request at the next step with kCancelled; without effect if it has ended.
+  void cancel(RequestId id);
+
+  /// One step: joins, at most max_tokens_per_step tokens through the model, events. False if there was
+  /// nothing to do. Not while the engine runs in its own thread.
+  bool step();
+
+  void start();  ///< steps in a thread of its own, from now on
+  void stop();   ///< ends that thread after its step; everything waiting and running ends as cancelled
+
+  /// Generates for all prompts and waits. Steps the engine itself unless start() was called. `on_event`, if
+  /// given, sees every event as it comes. `keep_going` is asked between steps; once it says false the
+  /// requests end as cancelled.
+  std::vector<Completion> generate(std::span<const Request> requests, const EventHandler& on_event = {},
+                                   const std::function<bool()>& keep_going = {});
+  std::vector<Completion> generate(std::span<const std::string> prompts, const SamplingParams& params);
+
+  std::vector<std::int32_t> tokenize(std::string_view text, bool add_special_tokens = true) const;
+  std::string detokenize(std::span<const std::int32_t> ids) const;
+  /// The bytes of one token, not necessarily whole UTF-8.
+  std::string token_bytes(std::int32_t id) const;
+
+  EngineStats stats() const;
+  /// The latest steps, oldest first.
+  std::vector<StepRecord> timeline() const;
+  /// The same as Chrome trace events in JSON (chrome://tracing, Perfetto).
+  std::string chrome_trace() const;
+
+  std::int64_t max_length() const;  ///< tokens of prompt and continuation together
+  const EngineOptions& options() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace flash_mla

@@ -1,0 +1,216 @@
+"""Text from a DeepSeek-V2 or V3 checkpoint: ``LLM(directory).generate(prompts, SamplingParams(...))``."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Dict, List, Sequence, Union
+
+from . import _C
+from ._C import SamplingParams
+
+Prompt = Union[str, Sequence[int]]
+
+
+@dataclass
+class Choice:
+    """One continuation."""
+
+    index: int
+    text: str
+    token_ids: List[int]
+    finish_reason: str  #: "stop", "length", "cancelled" or "error"
+    error: str = ""  #: what went wrong, with "error"
+    #: of every token, if asked for: {"token": id, "logprob": value, "top": {id: value}}
+    logprobs: List[Dict] = field(default_factory=list)
+
+
+@dataclass
+class Output:
+    """What came of one prompt."""
+
+    choices: List[Choice]
+    prompt_tokens: int
+    cached_tokens: int  #: of the prompt, found in the prefix cache
+    completion_tokens: int  #: over all choices
+
+    @property
+    def text(self) -> str:
+        """The first choice's text."""
+        return self.choices[0].text
+
+
+class _Bar:
+    """Progress on stderr without tqdm: one line, rewritten at most ten times a second."""
+
+    def __init__(self, total):
+        self.total, self.done, self.drawn, self.start = total, 0, 0.0, time.monotonic()
+
+    def show(self, done, tokens):
+        now = time.monotonic()
+        if done != self.total and now - self.drawn < 0.1:
+            return
+        self.drawn, self.done = now, done
+        filled = 30 * done // self.total
+        rate = tokens / max(now - self.start, 1e-9)
+        bar = "#" * filled + "-" * (30 - filled)
+        sys.stderr.write(f"\r[{bar}] {done}/{self.total} texts, {rate:.0f} tokens/s ")
+        sys.stderr.flush()
+
+    def close(self):
+        sys.stderr.write("\n")
+
+
+class _TqdmBar:
+    def __init__(self, tqdm, total):
+        self.bar, self.start = tqdm(total=total, unit="text"), time.monotonic()
+
+    def show(self, done, tokens):
+        if done > self.bar.n:
+            self.bar.update(done - self.bar.n)
+        rate = tokens / max(time.monotonic() - self.start, 1e-9)
+        self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+
+    def close(self):
+        self.bar.close()
+
+
+def _progress_bar(total):
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return _Bar(total)
+    return _TqdmBar(tqdm, total)
+
+
+class LLM:
+    """A model directory in Hugging Face's format (config.json, safetensors, tokenizer.json), ready to generate.
+
+    ``device``: "auto", "cpu" or "cuda". ``precision`` of weights and cache: "auto", "float32" or "bfloat16".
+    ``num_pages``: pages of 64 tokens in the cache, 0 for as many as ``memory_bytes`` holds (0: what
+    ``max_batch_size`` sequences of the longest length need, at most 2 GiB). ``max_tokens_per_step`` bounds a step;
+    longer prompts are processed in chunks. ``prefix_cache`` computes equal beginnings once. ``batch_invariant``
+    gives a request the same bits whatever else is in the batch. ``num_threads``: 0 for all.
+
+    Raises ``ValueError`` for a malformed model directory or an option out of range, ``NotImplementedError`` for a
+    model that the library does not run.
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        device="auto",
+        precision="auto",
+        num_pages=0,
+        memory_bytes=0,
+        max_batch_size=128,
+        max_tokens_per_step=2048,
+        prefix_cache=True,
+        batch_invariant=False,
+        num_threads=0,
+    ):
+        self._engine = _C.Engine(
+            os.fspath(model),
+            device=device,
+            precision=precision,
+            num_pages=num_pages,
+            memory_bytes=memory_bytes,
+            max_batch_size=max_batch_size,
+            max_tokens_per_step=max_tokens_per_step,
+            prefix_cache=prefix_cache,
+            batch_invariant=batch_invariant,
+            num_threads=num_threads,
+        )
+
+    def generate(
+        self,
+        prompts: Union[Prompt, Sequence[Prompt]],
+        sampling_params: Union[SamplingParams, Sequence[SamplingParams], None] = None,
+        *,
+        progress: bool = True,
+    ) -> List[Output]:
+        """Continues each prompt (text or token ids); one Output per prompt, in their order.
+
+        ``sampling_params``: one for all, or one per prompt. ``progress``: a bar on stderr. A prompt that cannot run
+        (empty, too long, wrong parameters) raises ``ValueError`` before any starts; one that fails later has
+        finish_reason "error".
+        """
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        params = self._params(sampling_params, len(prompts))
+        requests = [
+            _C.Request(prompt=prompt, sampling=p)
+            if isinstance(prompt, str)
+            else _C.Request(prompt_token_ids=[int(t) for t in prompt], sampling=p)
+            for prompt, p in zip(prompts, params)
+        ]
+        return self._run(requests, params, progress)
+
+    def chat(
+        self,
+        conversations,
+        sampling_params: Union[SamplingParams, Sequence[SamplingParams], None] = None,
+        *,
+        progress: bool = True,
+    ) -> List[Output]:
+        """Answers conversations: one list of {"role": ..., "content": ...}, or a list of such lists."""
+        if len(conversations) > 0 and isinstance(conversations[0], dict):
+            conversations = [conversations]
+        params = self._params(sampling_params, len(conversations))
+        requests = [
+            _C.Request(messages=[(m["role"], m["content"]) for m in messages], sampling=p)
+            for messages, p in zip(conversations, params)
+        ]
+        return self._run(requests, params, progress)
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> List[int]:
+        return self._engine.tokenize(text, add_special_tokens)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self._engine.detokenize([int(t) for t in ids])
+
+    def stats(self) -> Dict[str, float]:
+        """Counts and mean latencies since the engine was made."""
+        return self._engine.stats()
+
+    def chrome_trace(self) -> str:
+        """The latest steps as Chrome trace events in JSON."""
+        return self._engine.chrome_trace()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and continuation together."""
+        return self._engine.max_length
+
+    @staticmethod
+    def _params(sampling_params, count) -> List[SamplingParams]:
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            return [sampling_params] * count
+        if len(sampling_params) != count:
+            raise ValueError(f"sampling_params has {len(sampling_params)} entries, expected one or {count}")
+        return list(sampling_params)
+
+    def _run(self, requests, params, progress) -> List[Output]:
+        if not requests:
+            return []
+        total = sum(p.n for p in params)
+        bar = _progress_bar(total) if progress else None
+        try:
+            results = self._engine.generate(requests, bar.show if bar else None)
+            if bar:
+                bar.show(total, sum(r["completion_tokens"] for r in results))
+        finally:
+            if bar:
+                bar.close()
+        return [
+            Output(
+                [Choice(index=i, **choice) for i, choice in enumerate(r["choices"])],
+                r["prompt_tokens"],
+                r["cached_tokens"],
+                r["completion_tokens"],
+            )
+            for r in results
+        ]

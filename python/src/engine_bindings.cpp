@@ -1,0 +1,238 @@
+#include "engine_bindings.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+
+#include "flash_mla/engine.h"
+#include "flash_mla/error.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flash_mla::python {
+namespace {
+
+using Device = EngineOptions::Device;
+using Precision = EngineOptions::Precision;
+
+Device device_named(const std::string& name) {
+  if (name == "auto") return Device::kAuto;
+  if (name == "cpu") return Device::kCpu;
+  if (name == "cuda") return Device::kCuda;
+  throw InvalidArgument("device is \"" + name + "\", expected auto, cpu or cuda");
+}
+
+Precision precision_named(const std::string& name) {
+  if (name == "auto") return Precision::kAuto;
+  if (name == "float32") return Precision::kFloat32;
+  if (name == "bfloat16") return Precision::kBFloat16;
+  throw InvalidArgument("precision is \"" + name + "\", expected auto, float32 or bfloat16");
+}
+
+nb::list to_python(const std::vector<TokenLogprobs>& logprobs) {
+  nb::list out;
+  for (const TokenLogprobs& l : logprobs) {
+    nb::dict top;
+    for (const TokenLogprob& t : l.top) top[nb::int_(t.token)] = t.logprob;
+    nb::dict one;
+    one["token"] = l.chosen.token;
+    one["logprob"] = l.chosen.logprob;
+    one["top"] = top;
+    out.append(one);
+  }
+  return out;
+}
+
+nb::dict to_python(const Completion& completion) {
+  nb::list choices;
+  for (const Completion::Choice& c : completion.choices) {
+    nb::dict choice;
+    choice["text"] = c.text;
+    choice["token_ids"] = c.token_ids;
+    choice["logprobs"] = to_python(c.logprobs);
+    choice["finish_reason"] = finish_reason_name(c.finish);
+    choice["error"] = c.error;
+    choices.append(choice);
+  }
+  nb::dict out;
+  out["choices"] = choices;
+  out["prompt_tokens"] = completion.usage.prompt_tokens;
+  out["cached_tokens"] = completion.usage.cached_tokens;
+  out["completion_tokens"] = completion.usage.completion_tokens;
+  return out;
+}
+
+// `progress(finished continuations, generated tokens)` is called between steps; so is the interpreter's check
+// for Ctrl-C. Whatever either raises ends the requests and is raised again here.
+nb::list generate(Engine& engine, const std::vector<Request>& requests, const nb::object& progress) {
+  std::int64_t finished = 0, tokens = 0;
+  const EventHandler count = [&](const GenerationEvent& e) {
+    finished += e.finish != FinishReason::kNone;
+    tokens += std::ssize(e.token_ids);
+  };
+  std::unique_ptr<nb::python_error> kept;  // a Python error that must be raised again
+  const auto keep_going = [&] {
+    const nb::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) {
+      kept = std::make_unique<nb::python_error>();
+    } else if (!progress.is_none()) {
+      try {
+        progress(finished, tokens);
+      } catch (nb::python_error& e) {
+        kept = std::make_unique<nb::python_error>(e);
+      }
+    }
+    return kept == nullptr;
+  };
+  std::vector<Completion> completions;
+  {
+    const nb::gil_scoped_release release;
+    completions = engine.generate(requests, count, keep_going);
+  }
+  if (kept) throw nb::python_error(*kept);
+  nb::list out;
+  for (const Completion& c : completions) out.append(to_python(c));
+  return out;
+}
+
+nb::dict to_python(const EngineStats& s) {
+  const auto mean = [](const Histogram& h) {
+    return h.total == 0 ? 0 : h.sum / static_cast<double>(h.total);
+  };
+  nb::dict d;
+  d["requests_submitted"] = s.requests_submitted;
+  d["finished_stop"] = s.finished_stop;
+  d["finished_length"] = s.finished_length;
+  d["cancelled"] = s.cancelled;
+  d["failed"] = s.failed;
+  d["running"] = s.running;
+  d["waiting"] = s.waiting;
+  d["pages_total"] = s.pages_total;
+  d["pages_used"] = s.pages_used;
+  d["pages_cached"] = s.pages_cached;
+  d["bytes_per_page"] = s.bytes_per_page;
+  d["prompt_tokens"] = s.prompt_tokens;
+  d["computed_tokens"] = s.computed_tokens;
+  d["generated_tokens"] = s.generated_tokens;
+  d["prefix_tokens_looked_up"] = s.prefix_tokens_looked_up;
+  d["prefix_tokens_hit"] = s.prefix_tokens_hit;
+  d["preemptions"] = s.preemptions;
+  d["steps"] = s.steps;
+  d["step_seconds"] = s.step_seconds;
+  d["ttft_seconds_mean"] = mean(s.ttft_seconds);
+  d["tpot_seconds_mean"] = mean(s.tpot_seconds);
+  return d;
+}
+
+void bind_sampling_params(nb::module_& m) {
+  const SamplingParams d;
+  nb::class_<SamplingParams>(m, "SamplingParams")
+      .def(
+          "__init__",
+          [](SamplingParams* self, int max_tokens, int n, double temperature, double top_p, int top_k,
+             double min_p, double repetition_penalty, double frequency_penalty, double presence_penalty,
+             std::optional<std::uint64_t> seed, std::vector<std::string> stop, bool include_stop,
+             std::vector<std::int32_t> stop_token_ids, bool ignore_eos, int logprobs) {
+            SamplingParams p{max_tokens,
+                             n,
+                             temperature,
+                             top_p,
+                             top_k,
+                             min_p,
+                             repetition_penalty,
+                             frequency_penalty,
+                             presence_penalty,
+                             seed,
+                             std::move(stop),
+                             include_stop,
+                             std::move(stop_token_ids),
+                             ignore_eos,
+                             logprobs};
+            validate(p);
+            new (self) SamplingParams(std::move(p));
+          },
+          nb::kw_only(), "max_tokens"_a = d.max_tokens, "n"_a = d.n, "temperature"_a = d.temperature,
+          "top_p"_a = d.top_p, "top_k"_a = d.top_k, "min_p"_a = d.min_p,
+          "repetition_penalty"_a = d.repetition_penalty, "frequency_penalty"_a = d.frequency_penalty,
+          "presence_penalty"_a = d.presence_penalty, "seed"_a = nb::none(),
+          "stop"_a = std::vector<std::string>(), "include_stop"_a = d.include_stop,
+          "stop_token_ids"_a = std::vector<std::int32_t>(), "ignore_eos"_a = d.ignore_eos,
+          "logprobs"_a = d.logprobs,
+          "How a request's tokens are chosen. Penalties act on the logits, then temperature (0: always the\n"
+          "likeliest token), min_p, top_k and top_p filter, and one token is drawn from what is left.\n"
+          "logprobs: -1 for none, k for those of every token and of the k likeliest. Raises ValueError "
+          "naming\n"
+          "the field for a value out of range.")
+      .def_rw("max_tokens", &SamplingParams::max_tokens)
+      .def_rw("n", &SamplingParams::n)
+      .def_rw("temperature", &SamplingParams::temperature)
+      .def_rw("top_p", &SamplingParams::top_p)
+      .def_rw("top_k", &SamplingParams::top_k)
+      .def_rw("min_p", &SamplingParams::min_p)
+      .def_rw("repetition_penalty", &SamplingParams::repetition_penalty)
+      .def_rw("frequency_penalty", &SamplingParams::frequency_penalty)
+      .def_rw("presence_penalty", &SamplingParams::presence_penalty)
+      .def_rw("seed", &SamplingParams::seed)
+      .def_rw("stop", &SamplingParams::stop)
+      .def_rw("include_stop", &SamplingParams::include_stop)
+      .def_rw("stop_token_ids", &SamplingParams::stop_token_ids)
+      .def_rw("ignore_eos", &SamplingParams::ignore_eos)
+      .def_rw("logprobs", &SamplingParams::logprobs);
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  bind_sampling_params(m);
+  nb::class_<Request>(m, "Request")
+      .def(
+          "__init__",
+          [](Request* self, std::string prompt, std::vector<std::int32_t> prompt_token_ids,
+             const std::vector<std::pair<std::string, std::string>>& messages,
+             const SamplingParams& sampling) {
+            Request r;
+            r.prompt = std::move(prompt);
+            r.prompt_token_ids = std::move(prompt_token_ids);
+            for (const auto& [role, content] : messages) r.messages.push_back({role, content});
+            r.sampling = sampling;
+            new (self) Request(std::move(r));
+          },
+          nb::kw_only(), "prompt"_a = "", "prompt_token_ids"_a = std::vector<std::int32_t>(),
+          "messages"_a = std::vector<std::pair<std::string, std::string>>(), "sampling"_a);
+  nb::class_<Engine>(m, "Engine")
+      .def(
+          "__init__",
+          [](Engine* self, const std::string& directory, const std::string& device,
+             const std::string& precision, int num_pages, std::size_t memory_bytes, int max_batch_size,
+             int max_tokens_per_step, bool prefix_cache, bool batch_invariant, int num_threads) {
+            EngineOptions o;
+            o.device = device_named(device);
+            o.precision = precision_named(precision);
+            o.num_pages = num_pages;
+            o.memory_bytes = memory_bytes;
+            o.max_batch_size = max_batch_size;
+            o.max_tokens_per_step = max_tokens_per_step;
+            o.prefix_cache = prefix_cache;
+            o.batch_invariant = batch_invariant;
+            o.num_threads = num_threads;
+            const nb::gil_scoped_release release;
+            new (self) Engine(directory, o);
+          },
+          "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "num_pages"_a, "memory_bytes"_a,
+          "max_batch_size"_a, "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "num_threads"_a)
+      .def("generate", &generate, "requests"_a, "progress"_a.none())
+      .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a)
+      .def(
+          "detokenize",
+          [](const Engine& e, const std::vector<std::int32_t>& ids) { return e.detokenize(ids); }, "ids"_a)
+      .def("stats", [](const Engine& e) { return to_python(e.stats()); })
+      .def("chrome_trace", &Engine::chrome_trace)
+      .def_prop_ro("max_length", &Engine::max_length);
+}
+
+}  // namespace flash_mla::python

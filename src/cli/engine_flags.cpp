@@ -1,0 +1,60 @@
+#include "cli/engine_flags.h"
+
+#include <map>
+#include <string>
+
+namespace flash_mla::cli {
+
+void add_engine_flags(CLI::App& app, EngineOptions& o) {
+  using Device = EngineOptions::Device;
+  using Precision = EngineOptions::Precision;
+  static const std::map<std::string, Device> devices = {
+      {"auto", Device::kAuto}, {"cpu", Device::kCpu}, {"cuda", Device::kCuda}};
+  static const std::map<std::string, Precision> precisions = {
+      {"auto", Precision::kAuto}, {"fp32", Precision::kFloat32}, {"bf16", Precision::kBFloat16}};
+  app.add_option_function<std::string>(
+         "--device", [&o](const std::string& name) { o.device = devices.at(name); }, "auto, cpu or cuda")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  app.add_option_function<std::string>(
+         "--precision", [&o](const std::string& name) { o.precision = precisions.at(name); },
+         "Of weights and cache: auto, fp32 or bf16")
+      ->check(CLI::IsMember({"auto", "fp32", "bf16"}));
+  app.add_option("--num-pages", o.num_pages, "Pages of 64 tokens in the cache (0: what --memory holds)")
+      ->capture_default_str();
+  app.add_option("--memory", o.memory_bytes,
+                 "Bytes of the cache, e.g. 4GiB (default: as useful, at most 2 GiB)")
+      ->transform(CLI::AsSizeValue(false));
+  app.add_option("--max-batch-size", o.max_batch_size, "Sequences per step")->capture_default_str();
+  app.add_option("--max-tokens-per-step", o.max_tokens_per_step,
+                 "Tokens per step; longer prompts are processed in chunks")
+      ->capture_default_str();
+  app.add_flag("!--no-prefix-cache", o.prefix_cache, "Compute equal prefixes every time");
+  app.add_flag("--batch-invariant", o.batch_invariant, "The same bits whatever else is in the batch");
+  app.add_option("--threads", o.num_threads, "CPU threads (0: all)")->capture_default_str();
+}
+
+void add_sampling_flags(CLI::App& app, SamplingParams& p) {
+  app.add_option("--max-tokens", p.max_tokens, "Tokens to generate at most")->capture_default_str();
+  app.add_option("-n,--num-continuations", p.n, "Continuations per prompt")->capture_default_str();
+  app.add_option("--temperature", p.temperature, "0: always the likeliest token")->capture_default_str();
+  app.add_option("--top-p", p.top_p, "The likeliest tokens that together reach this probability")
+      ->capture_default_str();
+  app.add_option("--top-k", p.top_k, "That many likeliest tokens (0: all)")->capture_default_str();
+  app.add_option("--min-p", p.min_p, "Tokens with at least this share of the likeliest one's probability")
+      ->capture_default_str();
+  app.add_option("--repetition-penalty", p.repetition_penalty, "Divides logits of tokens seen before")
+      ->capture_default_str();
+  app.add_option("--frequency-penalty", p.frequency_penalty, "Subtracted per earlier occurrence")
+      ->capture_default_str();
+  app.add_option("--presence-penalty", p.presence_penalty, "Subtracted once for tokens generated before")
+      ->capture_default_str();
+  app.add_option_function<std::uint64_t>(
+      "--seed", [&p](std::uint64_t seed) { p.seed = seed; }, "The same seed gives the same text");
+  app.add_option("--stop", p.stop, "Text that ends the continuation; may be given several times")
+      ->allow_extra_args(false);
+  app.add_flag("--ignore-eos", p.ignore_eos, "Go on after the model's end of sentence");
+  app.add_option("--logprobs", p.logprobs, "With --json: log-probabilities of that many alternatives")
+      ->capture_default_str();
+}
+
+}  // namespace flash_mla::cli

@@ -1,0 +1,189 @@
+#include <fmt/format.h>
+
+#include <chrono>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "cli/args.h"
+#include "cli/commands.h"
+#include "cli/engine_flags.h"
+#include "flash_mla/engine.h"
+
+// `flash-mla generate`: prompts in, text out as it comes, figures to stderr.
+
+namespace flash_mla::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct GenerateOptions {
+  std::string model, system, trace;
+  std::vector<std::string> prompts;
+  bool chat = false, json = false, quiet = false;
+  EngineOptions engine;
+  SamplingParams sampling;
+};
+
+// Invalid UTF-8 (a prompt can be anything) must not break the output.
+std::string dump(const Json& json) { return json.dump(2, ' ', false, Json::error_handler_t::replace); }
+
+std::vector<Request> make_requests(const GenerateOptions& o) {
+  std::vector<Request> requests;
+  for (std::string prompt : o.prompts) {
+    if (prompt == "-") prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
+    Request& r = requests.emplace_back();
+    r.sampling = o.sampling;
+    if (!o.chat) {
+      r.prompt = prompt;
+      continue;
+    }
+    if (!o.system.empty()) r.messages.push_back({"system", o.system});
+    r.messages.push_back({"user", prompt});
+  }
+  return requests;
+}
+
+double mean(const Histogram& h) { return h.total == 0 ? 0 : h.sum / static_cast<double>(h.total); }
+
+double rate(double part, double whole) { return whole <= 0 ? 0 : part / whole; }
+
+Json report(const Engine& engine, double load_seconds, double seconds) {
+  const EngineStats s = engine.stats();
+  return {{"load_seconds", load_seconds},
+          {"seconds", seconds},
+          {"prompt_tokens", s.prompt_tokens},
+          {"cached_tokens", s.prefix_tokens_hit},
+          {"generated_tokens", s.generated_tokens},
+          {"ttft_ms", mean(s.ttft_seconds) * 1e3},
+          {"tpot_ms", mean(s.tpot_seconds) * 1e3},
+          {"tokens_per_second", rate(static_cast<double>(s.generated_tokens), seconds)},
+          {"cache_hit_rate",
+           rate(static_cast<double>(s.prefix_tokens_hit), static_cast<double>(s.prefix_tokens_looked_up))},
+          {"steps", s.steps},
+          {"preemptions", s.preemptions},
+          {"pages_total", s.pages_total},
+          {"bytes_per_page", s.bytes_per_page}};
+}
+
+Json to_json(const TokenLogprobs& l) {
+  Json top = Json::array();
+  for (const TokenLogprob& t : l.top) top.push_back({{"token", t.token}, {"logprob", t.logprob}});
+  return {{"token", l.chosen.token}, {"logprob", l.chosen.logprob}, {"top", top}};
+}
+
+Json to_json(const Completion& c) {
+  Json choices = Json::array();
+  for (const Completion::Choice& choice : c.choices) {
+    Json one = {{"text", choice.text},
+                {"token_ids", choice.token_ids},
+                {"finish_reason", finish_reason_name(choice.finish)}};
+    if (!choice.error.empty()) one["error"] = choice.error;
+    for (const TokenLogprobs& l : choice.logprobs) one["logprobs"].push_back(to_json(l));
+    choices.push_back(one);
+  }
+  return {{"choices", choices},
+          {"usage",
+           {{"prompt_tokens", c.usage.prompt_tokens},
+            {"cached_tokens", c.usage.cached_tokens},
+            {"completion_tokens", c.usage.completion_tokens}}}};
+}
+
+void print_completions(const std::vector<Completion>& completions) {
+  for (std::size_t i = 0; i < completions.size(); ++i) {
+    for (std::size_t k = 0; k < completions[i].choices.size(); ++k) {
+      fmt::print("--- prompt {}, continuation {}\n{}\n", i + 1, k + 1, completions[i].choices[k].text);
+    }
+  }
+}
+
+// Failed continuations, each named on stderr.
+int count_failures(const std::vector<Completion>& completions) {
+  int failures = 0;
+  for (std::size_t i = 0; i < completions.size(); ++i) {
+    for (const Completion::Choice& choice : completions[i].choices) {
+      if (choice.finish != FinishReason::kError) continue;
+      fmt::print(stderr, "flash-mla generate: prompt {}: {}\n", i + 1, choice.error);
+      ++failures;
+    }
+  }
+  return failures;
+}
+
+int run_generate(const GenerateOptions& o) {
+  using Clock = std::chrono::steady_clock;
+  const auto since = [](Clock::time_point t) {
+    return std::chrono::duration<double>(Clock::now() - t).count();
+  };
+  if (!o.system.empty() && !o.chat) throw UsageError("--system: expected together with --chat");
+  const std::vector<Request> requests = make_requests(o);
+
+  const Clock::time_point loading = Clock::now();
+  Engine engine(o.model, o.engine);
+  const double load_seconds = since(loading);
+
+  const bool stream = !o.json && requests.size() == 1 && o.sampling.n == 1;
+  EventHandler print_text;
+  if (stream) {
+    print_text = [](const GenerationEvent& e) {
+      fmt::print("{}", e.text);
+      if (!e.text.empty()) std::fflush(stdout);
+    };
+  }
+  const Clock::time_point begin = Clock::now();
+  const std::vector<Completion> completions = engine.generate(requests, print_text);
+  const Json figures = report(engine, load_seconds, since(begin));
+
+  if (o.json) {
+    Json out = {{"model", o.model}, {"completions", Json::array()}, {"report", figures}};
+    for (const Completion& c : completions) out["completions"].push_back(to_json(c));
+    fmt::print("{}\n", dump(out));
+  } else if (stream) {
+    fmt::print("\n");
+  } else {
+    print_completions(completions);
+  }
+  if (!o.quiet) {
+    fmt::print(stderr,
+               "{} prompt tokens, {} generated in {:.2f} s: TTFT {:.1f} ms, TPOT {:.2f} ms, {:.1f} tokens/s, "
+               "cache hit rate {:.0f}% (model loaded in {:.2f} s)\n",
+               figures["prompt_tokens"].get<std::int64_t>(), figures["generated_tokens"].get<std::int64_t>(),
+               figures["seconds"].get<double>(), figures["ttft_ms"].get<double>(),
+               figures["tpot_ms"].get<double>(), figures["tokens_per_second"].get<double>(),
+               100 * figures["cache_hit_rate"].get<double>(), load_seconds);
+  }
+  if (!o.trace.empty()) {
+    std::ofstream file(o.trace, std::ios::binary);
+    file << engine.chrome_trace();
+    file.close();
+    if (!file) throw UsageError(fmt::format("--trace {}: cannot be written", o.trace));
+  }
+  return count_failures(completions) == 0 ? 0 : 1;
+}
+
+}  // namespace
+
+void register_generate(CLI::App& app, int& exit_code) {
+  auto o = std::make_shared<GenerateOptions>();
+  CLI::App* sub = app.add_subcommand("generate", "Continue prompts with a DeepSeek-V2 or V3 checkpoint");
+  sub->add_option("--model", o->model, "Hugging Face model directory")
+      ->required()
+      ->check(CLI::ExistingDirectory)
+      ->envname("MODEL_PATH");
+  sub->add_option("--prompt", o->prompts,
+                  "Text to continue, \"-\" for standard input; may be given several times")
+      ->required()
+      ->allow_extra_args(false);
+  sub->add_flag("--chat", o->chat, "The prompt is a user's message: put it through the chat template");
+  sub->add_option("--system", o->system, "With --chat: the system message");
+  add_sampling_flags(*sub, o->sampling);
+  add_engine_flags(*sub, o->engine);
+  sub->add_flag("--json", o->json, "Texts, token ids and figures as JSON");
+  sub->add_flag("--quiet", o->quiet, "No figures on stderr");
+  sub->add_option("--trace", o->trace, "Write the steps as a Chrome trace");
+  sub->callback([o, &exit_code] { exit_code = run_generate(*o); });
+}
+
+}  // namespace flash_mla::cli

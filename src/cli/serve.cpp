@@ -1,0 +1,73 @@
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <memory>
+
+#include "cli/args.h"
+#include "cli/commands.h"
+#include "cli/engine_flags.h"
+#include "flash_mla/engine.h"
+#include "server/server.h"
+
+// `flash-mla serve`: an OpenAI-compatible server over one model.
+
+namespace flash_mla::cli {
+namespace {
+
+struct ServeOptions {
+  std::string model;
+  EngineOptions engine;
+  server::ServerOptions server;
+};
+
+int run_serve(ServeOptions o) {
+  if (o.server.model_name.empty()) {
+    // The directory's name, not its path: that is this machine's business.
+    std::filesystem::path path = std::filesystem::weakly_canonical(o.model);
+    o.server.model_name = path.filename().string();
+  }
+  Engine engine(o.model, o.engine);
+  server::Server server(engine, o.server);
+  engine.start();
+  fmt::print(stderr, "flash-mla serve: {} on http://{}:{}/v1, {} pages of 64 tokens\n", o.server.model_name,
+             o.server.host, server.port(), engine.stats().pages_total);
+  server.run();
+  engine.stop();
+  return 0;
+}
+
+}  // namespace
+
+void register_serve(CLI::App& app, int& exit_code) {
+  auto o = std::make_shared<ServeOptions>();
+  o->engine.max_waiting = 1024;
+  CLI::App* sub = app.add_subcommand("serve", "Serve a checkpoint over an OpenAI-compatible HTTP API");
+  sub->add_option("--model", o->model, "Hugging Face model directory")
+      ->required()
+      ->check(CLI::ExistingDirectory)
+      ->envname("MODEL_PATH");
+  sub->add_option("--model-name", o->server.model_name, "Name in the API (default: the directory's)");
+  sub->add_option("--host", o->server.host, "Address to listen on")->capture_default_str();
+  sub->add_option("--port", o->server.port, "Port; 0 takes any free one")
+      ->check(integer_between(0, 65535))
+      ->capture_default_str();
+  sub->add_option("--api-key", o->server.api_keys, "Key that clients must send; may be given several times")
+      ->allow_extra_args(false);
+  sub->add_option("--max-waiting", o->engine.max_waiting,
+                  "Requests that wait at most; more get 429 (0: no bound)")
+      ->capture_default_str();
+  sub->add_option("--max-connections", o->server.max_connections, "Open connections at most")
+      ->capture_default_str();
+  sub->add_option("--max-body-bytes", o->server.max_body_bytes, "Size of a request's body at most")
+      ->capture_default_str();
+  sub->add_option("--read-timeout", o->server.read_timeout_seconds, "Seconds for a whole request to arrive")
+      ->capture_default_str();
+  sub->add_option("--http-threads", o->server.num_threads, "Threads for connections")
+      ->check(integer_between(1, 64))
+      ->capture_default_str();
+  add_engine_flags(*sub, o->engine);
+  sub->set_config("--config", "", "TOML file with these flags");
+  sub->callback([o, &exit_code] { exit_code = run_serve(*o); });
+}
+
+}  // namespace flash_mla::cli

@@ -1,0 +1,260 @@
+#include "flash_mla/engine.h"
+
+#include <fmt/format.h>
+
+#include <condition_variable>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "engine/engine_core.h"
+#include "engine/trace.h"
+#include "flash_mla/error.h"
+#include "model/chat_template.h"
+#include "model/config.h"
+#include "model/model.h"
+#include "model/tokenizer.h"
+
+namespace flash_mla {
+namespace {
+
+class Decoder : public engine::TextDecoder {
+ public:
+  explicit Decoder(const model::Tokenizer& tokenizer) : stream_(tokenizer) {}
+  std::string push(std::int32_t token) override { return stream_.push(token); }
+  std::string flush() override { return stream_.flush(); }
+
+ private:
+  model::StreamDecoder stream_;
+};
+
+model::ModelOptions model_options(const EngineOptions& o) {
+  model::ModelOptions out;
+  switch (o.device) {
+    case EngineOptions::Device::kAuto:
+      out.device = model::ModelDevice::kAuto;
+      break;
+    case EngineOptions::Device::kCpu:
+      out.device = model::ModelDevice::kCpu;
+      break;
+    case EngineOptions::Device::kCuda:
+      out.device = model::ModelDevice::kCuda;
+      break;
+  }
+  switch (o.precision) {
+    case EngineOptions::Precision::kAuto:
+      out.precision = model::ModelPrecision::kAuto;
+      break;
+    case EngineOptions::Precision::kFloat32:
+      out.precision = model::ModelPrecision::kFloat32;
+      break;
+    case EngineOptions::Precision::kBFloat16:
+      out.precision = model::ModelPrecision::kBFloat16;
+      break;
+  }
+  out.num_threads = o.num_threads;
+  return out;
+}
+
+// Completions that come in as events, from whichever thread steps.
+class Collector {
+ public:
+  Collector(std::span<const engine::EngineCore::Submission> submissions, const EventHandler& on_event)
+      : on_event_(on_event), completions_(submissions.size()), open_(submissions.size()) {
+    for (std::size_t i = 0; i < submissions.size(); ++i) {
+      completions_[i].choices.resize(static_cast<std::size_t>(submissions[i].sampling.n));
+    }
+  }
+
+  void take(std::size_t request, const GenerationEvent& e) {
+    if (on_event_) on_event_(e);
+    const std::lock_guard lock(mutex_);
+    Completion& completion = completions_[request];
+    Completion::Choice& choice = completion.choices[static_cast<std::size_t>(e.index)];
+    choice.text += e.text;
+    choice.token_ids.insert(choice.token_ids.end(), e.token_ids.begin(), e.token_ids.end());
+    choice.logprobs.insert(choice.logprobs.end(), e.logprobs.begin(), e.logprobs.end());
+    choice.finish = e.finish;
+    choice.error = e.error;
+    if (e.finish != FinishReason::kNone) {
+      completion.usage.prompt_tokens = e.usage.prompt_tokens;
+      completion.usage.cached_tokens = e.usage.cached_tokens;
+      completion.usage.completion_tokens += e.usage.completion_tokens;
+    }
+    if (e.last && --open_ == 0) done_.notify_all();
+  }
+
+  bool done() const {
+    const std::lock_guard lock(mutex_);
+    return open_ == 0;
+  }
+  void wait_a_moment() {
+    std::unique_lock lock(mutex_);
+    done_.wait_for(lock, std::chrono::milliseconds(50), [&] { return open_ == 0; });
+  }
+  std::vector<Completion> result() {
+    const std::lock_guard lock(mutex_);
+    return std::move(completions_);
+  }
+
+ private:
+  const EventHandler& on_event_;
+  mutable std::mutex mutex_;
+  std::condition_variable done_;
+  std::vector<Completion> completions_;
+  std::size_t open_;
+};
+
+}  // namespace
+
+struct Engine::Impl {
+  Impl(const std::filesystem::path& directory, const EngineOptions& options)
+      : tokenizer(model::Tokenizer::open(directory)),
+        core(
+            model::load_model(directory, model_options(options)),
+            [this] { return std::make_unique<Decoder>(tokenizer); },
+            model::read_config(directory).eos_token_ids, options) {
+    try {
+      chat_template.emplace(model::ChatTemplate::open(directory));
+    } catch (const std::exception&) {
+      // Matters only to requests with messages. The reason names a path, which a server must not tell.
+    }
+  }
+
+  std::vector<std::int32_t> prompt_tokens(Request& request) const {
+    const int given = !request.prompt.empty() + !request.prompt_token_ids.empty() + !request.messages.empty();
+    if (given == 0) throw InvalidArgument("prompt is empty, expected text, prompt_token_ids or messages");
+    if (given > 1) {
+      throw InvalidArgument("prompt, prompt_token_ids and messages: more than one is given, expected one");
+    }
+    if (!request.prompt.empty()) {
+      return tokenizer.encode(request.prompt, /*add_special_tokens=*/true, /*allow_special=*/true);
+    }
+    if (!request.prompt_token_ids.empty()) return std::move(request.prompt_token_ids);
+    if (!chat_template) {
+      throw Unsupported(
+          "messages: the model directory has no chat template that this library knows (chat_template.jinja, "
+          "or "
+          "chat_template in tokenizer_config.json); use prompt");
+    }
+    std::vector<model::ChatMessage> messages;
+    for (ChatMessage& m : request.messages) messages.push_back({std::move(m.role), std::move(m.content)});
+    return tokenizer.encode(chat_template->apply(messages), /*add_special_tokens=*/false,
+                            /*allow_special=*/true);
+  }
+
+  engine::EngineCore::Submission submission(Request request) const {
+    engine::EngineCore::Submission s;
+    s.prompt = prompt_tokens(request);
+    s.sampling = std::move(request.sampling);
+    core.check(s);
+    return s;
+  }
+
+  bool runs_itself() const {
+    const std::lock_guard lock(thread_mutex);
+    return thread.joinable();
+  }
+
+  model::Tokenizer tokenizer;
+  std::optional<model::ChatTemplate> chat_template;
+  engine::EngineCore core;
+  mutable std::mutex thread_mutex;
+  std::jthread thread;
+};
+
+Engine::Engine(const std::filesystem::path& model_directory, const EngineOptions& options)
+    : impl_(std::make_unique<Impl>(model_directory, options)) {}
+
+Engine::~Engine() { stop(); }
+
+RequestId Engine::submit(Request request, EventHandler on_event) {
+  engine::EngineCore::Submission s = impl_->submission(std::move(request));
+  s.on_event = std::move(on_event);
+  return impl_->core.submit(std::move(s));
+}
+
+void Engine::cancel(RequestId id) { impl_->core.cancel(id); }
+
+bool Engine::step() { return impl_->core.step(); }
+
+void Engine::start() {
+  const std::lock_guard lock(impl_->thread_mutex);
+  if (impl_->thread.joinable()) return;
+  impl_->thread = std::jthread([core = &impl_->core](const std::stop_token& stop) {
+    while (core->wait_for_work(stop)) core->step();
+  });
+}
+
+void Engine::stop() {
+  std::jthread thread;
+  {
+    const std::lock_guard lock(impl_->thread_mutex);
+    thread = std::move(impl_->thread);
+  }
+  if (thread.joinable()) {
+    thread.request_stop();
+    thread.join();
+  }
+  impl_->core.cancel_all();
+}
+
+std::vector<Completion> Engine::generate(std::span<const Request> requests, const EventHandler& on_event,
+                                         const std::function<bool()>& keep_going) {
+  // All are checked before any starts.
+  std::vector<engine::EngineCore::Submission> submissions;
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    try {
+      submissions.push_back(impl_->submission(requests[i]));
+    } catch (const InvalidArgument& e) {
+      if (requests.size() == 1) throw;
+      throw InvalidArgument(fmt::format("request {}: {}", i, e.what()));
+    }
+  }
+  if (submissions.empty()) return {};
+  std::vector<RequestId> ids;
+  const auto collector = std::make_shared<Collector>(submissions, on_event);
+  for (std::size_t i = 0; i < submissions.size(); ++i) {
+    submissions[i].on_event = [collector, i](const GenerationEvent& e) { collector->take(i, e); };
+    ids.push_back(impl_->core.submit(std::move(submissions[i]), /*bounded=*/false));
+  }
+  while (!collector->done()) {
+    if (keep_going && !ids.empty() && !keep_going()) {
+      for (const RequestId id : ids) impl_->core.cancel(id);
+      ids.clear();  // asked no more
+    }
+    if (impl_->runs_itself() || !impl_->core.step()) collector->wait_a_moment();
+  }
+  return collector->result();
+}
+
+std::vector<Completion> Engine::generate(std::span<const std::string> prompts, const SamplingParams& params) {
+  std::vector<Request> requests(prompts.size());
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    requests[i].prompt = prompts[i];
+    requests[i].sampling = params;
+  }
+  return generate(requests);
+}
+
+std::vector<std::int32_t> Engine::tokenize(std::string_view text, bool add_special_tokens) const {
+  return impl_->tokenizer.encode(text, add_special_tokens);
+}
+
+std::string Engine::detokenize(std::span<const std::int32_t> ids) const {
+  return impl_->tokenizer.decode(ids);
+}
+
+std::string Engine::token_bytes(std::int32_t id) const {
+  return std::string(impl_->tokenizer.token_bytes(id));
+}
+
+EngineStats Engine::stats() const { return impl_->core.stats(); }
+std::vector<StepRecord> Engine::timeline() const { return impl_->core.timeline(); }
+std::string Engine::chrome_trace() const { return engine::chrome_trace(impl_->core.timeline()); }
+std::int64_t Engine::max_length() const { return impl_->core.max_length(); }
+const EngineOptions& Engine::options() const { return impl_->core.options(); }
+
+}  // namespace flash_mla

@@ -1,0 +1,570 @@
+#include "engine/engine_core.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+#include "engine/stop_matcher.h"
+#include "flash_mla/error.h"
+#include "flash_mla/schedule.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace flash_mla::engine {
+namespace {
+
+constexpr std::uint64_t kMostContinuations = 1024;  // validate() allows as many
+constexpr std::size_t kTimelineSteps = 4096;
+
+std::vector<double> latency_bounds() {
+  return {0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100};
+}
+
+int num_sampling_threads(const EngineOptions& options) {
+#ifdef _OPENMP
+  return options.num_threads > 0 ? options.num_threads : omp_get_max_threads();
+#else
+  static_cast<void>(options);
+  return 1;
+#endif
+}
+
+int sampling_thread() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+int page_count(const model::Model& model, const EngineOptions& options) {
+  if (options.num_pages < 0) {
+    throw InvalidArgument(
+        fmt::format("num_pages is {}, expected 0 (from memory_bytes) or more", options.num_pages));
+  }
+  if (options.num_pages > 0) return options.num_pages;
+  const std::int64_t useful =
+      options.max_batch_size * ((model.max_position() + kPageTokens - 1) / kPageTokens);
+  const std::size_t bytes = options.memory_bytes > 0 ? options.memory_bytes : std::size_t{2} << 30;
+  const auto fitting = static_cast<std::int64_t>(bytes / std::max<std::size_t>(1, model.bytes_per_page()));
+  if (fitting < 1) {
+    throw InvalidArgument(fmt::format("memory_bytes is {}, expected at least the {} bytes of one page", bytes,
+                                      model.bytes_per_page()));
+  }
+  const std::int64_t most = options.memory_bytes > 0 ? fitting : std::min(useful, fitting);
+  return static_cast<int>(std::clamp<std::int64_t>(most, 1, std::int64_t{1} << 30));
+}
+
+}  // namespace
+
+struct EngineCore::Generation : Sequence {
+  Generation(Job& owner, int choice, std::unique_ptr<TextDecoder> text);
+
+  Job* job;
+  int index;
+  TokenHistory history;
+  std::unique_ptr<TextDecoder> decoder;  // null: no text
+  StopMatcher stop;
+  std::int64_t num_generated = 0;
+  bool finished = false;
+  Clock::time_point first_token{}, last_token{};
+};
+
+struct EngineCore::Job {
+  RequestId id = 0;
+  std::vector<std::int32_t> prompt;
+  SamplingParams sampling;
+  EventHandler on_event;
+  std::uint64_t seed = 0;
+  Clock::time_point submitted{};
+  bool started = false;  // part of it has been in a step
+  bool forked = false;   // all n continuations exist
+  int open = 1;          // continuations that have not ended
+  std::vector<std::unique_ptr<Generation>> generations;
+};
+
+EngineCore::Generation::Generation(Job& owner, int choice, std::unique_ptr<TextDecoder> text)
+    : job(&owner),
+      index(choice),
+      history(owner.sampling, owner.prompt),
+      decoder(std::move(text)),
+      stop(owner.sampling.stop, owner.sampling.include_stop) {
+  order = owner.id * kMostContinuations + static_cast<std::uint64_t>(choice);
+}
+
+// One choice of a token, from one row of logits. Rows are shared where a prompt has several continuations.
+struct EngineCore::Draw {
+  Generation* generation = nullptr;
+  std::span<float> logits;
+  bool shared = false;
+  Sampled sampled;
+  std::string error;
+};
+
+EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
+                       std::vector<std::int32_t> eos_token_ids, const EngineOptions& options)
+    : model_(std::move(model)),
+      make_decoder_(std::move(make_decoder)),
+      eos_token_ids_(std::move(eos_token_ids)),
+      options_(options),
+      blocks_(page_count(*model_, options), options.prefix_cache),
+      scheduler_({options.max_batch_size, options.max_tokens_per_step}, blocks_),
+      max_length_(std::min(model_->max_position(), std::int64_t{blocks_.num_pages()} * kPageTokens)) {
+  static_assert(kPageTokens == model::kPageSize);
+  if (options.max_waiting < 0) {
+    throw InvalidArgument(
+        fmt::format("max_waiting is {}, expected 0 (no bound) or more", options.max_waiting));
+  }
+  if (options.num_threads < 0) {
+    throw InvalidArgument(fmt::format("num_threads is {}, expected 0 (all) or more", options.num_threads));
+  }
+  options_.num_pages = blocks_.num_pages();
+  model_->allocate_cache(blocks_.num_pages());
+  samplers_.resize(static_cast<std::size_t>(num_sampling_threads(options)));
+  std::random_device entropy;
+  seeds_.seed((std::uint64_t{entropy()} << 32) | entropy());
+  stats_.max_batch_size = options.max_batch_size;
+  stats_.pages_total = blocks_.num_pages();
+  stats_.bytes_per_page = model_->bytes_per_page();
+  for (Histogram* h : {&stats_.ttft_seconds, &stats_.tpot_seconds, &stats_.e2e_seconds}) {
+    h->bounds = latency_bounds();
+    h->counts.resize(h->bounds.size() + 1);
+  }
+}
+
+EngineCore::~EngineCore() = default;
+
+std::unique_ptr<TextDecoder> EngineCore::new_decoder() const {
+  return make_decoder_ ? make_decoder_() : nullptr;
+}
+
+void EngineCore::check(const Submission& s) const {
+  validate(s.sampling);
+  if (s.prompt.empty()) throw InvalidArgument("prompt has no tokens, expected at least 1");
+  const auto length = static_cast<std::int64_t>(s.prompt.size());
+  if (length >= model_->max_position()) {
+    throw InvalidArgument(
+        fmt::format("prompt has {} tokens, expected at most {}: the model's {} positions less "
+                    "one to generate",
+                    length, model_->max_position() - 1, model_->max_position()));
+  }
+  if (length >= max_length_) {
+    throw InvalidArgument(
+        fmt::format("prompt has {} tokens, expected at most {}: the cache has {} pages of {} "
+                    "tokens (num_pages, memory_bytes)",
+                    length, max_length_ - 1, blocks_.num_pages(), kPageTokens));
+  }
+  for (std::size_t i = 0; i < s.prompt.size(); ++i) {
+    if (s.prompt[i] < 0 || s.prompt[i] >= model_->vocab_size()) {
+      throw InvalidArgument(fmt::format("prompt_token_ids[{}] is {}, expected 0 to {}", i, s.prompt[i],
+                                        model_->vocab_size() - 1));
+    }
+  }
+  if (!make_decoder_ && !s.sampling.stop.empty()) {
+    throw Unsupported("stop: this engine has no tokenizer; use stop_token_ids");
+  }
+}
+
+RequestId EngineCore::submit(Submission submission, bool bounded) {
+  RequestId id = 0;
+  {
+    const std::lock_guard lock(notes_mutex_);
+    if (bounded && options_.max_waiting > 0 && num_waiting_requests_ >= options_.max_waiting) {
+      throw Overloaded(fmt::format("{} requests wait already, expected fewer than max_waiting, {}",
+                                   num_waiting_requests_, options_.max_waiting));
+    }
+    id = next_id_++;
+    ++num_waiting_requests_;
+    ++stats_.requests_submitted;
+    stats_.prompt_tokens += static_cast<std::int64_t>(submission.prompt.size());
+    submitted_.push_back({id, std::move(submission), Clock::now()});
+  }
+  notes_changed_.notify_all();
+  return id;
+}
+
+void EngineCore::cancel(RequestId id) {
+  {
+    const std::lock_guard lock(notes_mutex_);
+    cancelled_.push_back(id);
+  }
+  notes_changed_.notify_all();
+}
+
+bool EngineCore::wait_for_work(const std::stop_token& stop) {
+  std::unique_lock lock(notes_mutex_);
+  return notes_changed_.wait(lock, stop, [&] {
+    return busy_ || !submitted_.empty() || !cancelled_.empty();
+  }) && !stop.stop_requested();
+}
+
+bool EngineCore::take_notes() {
+  std::vector<Note> submitted;
+  std::vector<RequestId> cancelled;
+  {
+    const std::lock_guard lock(notes_mutex_);
+    submitted.swap(submitted_);
+    cancelled.swap(cancelled_);
+  }
+  for (Note& note : submitted) start(note.id, std::move(note.submission), note.time);
+  for (const RequestId id : cancelled) {
+    const auto it = jobs_.find(id);
+    if (it == jobs_.end()) continue;  // it has ended
+    for (const auto& g : it->second->generations) {
+      if (!g->finished) end(*g, FinishReason::kCancelled, {}, {});
+    }
+    note_started(*it->second);
+  }
+  drop_finished_jobs();
+  return !submitted.empty() || !cancelled.empty();
+}
+
+void EngineCore::start(RequestId id, Submission submission, Clock::time_point submitted) {
+  auto job = std::make_unique<Job>();
+  job->id = id;
+  job->prompt = std::move(submission.prompt);
+  job->sampling = std::move(submission.sampling);
+  job->on_event = std::move(submission.on_event);
+  job->seed = job->sampling.seed ? *job->sampling.seed : seeds_();
+  job->submitted = submitted;
+  job->open = job->sampling.n;
+  job->generations.push_back(std::make_unique<Generation>(*job, 0, new_decoder()));
+  job->generations[0]->tokens = job->prompt;
+  scheduler_.add(*job->generations[0]);
+  jobs_.emplace(id, std::move(job));
+}
+
+bool EngineCore::step() {
+  const std::lock_guard one_step(step_mutex_);
+  const Clock::time_point begin = Clock::now();
+  const bool notes = take_notes();
+  if (scheduler_.idle()) {
+    const std::lock_guard lock(notes_mutex_);
+    busy_ = false;
+    stats_.running = stats_.waiting = 0;
+    stats_.pages_used = blocks_.num_used();
+    stats_.pages_cached = blocks_.num_cached();
+    return notes;
+  }
+  const StepPlan plan = scheduler_.plan();
+  for (const ScheduledWork& w : plan.work) note_started(*static_cast<Generation*>(w.sequence)->job);
+  StepRecord record;
+  record.begin = seconds(begin);
+  record.planned = seconds(Clock::now());
+  record.sequences = static_cast<int>(plan.work.size());
+  record.preempted = static_cast<int>(plan.preempted.size());
+  record.waiting = scheduler_.num_waiting();
+  record.pages_used = blocks_.num_used();
+  for (const ScheduledWork& w : plan.work)
+    (w.decoding ? record.decode_tokens : record.prefill_tokens) += w.count;
+  const double utilisation = decode_utilisation(plan);
+
+  std::string failure;
+  try {
+    run_model(plan);
+  } catch (const std::exception& e) {
+    failure = fmt::format("the model failed: {}", e.what());
+  }
+  record.computed = seconds(Clock::now());
+  if (failure.empty()) {
+    for (const ScheduledWork& w : plan.work) scheduler_.commit(w);
+    std::vector<Draw> draws = plan_draws(plan);
+    sample(draws);
+    for (Draw& d : draws) {
+      if (d.error.empty()) {
+        accept(*d.generation, d.sampled);
+      } else {
+        end(*d.generation, FinishReason::kError, d.error, {}, /*keep_pages=*/false);
+      }
+    }
+  } else {
+    // Nobody knows what the failed step has left in the pages of those that took part; the others go on.
+    for (const ScheduledWork& w : plan.work) {
+      end(*static_cast<Generation*>(w.sequence), FinishReason::kError, failure, {}, /*keep_pages=*/false);
+    }
+  }
+  drop_finished_jobs();
+  record.end = seconds(Clock::now());
+
+  const std::lock_guard lock(notes_mutex_);
+  busy_ = !scheduler_.idle();
+  record.step = stats_.steps++;
+  stats_.step_seconds += record.end - record.begin;
+  stats_.computed_tokens += plan.num_tokens;
+  stats_.running = scheduler_.num_running();
+  stats_.waiting = scheduler_.num_waiting();
+  stats_.pages_used = blocks_.num_used();
+  stats_.pages_cached = blocks_.num_cached();
+  stats_.prefix_tokens_looked_up = scheduler_.counters().tokens_looked_up;
+  stats_.prefix_tokens_hit = scheduler_.counters().tokens_hit;
+  stats_.preemptions = scheduler_.counters().preemptions;
+  stats_.pages_evicted = blocks_.counters().pages_evicted;
+  stats_.pages_copied = blocks_.counters().pages_copied;
+  if (utilisation > 0) stats_.schedule_utilisation = utilisation;
+  timeline_.push_back(record);
+  if (timeline_.size() > kTimelineSteps) timeline_.pop_front();
+  return true;
+}
+
+void EngineCore::run_model(const StepPlan& plan) {
+  for (const PageCopy& copy : plan.copies) model_->copy_page(copy.source, copy.target);
+  std::vector<std::int32_t> token_ids, query_starts{0}, seq_lens, logit_rows;
+  std::size_t max_blocks = 0;
+  for (const ScheduledWork& w : plan.work) {
+    const auto begin = w.sequence->tokens.begin() + w.begin;
+    token_ids.insert(token_ids.end(), begin, begin + w.count);
+    query_starts.push_back(static_cast<std::int32_t>(token_ids.size()));
+    seq_lens.push_back(static_cast<std::int32_t>(w.begin + w.count));
+    if (w.samples) logit_rows.push_back(static_cast<std::int32_t>(token_ids.size()) - 1);
+    max_blocks = std::max(max_blocks, w.sequence->pages.pages().size());
+  }
+  std::vector<std::int32_t> block_table(plan.work.size() * max_blocks, -1);
+  for (std::size_t i = 0; i < plan.work.size(); ++i) {
+    std::ranges::copy(plan.work[i].sequence->pages.pages(),
+                      block_table.begin() + static_cast<std::ptrdiff_t>(i * max_blocks));
+  }
+  model::ForwardBatch batch;
+  batch.token_ids = token_ids;
+  batch.query_starts = query_starts;
+  batch.seq_lens = seq_lens;
+  batch.block_table = block_table;
+  batch.max_blocks = static_cast<int>(max_blocks);
+  batch.logit_rows = logit_rows;
+  batch.batch_invariant = options_.batch_invariant;
+  logits_.resize(logit_rows.size() * static_cast<std::size_t>(model_->vocab_size()));
+  model_->forward(batch, logits_.data());
+}
+
+std::vector<EngineCore::Draw> EngineCore::plan_draws(const StepPlan& plan) {
+  const auto vocab_size = static_cast<std::size_t>(model_->vocab_size());
+  std::vector<Draw> draws;
+  std::size_t row = 0;
+  for (const ScheduledWork& w : plan.work) {
+    if (!w.samples) continue;
+    const std::span<float> logits = std::span(logits_).subspan(row++ * vocab_size, vocab_size);
+    auto& g = static_cast<Generation&>(*w.sequence);
+    Job& job = *g.job;
+    if (job.forked || job.sampling.n == 1) {
+      draws.push_back({&g, logits, false, {}, {}});
+      continue;
+    }
+    // The prompt is done: all continuations take their first token from here.
+    fork_generations(job);
+    for (const auto& each : job.generations) draws.push_back({each.get(), logits, true, {}, {}});
+  }
+  return draws;
+}
+
+void EngineCore::fork_generations(Job& job) {
+  job.forked = true;
+  const Generation& first = *job.generations[0];
+  for (int i = 1; i < job.sampling.n; ++i) {
+    Generation& g = *job.generations.emplace_back(std::make_unique<Generation>(job, i, new_decoder()));
+    scheduler_.fork(first, g);
+  }
+}
+
+void EngineCore::sample(std::vector<Draw>& draws) {
+  const auto count = static_cast<std::ptrdiff_t>(draws.size());
+  // Below some ten microseconds of work, waking threads costs more than they bring.
+  constexpr std::ptrdiff_t kLogitsWorthThreads = 1 << 16;
+  const bool threads = count > 1 && count * model_->vocab_size() >= kLogitsWorthThreads;
+  const int num_threads = threads ? static_cast<int>(std::min(std::ssize(samplers_), count)) : 1;
+  static_cast<void>(num_threads);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
+#endif
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    Draw& d = draws[static_cast<std::size_t>(i)];
+    const Generation& g = *d.generation;
+    try {
+      std::vector<float> own;
+      if (d.shared) own.assign(d.logits.begin(), d.logits.end());
+      const DrawKey key{g.job->seed, static_cast<std::uint32_t>(g.index),
+                        static_cast<std::uint64_t>(g.num_generated)};
+      d.sampled = samplers_[static_cast<std::size_t>(sampling_thread())].sample(
+          g.job->sampling, g.history, key, d.shared ? std::span<float>(own) : d.logits);
+    } catch (const std::exception& e) {
+      d.error = e.what();
+    }
+  }
+}
+
+void EngineCore::accept(Generation& g, const Sampled& sampled) {
+  const SamplingParams& sampling = g.job->sampling;
+  g.tokens.push_back(sampled.token);
+  g.history.add(sampled.token);
+  ++g.num_generated;
+  g.last_token = Clock::now();
+  {
+    const std::lock_guard lock(notes_mutex_);
+    ++stats_.generated_tokens;
+    if (g.num_generated == 1) {
+      g.first_token = g.last_token;
+      stats_.ttft_seconds.add(std::chrono::duration<double>(g.first_token - g.job->submitted).count());
+    }
+  }
+  GenerationEvent event;
+  event.token_ids = {sampled.token};
+  if (sampling.logprobs >= 0) event.logprobs = {sampled.logprobs};
+
+  const auto is = [&](const std::vector<std::int32_t>& ids) {
+    return std::ranges::find(ids, sampled.token) != ids.end();
+  };
+  if ((!sampling.ignore_eos && is(eos_token_ids_)) || is(sampling.stop_token_ids)) {
+    end(g, FinishReason::kStop, {}, std::move(event));
+    return;
+  }
+  if (g.decoder) event.text = g.stop.push(g.decoder->push(sampled.token));
+  if (g.stop.stopped()) {
+    end(g, FinishReason::kStop, {}, std::move(event));
+  } else if (g.num_generated == sampling.max_tokens ||
+             static_cast<std::int64_t>(g.tokens.size()) >= max_length_) {
+    end(g, FinishReason::kLength, {}, std::move(event));
+  } else {
+    event.index = g.index;
+    event.usage = {static_cast<std::int64_t>(g.job->prompt.size()), g.cached_tokens, g.num_generated};
+    send(*g.job, event);
+  }
+}
+
+void EngineCore::end(Generation& g, FinishReason reason, const std::string& error, GenerationEvent event,
+                     bool keep_pages) {
+  Job& job = *g.job;
+  g.finished = true;
+  scheduler_.finish(g, keep_pages);
+  // A prompt that never came to fork ends for all its continuations.
+  const bool whole_job = job.sampling.n > 1 && !job.forked;
+  if (whole_job) {
+    job.open = 0;
+  } else {
+    --job.open;
+  }
+  if (job.open == 0) finished_jobs_.push_back(job.id);
+
+  if (g.decoder && !g.stop.stopped()) {
+    event.text += g.stop.push(g.decoder->flush());
+    event.text += g.stop.flush();
+  }
+  event.index = g.index;
+  event.finish = reason;
+  event.error = error;
+  event.usage = {static_cast<std::int64_t>(job.prompt.size()), g.cached_tokens, g.num_generated};
+  event.last = job.open == 0;
+  {
+    const std::lock_guard lock(notes_mutex_);
+    const std::int64_t ended = whole_job ? job.sampling.n : 1;
+    switch (reason) {
+      case FinishReason::kStop:
+        stats_.finished_stop += ended;
+        break;
+      case FinishReason::kLength:
+        stats_.finished_length += ended;
+        break;
+      case FinishReason::kCancelled:
+        stats_.cancelled += ended;
+        break;
+      default:
+        stats_.failed += ended;
+    }
+    if (reason == FinishReason::kStop || reason == FinishReason::kLength) {
+      stats_.e2e_seconds.add(std::chrono::duration<double>(g.last_token - job.submitted).count());
+      if (g.num_generated > 1) {
+        stats_.tpot_seconds.add(std::chrono::duration<double>(g.last_token - g.first_token).count() /
+                                static_cast<double>(g.num_generated - 1));
+      }
+    }
+  }
+  if (whole_job) {
+    for (int i = 0; i < job.sampling.n; ++i) {
+      event.index = i;
+      event.last = i + 1 == job.sampling.n;
+      send(job, event);
+    }
+    return;
+  }
+  send(job, event);
+}
+
+void EngineCore::send(Job& job, const GenerationEvent& event) {
+  if (!job.on_event) return;
+  GenerationEvent out = event;
+  out.request = job.id;
+  try {
+    job.on_event(out);
+  } catch (...) {
+    // A handler must not throw. Nobody listens any more: the request ends, its neighbours go on.
+    job.on_event = nullptr;
+    cancel(job.id);
+  }
+}
+
+void EngineCore::drop_finished_jobs() {
+  for (const RequestId id : finished_jobs_) jobs_.erase(id);
+  finished_jobs_.clear();
+}
+
+void EngineCore::note_started(Job& job) {
+  if (job.started) return;
+  job.started = true;
+  const std::lock_guard lock(notes_mutex_);
+  --num_waiting_requests_;
+}
+
+void EngineCore::cancel_all() {
+  const std::lock_guard one_step(step_mutex_);
+  take_notes();
+  std::vector<RequestId> ids;
+  for (const auto& [id, job] : jobs_) ids.push_back(id);
+  std::sort(ids.begin(), ids.end());
+  for (const RequestId id : ids) cancel(id);
+  take_notes();
+  const std::lock_guard lock(notes_mutex_);
+  busy_ = false;
+  stats_.running = stats_.waiting = 0;
+  stats_.pages_used = blocks_.num_used();
+  stats_.pages_cached = blocks_.num_cached();
+}
+
+double EngineCore::decode_utilisation(const StepPlan& plan) const {
+  std::vector<std::int32_t> lengths;
+  for (const ScheduledWork& w : plan.work) {
+    if (w.decoding) lengths.push_back(static_cast<std::int32_t>(w.begin + w.count));
+  }
+  if (lengths.empty()) return 0;
+  const DecodeSchedule schedule = DecodeSchedule::build(lengths, cpu_schedule_options(options_.num_threads));
+  std::int64_t busiest = 0, all = 0;
+  for (const DecodePart& part : schedule.parts()) {
+    std::int64_t blocks = 0;
+    for (std::int32_t r = part.begin_req; r <= part.end_req; ++r) {
+      const std::int64_t length = lengths[static_cast<std::size_t>(r)];
+      const std::int64_t from = r == part.begin_req ? part.begin_block : 0;
+      const std::int64_t to = r == part.end_req ? part.end_block : (length + kPageTokens - 1) / kPageTokens;
+      blocks += to - from;
+    }
+    busiest = std::max(busiest, blocks);
+    all += blocks;
+  }
+  return busiest == 0
+             ? 0
+             : static_cast<double>(all) / static_cast<double>(busiest * std::ssize(schedule.parts()));
+}
+
+EngineStats EngineCore::stats() const {
+  const std::lock_guard lock(notes_mutex_);
+  EngineStats out = stats_;
+  out.waiting += static_cast<int>(submitted_.size());
+  out.seconds = seconds(Clock::now());
+  return out;
+}
+
+std::vector<StepRecord> EngineCore::timeline() const {
+  const std::lock_guard lock(notes_mutex_);
+  return {timeline_.begin(), timeline_.end()};
+}
+
+}  // namespace flash_mla::engine

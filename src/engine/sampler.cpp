@@ -1,0 +1,209 @@
+#include "engine/sampler.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <ranges>
+
+#include "engine/philox.h"
+#include "flash_mla/error.h"
+
+namespace flash_mla::engine {
+namespace {
+
+// Index of the largest logit, the first among equals. Throws BadLogits.
+std::int32_t checked_argmax(std::span<const float> logits) {
+  float largest = -std::numeric_limits<float>::infinity();
+  std::int32_t best = -1;
+  bool bad = false;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    bad |= !(logits[i] < std::numeric_limits<float>::infinity());  // NaN, +inf
+    if (logits[i] > largest) {
+      largest = logits[i];
+      best = static_cast<std::int32_t>(i);
+    }
+  }
+  if (bad) {
+    const auto it =
+        std::ranges::find_if(logits, [](float x) { return !(x < std::numeric_limits<float>::infinity()); });
+    throw BadLogits(
+        fmt::format("the model's logit of token {} is {}, expected a finite number; weights or "
+                    "cache may be damaged",
+                    it - logits.begin(), *it));
+  }
+  if (best < 0) throw BadLogits("the model's logits exclude every token (all are -inf)");
+  return best;
+}
+
+double log_sum_exp(std::span<const float> logits, float largest) {
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(x - largest);
+  return largest + std::log(sum);
+}
+
+// More likely first; of equals the smaller id, so that the order is total.
+struct Likelier {
+  std::span<const float> logits;
+  bool operator()(std::int32_t a, std::int32_t b) const {
+    const float x = logits[static_cast<std::size_t>(a)], y = logits[static_cast<std::size_t>(b)];
+    return x != y ? x > y : a < b;
+  }
+};
+
+TokenLogprobs log_probabilities(std::span<const float> logits, std::int32_t best, int count,
+                                std::vector<std::int32_t>& scratch) {
+  TokenLogprobs out;
+  const double norm = log_sum_exp(logits, logits[static_cast<std::size_t>(best)]);
+  const auto most = std::min(static_cast<std::size_t>(count), logits.size());
+  scratch.resize(logits.size());
+  std::iota(scratch.begin(), scratch.end(), 0);
+  std::partial_sort(scratch.begin(), scratch.begin() + static_cast<std::ptrdiff_t>(most), scratch.end(),
+                    Likelier{logits});
+  for (std::size_t i = 0; i < most; ++i) {
+    out.top.push_back({scratch[i], static_cast<float>(logits[static_cast<std::size_t>(scratch[i])] - norm)});
+  }
+  out.chosen.logprob = static_cast<float>(norm);  // completed when the token is known
+  return out;
+}
+
+}  // namespace
+
+TokenHistory::TokenHistory(const SamplingParams& params, std::span<const std::int32_t> prompt)
+    : needed_(params.repetition_penalty != 1 || params.frequency_penalty != 0 ||
+              params.presence_penalty != 0) {
+  if (params.repetition_penalty == 1) return;
+  for (const std::int32_t token : prompt) generated_.emplace(token, 0);
+}
+
+void TokenHistory::add(std::int32_t token) {
+  if (needed_) ++generated_[token];
+}
+
+void TokenHistory::apply(const SamplingParams& params, std::span<float> logits) const {
+  for (const auto& [token, count] : generated_) {
+    float& x = logits[static_cast<std::size_t>(token)];
+    double y = x > 0 ? x / params.repetition_penalty : x * params.repetition_penalty;
+    if (count > 0) y -= params.frequency_penalty * count + params.presence_penalty;
+    x = static_cast<float>(y);
+  }
+}
+
+Sampled Sampler::sample(const SamplingParams& params, const TokenHistory& history, const DrawKey& key,
+                        std::span<float> logits) {
+  Sampled out;
+  std::int32_t best = checked_argmax(logits);
+  std::vector<float> raw;
+  if (params.logprobs >= 0) {
+    out.logprobs = log_probabilities(logits, best, params.logprobs, candidates_);
+    raw.assign(logits.begin(), logits.end());
+  }
+  history.apply(params, logits);
+  if (params.temperature > 0) {
+    out.token = draw(params, key, logits);
+  } else {
+    out.token = checked_argmax(logits);
+  }
+  if (params.logprobs >= 0) {
+    const double norm = out.logprobs.chosen.logprob;
+    out.logprobs.chosen = {out.token, static_cast<float>(raw[static_cast<std::size_t>(out.token)] - norm)};
+  }
+  return out;
+}
+
+// Inverts the cumulative distribution of the tokens in `among`, in their order, at u in [0, 1).
+template <typename Tokens>
+std::int32_t Sampler::pick(double u, const Tokens& among) const {
+  double total = 0;
+  for (const std::int32_t token : among) total += weights_[static_cast<std::size_t>(token)];
+  const double target = u * total;
+  double sum = 0;
+  std::int32_t chosen = -1;
+  for (const std::int32_t token : among) {
+    const float weight = weights_[static_cast<std::size_t>(token)];
+    if (weight == 0) continue;
+    sum += weight;
+    chosen = token;
+    if (sum > target) break;
+  }
+  return chosen;
+}
+
+std::int32_t Sampler::draw(const SamplingParams& params, const DrawKey& key, std::span<const float> logits) {
+  const std::size_t vocab_size = logits.size();
+  const float largest = logits[static_cast<std::size_t>(checked_argmax(logits))];
+  // Probabilities up to a common factor; 1 for the likeliest token, which every filter therefore passes.
+  const float scale = static_cast<float>(1.0 / std::max(params.temperature, 1e-30));
+  weights_.resize(vocab_size);
+  for (std::size_t i = 0; i < vocab_size; ++i) {
+    const float below = logits[i] - largest;
+    weights_[i] = below == 0 ? 1.0f : std::exp(below * scale);  // 0 * inf would be NaN
+  }
+  const double u = uniform(key.seed, key.index, key.position);
+  if (params.min_p <= 0 && params.top_k <= 0 && params.top_p >= 1)
+    return pick(u, std::views::iota(0, static_cast<std::int32_t>(vocab_size)));
+
+  candidates_.clear();
+  for (std::size_t i = 0; i < vocab_size; ++i) {
+    if (weights_[i] > 0 && weights_[i] >= params.min_p) candidates_.push_back(static_cast<std::int32_t>(i));
+  }
+  const Likelier likelier{logits};
+  if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < candidates_.size()) {
+    std::nth_element(candidates_.begin(), candidates_.begin() + (params.top_k - 1), candidates_.end(),
+                     likelier);
+    candidates_.resize(static_cast<std::size_t>(params.top_k));
+  }
+  if (params.top_p < 1) {
+    // In the order of ids, so that rounding does not depend on how the filters above left them.
+    std::sort(candidates_.begin(), candidates_.end());
+    double total = 0;
+    for (const std::int32_t token : candidates_) total += weights_[static_cast<std::size_t>(token)];
+    const double wanted = params.top_p * total;
+    // Sorted by likelihood only as far as needed: a few tokens usually hold most of the probability.
+    double sum = 0;
+    std::size_t kept = 0;
+    for (std::size_t sorted = 0; sum < wanted && kept < candidates_.size();) {
+      const std::size_t end = std::min(candidates_.size(), std::max<std::size_t>(64, 4 * sorted));
+      std::partial_sort(candidates_.begin() + static_cast<std::ptrdiff_t>(sorted),
+                        candidates_.begin() + static_cast<std::ptrdiff_t>(end), candidates_.end(), likelier);
+      for (; kept < end && sum < wanted; ++kept) {
+        sum += weights_[static_cast<std::size_t>(candidates_[kept])];
+      }
+      sorted = end;
+    }
+    candidates_.resize(kept);
+  }
+  std::sort(candidates_.begin(), candidates_.end());
+  return pick(u, candidates_);
+}
+
+}  // namespace flash_mla::engine
+
+namespace flash_mla {
+
+void validate(const SamplingParams& p) {
+  const auto require = [](bool ok, const char* field, auto value, const char* expected) {
+    if (!ok) throw InvalidArgument(fmt::format("{} is {}, expected {}", field, value, expected));
+  };
+  // Comparisons are written so that NaN fails them.
+  require(p.max_tokens >= 1, "max_tokens", p.max_tokens, "at least 1");
+  require(p.n >= 1 && p.n <= 1024, "n", p.n, "1 to 1024");
+  require(p.temperature >= 0 && p.temperature <= 1e6, "temperature", p.temperature, "0 to 1e6");
+  require(p.top_p > 0 && p.top_p <= 1, "top_p", p.top_p, "a number in (0, 1]");
+  require(p.top_k >= 0, "top_k", p.top_k, "0 (all) or more");
+  require(p.min_p >= 0 && p.min_p < 1, "min_p", p.min_p, "a number in [0, 1)");
+  require(p.repetition_penalty >= 0.01 && p.repetition_penalty <= 100, "repetition_penalty",
+          p.repetition_penalty, "0.01 to 100");
+  require(p.frequency_penalty >= -2 && p.frequency_penalty <= 2, "frequency_penalty", p.frequency_penalty,
+          "-2 to 2");
+  require(p.presence_penalty >= -2 && p.presence_penalty <= 2, "presence_penalty", p.presence_penalty,
+          "-2 to 2");
+  require(p.logprobs >= -1 && p.logprobs <= kMaxLogprobs, "logprobs", p.logprobs,
+          "-1 (none) to 20 alternatives");
+  for (const std::string& s : p.stop) require(!s.empty(), "stop", "\"\"", "texts that are not empty");
+  for (const std::int32_t id : p.stop_token_ids) require(id >= 0, "stop_token_ids", id, "token ids");
+}
+
+}  // namespace flash_mla

@@ -1,0 +1,178 @@
+#include "engine/scheduler.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "flash_mla/error.h"
+
+namespace flash_mla::engine {
+namespace {
+
+std::int64_t length(const Sequence& s) { return static_cast<std::int64_t>(s.tokens.size()); }
+
+}  // namespace
+
+Scheduler::Scheduler(const SchedulerOptions& options, BlockManager& blocks)
+    : options_(options), blocks_(blocks) {
+  if (options.max_batch_size < 1) {
+    throw InvalidArgument(fmt::format("max_batch_size is {}, expected at least 1", options.max_batch_size));
+  }
+  if (options.max_tokens_per_step < options.max_batch_size) {
+    throw InvalidArgument(fmt::format("max_tokens_per_step is {}, expected at least max_batch_size, {}",
+                                      options.max_tokens_per_step, options.max_batch_size));
+  }
+}
+
+void Scheduler::add(Sequence& sequence) {
+  sequence.rank = length(sequence) + step_ * options_.max_tokens_per_step;
+  waiting_.insert(&sequence);
+}
+
+void Scheduler::fork(const Sequence& parent, Sequence& child) {
+  child.tokens = parent.tokens;
+  child.rank = parent.rank;
+  child.cached_tokens = parent.cached_tokens;
+  child.admitted = true;
+  if (parent.running && num_running() < options_.max_batch_size) {
+    child.pages = blocks_.fork(parent.pages);
+    start(child);
+  } else {
+    waiting_.insert(&child);
+  }
+}
+
+StepPlan Scheduler::plan() {
+  ++step_;
+  StepPlan plan;
+  for (Sequence* s : running_) s->scheduled = false;
+  plan_decoding(plan);
+  plan_prefill(plan);
+  return plan;
+}
+
+void Scheduler::plan_decoding(StepPlan& plan) {
+  // Earliest first; victims come from the end, so what has been scheduled stays scheduled. By index: running_
+  // shrinks under preemption.
+  for (std::size_t i = 0; i < running_.size(); ++i) {
+    Sequence& s = *running_[i];
+    if (s.num_remaining() != 1) continue;
+    if (reserve(s, length(s), plan)) {
+      schedule(s, 1, plan);
+    } else {
+      preempt(s, plan);  // nothing is running behind it
+    }
+  }
+}
+
+void Scheduler::plan_prefill(StepPlan& plan) {
+  std::vector<Sequence*> candidates;
+  for (Sequence* s : running_) {
+    if (!s->scheduled) candidates.push_back(s);
+  }
+  // A victim of this very step would only take its pages back.
+  bool joining = plan.preempted.empty();
+  if (joining) {
+    // No more can join than the batch has room for, however many wait.
+    int room = options_.max_batch_size - num_running();
+    for (auto it = waiting_.begin(); it != waiting_.end() && room > 0; ++it, --room)
+      candidates.push_back(*it);
+  }
+  std::sort(candidates.begin(), candidates.end(), ByRank());
+  for (Sequence* s : candidates) {
+    const int budget = options_.max_tokens_per_step - plan.num_tokens;
+    if (budget == 0) break;
+    if (!s->running) {
+      joining = joining && plan.preempted.empty() && try_to_join(*s);
+      if (!joining) continue;
+    }
+    const auto count = static_cast<int>(std::min<std::int64_t>(s->num_remaining(), budget));
+    if (s->running && reserve(*s, s->num_computed() + count, plan)) schedule(*s, count, plan);
+  }
+}
+
+// Makes room for the sequence's tokens, at the cost of later arrivals that are not in the plan yet.
+bool Scheduler::reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& plan) {
+  while (!blocks_.reserve(sequence.pages, num_tokens, plan.copies)) {
+    const auto victim = std::find_if(running_.rbegin(), running_.rend(), [&](const Sequence* s) {
+      return s->order > sequence.order && !s->scheduled;
+    });
+    if (victim == running_.rend()) return false;
+    preempt(**victim, plan);
+  }
+  return true;
+}
+
+bool Scheduler::try_to_join(Sequence& sequence) {
+  const std::int64_t hit = blocks_.admit(sequence.pages, sequence.tokens);
+  // Pages that running prompts still need, and one for each running sequence to grow into.
+  std::int64_t promised = 0;
+  for (const Sequence* s : running_) promised += 1 + blocks_.pages_needed(s->pages, length(*s));
+  const int needed = blocks_.pages_needed(sequence.pages, length(sequence));
+  if (needed + promised > blocks_.num_available()) {
+    blocks_.release(sequence.pages);
+    return false;
+  }
+  if (!sequence.admitted) {
+    sequence.admitted = true;
+    sequence.cached_tokens = hit;
+    counters_.tokens_looked_up += length(sequence);
+    counters_.tokens_hit += hit;
+  }
+  waiting_.erase(&sequence);
+  start(sequence);
+  return true;
+}
+
+void Scheduler::schedule(Sequence& s, int count, StepPlan& plan) {
+  s.scheduled = true;
+  ScheduledWork work;
+  work.sequence = &s;
+  work.begin = s.num_computed();
+  work.count = count;
+  work.decoding = count == 1 && work.begin > 0;
+  work.samples = work.begin + count == length(s);
+  plan.work.push_back(work);
+  plan.num_tokens += count;
+}
+
+void Scheduler::commit(const ScheduledWork& work) {
+  Sequence& s = *work.sequence;
+  blocks_.commit(s.pages, std::span(s.tokens).first(static_cast<std::size_t>(work.begin) +
+                                                    static_cast<std::size_t>(work.count)));
+}
+
+void Scheduler::preempt(Sequence& sequence, StepPlan& plan) {
+  stop(sequence);
+  blocks_.release(sequence.pages);
+  ++sequence.preemptions;
+  ++counters_.preemptions;
+  waiting_.insert(&sequence);
+  plan.preempted.push_back(&sequence);
+}
+
+void Scheduler::finish(Sequence& sequence, bool keep) {
+  if (sequence.running) {
+    stop(sequence);
+  } else {
+    waiting_.erase(&sequence);
+  }
+  blocks_.release(sequence.pages, keep);
+}
+
+void Scheduler::start(Sequence& sequence) {
+  sequence.running = true;
+  sequence.scheduled = false;
+  const auto place =
+      std::upper_bound(running_.begin(), running_.end(), &sequence,
+                       [](const Sequence* a, const Sequence* b) { return a->order < b->order; });
+  running_.insert(place, &sequence);
+}
+
+void Scheduler::stop(Sequence& sequence) {
+  sequence.running = false;
+  running_.erase(std::find(running_.begin(), running_.end(), &sequence));
+}
+
+}  // namespace flash_mla::engine

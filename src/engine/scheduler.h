@@ -1,0 +1,126 @@
+#pragma once
+
+#include <cstdint>
+#include <set>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "engine/block_manager.h"
+
+namespace flash_mla::engine {
+
+/// A sequence as the scheduler sees it. The engine adds its own members by deriving.
+struct Sequence {
+  /// Unique; smaller is earlier. Of one request's continuations, consecutive.
+  std::uint64_t order = 0;
+  std::vector<std::int32_t> tokens;  ///< prompt and what has been generated
+  std::int64_t cached_tokens = 0;    ///< found in the prefix cache when it was first admitted
+  int preemptions = 0;
+
+  /// Tokens whose latents are in the cache.
+  std::int64_t num_computed() const { return pages.num_tokens(); }
+  std::int64_t num_remaining() const { return static_cast<std::int64_t>(tokens.size()) - num_computed(); }
+
+  // The scheduler's own.
+  SequencePages pages;
+  std::int64_t rank = 0;  // its place in the queue: smaller goes first
+  bool admitted = false;  // at least once
+  bool running = false;
+  bool scheduled = false;  // in the plan that is being made
+};
+
+struct SchedulerOptions {
+  int max_batch_size = 128;        ///< sequences that hold pages
+  int max_tokens_per_step = 2048;  ///< >= max_batch_size
+};
+
+/// What one sequence does in a step: tokens [begin, begin + count) go through the model.
+struct ScheduledWork {
+  Sequence* sequence = nullptr;
+  std::int64_t begin = 0;
+  int count = 0;
+  bool decoding = false;  ///< a single token after others of the same sequence
+  bool samples = false;   ///< the last of them is the sequence's last: a token is to be chosen
+};
+
+struct StepPlan {
+  std::vector<ScheduledWork> work;
+  std::vector<PageCopy> copies;  ///< to be made in this order before the model runs
+  std::vector<Sequence*> preempted;
+  int num_tokens = 0;
+};
+
+/// Decides what runs in a step: continuous batching with chunked prefill.
+///
+/// Every running sequence that is past its prompt gets its one token. What is left of max_tokens_per_step
+/// goes to prompts, running or waiting, in the order of their rank: prompt length plus max_tokens_per_step
+/// for every step that passed before the arrival. Of requests that arrive together the shortest goes first,
+/// and a request can be overtaken only by those that arrive within the steps which its own prompt takes. When
+/// the first in line does not fit into the pool, nobody behind it is admitted; so nobody starves.
+///
+/// A sequence joins if the pool has pages for its whole prompt. When continuations outgrow the pool, the
+/// latest arrival lets go of its pages and returns to the queue with its old rank, to be computed again (its
+/// pages are often still in the prefix cache). The earliest arrival is never preempted, so something always
+/// finishes.
+///
+/// Pure logic over the BlockManager's counts: no model, no clock, no thread.
+class Scheduler {
+ public:
+  struct Counters {
+    std::int64_t tokens_looked_up = 0;  ///< of prompts, when first admitted
+    std::int64_t tokens_hit = 0;        ///< of which in the prefix cache
+    std::int64_t preemptions = 0;
+  };
+
+  /// Throws InvalidArgument for options out of range.
+  Scheduler(const SchedulerOptions& options, BlockManager& blocks);
+
+  /// Queues a sequence that has tokens. Its whole length must fit into the pool. It stays the caller's and
+  /// must live until finish().
+  void add(Sequence& sequence);
+
+  /// A continuation beside `parent` with the same tokens: runs along on shared pages if the batch has room,
+  /// else it waits for its turn.
+  void fork(const Sequence& parent, Sequence& child);
+
+  /// The next step. Sequences in it must be committed before the next plan.
+  StepPlan plan();
+
+  /// The model has run `work`.
+  void commit(const ScheduledWork& work);
+
+  /// The sequence leaves, running or waiting. `keep` as in BlockManager::release.
+  void finish(Sequence& sequence, bool keep = true);
+
+  int num_running() const { return static_cast<int>(running_.size()); }
+  int num_waiting() const { return static_cast<int>(waiting_.size()); }
+  bool idle() const { return running_.empty() && waiting_.empty(); }
+  const Counters& counters() const { return counters_; }
+  std::span<Sequence* const> running() const { return running_; }
+
+ private:
+  struct ByRank {
+    bool operator()(const Sequence* a, const Sequence* b) const {
+      return std::pair(a->rank, a->order) < std::pair(b->rank, b->order);
+    }
+  };
+
+  void plan_decoding(StepPlan& plan);
+  void plan_prefill(StepPlan& plan);
+  bool reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& plan);
+  bool try_to_join(Sequence& sequence);
+  void schedule(Sequence& sequence, int count, StepPlan& plan);
+  void preempt(Sequence& sequence, StepPlan& plan);
+  void start(Sequence& sequence);
+  void stop(Sequence& sequence);
+
+  SchedulerOptions options_;
+  BlockManager& blocks_;
+  std::int64_t step_ = 0;
+  std::vector<Sequence*> running_;  // earliest first
+  std::set<Sequence*, ByRank> waiting_;
+  Counters counters_;
+};
+
+}  // namespace flash_mla::engine

@@ -1,0 +1,475 @@
+#include "server/server.h"
+
+#include <fmt/format.h>
+
+#include <atomic>
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/detached.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/redirect_error.hpp>
+#include <boost/asio/signal_set.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/strand.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <boost/beast/core.hpp>
+#include <boost/beast/http.hpp>
+#include <chrono>
+#include <deque>
+#include <mutex>
+#include <thread>
+
+#include "flash_mla/error.h"
+#include "server/api.h"
+
+namespace flash_mla::server {
+namespace {
+
+namespace asio = boost::asio;
+namespace beast = boost::beast;
+namespace http = beast::http;
+using asio::awaitable;
+using asio::redirect_error;
+using asio::use_awaitable;
+using boost::system::error_code;
+using tcp = asio::ip::tcp;
+using std::chrono::seconds;
+
+using HttpRequest = http::request<http::string_body>;
+using HttpResponse = http::response<http::string_body>;
+
+constexpr std::uint32_t kMaxHeaderBytes = 16 * 1024;
+
+std::string dump(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
+
+// Takes the same time wherever the first difference is.
+bool equal_in_constant_time(std::string_view a, std::string_view b) {
+  unsigned difference = a.size() != b.size();
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    difference |= static_cast<unsigned char>(a[i]) ^
+                  static_cast<unsigned char>(b[i % std::max<std::size_t>(1, b.size())]);
+  }
+  return difference == 0 && a.size() == b.size();
+}
+
+// Events on their way from the engine's thread to a connection's. The engine only appends and rings.
+class Mailbox : public std::enable_shared_from_this<Mailbox> {
+ public:
+  explicit Mailbox(const asio::any_io_executor& executor)
+      : executor_(executor), bell_(executor, asio::steady_timer::time_point::max()) {}
+
+  // From any thread.
+  void put(int index, const GenerationEvent& event) {
+    bool ring = false;
+    {
+      const std::lock_guard lock(mutex_);
+      ring = events_.empty();
+      events_.emplace_back(index, event);
+    }
+    if (ring) asio::post(executor_, [self = shared_from_this()] { self->bell_.cancel(); });
+  }
+
+  // On the connection's strand, as everything below.
+  void ring() {
+    gone_ = true;
+    bell_.cancel();
+  }
+  bool gone() const { return gone_; }
+
+  /// Waits for events; empty if the client went away.
+  awaitable<std::deque<std::pair<int, GenerationEvent>>> take() {
+    for (;;) {
+      {
+        const std::lock_guard lock(mutex_);
+        if (gone_) co_return std::deque<std::pair<int, GenerationEvent>>();
+        if (!events_.empty()) co_return std::exchange(events_, {});
+      }
+      bell_.expires_at(asio::steady_timer::time_point::max());
+      error_code rung;
+      co_await bell_.async_wait(redirect_error(use_awaitable, rung));
+    }
+  }
+
+ private:
+  asio::any_io_executor executor_;
+  asio::steady_timer bell_;
+  std::mutex mutex_;
+  std::deque<std::pair<int, GenerationEvent>> events_;
+  bool gone_ = false;
+};
+
+}  // namespace
+
+struct Server::Impl {
+  Impl(Engine& served, const ServerOptions& o)
+      : engine(served),
+        options(o),
+        acceptor(context),
+        signals(context, SIGINT, SIGTERM),
+        drain_poll(context) {
+    error_code error;
+    const auto address = asio::ip::make_address(options.host, error);
+    if (error) throw InvalidArgument(fmt::format("host is \"{}\", expected an IP address", options.host));
+    const tcp::endpoint endpoint(address, static_cast<unsigned short>(options.port));
+    acceptor.open(endpoint.protocol());
+    acceptor.set_option(asio::socket_base::reuse_address(true));
+    acceptor.bind(endpoint, error);
+    if (error) {
+      throw std::runtime_error(
+          fmt::format("{}:{} cannot be bound: {}", options.host, options.port, error.message()));
+    }
+    acceptor.listen(asio::socket_base::max_listen_connections);
+  }
+
+  awaitable<void> accept();
+  awaitable<void> wait_for_signals();
+  awaitable<void> connection(beast::tcp_stream stream);
+  awaitable<bool> answer(beast::tcp_stream& stream, beast::flat_buffer& buffer, const HttpRequest& request);
+  awaitable<void> generate(beast::tcp_stream& stream, const HttpRequest& request, bool chat);
+  HttpResponse simple(const HttpRequest& request);
+  HttpResponse json_response(const HttpRequest& request, int status, const Json& body);
+  void authorise(const HttpRequest& request) const;
+  Json tokenize(const HttpRequest& request) const;
+
+  Engine& engine;
+  ServerOptions options;
+  asio::io_context context;
+  tcp::acceptor acceptor;
+  asio::signal_set signals;
+  asio::steady_timer drain_poll;
+  std::atomic<int> num_connections = 0;
+  std::atomic<int> num_calls = 0;
+  std::atomic<bool> draining = false;
+  std::atomic<std::uint64_t> next_call = 1;
+  std::int64_t created =
+      std::chrono::duration_cast<seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+};
+
+namespace {
+
+/// Counts something for as long as it lives.
+class Counted {
+ public:
+  explicit Counted(std::atomic<int>& count) : count_(count) { ++count_; }
+  ~Counted() { --count_; }
+  Counted(const Counted&) = delete;
+  Counted& operator=(const Counted&) = delete;
+
+ private:
+  std::atomic<int>& count_;
+};
+
+/// The engine requests of one call; whatever has not ended when it goes is cancelled.
+class Submitted {
+ public:
+  Submitted(Engine& engine) : engine_(engine) {}
+  ~Submitted() {
+    for (const RequestId id : ids_) engine_.cancel(id);  // without effect on those that have ended
+  }
+  Submitted(const Submitted&) = delete;
+  Submitted& operator=(const Submitted&) = delete;
+
+  void submit(const Call& call, const std::shared_ptr<Mailbox>& mailbox) {
+    int first = 0;
+    for (const Request& request : call.requests) {
+      const int n = request.sampling.n;
+      ids_.push_back(engine_.submit(
+          request, [mailbox, first](const GenerationEvent& e) { mailbox->put(first + e.index, e); }));
+      first += n;
+    }
+  }
+
+ private:
+  Engine& engine_;
+  std::vector<RequestId> ids_;
+};
+
+/// Reads while a call runs, for the one thing there is to learn: that the client has gone away. It shares the
+/// mailbox, so it may outlive the call.
+awaitable<void> watch(beast::tcp_stream& stream, std::shared_ptr<Mailbox> mailbox) {
+  char byte = 0;
+  error_code error;
+  co_await stream.socket().async_receive(asio::buffer(&byte, 1), asio::socket_base::message_peek,
+                                         redirect_error(use_awaitable, error));
+  if (error) mailbox->ring();
+}
+
+}  // namespace
+
+HttpResponse Server::Impl::json_response(const HttpRequest& request, int status, const Json& body) {
+  HttpResponse response(static_cast<http::status>(status), request.version());
+  response.set(http::field::content_type, "application/json");
+  response.body() = dump(body);
+  return response;
+}
+
+void Server::Impl::authorise(const HttpRequest& request) const {
+  if (options.api_keys.empty()) return;
+  const auto header = request[http::field::authorization];
+  std::string_view given(header.data(), header.size());
+  constexpr std::string_view kBearer = "Bearer ";
+  if (given.starts_with(kBearer)) given.remove_prefix(kBearer.size());
+  bool known = false;
+  for (const std::string& key : options.api_keys) known |= equal_in_constant_time(given, key);
+  if (!known)
+    throw ApiError(401, "invalid_request_error", "the API key is missing or wrong", "", "invalid_api_key");
+}
+
+Json Server::Impl::tokenize(const HttpRequest& request) const {
+  const Json json = Json::parse(request.body(), nullptr, false);
+  if (!json.is_object() || !json.contains("prompt") || !json["prompt"].is_string()) {
+    throw bad_request("prompt is missing, expected text", "prompt");
+  }
+  const std::vector<std::int32_t> ids = engine.tokenize(json["prompt"].get<std::string>());
+  return {{"count", ids.size()}, {"max_model_len", engine.max_length()}, {"tokens", ids}};
+}
+
+HttpResponse Server::Impl::simple(const HttpRequest& request) {
+  const std::string target(request.target().substr(0, request.target().find('?')));
+  const auto text = [&](const char* type, std::string body) {
+    HttpResponse response(http::status::ok, request.version());
+    response.set(http::field::content_type, type);
+    response.body() = std::move(body);
+    return response;
+  };
+  const bool get = request.method() == http::verb::get;
+  if (get && target == "/health") return json_response(request, 200, {{"status", "ok"}});
+  if (get && target == "/ready") {
+    return draining ? json_response(request, 503, {{"status", "draining"}})
+                    : json_response(request, 200, {{"status", "ready"}});
+  }
+  if (get && target == "/metrics") return text("text/plain; version=0.0.4", prometheus_text(engine.stats()));
+  authorise(request);
+  if (get && target == "/trace") return text("application/json", engine.chrome_trace());
+  const Json model = {{"id", options.model_name},
+                      {"object", "model"},
+                      {"created", created},
+                      {"owned_by", "flash_mla"},
+                      {"max_model_len", engine.max_length()}};
+  if (get && target == "/v1/models") {
+    return json_response(request, 200, {{"object", "list"}, {"data", Json::array({model})}});
+  }
+  if (get && target == "/v1/models/" + options.model_name) return json_response(request, 200, model);
+  if (request.method() == http::verb::post && target == "/v1/tokenize") {
+    return json_response(request, 200, tokenize(request));
+  }
+  for (const char* known : {"/health", "/ready", "/metrics", "/trace", "/v1/models", "/v1/tokenize",
+                            "/v1/completions", "/v1/chat/completions"}) {
+    if (target == known) {
+      throw ApiError(405, "invalid_request_error",
+                     fmt::format("{} is not a method of {}", std::string(request.method_string()), target));
+    }
+  }
+  throw ApiError(404, "invalid_request_error", "there is no such path");
+}
+
+awaitable<void> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequest& request, bool chat) {
+  authorise(request);
+  if (draining) throw ApiError(503, "server_error", "the server is shutting down");
+  const Call call = parse_call(request.body(), chat, options.model_name);
+  const Counted counted(num_calls);
+  const auto mailbox = std::make_shared<Mailbox>(stream.get_executor());
+  Submitted submitted(engine);
+  try {
+    submitted.submit(call, mailbox);
+  } catch (const InvalidArgument& e) {
+    throw bad_request(e.what());
+  } catch (const Unsupported& e) {
+    throw bad_request(e.what());
+  } catch (const Overloaded& e) {
+    throw ApiError(429, "rate_limit_error", e.what(), "", "overloaded");
+  }
+  const std::string id = fmt::format("{}-{:x}-{}", chat ? "chatcmpl" : "cmpl", created, next_call++);
+  const std::int64_t now =
+      std::chrono::duration_cast<seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  Answer answer(call, id, options.model_name, now, engine);
+  stream.expires_never();
+  asio::co_spawn(stream.get_executor(), watch(stream, mailbox), asio::detached);
+
+  if (call.stream) {
+    http::response<http::empty_body> head(http::status::ok, request.version());
+    head.set(http::field::content_type, "text/event-stream");
+    head.set(http::field::cache_control, "no-cache");
+    head.set(http::field::connection, "close");
+    head.chunked(request.version() >= 11);
+    http::response_serializer<http::empty_body> serializer(head);
+    co_await http::async_write_header(stream, serializer, use_awaitable);
+  }
+  int open = call.num_choices;
+  while (open > 0) {
+    const auto events = co_await mailbox->take();
+    if (mailbox->gone()) co_return;
+    std::string out;
+    for (const auto& [index, event] : events) {
+      open -= event.finish != FinishReason::kNone;
+      if (!call.stream) {
+        answer.collect(index, event);
+        continue;
+      }
+      if (event.finish == FinishReason::kError) {
+        out += "data: " + dump(ApiError(500, "server_error", event.error).body()) + "\n\n";
+      } else if (event.finish != FinishReason::kNone || !event.text.empty() || !event.logprobs.empty()) {
+        out += "data: " + dump(answer.chunk(index, event)) + "\n\n";
+      }
+    }
+    if (!call.stream) continue;
+    if (open == 0) {
+      if (call.include_usage) out += "data: " + dump(answer.usage_chunk()) + "\n\n";
+      out += "data: [DONE]\n\n";
+    }
+    if (out.empty()) continue;
+    stream.expires_after(seconds(options.write_timeout_seconds));
+    if (request.version() >= 11) {
+      co_await asio::async_write(stream, http::make_chunk(asio::buffer(out)), use_awaitable);
+    } else {
+      co_await asio::async_write(stream, asio::buffer(out), use_awaitable);
+    }
+    stream.expires_never();
+  }
+  if (call.stream) {
+    if (request.version() >= 11) co_await asio::async_write(stream, http::make_chunk_last(), use_awaitable);
+    co_return;
+  }
+  HttpResponse response = json_response(request, 200, answer.complete());
+  response.set("x-request-id", id);
+  response.keep_alive(false);
+  response.prepare_payload();
+  stream.expires_after(seconds(options.write_timeout_seconds));
+  co_await http::async_write(stream, response, use_awaitable);
+}
+
+// True if the connection may carry another request.
+awaitable<bool> Server::Impl::answer(beast::tcp_stream& stream, beast::flat_buffer&,
+                                     const HttpRequest& request) {
+  const std::string target(request.target().substr(0, request.target().find('?')));
+  HttpResponse response;
+  try {
+    if (request.method() == http::verb::post &&
+        (target == "/v1/completions" || target == "/v1/chat/completions")) {
+      co_await generate(stream, request, target == "/v1/chat/completions");
+      co_return false;
+    }
+    response = simple(request);
+  } catch (const ApiError& e) {
+    response = json_response(request, e.status(), e.body());
+    if (e.status() == 429) response.set(http::field::retry_after, "1");
+  } catch (const boost::system::system_error&) {
+    throw;  // the connection is broken
+  } catch (const std::exception&) {
+    // What went wrong inside is nobody's business outside.
+    response = json_response(request, 500, ApiError(500, "server_error", "internal error").body());
+  }
+  const bool keep_alive = request.keep_alive() && !draining;
+  response.keep_alive(keep_alive);
+  response.prepare_payload();
+  stream.expires_after(seconds(options.write_timeout_seconds));
+  co_await http::async_write(stream, response, use_awaitable);
+  co_return keep_alive;
+}
+
+awaitable<void> Server::Impl::connection(beast::tcp_stream stream) {
+  const Counted counted(num_connections);
+  beast::flat_buffer buffer(kMaxHeaderBytes + options.max_body_bytes);
+  try {
+    for (bool more = num_connections <= options.max_connections; more;) {
+      http::request_parser<http::string_body> parser;
+      parser.header_limit(kMaxHeaderBytes);
+      parser.body_limit(options.max_body_bytes);
+      error_code error;
+      // Idle time until the first byte, then a bound on the whole request however slowly it drips in.
+      if (buffer.size() == 0) {
+        stream.expires_after(seconds(options.idle_timeout_seconds));
+        const std::size_t n =
+            co_await stream.async_read_some(buffer.prepare(4096), redirect_error(use_awaitable, error));
+        if (error) break;
+        buffer.commit(n);
+      }
+      stream.expires_after(seconds(options.read_timeout_seconds));
+      co_await http::async_read(stream, buffer, parser, redirect_error(use_awaitable, error));
+      if (error == http::error::end_of_stream || error == beast::error::timeout) break;
+      if (error) {
+        const int status = error == http::error::body_limit     ? 413
+                           : error == http::error::header_limit ? 431
+                                                                : 400;
+        HttpRequest empty;
+        empty.version(11);
+        HttpResponse response = json_response(
+            empty, status,
+            ApiError(status, "invalid_request_error", "the request cannot be read: " + error.message())
+                .body());
+        response.keep_alive(false);
+        response.prepare_payload();
+        stream.expires_after(seconds(options.write_timeout_seconds));
+        co_await http::async_write(stream, response, redirect_error(use_awaitable, error));
+        break;
+      }
+      const HttpRequest request = parser.release();
+      more = co_await answer(stream, buffer, request);
+    }
+  } catch (const boost::system::system_error&) {
+    // The client is gone; its requests have been cancelled on the way here.
+  }
+  error_code ignored;
+  stream.socket().shutdown(tcp::socket::shutdown_both, ignored);
+  stream.close();  // ends a watcher that still reads; it touches nothing but its mailbox afterwards
+}
+
+awaitable<void> Server::Impl::accept() {
+  for (;;) {
+    error_code error;
+    tcp::socket socket(asio::make_strand(context));
+    co_await acceptor.async_accept(socket, redirect_error(use_awaitable, error));
+    if (error == asio::error::operation_aborted) co_return;
+    if (error) {
+      // Out of file descriptors, most likely: give others time to close.
+      drain_poll.expires_after(std::chrono::milliseconds(50));
+      co_await drain_poll.async_wait(redirect_error(use_awaitable, error));
+      continue;
+    }
+    socket.set_option(tcp::no_delay(true), error);
+    const auto executor = socket.get_executor();
+    asio::co_spawn(executor, connection(beast::tcp_stream(std::move(socket))), asio::detached);
+  }
+}
+
+awaitable<void> Server::Impl::wait_for_signals() {
+  error_code error;
+  co_await signals.async_wait(redirect_error(use_awaitable, error));
+  draining = true;
+  acceptor.close(error);
+  fmt::print(stderr, "flash-mla serve: finishing {} requests; a second signal stops at once\n",
+             num_calls.load());
+  // Whichever comes first: the last call ends, or the second signal.
+  asio::co_spawn(
+      context,
+      [this]() -> awaitable<void> {
+        error_code ignored;
+        while (num_calls > 0) {
+          drain_poll.expires_after(std::chrono::milliseconds(20));
+          co_await drain_poll.async_wait(redirect_error(use_awaitable, ignored));
+        }
+        // Time for the last bytes to leave.
+        drain_poll.expires_after(std::chrono::milliseconds(50));
+        co_await drain_poll.async_wait(redirect_error(use_awaitable, ignored));
+        context.stop();
+      },
+      asio::detached);
+  co_await signals.async_wait(redirect_error(use_awaitable, error));
+  if (!error) context.stop();
+}
+
+Server::Server(Engine& engine, const ServerOptions& options)
+    : impl_(std::make_unique<Impl>(engine, options)) {}
+Server::~Server() = default;
+
+int Server::port() const { return impl_->acceptor.local_endpoint().port(); }
+
+void Server::run() {
+  asio::co_spawn(impl_->context, impl_->accept(), asio::detached);
+  asio::co_spawn(impl_->context, impl_->wait_for_signals(), asio::detached);
+  std::vector<std::jthread> threads;
+  for (int i = 1; i < impl_->options.num_threads; ++i) threads.emplace_back([this] { impl_->context.run(); });
+  impl_->context.run();
+}
+
+}  // namespace flash_mla::server

@@ -1,0 +1,581 @@
+#include "engine/engine_core.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cmath>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <thread>
+
+#include "engine/stop_matcher.h"
+#include "engine/trace.h"
+#include "fake_model.h"
+#include "flash_mla/error.h"
+
+namespace flash_mla::engine {
+namespace {
+
+using Tokens = std::vector<std::int32_t>;
+
+struct Result {
+  Tokens tokens;
+  std::string text, error;
+  std::vector<TokenLogprobs> logprobs;
+  FinishReason finish = FinishReason::kNone;
+  Usage usage;
+  int events = 0;
+};
+
+// An engine over the fake model, and what came out of it.
+class Harness {
+ public:
+  explicit Harness(const EngineOptions& options = defaults(), std::int64_t max_position = 4096) {
+    auto fake = std::make_unique<FakeModel>(max_position);
+    model = fake.get();
+    core.emplace(
+        std::move(fake), [] { return std::make_unique<FakeDecoder>(); }, Tokens{FakeModel::kEos}, options);
+  }
+
+  static EngineOptions defaults() {
+    EngineOptions o;
+    o.num_pages = 64;
+    o.max_batch_size = 16;
+    o.max_tokens_per_step = 256;
+    return o;
+  }
+
+  RequestId submit(const Tokens& prompt, const SamplingParams& sampling) {
+    EngineCore::Submission s{prompt, sampling, [this](const GenerationEvent& e) { take(e); }};
+    core->check(s);
+    return core->submit(std::move(s));
+  }
+
+  void run() {
+    for (int i = 0; i < 100000 && core->step(); ++i) {
+    }
+    const EngineStats stats = core->stats();
+    EXPECT_EQ(stats.running + stats.waiting, 0);
+    EXPECT_EQ(stats.pages_used, 0) << "leaked pages";
+  }
+
+  Result generate(const Tokens& prompt, const SamplingParams& sampling) {
+    const RequestId id = submit(prompt, sampling);
+    run();
+    return results[id][0];
+  }
+
+  void take(const GenerationEvent& e) {
+    Result& r = results[e.request][e.index];
+    EXPECT_EQ(r.finish, FinishReason::kNone) << "an event after the end";
+    EXPECT_FALSE(ended[e.request]) << "an event after the last";
+    r.tokens.insert(r.tokens.end(), e.token_ids.begin(), e.token_ids.end());
+    r.logprobs.insert(r.logprobs.end(), e.logprobs.begin(), e.logprobs.end());
+    r.text += e.text;
+    r.finish = e.finish;
+    r.error = e.error;
+    r.usage = e.usage;
+    ++r.events;
+    EXPECT_EQ(e.usage.completion_tokens, static_cast<std::int64_t>(r.tokens.size()));
+    ended[e.request] = e.last;
+  }
+
+  FakeModel* model = nullptr;
+  std::optional<EngineCore> core;
+  std::map<RequestId, std::map<int, Result>> results;
+  std::map<RequestId, bool> ended;
+};
+
+SamplingParams greedy(int max_tokens = 20) {
+  SamplingParams p;
+  p.temperature = 0;
+  p.max_tokens = max_tokens;
+  p.ignore_eos = true;
+  return p;
+}
+
+Tokens random_prompt(std::mt19937& random, std::size_t length, const Tokens& prefix = {}) {
+  Tokens prompt = prefix;
+  prompt.resize(std::min(prefix.size(), length));
+  while (prompt.size() < length) prompt.push_back(static_cast<std::int32_t>(1 + random() % 90));
+  return prompt;
+}
+
+// What the fake model continues with, without engine, cache or scheduler.
+Tokens continuation(const Tokens& prompt, int count) {
+  FakeModel fake;
+  fake.allocate_cache(64);
+  Tokens table(64), tokens = prompt;
+  for (std::size_t i = 0; i < table.size(); ++i) table[i] = static_cast<std::int32_t>(63 - i);
+  std::vector<float> logits(FakeModel::kVocabSize);
+  for (int i = 0; i < count; ++i) {
+    const auto n = static_cast<std::int32_t>(tokens.size());
+    const Tokens starts = {0, n}, lengths = {n}, rows = {n - 1};
+    model::ForwardBatch batch;
+    batch.token_ids = tokens;
+    batch.query_starts = starts;
+    batch.seq_lens = lengths;
+    batch.block_table = table;
+    batch.max_blocks = 64;
+    batch.logit_rows = rows;
+    fake.forward(batch, logits.data());
+    tokens.push_back(
+        static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
+  }
+  return {tokens.begin() + static_cast<std::ptrdiff_t>(prompt.size()), tokens.end()};
+}
+
+TEST(EngineCore, GreedyContinuation) {
+  Harness h;
+  const Tokens prompt = {5, 6, 7};
+  const Result r = h.generate(prompt, greedy(150));
+  EXPECT_EQ(r.tokens, continuation(prompt, 150));
+  EXPECT_EQ(r.finish, FinishReason::kLength);
+  EXPECT_EQ(r.events, 150);
+  EXPECT_EQ(r.usage.prompt_tokens, 3);
+  EXPECT_EQ(r.usage.completion_tokens, 150);
+  std::string text;
+  for (const std::int32_t t : r.tokens) text += fake_text(t);
+  EXPECT_EQ(r.text, text);
+}
+
+// One load under many settings: whole and chunked prompts, batched and alone, with and without prefix reuse
+// and preemption. Everybody must get the same tokens.
+class Load {
+ public:
+  Load() {
+    std::mt19937 random(11);
+    const Tokens common = random_prompt(random, 300);
+    for (int i = 0; i < 24; ++i) {
+      const std::size_t length = 1 + random() % 400;
+      prompts.push_back(random_prompt(random, length, i % 3 == 0 ? Tokens{} : common));
+      SamplingParams p = greedy(1 + static_cast<int>(random() % 120));
+      if (i % 2 == 1) {
+        p.temperature = 0.8;
+        p.seed = static_cast<std::uint64_t>(i);
+        p.top_p = 0.9;
+        p.frequency_penalty = i % 4 == 1 ? 0.5 : 0;
+        p.n = i % 4 == 3 ? 3 : 1;
+      }
+      params.push_back(p);
+    }
+  }
+
+  std::vector<std::map<int, Tokens>> run(const EngineOptions& options, int stagger,
+                                         EngineStats* stats = nullptr) {
+    Harness h(options);
+    std::vector<RequestId> ids;
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      ids.push_back(h.submit(prompts[i], params[i]));
+      for (int k = 0; k < stagger; ++k) h.core->step();
+      if (stagger < 0) h.run();
+    }
+    h.run();
+    std::vector<std::map<int, Tokens>> out;
+    for (const RequestId id : ids) {
+      EXPECT_TRUE(h.ended[id]);
+      auto& tokens = out.emplace_back();
+      for (const auto& [index, result] : h.results[id]) {
+        EXPECT_EQ(result.finish, FinishReason::kLength) << result.error;
+        tokens[index] = result.tokens;
+      }
+    }
+    if (stats != nullptr) *stats = h.core->stats();
+    return out;
+  }
+
+  std::vector<Tokens> prompts;
+  std::vector<SamplingParams> params;
+};
+
+TEST(EngineCore, SameTokensUnderEverySchedule) {
+  Load load;
+  EngineOptions alone = Harness::defaults();
+  alone.num_pages = 200;
+  alone.max_tokens_per_step = 4096;
+  alone.prefix_cache = false;
+  EngineStats stats;
+  const auto expected = load.run(alone, /*stagger=*/-1, &stats);
+  EXPECT_EQ(stats.preemptions, 0);
+  EXPECT_EQ(expected[0].at(0), continuation(load.prompts[0], load.params[0].max_tokens));
+  std::size_t choices = 0;
+  for (const auto& e : expected) choices += e.size();
+  EXPECT_EQ(choices, 24u + 6 * 2);
+
+  EngineOptions o = alone;
+  o.prefix_cache = true;
+  EXPECT_EQ(load.run(o, -1, &stats), expected) << "with prefix reuse";
+  EXPECT_GT(stats.prefix_tokens_hit, 1000);
+  o = alone;
+  EXPECT_EQ(load.run(o, 0, &stats), expected) << "batched";
+  EXPECT_EQ(load.run(o, 2, &stats), expected) << "joining at different steps";
+  o.max_tokens_per_step = 16;
+  EXPECT_EQ(load.run(o, 0, &stats), expected) << "in small chunks";
+  o.max_tokens_per_step = 37;
+  EXPECT_EQ(load.run(o, 1, &stats), expected) << "in odd chunks";
+  for (const bool prefix_cache : {false, true}) {
+    o = alone;
+    o.prefix_cache = prefix_cache;
+    o.num_pages = 12;
+    o.max_tokens_per_step = 128;
+    EXPECT_EQ(load.run(o, 0, &stats), expected) << "with preemption, prefix cache " << prefix_cache;
+    EXPECT_GT(stats.preemptions, 2);
+    EXPECT_EQ(load.run(o, 3, &stats), expected) << "with preemption, prefix cache " << prefix_cache;
+  }
+  o.max_batch_size = 1;
+  EXPECT_EQ(load.run(o, 0, &stats), expected) << "a batch of one, so forks wait";
+}
+
+TEST(EngineCore, ContinuationsOfOnePrompt) {
+  Harness h;
+  std::mt19937 random(3);
+  SamplingParams p = greedy(30);
+  p.temperature = 1;
+  p.seed = 5;
+  p.n = 4;
+  const RequestId id = h.submit(random_prompt(random, 200), p);
+  std::int64_t prompt_tokens = 0;
+  h.model->on_forward = [&](const model::ForwardBatch& b) {
+    prompt_tokens += static_cast<std::int64_t>(b.token_ids.size() > 4 ? b.token_ids.size() : 0);
+  };
+  h.run();
+  ASSERT_EQ(h.results[id].size(), 4u);
+  EXPECT_EQ(prompt_tokens, 200) << "the prompt is computed once";
+  EXPECT_TRUE(h.ended[id]);
+  for (int i = 1; i < 4; ++i) EXPECT_NE(h.results[id][i].tokens, h.results[id][0].tokens);
+  EXPECT_GE(h.core->stats().pages_copied, 3);
+}
+
+TEST(EngineCore, SeedsDecide) {
+  Harness h;
+  SamplingParams p = greedy(30);
+  p.temperature = 1;
+  p.seed = 5;
+  const Result a = h.generate({1, 2, 3}, p), b = h.generate({1, 2, 3}, p);
+  EXPECT_EQ(a.tokens, b.tokens);
+  p.seed = 6;
+  EXPECT_NE(h.generate({1, 2, 3}, p).tokens, a.tokens);
+  p.seed.reset();
+  EXPECT_NE(h.generate({1, 2, 3}, p).tokens, h.generate({1, 2, 3}, p).tokens);
+}
+
+TEST(EngineCore, EndOfSentence) {
+  Harness h;
+  // A prompt whose continuation has the end of sentence somewhere.
+  Tokens prompt, expected;
+  for (std::int32_t first = 1; expected.empty(); ++first) {
+    prompt = {first};
+    const Tokens tokens = continuation(prompt, 40);
+    const auto eos = std::find(tokens.begin(), tokens.end(), FakeModel::kEos);
+    if (eos != tokens.end() && eos - tokens.begin() > 5) expected.assign(tokens.begin(), eos + 1);
+    ASSERT_LT(first, 90);
+  }
+  SamplingParams p = greedy(40);
+  EXPECT_EQ(h.generate(prompt, p).tokens.size(), 40u);
+  p.ignore_eos = false;
+  const Result r = h.generate(prompt, p);
+  EXPECT_EQ(r.tokens, expected);
+  EXPECT_EQ(r.finish, FinishReason::kStop);
+  p.ignore_eos = true;
+  p.stop_token_ids = {expected[3]};
+  const Result s = h.generate(prompt, p);
+  EXPECT_EQ(s.finish, FinishReason::kStop);
+  EXPECT_EQ(s.tokens.back(), expected[3]);
+  EXPECT_EQ(s.text.find(fake_text(expected[3])), std::string::npos) << "a stop token has no text";
+}
+
+TEST(EngineCore, StopStrings) {
+  Harness h;
+  const std::string text = h.generate({9, 9}, greedy(40)).text;
+  SamplingParams p = greedy(40);
+  p.stop = {"never", text.substr(10, 4)};
+  const std::size_t at = text.find(p.stop[1]);
+  const Result r = h.generate({9, 9}, p);
+  EXPECT_EQ(r.text, text.substr(0, at));
+  EXPECT_EQ(r.finish, FinishReason::kStop);
+  EXPECT_EQ(r.tokens.size(), at + 4);
+  p.include_stop = true;
+  EXPECT_EQ(h.generate({9, 9}, p).text, text.substr(0, at + 4));
+  p.stop = {text.substr(36, 4) + "?"};
+  EXPECT_EQ(h.generate({9, 9}, p).text, text) << "what was held back comes at the end";
+}
+
+TEST(StopMatcher, FindsThemInWhateverPieces) {
+  std::mt19937 random(1);
+  for (int round = 0; round < 5000; ++round) {
+    const auto letters = [&](std::size_t n) {
+      std::string s;
+      while (s.size() < n) s += static_cast<char>('a' + random() % 2);
+      return s;
+    };
+    const std::string text = letters(random() % 20);
+    std::vector<std::string> stops;
+    for (std::size_t i = 1 + random() % 3; i > 0; --i) stops.push_back(letters(2 + random() % 5));
+    // By definition: the first position where a stop string is complete, the longest of those.
+    std::string expected = text;
+    bool stopped = false;
+    for (std::size_t end = 0; end <= text.size() && !stopped; ++end) {
+      for (const std::string& s : stops) {
+        if (!text.substr(0, end).ends_with(s)) continue;
+        if (!stopped || end - s.size() < expected.size()) expected = text.substr(0, end - s.size());
+        stopped = true;
+      }
+    }
+    StopMatcher matcher(stops, false);
+    std::string out;
+    for (std::size_t i = 0; i < text.size();) {
+      const std::size_t n = 1 + random() % 4;
+      out += matcher.push(text.substr(i, n));
+      i += n;
+      ASSERT_EQ(expected.compare(0, out.size(), out), 0) << "text came out that belongs to a stop string";
+    }
+    EXPECT_EQ(matcher.stopped(), stopped);
+    if (!stopped) out += matcher.flush();
+    ASSERT_EQ(out, expected) << text;
+  }
+}
+
+TEST(EngineCore, Logprobs) {
+  Harness h;
+  SamplingParams p = greedy(5);
+  p.logprobs = 3;
+  const Result r = h.generate({4}, p);
+  ASSERT_EQ(r.logprobs.size(), 5u);
+  for (std::size_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(r.logprobs[i].chosen.token, r.tokens[i]);
+    EXPECT_EQ(r.logprobs[i].top.size(), 3u);
+    EXPECT_EQ(r.logprobs[i].top[0].token, r.tokens[i]);
+    EXPECT_LT(r.logprobs[i].chosen.logprob, 0);
+  }
+  p.logprobs = -1;
+  EXPECT_TRUE(h.generate({4}, p).logprobs.empty());
+}
+
+TEST(EngineCore, RefusedRequestsNameTheField) {
+  EngineOptions o = Harness::defaults();
+  o.num_pages = 4;
+  Harness small(o), narrow(Harness::defaults(), 100);
+  const auto expect_refused = [](Harness& h, const Tokens& prompt, const SamplingParams& p,
+                                 const char* part) {
+    try {
+      h.submit(prompt, p);
+      ADD_FAILURE() << "accepted, expected an error about " << part;
+    } catch (const InvalidArgument& e) {
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+    }
+  };
+  expect_refused(small, {}, greedy(), "prompt has no tokens");
+  expect_refused(small, Tokens(256, 1), greedy(), "the cache has 4 pages");
+  expect_refused(narrow, Tokens(100, 1), greedy(), "the model's 100 positions");
+  expect_refused(small, {1, 97}, greedy(), "prompt_token_ids[1] is 97, expected 0 to 96");
+  expect_refused(small, {-1}, greedy(), "prompt_token_ids[0] is -1");
+  SamplingParams p = greedy();
+  p.top_p = 2;
+  expect_refused(small, {1}, p, "top_p is 2");
+  EXPECT_EQ(small.generate(Tokens(255, 1), greedy()).finish, FinishReason::kLength);
+  EXPECT_EQ(small.generate(Tokens(250, 1), greedy(100)).tokens.size(), 6u) << "the longest the cache holds";
+}
+
+TEST(EngineCore, BadOptionsNameTheField) {
+  const auto expect_refused = [](const char* field, const std::function<void(EngineOptions&)>& change) {
+    EngineOptions o = Harness::defaults();
+    change(o);
+    try {
+      Harness h(o);
+      ADD_FAILURE() << field << " was accepted";
+    } catch (const InvalidArgument& e) {
+      EXPECT_EQ(std::string(e.what()).rfind(field, 0), 0u) << e.what();
+    }
+  };
+  expect_refused("num_pages", [](auto& o) { o.num_pages = -1; });
+  expect_refused("memory_bytes", [](auto& o) { o.num_pages = 0, o.memory_bytes = 10; });
+  expect_refused("max_batch_size", [](auto& o) { o.max_batch_size = 0; });
+  expect_refused("max_tokens_per_step", [](auto& o) { o.max_tokens_per_step = 5; });
+  expect_refused("max_waiting", [](auto& o) { o.max_waiting = -1; });
+  expect_refused("num_threads", [](auto& o) { o.num_threads = -1; });
+}
+
+TEST(EngineCore, AFailedRequestDoesNotDisturbItsNeighbours) {
+  Harness h;
+  std::mt19937 random(2);
+  const Tokens prompt = random_prompt(random, 150);
+  Tokens nan = prompt, crash = prompt;
+  nan.push_back(FakeModel::kNaN);
+  const RequestId a = h.submit(prompt, greedy(30));
+  SamplingParams three = greedy(30);
+  three.n = 3;
+  const RequestId b = h.submit(nan, three);
+  const RequestId c = h.submit({1, 2, 3}, greedy(30));
+  h.run();
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(h.results[b][i].finish, FinishReason::kError);
+    EXPECT_NE(h.results[b][i].error.find("logit of token 0 is nan"), std::string::npos)
+        << h.results[b][i].error;
+    EXPECT_TRUE(h.results[b][i].tokens.empty());
+  }
+  EXPECT_TRUE(h.ended[b]);
+  EXPECT_EQ(h.results[a][0].tokens, continuation(prompt, 30));
+  EXPECT_EQ(h.results[c][0].tokens, continuation({1, 2, 3}, 30));
+  EXPECT_EQ(h.core->stats().failed, 3);
+
+  // A step in which the model throws: those in it fail, those that wait go on.
+  crash.push_back(FakeModel::kCrash);
+  const RequestId d = h.submit(crash, three);
+  h.core->step();
+  EXPECT_EQ(h.results[d][2].finish, FinishReason::kError);
+  EXPECT_NE(h.results[d][0].error.find("crash token"), std::string::npos);
+  EXPECT_EQ(h.generate(prompt, greedy(30)).tokens, continuation(prompt, 30));
+}
+
+TEST(EngineCore, AThrowingHandlerEndsItsRequestAlone) {
+  Harness h;
+  int calls = 0;
+  h.core->submit({{1}, greedy(1000), [&](const GenerationEvent&) {
+                    ++calls;
+                    throw std::runtime_error("handler");
+                  }});
+  EXPECT_EQ(h.generate({1, 2, 3}, greedy(30)).tokens, continuation({1, 2, 3}, 30));
+  EXPECT_EQ(calls, 1);
+  EXPECT_EQ(h.core->stats().cancelled, 1);
+}
+
+TEST(EngineCore, Cancel) {
+  Harness h;
+  const RequestId a = h.submit({1}, greedy(1000));
+  SamplingParams p = greedy(1000);
+  p.n = 2;
+  p.temperature = 1;
+  const RequestId b = h.submit({2}, p);
+  for (int i = 0; i < 5; ++i) h.core->step();
+  const RequestId c = h.submit({3}, p);
+  h.core->cancel(b);
+  h.core->cancel(c);  // never ran
+  h.core->cancel(12345);
+  h.core->step();
+  for (const RequestId id : {b, c}) {
+    EXPECT_EQ(h.results[id][0].finish, FinishReason::kCancelled);
+    EXPECT_EQ(h.results[id][1].finish, FinishReason::kCancelled);
+    EXPECT_TRUE(h.ended[id]);
+  }
+  EXPECT_EQ(h.core->stats().pages_used, 1) << "pages are free within a step";
+  EXPECT_EQ(h.results[a][0].finish, FinishReason::kNone);
+  h.core->cancel_all();
+  EXPECT_EQ(h.results[a][0].finish, FinishReason::kCancelled);
+  EXPECT_EQ(h.core->stats().pages_used, 0);
+  EXPECT_EQ(h.core->stats().cancelled, 5);
+  EXPECT_FALSE(h.core->step());
+}
+
+TEST(EngineCore, TheQueueIsBounded) {
+  EngineOptions o = Harness::defaults();
+  o.max_waiting = 2;
+  o.max_batch_size = 1;
+  Harness h(o);
+  h.submit({1}, greedy(10));
+  h.core->step();  // one runs
+  h.submit({1}, greedy(10));
+  const RequestId b = h.submit({1}, greedy(10));
+  EXPECT_THROW(h.submit({1}, greedy(10)), Overloaded);
+  h.core->cancel(b);
+  h.core->step();
+  EXPECT_NO_THROW(h.submit({1}, greedy(10)));
+  EXPECT_THROW(h.submit({1}, greedy(10)), Overloaded);
+  h.run();
+  for (int i = 0; i < 5; ++i) h.generate({1}, greedy(2));
+}
+
+TEST(EngineCore, StatsAddUp) {
+  Harness h;
+  std::mt19937 random(4);
+  const Tokens prompt = random_prompt(random, 200);
+  h.generate(prompt, greedy(10));
+  h.generate(prompt, greedy(1));
+  const EngineStats s = h.core->stats();
+  EXPECT_EQ(s.requests_submitted, 2);
+  EXPECT_EQ(s.finished_length, 2);
+  EXPECT_EQ(s.prompt_tokens, 400);
+  EXPECT_EQ(s.generated_tokens, 11);
+  EXPECT_EQ(s.prefix_tokens_looked_up, 400);
+  EXPECT_EQ(s.prefix_tokens_hit, 192);
+  EXPECT_EQ(s.computed_tokens, 200 + 9 + 8);
+  EXPECT_EQ(s.steps, 11);
+  EXPECT_EQ(s.pages_total, 64);
+  EXPECT_EQ(s.pages_cached, 3);
+  EXPECT_EQ(s.ttft_seconds.total, 2);
+  EXPECT_EQ(s.tpot_seconds.total, 1);
+  EXPECT_EQ(s.e2e_seconds.total, 2);
+  EXPECT_GT(s.schedule_utilisation, 0);
+  EXPECT_LE(s.schedule_utilisation, 1);
+  const std::vector<StepRecord> steps = h.core->timeline();
+  ASSERT_EQ(steps.size(), 11u);
+  EXPECT_EQ(steps[0].prefill_tokens, 200);
+  EXPECT_EQ(steps[1].decode_tokens, 1);
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    EXPECT_EQ(steps[i].step, static_cast<std::int64_t>(i));
+    EXPECT_LE(steps[i].begin, steps[i].planned);
+    EXPECT_LE(steps[i].planned, steps[i].computed);
+    EXPECT_LE(steps[i].computed, steps[i].end);
+  }
+  const auto trace = nlohmann::json::parse(chrome_trace(steps));
+  EXPECT_EQ(trace["traceEvents"].size(), 1 + 11u * 6);
+}
+
+TEST(Histogram, CountsAndQuantiles) {
+  Histogram h;
+  h.bounds = {1, 2, 4};
+  EXPECT_EQ(h.quantile(0.5), 0);
+  for (const double x : {0.5, 1.0, 1.5, 3.0}) h.add(x);
+  EXPECT_EQ(h.counts, (std::vector<std::int64_t>{2, 1, 1, 0}));
+  EXPECT_DOUBLE_EQ(h.quantile(0.5), 1);
+  EXPECT_DOUBLE_EQ(h.quantile(0.75), 2);
+  EXPECT_DOUBLE_EQ(h.quantile(1), 4);
+  h.add(100);
+  EXPECT_DOUBLE_EQ(h.quantile(1), 4) << "no more is known";
+  EXPECT_DOUBLE_EQ(h.sum, 106);
+}
+
+TEST(EngineCore, ManyThreadsSubmitAndCancel) {
+  auto model = std::make_unique<FakeModel>();
+  EngineOptions o = Harness::defaults();
+  o.num_pages = 20;
+  EngineCore core(std::move(model), {}, {FakeModel::kEos}, o);
+  std::jthread stepper([&](const std::stop_token& stop) {
+    while (core.wait_for_work(stop)) core.step();
+  });
+  constexpr int kThreads = 4, kRequests = 60;
+  std::atomic<int> ended = 0, wrong = 0;
+  {
+    std::vector<std::jthread> clients;
+    for (int c = 0; c < kThreads; ++c) {
+      clients.emplace_back([&, c] {
+        std::mt19937 random(static_cast<unsigned>(c));
+        for (int i = 0; i < kRequests; ++i) {
+          const Tokens prompt = random_prompt(random, 1 + random() % 100);
+          const int count = 1 + static_cast<int>(random() % 40);
+          auto tokens = std::make_shared<Tokens>();
+          const RequestId id =
+              core.submit({prompt, greedy(count), [&, tokens, prompt](const GenerationEvent& e) {
+                             tokens->insert(tokens->end(), e.token_ids.begin(), e.token_ids.end());
+                             if (!e.last) return;
+                             ++ended;
+                             wrong += *tokens != continuation(prompt, static_cast<int>(tokens->size()));
+                           }});
+          if (random() % 4 == 0) core.cancel(id);
+          if (random() % 4 == 0) core.stats();
+        }
+      });
+    }
+  }
+  for (int i = 0; i < 3000 && ended < kThreads * kRequests; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  EXPECT_EQ(ended, kThreads * kRequests);
+  EXPECT_EQ(wrong, 0);
+  stepper.request_stop();
+  stepper.join();
+  EXPECT_EQ(core.stats().pages_used, 0);
+}
+
+}  // namespace
+}  // namespace flash_mla::engine

@@ -1,0 +1,81 @@
+"""`flash-mla generate` on the small model of the repository."""
+
+import json
+import os
+import pathlib
+import subprocess
+
+import pytest
+from flash_mla import LLM, SamplingParams
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = os.environ.get("FLASH_MLA_PROGRAM", str(ROOT / "build/release/src/cli/flash-mla"))
+MODEL = ROOT / "models/small"
+PROMPT = "And it came to pass"
+
+
+def generate(*flags, model=MODEL, expected=0, **kw):
+    run = subprocess.run(
+        [PROGRAM, "generate", "--model", str(model), "--precision", "fp32", *flags], capture_output=True, **kw
+    )
+    assert run.returncode == expected, run.stderr.decode()
+    return run.stdout.decode(), run.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(MODEL, precision="float32")
+
+
+def test_streamed_text_is_that_of_the_library(llm):
+    flags = ["--max-tokens", "40", "--temperature", "0"]
+    out, report = generate("--prompt", PROMPT, *flags)
+    expected = llm.generate(PROMPT, SamplingParams(max_tokens=40, temperature=0), progress=False)[0].text
+    assert out == expected + "\n"
+    for figure in ("TTFT", "TPOT", "tokens/s", "cache hit rate"):
+        assert figure in report
+    assert generate("--prompt", "-", *flags, input=PROMPT.encode())[0] == out
+
+
+def test_json_has_every_continuation_and_the_figures(tmp_path):
+    trace = tmp_path / "trace.json"
+    out, _ = generate(
+        *("--prompt", PROMPT, "--prompt", "Emma was", "-n", "2", "--seed", "5", "--max-tokens", "8", "--json"),
+        *("--logprobs", "2", "--trace", str(trace)),
+    )
+    result = json.loads(out)
+    assert [len(c["choices"]) for c in result["completions"]] == [2, 2]
+    choice = result["completions"][0]["choices"][0]
+    assert len(choice["logprobs"]) == len(choice["token_ids"]) and len(choice["logprobs"][0]["top"]) == 2
+    assert result["report"]["generated_tokens"] == sum(
+        c["usage"]["completion_tokens"] for c in result["completions"]
+    )
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_chat(llm):
+    out, _ = generate("--chat", "--prompt", "Emma was", "--max-tokens", "30", "--temperature", "0")
+    params = SamplingParams(max_tokens=30, temperature=0)
+    answer = llm.chat([{"role": "user", "content": "Emma was"}], params, progress=False)[0]
+    assert out == answer.text + "\n"
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "a", "--top-p", "2"], "top_p is 2"),
+        (["--prompt", "a " * 5000], "expected at most 2047"),
+        (["--prompt", "a", "--max-batch-size", "0"], "max_batch_size is 0"),
+        (["--prompt", "a", "--num-pages", "-1"], "num_pages is -1"),
+        (["--prompt", "a", "--system", "b"], "--system"),
+        (["--prompt", "a", "--device", "tpu"], "--device"),
+        ([], "--prompt"),
+    ],
+)
+def test_wrong_usage_is_told(flags, part):
+    assert part in generate(*flags, expected=2)[1]
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    assert "tokenizer.json" in generate("--prompt", "a", model=tmp_path, expected=2)[1]
