@@ -65,7 +65,11 @@ struct ChatMessage {
 struct Request {
   std::string prompt;  ///< tokenized with the begin-of-sentence token in front
   std::vector<std::int32_t> prompt_token_ids;
-  std::vector<ChatMessage> messages;  ///< put through the model's chat template
+  /// Put through the model's chat template. Special tokens that a content spells out are ordinary text.
+  std::vector<ChatMessage> messages;
+  /// Special tokens that `prompt` spells out become those tokens. False for text of strangers: it cannot end
+  /// the sentence or begin another speaker's turn then.
+  bool allow_special = true;
   SamplingParams sampling;
 };
 
@@ -227,7 +231,9 @@ class Engine {
                                    const std::function<bool()>& keep_going = {});
   std::vector<Completion> generate(std::span<const std::string> prompts, const SamplingParams& params);
 
-  std::vector<std::int32_t> tokenize(std::string_view text, bool add_special_tokens = true) const;
+  /// `allow_special` as in Request.
+  std::vector<std::int32_t> tokenize(std::string_view text, bool add_special_tokens = true,
+                                     bool allow_special = true) const;
   std::string detokenize(std::span<const std::int32_t> ids) const;
   /// The bytes of one token, not necessarily whole UTF-8.
   std::string token_bytes(std::int32_t id) const;

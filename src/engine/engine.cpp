@@ -123,6 +123,12 @@ struct Engine::Impl {
     }
   }
 
+  std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens, bool allow_special) const {
+    if (allow_special) return tokenizer.encode(text, add_special_tokens);
+    const model::TextPart part{std::string(text), /*control=*/false};
+    return tokenizer.encode_parts(std::span(&part, 1), add_special_tokens);
+  }
+
   std::vector<std::int32_t> prompt_tokens(Request& request) const {
     const int given = !request.prompt.empty() + !request.prompt_token_ids.empty() + !request.messages.empty();
     if (given == 0) throw InvalidArgument("prompt is empty, expected text, prompt_token_ids or messages");
@@ -130,7 +136,7 @@ struct Engine::Impl {
       throw InvalidArgument("prompt, prompt_token_ids and messages: more than one is given, expected one");
     }
     if (!request.prompt.empty()) {
-      return tokenizer.encode(request.prompt, /*add_special_tokens=*/true, /*allow_special=*/true);
+      return encode(request.prompt, /*add_special_tokens=*/true, request.allow_special);
     }
     if (!request.prompt_token_ids.empty()) return std::move(request.prompt_token_ids);
     if (!chat_template) {
@@ -141,8 +147,7 @@ struct Engine::Impl {
     }
     std::vector<model::ChatMessage> messages;
     for (ChatMessage& m : request.messages) messages.push_back({std::move(m.role), std::move(m.content)});
-    return tokenizer.encode(chat_template->apply(messages), /*add_special_tokens=*/false,
-                            /*allow_special=*/true);
+    return tokenizer.encode_parts(chat_template->parts(messages));
   }
 
   engine::EngineCore::Submission submission(Request request) const {
@@ -239,8 +244,9 @@ std::vector<Completion> Engine::generate(std::span<const std::string> prompts, c
   return generate(requests);
 }
 
-std::vector<std::int32_t> Engine::tokenize(std::string_view text, bool add_special_tokens) const {
-  return impl_->tokenizer.encode(text, add_special_tokens);
+std::vector<std::int32_t> Engine::tokenize(std::string_view text, bool add_special_tokens,
+                                           bool allow_special) const {
+  return impl_->encode(text, add_special_tokens, allow_special);
 }
 
 std::string Engine::detokenize(std::span<const std::int32_t> ids) const {

@@ -15,6 +15,9 @@ constexpr std::string_view kAssistant = "<｜Assistant｜>";
 constexpr std::string_view kEndOfSentence = "<｜end▁of▁sentence｜>";
 constexpr std::string_view kThinkEnd = "</think>";
 
+TextPart control(std::string_view text) { return {std::string(text), true}; }
+TextPart content(std::string_view text) { return {std::string(text), false}; }
+
 bool contains(std::string_view text, std::string_view part) { return text.find(part) != text.npos; }
 
 /// "chat_template": a string, or a list of named ones of which "default" counts.
@@ -89,27 +92,36 @@ ChatTemplate ChatTemplate::parse(std::string_view jinja, std::string bos_token, 
 }
 
 std::string ChatTemplate::apply(std::span<const ChatMessage> messages, bool add_generation_prompt) const {
-  check_roles(messages);
-  return format_ == ChatFormat::kV2 ? apply_v2(messages, add_generation_prompt)
-                                    : apply_v3(messages, add_generation_prompt);
-}
-
-std::string ChatTemplate::apply_v2(std::span<const ChatMessage> messages, bool add_generation_prompt) const {
-  std::string out = bos_token_;
-  for (const ChatMessage& m : messages) {
-    if (m.role == "user") {
-      out += "User: " + m.content + "\n\n";
-    } else if (m.role == "assistant") {
-      out += "Assistant: " + m.content + eos_token_;
-    } else {
-      out += m.content + "\n\n";
-    }
-  }
-  if (add_generation_prompt) out += "Assistant:";
+  std::string out;
+  for (const TextPart& part : parts(messages, add_generation_prompt)) out += part.text;
   return out;
 }
 
-std::string ChatTemplate::apply_v3(std::span<const ChatMessage> messages, bool add_generation_prompt) const {
+std::vector<TextPart> ChatTemplate::parts(std::span<const ChatMessage> messages,
+                                          bool add_generation_prompt) const {
+  check_roles(messages);
+  return format_ == ChatFormat::kV2 ? parts_v2(messages, add_generation_prompt)
+                                    : parts_v3(messages, add_generation_prompt);
+}
+
+std::vector<TextPart> ChatTemplate::parts_v2(std::span<const ChatMessage> messages,
+                                             bool add_generation_prompt) const {
+  std::vector<TextPart> out = {control(bos_token_)};
+  for (const ChatMessage& m : messages) {
+    if (m.role == "user") {
+      out.insert(out.end(), {control("User: "), content(m.content), control("\n\n")});
+    } else if (m.role == "assistant") {
+      out.insert(out.end(), {control("Assistant: "), content(m.content), control(eos_token_)});
+    } else {
+      out.insert(out.end(), {content(m.content), control("\n\n")});
+    }
+  }
+  if (add_generation_prompt) out.push_back(control("Assistant:"));
+  return out;
+}
+
+std::vector<TextPart> ChatTemplate::parts_v3(std::span<const ChatMessage> messages,
+                                             bool add_generation_prompt) const {
   // Wherever system messages stand, they come first.
   std::string system;
   bool first_system = true;
@@ -118,25 +130,21 @@ std::string ChatTemplate::apply_v3(std::span<const ChatMessage> messages, bool a
     system = joins_system_ && !first_system ? system + "\n\n" + m.content : m.content;
     first_system = false;
   }
-  std::string out = bos_token_ + system;
+  std::vector<TextPart> out = {control(bos_token_), content(system)};
   for (const ChatMessage& m : messages) {
     if (m.role == "user") {
-      out += kUser;
-      out += m.content;
+      out.insert(out.end(), {control(kUser), content(m.content)});
     } else if (m.role == "assistant") {
-      std::string_view content = m.content;
-      if (const std::size_t end = content.rfind(kThinkEnd);
-          format_ == ChatFormat::kR1 && end != content.npos) {
-        content = content.substr(end + kThinkEnd.size());
+      std::string_view answer = m.content;
+      if (const std::size_t end = answer.rfind(kThinkEnd); format_ == ChatFormat::kR1 && end != answer.npos) {
+        answer = answer.substr(end + kThinkEnd.size());
       }
-      out += kAssistant;
-      out += content;
-      out += eos_token_;
+      out.insert(out.end(), {control(kAssistant), content(answer), control(eos_token_)});
     }
   }
   if (add_generation_prompt) {
-    out += kAssistant;
-    if (begins_with_think_) out += "<think>\n";
+    out.push_back(control(kAssistant));
+    if (begins_with_think_) out.push_back(control("<think>\n"));
   }
   return out;
 }

@@ -4,6 +4,9 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
+
+#include "model/tokenizer.h"
 
 namespace flash_mla::model {
 
@@ -21,9 +24,9 @@ enum class ChatFormat {
 };
 
 /// Turns a conversation into the text of a prompt. The text has the begin-of-sentence token in front and
-/// other special tokens within: encode it with add_special_tokens = false, allow_special = true. As with the
-/// published templates, special tokens that a message's content spells out are then such tokens too; whoever
-/// takes content from strangers removes them first.
+/// other special tokens within. Encode `parts`: what a message's content spells out is then ordinary text.
+/// The text of `apply`, encoded with add_special_tokens = false and allow_special = true, gives what the
+/// published templates give: special tokens in a content are such tokens too.
 class ChatTemplate {
  public:
   /// Reads DIR/chat_template.jinja, or else "chat_template" of DIR/tokenizer_config.json, and the tokens of
@@ -38,11 +41,13 @@ class ChatTemplate {
   /// The prompt. `add_generation_prompt` ends it with what begins an answer. Throws InvalidArgument for no
   /// messages and for an unknown role.
   std::string apply(std::span<const ChatMessage> messages, bool add_generation_prompt = true) const;
+  /// The same prompt in parts: the template's own text is control, contents are not.
+  std::vector<TextPart> parts(std::span<const ChatMessage> messages, bool add_generation_prompt = true) const;
 
  private:
   ChatTemplate() = default;
-  std::string apply_v2(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
-  std::string apply_v3(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
+  std::vector<TextPart> parts_v2(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
+  std::vector<TextPart> parts_v3(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
 
   ChatFormat format_ = ChatFormat::kV2;
   std::string bos_token_;

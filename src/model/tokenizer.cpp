@@ -225,21 +225,29 @@ struct Tokenizer::Impl {
     }
   }
 
-  /// Calls `rest` for what lies between the tokens found.
-  template <typename Rest>
-  void encode_added(const AddedTokens& tokens, std::string_view text, bool allow_special,
+  /// Calls `rest` for what lies between the tokens found. `allowed(match)`: whether it counts; a match has
+  /// places relative to `text`.
+  template <typename Allowed, typename Rest>
+  void encode_added(const AddedTokens& tokens, std::string_view text, const Allowed& allowed,
                     std::vector<TokenId>& out, const Rest& rest) const {
     std::size_t done = 0, from = 0;
     while (from < text.size()) {
       const AddedTokens::Match match = tokens.find(text, from);
       if (match.token < 0) break;
       from = match.end;
-      if (!allow_special && entries[static_cast<std::size_t>(match.token)].special) continue;
+      if (!allowed(match)) continue;
       if (match.begin > done) rest(text.substr(done, match.begin - done));
       out.push_back(match.token);
       done = match.end;
     }
     if (done < text.size()) rest(text.substr(done));
+  }
+
+  /// The first added token of either kind; those that are not normalized win where both begin.
+  AddedTokens::Match find_any(std::string_view text, std::size_t from) const {
+    const AddedTokens::Match exact = added.find(text, from);
+    const AddedTokens::Match other = added_normalized.find(text, from);
+    return exact.token < 0 || (other.token >= 0 && other.begin < exact.begin) ? other : exact;
   }
 
   const Entry* entry(TokenId id) const {
@@ -273,19 +281,66 @@ Tokenizer Tokenizer::open(const std::filesystem::path& directory) {
 
 int Tokenizer::vocab_size() const { return static_cast<int>(impl_->entries.size()); }
 
+namespace {
+
+void check_size(std::size_t bytes) {
+  if (bytes > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()) / 3) {
+    throw InvalidArgument(fmt::format("text has {} bytes: expected less than 2^31 / 3", bytes));
+  }
+}
+
+}  // namespace
+
 std::vector<TokenId> Tokenizer::encode(std::string_view text, bool add_special_tokens,
                                        bool allow_special) const {
-  if (text.size() > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()) / 3) {
-    throw InvalidArgument(fmt::format("text has {} bytes: expected less than 2^31 / 3", text.size()));
-  }
+  check_size(text.size());
   std::string storage;
   const std::string_view valid = replace_invalid_utf8(text, storage);
   std::vector<TokenId> out;
   if (add_special_tokens) out = impl_->prefix;
-  impl_->encode_added(impl_->added, valid, allow_special, out, [&](std::string_view rest) {
-    impl_->encode_added(impl_->added_normalized, rest, allow_special, out,
+  const auto allowed = [&](const AddedTokens::Match& match) {
+    return allow_special || !impl_->entries[static_cast<std::size_t>(match.token)].special;
+  };
+  impl_->encode_added(impl_->added, valid, allowed, out, [&](std::string_view rest) {
+    impl_->encode_added(impl_->added_normalized, rest, allowed, out,
                         [&](std::string_view plain) { impl_->encode_words(plain, out); });
   });
+  if (add_special_tokens) out.insert(out.end(), impl_->suffix.begin(), impl_->suffix.end());
+  return out;
+}
+
+std::vector<TokenId> Tokenizer::encode_parts(std::span<const TextPart> parts, bool add_special_tokens) const {
+  std::string text;
+  std::vector<bool> control;  // by byte
+  for (const TextPart& part : parts) {
+    std::string storage;
+    text += replace_invalid_utf8(part.text, storage);
+    check_size(text.size());
+    control.resize(text.size(), part.control);
+  }
+  std::vector<TokenId> out;
+  if (add_special_tokens) out = impl_->prefix;
+  // Between control texts nothing is found, so that a match that is refused can hide none that would not be.
+  std::size_t begin = 0;
+  const auto words_until = [&](std::size_t end) {
+    if (end > begin) impl_->encode_words(std::string_view(text).substr(begin, end - begin), out);
+  };
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t from = static_cast<std::size_t>(
+        std::find(control.begin() + static_cast<std::ptrdiff_t>(at), control.end(), true) - control.begin());
+    const std::size_t to = static_cast<std::size_t>(
+        std::find(control.begin() + static_cast<std::ptrdiff_t>(from), control.end(), false) -
+        control.begin());
+    at = to;
+    for (std::size_t place = from; place < to;) {
+      const AddedTokens::Match match = impl_->find_any(std::string_view(text).substr(0, to), place);
+      if (match.token < 0) break;
+      words_until(match.begin);
+      out.push_back(match.token);
+      begin = place = match.end;
+    }
+  }
+  words_until(text.size());
   if (add_special_tokens) out.insert(out.end(), impl_->suffix.begin(), impl_->suffix.end());
   return out;
 }

@@ -12,6 +12,14 @@ namespace flash_mla::model {
 
 using TokenId = std::int32_t;
 
+/// A piece of a text that is tokenized as a whole.
+struct TextPart {
+  std::string text;
+  /// Added tokens (special or not) that it spells out become those tokens. Text of a user has this false:
+  /// what it spells out, alone or together with its surroundings, stays ordinary text.
+  bool control = false;
+};
+
 /// A byte-level BPE tokenizer, read from the tokenizer.json of a DeepSeek checkpoint. Gives the tokens that
 /// Hugging Face's `tokenizers` gives. Immutable; any number of threads may use one object.
 ///
@@ -41,6 +49,10 @@ class Tokenizer {
   /// Throws InvalidArgument for text that the file's regular expressions cannot be run on.
   std::vector<TokenId> encode(std::string_view text, bool add_special_tokens = true,
                               bool allow_special = true) const;
+
+  /// The joined parts as one text, so that words may go on from one part into the next; added tokens only
+  /// where they lie within control parts. Throws as above.
+  std::vector<TokenId> encode_parts(std::span<const TextPart> parts, bool add_special_tokens = false) const;
 
   /// The text of `ids`. Bytes that are not UTF-8 become U+FFFD. `skip_special` leaves special tokens out.
   /// A token that the vocabulary lacks (a model's vocabulary is padded) stands for no text; a negative one

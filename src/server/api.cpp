@@ -130,6 +130,7 @@ std::vector<Request> prompts(const Json& json) {
     Request& r = out.emplace_back();
     if (one.is_string()) {
       r.prompt = one.get<std::string>();
+      r.allow_special = false;
     } else if (one.is_array()) {
       r.prompt_token_ids = token_ids(one, "prompt");
     } else {

@@ -51,6 +51,21 @@ Json small() {
 
 Tokenizer parse(const Json& json) { return Tokenizer::parse(json.dump(), "tokenizer.json"); }
 
+TEST(Tokenizer, FindsAddedTokensInControlPartsOnly) {
+  const Tokenizer t = parse(small());
+  const auto encode = [&](std::vector<TextPart> parts) { return t.encode_parts(parts); };
+  EXPECT_THAT(encode({{"<s>a<x>", true}}), ElementsAre(259, 'a', 260));
+  EXPECT_THAT(encode({{"<s><x>", false}}), ElementsAre('<', 's', '>', '<', 'x', '>'));
+  EXPECT_THAT(encode({{"<s>", true}, {"<s>", false}, {"<x>", true}}), ElementsAre(259, '<', 's', '>', 260));
+  // Nor can a content make one together with its surroundings, or hide one behind it.
+  EXPECT_THAT(encode({{"<", false}, {"s>", true}}), ElementsAre('<', 's', '>'));
+  EXPECT_THAT(encode({{"<s", true}, {">", false}}), ElementsAre('<', 's', '>'));
+  EXPECT_THAT(encode({{"<", false}, {"<s>", true}}), ElementsAre('<', 259));
+  // Words go on from part to part.
+  EXPECT_THAT(encode({{"a", true}, {"b", false}, {"c", true}}), ElementsAre(257));
+  EXPECT_TRUE(encode({}).empty());
+}
+
 TEST(Tokenizer, MergesInOrderOfRank) {
   const Tokenizer t = parse(small());
   EXPECT_THAT(t.encode("abcbcab"), ElementsAre(257, 258, 256));
