@@ -14,5 +14,6 @@ void register_bench(CLI::App& app, int& exit_code);
 void register_plan(CLI::App& app, int& exit_code);
 void register_generate(CLI::App& app, int& exit_code);
 void register_serve(CLI::App& app, int& exit_code);
+void register_loadtest(CLI::App& app, int& exit_code);
 
 }  // namespace flash_mla::cli

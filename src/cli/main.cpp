@@ -28,6 +28,7 @@ int main(int argc, char** argv) {
   flash_mla::cli::register_plan(app, exit_code);
   flash_mla::cli::register_generate(app, exit_code);
   flash_mla::cli::register_serve(app, exit_code);
+  flash_mla::cli::register_loadtest(app, exit_code);
   // CLI11 itself would only say that a command is missing.
   if (argc > 1 && argv[1][0] != '-') {
     std::string names;

@@ -1,0 +1,252 @@
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "cli/args.h"
+#include "cli/commands.h"
+#include "cli/load_client.h"
+
+// `flash-mla loadtest`: a mixed load of short and long prompts on a running server, and how it took it.
+
+namespace flash_mla::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Options {
+  std::string url = "http://127.0.0.1:8000", api_key, model, json_path;
+  int clients = 128, requests = 512;
+  double rate = 0;  // requests per second; 0: closed loop
+  int short_tokens = 1024, long_tokens = 8192, max_tokens = 64;
+  double long_share = 0.5, timeout = 600, min_success = 1;
+  std::uint64_t seed = 0;
+};
+
+enum Class { kShort, kLong };
+
+// Random words would be tokenized to unknown lengths: prompts are tokens, drawn from those of this text.
+std::vector<std::int32_t> alphabet(const LoadTarget& target) {
+  constexpr const char* kText =
+      "The house stood at the end of a long road. In the morning a man came down from the hill with two "
+      "dogs, "
+      "looked at the gate, said nothing, and went away again before the rain began. 12 boats, 7 nets; who "
+      "knows?";
+  const auto tokens = call_server(target, "/v1/tokenize", Json{{"prompt", kText}}.dump()).at("tokens");
+  std::vector<std::int32_t> out = tokens.get<std::vector<std::int32_t>>();
+  if (out.size() < 2) throw std::runtime_error("/v1/tokenize answers with less than two tokens for a text");
+  out.erase(out.begin());  // may be the begin-of-sentence token
+  return out;
+}
+
+std::vector<LoadRequest> make_load(const Options& o, const std::string& model,
+                                   const std::vector<std::int32_t>& tokens) {
+  std::mt19937_64 random(o.seed);
+  std::uniform_int_distribution<std::size_t> token(0, tokens.size() - 1);
+  std::exponential_distribution<double> gap(o.rate > 0 ? o.rate : 1);
+  std::vector<LoadRequest> out(static_cast<std::size_t>(o.requests));
+  const auto num_long = static_cast<std::size_t>(std::lround(o.long_share * o.requests));
+  for (std::size_t i = 0; i < num_long; ++i) out[i].load_class = kLong;
+  std::shuffle(out.begin(), out.end(), random);
+  double due = 0;
+  for (LoadRequest& r : out) {
+    std::vector<std::int32_t> prompt(
+        static_cast<std::size_t>(r.load_class == kLong ? o.long_tokens : o.short_tokens));
+    for (std::int32_t& id : prompt) id = tokens[token(random)];
+    r.body = Json{{"model", model},
+                  {"prompt", prompt},
+                  {"max_tokens", o.max_tokens},
+                  {"temperature", 0},
+                  {"ignore_eos", true},
+                  {"stream", true},
+                  {"stream_options", {{"include_usage", true}}}}
+                 .dump();
+    r.due = due;
+    if (o.rate > 0) due += gap(random);
+  }
+  return out;
+}
+
+// Linear between the two nearest ranks; null for no values.
+Json quantile(std::vector<double> values, double q) {
+  if (values.empty()) return nullptr;
+  std::ranges::sort(values);
+  const double at = q * static_cast<double>(values.size() - 1);
+  const auto low = static_cast<std::size_t>(at);
+  const std::size_t high = std::min(low + 1, values.size() - 1);
+  return values[low] + (values[high] - values[low]) * (at - static_cast<double>(low));
+}
+
+Json latencies(const std::vector<double>& values) {
+  return {{"p50", quantile(values, 0.5)}, {"p99", quantile(values, 0.99)}};
+}
+
+template <typename Wanted>
+Json summary(const std::vector<LoadRequest>& requests, double seconds, const Wanted& wanted) {
+  std::vector<double> ttft, tpot, e2e;
+  std::int64_t sent = 0, prompt_tokens = 0, completion_tokens = 0;
+  for (const LoadRequest& r : requests) {
+    if (!wanted(r)) continue;
+    ++sent;
+    if (!r.error.empty()) continue;
+    ttft.push_back(r.first - r.begin);
+    e2e.push_back(r.end - r.begin);
+    if (r.completion_tokens > 1) {
+      tpot.push_back((r.last - r.first) / static_cast<double>(r.completion_tokens - 1));
+    }
+    prompt_tokens += r.prompt_tokens;
+    completion_tokens += r.completion_tokens;
+  }
+  const auto good = static_cast<double>(e2e.size());
+  return {{"requests", sent},
+          {"succeeded", e2e.size()},
+          {"success_rate", sent == 0 ? Json() : Json(good / static_cast<double>(sent))},
+          {"requests_per_second", good / seconds},
+          {"prompt_tokens_per_second", static_cast<double>(prompt_tokens) / seconds},
+          {"completion_tokens_per_second", static_cast<double>(completion_tokens) / seconds},
+          {"ttft_seconds", latencies(ttft)},
+          {"tpot_seconds", latencies(tpot)},
+          {"e2e_seconds", latencies(e2e)}};
+}
+
+Json report(const Options& o, const std::string& model, const std::vector<LoadRequest>& requests,
+            double seconds) {
+  std::map<std::string, int> errors;
+  for (const LoadRequest& r : requests) {
+    if (!r.error.empty()) ++errors[fmt::format("{} {}", r.status, r.error)];
+  }
+  const auto of_class = [](int c) { return [c](const LoadRequest& r) { return r.load_class == c; }; };
+  Json out = {{"command", command_line()},
+              {"model", model},
+              {"loop", o.rate > 0 ? "open" : "closed"},
+              {"clients", o.rate > 0 ? Json() : Json(o.clients)},
+              {"rate", o.rate > 0 ? Json(o.rate) : Json()},
+              {"short_tokens", o.short_tokens},
+              {"long_tokens", o.long_tokens},
+              {"max_tokens", o.max_tokens},
+              {"seed", o.seed},
+              {"seconds", seconds},
+              {"all", summary(requests, seconds, [](const LoadRequest&) { return true; })},
+              {"short", summary(requests, seconds, of_class(kShort))},
+              {"long", summary(requests, seconds, of_class(kLong))},
+              {"errors", errors}};
+  return out;
+}
+
+// On a terminal one line that is drawn again, else a line for every tenth.
+class Progress {
+ public:
+  explicit Progress(std::size_t total) : total_(total), terminal_(isatty(STDERR_FILENO) == 1) {}
+  void operator()(std::size_t done) {
+    if (terminal_) {
+      constexpr std::size_t kWidth = 40;
+      const std::size_t filled = done * kWidth / total_;
+      fmt::print(stderr, "\r[{:#<{}}{:.<{}}] {}/{}{}", "", filled, "", kWidth - filled, done, total_,
+                 done == total_ ? "\n" : "");
+    } else if (done * 10 / total_ != shown_) {
+      shown_ = done * 10 / total_;
+      fmt::print(stderr, "{}/{} requests\n", done, total_);
+    }
+  }
+
+ private:
+  std::size_t total_, shown_ = 0;
+  bool terminal_;
+};
+
+std::string milliseconds(const Json& seconds) {
+  return seconds.is_null() ? "-" : fmt::format("{:.1f}", seconds.get<double>() * 1e3);
+}
+
+void print(const Json& r) {
+  fmt::print(
+      "{:<8}{:>10}{:>10}{:>14}{:>10}{:>10}{:>10}{:>10}\n{:<8}{:>10}{:>10}{:>14}{:>10}{:>10}{:>10}{:>10}\n",
+      "", "requests", "success", "generated", "TTFT P50", "TTFT P99", "TPOT P50", "TPOT P99", "", "", "%",
+      "tokens/s", "ms", "ms", "ms", "ms");
+  for (const char* name : {"all", "short", "long"}) {
+    const Json& s = r[name];
+    fmt::print(
+        "{:<8}{:>10}{:>10}{:>14.1f}{:>10}{:>10}{:>10}{:>10}\n", name, s["requests"].get<int>(),
+        s["success_rate"].is_null() ? "-" : fmt::format("{:.2f}", s["success_rate"].get<double>() * 100),
+        s["completion_tokens_per_second"].get<double>(), milliseconds(s["ttft_seconds"]["p50"]),
+        milliseconds(s["ttft_seconds"]["p99"]), milliseconds(s["tpot_seconds"]["p50"]),
+        milliseconds(s["tpot_seconds"]["p99"]));
+  }
+  for (const auto& [error, count] : r["errors"].items())
+    fmt::print("{} times: {}\n", count.get<int>(), error);
+}
+
+int run_loadtest(const Options& o) {
+  LoadOptions options;
+  options.target = parse_target(o.url);
+  options.target.api_key = o.api_key;
+  options.clients = o.clients;
+  options.open_loop = o.rate > 0;
+  options.timeout_seconds = o.timeout;
+  std::string model = o.model;
+  if (model.empty()) {
+    model = call_server(options.target, "/v1/models").at("data").at(0).at("id").get<std::string>();
+  }
+  std::vector<LoadRequest> requests = make_load(o, model, alphabet(options.target));
+  Progress progress(requests.size());
+  const double seconds = run_load(options, requests, [&](std::size_t done) { progress(done); });
+  const Json result = report(o, model, requests, seconds);
+  print(result);
+  if (!o.json_path.empty()) {
+    std::ofstream file(o.json_path);
+    file << result.dump(2, ' ', false, Json::error_handler_t::replace) << "\n";
+    if (!file.flush()) throw std::runtime_error(fmt::format("{} cannot be written", o.json_path));
+  }
+  return result["all"]["success_rate"].get<double>() >= o.min_success ? 0 : 1;
+}
+
+}  // namespace
+
+void register_loadtest(CLI::App& app, int& exit_code) {
+  auto o = std::make_shared<Options>();
+  CLI::App* sub = app.add_subcommand("loadtest", "Put a mixed load on a running server and measure it");
+  sub->add_option("--url", o->url, "The server")->capture_default_str();
+  sub->add_option("--api-key", o->api_key, "Key to send");
+  sub->add_option("--model", o->model, "Name of the model (default: the server's first)");
+  sub->add_option("--requests", o->requests, "Requests in all")
+      ->check(integer_between(1, 10'000'000))
+      ->capture_default_str();
+  auto* clients =
+      sub->add_option("--clients", o->clients, "Closed loop: clients, each with one request at a time")
+          ->check(integer_between(1, 20'000))
+          ->capture_default_str();
+  sub->add_option(
+         "--rate", o->rate,
+         "Open loop: requests per second at random times, however many are open (default: closed loop)")
+      ->check(CLI::PositiveNumber)
+      ->excludes(clients);
+  sub->add_option("--short-tokens", o->short_tokens, "Tokens of a short prompt")
+      ->check(integer_between(1, 10'000'000))
+      ->capture_default_str();
+  sub->add_option("--long-tokens", o->long_tokens, "Tokens of a long prompt")
+      ->check(integer_between(1, 10'000'000))
+      ->capture_default_str();
+  sub->add_option("--long-share", o->long_share, "Share of long prompts")
+      ->check(number_between(0, 1))
+      ->capture_default_str();
+  sub->add_option("--max-tokens", o->max_tokens, "Tokens generated per request")
+      ->check(integer_between(1, 10'000'000))
+      ->capture_default_str();
+  sub->add_option("--timeout", o->timeout, "Seconds for one request")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  sub->add_option("--seed", o->seed, "Of prompts and times")->capture_default_str();
+  sub->add_option("--min-success", o->min_success, "Exit code 1 if a smaller share of the requests succeeds")
+      ->check(number_between(0, 1))
+      ->capture_default_str();
+  sub->add_option("--json", o->json_path, "File for the results");
+  sub->callback([o, &exit_code] { exit_code = run_loadtest(*o); });
+}
+
+}  // namespace flash_mla::cli
