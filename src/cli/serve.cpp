@@ -61,7 +61,17 @@ void register_serve(CLI::App& app, int& exit_code) {
   sub->add_option("--max-body-bytes", o->server.max_body_bytes, "Size of a request's body at most")
       ->capture_default_str();
   sub->add_option("--read-timeout", o->server.read_timeout_seconds, "Seconds for a whole request to arrive")
+      ->check(integer_between(1, 86400))
       ->capture_default_str();
+  sub->add_option("--idle-timeout", o->server.idle_timeout_seconds,
+                  "Seconds between requests of a connection")
+      ->check(integer_between(1, 86400))
+      ->capture_default_str();
+  sub->add_option("--request-timeout", o->server.request_timeout_seconds,
+                  "Seconds for a request and its whole answer (0: no limit)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub->add_flag("!--no-request-log", o->server.log_requests, "Do not write a line of JSON for every request");
   sub->add_option("--http-threads", o->server.num_threads, "Threads for connections")
       ->check(integer_between(1, 64))
       ->capture_default_str();

@@ -57,6 +57,8 @@ class Answer {
   Json usage_chunk() const;
   /// Collects an event of an answer that is not streamed.
   void collect(int index, const GenerationEvent& event);
+  /// Of what has ended so far.
+  const Usage& tokens() const { return usage_; }
   /// The collected answer. Throws ApiError if a continuation failed.
   Json complete() const;
 

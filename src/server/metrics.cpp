@@ -40,8 +40,14 @@ double share(double part, double whole) { return whole == 0 ? 0 : part / whole; 
 
 }  // namespace
 
-std::string prometheus_text(const EngineStats& s) {
+std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   Page p;
+  p.head("mla_http_responses_total", "counter",
+         "HTTP responses by status; 499: the client left before its answer ended.");
+  for (const auto& [status, count] : http.responses) {
+    p.labelled("mla_http_responses_total", "code", std::to_string(status).c_str(), count);
+  }
+  p.value("mla_http_connections", "gauge", "Open connections.", http.connections);
   p.value("mla_requests_submitted_total", "counter", "Requests that entered the queue.",
           s.requests_submitted);
   const char* finished = "mla_continuations_finished_total";

@@ -20,7 +20,9 @@
 #include <thread>
 
 #include "flash_mla/error.h"
+#include "flash_mla_status_page.h"
 #include "server/api.h"
+#include "server/request_log.h"
 
 namespace flash_mla::server {
 namespace {
@@ -69,22 +71,24 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
     if (ring) asio::post(executor_, [self = shared_from_this()] { self->bell_.cancel(); });
   }
 
-  // On the connection's strand, as everything below.
+  // On the connection's strand, as everything below. `deadline`: when take() gives up.
+  void set_deadline(asio::steady_timer::time_point deadline) { deadline_ = deadline; }
+  bool late() const { return asio::steady_timer::clock_type::now() >= deadline_; }
   void ring() {
     gone_ = true;
     bell_.cancel();
   }
   bool gone() const { return gone_; }
 
-  /// Waits for events; empty if the client went away.
+  /// Waits for events; empty if the client went away or the deadline has passed.
   awaitable<std::deque<std::pair<int, GenerationEvent>>> take() {
     for (;;) {
       {
         const std::lock_guard lock(mutex_);
-        if (gone_) co_return std::deque<std::pair<int, GenerationEvent>>();
+        if (gone_ || late()) co_return std::deque<std::pair<int, GenerationEvent>>();
         if (!events_.empty()) co_return std::exchange(events_, {});
       }
-      bell_.expires_at(asio::steady_timer::time_point::max());
+      bell_.expires_at(deadline_);
       error_code rung;
       co_await bell_.async_wait(redirect_error(use_awaitable, rung));
     }
@@ -96,6 +100,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   std::mutex mutex_;
   std::deque<std::pair<int, GenerationEvent>> events_;
   bool gone_ = false;
+  asio::steady_timer::time_point deadline_ = asio::steady_timer::time_point::max();
 };
 
 }  // namespace
@@ -124,8 +129,13 @@ struct Server::Impl {
   awaitable<void> accept();
   awaitable<void> wait_for_signals();
   awaitable<void> connection(beast::tcp_stream stream);
-  awaitable<bool> answer(beast::tcp_stream& stream, beast::flat_buffer& buffer, const HttpRequest& request);
-  awaitable<void> generate(beast::tcp_stream& stream, const HttpRequest& request, bool chat);
+  awaitable<bool> answer(beast::tcp_stream& stream, const HttpRequest& request, RequestRecord& record);
+  awaitable<bool> generate(beast::tcp_stream& stream, const HttpRequest& request, bool chat,
+                           RequestRecord& record);
+  awaitable<void> write(beast::tcp_stream& stream, HttpResponse& response, bool keep_alive,
+                        RequestRecord& record);
+  void note(const RequestRecord& record);
+  HttpStats http_stats();
   HttpResponse simple(const HttpRequest& request);
   HttpResponse json_response(const HttpRequest& request, int status, const Json& body);
   void authorise(const HttpRequest& request) const;
@@ -141,6 +151,8 @@ struct Server::Impl {
   std::atomic<int> num_calls = 0;
   std::atomic<bool> draining = false;
   std::atomic<std::uint64_t> next_call = 1;
+  std::mutex responses_mutex;
+  std::map<int, std::int64_t> responses;  // by status
   std::int64_t created =
       std::chrono::duration_cast<seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
 };
@@ -220,7 +232,8 @@ Json Server::Impl::tokenize(const HttpRequest& request) const {
   if (!json.is_object() || !json.contains("prompt") || !json["prompt"].is_string()) {
     throw bad_request("prompt is missing, expected text", "prompt");
   }
-  const std::vector<std::int32_t> ids = engine.tokenize(json["prompt"].get<std::string>());
+  const std::vector<std::int32_t> ids = engine.tokenize(json["prompt"].get<std::string>(),
+                                                        /*add_special_tokens=*/true, /*allow_special=*/false);
   return {{"count", ids.size()}, {"max_model_len", engine.max_length()}, {"tokens", ids}};
 }
 
@@ -238,7 +251,15 @@ HttpResponse Server::Impl::simple(const HttpRequest& request) {
     return draining ? json_response(request, 503, {{"status", "draining"}})
                     : json_response(request, 200, {{"status", "ready"}});
   }
-  if (get && target == "/metrics") return text("text/plain; version=0.0.4", prometheus_text(engine.stats()));
+  if (get && target == "/metrics")
+    return text("text/plain; version=0.0.4", prometheus_text(engine.stats(), http_stats()));
+  if (get && target == "/") {
+    HttpResponse page = text("text/html; charset=utf-8", kStatusPage);
+    page.set("content-security-policy",
+             "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+             "frame-ancestors 'none'");
+    return page;
+  }
   authorise(request);
   if (get && target == "/trace") return text("application/json", engine.chrome_trace());
   const Json model = {{"id", options.model_name},
@@ -253,7 +274,7 @@ HttpResponse Server::Impl::simple(const HttpRequest& request) {
   if (request.method() == http::verb::post && target == "/v1/tokenize") {
     return json_response(request, 200, tokenize(request));
   }
-  for (const char* known : {"/health", "/ready", "/metrics", "/trace", "/v1/models", "/v1/tokenize",
+  for (const char* known : {"/", "/health", "/ready", "/metrics", "/trace", "/v1/models", "/v1/tokenize",
                             "/v1/completions", "/v1/chat/completions"}) {
     if (target == known) {
       throw ApiError(405, "invalid_request_error",
@@ -263,12 +284,47 @@ HttpResponse Server::Impl::simple(const HttpRequest& request) {
   throw ApiError(404, "invalid_request_error", "there is no such path");
 }
 
-awaitable<void> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequest& request, bool chat) {
+void Server::Impl::note(const RequestRecord& record) {
+  {
+    const std::lock_guard lock(responses_mutex);
+    ++responses[record.status];
+  }
+  // One call, so that lines of several threads do not mix.
+  if (!options.log_requests) return;
+  const std::string line = log_line(record);
+  std::fwrite(line.data(), 1, line.size(), stderr);
+}
+
+HttpStats Server::Impl::http_stats() {
+  const std::lock_guard lock(responses_mutex);
+  return {responses, num_connections};
+}
+
+awaitable<void> Server::Impl::write(beast::tcp_stream& stream, HttpResponse& response, bool keep_alive,
+                                    RequestRecord& record) {
+  response.set("x-request-id", record.id);
+  response.keep_alive(keep_alive);
+  response.prepare_payload();
+  stream.expires_after(seconds(options.write_timeout_seconds));
+  co_await http::async_write(stream, response, use_awaitable);
+  record.status = response.result_int();
+}
+
+// True if the connection may carry another request.
+awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequest& request, bool chat,
+                                       RequestRecord& record) {
   authorise(request);
   if (draining) throw ApiError(503, "server_error", "the server is shutting down");
   const Call call = parse_call(request.body(), chat, options.model_name);
+  record.generates = true;
+  record.stream = call.stream;
+  record.num_choices = call.num_choices;
   const Counted counted(num_calls);
   const auto mailbox = std::make_shared<Mailbox>(stream.get_executor());
+  if (options.request_timeout_seconds > 0) {
+    mailbox->set_deadline(record.begin + std::chrono::duration_cast<asio::steady_timer::duration>(
+                                             std::chrono::duration<double>(options.request_timeout_seconds)));
+  }
   Submitted submitted(engine);
   try {
     submitted.submit(call, mailbox);
@@ -285,12 +341,20 @@ awaitable<void> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequ
   Answer answer(call, id, options.model_name, now, engine);
   stream.expires_never();
   asio::co_spawn(stream.get_executor(), watch(stream, mailbox), asio::detached);
+  // The watcher must not read beside the next request; what it does when it is stopped is only to ring.
+  const auto stop_watching = [&] {
+    error_code ignored;
+    stream.socket().cancel(ignored);
+  };
+  // Without chunks the end of a stream is the end of the connection.
+  const bool keep_alive = request.keep_alive() && !draining && !(call.stream && request.version() < 11);
 
   if (call.stream) {
     http::response<http::empty_body> head(http::status::ok, request.version());
     head.set(http::field::content_type, "text/event-stream");
     head.set(http::field::cache_control, "no-cache");
-    head.set(http::field::connection, "close");
+    head.set("x-request-id", record.id);
+    head.keep_alive(keep_alive);
     head.chunked(request.version() >= 11);
     http::response_serializer<http::empty_body> serializer(head);
     co_await http::async_write_header(stream, serializer, use_awaitable);
@@ -298,8 +362,22 @@ awaitable<void> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequ
   int open = call.num_choices;
   while (open > 0) {
     const auto events = co_await mailbox->take();
-    if (mailbox->gone()) co_return;
+    if (mailbox->gone()) co_return false;
     std::string out;
+    if (events.empty()) {
+      const ApiError late(504, "timeout_error",
+                          fmt::format("the answer took longer than {} s, this server's limit for a request",
+                                      options.request_timeout_seconds),
+                          "", "timeout");
+      stop_watching();
+      if (!call.stream) throw late;
+      record.error = late.what();
+      out = "data: " + dump(late.body()) + "\n\ndata: [DONE]\n\n";
+      open = 0;
+    } else if (record.first_event_seconds < 0) {
+      record.first_event_seconds =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - record.begin).count();
+    }
     for (const auto& [index, event] : events) {
       open -= event.finish != FinishReason::kNone;
       if (!call.stream) {
@@ -307,13 +385,15 @@ awaitable<void> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequ
         continue;
       }
       if (event.finish == FinishReason::kError) {
+        record.error = event.error;
         out += "data: " + dump(ApiError(500, "server_error", event.error).body()) + "\n\n";
       } else if (event.finish != FinishReason::kNone || !event.text.empty() || !event.logprobs.empty()) {
         out += "data: " + dump(answer.chunk(index, event)) + "\n\n";
       }
     }
     if (!call.stream) continue;
-    if (open == 0) {
+    record.usage = answer.tokens();
+    if (open == 0 && !events.empty()) {
       if (call.include_usage) out += "data: " + dump(answer.usage_chunk()) + "\n\n";
       out += "data: [DONE]\n\n";
     }
@@ -326,46 +406,62 @@ awaitable<void> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequ
     }
     stream.expires_never();
   }
+  stop_watching();
+  record.usage = answer.tokens();
   if (call.stream) {
-    if (request.version() >= 11) co_await asio::async_write(stream, http::make_chunk_last(), use_awaitable);
-    co_return;
+    if (request.version() >= 11) {
+      stream.expires_after(seconds(options.write_timeout_seconds));
+      co_await asio::async_write(stream, http::make_chunk_last(), use_awaitable);
+    }
+    record.status = 200;
+    co_return keep_alive;
   }
   HttpResponse response = json_response(request, 200, answer.complete());
-  response.set("x-request-id", id);
-  response.keep_alive(false);
-  response.prepare_payload();
-  stream.expires_after(seconds(options.write_timeout_seconds));
-  co_await http::async_write(stream, response, use_awaitable);
+  co_await write(stream, response, keep_alive, record);
+  co_return keep_alive;
 }
 
 // True if the connection may carry another request.
-awaitable<bool> Server::Impl::answer(beast::tcp_stream& stream, beast::flat_buffer&,
-                                     const HttpRequest& request) {
+awaitable<bool> Server::Impl::answer(beast::tcp_stream& stream, const HttpRequest& request,
+                                     RequestRecord& record) {
   const std::string target(request.target().substr(0, request.target().find('?')));
   HttpResponse response;
   try {
     if (request.method() == http::verb::post &&
         (target == "/v1/completions" || target == "/v1/chat/completions")) {
-      co_await generate(stream, request, target == "/v1/chat/completions");
-      co_return false;
+      co_return co_await generate(stream, request, target == "/v1/chat/completions", record);
     }
     response = simple(request);
   } catch (const ApiError& e) {
+    record.error = e.what();
     response = json_response(request, e.status(), e.body());
+    // Done again it would only take as long again.
+    if (e.status() == 504) response.set("x-should-retry", "false");
     if (e.status() == 429) response.set(http::field::retry_after, "1");
   } catch (const boost::system::system_error&) {
     throw;  // the connection is broken
-  } catch (const std::exception&) {
+  } catch (const std::exception& e) {
+    record.error = e.what();
     // What went wrong inside is nobody's business outside.
     response = json_response(request, 500, ApiError(500, "server_error", "internal error").body());
   }
   const bool keep_alive = request.keep_alive() && !draining;
-  response.keep_alive(keep_alive);
-  response.prepare_payload();
-  stream.expires_after(seconds(options.write_timeout_seconds));
-  co_await http::async_write(stream, response, use_awaitable);
+  co_await write(stream, response, keep_alive, record);
   co_return keep_alive;
 }
+
+/// Logs a request and counts it, however its answer ended.
+class Server::Noted {
+ public:
+  Noted(Impl& impl, const RequestRecord& record) : impl_(impl), record_(record) {}
+  ~Noted() { impl_.note(record_); }
+  Noted(const Noted&) = delete;
+  Noted& operator=(const Noted&) = delete;
+
+ private:
+  Impl& impl_;
+  const RequestRecord& record_;
+};
 
 awaitable<void> Server::Impl::connection(beast::tcp_stream stream) {
   const Counted counted(num_connections);
@@ -384,6 +480,7 @@ awaitable<void> Server::Impl::connection(beast::tcp_stream stream) {
         if (error) break;
         buffer.commit(n);
       }
+      const auto begin = std::chrono::steady_clock::now();
       stream.expires_after(seconds(options.read_timeout_seconds));
       co_await http::async_read(stream, buffer, parser, redirect_error(use_awaitable, error));
       if (error == http::error::end_of_stream || error == beast::error::timeout) break;
@@ -391,20 +488,30 @@ awaitable<void> Server::Impl::connection(beast::tcp_stream stream) {
         const int status = error == http::error::body_limit     ? 413
                            : error == http::error::header_limit ? 431
                                                                 : 400;
+        RequestRecord record;
+        record.id = request_id({});
+        record.error = error.message();
+        record.status = status;  // whether or not the client hears it
         HttpRequest empty;
         empty.version(11);
         HttpResponse response = json_response(
             empty, status,
             ApiError(status, "invalid_request_error", "the request cannot be read: " + error.message())
                 .body());
-        response.keep_alive(false);
-        response.prepare_payload();
-        stream.expires_after(seconds(options.write_timeout_seconds));
-        co_await http::async_write(stream, response, redirect_error(use_awaitable, error));
+        const Noted noted(*this, record);
+        co_await write(stream, response, /*keep_alive=*/false, record);
         break;
       }
       const HttpRequest request = parser.release();
-      more = co_await answer(stream, buffer, request);
+      RequestRecord record;
+      record.begin = begin;
+      const auto given = request["x-request-id"];
+      record.id = request_id({given.data(), given.size()});
+      record.method = std::string(request.method_string());
+      // Without the query: that is the client's business.
+      record.path = std::string(request.target().substr(0, request.target().find('?')));
+      const Noted noted(*this, record);
+      more = co_await answer(stream, request, record);
     }
   } catch (const boost::system::system_error&) {
     // The client is gone; its requests have been cancelled on the way here.

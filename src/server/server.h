@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>  // Boost 1.74's asio/awaitable.hpp uses it without including it
@@ -20,6 +22,9 @@ struct ServerOptions {
   int read_timeout_seconds = 30;   ///< for a whole request once it has begun
   int write_timeout_seconds = 30;  ///< for a client that does not read
   int idle_timeout_seconds = 120;  ///< between requests of a connection
+  /// From a request's arrival to the end of its answer; what is not done then is cancelled. 0: no limit.
+  double request_timeout_seconds = 600;
+  bool log_requests = true;  ///< a line of JSON to stderr for each
   int num_threads = 2;
 };
 
@@ -38,10 +43,17 @@ class Server {
 
  private:
   struct Impl;
+  class Noted;
   std::unique_ptr<Impl> impl_;
 };
 
-/// The engine's figures as Prometheus text exposition, format 0.0.4.
-std::string prometheus_text(const EngineStats& stats);
+/// The server's own figures.
+struct HttpStats {
+  std::map<int, std::int64_t> responses;  ///< by status; 499: the client left before its answer ended
+  int connections = 0;                    ///< open now
+};
+
+/// The figures of engine and server as Prometheus text exposition, format 0.0.4.
+std::string prometheus_text(const EngineStats& stats, const HttpStats& http);
 
 }  // namespace flash_mla::server

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "flash_mla/engine.h"
+
+namespace flash_mla::server {
+
+/// What became of one HTTP request.
+struct RequestRecord {
+  std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
+  std::string id;
+  std::string method = "-", path = "-";  ///< "-" where the request could not be read
+  int status = 499;                      ///< 499: the client went away before it had its answer
+  bool generates = false;                ///< the fields below mean something
+  bool stream = false;
+  int num_choices = 0;
+  double first_event_seconds = -1;  ///< -1: there was none
+  Usage usage;
+  std::string error;  ///< what the client was told
+};
+
+/// One line of JSON, with the end of line.
+std::string log_line(const RequestRecord& record);
+
+/// The client's x-request-id if it is 1 to 128 letters, digits or "-_.:", else a new one that no other
+/// request has, of this process or (as far as chance goes) another.
+std::string request_id(std::string_view given);
+
+}  // namespace flash_mla::server
