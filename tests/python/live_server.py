@@ -1,0 +1,74 @@
+"""`flash-mla serve` in a process of its own, for tests."""
+
+import http.client
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = os.environ.get("FLASH_MLA_PROGRAM", str(ROOT / "build/release/src/cli/flash-mla"))
+
+
+class Server:
+    BUSY = ("mla_sequences_running", "mla_sequences_waiting", "mla_cache_pages_used")
+
+    def __init__(self, directory, *flags):
+        self.process = subprocess.Popen(
+            [PROGRAM, "serve", "--model", str(directory), "--port", "0", "--num-pages", "64", *flags],
+            stderr=(log := tempfile.NamedTemporaryFile("w", suffix=".log", delete=False)),
+            text=True,
+        )
+        self.log = pathlib.Path(log.name)  # a file: nobody has to read it for the server to go on
+        match = None
+        while match is None:
+            match = re.search(r":(\d+)/v1", self.log.read_text())
+            assert match or self.process.poll() is None, self.log.read_text()
+            time.sleep(0.01)
+        self.port = int(match.group(1))
+
+    def logged(self, request_id):
+        """The log's line of a request; it is written after the answer."""
+        for _ in range(200):
+            lines = [json.loads(x) for x in self.log.read_text().splitlines() if x.startswith("{")]
+            found = [x for x in lines if x["request_id"] == request_id]
+            if found:
+                assert len(found) == 1
+                return found[0]
+            time.sleep(0.02)
+        raise AssertionError(f"nothing is logged for {request_id}")
+
+    def call(self, path, body=None, headers={}, method=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
+        connection.request(method or ("GET" if body is None else "POST"), path, data, headers)
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response.status, text, response.headers
+
+    def json(self, path, body=None, expected=200, **kw):
+        status, text, _ = self.call(path, body, **kw)
+        assert status == expected, text
+        return json.loads(text)
+
+    def metric(self, name):
+        text = self.call("/metrics")[1]
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.M).group(1))
+
+    def wait_until_idle(self):
+        for _ in range(200):
+            if all(self.metric(m) == 0 for m in self.BUSY):
+                return
+            time.sleep(0.02)
+        raise AssertionError("pages are still in use")
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=30)
+        self.log.unlink()
+        return code
