@@ -6,6 +6,13 @@
 
 namespace flash_mla::model {
 
+/// Whether `rows` rows times a matrix of that many weights are worth waking a second thread for, that is,
+/// take one thread about 10 us: it reads 50 bf16 weights a nanosecond, and up to 4 rows use each for nothing
+/// more. Waking is cheap on an idle machine, but on a busy one every barrier may cost a time slice.
+inline bool worth_threads(std::int64_t weights, std::int64_t rows) {
+  return weights * std::max<std::int64_t>(rows, 4) >= 4 * 500'000;
+}
+
 /// f(i) for i in [0, n) on up to `threads` OpenMP threads, in any order. An exception ends up at the caller.
 template <class F>
 void parallel_for(std::int64_t n, [[maybe_unused]] int threads, F&& f) {
