@@ -225,6 +225,8 @@ PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int
                      const_cast<float*>(weight));
   out.memory_->memory =
       dnnl::memory(blocked_weights(out_features, in_features, type_of(dtype)), cpu_engine());
+  // A small matrix is packed sooner than threads wake, and a model has thousands.
+  const ThreadLimit limit(out.worth_threads(1) ? default_threads() : 1);
   dnnl::stream stream(cpu_engine());
   dnnl::reorder(plain, out.memory_->memory).execute(stream, plain, out.memory_->memory);
   stream.wait();

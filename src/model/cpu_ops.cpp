@@ -9,10 +9,6 @@
 #include <new>
 #include <utility>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "cpu/element.h"
 #include "flash_mla/decode.h"
 #include "flash_mla/error.h"
@@ -397,14 +393,6 @@ class CpuOps : public Ops {
   std::vector<std::vector<std::int64_t>> expert_rows_;
   std::vector<std::size_t> active_;
 };
-
-int default_threads() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 }  // namespace
 
