@@ -7,6 +7,7 @@
 #include "cli/args.h"
 #include "cli/commands.h"
 #include "cli/compare.h"
+#include "cli/demo_text.h"
 #include "cli/machine.h"
 #include "cli/measure.h"
 #include "cli/plot.h"
@@ -19,7 +20,7 @@ namespace {
 
 struct DemoOptions {
   bool quick = false;
-  std::string out = "out", plot, python = "python3";
+  std::string out = "out", plot, python = "python3", model;
 };
 
 constexpr float kV3Scale = 0.1352338f;
@@ -139,7 +140,8 @@ bool run_demo(const DemoOptions& o) {
   write_json(json, report);
   plot_roofline(o.python, json, picture);
   fmt::print("Wrote {} and {}.\n", json, picture);
-  return verified.result.ok;
+  const bool wrote = o.model.empty() || demo_text(o.model, std::filesystem::path(o.out) / "text.txt");
+  return verified.result.ok && wrote;
 }
 
 }  // namespace
@@ -149,8 +151,12 @@ void register_demo(CLI::App& app, int& exit_code) {
   CLI::App* sub = app.add_subcommand(
       "demo", "Decode a realistic batch, verify it, and show how close to the machine's limit it ran");
   sub->add_flag("--quick", o->quick, "A small batch, for a first look or a test");
-  sub->add_option("--out", o->out, "Folder for roofline.json and roofline.png")->capture_default_str();
+  sub->add_option("--out", o->out, "Folder for roofline.json, roofline.png and text.txt")
+      ->capture_default_str();
   sub->add_option("--plot", o->plot, "Write the picture here instead");
+  sub->add_option("--model", o->model,
+                  "Hugging Face model directory: afterwards, let this model write a text")
+      ->check(CLI::ExistingDirectory);
   sub->add_option("--python", o->python, "Python with matplotlib")->capture_default_str();
   sub->callback([o, &exit_code] { exit_code = run_demo(*o) ? 0 : 1; });
 }

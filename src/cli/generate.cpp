@@ -10,6 +10,7 @@
 #include "cli/args.h"
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
+#include "cli/generation_report.h"
 #include "flash_mla/engine.h"
 
 // `flash-mla generate`: prompts in, text out as it comes, figures to stderr.
@@ -44,28 +45,6 @@ std::vector<Request> make_requests(const GenerateOptions& o) {
     r.messages.push_back({"user", prompt});
   }
   return requests;
-}
-
-double mean(const Histogram& h) { return h.total == 0 ? 0 : h.sum / static_cast<double>(h.total); }
-
-double rate(double part, double whole) { return whole <= 0 ? 0 : part / whole; }
-
-Json report(const Engine& engine, double load_seconds, double seconds) {
-  const EngineStats s = engine.stats();
-  return {{"load_seconds", load_seconds},
-          {"seconds", seconds},
-          {"prompt_tokens", s.prompt_tokens},
-          {"cached_tokens", s.prefix_tokens_hit},
-          {"generated_tokens", s.generated_tokens},
-          {"ttft_ms", mean(s.ttft_seconds) * 1e3},
-          {"tpot_ms", mean(s.tpot_seconds) * 1e3},
-          {"tokens_per_second", rate(static_cast<double>(s.generated_tokens), seconds)},
-          {"cache_hit_rate",
-           rate(static_cast<double>(s.prefix_tokens_hit), static_cast<double>(s.prefix_tokens_looked_up))},
-          {"steps", s.steps},
-          {"preemptions", s.preemptions},
-          {"pages_total", s.pages_total},
-          {"bytes_per_page", s.bytes_per_page}};
 }
 
 Json to_json(const TokenLogprobs& l) {
@@ -126,15 +105,10 @@ int run_generate(const GenerateOptions& o) {
 
   const bool stream = !o.json && requests.size() == 1 && o.sampling.n == 1;
   EventHandler print_text;
-  if (stream) {
-    print_text = [](const GenerationEvent& e) {
-      fmt::print("{}", e.text);
-      if (!e.text.empty()) std::fflush(stdout);
-    };
-  }
+  if (stream) print_text = print_text_of;
   const Clock::time_point begin = Clock::now();
   const std::vector<Completion> completions = engine.generate(requests, print_text);
-  const Json figures = report(engine, load_seconds, since(begin));
+  const Json figures = generation_report(engine, load_seconds, since(begin));
 
   if (o.json) {
     Json out = {{"model", o.model}, {"completions", Json::array()}, {"report", figures}};
@@ -145,15 +119,7 @@ int run_generate(const GenerateOptions& o) {
   } else {
     print_completions(completions);
   }
-  if (!o.quiet) {
-    fmt::print(stderr,
-               "{} prompt tokens, {} generated in {:.2f} s: TTFT {:.1f} ms, TPOT {:.2f} ms, {:.1f} tokens/s, "
-               "cache hit rate {:.0f}% (model loaded in {:.2f} s)\n",
-               figures["prompt_tokens"].get<std::int64_t>(), figures["generated_tokens"].get<std::int64_t>(),
-               figures["seconds"].get<double>(), figures["ttft_ms"].get<double>(),
-               figures["tpot_ms"].get<double>(), figures["tokens_per_second"].get<double>(),
-               100 * figures["cache_hit_rate"].get<double>(), load_seconds);
-  }
+  if (!o.quiet) fmt::print(stderr, "{}\n", generation_summary(figures));
   if (!o.trace.empty()) {
     std::ofstream file(o.trace, std::ios::binary);
     file << engine.chrome_trace();

@@ -1,6 +1,8 @@
 #include "model/cpu_gemm.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -13,6 +15,8 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+
+#include "model/parallel.h"
 
 // Tile heights, measured on an AVX-512 machine with bf16 weights of 2048 x 2048 that fit its L3: 1 to 4 rows
 // take the same 40 us, 64 rows run at the peak rate, and more rows at once are slower again. So tiles are at
@@ -106,6 +110,10 @@ PackedWeight::PackedWeight(PackedWeight&&) noexcept = default;
 PackedWeight& PackedWeight::operator=(PackedWeight&&) noexcept = default;
 PackedWeight::~PackedWeight() = default;
 
+bool PackedWeight::worth_threads(std::int64_t rows) const {
+  return model::worth_threads(out_features_ * in_features_, rows);
+}
+
 struct Gemm::Impl {
   // m, n, k, operand type, result type, layout of the weights, bias, accumulate, threads
   enum Layout { kBlocked, kPlain, kTransposed };
@@ -114,6 +122,21 @@ struct Gemm::Impl {
   struct Kernel {
     dnnl::matmul primitive;
     Desc x, weights, bias, y, scratchpad;
+    std::uint64_t id = 0;
+  };
+
+  /// A kernel's operands on one thread. Making them anew costs as much as a small product.
+  struct Operands {
+    dnnl::memory x, weights, bias, y, scratchpad;
+
+    explicit Operands(const Kernel& kernel)
+        : x(unset(kernel.x)),
+          weights(unset(kernel.weights)),
+          bias(unset(kernel.bias)),
+          y(unset(kernel.y)),
+          scratchpad(unset(kernel.scratchpad)) {}
+
+    static dnnl::memory unset(const Desc& desc) { return {desc, cpu_engine(), nullptr}; }
   };
 
   const Kernel& kernel(const Key& key) {
@@ -145,24 +168,33 @@ struct Gemm::Impl {
     const dnnl::matmul::primitive_desc primitive(desc, attributes, cpu_engine());
     out.scratchpad = primitive.scratchpad_desc();
     out.primitive = dnnl::matmul(primitive);
+    static std::atomic<std::uint64_t> count{0};
+    out.id = ++count;
     return out;
   }
 
-  static void execute(const Kernel& kernel, const void* x, const void* weights, const float* bias, void* y,
-                      int threads) {
+  /// `packed`: the weights; nullptr: they are at `plain`.
+  static void execute(const Kernel& kernel, const void* x, const dnnl::memory* packed, const void* plain,
+                      const float* bias, void* y, int threads) {
     const ThreadLimit limit(threads);
     thread_local dnnl::stream stream(cpu_engine());
     thread_local Scratch scratchpad;
-    const auto memory = [](const Desc& desc, const void* data) {
-      return dnnl::memory(desc, cpu_engine(), const_cast<void*>(data));
-    };
-    std::unordered_map<int, dnnl::memory> arguments = {
-        {DNNL_ARG_SRC, memory(kernel.x, x)},
-        {DNNL_ARG_WEIGHTS, memory(kernel.weights, weights)},
-        {DNNL_ARG_DST, memory(kernel.y, y)},
-        {DNNL_ARG_SCRATCHPAD, memory(kernel.scratchpad, scratchpad.get(kernel.scratchpad.get_size()))}};
-    if (bias != nullptr) arguments.emplace(DNNL_ARG_BIAS, memory(kernel.bias, bias));
-    kernel.primitive.execute(stream, arguments);
+    thread_local std::unordered_map<std::uint64_t, Operands> all_operands;
+    const Operands& operands = all_operands.try_emplace(kernel.id, kernel).first->second;
+    operands.x.set_data_handle(const_cast<void*>(x));
+    operands.y.set_data_handle(y);
+    operands.scratchpad.set_data_handle(scratchpad.get(kernel.scratchpad.get_size()));
+    if (packed == nullptr) operands.weights.set_data_handle(const_cast<void*>(plain));
+    std::array<dnnl_exec_arg_t, 5> arguments = {
+        {{DNNL_ARG_SRC, operands.x.get()},
+         {DNNL_ARG_WEIGHTS, packed != nullptr ? packed->get() : operands.weights.get()},
+         {DNNL_ARG_DST, operands.y.get()},
+         {DNNL_ARG_SCRATCHPAD, operands.scratchpad.get()},
+         {DNNL_ARG_BIAS, operands.bias.get()}}};
+    if (bias != nullptr) operands.bias.set_data_handle(const_cast<float*>(bias));
+    dnnl::error::wrap_c_api(dnnl_primitive_execute(kernel.primitive.get(), stream.get(),
+                                                   bias != nullptr ? 5 : 4, arguments.data()),
+                            "a matrix product failed");
   }
 
   std::mutex mutex;
@@ -193,6 +225,8 @@ PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int
                      const_cast<float*>(weight));
   out.memory_->memory =
       dnnl::memory(blocked_weights(out_features, in_features, type_of(dtype)), cpu_engine());
+  // A small matrix is packed sooner than threads wake, and a model has thousands.
+  const ThreadLimit limit(out.worth_threads(1) ? default_threads() : 1);
   dnnl::stream stream(cpu_engine());
   dnnl::reorder(plain, out.memory_->memory).execute(stream, plain, out.memory_->memory);
   stream.wait();
@@ -201,43 +235,57 @@ PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int
 
 void Gemm::run(const Matrix& x, const PackedWeight& weight, const float* bias, const Matrix& y,
                const GemmMode& mode) {
-  thread_local Scratch x_scratch, y_scratch;
-  const void* weights = weight.memory_->memory.get_data_handle();
-  std::int64_t count = 0;
-  for (std::int64_t i = 0; i < x.rows; i += count) {
-    std::int64_t height = kInvariantTileRows;
+  // Full tiles first; without batch invariance the rest is cut into powers of two.
+  const std::int64_t tile = mode.batch_invariant ? kInvariantTileRows : kMaxTileRows;
+  const std::int64_t full = x.rows / tile;
+  // How a tile is computed depends on its height alone, never on how many there are.
+  const auto threads_of = [&](std::int64_t height) {
+    return weight.worth_threads(height) ? mode.threads : 1;
+  };
+  const bool spread = threads_of(tile) == 1 && weight.worth_threads(x.rows);
+  parallel_for(full, spread ? mode.threads : 1,
+               [&](std::int64_t i) { run_rows(x, weight, bias, y, mode, i * tile, tile, threads_of(tile)); });
+  for (std::int64_t i = full * tile; i < x.rows;) {
+    std::int64_t height = tile;
     if (!mode.batch_invariant) {
-      for (height = kMaxTileRows; height > x.rows - i;) height /= 2;
+      while (height > x.rows - i) height /= 2;
     }
-    count = std::min(height, x.rows - i);
-    const Matrix x_rows = x.row_range(i, count), y_rows = y.row_range(i, count);
-    // oneDNN's fast kernels take dense operands only; a strided or short tile goes through a copy.
-    const bool copy_x = count < height || (count > 1 && x.stride != x.columns);
-    const bool copy_y = count < height || (count > 1 && y.stride != y.columns);
-    std::byte* x_at = x_rows.data;
-    std::byte* y_at = y_rows.data;
-    if (copy_x) {
-      const auto bytes = static_cast<std::size_t>(height) * row_bytes(x);
-      x_at = x_scratch.get(bytes);
-      copy_rows(x_rows, x_at);
-      const std::size_t used = static_cast<std::size_t>(count) * row_bytes(x);
-      std::memset(x_at + used, 0, bytes - used);
-    }
-    if (copy_y) {
-      const auto bytes = static_cast<std::size_t>(height) * row_bytes(y);
-      y_at = y_scratch.get(bytes);
-      if (mode.accumulate) {
-        copy_rows(y_rows, y_at);
-        const std::size_t used = static_cast<std::size_t>(count) * row_bytes(y);
-        std::memset(y_at + used, 0, bytes - used);
-      }
-    }
-    const Impl::Kernel& kernel =
-        impl_->kernel({height, weight.out_features(), weight.in_features(), weight.memory_->dtype, y.dtype,
-                       Impl::kBlocked, bias != nullptr, mode.accumulate, mode.threads});
-    Impl::execute(kernel, x_at, weights, bias, y_at, mode.threads);
-    if (copy_y) copy_rows(y_at, y_rows);
+    run_rows(x, weight, bias, y, mode, i, height, threads_of(height));
+    i += height;
   }
+}
+
+void Gemm::run_rows(const Matrix& x, const PackedWeight& weight, const float* bias, const Matrix& y,
+                    const GemmMode& mode, std::int64_t first, std::int64_t height, int threads) {
+  thread_local Scratch x_scratch, y_scratch;
+  const std::int64_t count = std::min(height, x.rows - first);
+  const Matrix x_rows = x.row_range(first, count), y_rows = y.row_range(first, count);
+  // oneDNN's fast kernels take dense operands only; a strided or short tile goes through a copy.
+  const bool copy_x = count < height || (count > 1 && x.stride != x.columns);
+  const bool copy_y = count < height || (count > 1 && y.stride != y.columns);
+  std::byte* x_at = x_rows.data;
+  std::byte* y_at = y_rows.data;
+  if (copy_x) {
+    const auto bytes = static_cast<std::size_t>(height) * row_bytes(x);
+    x_at = x_scratch.get(bytes);
+    copy_rows(x_rows, x_at);
+    const std::size_t used = static_cast<std::size_t>(count) * row_bytes(x);
+    std::memset(x_at + used, 0, bytes - used);
+  }
+  if (copy_y) {
+    const auto bytes = static_cast<std::size_t>(height) * row_bytes(y);
+    y_at = y_scratch.get(bytes);
+    if (mode.accumulate) {
+      copy_rows(y_rows, y_at);
+      const std::size_t used = static_cast<std::size_t>(count) * row_bytes(y);
+      std::memset(y_at + used, 0, bytes - used);
+    }
+  }
+  const Impl::Kernel& kernel =
+      impl_->kernel({height, weight.out_features(), weight.in_features(), weight.memory_->dtype, y.dtype,
+                     Impl::kBlocked, bias != nullptr, mode.accumulate, threads});
+  Impl::execute(kernel, x_at, &weight.memory_->memory, nullptr, bias, y_at, threads);
+  if (copy_y) copy_rows(y_at, y_rows);
 }
 
 void Gemm::run_tile(const void* a, const void* b, bool transpose_b, float* y, std::int64_t m, std::int64_t n,
@@ -245,7 +293,7 @@ void Gemm::run_tile(const void* a, const void* b, bool transpose_b, float* y, st
   const Impl::Kernel& kernel =
       impl_->kernel({m, n, k, dtype, DType::kFloat32, transpose_b ? Impl::kTransposed : Impl::kPlain, false,
                      accumulate, 1});
-  Impl::execute(kernel, a, b, nullptr, y, 1);
+  Impl::execute(kernel, a, nullptr, b, nullptr, y, 1);
 }
 
 }  // namespace flash_mla::model

@@ -17,6 +17,8 @@ class PackedWeight {
   ~PackedWeight();
   std::int64_t out_features() const { return out_features_; }
   std::int64_t in_features() const { return in_features_; }
+  /// Whether a product with that many rows is long enough to be shared between threads.
+  bool worth_threads(std::int64_t rows) const;
 
  private:
   friend class Gemm;
@@ -62,6 +64,10 @@ class Gemm {
 
  private:
   struct Impl;
+  // One tile of `height` rows from `first`; rows past the last are zero.
+  void run_rows(const Matrix& x, const PackedWeight& weight, const float* bias, const Matrix& y,
+                const GemmMode& mode, std::int64_t first, std::int64_t height, int threads);
+
   std::unique_ptr<Impl> impl_;
 };
 

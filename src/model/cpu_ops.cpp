@@ -9,10 +9,6 @@
 #include <new>
 #include <utility>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "cpu/element.h"
 #include "flash_mla/decode.h"
 #include "flash_mla/error.h"
@@ -200,7 +196,7 @@ class CpuOps : public Ops {
     const auto& weights = static_cast<const CpuHeadLinear&>(w_uk).heads;
     const std::int64_t nope = config_.qk_nope_head_dim, rope = config_.qk_rope_head_dim;
     const std::int64_t rank = config_.kv_lora_rank;
-    for_heads([&](std::int64_t h) {
+    for_heads(weights, q.rows, [&](std::int64_t h) {
       const Matrix from = q.column_range(h * (nope + rope), nope + rope);
       const Matrix to = q_latent.column_range(h * (rank + rope), rank + rope);
       gemm_.run(from.column_range(0, nope), weights[static_cast<std::size_t>(h)], nullptr,
@@ -236,7 +232,7 @@ class CpuOps : public Ops {
   void expand_values(Matrix out_latent, const HeadLinear& w_uv, Matrix out) override {
     const auto& weights = static_cast<const CpuHeadLinear&>(w_uv).heads;
     const std::int64_t rank = config_.kv_lora_rank, v = config_.v_head_dim;
-    for_heads([&](std::int64_t h) {
+    for_heads(weights, out_latent.rows, [&](std::int64_t h) {
       gemm_.run(out_latent.column_range(h * rank, rank), weights[static_cast<std::size_t>(h)], nullptr,
                 out.column_range(h * v, v), {1, step_->batch_invariant, false});
     });
@@ -293,7 +289,10 @@ class CpuOps : public Ops {
     auto* results = reinterpret_cast<float*>(
         grown(expert_out_, static_cast<std::size_t>(x.rows * chosen * hidden) * sizeof(float)));
     const auto count = static_cast<std::int64_t>(active_.size());
-    parallel_for(count, threads_, [&](std::int64_t i) {
+    const std::int64_t expert_weights = 3 * hidden * experts[0].down.in_features();
+    const bool threads =
+        worth_threads(count * expert_weights, x.rows * chosen / std::max<std::int64_t>(count, 1));
+    parallel_for(count, threads ? threads_ : 1, [&](std::int64_t i) {
       const std::size_t e = active_[static_cast<std::size_t>(i)];
       run_expert(x, experts[e], expert_rows_[e], results);
     });
@@ -339,8 +338,9 @@ class CpuOps : public Ops {
   }
 
   template <class F>
-  void for_heads(F&& f) const {
-    parallel_for(config_.num_attention_heads, threads_, f);
+  void for_heads(const std::vector<PackedWeight>& heads, std::int64_t rows, F&& f) const {
+    const std::int64_t weights = std::ssize(heads) * heads[0].out_features() * heads[0].in_features();
+    parallel_for(std::ssize(heads), worth_threads(weights, rows) ? threads_ : 1, f);
   }
 
   void multiply(Matrix x, const Linear& weight, Matrix out, bool accumulate) {
@@ -393,14 +393,6 @@ class CpuOps : public Ops {
   std::vector<std::vector<std::int64_t>> expert_rows_;
   std::vector<std::size_t> active_;
 };
-
-int default_threads() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 }  // namespace
 

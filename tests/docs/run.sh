@@ -1,21 +1,21 @@
 #!/bin/sh
 # The documentation's promises: README's examples build and run, and every relative link leads to a file.
-# run.sh [BUILD [PYTHON]]: a folder with the built library, and a Python with the package and torch.
+# run.sh [BUILD [PYTHON]]: a folder with the built library and program, and a Python with the package and torch.
 set -eu
 cd "$(dirname "$0")/../.."
 work=build/docs
 rm -rf "$work"
 mkdir -p "$work"
 
-# The blocks that follow a line <!-- example -->, one per language.
+# The blocks that follow a line <!-- example -->, each in a file of its own.
 awk -v dir="$work" '
   /^<!-- example -->$/ { marked = 1; next }
-  marked && /^```/ { file = dir "/example." ($0 == "```cpp" ? "cpp" : "py"); marked = 0; inside = 1; next }
+  marked && /^```/ { file = dir "/example-" ++count "." substr($0, 4); marked = 0; inside = 1; next }
   inside && /^```$/ { inside = 0; close(file); next }
   inside { print >> file }
 ' README.md
-for example in cpp py; do
-  [ -s "$work/example.$example" ] || { echo "README.md has no $example example" >&2; exit 1; }
+for language in cpp python sh; do
+  ls "$work"/example-*."$language" >/dev/null || { echo "README.md has no $language example" >&2; exit 1; }
 done
 
 # quiet COMMAND...: its output only when it fails.
@@ -24,13 +24,23 @@ quiet() { "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }; }
 # Through the installed package, which knows what the library was built with.
 build=${1:-build/release}
 quiet cmake --install "$build" --prefix "$PWD/$work/prefix"
-quiet cmake -S tests/docs -B "$work/build" -G Ninja -DCMAKE_PREFIX_PATH="$PWD/$work/prefix" \
-  -DEXAMPLE="$PWD/$work/example.cpp"
-quiet cmake --build "$work/build"
-"$work/build/example"
-echo "README.md, C++ example: ok"
-"${2:-.venv/bin/python}" "$work/example.py"
-echo "README.md, Python example: ok"
+for example in "$work"/example-*; do
+  case $example in
+    *.cpp)
+      quiet cmake -S tests/docs -B "$example.build" -G Ninja -DCMAKE_PREFIX_PATH="$PWD/$work/prefix" \
+        -DEXAMPLE="$PWD/$example"
+      quiet cmake --build "$example.build"
+      quiet "$example.build/example"
+      ;;
+    *.python) quiet "${2:-.venv/bin/python}" "$example" ;;
+    *.sh) quiet env PATH="$PWD/$work/prefix/bin:$PATH" sh -e "$example" ;;
+    *)
+      echo "README.md: an example in a language that is not run: $example" >&2
+      exit 1
+      ;;
+  esac
+  echo "README.md, $(basename "$example"): ok"
+done
 
 # [text](target), without those that name another site or a place on the same page.
 broken=0
