@@ -15,8 +15,8 @@
 // (kMaxGrowth), so that O is almost never rescaled; P stays within range of fp16 and bf16 and the final
 // division by the sum makes the result independent of the reference.
 //
-// With a cluster of two CTAs, both work on the same keys for different rows: each loads half of the chunks and
-// multicasts them to both, which halves the traffic from L2.
+// With a cluster of two CTAs, both work on the same keys for different rows: each loads half of the chunks
+// and multicasts them to both, which halves the traffic from L2.
 
 #include <cstddef>
 #include <cstdint>
