@@ -445,7 +445,8 @@ awaitable<bool> Server::Impl::answer(beast::tcp_stream& stream, const HttpReques
     // What went wrong inside is nobody's business outside.
     response = json_response(request, 500, ApiError(500, "server_error", "internal error").body());
   }
-  const bool keep_alive = request.keep_alive() && !draining;
+  // The body that answers HEAD all the same would be taken for the next answer.
+  const bool keep_alive = request.keep_alive() && !draining && request.method() != http::verb::head;
   co_await write(stream, response, keep_alive, record);
   co_return keep_alive;
 }
