@@ -6,7 +6,6 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <ranges>
 
 #include "engine/philox.h"
 #include "flash_mla/error.h"
@@ -113,15 +112,17 @@ Sampled Sampler::sample(const SamplingParams& params, const TokenHistory& histor
   return out;
 }
 
-// Inverts the cumulative distribution of the tokens in `among`, in their order, at u in [0, 1).
-template <typename Tokens>
-std::int32_t Sampler::pick(double u, const Tokens& among) const {
+// Inverts the cumulative distribution of the tokens token_of(0) to token_of(count - 1), in their order, at u
+// in [0, 1).
+template <typename TokenOf>
+std::int32_t Sampler::pick(double u, std::size_t count, const TokenOf& token_of) const {
   double total = 0;
-  for (const std::int32_t token : among) total += weights_[static_cast<std::size_t>(token)];
+  for (std::size_t i = 0; i < count; ++i) total += weights_[static_cast<std::size_t>(token_of(i))];
   const double target = u * total;
   double sum = 0;
   std::int32_t chosen = -1;
-  for (const std::int32_t token : among) {
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int32_t token = token_of(i);
     const float weight = weights_[static_cast<std::size_t>(token)];
     if (weight == 0) continue;
     sum += weight;
@@ -143,7 +144,7 @@ std::int32_t Sampler::draw(const SamplingParams& params, const DrawKey& key, std
   }
   const double u = uniform(key.seed, key.index, key.position);
   if (params.min_p <= 0 && params.top_k <= 0 && params.top_p >= 1)
-    return pick(u, std::views::iota(0, static_cast<std::int32_t>(vocab_size)));
+    return pick(u, vocab_size, [](std::size_t i) { return static_cast<std::int32_t>(i); });
 
   candidates_.clear();
   for (std::size_t i = 0; i < vocab_size; ++i) {
@@ -176,7 +177,7 @@ std::int32_t Sampler::draw(const SamplingParams& params, const DrawKey& key, std
     candidates_.resize(kept);
   }
   std::sort(candidates_.begin(), candidates_.end());
-  return pick(u, candidates_);
+  return pick(u, candidates_.size(), [this](std::size_t i) { return candidates_[i]; });
 }
 
 }  // namespace flash_mla::engine

@@ -51,8 +51,8 @@ class Sampler {
 
  private:
   std::int32_t draw(const SamplingParams& params, const DrawKey& key, std::span<const float> logits);
-  template <typename Tokens>
-  std::int32_t pick(double u, const Tokens& among) const;
+  template <typename TokenOf>
+  std::int32_t pick(double u, std::size_t count, const TokenOf& token_of) const;
 
   std::vector<std::int32_t> candidates_;
   std::vector<float> weights_;  // (vocab_size)
