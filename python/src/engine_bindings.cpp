@@ -226,7 +226,7 @@ void bind_engine(nb::module_& m) {
           "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "num_pages"_a, "memory_bytes"_a,
           "max_batch_size"_a, "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "num_threads"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
-      .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a)
+      .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(
           "detokenize",
           [](const Engine& e, const std::vector<std::int32_t>& ids) { return e.detokenize(ids); }, "ids"_a)
