@@ -70,16 +70,15 @@ struct ConsumerBase {
                item.length);
   }
 
-  // Scores that a row does not see become -inf. kColumns scores per thread pair of rows, from column `first`.
-  template <int kScores>
-  __device__ void mask(float (&x)[kScores], const Item& item, int tile, int first) const {
+  // Scores that a row does not see become -inf.
+  __device__ void mask(float (&x)[32], const Item& item, int tile) const {
     const int last_limit = p.causal ? item.length - p.s_q + 1 : item.length;
     if ((tile + 1) * kTileTokens <= last_limit) return;
     const int l0 = limit_of(item, row) - tile * kTileTokens,
               l1 = limit_of(item, row + 8) - tile * kTileTokens;
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int column = first + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    for (int i = 0; i < 32; ++i) {
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       if (column >= (i % 4 < 2 ? l0 : l1)) x[i] = -INFINITY;
     }
   }
@@ -92,12 +91,11 @@ struct ConsumerBase {
     return alpha;
   }
 
-  // Maximum over a row's scores in this warpgroup, in base 2.
-  template <int kScores>
-  __device__ float row_max(const float (&x)[kScores], int h) const {
+  // Maximum over a row's scores, in base 2.
+  __device__ float row_max(const float (&x)[32], int h) const {
     float best[4];  // several chains: one alone is as long as its latency times its length
 #pragma unroll
-    for (int i = 0; i < kScores / 4; ++i) {
+    for (int i = 0; i < 8; ++i) {
       const float y = fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
       best[i % 4] = i < 4 ? y : fmaxf(best[i % 4], y);
     }
@@ -106,13 +104,12 @@ struct ConsumerBase {
     return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2)) * p.scale_log2;
   }
 
-  // S -> P = 2^(scale S - base), its row sums, and its place in the slot's rope chunk from column `first`.
-  template <int kScores>
-  __device__ void exponentiate(float (&x)[kScores], const float (&base)[2], float (&sum)[2], int slot,
-                               int first, std::uint32_t (&weights)[kScores / 8][4]) {
+  // S -> P = 2^(scale S - base), its row sums, and its place in the slot's rope chunk.
+  __device__ void exponentiate(float (&x)[32], const float (&base)[2], float (&sum)[2], int slot,
+                               std::uint32_t (&weights)[4][4]) {
     float part[2][2] = {};
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
+    for (int i = 0; i < 32; ++i) {
       const int h = i % 4 / 2;
       x[i] = exp2_fast(fmaf(x[i], p.scale_log2, -base[h]));
       part[h][i % 2] += x[i];
@@ -122,10 +119,10 @@ struct ConsumerBase {
     const std::uint32_t chunk = ptx::smem_address(s.kv[slot][kRopeChunk]);
     const int r = warp * 16 + lane % 16;  // row whose address this lane gives
 #pragma unroll
-    for (int i = 0; i < kScores / 8; ++i) {
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) weights[i][j] = pack2<kBf16>(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]);
-      const std::uint32_t to = chunk + r * 128 + (((first / 8 + 2 * i + lane / 16) ^ (r % 8)) * 16);
+      const std::uint32_t to = chunk + r * 128 + (((2 * i + lane / 16) ^ (r % 8)) * 16);
       asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
                    "r"(weights[i][0]), "r"(weights[i][1]), "r"(weights[i][2]), "r"(weights[i][3])
                    : "memory");

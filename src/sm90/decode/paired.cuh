@@ -68,7 +68,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
   // The softmax of one tile relative to the running reference, which it may move; alpha says by how much.
   __device__ void softmax(float (&x)[32], std::uint32_t (&weights)[4][4], int slot, const Item& item,
                           int tile, float (&sum)[2], float (&alpha)[2]) {
-    this->mask(x, item, tile, 0);
+    this->mask(x, item, tile);
     float base[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -78,7 +78,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       sum[h] *= alpha[h];
       if (lane % 4 == 0) s.exchange[kWg][row + 8 * h] = reference[h];
     }
-    this->exponentiate(x, base, sum, slot, 0, weights);
+    this->exponentiate(x, base, sum, slot, weights);
   }
 
   __device__ void issue_tile(float (&scores)[32], const Item& item, int tile, int slot, int& uses) {
