@@ -19,8 +19,8 @@ struct RowBlocks {
   int token_blocks;  ///< blocks along the tokens
   constexpr int count() const { return head_chunks * token_blocks; }
 
-  // Division by these as a product, for numbers below 2^10: a division is twenty instructions, and a small
-  // batch waits for every one of them to be fetched.
+  // Division by these as a product: a division is twenty instructions, and a small batch waits for every one
+  // of them to be fetched. Right for every row and block where divides_exactly().
   static constexpr std::uint32_t inverse(int n) {
     return n > 0 ? ((1u << 16) + static_cast<std::uint32_t>(n) - 1) / static_cast<std::uint32_t>(n) : 0;
   }
@@ -30,6 +30,13 @@ struct RowBlocks {
   }
   constexpr int by_chunks(int block) const {
     return static_cast<int>(static_cast<std::uint32_t>(block) * chunks_inverse >> 16);
+  }
+  /// n * inverse(d) / 2^16 rounds down to n / d as long as n times the excess of d * inverse(d) over 2^16 is
+  /// below 2^16. Rows are below kTileRows, where it always is.
+  constexpr bool divides_exactly() const {
+    const std::int64_t excess = static_cast<std::int64_t>(head_chunks) * chunks_inverse - (1 << 16);
+    const std::int64_t last = static_cast<std::int64_t>(head_chunks) * token_blocks - 1;
+    return last * excess < (1 << 16) && last < (1 << 16);
   }
 };
 
@@ -52,6 +59,11 @@ constexpr RowBlocks row_blocks(int s_q, int group) {
 
 /// Groups of 16 rows, one per warp of a warpgroup, that a row block needs.
 constexpr int row_groups(const RowBlocks& b) { return (b.tokens * b.heads + 15) / 16; }
+
+/// Grid height of the combine kernel: groups of 16 rows of all row blocks, and two halves of the columns.
+constexpr std::int64_t combine_row_groups(const RowBlocks& b, std::int64_t h_kv) {
+  return 2 * h_kv * b.head_chunks * b.token_blocks * row_groups(b);
+}
 
 /// float4s of one warp's share of a partial result: 16 rows x 256 columns. Lane l holds, of column group i,
 /// columns 8 i + 2 (l % 4) and the next one of rows l / 4 and l / 4 + 8.
