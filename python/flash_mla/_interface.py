@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Optional, Tuple
 
 from . import _C
-from ._arrays import Array, count, cuda_device, current_stream, empty, head_dim, shape_of, workspace_allocator
+from ._arrays import Array, count, cuda_device, current_stream, empty, head_dim, shape_of
+from ._library import run_dense_decode
 
 _BLOCK_SIZE = 64
 
@@ -161,9 +162,9 @@ def flash_mla_with_kvcache(
         raise _missing("extra_k_cache / extra_indices_in_kvcache / extra_topk_length (a second cache)")
     if topk_length is not None:
         raise _missing("topk_length (sparse attention)")
-    b, s_q, h_q, d_qk = shape_of(q, "q", 4)
+    q_shape = shape_of(q, "q", 4)
     device = cuda_device(q)
-    head_dim_v = head_dim(head_dim_v, d_qk)
+    head_dim_v = head_dim(head_dim_v, q_shape[3])
     token_rows = True
     parts = tile_scheduler_metadata
     config = None
@@ -173,23 +174,8 @@ def flash_mla_with_kvcache(
         token_rows = False
         config = _config(q, k_cache, causal)
         parts, num_splits = _metadata(tile_scheduler_metadata, config, cache_seqlens)
-    out = empty((b, s_q, h_q, head_dim_v), q)
-    lse = empty((b, h_q, s_q), q, "float32")
-    _C.dense_decode(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        out,
-        lse,
-        parts,
-        num_splits,
-        softmax_scale,
-        causal,
-        token_rows,
-        stream=current_stream(device),
-        allocate=workspace_allocator(device),
-    )
+    inputs = (q, k_cache, block_table, cache_seqlens, parts, num_splits)
+    out, lse = run_dense_decode(q_shape, head_dim_v, device, *inputs, softmax_scale, causal, token_rows)
     if config is not None and not tile_scheduler_metadata.have_initialized:
         # Only now: a call that was refused must not bind the object to its shapes.
         tile_scheduler_metadata.tile_scheduler_metadata = parts

@@ -81,9 +81,20 @@ def dense_decode(
     flash_mla_with_kvcache. ``fixed_split_blocks`` > 0 is the batch-invariant mode: a request's result has the same bits
     whatever else is in the batch. ``num_threads`` 0 means as many as OpenMP would use.
     """
-    b, s_q, h_q, d_qk = shape_of(q, "q", 4)
+    q_shape = shape_of(q, "q", 4)
     device = cuda_device(q)
-    head_dim_v = head_dim(head_dim_v, d_qk)
+    head_dim_v = head_dim(head_dim_v, q_shape[3])
+    plan = (bool(token_rows), block_size, fixed_split_blocks, num_threads)
+    return run_dense_decode(
+        q_shape, head_dim_v, device, q, k_cache, block_table, cache_seqlens, parts, num_splits, softmax_scale, causal, *plan
+    )
+
+
+def run_dense_decode(
+    q_shape, head_dim_v, device, q, k_cache, block_table, cache_seqlens, parts, num_splits, softmax_scale, causal, *plan
+):
+    """Allocates out and lse beside q, decodes on q's stream and returns them; plan: token_rows and what follows it."""
+    b, s_q, h_q, _ = q_shape
     out = empty((b, s_q, h_q, head_dim_v), q)
     lse = empty((b, h_q, s_q), q, "float32")
     _C.dense_decode(
@@ -97,10 +108,7 @@ def dense_decode(
         num_splits,
         softmax_scale,
         causal,
-        bool(token_rows),
-        block_size,
-        fixed_split_blocks,
-        num_threads,
+        *plan,
         stream=current_stream(device),
         allocate=workspace_allocator(device),
     )
