@@ -246,9 +246,7 @@ void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
         fmt::format("schedule.parts.shape[0] is {}; the sm90 backend takes up to 65535", s.parts.size(0)));
   }
   const RowBlocks blocks = blocks_of(a);
-  const std::int64_t units =
-      std::int64_t{2} * blocks.head_chunks * blocks.token_blocks * row_groups(blocks) * a.k_cache.size(2);
-  if (!blocks.divides_exactly() || units > 65535) {
+  if (!blocks.divides_exactly() || combine_row_groups(blocks, a.k_cache.size(2)) > 65535) {
     throw Unsupported(fmt::format(
         "q.shape is ({}, {}, {}, {}) over {} latent heads; the sm90 backend takes fewer query rows per "
         "request (s_q times heads, in blocks of {})",

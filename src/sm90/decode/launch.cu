@@ -66,9 +66,9 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
   // The finest shape of at most kBlocks blocks; with fixed split points always the same, since the order of
   // summation must not depend on the rest of the batch.
   constexpr int kBlocks = 512;
-  const int row_groups_of_all = combine_row_groups(p.blocks, h_kv);
+  const std::int64_t row_groups_of_all = combine_row_groups(p.blocks, h_kv);
   const auto blocks_of = [&](CombineShape shape) {
-    return static_cast<std::int64_t>(column_chunks(shape)) * row_groups_of_all * owners;
+    return column_chunks(shape) * row_groups_of_all * owners;
   };
   CombineShape shape = CombineShape::kMedium;
   if (!fixed && blocks_of(CombineShape::kFine) <= kBlocks) shape = CombineShape::kFine;
