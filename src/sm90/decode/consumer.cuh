@@ -31,7 +31,7 @@ struct ConsumerBase {
   // This warpgroup is done with its half of slot 1's columns; of the last tile there only if they do not take
   // O.
   __device__ void release_odd(const Item& item, bool last) {
-    if (!(last && is_staged(p, item))) release(1);
+    if (!(last && is_staged<kCluster>(p, item))) release(1);
   }
   // This warpgroup is done with its half of the slot's columns.
   __device__ void release(int slot) {
@@ -307,7 +307,7 @@ struct ConsumerBase {
       add_sums(sum, items & 1);
       if (item.is_split) {
         store_partial(item, o, sum);
-      } else if (is_staged(p, item)) {
+      } else if (is_staged<kCluster>(p, item)) {
         stage(item, o, sum);
       } else {
         store(item, o, sum);
