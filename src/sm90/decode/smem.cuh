@@ -35,7 +35,7 @@ struct alignas(1024) DecodeSmem {
   std::uint64_t out_full[2];     // by warpgroup: its half of O lies in slot 1, ready to be copied out
 };
 
-enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1 };
+enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1, kP1HalfReady };
 
 /// The work of a part on one request.
 struct Item {
