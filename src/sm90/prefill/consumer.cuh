@@ -79,8 +79,8 @@ class Consumer {
       softmax(x, item, tile, sum, alpha);
       pack(x, weights);
       if ((tile + 1) * kTileKeys > item.num_keys) clear_values(item.num_keys - tile * kTileKeys);
+      if (tile > 0) ptx::mbarrier_wait(&s_.k_full[k_.slot], k_.parity);
       while (--tile >= 0) {
-        ptx::mbarrier_wait(&s_.k_full[k_.slot], k_.parity);
         ptx::mbarrier_wait(&s_.v_full[v_.slot], v_.parity);
         wait_turn();
         issue_qk(x);
@@ -89,6 +89,9 @@ class Consumer {
         ptx::wgmma_wait<1>();
         release_k(tile);
         softmax(x, item, tile, sum, alpha);
+        // Here rather than at the top: without a branch between them, ptxas puts the exponentials behind the
+        // wait for P V.
+        if (tile > 0) ptx::mbarrier_wait(&s_.k_full[k_.slot], k_.parity);
         ptx::wgmma_wait<0>();
         release_v();
         rescale(o, alpha);
@@ -109,8 +112,8 @@ class Consumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-      const int at = i / 4 * (kChunkBytes / 16) + i % 4 * 2;
-      ptx::wgmma_m64n128k16_ss<kBf16>(x, q + at, k + at, i > 0);
+      const std::uint32_t at = i / 4 * (kChunkBytes / 16) + i % 4 * 2;
+      ptx::wgmma_m64n128k16_ss<kBf16>(x, ptx::advance(q, at), ptx::advance(k, at), i > 0);
     }
     ptx::wgmma_commit();
   }
@@ -121,7 +124,7 @@ class Consumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kTileKeys / 16; ++i) {
-      ptx::wgmma_m64n128k16_rs<kBf16>(o, weights[i], v + i * 128, i > 0 || accumulate);
+      ptx::wgmma_m64n128k16_rs<kBf16>(o, weights[i], ptx::advance(v, i * 128), i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }

@@ -31,6 +31,11 @@ __device__ __forceinline__ std::uint64_t swizzled_descriptor(const void* smem, s
          static_cast<std::uint64_t>(leading >> 4) << 16 | static_cast<std::uint64_t>(stride >> 4) << 32;
 }
 
+/// The descriptor of a tile `units` times 16 bytes further on. In 32 bits, so that the upper half stays a constant.
+__device__ __forceinline__ std::uint64_t advance(std::uint64_t descriptor, std::uint32_t units) {
+  return (descriptor & 0xFFFFFFFF00000000ull) | (static_cast<std::uint32_t>(descriptor) + units);
+}
+
 // clang-format off
 /// d += A B, A and B K-major in shared memory.
 template <bool kBf16>
