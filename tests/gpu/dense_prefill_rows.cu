@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(256)
       size += fabs(x);
     }
     const float got = __bfloat162float(p.out[(row * p.heads + s.head) * 128 + threadIdx.x]);
-    error = static_cast<float>(fabs(got - y) / (1.1 / 512 * (size + fabs(y)) + 1e-5));
+    error = static_cast<float>(fabs(got - y) / (1.05 / 256 * (size + fabs(y)) + 1e-5));
     if (!(error >= 0)) error = INFINITY;
   }
   shared[threadIdx.x] = error;
