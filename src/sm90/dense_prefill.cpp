@@ -143,8 +143,8 @@ void dense_prefill(const DensePrefillArgs& a, float softmax_scale, bool causal, 
   int sms = 0;
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, a.q.device.index),
         "cudaDeviceGetAttribute");
-  // Every sequence has at most one row tile that is not full.
-  const std::int64_t row_tiles = a.q.size(0) / prefill::kTileRows + num_seqs;
+  // The most row tiles that num_seqs lengths can have in all.
+  const std::int64_t row_tiles = (a.q.size(0) + (prefill::kTileRows - 1) * num_seqs) / prefill::kTileRows;
   prefill::launch(p, map_of("q", a.q, a.q), map_of("k_nope", a.k_nope, a.q), map_of("k_rope", a.k_rope, a.q),
                   map_of("v", a.v, a.q), a.q.dtype == DType::kBFloat16, row_tiles * a.q.size(1), sms, stream);
 }

@@ -5,6 +5,7 @@
 
 #include <cuda.h>
 
+#include <climits>
 #include <cstdint>
 
 #include "sm90/prefill/work.cuh"
@@ -28,11 +29,13 @@ class Producer {
       const Item item = list.at(index);
       int next = INT_MAX;
       if (lane_ == 0) {
-        // Asked for here and looked at after the loads have been issued.
-        if (p_.taken != nullptr && item.head >= 0)
-          next = static_cast<int>(gridDim.x) + atomicAdd(p_.taken, 1);
         publish(item);
         if (item.num_tiles > 0) load(item);
+        // Now and not before: with two tiles still to be worked on, the answer is back in time, and the item
+        // goes to a CTA that is about to be free.
+        if (p_.taken != nullptr && item.head >= 0) {
+          next = static_cast<int>(gridDim.x) + atomicAdd(p_.taken, 1);
+        }
       }
       if (item.head < 0) break;
       index = __shfl_sync(0xFFFFFFFFu, next, 0);
