@@ -45,7 +45,7 @@ class Consumer {
   __device__ void run() {
     float x[64];
     if (wg_ == 1) pass_turn();  // WG0 begins
-    if (begin_first(x)) {
+    if (begin_next(x)) {
       while (attend(x)) {
       }
     }
@@ -63,7 +63,7 @@ class Consumer {
   }
 
   // Begins with the next item that has keys, if there is one; those before it are finished on the way.
-  __device__ bool begin_first(float (&x)[64]) {
+  __device__ bool begin_next(float (&x)[64]) {
     for (;;) {
       ptx::mbarrier_wait(&s_.item_full[items_.slot], items_.parity);
       const Item& item = s_.items[items_.slot];
@@ -129,12 +129,13 @@ class Consumer {
     issue_pv(o, weights, num_tiles > 1);
     items_.advance();
     ptx::mbarrier_wait(&s_.item_full[items_.slot], items_.parity);
-    if (s_.items[items_.slot].num_tiles == 0) {  // the end is such an item too
+    if (!has_queries()) {
+      // There is no next item, or it has no keys, or its Q is still on the way.
       ptx::wgmma_wait<0>();
       release_v();
       store(o, item, sum);
       release(s_.item_empty[slot]);
-      return begin_first(x);
+      return begin_next(x);
     }
     // The next item's first product runs while this one is stored.
     begin(x);
@@ -144,6 +145,12 @@ class Consumer {
     release(s_.item_empty[slot]);
     ptx::wgmma_wait<0>();
     return true;
+  }
+
+  // Has the item in slot items_ any keys, and has its Q arrived? Warps may differ in what they see.
+  __device__ bool has_queries() {
+    return s_.items[items_.slot].num_tiles > 0 &&
+           __any_sync(0xFFFFFFFFu, ptx::mbarrier_test_wait(&s_.q_full, q_parity_));
   }
 
   // The part of Q that is kept in registers.
