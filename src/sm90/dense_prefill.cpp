@@ -58,12 +58,11 @@ CUtensorMap map_of(const char* name, const TensorView& t, const TensorView& q) {
   const bool per_head = t.rank == 3;
   if (t.size(0) == 0) from.data = q.data;  // no copy follows the map, but it has to be sound
   const int chunks = static_cast<int>(t.size(t.rank - 1)) / 64;
-  const std::array<MapDim, 4> dims{
-      {{64, 0, 64},
-       {std::max<std::int64_t>(t.size(0), 1), t.stride(0) * 2, prefill::kTileRows},
-       {chunks, 128, chunks},
-       {per_head ? t.size(1) : 1, per_head ? t.stride(1) * 2 : 0, 1}}};
-  return tensor_map(name, from, dims);
+  return tensor_map<4>(name, from,
+                       {{{64, 0, 64},
+                         {std::max<std::int64_t>(t.size(0), 1), t.stride(0) * 2, prefill::kTileRows},
+                         {chunks, 128, chunks},
+                         {per_head ? t.size(1) : 1, per_head ? t.stride(1) * 2 : 0, 1}}});
 }
 
 }  // namespace
