@@ -9,6 +9,8 @@
 //   WG0  QK1 PV0 |  softmax1       | QK2 PV1 |  softmax2      |
 //   WG1          |  QK1 PV0 |  softmax1      | QK2 PV1 | ...
 //
+// At an item's end the next item's first Q K^T is issued behind the last P V and runs while O is stored.
+//
 // Softmax is relative to a reference that moves only when a row's maximum exceeds it by more than 2^8, so
 // that O is seldom rescaled; P stays within range of fp16 and bf16, and the division at the end makes the
 // result independent of the reference.
