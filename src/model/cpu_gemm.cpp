@@ -16,6 +16,7 @@
 #include <omp.h>
 #endif
 
+#include "model/cpu_int8.h"
 #include "model/parallel.h"
 
 // Tile heights, measured on an AVX-512 machine with bf16 weights of 2048 x 2048 that fit its L3: 1 to 4 rows
@@ -103,6 +104,7 @@ Desc blocked_weights(std::int64_t out_features, std::int64_t in_features, Type t
 struct PackedWeight::Memory {
   dnnl::memory memory;
   DType dtype = DType::kFloat32;
+  std::unique_ptr<Int8Weight> int8;  ///< instead of `memory`
 };
 
 PackedWeight::PackedWeight() = default;
@@ -233,8 +235,23 @@ PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int
   return out;
 }
 
+PackedWeight Gemm::pack_int8(const float* weight, std::int64_t out_features, std::int64_t in_features,
+                             DType dtype) const {
+  PackedWeight out;
+  out.out_features_ = out_features;
+  out.in_features_ = in_features;
+  out.memory_ = std::make_unique<PackedWeight::Memory>();
+  out.memory_->dtype = dtype;
+  out.memory_->int8 = std::make_unique<Int8Weight>(weight, out_features, in_features, dtype);
+  return out;
+}
+
 void Gemm::run(const Matrix& x, const PackedWeight& weight, const float* bias, const Matrix& y,
                const GemmMode& mode) {
+  if (weight.memory_->int8) {
+    weight.memory_->int8->multiply(x, bias, y, mode.threads, mode.accumulate);
+    return;
+  }
   // Full tiles first; without batch invariance the rest is cut into powers of two.
   const std::int64_t tile = mode.batch_invariant ? kInvariantTileRows : kMaxTileRows;
   const std::int64_t full = x.rows / tile;

@@ -71,8 +71,12 @@ void rotate(T* x, const float* cosines, const float* sines, std::int64_t pairs) 
 
 class CpuOps : public Ops {
  public:
-  CpuOps(const ModelConfig& config, DType dtype, int num_threads)
-      : config_(config), rope_(make_rope(config)), dtype_(dtype), threads_(num_threads) {}
+  CpuOps(const ModelConfig& config, DType dtype, ModelQuantize quantize, int num_threads)
+      : config_(config),
+        rope_(make_rope(config)),
+        dtype_(dtype),
+        quantize_(quantize),
+        threads_(num_threads) {}
 
   DType dtype() const override { return dtype_; }
 
@@ -93,8 +97,15 @@ class CpuOps : public Ops {
   std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
                                       std::int64_t in_features, std::span<const float> bias) override {
     auto out = std::make_unique<CpuLinear>();
-    out->weight = gemm_.pack(weight, out_features, in_features, dtype_);
+    out->weight = pack(weight, out_features, in_features);
     out->bias.assign(bias.begin(), bias.end());
+    return out;
+  }
+
+  std::unique_ptr<Linear> make_unquantized_linear(const float* weight, std::int64_t out_features,
+                                                  std::int64_t in_features) override {
+    auto out = std::make_unique<CpuLinear>();
+    out->weight = gemm_.pack(weight, out_features, in_features, dtype_);
     return out;
   }
 
@@ -122,8 +133,8 @@ class CpuOps : public Ops {
     std::vector<float> down(static_cast<std::size_t>(hidden * intermediate));
     for (int e = 0; e < num_experts; ++e) {
       read(e, gate_up.data(), down.data());
-      out->experts.push_back({gemm_.pack(gate_up.data(), 2 * intermediate, hidden, dtype_),
-                              gemm_.pack(down.data(), hidden, intermediate, dtype_)});
+      out->experts.push_back(
+          {pack(gate_up.data(), 2 * intermediate, hidden), pack(down.data(), hidden, intermediate)});
     }
     return out;
   }
@@ -325,6 +336,11 @@ class CpuOps : public Ops {
   }
 
  private:
+  PackedWeight pack(const float* weight, std::int64_t out_features, std::int64_t in_features) const {
+    return quantize_ == ModelQuantize::kInt8 ? gemm_.pack_int8(weight, out_features, in_features, dtype_)
+                                             : gemm_.pack(weight, out_features, in_features, dtype_);
+  }
+
   std::int64_t element() const { return static_cast<std::int64_t>(dtype_size(dtype_)); }
 
   static std::byte* grown(Buffer& buffer, std::size_t bytes) {
@@ -383,6 +399,7 @@ class CpuOps : public Ops {
   ModelConfig config_;
   Rope rope_;
   DType dtype_;
+  ModelQuantize quantize_;
   int threads_;
   Gemm gemm_;
 
@@ -398,11 +415,12 @@ class CpuOps : public Ops {
 
 DType preferred_cpu_dtype() { return Gemm::native_bfloat16() ? DType::kBFloat16 : DType::kFloat32; }
 
-std::unique_ptr<Ops> make_cpu_ops(const ModelConfig& config, DType dtype, int num_threads) {
+std::unique_ptr<Ops> make_cpu_ops(const ModelConfig& config, DType dtype, ModelQuantize quantize,
+                                  int num_threads) {
   if (dtype == DType::kBFloat16 && !Gemm::supports_bfloat16()) {
     throw Unsupported("precision bfloat16 needs a processor with AVX-512; use float32");
   }
-  return std::make_unique<CpuOps>(config, dtype, num_threads > 0 ? num_threads : default_threads());
+  return std::make_unique<CpuOps>(config, dtype, quantize, num_threads > 0 ? num_threads : default_threads());
 }
 
 }  // namespace flash_mla::model
