@@ -8,7 +8,7 @@
 
 namespace flash_mla::model {
 
-/// A weight matrix in oneDNN's blocked layout, or in 8 bits.
+/// A weight matrix in oneDNN's blocked layout, or in panels for our own kernels.
 class PackedWeight {
  public:
   PackedWeight();

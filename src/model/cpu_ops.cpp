@@ -6,12 +6,11 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <new>
 #include <utility>
 
-#include "cpu/element.h"
 #include "flash_mla/decode.h"
 #include "flash_mla/error.h"
+#include "model/aligned.h"
 #include "model/cpu_gemm.h"
 #include "model/cpu_prefill.h"
 #include "model/cpu_router.h"
@@ -23,7 +22,6 @@
 namespace flash_mla::model {
 namespace {
 
-constexpr std::size_t kAlignment = 64;
 // Blocks of 64 keys between the fixed split points of a batch-invariant step.
 constexpr int kInvariantSplitBlocks = 16;
 // Elements below which a row-wise operation is not worth waking a second thread.
@@ -45,28 +43,10 @@ struct CpuExperts : Experts {
   std::vector<Expert> experts;
 };
 
-Buffer allocate_aligned(std::size_t bytes) {
-  auto* data =
-      static_cast<std::byte*>(::operator new (std::max(bytes, kAlignment), std::align_val_t{kAlignment}));
-  return {std::shared_ptr<std::byte>(
-              data, [](std::byte* p) { ::operator delete (p, std::align_val_t{kAlignment}); }),
-          bytes};
-}
-
 const float* floats(const Buffer& buffer) { return reinterpret_cast<const float*>(buffer.data()); }
 
 Matrix dense(std::byte* data, DType dtype, std::int64_t rows, std::int64_t columns) {
   return {data, dtype, rows, columns, columns};
-}
-
-/// Turns the pairs (2i, 2i + 1) of x by the angles whose cosines and sines are given.
-template <class T>
-void rotate(T* x, const float* cosines, const float* sines, std::int64_t pairs) {
-  for (std::int64_t i = 0; i < pairs; ++i) {
-    const float a = cpu::to_float(x[2 * i]), b = cpu::to_float(x[2 * i + 1]);
-    x[2 * i] = cpu::from_double<T>(a * cosines[i] - b * sines[i]);
-    x[2 * i + 1] = cpu::from_double<T>(b * cosines[i] + a * sines[i]);
-  }
 }
 
 class CpuOps : public Ops {
@@ -139,6 +119,8 @@ class CpuOps : public Ops {
     return out;
   }
 
+  bool narrows() const override { return true; }
+
   void begin_step(const Step& step) override {
     step_ = &step;
     const std::size_t tokens = step.token_ids.size(), pairs = rope_.inv_freq.size();
@@ -193,13 +175,10 @@ class CpuOps : public Ops {
       rows::rms_norm(kv.row(t), floats(kv_norm), static_cast<float>(eps), key, dtype_, rank);
       std::memcpy(key + rank * element(), kv.row(t) + rank * element(),
                   static_cast<std::size_t>(rope * element()));
-      cpu::visit_float_type(dtype_, [&](auto type) {
-        using T = decltype(type);
-        rotate(reinterpret_cast<T*>(key) + rank, cosines, sines, pairs);
-        for (std::int64_t h = 0; h < config_.num_attention_heads; ++h) {
-          rotate(reinterpret_cast<T*>(q.row(t)) + h * (nope + rope) + nope, cosines, sines, pairs);
-        }
-      });
+      rows::rotate(key + rank * element(), cosines, sines, dtype_, pairs);
+      for (std::int64_t h = 0; h < config_.num_attention_heads; ++h) {
+        rows::rotate(q.row(t) + (h * (nope + rope) + nope) * element(), cosines, sines, dtype_, pairs);
+      }
     });
   }
 
@@ -251,12 +230,16 @@ class CpuOps : public Ops {
 
   void prefill_attention(Matrix q, const Buffer& cache, const Linear& kv_b, Matrix out) override {
     const PackedWeight& weight = static_cast<const CpuLinear&>(kv_b).weight;
-    for (const Chunk& chunk : step_->chunks) {
+    // Many chunks: one for each thread at a time. Few: each is shared.
+    const auto chunks = std::ssize(step_->chunks);
+    const bool whole = chunks >= 2 * threads_;
+    parallel_for(chunks, whole ? threads_ : 1, [&](std::int64_t i) {
+      const Chunk& chunk = step_->chunks[static_cast<std::size_t>(i)];
       const std::int64_t first = chunk.first_token - step_->num_absorbed;
-      model::prefill_attention(config_, gemm_, threads_, step_->batch_invariant, chunk,
+      model::prefill_attention(config_, gemm_, whole ? 1 : threads_, step_->batch_invariant, chunk,
                                q.row_range(first, chunk.num_tokens), cache, weight,
                                out.row_range(first, chunk.num_tokens));
-    }
+    });
   }
 
   void route(Matrix x, const Linear& router, const Buffer& bias, const Buffer& ids,

@@ -13,7 +13,7 @@
 //
 #include <hwy/highway.h>
 
-// Panels in fp32 arithmetic. Packed: one depth after the other, 64 columns each; expanded: the same in fp32.
+// Panels in fp32 arithmetic: one depth after the other, 64 columns each, in 8 bits or fp32.
 
 HWY_BEFORE_NAMESPACE();
 namespace flash_mla::model::panel {
@@ -31,39 +31,53 @@ constexpr std::int64_t kRows = kLanes >= 16 ? 6 : 4;
 constexpr std::int64_t kStep = kVectors * kLanes;
 static_assert(kColumns % kStep == 0);
 
-void Pack(const std::int8_t* values, std::int64_t stride, std::int64_t depth, std::uint8_t* packed) {
+template <class T>
+void Pack(const T* values, std::int64_t stride, std::int64_t depth, void* panel) {
+  auto* out = static_cast<T*>(panel);
   for (std::int64_t k = 0; k < depth; ++k) {
-    for (std::int64_t c = 0; c < kColumns; ++c) {
-      packed[k * kColumns + c] = static_cast<std::uint8_t>(values[c * stride + k]);
-    }
+    for (std::int64_t c = 0; c < kColumns; ++c) out[k * kColumns + c] = values[c * stride + k];
   }
 }
 
-void Expand(const std::uint8_t* packed, std::int64_t depth, void* expanded) {
+void Expand(const void* packed, std::int64_t depth, void* plain) {
   const Floats d;
   const hn::RebindToSigned<Floats> d32;
   const hn::Rebind<std::int8_t, Floats> d8;
-  auto* out = static_cast<float*>(expanded);
+  auto* out = static_cast<float*>(plain);
   for (std::int64_t i = 0; i < depth * kColumns; i += kLanes) {
-    const auto bytes = hn::LoadU(d8, reinterpret_cast<const std::int8_t*>(packed) + i);
+    const auto bytes = hn::LoadU(d8, static_cast<const std::int8_t*>(packed) + i);
     hn::StoreU(hn::ConvertTo(d, hn::PromoteTo(d32, bytes)), d, out + i);
   }
 }
 
+template <class T>
+void Finish(const Block& b, std::int64_t row) {
+  auto* y = reinterpret_cast<T*>(b.y + row * b.y_stride);
+  for (std::int64_t i = 0; i < b.columns; ++i) {
+    float value = b.sums[row * kColumns + i];
+    if (b.scale != nullptr) value *= b.scale[i];
+    if (b.bias != nullptr) value += b.bias[i];
+    if (b.accumulate) value += cpu::to_float(y[i]);
+    y[i] = cpu::from_double<T>(value);
+  }
+}
+
 template <class T, std::int64_t R>
-void MultiplyRows(const std::byte* x, std::ptrdiff_t stride, const float* panel, std::int64_t depth,
-                  float* sums, bool add) {
+void MultiplyRows(const Block& b, const float* plain, std::int64_t row) {
   const Floats d;
+  float* sums = b.sums + row * kColumns;
+  const std::byte* x = b.x + row * b.x_stride;
   for (std::int64_t c = 0; c < kColumns; c += kStep) {
     Vec acc[R * kVectors];
     for (std::int64_t i = 0; i < R * kVectors; ++i) {
-      acc[i] = add ? hn::LoadU(d, sums + i / kVectors * kColumns + c + i % kVectors * kLanes) : hn::Zero(d);
+      acc[i] =
+          b.first ? hn::Zero(d) : hn::LoadU(d, sums + i / kVectors * kColumns + c + i % kVectors * kLanes);
     }
-    for (std::int64_t k = 0; k < depth; ++k) {
+    for (std::int64_t k = 0; k < b.depth; ++k) {
       Vec w[kVectors];
-      for (std::int64_t v = 0; v < kVectors; ++v) w[v] = hn::LoadU(d, panel + k * kColumns + c + v * kLanes);
+      for (std::int64_t v = 0; v < kVectors; ++v) w[v] = hn::LoadU(d, plain + k * kColumns + c + v * kLanes);
       for (std::int64_t r = 0; r < R; ++r) {
-        const Vec value = hn::Set(d, cpu::to_float(reinterpret_cast<const T*>(x + r * stride)[k]));
+        const Vec value = hn::Set(d, cpu::to_float(reinterpret_cast<const T*>(x + r * b.x_stride)[k]));
         for (std::int64_t v = 0; v < kVectors; ++v) {
           acc[r * kVectors + v] = hn::MulAdd(value, w[v], acc[r * kVectors + v]);
         }
@@ -73,42 +87,30 @@ void MultiplyRows(const std::byte* x, std::ptrdiff_t stride, const float* panel,
       hn::StoreU(acc[i], d, sums + i / kVectors * kColumns + c + i % kVectors * kLanes);
     }
   }
+  if (!b.last) return;
+  for (std::int64_t r = row; r < row + R; ++r) {
+    b.y_dtype == DType::kBFloat16 ? Finish<cpu::Bf16>(b, r) : Finish<float>(b, r);
+  }
 }
 
+/// The rows from `row` on, at most R.
 template <class T, std::int64_t R>
-void MultiplySome(std::int64_t rows, const std::byte* x, std::ptrdiff_t stride, const float* panel,
-                  std::int64_t depth, float* sums, bool add) {
-  if (rows == R) return MultiplyRows<T, R>(x, stride, panel, depth, sums, add);
-  if constexpr (R > 1) MultiplySome<T, R - 1>(rows, x, stride, panel, depth, sums, add);
+void MultiplyRest(const Block& b, const float* plain, std::int64_t row) {
+  if (b.rows - row == R) return MultiplyRows<T, R>(b, plain, row);
+  if constexpr (R > 1) MultiplyRest<T, R - 1>(b, plain, row);
 }
 
 template <class T>
-void Multiply(const std::byte* x, std::ptrdiff_t stride, std::int64_t rows, const void* expanded,
-              std::int64_t depth, float* sums, bool add) {
-  const auto* panel = static_cast<const float*>(expanded);
-  std::int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    MultiplyRows<T, kRows>(x + r * stride, stride, panel, depth, sums + r * kColumns, add);
-  }
-  MultiplySome<T, kRows - 1>(rows - r, x + r * stride, stride, panel, depth, sums + r * kColumns, add);
+void Multiply(const Block& b, const void* plain) {
+  const auto* panel = static_cast<const float*>(plain);
+  std::int64_t row = 0;
+  for (; row + kRows <= b.rows; row += kRows) MultiplyRows<T, kRows>(b, panel, row);
+  MultiplyRest<T, kRows - 1>(b, panel, row);
 }
 
-template <class T>
-void FinishRow(const float* sums, const Finish& f, void* y) {
-  auto* out = static_cast<T*>(y);
-  for (std::int64_t i = 0; i < f.count; ++i) {
-    float value = sums[i] * f.scale[i];
-    if (f.bias != nullptr) value += f.bias[i];
-    if (f.accumulate) value += cpu::to_float(out[i]);
-    out[i] = cpu::from_double<T>(value);
-  }
+constexpr Kernel kernel_of(auto multiply) {
+  return {1, 4, 0, Pack<float>, Pack<std::int8_t>, Expand, multiply, nullptr};
 }
-
-void FinishAny(const float* sums, const Finish& f, void* y) {
-  return f.dtype == DType::kBFloat16 ? FinishRow<cpu::Bf16>(sums, f, y) : FinishRow<float>(sums, f, y);
-}
-
-constexpr Kernel kernel_of(auto multiply) { return {1, 4, 0, Pack, Expand, multiply, nullptr, FinishAny}; }
 
 }  // namespace
 

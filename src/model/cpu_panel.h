@@ -14,32 +14,39 @@ inline constexpr std::int64_t kColumns = 64;
 /// Depth that is multiplied at a time: an expanded panel of it stays in the first-level cache.
 inline constexpr std::int64_t kDepth = 256;
 
-/// What becomes of the sums of one row: y = sum * scale + bias, added to y with `accumulate`.
-struct Finish {
-  const float* scale;  ///< (count)
-  const float* bias;   ///< (count) or null
-  std::int64_t count;  ///< columns of the panel that exist
-  DType dtype;         ///< of y
+/// Rows times one panel, `depth` of them at a time: y = sum * scale + bias, or with `accumulate` y += that.
+struct Block {
+  const std::byte* x;
+  std::ptrdiff_t x_stride;   ///< bytes between rows
+  std::int64_t rows, depth;  ///< depth: at most kDepth and a multiple of the kernel's depth_multiple
+  /// (rows, kColumns): where the sums wait between the depths of a product that has several.
+  float* sums;
+  bool first, last;  ///< of the depths
+
+  std::byte* y;
+  std::ptrdiff_t y_stride;
+  DType y_dtype;
+  std::int64_t columns;  ///< of the panel that exist
+  const float* scale;    ///< (columns) or null for 1
+  const float* bias;     ///< (columns) or null
   bool accumulate;
 };
 
-/// One instruction set's way to multiply rows of one dtype. `depth` is at most kDepth and a multiple of
-/// depth_multiple.
+/// One instruction set's way to multiply rows of one dtype. Plain panels begin at multiples of 64 bytes.
 struct Kernel {
   std::int64_t depth_multiple;
-  std::size_t expanded_element;  ///< bytes of an element of an expanded panel
+  std::size_t plain_element;  ///< bytes of an element of a plain panel
   /// Rows up to which multiply_int8 is quicker than to expand first.
   std::int64_t few_rows;
-  /// `values` (kColumns, depth), rows `stride` apart, each in [-127, 127], to kColumns * depth bytes.
-  void (*pack)(const std::int8_t* values, std::int64_t stride, std::int64_t depth, std::uint8_t* packed);
-  void (*expand)(const std::uint8_t* packed, std::int64_t depth, void* expanded);
-  /// sums (rows, kColumns) = or with `add` += x · panel; rows of x are `stride` bytes apart.
-  void (*multiply)(const std::byte* x, std::ptrdiff_t stride, std::int64_t rows, const void* expanded,
-                   std::int64_t depth, float* sums, bool add);
-  /// The same, to the bit, on a packed panel and at most few_rows rows.
-  void (*multiply_int8)(const std::byte* x, std::ptrdiff_t stride, std::int64_t rows,
-                        const std::uint8_t* packed, std::int64_t depth, float* sums, bool add);
-  void (*finish)(const float* sums, const Finish& finish, void* y);
+  /// `values` (kColumns, depth), rows `stride` apart, rounded to the elements of a plain panel.
+  void (*pack_plain)(const float* values, std::int64_t stride, std::int64_t depth, void* plain);
+  /// The same with values in [-127, 127], to kColumns * depth bytes.
+  void (*pack_int8)(const std::int8_t* values, std::int64_t stride, std::int64_t depth, void* packed);
+  /// A panel of 8 bits to a plain one.
+  void (*expand)(const void* packed, std::int64_t depth, void* plain);
+  void (*multiply)(const Block& block, const void* plain);
+  /// The same, to the bit, on a panel of 8 bits and at most few_rows rows.
+  void (*multiply_int8)(const Block& block, const void* packed);
 };
 
 /// For rows of `dtype` (float32 or bfloat16), on this machine.

@@ -1,9 +1,9 @@
 // Panels multiplied by dot products of bf16 pairs (VDPBF16PS).
 //
-//   expanded  for each pair of depth: 4 vectors of 16 columns, a column's two values side by side
-//   packed    the same order in bytes of sign and magnitude, but each 128-bit lane of 64 bytes holds 4
+//   plain   for each pair of depth: 4 vectors of 16 columns, a column's two values side by side
+//   8 bits  the same order in bytes of sign and magnitude, but each 128-bit lane of 64 bytes holds 4
 //   columns
-//             of one vector in its first half and of the next in its second, as interleaving wants them
+//           of one vector in its first half and of the next in its second, as interleaving wants them
 //
 // A magnitude of 7 bits is exact in bf16: its two bytes come out of tables of 128 (VPERMI2B), the sign is the
 // byte's own. Ten instructions expand 128 weights, as many as three rows take to multiply them.
@@ -16,6 +16,7 @@
 #include <bit>
 #include <cstring>
 
+#include "cpu/element.h"
 #include "model/cpu_panel.h"
 
 // Everything below may use AVX-512; nothing above may, since other files share those definitions.
@@ -35,8 +36,8 @@ constexpr int kLanes = 16;
 constexpr int kVectors = 4;
 constexpr int kRows = 6;
 constexpr int kFewRows = 4;
-constexpr std::int64_t kPairBytes = kVectors * 64;        // expanded
-constexpr std::int64_t kPackedPairBytes = kVectors * 32;  // packed
+constexpr std::int64_t kPairBytes = kVectors * 64;        // plain
+constexpr std::int64_t kPackedPairBytes = kVectors * 32;  // 8 bits
 static_assert(kVectors * kLanes == kColumns);
 
 inline __m512 dot(__m512 acc, __m512i a, __m512i b) {
@@ -88,12 +89,12 @@ class Expander {
   __m512i low_[2], high_[2], sign_;
 };
 
-void pack(const std::int8_t* values, std::int64_t stride, std::int64_t depth, std::uint8_t* packed) {
+void pack_int8(const std::int8_t* values, std::int64_t stride, std::int64_t depth, void* packed) {
   const auto encode = [](std::int8_t v) {
     return static_cast<std::uint8_t>(v < 0 ? 0x80 | -static_cast<int>(v) : v);
   };
   for (std::int64_t k = 0; k < depth; ++k) {
-    std::uint8_t* pair = packed + k / 2 * kPackedPairBytes;
+    std::uint8_t* pair = static_cast<std::uint8_t*>(packed) + k / 2 * kPackedPairBytes;
     for (std::int64_t c = 0; c < kColumns; ++c) {
       const std::int64_t vector = c / kLanes, lane = c % kLanes / 4, column = c % 4;
       pair[vector / 2 * 64 + lane * 16 + vector % 2 * 8 + column * 2 + k % 2] =
@@ -102,22 +103,32 @@ void pack(const std::int8_t* values, std::int64_t stride, std::int64_t depth, st
   }
 }
 
-void expand(const std::uint8_t* packed, std::int64_t depth, void* expanded) {
+void pack_plain(const float* values, std::int64_t stride, std::int64_t depth, void* plain) {
+  auto* out = static_cast<cpu::Bf16*>(plain);
+  for (std::int64_t k = 0; k < depth; ++k) {
+    for (std::int64_t c = 0; c < kColumns; ++c) {
+      out[(k / 2 * kColumns + c) * 2 + k % 2] = cpu::to_bf16(values[c * stride + k]);
+    }
+  }
+}
+
+void expand(const void* packed, std::int64_t depth, void* plain) {
   const Expander expander;
-  auto* out = static_cast<std::byte*>(expanded);
+  const auto* in = static_cast<const std::uint8_t*>(packed);
+  auto* out = static_cast<std::byte*>(plain);
   for (std::int64_t pair = 0; pair < depth / 2; ++pair) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m512i first, second;
-      expander(packed + pair * kPackedPairBytes + half * 64, first, second);
+      expander(in + pair * kPackedPairBytes + half * 64, first, second);
       _mm512_store_si512(out + pair * kPairBytes + half * 128, first);
       _mm512_store_si512(out + pair * kPairBytes + half * 128 + 64, second);
     }
   }
 }
 
-/// The panel's vectors of one pair, from either form.
-struct FromExpanded {
+/// The panel's vectors of one pair, from either.
+struct FromPlain {
   const std::byte* panel;
   void operator()(std::int64_t pair, __m512i (&w)[kVectors]) const {
 #pragma GCC unroll 4
@@ -133,18 +144,57 @@ struct FromPacked {
   }
 };
 
+inline __m512 load_16(const std::byte* y, DType dtype, __mmask16 mask) {
+  if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(mask, y);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, y)), 16));
+}
+
+inline void store_16(__m512 value, std::byte* y, DType dtype, __mmask16 mask) {
+  if (dtype == DType::kFloat32) {
+    _mm512_mask_storeu_ps(y, mask, value);
+  } else {
+    _mm256_mask_storeu_epi16(y, mask, (__m256i)_mm512_cvtneps_pbh(value));
+  }
+}
+
+/// The sums of R rows to y.
+template <int R>
+inline void finish(const Block& b, const __m512 (&acc)[R][kVectors], std::int64_t row) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const std::int64_t left = b.columns - v * kLanes;
+    if (left <= 0) break;
+    const auto mask = static_cast<__mmask16>(left >= kLanes ? 0xFFFF : (1 << left) - 1);
+    const __m512 scale =
+        b.scale != nullptr ? _mm512_maskz_loadu_ps(mask, b.scale + v * kLanes) : _mm512_set1_ps(1);
+    const __m512 bias =
+        b.bias != nullptr ? _mm512_maskz_loadu_ps(mask, b.bias + v * kLanes) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      std::byte* y = b.y + (row + r) * b.y_stride +
+                     v * kLanes * static_cast<std::ptrdiff_t>(b.y_dtype == DType::kFloat32 ? 4 : 2);
+      __m512 value = _mm512_fmadd_ps(acc[r][v], scale, bias);
+      if (b.accumulate) value = _mm512_add_ps(value, load_16(y, b.y_dtype, mask));
+      store_16(value, y, b.y_dtype, mask);
+    }
+  }
+}
+
 template <int R, class From>
-inline void multiply_rows(const std::byte* x, std::ptrdiff_t stride, const From& from, std::int64_t depth,
-                          float* sums, bool add) {
+inline void multiply_rows(const Block& b, const From& from, std::int64_t row) {
+  float* sums = b.sums + row * kColumns;
   __m512 acc[R][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = add ? _mm512_loadu_ps(sums + r * kColumns + v * kLanes) : _mm512_setzero_ps();
+      acc[r][v] = b.first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kColumns + v * kLanes);
     }
   }
-  for (std::int64_t pair = 0; pair < depth / 2; ++pair) {
+  const std::byte* x = b.x + row * b.x_stride;
+  const std::ptrdiff_t stride = b.x_stride;
+  const std::int64_t pairs = b.depth / 2;
+  for (std::int64_t pair = 0; pair < pairs; ++pair) {
     __m512i w[kVectors];
     from(pair, w);
 #pragma GCC unroll 8
@@ -154,6 +204,7 @@ inline void multiply_rows(const std::byte* x, std::ptrdiff_t stride, const From&
       for (int v = 0; v < kVectors; ++v) acc[r][v] = dot(acc[r][v], w[v], value);
     }
   }
+  if (b.last) return finish<R>(b, acc, row);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -161,59 +212,25 @@ inline void multiply_rows(const std::byte* x, std::ptrdiff_t stride, const From&
   }
 }
 
-/// `rows` of them, at most R.
+/// The rows from `row` on, at most R.
 template <int R, class From>
-inline void multiply_some(std::int64_t rows, const std::byte* x, std::ptrdiff_t stride, const From& from,
-                          std::int64_t depth, float* sums, bool add) {
-  if (rows == R) return multiply_rows<R>(x, stride, from, depth, sums, add);
-  if constexpr (R > 1) multiply_some<R - 1>(rows, x, stride, from, depth, sums, add);
+inline void multiply_rest(const Block& b, const From& from, std::int64_t row) {
+  if (b.rows - row == R) return multiply_rows<R>(b, from, row);
+  if constexpr (R > 1) multiply_rest<R - 1>(b, from, row);
 }
 
-void multiply(const std::byte* x, std::ptrdiff_t stride, std::int64_t rows, const void* expanded,
-              std::int64_t depth, float* sums, bool add) {
-  const FromExpanded from{static_cast<const std::byte*>(expanded)};
-  std::int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    multiply_rows<kRows>(x + r * stride, stride, from, depth, sums + r * kColumns, add);
-  }
-  multiply_some<kRows - 1>(rows - r, x + r * stride, stride, from, depth, sums + r * kColumns, add);
+void multiply(const Block& b, const void* plain) {
+  const FromPlain from{static_cast<const std::byte*>(plain)};
+  std::int64_t row = 0;
+  for (; row + kRows <= b.rows; row += kRows) multiply_rows<kRows>(b, from, row);
+  multiply_rest<kRows - 1>(b, from, row);
 }
 
-void multiply_int8(const std::byte* x, std::ptrdiff_t stride, std::int64_t rows, const std::uint8_t* packed,
-                   std::int64_t depth, float* sums, bool add) {
-  multiply_some<kFewRows>(rows, x, stride, FromPacked{packed, {}}, depth, sums, add);
+void multiply_int8(const Block& b, const void* packed) {
+  multiply_rest<kFewRows>(b, FromPacked{static_cast<const std::uint8_t*>(packed), {}}, 0);
 }
 
-__m512 load(const void* y, DType dtype, int vector, __mmask16 mask) {
-  if (dtype == DType::kFloat32) {
-    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(y) + vector * kLanes);
-  }
-  const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const std::uint16_t*>(y) + vector * kLanes);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-void store(__m512 value, void* y, DType dtype, int vector, __mmask16 mask) {
-  if (dtype == DType::kFloat32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(y) + vector * kLanes, mask, value);
-    return;
-  }
-  _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(y) + vector * kLanes, mask,
-                           (__m256i)_mm512_cvtneps_pbh(value));
-}
-
-void finish(const float* sums, const Finish& f, void* y) {
-  for (int v = 0; v * kLanes < f.count; ++v) {
-    const std::int64_t left = f.count - v * kLanes;
-    const auto mask = static_cast<__mmask16>(left >= kLanes ? 0xFFFF : (1 << left) - 1);
-    __m512 value =
-        _mm512_mul_ps(_mm512_loadu_ps(sums + v * kLanes), _mm512_maskz_loadu_ps(mask, f.scale + v * kLanes));
-    if (f.bias != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, f.bias + v * kLanes));
-    if (f.accumulate) value = _mm512_add_ps(value, load(y, f.dtype, v, mask));
-    store(value, y, f.dtype, v, mask);
-  }
-}
-
-constexpr Kernel kKernel = {2, 2, kFewRows, pack, expand, multiply, multiply_int8, finish};
+constexpr Kernel kKernel = {2, 2, kFewRows, pack_plain, pack_int8, expand, multiply, multiply_int8};
 
 }  // namespace
 

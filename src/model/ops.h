@@ -127,6 +127,9 @@ class Ops {
   /// made, once for all layers. `step` must live until the next begin_step.
   virtual void begin_step(const Step& step) = 0;
 
+  /// Whether begin_step may come again within a forward pass, for the rows whose logits are wanted.
+  virtual bool narrows() const { return false; }
+
   /// out[t] = table[token_ids[t]]
   virtual void embed(const Buffer& table, Matrix out) = 0;
   /// out = x / sqrt(mean(x²) + eps) * weight
