@@ -212,22 +212,28 @@ inline void multiply_rows(const Block& b, const From& from, std::int64_t row) {
   }
 }
 
-/// The rows from `row` on, at most R.
+/// `count` rows from `row` on, at most R.
 template <int R, class From>
-inline void multiply_rest(const Block& b, const From& from, std::int64_t row) {
-  if (b.rows - row == R) return multiply_rows<R>(b, from, row);
-  if constexpr (R > 1) multiply_rest<R - 1>(b, from, row);
+inline void multiply_rest(const Block& b, const From& from, std::int64_t row, std::int64_t count) {
+  if (count == R) return multiply_rows<R>(b, from, row);
+  if constexpr (R > 1) multiply_rest<R - 1>(b, from, row, count);
 }
 
 void multiply(const Block& b, const void* plain) {
   const FromPlain from{static_cast<const std::byte*>(plain)};
   std::int64_t row = 0;
-  for (; row + kRows <= b.rows; row += kRows) multiply_rows<kRows>(b, from, row);
-  multiply_rest<kRows - 1>(b, from, row);
+  for (; b.rows - row >= 2 * kRows; row += kRows) multiply_rows<kRows>(b, from, row);
+  // One or two rows alone would wait for their own sums: the last steps share what is left.
+  const std::int64_t left = b.rows - row;
+  if (left > kRows) {
+    multiply_rest<kRows>(b, from, row, (left + 1) / 2);
+    row += (left + 1) / 2;
+  }
+  multiply_rest<kRows>(b, from, row, b.rows - row);
 }
 
 void multiply_int8(const Block& b, const void* packed) {
-  multiply_rest<kFewRows>(b, FromPacked{static_cast<const std::uint8_t*>(packed), {}}, 0);
+  multiply_rest<kFewRows>(b, FromPacked{static_cast<const std::uint8_t*>(packed), {}}, 0, b.rows);
 }
 
 constexpr Kernel kKernel = {2, 2, kFewRows, pack_plain, pack_int8, expand, multiply, multiply_int8};

@@ -18,7 +18,7 @@ namespace flash_mla::model {
 namespace {
 
 constexpr std::int64_t kSpanKeys = 512;
-constexpr std::int64_t kTileKeys = 128;
+constexpr std::int64_t kTileKeys = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 /// Memory of one thread that grows and stays.

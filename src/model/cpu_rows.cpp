@@ -120,12 +120,22 @@ void Narrow(const float* x, void* out, DType dtype, std::int64_t n) {
 
 void RmsNorm(const void* x, const float* weight, float eps, void* out, DType dtype, std::int64_t n) {
   with_type(dtype, [&](auto t) HWY_ATTR {
-    Vec squares = hn::Zero(Floats());
+    // Four sums, since each waits for its last addition.
+    Vec squares = hn::Zero(Floats()), squares1 = squares, squares2 = squares, squares3 = squares;
     std::int64_t i = 0;
+    for (; i + 4 * lanes() <= n; i += 4 * lanes()) {
+      const Vec v0 = t.load(x, i), v1 = t.load(x, i + lanes());
+      const Vec v2 = t.load(x, i + 2 * lanes()), v3 = t.load(x, i + 3 * lanes());
+      squares = hn::MulAdd(v0, v0, squares);
+      squares1 = hn::MulAdd(v1, v1, squares1);
+      squares2 = hn::MulAdd(v2, v2, squares2);
+      squares3 = hn::MulAdd(v3, v3, squares3);
+    }
     for (; i + lanes() <= n; i += lanes()) {
       const Vec v = t.load(x, i);
       squares = hn::MulAdd(v, v, squares);
     }
+    squares = hn::Add(hn::Add(squares, squares1), hn::Add(squares2, squares3));
     float sum = hn::GetLane(hn::SumOfLanes(Floats(), squares));
     for (; i < n; ++i) sum += t.get(x, i) * t.get(x, i);
     const float factor = 1.0f / std::sqrt(sum / static_cast<float>(n) + eps);
