@@ -22,6 +22,8 @@ struct Block {
   /// (rows, kColumns): where the sums wait between the depths of a product that has several.
   float* sums;
   bool first, last;  ///< of the depths
+  /// Whether what follows the panel in memory is wanted next: it is fetched while this one is multiplied.
+  bool read_ahead;
 
   std::byte* y;
   std::ptrdiff_t y_stride;

@@ -180,8 +180,10 @@ inline void finish(const Block& b, const __m512 (&acc)[R][kVectors], std::int64_
   }
 }
 
-template <int R, class From>
-inline void multiply_rows(const Block& b, const From& from, std::int64_t row) {
+/// `ahead`: with kAhead, a cache line for each pair that is fetched meanwhile.
+template <int R, class From, bool kAhead = false>
+inline void multiply_rows(const Block& b, const From& from, std::int64_t row,
+                          [[maybe_unused]] const std::byte* ahead = nullptr) {
   float* sums = b.sums + row * kColumns;
   __m512 acc[R][kVectors];
 #pragma GCC unroll 8
@@ -197,6 +199,7 @@ inline void multiply_rows(const Block& b, const From& from, std::int64_t row) {
   for (std::int64_t pair = 0; pair < pairs; ++pair) {
     __m512i w[kVectors];
     from(pair, w);
+    if constexpr (kAhead) _mm_prefetch(reinterpret_cast<const char*>(ahead + pair * 64), _MM_HINT_T1);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const __m512i value = broadcast_pair(x + r * stride + pair * 4);
@@ -222,6 +225,13 @@ inline void multiply_rest(const Block& b, const From& from, std::int64_t row, st
 void multiply(const Block& b, const void* plain) {
   const FromPlain from{static_cast<const std::byte*>(plain)};
   std::int64_t row = 0;
+  if (b.read_ahead) {
+    // A pair of the panel is four cache lines: four steps fetch the next panel.
+    const std::byte* next = static_cast<const std::byte*>(plain) + b.depth / 2 * kPairBytes;
+    for (; b.rows - row >= 2 * kRows && row < 4 * kRows; row += kRows) {
+      multiply_rows<kRows, FromPlain, true>(b, from, row, next + row / kRows * (b.depth / 2 * 64));
+    }
+  }
   for (; b.rows - row >= 2 * kRows; row += kRows) multiply_rows<kRows>(b, from, row);
   // One or two rows alone would wait for their own sums: the last steps share what is left.
   const std::int64_t left = b.rows - row;

@@ -125,6 +125,7 @@ void PanelWeight::multiply_panel(const Matrix& x, const float* bias, const Matri
     block.first = k == 0;
     block.last = k + kDepth >= depth_;
     const std::byte* weights = packed(panel, k);
+    block.read_ahead = form_ == Form::kPlain;
     if (form_ == Form::kPlain) {
       kernel_.multiply(block, weights);
     } else if (count <= kernel_.few_rows) {
