@@ -223,7 +223,7 @@ PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int
   out.in_features_ = in_features;
   out.memory_ = std::make_unique<PackedWeight::Memory>();
   out.memory_->dtype = dtype;
-  if (dtype == DType::kBFloat16 && !getenv("NOPANEL")) {
+  if (dtype == DType::kBFloat16 && panel::multiplies_bfloat16_pairs()) {
     out.memory_->panels =
         std::make_unique<PanelWeight>(weight, out_features, in_features, dtype, PanelWeight::Form::kPlain);
     return out;

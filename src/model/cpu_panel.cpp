@@ -138,13 +138,14 @@ const Kernel& highway_kernel(DType dtype) {
   return bf16 ? HWY_NAMESPACE::kBFloat16Kernel : HWY_NAMESPACE::kFloat32Kernel;
 }
 
-const Kernel& select_kernel(DType dtype) {
+bool multiplies_bfloat16_pairs() {
   __builtin_cpu_init();
-  if (dtype == DType::kBFloat16 && cpu_isa().selected == "avx512_bf16" &&
-      __builtin_cpu_supports("avx512vbmi") != 0) {
-    return avx512_bf16_kernel();
-  }
-  return highway_kernel(dtype);
+  return cpu_isa().selected == "avx512_bf16" && __builtin_cpu_supports("avx512vbmi") != 0;
+}
+
+const Kernel& select_kernel(DType dtype) {
+  return dtype == DType::kBFloat16 && multiplies_bfloat16_pairs() ? avx512_bf16_kernel()
+                                                                  : highway_kernel(dtype);
 }
 
 }  // namespace flash_mla::model::panel

@@ -51,6 +51,9 @@ struct Kernel {
   void (*multiply_int8)(const Block& block, const void* packed);
 };
 
+/// Whether this machine has, and may use, avx512_bf16_kernel().
+bool multiplies_bfloat16_pairs();
+
 /// For rows of `dtype` (float32 or bfloat16), on this machine.
 const Kernel& select_kernel(DType dtype);
 
