@@ -22,8 +22,9 @@ struct Block {
   /// (rows, kColumns): where the sums wait between the depths of a product that has several.
   float* sums;
   bool first, last;  ///< of the depths
-  /// Whether what follows the panel in memory is wanted next: it is fetched while this one is multiplied.
-  bool read_ahead;
+  /// Weights that are wanted next, or null: they are fetched while these are multiplied.
+  const std::byte* ahead;
+  std::int64_t ahead_bytes;
 
   std::byte* y;
   std::ptrdiff_t y_stride;

@@ -216,30 +216,29 @@ inline void multiply_rows(const Block& b, const From& from, std::int64_t row,
 }
 
 /// `count` rows from `row` on, at most R.
-template <int R, class From>
-inline void multiply_rest(const Block& b, const From& from, std::int64_t row, std::int64_t count) {
-  if (count == R) return multiply_rows<R>(b, from, row);
-  if constexpr (R > 1) multiply_rest<R - 1>(b, from, row, count);
+template <int R, class From, bool kAhead = false>
+inline void multiply_rest(const Block& b, const From& from, std::int64_t row, std::int64_t count,
+                          const std::byte* ahead = nullptr) {
+  if (count == R) return multiply_rows<R, From, kAhead>(b, from, row, ahead);
+  if constexpr (R > 1) multiply_rest<R - 1, From, kAhead>(b, from, row, count, ahead);
 }
 
 void multiply(const Block& b, const void* plain) {
   const FromPlain from{static_cast<const std::byte*>(plain)};
-  std::int64_t row = 0;
-  if (b.read_ahead) {
-    // A pair of the panel is four cache lines: four steps fetch the next panel.
-    const std::byte* next = static_cast<const std::byte*>(plain) + b.depth / 2 * kPairBytes;
-    for (; b.rows - row >= 2 * kRows && row < 4 * kRows; row += kRows) {
-      multiply_rows<kRows, FromPlain, true>(b, from, row, next + row / kRows * (b.depth / 2 * 64));
+  const std::byte* ahead = b.ahead;
+  const std::byte* const end = b.ahead + b.ahead_bytes;
+  for (std::int64_t row = 0; row < b.rows;) {
+    // One or two rows alone would wait for their own sums: the last two steps share what is left.
+    const std::int64_t left = b.rows - row;
+    const std::int64_t count = left >= 2 * kRows ? kRows : left > kRows ? (left + 1) / 2 : left;
+    if (ahead < end) {
+      multiply_rest<kRows, FromPlain, true>(b, from, row, count, ahead);
+      ahead += b.depth / 2 * 64;
+    } else {
+      multiply_rest<kRows>(b, from, row, count);
     }
+    row += count;
   }
-  for (; b.rows - row >= 2 * kRows; row += kRows) multiply_rows<kRows>(b, from, row);
-  // One or two rows alone would wait for their own sums: the last steps share what is left.
-  const std::int64_t left = b.rows - row;
-  if (left > kRows) {
-    multiply_rest<kRows>(b, from, row, (left + 1) / 2);
-    row += (left + 1) / 2;
-  }
-  multiply_rest<kRows>(b, from, row, b.rows - row);
 }
 
 void multiply_int8(const Block& b, const void* packed) {

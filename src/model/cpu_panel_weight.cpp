@@ -125,7 +125,9 @@ void PanelWeight::multiply_panel(const Matrix& x, const float* bias, const Matri
     block.first = k == 0;
     block.last = k + kDepth >= depth_;
     const std::byte* weights = packed(panel, k);
-    block.read_ahead = form_ == Form::kPlain;
+    // In memory the next depths follow, or the next panel.
+    block.ahead_bytes = block.depth * kColumns * element_;
+    block.ahead = weights + block.ahead_bytes;
     if (form_ == Form::kPlain) {
       kernel_.multiply(block, weights);
     } else if (count <= kernel_.few_rows) {
