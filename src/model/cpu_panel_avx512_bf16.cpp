@@ -127,6 +127,17 @@ void expand(const void* packed, std::int64_t depth, void* plain) {
   }
 }
 
+/// The hardware reads ahead within a page of memory only.
+constexpr std::ptrdiff_t kStreamDistance = 4096;
+
+template <std::ptrdiff_t kBytes>
+inline void fetch(const void* at) {
+#pragma GCC unroll 4
+  for (std::ptrdiff_t i = 0; i < kBytes; i += 64) {
+    _mm_prefetch(static_cast<const char*>(at) + i, _MM_HINT_T0);
+  }
+}
+
 /// The panel's vectors of one pair, from either.
 struct FromPlain {
   const std::byte* panel;
@@ -135,12 +146,22 @@ struct FromPlain {
     for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(panel + pair * kPairBytes + v * 64);
   }
 };
+/// For few rows, which wait for the weights.
+struct FromStream {
+  const std::byte* panel;
+  void operator()(std::int64_t pair, __m512i (&w)[kVectors]) const {
+    fetch<kPairBytes>(panel + pair * kPairBytes + kStreamDistance);
+    FromPlain{panel}(pair, w);
+  }
+};
 struct FromPacked {
   const std::uint8_t* panel;
   Expander expander;
   void operator()(std::int64_t pair, __m512i (&w)[kVectors]) const {
-    expander(panel + pair * kPackedPairBytes, w[0], w[1]);
-    expander(panel + pair * kPackedPairBytes + 64, w[2], w[3]);
+    const std::uint8_t* at = panel + pair * kPackedPairBytes;
+    fetch<kPackedPairBytes>(at + kStreamDistance);
+    expander(at, w[0], w[1]);
+    expander(at + 64, w[2], w[3]);
   }
 };
 
@@ -225,6 +246,7 @@ inline void multiply_rest(const Block& b, const From& from, std::int64_t row, st
 
 void multiply(const Block& b, const void* plain) {
   const FromPlain from{static_cast<const std::byte*>(plain)};
+  if (b.rows <= kFewRows) return multiply_rest<kFewRows>(b, FromStream{from.panel}, 0, b.rows);
   const std::byte* ahead = b.ahead;
   const std::byte* const end = b.ahead + b.ahead_bytes;
   for (std::int64_t row = 0; row < b.rows;) {
