@@ -17,6 +17,10 @@ constexpr int split_warps(CombineShape s) {
 constexpr int warp_groups(CombineShape s) {
   return s == CombineShape::kFine ? 1 : s == CombineShape::kMedium ? 2 : 4;
 }
+/// Splits of which a warp holds its share in shared memory at a time: what 48 KB take.
+constexpr int warp_splits(CombineShape s) {
+  return s == CombineShape::kFine ? 9 : s == CombineShape::kMedium ? 5 : 2;
+}
 constexpr int column_chunks(CombineShape s) { return 32 / (kCombineWarps / split_warps(s) * warp_groups(s)); }
 
 }  // namespace flash_mla::sm90
