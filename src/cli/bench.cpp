@@ -20,7 +20,7 @@ namespace flash_mla::cli {
 namespace {
 
 struct BenchOptions {
-  std::string device = "auto", preset, json, plot, python = "python3", blas_library, blas_core;
+  std::string device = "auto", preset, only, json, plot, python = "python3", blas_library, blas_core;
   std::vector<int> b{4}, s_q{1}, h_q{128}, h_kv{1}, s_k{4096}, page_size{64}, threads;
   std::vector<std::string> dtype{"bf16"};
   bool varlen = false, causal = false, no_blas = false, quiet = false, explain = false;
@@ -86,6 +86,11 @@ Preset preset_of(const BenchOptions& o) {
   }
   for (Shape& shape : preset.shapes) {
     if (shape.name.empty()) shape.name = default_name(shape);
+  }
+  const auto other = [&](const Shape& s) { return s.name.find(o.only) == std::string::npos; };
+  std::erase_if(preset.shapes, other);
+  if (preset.shapes.empty()) {
+    throw UsageError(fmt::format("--only is \"{}\", which no shape's name contains", o.only));
   }
   return preset;
 }
@@ -247,6 +252,8 @@ void register_bench(CLI::App& app, int& exit_code) {
       "Take the shapes from this JSON file, or from the built-in preset of that name: cpu-house, "
       "h200-dense, smoke");
   for (CLI::Option* option : shape) preset->excludes(option);
+  sub->add_option("--only", o->only,
+                  "Take the shapes whose names, as the table prints them, contain this text");
   CLI::Option* reps =
       sub->add_option("--reps", o->measure.reps,
                       "Repetitions; the median counts. Default: 10 at least on a CPU, 30 on a GPU")

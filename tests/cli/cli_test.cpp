@@ -308,7 +308,8 @@ TEST(Preset, IsBuiltIntoTheProgramByName) {
     read_preset("h200");
     FAIL() << "read a preset that does not exist";
   } catch (const UsageError& e) {
-    EXPECT_NE(std::string(e.what()).find("built-in presets are cpu-house, h200-dense, smoke"), std::string::npos)
+    EXPECT_NE(std::string(e.what()).find("built-in presets are cpu-house, h200-dense, smoke"),
+              std::string::npos)
         << e.what();
   }
 }
@@ -337,11 +338,13 @@ TEST(Preset, ErrorsNameTheShapeAndTheKey) {
   EXPECT_NE(preset_error(R"({"shapes": [{"dtype": "int8"}]})").find("int8"), std::string::npos);
   EXPECT_NE(preset_error(R"({"shapes": [{"h_q": 3, "h_kv": 2}]})").find("h_q is 3"), std::string::npos);
   EXPECT_NE(preset_error(R"({"shapes": [{}], "threads": [0]})").find("threads"), std::string::npos);
-  EXPECT_NE(preset_error(R"({"shapes": [{}], "device": "tpu"})").find("\"device\" is \"tpu\", expected \"cpu\" or"),
-            std::string::npos);
+  EXPECT_NE(
+      preset_error(R"({"shapes": [{}], "device": "tpu"})").find("\"device\" is \"tpu\", expected \"cpu\" or"),
+      std::string::npos);
   EXPECT_NE(preset_error(R"({"shapes": [{"best_ms": 0}]})").find("\"best_ms\" is 0, expected a positive"),
             std::string::npos);
-  EXPECT_NE(preset_error(R"({"shapes": [{"floor_ms": "1"}]})").find("\"floor_ms\" is \"1\""), std::string::npos);
+  EXPECT_NE(preset_error(R"({"shapes": [{"floor_ms": "1"}]})").find("\"floor_ms\" is \"1\""),
+            std::string::npos);
   EXPECT_NE(preset_error(R"({"shapes": [{"peers_ms": 1}]})").find("\"peers_ms\" is 1, expected an object"),
             std::string::npos);
   EXPECT_NE(preset_error(R"({"shapes": [{"peers_ms": {"a": -1}}]})").find("\"peers_ms.a\" is -1"),

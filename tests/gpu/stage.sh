@@ -1,11 +1,13 @@
 #!/bin/sh
-# tests/gpu/stage.sh BUILD FOLDER: copies what the GPU tests need from a build tree into FOLDER, to be carried to a
-# machine with a GPU and run there as FOLDER/run.sh. The Python package is installed there on its own.
+# tests/gpu/stage.sh BUILD FOLDER: copies what the GPU tests and the benchmark need from a build tree into FOLDER, to be carried to a
+# machine with a GPU and run there as FOLDER/run.sh and FOLDER/flash-mla bench (libraries: FOLDER/lib). The Python package is installed there on its own.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 build=$1
 folder=$2
 mkdir -p "$folder/lib"
-cp "$build/tests/gpu/gpu_tests" "$build/tests/gpu/conformance_gpu" "$here/run.sh" "$here/test_torch_cuda.py" "$folder/"
+cp "$build/tests/gpu/gpu_tests" "$build/tests/gpu/conformance_gpu" "$build/src/cli/flash-mla" "$here/run.sh" \
+  "$here/test_torch_cuda.py" "$folder/"
 # Libraries that machine may lack.
-ldd "$folder/gpu_tests" | awk '$1 ~ /^lib(hwy|gomp)\./ { print $3 }' | xargs -I{} cp {} "$folder/lib/"
+ldd "$folder/gpu_tests" "$folder/flash-mla" | awk '$1 ~ /^lib(hwy|gomp|dnnl|pcre2-8|OpenCL|tbb)\./ { print $3 }' | sort -u |
+  xargs -I{} cp {} "$folder/lib/"

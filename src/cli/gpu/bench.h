@@ -55,7 +55,7 @@ struct Row {
   double ms_least = 0;     ///< the quickest
   double graph_us = 0;     ///< per call of a CUDA graph of 20 back-to-back calls
   double host_us = 0;      ///< what a call takes the host
-  double schedule_us = 0;  ///< building the schedule on the device, cold L2
+  double schedule_us = 0;  ///< building the schedule on the device, per call of such a graph
   std::size_t workspace_bytes = 0;
   bool correct = false;
   std::string failure;  ///< what is wrong first, or ""

@@ -11,27 +11,6 @@ constexpr std::size_t kFlushBytes = std::size_t{256} << 20;
 constexpr long long kSpinClocks = 40000;  // about 22 us, more than the host needs to queue a call
 constexpr int kWarmUp = 3;
 
-class Graph {
- public:
-  Graph(const std::function<void()>& call, int calls, const Stream& stream) {
-    check(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-    for (int i = 0; i < calls; ++i) call();
-    check(cudaStreamEndCapture(stream.get(), &graph_), "cudaStreamEndCapture");
-    check(cudaGraphInstantiate(&exec_, graph_, 0), "cudaGraphInstantiate");
-  }
-  ~Graph() {
-    cudaGraphExecDestroy(exec_);
-    cudaGraphDestroy(graph_);
-  }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-  void launch(const Stream& stream) const { check(cudaGraphLaunch(exec_, stream.get()), "cudaGraphLaunch"); }
-
- private:
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t exec_ = nullptr;
-};
-
 }  // namespace
 
 double median(std::vector<double> values) {
@@ -58,6 +37,28 @@ std::vector<double> ColdTimer::times(const std::function<void()>& call, int reps
     if (i >= 0) ms.push_back(time);
   }
   return ms;
+}
+
+Graph::Graph(const std::function<void()>& call, int calls, const Stream& stream) {
+  check(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  for (int i = 0; i < calls; ++i) call();
+  check(cudaStreamEndCapture(stream.get(), &graph_), "cudaStreamEndCapture");
+  check(cudaGraphInstantiate(&exec_, graph_, 0), "cudaGraphInstantiate");
+}
+
+Graph::~Graph() {
+  cudaGraphExecDestroy(exec_);
+  cudaGraphDestroy(graph_);
+}
+
+void Graph::launch(const Stream& stream) const {
+  check(cudaGraphLaunch(exec_, stream.get()), "cudaGraphLaunch");
+}
+
+void settle(const Stream& stream) {
+  constexpr long long kClocks = 100'000'000;
+  spin(kClocks, stream.get());
+  stream.wait();
 }
 
 double graph_time(const std::function<void()>& call, int calls, const Stream& stream) {

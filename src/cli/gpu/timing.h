@@ -24,6 +24,23 @@ class ColdTimer {
   DeviceArray<std::uint32_t> sink_;
 };
 
+/// A call captured `calls` times in a row.
+class Graph {
+ public:
+  Graph(const std::function<void()>& call, int calls, const Stream& stream);
+  ~Graph();
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void launch(const Stream& stream) const;
+
+ private:
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+/// Keeps the GPU busy with next to nothing for about 50 ms: what ran before may have lowered its clocks.
+void settle(const Stream& stream);
+
 /// Milliseconds per call of a CUDA graph of `calls` back-to-back calls: the median of a few launches, the
 /// caches as the call before left them.
 double graph_time(const std::function<void()>& call, int calls, const Stream& stream);

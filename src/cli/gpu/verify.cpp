@@ -17,6 +17,14 @@ std::vector<T> to_host(const DeviceArray<T>& array) {
   return values;
 }
 
+// tolerance_for is made for values with a deviation of 0.1; those here have 0.72, clamp(N(0, 1), -1, 1). Over
+// many keys outputs are much smaller, and there the cosine of every single row is the stricter test.
+Tolerance tolerance(DType dtype) {
+  Tolerance t = tolerance_for(dtype);
+  t.out_abs *= 7.2;
+  return t;
+}
+
 // The last row of the last request, which is where a tail goes wrong, and random ones.
 std::vector<OutputRow> sample(const Shape& s, std::uint64_t seed) {
   std::vector<OutputRow> rows{{s.b - 1, s.s_q - 1, s.h_q - 1}};
@@ -85,7 +93,7 @@ Comparison check_output(const Problem& problem, std::uint64_t seed, const Stream
     const auto scalar = [](float* data) { return TensorView::contiguous(data, DType::kFloat32, {1, 1, 1}); };
     const Comparison c = compare_outputs(row_of(out.data(), shape.dtype), scalar(&lse),
                                          row_of(&ref_out[i * kDimV], DType::kFloat32), scalar(&ref_lse[i]),
-                                         tolerance_for(shape.dtype));
+                                         tolerance(shape.dtype));
     all.out_max_abs = std::max(all.out_max_abs, c.out_max_abs);
     all.out_cosine = std::max(all.out_cosine, c.out_cosine);
     all.lse_max_abs = std::max(all.lse_max_abs, c.lse_max_abs);
