@@ -106,9 +106,11 @@ Json to_json(const gpu::Limits& l) {
   Json json = {{"read_gbps", l.read_gbps}, {"read_bytes", l.read_bytes}};
   if (l.why_no_matmul.empty()) {
     json["matmul_gflops"] = l.matmul_gflops;
+    json["matmul_graph_gflops"] = l.matmul_graph_gflops;
     json["matmul"] = fmt::format("8192 x 8192 x 8192 bf16 by {}", l.matmul_library);
   } else {
     json["matmul_gflops"] = nullptr;
+    json["matmul_graph_gflops"] = nullptr;
     json["matmul"] = "not measured: " + l.why_no_matmul;
   }
   return json;
@@ -189,7 +191,8 @@ int run_gpu_bench(const GpuBenchOptions& o) {
   print_summary(summary);
   fmt::print("limits of this process: read {:.0f} GB/s, matmul {}\n", limits.read_gbps,
              limits.why_no_matmul.empty()
-                 ? fmt::format("{:.1f} TFLOP/s ({})", limits.matmul_gflops / 1e3, limits.matmul_library)
+                 ? fmt::format("{:.1f} TFLOP/s, {:.1f} in a graph of 20 ({})", limits.matmul_gflops / 1e3,
+                               limits.matmul_graph_gflops / 1e3, limits.matmul_library)
                  : "not measured: " + limits.why_no_matmul);
   fmt::print(
       "first call: context {:.0f} ms, schedule {:.2f} ms, decode {:.2f} ms; second: {:.3f} and {:.3f} ms\n",

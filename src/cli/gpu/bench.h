@@ -35,9 +35,10 @@ FirstCall measure_first_call();
 struct Limits {
   double read_gbps = 0;  ///< reading `read_bytes`
   std::size_t read_bytes = 0;
-  double matmul_gflops = 0;    ///< bf16, 8192 x 8192 x 8192; 0: not measured
-  std::string why_no_matmul;   ///< "" if measured
-  std::string matmul_library;  ///< its version
+  double matmul_gflops = 0;        ///< bf16, 8192 x 8192 x 8192, timed as Row::ms is; 0: not measured
+  double matmul_graph_gflops = 0;  ///< the same timed as Row::graph_us, which the power limit slows down
+  std::string why_no_matmul;       ///< "" if measured
+  std::string matmul_library;      ///< and its version
 };
 Limits measure_limits();
 

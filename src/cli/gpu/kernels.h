@@ -11,7 +11,7 @@
 
 namespace flash_mla::cli::gpu {
 
-/// clamp(N(0, 1), -1, 1), each element a function of its index and `seed`. `dtype` bfloat16 or float16.
+/// clamp(N(0, 1) / 2, -1, 1), each element a function of its index and `seed`. `dtype` bfloat16 or float16.
 void fill_normal(void* data, DType dtype, std::int64_t count, std::uint64_t seed, cudaStream_t stream);
 
 /// Reads `bytes` (a multiple of 16); `sink` is an uint32 that keeps the compiler from leaving that out.

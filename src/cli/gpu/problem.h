@@ -12,9 +12,10 @@ namespace flash_mla::cli::gpu {
 /// with that of equal lengths.
 std::vector<std::int32_t> lengths_of(const Shape& shape, std::uint64_t seed);
 
-/// Allocates and fills a problem. q and cache are clamp(N(0, 1), -1, 1), so that the softmax is far from
-/// uniform and a wrong weight shows. Whatever the library must not look at is poison, as in cli::Problem; so
-/// are outputs and workspace. Pages are dealt out in random order. Returns with everything in place.
+/// Allocates and fills a problem. q and cache are clamp(N(0, 1) / 2, -1, 1), so that the softmax is far
+/// from uniform and a wrong weight shows, and few elements are the clamp's, whose bits would save power.
+/// Whatever the library must not look at is poison, as in cli::Problem; so are outputs and workspace. Pages
+/// are dealt out in random order. Returns with everything in place.
 class Problem {
  public:
   Problem(const Shape& shape, std::vector<std::int32_t> lengths, std::uint64_t seed, const Stream& stream);
