@@ -14,6 +14,7 @@ import math
 import pathlib
 import re
 import sys
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = "bench/results/h200-dense-decode.json"
@@ -33,6 +34,14 @@ README_ROWS = [
 
 def geometric_mean(rows, key):
     return math.exp(sum(math.log(r["ms"] / r[key]) for r in rows) / len(rows))
+
+
+def paragraph(*sentences):
+    return textwrap.wrap(" ".join(sentences), width=120, break_long_words=False, break_on_hyphens=False)
+
+
+def short_commit(commit):
+    return re.sub(r"^([0-9a-f]{9})[0-9a-f]*", r"\1", commit)
 
 
 def table(header, rows):
@@ -57,9 +66,11 @@ def readme(results):
             ]
         )
     return [
-        "Dense decode on an H200, BF16, against the fastest of FlashMLA, FlashInfer and FlashAttention-3 for each shape",
-        f"(geometric mean over {len(rows)} shapes: {1 / geometric_mean(rows, 'best_ms'):.2f}x; [all of them, and what is"
-        " open](docs/kernels/dense-decode-sm90.md)):",
+        *paragraph(
+            "Dense decode on an H200, BF16, against the fastest of FlashMLA, FlashInfer and FlashAttention-3 for each shape",
+            f"(geometric mean over {len(rows)} shapes: {1 / geometric_mean(rows, 'best_ms'):.2f}x; [all of them, and what",
+            "is open](docs/kernels/dense-decode-sm90.md)):",
+        ),
         "",
         *table(["batch", "s_q", "heads", "s_k", "µs", "best peer, µs", "", "TFLOP/s", "TB/s"], cells),
     ]
@@ -98,16 +109,21 @@ def kernel_page(results):
     slower = f"{len(over)} of {len(rows)} are slower than best"
     slower += f", by at most {100 * (max(over) - 1):.0f}%." if over else "."
     return [
-        f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, commit {results['commit']}, `{RESULTS}`",
-        f"(`{results['command']}`). {len(rows) - wrong} of {len(rows)} shapes passed the check in the same process.",
-        *limits(results),
+        *paragraph(
+            f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, commit {short_commit(results['commit'])},",
+            f"`{RESULTS}` (`{results['command']}`). {len(rows) - wrong} of {len(rows)} shapes passed the check in the same",
+            "process.",
+            *limits(results),
+        ),
         "",
         *table(
             "b,s_q,h_q,s_k,varlen,causal,µs,best µs,over best,over floor,TFLOP/s,GB/s".split(","), cells
         ),
         "",
-        f"Geometric mean over all {len(rows)} shapes: {geometric_mean(rows, 'best_ms'):.3f} of best,"
-        f" {geometric_mean(rows, 'floor_ms'):.2f} of the floor; {slower}",
+        *paragraph(
+            f"Geometric mean over all {len(rows)} shapes: {geometric_mean(rows, 'best_ms'):.3f} of best,",
+            f"{geometric_mean(rows, 'floor_ms'):.2f} of the floor; {slower}",
+        ),
         *other_figures(results),
     ]
 
@@ -123,13 +139,14 @@ def other_figures(results):
     workspace = max(r["workspace_bytes"] for r in rows)
     return [
         "",
-        f"In a CUDA graph of 20 back-to-back calls a call takes {back_to_back:.2f} of these times (geometric mean; it finds"
-        " its",
-        f"data in L2 where they fit). Host time per call: {host[0]:.1f} to {host[-1]:.1f} µs (C++). The schedule on the"
-        f" device: up to {schedule:.1f} µs.",
-        f"Workspace: up to {workspace / 2**20:.0f} MiB. First call of a process, behind {first['context_ms']:.0f} ms for the"
-        " CUDA context:",
-        f"schedule {first['schedule_ms']:.1f} ms, decode {first['decode_ms']:.1f} ms.",
+        *paragraph(
+            f"In a CUDA graph of 20 back-to-back calls a call takes {back_to_back:.2f} of these times (geometric mean; it",
+            "finds its data in L2 where they fit, and 20 long ones run into the power limit).",
+            f"Host time per call: {host[0]:.1f} to {host[-1]:.1f} µs (C++). The schedule on the device: up to",
+            f"{schedule:.1f} µs. Workspace: up to {workspace / 2**20:.0f} MiB. First call of a process, behind",
+            f"{first['context_ms']:.0f} ms for the CUDA context: schedule {first['schedule_ms']:.1f} ms, decode",
+            f"{first['decode_ms']:.1f} ms.",
+        ),
     ]
 
 
