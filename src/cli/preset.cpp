@@ -182,6 +182,7 @@ Preset read_preset(const std::string& name_or_path) {
   if (!in) {
     std::string message = fmt::format("preset {}: {}", name_or_path, std::strerror(errno));
     std::vector<std::string_view> names;
+    names.reserve(kBuiltInPresets.size());
     for (const BuiltInPreset& preset : kBuiltInPresets) names.push_back(preset.name);
     throw UsageError(fmt::format("{}; built-in presets are {}", message, fmt::join(names, ", ")));
   }

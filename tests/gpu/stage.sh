@@ -1,6 +1,7 @@
 #!/bin/sh
-# tests/gpu/stage.sh BUILD FOLDER: copies what the GPU tests and the benchmark need from a build tree into FOLDER, to be carried to a
-# machine with a GPU and run there as FOLDER/run.sh and FOLDER/flash-mla bench (libraries: FOLDER/lib). The Python package is installed there on its own.
+# tests/gpu/stage.sh BUILD FOLDER: copies what the GPU tests and the benchmark need from a build tree into FOLDER, to be
+# carried to a machine with a GPU and run there as FOLDER/run.sh and, with FOLDER/lib in LD_LIBRARY_PATH,
+# FOLDER/flash-mla bench. The Python package is installed there on its own.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 build=$1
