@@ -1,5 +1,7 @@
 #include <fmt/format.h>
+#include <sys/resource.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 
@@ -20,7 +22,25 @@ struct ServeOptions {
   server::ServerOptions server;
 };
 
+// Every connection is a file. The soft limit is often 1024, for the sake of programs that use select().
+void allow_files(int connections) {
+  constexpr rlim_t kOwnFiles = 64;  // model, libraries, epoll
+  const rlim_t wanted = static_cast<rlim_t>(connections) + kOwnFiles;
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
+  limit.rlim_cur = std::min(wanted, limit.rlim_max);
+  if (setrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur < wanted) {
+    fmt::print(stderr,
+               "flash-mla serve: at most {} files may be open here, too few for --max-connections {}\n",
+               limit.rlim_cur, connections);
+  }
+}
+
 int run_serve(ServeOptions o) {
+  for (const std::string& key : o.server.api_keys) {
+    if (key.empty()) throw UsageError("--api-key is empty, expected a key");
+  }
+  allow_files(o.server.max_connections);
   if (o.server.model_name.empty()) {
     // The directory's name, not its path: that is this machine's business.
     std::filesystem::path path = std::filesystem::weakly_canonical(o.model);
