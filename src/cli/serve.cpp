@@ -76,11 +76,16 @@ void register_serve(CLI::App& app, int& exit_code) {
   sub->add_option("--max-waiting", o->engine.max_waiting,
                   "Requests that wait at most; more get 429 (0: no bound)")
       ->capture_default_str();
-  sub->add_option("--max-connections", o->server.max_connections, "Open connections at most")
+  sub->add_option("--max-connections", o->server.max_connections, "Open connections at most; more get 503")
+      ->check(integer_between(1, 1'000'000))
       ->capture_default_str();
   sub->add_option("--max-body-bytes", o->server.max_body_bytes, "Size of a request's body at most")
       ->capture_default_str();
   sub->add_option("--read-timeout", o->server.read_timeout_seconds, "Seconds for a whole request to arrive")
+      ->check(integer_between(1, 86400))
+      ->capture_default_str();
+  sub->add_option("--write-timeout", o->server.write_timeout_seconds,
+                  "Seconds for a client to take what is sent to it")
       ->check(integer_between(1, 86400))
       ->capture_default_str();
   sub->add_option("--idle-timeout", o->server.idle_timeout_seconds,

@@ -585,6 +585,9 @@ awaitable<void> Server::Impl::connection(beast::tcp_stream stream) {
       record.path = std::string(request.target().substr(0, request.target().find('?')));
       const Noted noted(*this, record);
       more = co_await answer(stream, request, record);
+      // A watcher may have seen the end of input in the meantime. Asio would not look for it again: the next
+      // read would wait for an edge that has passed.
+      more = more && !(record.generates && has_hung_up(stream.socket()));
     }
   } catch (const boost::system::system_error&) {
     // The client is gone; its requests have been cancelled on the way here.
