@@ -24,6 +24,7 @@
 #include "flash_mla/error.h"
 #include "flash_mla_status_page.h"
 #include "server/api.h"
+#include "server/headers.h"
 #include "server/request_log.h"
 
 namespace flash_mla::server {
@@ -48,15 +49,7 @@ constexpr std::uint32_t kMaxHeaderBytes = 16 * 1024;
 
 std::string dump(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
 
-// Takes the same time wherever the first difference is.
-bool equal_in_constant_time(std::string_view a, std::string_view b) {
-  unsigned difference = a.size() != b.size();
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference |= static_cast<unsigned char>(a[i]) ^
-                  static_cast<unsigned char>(b[i % std::max<std::size_t>(1, b.size())]);
-  }
-  return difference == 0 && a.size() == b.size();
-}
+std::string_view view(boost::string_view text) { return {text.data(), text.size()}; }
 
 // Events on their way from the engine's thread to a connection's. The engine only appends and rings.
 class Mailbox : public std::enable_shared_from_this<Mailbox> {
@@ -261,14 +254,9 @@ HttpResponse Server::Impl::json_response(const HttpRequest& request, int status,
 
 void Server::Impl::authorise(const HttpRequest& request) const {
   if (options.api_keys.empty()) return;
-  const auto header = request[http::field::authorization];
-  std::string_view given(header.data(), header.size());
-  constexpr std::string_view kBearer = "Bearer ";
-  if (given.starts_with(kBearer)) given.remove_prefix(kBearer.size());
-  bool known = false;
-  for (const std::string& key : options.api_keys) known |= equal_in_constant_time(given, key);
-  if (!known)
+  if (!is_known_key(bearer_key(view(request[http::field::authorization])), options.api_keys)) {
     throw ApiError(401, "invalid_request_error", "the API key is missing or wrong", "", "invalid_api_key");
+  }
 }
 
 Json Server::Impl::tokenize(const HttpRequest& request) const {
@@ -283,7 +271,7 @@ Json Server::Impl::tokenize(const HttpRequest& request) const {
 }
 
 HttpResponse Server::Impl::simple(const HttpRequest& request) {
-  const std::string target(request.target().substr(0, request.target().find('?')));
+  const std::string target(path_of(view(request.target())));
   const auto text = [&](const char* type, std::string body) {
     HttpResponse response(http::status::ok, request.version());
     response.set(http::field::content_type, type);
@@ -475,7 +463,7 @@ awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, HttpRequest& r
 
 // True if the connection may carry another request.
 awaitable<bool> Server::Impl::answer(beast::tcp_stream& stream, HttpRequest& request, RequestRecord& record) {
-  const std::string target(request.target().substr(0, request.target().find('?')));
+  const std::string target(path_of(view(request.target())));
   HttpResponse response;
   try {
     if (request.method() == http::verb::post &&
@@ -578,11 +566,9 @@ awaitable<void> Server::Impl::connection(beast::tcp_stream stream) {
       HttpRequest request = parser.release();
       RequestRecord record;
       record.begin = begin;
-      const auto given = request["x-request-id"];
-      record.id = request_id({given.data(), given.size()});
+      record.id = request_id(view(request["x-request-id"]));
       record.method = std::string(request.method_string());
-      // Without the query: that is the client's business.
-      record.path = std::string(request.target().substr(0, request.target().find('?')));
+      record.path = std::string(path_of(view(request.target())));
       const Noted noted(*this, record);
       more = co_await answer(stream, request, record);
       // A watcher may have seen the end of input in the meantime. Asio would not look for it again: the next
