@@ -290,6 +290,7 @@ HttpResponse Server::Impl::simple(const HttpRequest& request) {
     HttpResponse page = text("text/html; charset=utf-8", kStatusPage);
     page.set("content-security-policy",
              "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+             "img-src data:; "
              "frame-ancestors 'none'");
     return page;
   }
