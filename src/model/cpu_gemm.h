@@ -8,7 +8,7 @@
 
 namespace flash_mla::model {
 
-/// A weight matrix in oneDNN's blocked layout.
+/// A weight matrix in oneDNN's blocked layout, or in panels for our own kernels.
 class PackedWeight {
  public:
   PackedWeight();
@@ -52,6 +52,10 @@ class Gemm {
   /// `weight` (out_features, in_features) row-major.
   PackedWeight pack(const float* weight, std::int64_t out_features, std::int64_t in_features,
                     DType dtype) const;
+
+  /// The same in 8 bits, for products with rows of `dtype`.
+  PackedWeight pack_int8(const float* weight, std::int64_t out_features, std::int64_t in_features,
+                         DType dtype) const;
 
   /// y = x·W^T + bias; `bias` (out_features) float32 or null. x in the weights' dtype, y in that or float32.
   void run(const Matrix& x, const PackedWeight& weight, const float* bias, const Matrix& y,

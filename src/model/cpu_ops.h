@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "model/model.h"
 #include "model/ops.h"
 
 namespace flash_mla::model {
@@ -11,6 +12,7 @@ DType preferred_cpu_dtype();
 
 /// The operations on the CPU: products by oneDNN, decode attention by flash_mla::dense_decode. `dtype` is
 /// float32 or bfloat16. Throws Unsupported where the machine has no kernels for it.
-std::unique_ptr<Ops> make_cpu_ops(const ModelConfig& config, DType dtype, int num_threads);
+std::unique_ptr<Ops> make_cpu_ops(const ModelConfig& config, DType dtype, ModelQuantize quantize,
+                                  int num_threads);
 
 }  // namespace flash_mla::model

@@ -19,18 +19,33 @@ DeepSeek::DeepSeek(ModelConfig config, const Checkpoint& checkpoint, std::unique
     : config_(std::move(config)), ops_(std::move(ops)), weights_(load_weights(config_, checkpoint, *ops_)) {}
 
 void DeepSeek::forward(const ForwardBatch& batch, float* logits) {
-  const Step step = plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_});
+  Step step = plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_});
   if (step.num_tokens() == 0) return;
-  ops_->begin_step(step);
-  num_absorbed_ = step.num_absorbed;
+  begin(step);
+  // Nothing reads what the last layer makes of a prompt's tokens but the last.
+  const bool narrows = ops_->narrows() && step.num_absorbed < step.num_tokens();
+  Step rest;
 
-  const Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
-  const Matrix h = activations(h_, step.num_tokens(), config_.hidden_size);
+  Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
+  Matrix h = activations(h_, step.num_tokens(), config_.hidden_size);
   ops_->embed(weights_.embedding, x);
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
     const Layer& layer = weights_.layers[i];
     ops_->rms_norm(x, layer.input_norm, config_.rms_norm_eps, h);
-    attention(layer.attention, caches_[i], h, x);
+    Matrix q = append(layer.attention, caches_[i], h);
+    if (narrows && i + 1 == weights_.layers.size()) {
+      const auto wanted = static_cast<std::int64_t>(step.logit_rows.size());
+      if (wanted == 0) return;
+      const Matrix all_x = x, all_q = q;
+      x = activations(last_x_, wanted, x.columns);
+      q = activations(last_q_, wanted, q.columns);
+      h = activations(h_, wanted, h.columns);
+      ops_->gather_logit_rows(all_x, x);
+      ops_->gather_logit_rows(all_q, q);
+      rest = logit_step(step);
+      begin(rest);
+    }
+    attend(layer.attention, caches_[i], q, x);
     ops_->rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps, h);
     if (config_.is_moe_layer(static_cast<int>(i))) {
       mixture(layer.moe, h, x);
@@ -49,9 +64,13 @@ void DeepSeek::forward(const ForwardBatch& batch, float* logits) {
   ops_->download(out, logits);
 }
 
-// x += attention(h). Tokens of sequences with few new ones take the absorbed form over the cached latents,
-// the others expand keys and values from them.
-void DeepSeek::attention(const Attention& weights, const Buffer& cache, Matrix h, Matrix x) {
+void DeepSeek::begin(const Step& step) {
+  ops_->begin_step(step);
+  num_absorbed_ = step.num_absorbed;
+}
+
+// The queries of h; its latents go to the cache.
+Matrix DeepSeek::append(const Attention& weights, const Buffer& cache, Matrix h) {
   const std::int64_t tokens = h.rows, heads = config_.num_attention_heads;
   const std::int64_t rope = config_.qk_rope_head_dim, rank = config_.kv_lora_rank;
   const std::int64_t q_width = heads * (config_.qk_nope_head_dim + rope);
@@ -68,7 +87,14 @@ void DeepSeek::attention(const Attention& weights, const Buffer& cache, Matrix h
     ops_->linear(q_a, *weights.q_b, q);
   }
   ops_->rope_and_append(q, kv, weights.kv_norm, kLatentNormEps, cache);
+  return q;
+}
 
+// x += attention of q. Tokens of sequences with few new ones take the absorbed form over the cached latents,
+// the others expand keys and values from them.
+void DeepSeek::attend(const Attention& weights, const Buffer& cache, Matrix q, Matrix x) {
+  const std::int64_t tokens = q.rows, heads = config_.num_attention_heads;
+  const std::int64_t rope = config_.qk_rope_head_dim, rank = config_.kv_lora_rank;
   const Matrix attended = activations(attended_, tokens, heads * config_.v_head_dim);
   const std::int64_t absorbed = num_absorbed_;
   if (absorbed > 0) {

@@ -21,7 +21,9 @@ class DeepSeek : public Model {
   void forward(const ForwardBatch& batch, float* logits) override;
 
  private:
-  void attention(const Attention& weights, const Buffer& cache, Matrix h, Matrix x);
+  void begin(const Step& step);
+  Matrix append(const Attention& weights, const Buffer& cache, Matrix h);
+  void attend(const Attention& weights, const Buffer& cache, Matrix q, Matrix x);
   void feed_forward(const FeedForward& weights, Matrix h, Matrix x);
   void mixture(const MixtureOfExperts& weights, Matrix h, Matrix x);
 
@@ -38,7 +40,7 @@ class DeepSeek : public Model {
 
   std::int64_t num_absorbed_ = 0;  ///< of the step that runs
   Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, gate_up_, act_, ids_, expert_weights_;
-  Buffer last_, logits_;
+  Buffer last_x_, last_q_, last_, logits_;
 };
 
 }  // namespace flash_mla::model

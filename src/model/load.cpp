@@ -30,8 +30,9 @@ std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const 
   }
   const ModelConfig config = read_config(directory);
   const Checkpoint checkpoint = Checkpoint::open(directory);
-  return std::make_unique<DeepSeek>(config, checkpoint,
-                                    make_cpu_ops(config, cpu_dtype(options.precision), options.num_threads));
+  return std::make_unique<DeepSeek>(
+      config, checkpoint,
+      make_cpu_ops(config, cpu_dtype(options.precision), options.quantize, options.num_threads));
 }
 
 }  // namespace flash_mla::model

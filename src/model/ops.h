@@ -106,6 +106,11 @@ class Ops {
   /// `weight` (out_features, in_features); `bias` (out_features) or empty.
   virtual std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
                                               std::int64_t in_features, std::span<const float> bias) = 0;
+  /// The same where other weights may be quantised: these keep dtype().
+  virtual std::unique_ptr<Linear> make_unquantized_linear(const float* weight, std::int64_t out_features,
+                                                          std::int64_t in_features) {
+    return make_linear(weight, out_features, in_features, {});
+  }
   /// A Linear that multiplies in fp32 whatever dtype() is.
   virtual std::unique_ptr<Linear> make_router(const float* weight, std::int64_t num_experts,
                                               std::int64_t in_features) = 0;
@@ -121,6 +126,9 @@ class Ops {
   /// Hands over the step that the calls below belong to: metadata goes to the device, the decode schedule is
   /// made, once for all layers. `step` must live until the next begin_step.
   virtual void begin_step(const Step& step) = 0;
+
+  /// Whether begin_step may come again within a forward pass, for the rows whose logits are wanted.
+  virtual bool narrows() const { return false; }
 
   /// out[t] = table[token_ids[t]]
   virtual void embed(const Buffer& table, Matrix out) = 0;
