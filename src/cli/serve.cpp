@@ -7,6 +7,7 @@
 
 #include "cli/args.h"
 #include "cli/commands.h"
+#include "cli/config_file.h"
 #include "cli/engine_flags.h"
 #include "flash_mla/engine.h"
 #include "server/server.h"
@@ -62,6 +63,7 @@ void register_serve(CLI::App& app, int& exit_code) {
   auto o = std::make_shared<ServeOptions>();
   o->engine.max_waiting = 1024;
   CLI::App* sub = app.add_subcommand("serve", "Serve a checkpoint over an OpenAI-compatible HTTP API");
+  add_config_flag(*sub);
   sub->add_option("--model", o->model, "Hugging Face model directory")
       ->required()
       ->check(CLI::ExistingDirectory)
@@ -101,7 +103,6 @@ void register_serve(CLI::App& app, int& exit_code) {
       ->check(integer_between(1, 64))
       ->capture_default_str();
   add_engine_flags(*sub, o->engine);
-  sub->set_config("--config", "", "TOML file with these flags");
   sub->callback([o, &exit_code] { exit_code = run_serve(*o); });
 }
 

@@ -256,6 +256,36 @@ def test_api_keys(directory):
     assert server.stop() == 0
 
 
+def test_flags_from_a_file(directory, tmp_path, monkeypatch):
+    file = tmp_path / "serve.toml"
+    file.write_text(f'model = "{directory}"\nmodel-name = "from the file"\napi-key = ["a", "b"]\nmax-connections = 3\n'
+                    'no-request-log = true\nnum-pages = 7\n[serve]\nquantize = "int8"\nbatch-invariant = true\n')  # fmt: skip
+    server = Server(directory, "--config", str(file), "--model-name", "mine", num_pages=5)  # the command line comes first
+    for key in "ab":
+        assert server.json("/v1/models", headers={"Authorization": f"Bearer {key}"})["data"][0]["id"] == "mine"
+    assert server.metric("mla_cache_pages") == 5
+    assert '"path"' not in server.log.read_text()
+    assert server.stop() == 0
+
+    def refusal(text, *flags):
+        file.write_text(text)
+        done = subprocess.run([PROGRAM, "serve", "--config", str(file), "--port", "0", *flags], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert "ports" in refusal(f'model = "{directory}"\nports = 5\n')
+    assert "port" in refusal(f'model = "{directory}"\n[generate]\nport = 5\n')
+    assert "--max-connections" in refusal(f'model = "{directory}"\nmax-connections = 0\n')
+    assert "--quantize" in refusal(f'model = "{directory}"\nquantize = "int4"\n')
+    file.unlink()
+    done = subprocess.run([PROGRAM, "serve", "--config", str(file)], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and "serve.toml" in done.stderr
+    file.write_text("port = 0\nhost = \"nowhere\"\n")
+    monkeypatch.setenv("MODEL_PATH", str(directory))
+    done = subprocess.run([PROGRAM, "serve", "--config", str(file)], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and "nowhere" in done.stderr  # model from the environment, host from the file
+
+
 def test_sigterm_finishes_what_runs(directory):
     server = Server(directory)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
