@@ -360,7 +360,7 @@ def test_soak_with_random_cancels_leaks_nothing():
     pages = 12
     server = Server(SMALL, "--batch-invariant", "--max-batch-size", "16", "--max-tokens-per-step", "160", num_pages=pages)
     begin = "And it came to pass in those days, that there went out a decree "
-    requests = [body(begin * (1 + i % 5) + str(i % 7), max_tokens=4 + 9 * i % 60, n=1 + (i % 4 == 3), seed=i,
+    requests = [body(begin * (1 + i % 5) + str(i % 7), max_tokens=80 + 9 * i % 60, n=1 + (i % 4 == 3), seed=i,
                      temperature=i % 3 / 2, logprobs=2 if i % 5 == 0 else None) for i in range(24)]  # fmt: skip
     alone = [server.json("/v1/completions", r)["choices"] for r in requests]
     answers, failures = collections.Counter(), []
