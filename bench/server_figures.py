@@ -46,9 +46,9 @@ class Server:
 
     def __init__(self, arguments, *flags):
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
-        command = [arguments.program, "serve", "--model", arguments.model, "--port", "0", "--no-request-log",
+        command = [str(pathlib.Path(arguments.program).absolute()), "serve", "--model", arguments.model, "--port", "0", "--no-request-log",
                    *shlex.split(arguments.serve_flags), *flags]  # fmt: skip
-        self.command = shlex.join(command)
+        self.command = shlex.join([arguments.program, *command[1:]])
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.log)
         deadline = time.monotonic() + arguments.start_timeout
         while not (found := re.search(r"http://(\S+):(\d+)/v1", pathlib.Path(self.log.name).read_text())):
@@ -88,7 +88,7 @@ class Server:
 
 def loadtest(arguments, *flags):
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [arguments.program, "loadtest", "--json", file.name, "--seed", str(arguments.seed), *map(str, flags)]
+        command = [str(pathlib.Path(arguments.program).absolute()), "loadtest", "--json", file.name, "--seed", str(arguments.seed), *map(str, flags)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):
             sys.exit(f"{shlex.join(command)}: {done.stderr}")
@@ -216,8 +216,13 @@ def machine():
 
 def commit(program):
     """Of the program's sources."""
-    text = subprocess.run([program, "info"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([str(pathlib.Path(program).absolute()), "info"], capture_output=True, text=True, check=True).stdout
     return re.search(r"commit (\S+)", text).group(1)
+
+
+def from_here(path):
+    """A path of the repository as a command from here names it, which is what the results tell."""
+    return os.path.relpath(ROOT / path)
 
 
 PARTS = {"overhead": overhead, "streams": streams, "mixed": mixed}
@@ -225,8 +230,8 @@ PARTS = {"overhead": overhead, "streams": streams, "mixed": mixed}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", default=str(ROOT / "build" / "release" / "src" / "cli" / "flash-mla"))
-    parser.add_argument("--model", default=str(ROOT / "models" / "small"))
+    parser.add_argument("--program", default=from_here("build/release/src/cli/flash-mla"))
+    parser.add_argument("--model", default=from_here("models/small"))
     parser.add_argument("--serve-flags", default="", help="more flags of the engine, e.g. \"--device cuda\"")
     parser.add_argument("--start-timeout", type=float, default=600, help="seconds for the model to load")
     parser.add_argument("--only", default="overhead,streams,mixed", help="which parts, separated by commas")
