@@ -45,8 +45,8 @@ class Planner {
  private:
   std::int64_t start(std::int64_t s) const { return batch_.query_starts[static_cast<std::size_t>(s)]; }
   std::int64_t new_tokens(std::int64_t s) const { return start(s + 1) - start(s); }
-  // A token's bits depend on its form, so that in a batch-invariant step there is one: how many tokens come at
-  // once depends on neighbours, prefix reuse and preemption.
+  // A token's bits depend on its form, so that in a batch-invariant step there is one: how many tokens come
+  // at once depends on neighbours, prefix reuse and preemption.
   bool absorbed(std::int64_t s) const {
     return batch_.batch_invariant || new_tokens(s) <= kMaxAbsorbedTokens;
   }
