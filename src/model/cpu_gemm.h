@@ -37,8 +37,9 @@ struct GemmMode {
   bool accumulate = false;
 };
 
-/// Matrix products by oneDNN. Compiled kernels are kept, one for each tile height and shape; heights are
-/// powers of two, so there are few. Any thread may call; inside a parallel region pass threads = 1.
+/// Matrix products, by our own kernels on weights in panels and by oneDNN otherwise. Its compiled kernels are
+/// kept, one for each tile height and shape; heights are powers of two, so there are few. Any thread may
+/// call; inside a parallel region pass threads = 1.
 class Gemm {
  public:
   Gemm();

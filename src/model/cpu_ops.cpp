@@ -244,7 +244,7 @@ class CpuOps : public Ops {
     const PackedWeight& weight = static_cast<const CpuLinear&>(kv_b).weight;
     // Many chunks: one for each thread at a time. Few: each is shared.
     const auto chunks = std::ssize(step_->chunks);
-    const bool whole = chunks >= 2 * threads_;
+    const bool whole = chunks / 2 >= threads_;
     parallel_for(chunks, whole ? threads_ : 1, [&](std::int64_t i) {
       const Chunk& chunk = step_->chunks[static_cast<std::size_t>(i)];
       const std::int64_t first = chunk.first_token - step_->num_absorbed;

@@ -108,15 +108,16 @@ void Multiply(const Block& b, const void* plain) {
   MultiplyRest<T, kRows - 1>(b, panel, row);
 }
 
-constexpr Kernel kernel_of(auto multiply) {
+consteval Kernel kernel_of(auto multiply) {
   return {1, 4, 0, Pack<float>, Pack<std::int8_t>, Expand, multiply, nullptr};
 }
 
 }  // namespace
 
+// Made by the compiler: nothing of another instruction set runs before main.
 extern const Kernel kFloat32Kernel, kBFloat16Kernel;
-const Kernel kFloat32Kernel = kernel_of(Multiply<float>);
-const Kernel kBFloat16Kernel = kernel_of(Multiply<cpu::Bf16>);
+constinit const Kernel kFloat32Kernel = kernel_of(Multiply<float>);
+constinit const Kernel kBFloat16Kernel = kernel_of(Multiply<cpu::Bf16>);
 
 }  // namespace HWY_NAMESPACE
 }  // namespace flash_mla::model::panel

@@ -32,10 +32,10 @@
 namespace flash_mla::model::panel {
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kVectors = 4;
-constexpr int kRows = 6;
-constexpr int kFewRows = 4;
+constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kVectors = 4;
+constexpr std::int64_t kRows = 6;
+constexpr std::int64_t kFewRows = 4;
 constexpr std::int64_t kPairBytes = kVectors * 64;        // plain
 constexpr std::int64_t kPackedPairBytes = kVectors * 32;  // 8 bits
 static_assert(kVectors * kLanes == kColumns);
@@ -118,7 +118,7 @@ void expand(const void* packed, std::int64_t depth, void* plain) {
   auto* out = static_cast<std::byte*>(plain);
   for (std::int64_t pair = 0; pair < depth / 2; ++pair) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
+    for (std::int64_t half = 0; half < 2; ++half) {
       __m512i first, second;
       expander(in + pair * kPackedPairBytes + half * 64, first, second);
       _mm512_store_si512(out + pair * kPairBytes + half * 128, first);
@@ -127,20 +127,41 @@ void expand(const void* packed, std::int64_t depth, void* plain) {
   }
 }
 
+/// The hardware reads ahead within a page of memory only.
+constexpr std::ptrdiff_t kStreamDistance = 4096;
+
+template <std::ptrdiff_t kBytes>
+inline void fetch(const void* at) {
+#pragma GCC unroll 4
+  for (std::ptrdiff_t i = 0; i < kBytes; i += 64) {
+    _mm_prefetch(static_cast<const char*>(at) + i, _MM_HINT_T0);
+  }
+}
+
 /// The panel's vectors of one pair, from either.
 struct FromPlain {
   const std::byte* panel;
   void operator()(std::int64_t pair, __m512i (&w)[kVectors]) const {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(panel + pair * kPairBytes + v * 64);
+    for (std::int64_t v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(panel + pair * kPairBytes + v * 64);
+  }
+};
+/// For few rows, which wait for the weights.
+struct FromStream {
+  const std::byte* panel;
+  void operator()(std::int64_t pair, __m512i (&w)[kVectors]) const {
+    fetch<kPairBytes>(panel + pair * kPairBytes + kStreamDistance);
+    FromPlain{panel}(pair, w);
   }
 };
 struct FromPacked {
   const std::uint8_t* panel;
   Expander expander;
   void operator()(std::int64_t pair, __m512i (&w)[kVectors]) const {
-    expander(panel + pair * kPackedPairBytes, w[0], w[1]);
-    expander(panel + pair * kPackedPairBytes + 64, w[2], w[3]);
+    const std::uint8_t* at = panel + pair * kPackedPairBytes;
+    fetch<kPackedPairBytes>(at + kStreamDistance);
+    expander(at, w[0], w[1]);
+    expander(at + 64, w[2], w[3]);
   }
 };
 
@@ -158,10 +179,10 @@ inline void store_16(__m512 value, std::byte* y, DType dtype, __mmask16 mask) {
 }
 
 /// The sums of R rows to y.
-template <int R>
+template <std::int64_t R>
 inline void finish(const Block& b, const __m512 (&acc)[R][kVectors], std::int64_t row) {
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
+  for (std::int64_t v = 0; v < kVectors; ++v) {
     const std::int64_t left = b.columns - v * kLanes;
     if (left <= 0) break;
     const auto mask = static_cast<__mmask16>(left >= kLanes ? 0xFFFF : (1 << left) - 1);
@@ -170,7 +191,7 @@ inline void finish(const Block& b, const __m512 (&acc)[R][kVectors], std::int64_
     const __m512 bias =
         b.bias != nullptr ? _mm512_maskz_loadu_ps(mask, b.bias + v * kLanes) : _mm512_setzero_ps();
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (std::int64_t r = 0; r < R; ++r) {
       std::byte* y = b.y + (row + r) * b.y_stride +
                      v * kLanes * static_cast<std::ptrdiff_t>(b.y_dtype == DType::kFloat32 ? 4 : 2);
       __m512 value = _mm512_fmadd_ps(acc[r][v], scale, bias);
@@ -181,15 +202,15 @@ inline void finish(const Block& b, const __m512 (&acc)[R][kVectors], std::int64_
 }
 
 /// `ahead`: with kAhead, a cache line for each pair that is fetched meanwhile.
-template <int R, class From, bool kAhead = false>
+template <std::int64_t R, class From, bool kAhead = false>
 inline void multiply_rows(const Block& b, const From& from, std::int64_t row,
                           [[maybe_unused]] const std::byte* ahead = nullptr) {
   float* sums = b.sums + row * kColumns;
   __m512 acc[R][kVectors];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (std::int64_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+    for (std::int64_t v = 0; v < kVectors; ++v) {
       acc[r][v] = b.first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kColumns + v * kLanes);
     }
   }
@@ -201,22 +222,22 @@ inline void multiply_rows(const Block& b, const From& from, std::int64_t row,
     from(pair, w);
     if constexpr (kAhead) _mm_prefetch(reinterpret_cast<const char*>(ahead + pair * 64), _MM_HINT_T1);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (std::int64_t r = 0; r < R; ++r) {
       const __m512i value = broadcast_pair(x + r * stride + pair * 4);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = dot(acc[r][v], w[v], value);
+      for (std::int64_t v = 0; v < kVectors; ++v) acc[r][v] = dot(acc[r][v], w[v], value);
     }
   }
   if (b.last) return finish<R>(b, acc, row);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (std::int64_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums + r * kColumns + v * kLanes, acc[r][v]);
+    for (std::int64_t v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums + r * kColumns + v * kLanes, acc[r][v]);
   }
 }
 
 /// `count` rows from `row` on, at most R.
-template <int R, class From, bool kAhead = false>
+template <std::int64_t R, class From, bool kAhead = false>
 inline void multiply_rest(const Block& b, const From& from, std::int64_t row, std::int64_t count,
                           const std::byte* ahead = nullptr) {
   if (count == R) return multiply_rows<R, From, kAhead>(b, from, row, ahead);
@@ -225,6 +246,7 @@ inline void multiply_rest(const Block& b, const From& from, std::int64_t row, st
 
 void multiply(const Block& b, const void* plain) {
   const FromPlain from{static_cast<const std::byte*>(plain)};
+  if (b.rows <= kFewRows) return multiply_rest<kFewRows>(b, FromStream{from.panel}, 0, b.rows);
   const std::byte* ahead = b.ahead;
   const std::byte* const end = b.ahead + b.ahead_bytes;
   for (std::int64_t row = 0; row < b.rows;) {

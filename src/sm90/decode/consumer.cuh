@@ -209,7 +209,7 @@ struct ConsumerBase {
       store_lse(item, token, head,
                 unseen ? INFINITY
                 : none ? NAN
-                       : (reference[h] + log2f(sum)) * 0.69314718056f);
+                       : (reference[h] + log2_fast(sum)) * 0.69314718056f);
     }
     return unseen ? 0.0f : none ? NAN : 1.0f / sum;
   }

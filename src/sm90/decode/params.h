@@ -8,7 +8,6 @@ inline constexpr int kTileTokens = 64;  ///< keys per tile, and tokens per block
 inline constexpr int kTileRows = 64;    ///< query rows per CTA
 inline constexpr int kHeadDim = 576;
 inline constexpr int kHeadDimV = 512;
-inline constexpr int kMaxDevices = 64;  ///< CUDA devices this process can use
 
 /// How the s_q x group query rows of one latent head are cut into CTAs. A row block is `tokens` query tokens
 /// times `heads` heads, at most kTileRows rows, token-major.
@@ -72,6 +71,8 @@ inline constexpr int kFragment = 32 * 32;
 /// What the decode and combine kernels need beside the tensor maps. Strides count elements.
 struct DecodeParams {
   RowBlocks blocks;
+  float groups_inverse,
+      count_inverse;  ///< 1 / row_groups(blocks), 1 / blocks.count(), for the combine kernel
   int batch, s_q, h_q, group;
   int page_size;
   int table_width;     ///< columns of block_table

@@ -1,14 +1,12 @@
 #pragma once
 
-// What the roles of the decode kernel share: the shared-memory map, the work of a part, small helpers.
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// What the roles of the decode kernel share: the shared-memory map and the work of a part.
 
 #include <cstddef>
 #include <cstdint>
 
 #include "sm90/decode/params.h"
+#include "sm90/fragment.cuh"
 #include "sm90/ptx/mbarrier.cuh"
 
 namespace flash_mla::sm90 {
@@ -96,46 +94,6 @@ __device__ __forceinline__ Item next_item(const DecodeParams& p, const int4& par
 template <int kCluster>
 __device__ __forceinline__ bool is_staged(const DecodeParams& p, const Item& item) {
   return kCluster > 1 && p.out_box_chunks > 0 && !item.is_split && item.end_tile - item.begin_tile > 1;
-}
-
-template <bool kBf16>
-__device__ __forceinline__ std::uint32_t pack2(float low, float high) {
-  if constexpr (kBf16) {
-    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const std::uint32_t&>(x);
-  } else {
-    const __half2 x = __floats2half2_rn(low, high);
-    return reinterpret_cast<const std::uint32_t&>(x);
-  }
-}
-
-/// Stores four 8 x 8 matrices held by a warp; lanes give the addresses of their rows.
-__device__ __forceinline__ void stmatrix_x4(std::uint32_t to, std::uint32_t a, std::uint32_t b,
-                                            std::uint32_t c, std::uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
-               "r"(c), "r"(d)
-               : "memory");
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-/// Transposes a 4 x 4 matrix of words held by the four lanes of a quad, one row each.
-__device__ __forceinline__ void quad_transpose(std::uint32_t (&x)[4]) {
-  const bool b0 = threadIdx.x & 1, b1 = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const std::uint32_t t = __shfl_xor_sync(0xFFFFFFFFu, b0 ? x[i] : x[i + 1], 1);
-    (b0 ? x[i] : x[i + 1]) = t;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const std::uint32_t t = __shfl_xor_sync(0xFFFFFFFFu, b1 ? x[i] : x[i + 2], 2);
-    (b1 ? x[i] : x[i + 2]) = t;
-  }
 }
 
 }  // namespace flash_mla::sm90
