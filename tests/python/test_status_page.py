@@ -53,15 +53,16 @@ def test_the_page_lives_under_load(server):
              "--max-tokens", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         try:
             seen = []
-            for _ in range(6):
+            while len(seen) < 6 or number(seen[-1]["requests so far"]) <= number(seen[2]["requests so far"]):
                 page.wait(1.1)
                 seen.append(page.evaluate(TILES))
+                assert len(seen) < 40, "no request ends"
             assert max(number(tiles["sequences running"]) for tiles in seen) == 8
             assert max(number(tiles["sequences waiting"]) for tiles in seen) >= 8
             assert max(number(tiles["generated tokens/s"]) for tiles in seen) > 1
-            assert all(number(tiles["open connections"]) >= 24 for tiles in seen[1:])
+            assert all(number(tiles["open connections"]) >= 24 for tiles in seen[-3:])
             requests = [number(tiles["requests so far"]) for tiles in seen]
-            assert requests == sorted(requests) and requests[-1] > requests[0] > 0
+            assert requests == sorted(requests) and requests[-1] > requests[0]
             assert max(number(tiles["in use by sequences"]) for tiles in seen) > 0
             points = page.evaluate("document.getElementById('rate').getAttribute('points')").split()
             assert len(points) >= 6 and len({point.split(",")[1] for point in points}) > 2
