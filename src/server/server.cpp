@@ -243,6 +243,21 @@ class Watcher {
   std::shared_ptr<Mailbox> mailbox_;
 };
 
+/// Sends what the socket takes at once, which is nearly always all, without the timer and the round through
+/// the scheduler that waiting costs.
+template <typename Buffers>
+awaitable<void> send_event(beast::tcp_stream& stream, Buffers buffers, int timeout_seconds) {
+  error_code error;
+  const std::size_t sent = stream.socket().write_some(buffers, error);
+  if (error && error != asio::error::would_block) throw boost::system::system_error(error);
+  if (sent == asio::buffer_size(buffers)) co_return;
+  beast::buffers_suffix<Buffers> rest(buffers);
+  rest.consume(sent);
+  stream.expires_after(seconds(timeout_seconds));
+  co_await asio::async_write(stream, rest, use_awaitable);
+  stream.expires_never();
+}
+
 }  // namespace
 
 HttpResponse Server::Impl::json_response(const HttpRequest& request, int status, const Json& body) {
@@ -440,13 +455,11 @@ awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, HttpRequest& r
       out += "data: [DONE]\n\n";
     }
     if (out.empty()) continue;
-    stream.expires_after(seconds(options.write_timeout_seconds));
     if (request.version() >= 11) {
-      co_await asio::async_write(stream, http::make_chunk(asio::buffer(out)), use_awaitable);
+      co_await send_event(stream, http::make_chunk(asio::buffer(out)), options.write_timeout_seconds);
     } else {
-      co_await asio::async_write(stream, asio::buffer(out), use_awaitable);
+      co_await send_event(stream, asio::const_buffers_1(asio::buffer(out)), options.write_timeout_seconds);
     }
-    stream.expires_never();
   }
   record.usage = answer.tokens();
   if (call.stream) {
@@ -598,6 +611,7 @@ awaitable<void> Server::Impl::accept() {
       continue;
     }
     socket.set_option(tcp::no_delay(true), error);
+    socket.non_blocking(true, error);
     const auto executor = socket.get_executor();
     asio::co_spawn(executor, connection(beast::tcp_stream(std::move(socket))), asio::detached);
   }

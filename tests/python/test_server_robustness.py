@@ -139,7 +139,8 @@ def test_a_thousand_streams_are_held_open(record_property):
     record_property("bytes_per_idle_stream", grown[0] / 1000)
     print(f"memory per idle stream: {grown[0] / 1000 / 1024:.1f} KiB, the second time {grown[1] / 1000 / 1024:.1f}")
     assert grown[0] < 1000 * (40 << 10)
-    assert grown[1] < grown[0] + 1000 * (4 << 10), "streams leave something behind"
+    # What the allocator keeps differs by some KiB from time to time; a stream that stays would be 10 of them.
+    assert grown[1] < grown[0] + 1000 * (8 << 10), "streams leave something behind"
     server.wait_until_idle()
     assert server.stop() == 0
 
