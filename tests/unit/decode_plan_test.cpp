@@ -37,6 +37,8 @@ TEST(DecodePlan, WorkOfTwoRowBlocksPerKeyIsComputeBound) {
 
 TEST(DecodePlan, ASmallBatchPaysLessForARequest) {
   EXPECT_EQ(fixed_overhead_blocks(0, 66), 8) << "not known";
+  EXPECT_EQ(fixed_overhead_blocks(1, 66), 5);
+  EXPECT_EQ(fixed_overhead_blocks(2, 66), 2);
   EXPECT_EQ(fixed_overhead_blocks(33, 66), 2);
   EXPECT_EQ(fixed_overhead_blocks(34, 66), 8);
 }

@@ -31,9 +31,11 @@ constexpr int num_parts(int sms, const RowBlocks& blocks, int h_kv) {
 }
 
 /// What starting a request costs in the schedule, in tiles; `batch` 0: not known. Measured
-/// (docs/kernels/dense-decode-sm90.md): 2 gives small batches 3%, 10% for 32 requests of 1024; 8 leaves 128
-/// requests of 8192 or 16384 unsplit, which gives them 2 to 6%.
+/// (docs/kernels/dense-decode-sm90.md): 2 gives small batches 3%, 10% for 32 requests of 1024, but cuts a
+/// single one of 4096 tokens into single tiles, where 5 is 14% faster; 8 leaves 128 requests of 8192 or 16384
+/// unsplit, which gives them 2 to 6%.
 constexpr int fixed_overhead_blocks(int batch, int num_parts) {
+  if (batch == 1) return 5;
   return batch > 0 && 2 * std::int64_t{batch} <= num_parts ? 2 : 8;
 }
 
