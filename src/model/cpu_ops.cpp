@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <utility>
 
@@ -69,6 +70,21 @@ void rotate(T* x, const float* cosines, const float* sines, std::int64_t pairs) 
   }
 }
 
+std::int32_t likeliest(const float* logits, std::int64_t size) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  float largest = -kInfinity;
+  std::int64_t best = -1;
+  bool bad = false;
+  for (std::int64_t i = 0; i < size; ++i) {
+    bad |= !(logits[i] < kInfinity);  // NaN, +inf
+    if (logits[i] > largest) {
+      largest = logits[i];
+      best = i;
+    }
+  }
+  return bad ? -1 : static_cast<std::int32_t>(best);
+}
+
 class CpuOps : public Ops {
  public:
   CpuOps(const ModelConfig& config, DType dtype, int num_threads)
@@ -128,7 +144,7 @@ class CpuOps : public Ops {
     return out;
   }
 
-  void begin_step(const Step& step) override {
+  void begin_step(Step& step) override {
     step_ = &step;
     const std::size_t tokens = step.token_ids.size(), pairs = rope_.inv_freq.size();
     cosines_.resize(tokens * pairs);
@@ -318,10 +334,16 @@ class CpuOps : public Ops {
     std::memmove(buffer.data() + target, buffer.data() + source, bytes);
   }
 
-  void download(Matrix x, float* host) override {
-    for (std::int64_t i = 0; i < x.rows; ++i) {
-      std::memcpy(host + i * x.columns, x.row(i), static_cast<std::size_t>(x.columns) * sizeof(float));
-    }
+  void likeliest(Matrix logits, const Buffer& tokens) override {
+    const std::int64_t first = step_->first_greedy;
+    for_rows(logits.rows - first, logits.columns, [&](std::int64_t i) {
+      reinterpret_cast<std::int32_t*>(tokens.data())[first + i] =
+          model::likeliest(reinterpret_cast<const float*>(logits.row(first + i)), logits.columns);
+    });
+  }
+
+  void download(const std::byte* data, std::size_t bytes, void* host) override {
+    std::memcpy(host, data, bytes);
   }
 
  private:

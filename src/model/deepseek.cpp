@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "flash_mla/error.h"
@@ -15,15 +16,26 @@ constexpr double kLatentNormEps = 1e-6;
 
 }  // namespace
 
-DeepSeek::DeepSeek(ModelConfig config, const Checkpoint& checkpoint, std::unique_ptr<Ops> ops)
-    : config_(std::move(config)), ops_(std::move(ops)), weights_(load_weights(config_, checkpoint, *ops_)) {}
+DeepSeek::DeepSeek(ModelConfig config, Weights weights, std::unique_ptr<Ops> ops)
+    : config_(std::move(config)), ops_(std::move(ops)), weights_(std::move(weights)) {}
 
-void DeepSeek::forward(const ForwardBatch& batch, float* logits) {
-  const Step step = plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_});
+void DeepSeek::forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) {
+  Step step = plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_});
   if (step.num_tokens() == 0) return;
   ops_->begin_step(step);
-  num_absorbed_ = step.num_absorbed;
+  ops_->run([&] { layers(step); });
+  if (!batch.logit_rows.empty()) {
+    const std::size_t row = static_cast<std::size_t>(config_.vocab_size) * sizeof(float);
+    ops_->download(logits_.data(), batch.logit_rows.size() * row, logits);
+  }
+  if (!batch.greedy_rows.empty()) {
+    constexpr std::size_t kId = sizeof(std::int32_t);
+    ops_->download(likeliest_.data() + batch.logit_rows.size() * kId, batch.greedy_rows.size() * kId, greedy);
+  }
+}
 
+void DeepSeek::layers(const Step& step) {
+  num_absorbed_ = step.num_absorbed;
   const Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
   const Matrix h = activations(h_, step.num_tokens(), config_.hidden_size);
   ops_->embed(weights_.embedding, x);
@@ -46,7 +58,8 @@ void DeepSeek::forward(const ForwardBatch& batch, float* logits) {
   ops_->rms_norm(last, weights_.norm, config_.rms_norm_eps, last);
   const Matrix out = activations(logits_, rows, config_.vocab_size, DType::kFloat32);
   ops_->linear(last, *weights_.lm_head, out);
-  ops_->download(out, logits);
+  activations(likeliest_, rows, 1, DType::kInt32);
+  if (step.first_greedy < rows) ops_->likeliest(out, likeliest_);
 }
 
 // x += attention(h). Tokens of sequences with few new ones take the absorbed form over the cached latents,
@@ -102,6 +115,31 @@ void DeepSeek::mixture(const MixtureOfExperts& weights, Matrix h, Matrix x) {
   ops_->route(h, *weights.router, weights.correction_bias, ids_, expert_weights_);
   ops_->experts_add(h, *weights.experts, ids_, expert_weights_, x);
   if (weights.shared.intermediate > 0) feed_forward(weights.shared, h, x);
+}
+
+void DeepSeek::reserve(int most_tokens, int most_rows) {
+  const std::int64_t num_tokens = ops_->padded(most_tokens), num_rows = ops_->padded(most_rows);
+  const std::int64_t heads = config_.num_attention_heads, latent = config_.kv_lora_rank;
+  const std::int64_t nope = config_.qk_nope_head_dim, rope = config_.qk_rope_head_dim;
+  const std::int64_t q_width = heads * (nope + rope), chosen = config_.num_experts_per_tok;
+  const std::int64_t intermediate =
+      std::max(config_.intermediate_size, config_.n_shared_experts * config_.moe_intermediate_size);
+  activations(x_, num_tokens, config_.hidden_size);
+  activations(h_, num_tokens, config_.hidden_size);
+  activations(qkv_a_, num_tokens, (config_.q_lora_rank > 0 ? config_.q_lora_rank : q_width) + latent + rope);
+  activations(q_a_, num_tokens, config_.q_lora_rank);
+  activations(q_, num_tokens, config_.q_lora_rank > 0 ? q_width : 0);
+  activations(q_latent_, num_tokens, heads * (latent + rope));
+  activations(out_latent_, num_tokens, heads * latent);
+  activations(attended_, num_tokens, heads * config_.v_head_dim);
+  activations(gate_up_, num_tokens, 2 * intermediate);
+  activations(act_, num_tokens, intermediate);
+  activations(ids_, num_tokens * chosen, 1, DType::kInt32);
+  activations(expert_weights_, num_tokens * chosen, 1, DType::kFloat32);
+  activations(last_, num_rows, config_.hidden_size);
+  activations(logits_, num_rows, config_.vocab_size, DType::kFloat32);
+  activations(likeliest_, num_rows, 1, DType::kInt32);
+  ops_->reserve(num_tokens);
 }
 
 std::size_t DeepSeek::layer_page_bytes() const {

@@ -11,16 +11,19 @@ namespace flash_mla::model {
 /// A DeepSeek-V2 or V3 decoder (arXiv 2405.04434, 2412.19437), written over the operations of a device.
 class DeepSeek : public Model {
  public:
-  DeepSeek(ModelConfig config, const Checkpoint& checkpoint, std::unique_ptr<Ops> ops);
+  /// `weights` were made by `ops`.
+  DeepSeek(ModelConfig config, Weights weights, std::unique_ptr<Ops> ops);
 
   int vocab_size() const override { return config_.vocab_size; }
   std::int64_t max_position() const override { return config_.max_position_embeddings; }
   std::size_t bytes_per_page() const override;
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
-  void forward(const ForwardBatch& batch, float* logits) override;
+  void reserve(int num_tokens, int num_rows) override;
+  void forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) override;
 
  private:
+  void layers(const Step& step);
   void attention(const Attention& weights, const Buffer& cache, Matrix h, Matrix x);
   void feed_forward(const FeedForward& weights, Matrix h, Matrix x);
   void mixture(const MixtureOfExperts& weights, Matrix h, Matrix x);
@@ -38,7 +41,7 @@ class DeepSeek : public Model {
 
   std::int64_t num_absorbed_ = 0;  ///< of the step that runs
   Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, gate_up_, act_, ids_, expert_weights_;
-  Buffer last_, logits_;
+  Buffer last_, logits_, likeliest_;
 };
 
 }  // namespace flash_mla::model

@@ -1,8 +1,11 @@
 #include <fmt/format.h>
 
+#include <utility>
+
 #include "flash_mla/error.h"
 #include "model/cpu_ops.h"
 #include "model/deepseek.h"
+#include "model/weights.h"
 
 namespace flash_mla::model {
 namespace {
@@ -30,8 +33,9 @@ std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const 
   }
   const ModelConfig config = read_config(directory);
   const Checkpoint checkpoint = Checkpoint::open(directory);
-  return std::make_unique<DeepSeek>(config, checkpoint,
-                                    make_cpu_ops(config, cpu_dtype(options.precision), options.num_threads));
+  std::unique_ptr<Ops> ops = make_cpu_ops(config, cpu_dtype(options.precision), options.num_threads);
+  Weights weights = load_weights(config, checkpoint, *ops);
+  return std::make_unique<DeepSeek>(config, std::move(weights), std::move(ops));
 }
 
 }  // namespace flash_mla::model

@@ -21,7 +21,8 @@ struct ForwardBatch {
       seq_lens;  ///< (num_seqs): tokens in the cache once this step has been appended
   std::span<const std::int32_t> block_table;  ///< (num_seqs, max_blocks): pages of each sequence
   int max_blocks = 0;
-  std::span<const std::int32_t> logit_rows;  ///< tokens (indices into token_ids) whose logits are wanted
+  std::span<const std::int32_t> logit_rows;   ///< tokens (indices into token_ids) whose logits are wanted
+  std::span<const std::int32_t> greedy_rows;  ///< tokens of which only the likeliest successor is wanted
   /// The same bits for a sequence whatever else is in the batch.
   bool batch_invariant = false;
 };
@@ -38,8 +39,12 @@ class Model {
   virtual void allocate_cache(int num_pages) = 0;
   /// Copies one page, in every layer.
   virtual void copy_page(int source, int target) = 0;
-  /// Writes logits (logit_rows.size(), vocab_size) float32 to host memory.
-  virtual void forward(const ForwardBatch& batch, float* logits) = 0;
+  /// Makes room for steps of up to `num_tokens` tokens with `num_rows` logit and greedy rows, so that no
+  /// later step has to. Optional; after allocate_cache.
+  virtual void reserve(int num_tokens, int num_rows) = 0;
+  /// Writes to host memory: logits (logit_rows.size(), vocab_size) float32, and for every greedy row the
+  /// token of the largest logit, the first among equals, or -1 where one is NaN or +inf or all are -inf.
+  virtual void forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) = 0;
 };
 
 enum class ModelDevice { kAuto, kCpu, kCuda };

@@ -82,7 +82,8 @@ struct Step {
 
   std::vector<Chunk> chunks;  ///< the sequences behind them, in the un-absorbed form
 
-  std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted
+  std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted, then those of first_greedy on:
+  std::int64_t first_greedy = 0;         ///< of them only the likeliest token is
   bool batch_invariant = false;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
@@ -100,6 +101,10 @@ class Ops {
 
   // Memory and weights. Host arrays are float32, row-major, and free again when the call returns.
   virtual Buffer allocate(std::size_t bytes) = 0;
+  /// What begin_step makes of that many tokens at most.
+  virtual std::int64_t padded(std::int64_t num_tokens) const { return num_tokens; }
+  /// Makes room for steps of up to `num_tokens` tokens, as Model::reserve does.
+  virtual void reserve(std::int64_t num_tokens) { static_cast<void>(num_tokens); }
   /// Parameters that stay float32: norm weights, biases.
   virtual Buffer make_vector(std::span<const float> values) = 0;
   virtual Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) = 0;
@@ -119,8 +124,12 @@ class Ops {
                                                 const std::function<void(int, float*, float*)>& read) = 0;
 
   /// Hands over the step that the calls below belong to: metadata goes to the device, the decode schedule is
-  /// made, once for all layers. `step` must live until the next begin_step.
-  virtual void begin_step(const Step& step) = 0;
+  /// made, once for all layers. A device may append tokens and logit rows whose results nobody reads, to a
+  /// size that it has prepared; their slot is -1. `step` must live until the next begin_step.
+  virtual void begin_step(Step& step) = 0;
+  /// Runs `layers`, which makes the step's calls from embed to likeliest, or replays what it recorded when
+  /// it last did so for a step of this shape.
+  virtual void run(const std::function<void()>& layers) { layers(); }
 
   /// out[t] = table[token_ids[t]]
   virtual void embed(const Buffer& table, Matrix out) = 0;
@@ -133,7 +142,8 @@ class Ops {
   virtual void silu_mul(Matrix gate_up, Matrix out) = 0;
 
   /// Rotates the rope part of every head of q (tokens, heads * (nope + rope)) in place; normalises the latent
-  /// in kv (tokens, rank + rope), rotates its rope part and writes both to the token's slot of the cache.
+  /// in kv (tokens, rank + rope), rotates its rope part and writes both to the token's slot of the cache, if
+  /// it has one.
   virtual void rope_and_append(Matrix q, Matrix kv, const Buffer& kv_norm, double eps,
                                const Buffer& cache) = 0;
   /// q_latent[t, h] = [q_nope[t, h] · W_UK[h] | q_rope[t, h]]: (tokens, heads * (rank + rope))
@@ -158,8 +168,11 @@ class Ops {
   virtual void gather_logit_rows(Matrix x, Matrix out) = 0;
   /// Copies `bytes` bytes within the device.
   virtual void copy(const Buffer& buffer, std::size_t source, std::size_t target, std::size_t bytes) = 0;
-  /// Dense float32 rows to the host; returns when everything queued has run.
-  virtual void download(Matrix x, float* host) = 0;
+  /// tokens[i] (int32) of logit row i from the step's first_greedy on (and maybe of those before): as
+  /// Model::forward says.
+  virtual void likeliest(Matrix logits, const Buffer& tokens) = 0;
+  /// `bytes` bytes from the device to the host; returns when everything queued has run.
+  virtual void download(const std::byte* data, std::size_t bytes, void* host) = 0;
 };
 
 }  // namespace flash_mla::model
