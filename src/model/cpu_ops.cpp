@@ -180,7 +180,10 @@ class CpuOps : public Ops {
   void linear(Matrix x, const Linear& weight, Matrix out) override { multiply(x, weight, out, false); }
   void linear_add(Matrix x, const Linear& weight, Matrix inout) override { multiply(x, weight, inout, true); }
 
-  void silu_mul(Matrix gate_up, Matrix out) override {
+  void linear_silu_mul(Matrix x, const Linear& weight, Matrix out) override {
+    const std::size_t bytes = static_cast<std::size_t>(2 * out.rows * out.columns * element());
+    const Matrix gate_up = dense(grown(gate_up_, bytes), dtype_, out.rows, 2 * out.columns);
+    multiply(x, weight, gate_up, false);
     for_rows(out.rows, out.columns, [&](std::int64_t t) {
       const std::byte* gate = gate_up.row(t);
       rows::silu_mul(gate, gate + out.columns * element(), out.row(t), dtype_, out.columns);
@@ -411,7 +414,7 @@ class CpuOps : public Ops {
   const Step* step_ = nullptr;
   std::vector<float> cosines_, sines_;  // (tokens, qk_rope_head_dim / 2)
   DecodeSchedule schedule_;
-  Buffer decode_workspace_, wide_, logits_, expert_out_;
+  Buffer decode_workspace_, gate_up_, wide_, logits_, expert_out_;
   std::vector<std::vector<std::int64_t>> expert_rows_;
   std::vector<std::size_t> active_;
 };

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "flash_mla/error.h"
@@ -17,7 +18,10 @@ constexpr double kLatentNormEps = 1e-6;
 }  // namespace
 
 DeepSeek::DeepSeek(ModelConfig config, Weights weights, std::unique_ptr<Ops> ops)
-    : config_(std::move(config)), ops_(std::move(ops)), weights_(std::move(weights)) {}
+    : config_(std::move(config)),
+      ops_(std::move(ops)),
+      weights_(std::move(weights)),
+      expert_ids_(weights_.layers.size()) {}
 
 void DeepSeek::forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) {
   Step step = plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_});
@@ -45,7 +49,7 @@ void DeepSeek::layers(const Step& step) {
     attention(layer.attention, caches_[i], h, x);
     ops_->rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps, h);
     if (config_.is_moe_layer(static_cast<int>(i))) {
-      mixture(layer.moe, h, x);
+      mixture(layer.moe, expert_ids_[i], h, x);
     } else {
       feed_forward(layer.dense, h, x);
     }
@@ -100,20 +104,18 @@ void DeepSeek::attention(const Attention& weights, const Buffer& cache, Matrix h
 
 // x += down(silu(gate(h)) * up(h))
 void DeepSeek::feed_forward(const FeedForward& weights, Matrix h, Matrix x) {
-  const Matrix gate_up = activations(gate_up_, h.rows, 2 * weights.intermediate);
   const Matrix act = activations(act_, h.rows, weights.intermediate);
-  ops_->linear(h, *weights.gate_up, gate_up);
-  ops_->silu_mul(gate_up, act);
+  ops_->linear_silu_mul(h, *weights.gate_up, act);
   ops_->linear_add(act, *weights.down, x);
 }
 
 // x += the chosen experts of h, weighted, and the shared ones
-void DeepSeek::mixture(const MixtureOfExperts& weights, Matrix h, Matrix x) {
+void DeepSeek::mixture(const MixtureOfExperts& weights, Buffer& ids, Matrix h, Matrix x) {
   const std::int64_t chosen = h.rows * config_.num_experts_per_tok;
-  activations(ids_, chosen, 1, DType::kInt32);
+  activations(ids, chosen, 1, DType::kInt32);
   activations(expert_weights_, chosen, 1, DType::kFloat32);
-  ops_->route(h, *weights.router, weights.correction_bias, ids_, expert_weights_);
-  ops_->experts_add(h, *weights.experts, ids_, expert_weights_, x);
+  ops_->route(h, *weights.router, weights.correction_bias, ids, expert_weights_);
+  ops_->experts_add(h, *weights.experts, ids, expert_weights_, x);
   if (weights.shared.intermediate > 0) feed_forward(weights.shared, h, x);
 }
 
@@ -132,14 +134,28 @@ void DeepSeek::reserve(int most_tokens, int most_rows) {
   activations(q_latent_, num_tokens, heads * (latent + rope));
   activations(out_latent_, num_tokens, heads * latent);
   activations(attended_, num_tokens, heads * config_.v_head_dim);
-  activations(gate_up_, num_tokens, 2 * intermediate);
   activations(act_, num_tokens, intermediate);
-  activations(ids_, num_tokens * chosen, 1, DType::kInt32);
+  for (std::size_t i = 0; i < expert_ids_.size(); ++i) {
+    if (config_.is_moe_layer(static_cast<int>(i))) {
+      activations(expert_ids_[i], num_tokens * chosen, 1, DType::kInt32);
+    }
+  }
   activations(expert_weights_, num_tokens * chosen, 1, DType::kFloat32);
   activations(last_, num_rows, config_.hidden_size);
   activations(logits_, num_rows, config_.vocab_size, DType::kFloat32);
   activations(likeliest_, num_rows, 1, DType::kInt32);
   ops_->reserve(num_tokens);
+}
+
+std::int64_t DeepSeek::experts_hit(int num_tokens) {
+  std::int64_t hit = 0;
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(num_tokens * config_.num_experts_per_tok));
+  for (const Buffer& layer : expert_ids_) {
+    if (layer.bytes() < ids.size() * sizeof(std::int32_t) || ids.empty()) continue;
+    ops_->download(layer.data(), ids.size() * sizeof(std::int32_t), ids.data());
+    hit += std::ssize(std::set(ids.begin(), ids.end()));
+  }
+  return hit;
 }
 
 std::size_t DeepSeek::layer_page_bytes() const {

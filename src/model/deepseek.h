@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "model/model.h"
 #include "model/ops.h"
@@ -21,12 +22,14 @@ class DeepSeek : public Model {
   void copy_page(int source, int target) override;
   void reserve(int num_tokens, int num_rows) override;
   void forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) override;
+  double device_seconds() const override { return ops_->device_seconds(); }
+  std::int64_t experts_hit(int num_tokens) override;
 
  private:
   void layers(const Step& step);
   void attention(const Attention& weights, const Buffer& cache, Matrix h, Matrix x);
   void feed_forward(const FeedForward& weights, Matrix h, Matrix x);
-  void mixture(const MixtureOfExperts& weights, Matrix h, Matrix x);
+  void mixture(const MixtureOfExperts& weights, Buffer& ids, Matrix h, Matrix x);
 
   std::size_t layer_page_bytes() const;
   /// (rows, columns) activations in a buffer that grows and stays.
@@ -40,7 +43,8 @@ class DeepSeek : public Model {
   std::vector<Buffer> caches_;  ///< one per layer: (pages, kPageSize, 1, kv_lora_rank + qk_rope_head_dim)
 
   std::int64_t num_absorbed_ = 0;  ///< of the step that runs
-  Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, gate_up_, act_, ids_, expert_weights_;
+  Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, act_, expert_weights_;
+  std::vector<Buffer> expert_ids_;  ///< of each layer: (tokens, num_experts_per_tok) int32
   Buffer last_, logits_, likeliest_;
 };
 

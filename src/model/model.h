@@ -8,6 +8,8 @@
 
 namespace flash_mla::model {
 
+struct ModelConfig;
+
 /// Tokens per page of the cache.
 inline constexpr int kPageSize = 64;
 
@@ -45,6 +47,16 @@ class Model {
   /// Writes to host memory: logits (logit_rows.size(), vocab_size) float32, and for every greedy row the
   /// token of the largest logit, the first among equals, or -1 where one is NaN or +inf or all are -inf.
   virtual void forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) = 0;
+
+  // For benchmarks; 0 where nobody counts.
+  /// Time that the device has worked on steps since the model was made, with ModelOptions::time_steps: from
+  /// the start of a step's first kernel to the end of its last.
+  virtual double device_seconds() const { return 0; }
+  /// Experts that the first `num_tokens` tokens of the last step took, summed over the layers.
+  virtual std::int64_t experts_hit(int num_tokens) {
+    static_cast<void>(num_tokens);
+    return 0;
+  }
 };
 
 enum class ModelDevice { kAuto, kCpu, kCuda };
@@ -55,10 +67,15 @@ struct ModelOptions {
   /// Of weights, activations between kernels and cache. kAuto: bfloat16 where the device multiplies it
   /// natively.
   ModelPrecision precision = ModelPrecision::kAuto;
-  int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use
+  int num_threads = 0;      ///< CPU: 0 for as many as OpenMP would use
+  bool time_steps = false;  ///< CUDA: keep count of Model::device_seconds
 };
 
 /// Loads config and weights of a Hugging Face model directory. Throws InvalidArgument or Unsupported.
 std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const ModelOptions& options = {});
+
+/// A model of the configuration with random weights, for benchmarks: no file is read, and nothing sensible
+/// comes out. Throws as load_model does.
+std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options = {});
 
 }  // namespace flash_mla::model

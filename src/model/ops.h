@@ -99,7 +99,9 @@ class Ops {
   /// Of weights, activations and cache.
   virtual DType dtype() const = 0;
 
-  // Memory and weights. Host arrays are float32, row-major, and free again when the call returns.
+  // Memory and weights. Host arrays are float32, row-major, and free again when the call returns. Where a
+  // weight is null (or `read` empty) a device that makes_up_weights() takes random ones: for benchmarks.
+  virtual bool makes_up_weights() const { return false; }
   virtual Buffer allocate(std::size_t bytes) = 0;
   /// What begin_step makes of that many tokens at most.
   virtual std::int64_t padded(std::int64_t num_tokens) const { return num_tokens; }
@@ -130,6 +132,8 @@ class Ops {
   /// Runs `layers`, which makes the step's calls from embed to likeliest, or replays what it recorded when
   /// it last did so for a step of this shape.
   virtual void run(const std::function<void()>& layers) { layers(); }
+  /// Of all steps that have been downloaded, where they are timed.
+  virtual double device_seconds() const { return 0; }
 
   /// out[t] = table[token_ids[t]]
   virtual void embed(const Buffer& table, Matrix out) = 0;
@@ -138,8 +142,8 @@ class Ops {
   virtual void linear(Matrix x, const Linear& weight, Matrix out) = 0;
   /// inout += x·W^T + bias
   virtual void linear_add(Matrix x, const Linear& weight, Matrix inout) = 0;
-  /// out = silu(gate) * up, where gate_up = [gate | up]
-  virtual void silu_mul(Matrix gate_up, Matrix out) = 0;
+  /// out = silu(x·G^T) * (x·U^T), where the rows of `gate_up` are [G; U]
+  virtual void linear_silu_mul(Matrix x, const Linear& gate_up, Matrix out) = 0;
 
   /// Rotates the rope part of every head of q (tokens, heads * (nope + rope)) in place; normalises the latent
   /// in kv (tokens, rank + rope), rotates its rope part and writes both to the token's slot of the cache, if
