@@ -2,7 +2,6 @@
 
 #include "sm90/dense_decode.h"
 
-#include <cuda.h>
 #include <cuda_runtime.h>
 #include <fmt/format.h>
 
@@ -15,15 +14,12 @@
 
 #include "flash_mla/error.h"
 #include "sm90/decode/launch.h"
+#include "sm90/host.h"
 
 namespace flash_mla::sm90 {
 namespace {
 
 constexpr std::size_t kAlignment = 256;
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(fmt::format("{}: {}", what, cudaGetErrorString(error)));
-}
 
 /// What the CUDA runtime sees, asked for once. A machine without a GPU or a driver is no error: it has none.
 struct Gpus {
@@ -65,82 +61,14 @@ const Gpu& gpu(int index) {
   return known.all[static_cast<std::size_t>(index)];
 }
 
-/// Makes a device current for the life of the object.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int index) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (index != before_) check(cudaSetDevice(index), "cudaSetDevice");
-    changed_ = index != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-EncodeTiled encode_tiled() {
-  static const EncodeTiled kFunction = [] {
-    void* f = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &result),
-          "cudaGetDriverEntryPointByVersion(cuTensorMapEncodeTiled)");
-    if (result != cudaDriverEntryPointSuccess)
-      throw Unsupported("the CUDA driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<EncodeTiled>(f);
-  }();
-  return kFunction;
-}
-
-/// One dimension of a tensor map: its size, the bytes from one index to the next (none for the innermost),
-/// and how much of it a box covers.
-struct MapDim {
-  std::int64_t size;
-  std::int64_t stride_bytes;
-  int box;
-};
-
-/// A tensor map, innermost dimension (64 contiguous columns) first, with 128-byte swizzle.
-template <std::size_t kRank>
-CUtensorMap tensor_map(const char* name, const TensorView& t, const std::array<MapDim, kRank>& dims) {
-  CUtensorMap map;
-  std::array<cuuint64_t, kRank> shape{};
-  std::array<cuuint64_t, kRank - 1> strides{};
-  std::array<cuuint32_t, kRank> box{}, steps{};
-  for (std::size_t i = 0; i < kRank; ++i) {
-    shape[i] = static_cast<cuuint64_t>(dims[i].size);
-    box[i] = static_cast<cuuint32_t>(dims[i].box);
-    steps[i] = 1;
-    // A dimension of one element may carry any stride; the map wants a sound one.
-    if (i > 0)
-      strides[i - 1] = static_cast<cuuint64_t>(dims[i].size > 1 ? dims[i].stride_bytes : kHeadDim * 2);
-  }
-  const CUresult r = encode_tiled()(
-      &map, t.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      kRank, t.data, shape.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (r != CUDA_SUCCESS) {
-    throw InvalidArgument(fmt::format("{} is {} with a layout that no tensor map can describe (CUresult {})",
-                                      name, t.describe(), static_cast<int>(r)));
-  }
-  return map;
-}
-
 /// (columns of a chunk, tokens, chunks, latent heads, pages)
 CUtensorMap key_map(const TensorView& k, int box_tokens, int box_chunks) {
-  return tensor_map<5>("k_cache", k,
-                       {{{64, 0, 64},
-                         {k.size(1), k.stride(1) * 2, box_tokens},
-                         {kHeadDim / 64, 128, box_chunks},
-                         {k.size(2), k.stride(2) * 2, 1},
-                         {k.size(0), k.stride(0) * 2, 1}}});
+  const std::array<MapDim, 5> dims{{{64, 0, 64},
+                                    {k.size(1), k.stride(1) * 2, box_tokens},
+                                    {kHeadDim / 64, 128, box_chunks},
+                                    {k.size(2), k.stride(2) * 2, 1},
+                                    {k.size(0), k.stride(0) * 2, 1}}};
+  return tensor_map("k_cache", k, dims);
 }
 
 RowBlocks blocks_of(const DenseDecodeArgs& a) {
@@ -168,19 +96,6 @@ PartialLayout partial_layout(const DenseDecodeArgs& a, const DecodeScheduleView&
   return {
       align_up(slot_blocks * static_cast<std::size_t>(row_groups(blocks)) * 16 * kHeadDimV * sizeof(float)),
       align_up(slot_blocks * static_cast<std::size_t>(row_groups(blocks)) * 16 * 2 * sizeof(float))};
-}
-
-void require_stride(const TensorView& t, const char* name) {
-  for (int i = 0; i + 1 < t.rank; ++i) {
-    if (t.size(i) > 1 && (t.stride(i) % 8 != 0 || t.stride(i) == 0)) {
-      throw InvalidArgument(
-          fmt::format("{}.stride[{}] is {}, expected a positive multiple of 8 elements (16 bytes)", name, i,
-                      t.stride(i)));
-    }
-  }
-  if (reinterpret_cast<std::uintptr_t>(t.data) % 16 != 0) {
-    throw InvalidArgument(fmt::format("{}.data is {}, expected a pointer aligned to 16 bytes", name, t.data));
-  }
 }
 
 }  // namespace
@@ -302,12 +217,12 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   const int cluster = cluster_of(p.blocks);
   // One copy brings all of Q where a chunk has 64 rows; else the chunks, 64 rows apart, come one by one.
   p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows ? kHeadDim / 64 : 1;
-  const CUtensorMap q_map = tensor_map<5>("q", a.q,
-                                          {{{64, 0, 64},
-                                            {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
-                                            {a.q.size(1), a.q.stride(1) * 2, p.blocks.tokens},
-                                            {kHeadDim / 64, 128, p.q_box_chunks},
-                                            {a.q.size(0), a.q.stride(0) * 2, 1}}});
+  const std::array<MapDim, 5> q_dims{{{64, 0, 64},
+                                      {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
+                                      {a.q.size(1), a.q.stride(1) * 2, p.blocks.tokens},
+                                      {kHeadDim / 64, 128, p.q_box_chunks},
+                                      {a.q.size(0), a.q.stride(0) * 2, 1}}};
+  const CUtensorMap q_map = tensor_map("q", a.q, q_dims);
   TensorView k = a.k_cache;
   if (k.size(0) == 0) {
     // A pool without pages serves requests without keys: nothing follows the map, but it has to be sound.

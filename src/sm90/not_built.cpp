@@ -2,6 +2,7 @@
 
 #include "flash_mla/error.h"
 #include "sm90/dense_decode.h"
+#include "sm90/dense_prefill.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -22,5 +23,9 @@ std::size_t dense_decode_workspace_size(const DenseDecodeArgs&, const DecodeSche
 void dense_decode(const DenseDecodeArgs&, const DecodeScheduleView&, void*, float, bool, void*) { refuse(); }
 void check_supported(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }
 void build_schedule(const TensorView&, const ScheduleOptions&, const DecodeScheduleView&, void*) { refuse(); }
+
+std::size_t dense_prefill_workspace_size() { refuse(); }
+void check_supported(const DensePrefillArgs&) { refuse(); }
+void dense_prefill(const DensePrefillArgs&, float, bool, void*, void*) { refuse(); }
 
 }  // namespace flash_mla::sm90

@@ -13,15 +13,12 @@
 #include "sm90/decode/kernel.cuh"
 #include "sm90/decode/launch.h"
 #include "sm90/decode/schedule.cuh"
+#include "sm90/host.h"
 
 namespace flash_mla::sm90 {
 namespace {
 
 constexpr std::size_t kSmemBytes = sizeof(DecodeSmem) + 1024;
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 template <class... Args>
 void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t smem, unsigned cluster,

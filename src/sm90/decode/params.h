@@ -8,7 +8,6 @@ inline constexpr int kTileTokens = 64;  ///< keys per tile, and tokens per block
 inline constexpr int kTileRows = 64;    ///< query rows per CTA
 inline constexpr int kHeadDim = 576;
 inline constexpr int kHeadDimV = 512;
-inline constexpr int kMaxDevices = 64;  ///< CUDA devices this process can use
 
 /// How the s_q x group query rows of one latent head are cut into CTAs. A row block is `tokens` query tokens
 /// times `heads` heads, at most kTileRows rows, token-major.

@@ -14,6 +14,16 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+/// A box of a 4-D tensor; its bytes are counted at `barrier`.
+__device__ __forceinline__ void tma_load_4d(void* smem, const CUtensorMap* map, std::uint64_t* barrier,
+                                            int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address(smem)),
+      "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
 /// A box of a 5-D tensor; its bytes are counted at `barrier`.
 __device__ __forceinline__ void tma_load_5d(void* smem, const CUtensorMap* map, std::uint64_t* barrier,
                                             int c0, int c1, int c2, int c3, int c4) {

@@ -1,0 +1,44 @@
+#pragma once
+
+// Small helpers for values in registers that every kernel needs.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace flash_mla::sm90 {
+
+template <bool kBf16>
+__device__ __forceinline__ std::uint32_t pack2(float low, float high) {
+  if constexpr (kBf16) {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(x);
+  } else {
+    const __half2 x = __floats2half2_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(x);
+  }
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Transposes a 4 x 4 matrix of words held by the four lanes of a quad, one row each.
+__device__ __forceinline__ void quad_transpose(std::uint32_t (&x)[4]) {
+  const bool b0 = threadIdx.x & 1, b1 = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const std::uint32_t t = __shfl_xor_sync(0xFFFFFFFFu, b0 ? x[i] : x[i + 1], 1);
+    (b0 ? x[i] : x[i + 1]) = t;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t t = __shfl_xor_sync(0xFFFFFFFFu, b1 ? x[i] : x[i + 2], 2);
+    (b1 ? x[i] : x[i + 2]) = t;
+  }
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,258 @@
+#pragma once
+
+// A consumer warpgroup: 64 query rows, with S, P and O in registers.
+//
+// The two warpgroups take turns at the tensor cores. In its turn a warpgroup issues S(i + 1) = Q K(i + 1)^T
+// and O += P(i) V(i); outside of it, it computes the softmax of S(i + 1) while its own P V and then the other
+// warpgroup's products run:
+//
+//   WG0  QK1 PV0 |  softmax1       | QK2 PV1 |  softmax2      |
+//   WG1          |  QK1 PV0 |  softmax1      | QK2 PV1 | ...
+//
+// Softmax is relative to a reference that moves only when a row's maximum exceeds it by more than 2^8, so
+// that O is seldom rescaled; P stays within range of fp16 and bf16, and the division at the end makes the
+// result independent of the reference.
+
+#include <cmath>
+#include <cstdint>
+
+#include "sm90/fragment.cuh"
+#include "sm90/prefill/smem.cuh"
+#include "sm90/ptx/tma.cuh"
+#include "sm90/ptx/wgmma.cuh"
+
+namespace flash_mla::sm90::prefill {
+
+inline constexpr float kMaxGrowth = 8.0f;  // base 2
+
+enum NamedBarrier : int { kTurn = 1, kFill = 3 };  // of warpgroup 0 and 1
+
+template <bool kBf16>
+class Consumer {
+ public:
+  __device__ Consumer(const Params& params, Smem& smem)
+      : p_(params),
+        s_(smem),
+        wg_(static_cast<int>(threadIdx.x) / 128),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        row_(static_cast<int>(threadIdx.x) / 32 * 16 + lane_ / 4) {}
+
+  __device__ void run() {
+    Ring<2> items;
+    if (wg_ == 1) pass_turn();  // WG0 begins
+    for (;;) {
+      ptx::mbarrier_wait(&s_.item_full[items.slot], items.parity);
+      const Item item = s_.items[items.slot];
+      release(s_.item_empty[items.slot]);
+      items.advance();
+      if (item.head < 0) break;
+      attend(item);
+    }
+    if (wg_ == 0) wait_turn();
+  }
+
+ private:
+  __device__ void wait_turn() { ptx::named_barrier_sync<kConsumerThreads>(kTurn + wg_); }
+  __device__ void pass_turn() { ptx::named_barrier_arrive<kConsumerThreads>(kTurn + 1 - wg_); }
+
+  /// One arrival per warp, when all of its lanes are here.
+  __device__ void release(std::uint64_t& barrier) {
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(&barrier);
+  }
+
+  __device__ void attend(const Item& item) {
+    float o[64], x[64];
+    std::uint32_t weights[8][4];
+    float sum[2] = {}, alpha[2];
+    reference_[0] = reference_[1] = -INFINITY;
+    if (item.num_tiles > 0) {
+      ptx::mbarrier_wait(&s_.q_full, q_parity_);
+      q_parity_ ^= 1;
+      int tile = item.num_tiles - 1;
+      ptx::mbarrier_wait(&s_.k_full[k_.slot], k_.parity);
+      wait_turn();
+      issue_qk(x);
+      pass_turn();
+      ptx::wgmma_wait<0>();
+      release_k(tile);
+      softmax(x, item, tile, sum, alpha);
+      pack(x, weights);
+      if ((tile + 1) * kTileKeys > item.num_keys) clear_values(item.num_keys - tile * kTileKeys);
+      if (tile > 0) ptx::mbarrier_wait(&s_.k_full[k_.slot], k_.parity);
+      while (--tile >= 0) {
+        ptx::mbarrier_wait(&s_.v_full[v_.slot], v_.parity);
+        wait_turn();
+        issue_qk(x);
+        issue_pv(o, weights, tile + 2 < item.num_tiles);
+        pass_turn();
+        ptx::wgmma_wait<1>();
+        release_k(tile);
+        softmax(x, item, tile, sum, alpha);
+        // Here rather than at the top: without a branch between them, ptxas puts the exponentials behind the
+        // wait for P V.
+        if (tile > 0) ptx::mbarrier_wait(&s_.k_full[k_.slot], k_.parity);
+        ptx::wgmma_wait<0>();
+        release_v();
+        rescale(o, alpha);
+        pack(x, weights);
+      }
+      ptx::mbarrier_wait(&s_.v_full[v_.slot], v_.parity);
+      issue_pv(o, weights, item.num_tiles > 1);
+      ptx::wgmma_wait<0>();
+      release_v();
+    }
+    store(o, item, sum);
+  }
+
+  // S = Q K^T of the tile in slot k_.
+  __device__ void issue_qk(float (&x)[64]) {
+    const std::uint64_t q = ptx::swizzled_descriptor(s_.q[0] + wg_ * 64 * 64, 0, 1024);
+    const std::uint64_t k = ptx::swizzled_descriptor(s_.k[k_.slot][0], 0, 1024);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      const std::uint32_t at = i / 4 * (kChunkBytes / 16) + i % 4 * 2;
+      ptx::wgmma_m64n128k16_ss<kBf16>(x, ptx::advance(q, at), ptx::advance(k, at), i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // O (+)= P V of the tile in slot v_.
+  __device__ void issue_pv(float (&o)[64], const std::uint32_t (&weights)[8][4], bool accumulate) {
+    const std::uint64_t v = ptx::swizzled_descriptor(s_.v[v_.slot][0], kChunkBytes, 1024);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kTileKeys / 16; ++i) {
+      ptx::wgmma_m64n128k16_rs<kBf16>(o, weights[i], ptx::advance(v, i * 128), i > 0 || accumulate);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ void release_k(int tile) {
+    release(s_.k_empty[k_.slot]);
+    k_.advance();
+    if (tile == 0) release(s_.q_empty);
+  }
+  __device__ void release_v() {
+    release(s_.v_empty[v_.slot]);
+    v_.advance();
+  }
+
+  // Rows `count` to 127 of the values in slot v_ become zero: they are another sequence's, P is zero there,
+  // but 0 * NaN is not. Both warpgroups write the same zeros and each waits for its own alone.
+  __device__ void clear_values(int count) {
+    ptx::mbarrier_wait(&s_.v_full[v_.slot], v_.parity);
+    const int words = (kTileKeys - count) * 8;  // 16-byte words of a chunk
+    for (int i = static_cast<int>(threadIdx.x) % 128; i < words; i += 128) {
+#pragma unroll
+      for (int c = 0; c < kVChunks; ++c)
+        reinterpret_cast<uint4*>(&s_.v[v_.slot][c][count * 64])[i] = uint4{0, 0, 0, 0};
+    }
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync<128>(kFill + wg_);
+  }
+
+  // S becomes 2^(scale S - reference); alpha is what O and earlier sums have to be multiplied with.
+  __device__ void softmax(float (&x)[64], const Item& item, int tile, float (&sum)[2], float (&alpha)[2]) {
+    mask(x, item, tile);
+    float base[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float highest = row_max(x, h), before = reference_[h];
+      const bool moves = highest > before + kMaxGrowth;
+      reference_[h] = moves ? highest : before;
+      // Nothing has been seen before the first key: O and the sum are 0 then.
+      alpha[h] = moves && before != -INFINITY ? exp2_fast(before - highest) : 1.0f;
+      base[h] = reference_[h] == -INFINITY ? 0.0f : reference_[h];
+      sum[h] *= alpha[h];
+    }
+    float part[2][2] = {};
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const int h = i % 4 / 2;
+      x[i] = exp2_fast(fmaf(x[i], p_.scale_log2, -base[h]));
+      part[h][i % 2] += x[i];
+    }
+    sum[0] += part[0][0] + part[0][1];
+    sum[1] += part[1][0] + part[1][1];
+  }
+
+  // Scores that a row does not see become -inf.
+  __device__ void mask(float (&x)[64], const Item& item, int tile) const {
+    const int limit = item.first_limit - tile * kTileKeys;  // of row 0
+    if (limit + (p_.causal ? wg_ * 64 : 0) >= kTileKeys) return;
+    const int l0 = limit + (p_.causal ? row_ : 0), l1 = l0 + (p_.causal ? 8 : 0);
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const int column = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
+      if (column >= (i % 4 < 2 ? l0 : l1)) x[i] = -INFINITY;
+    }
+  }
+
+  // Maximum over a row's scores, in base 2.
+  __device__ float row_max(const float (&x)[64], int h) const {
+    float best[4];  // several chains: one alone is as long as its latency times its length
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float y = fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
+      best[i % 4] = i < 4 ? y : fmaxf(best[i % 4], y);
+    }
+    float highest = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
+    highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 1));
+    return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2)) * p_.scale_log2;
+  }
+
+  __device__ static void rescale(float (&o)[64], const float (&alpha)[2]) {
+    if (!__any_sync(0xFFFFFFFFu, alpha[0] != 1.0f || alpha[1] != 1.0f)) return;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) o[i] *= alpha[i % 4 / 2];
+  }
+
+  __device__ static void pack(const float (&x)[64], std::uint32_t (&weights)[8][4]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) weights[i / 4][i % 4] = pack2<kBf16>(x[2 * i], x[2 * i + 1]);
+  }
+
+  // O and log-sum-exp of the rows that there are.
+  __device__ void store(const float (&o)[64], const Item& item, float (&sum)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float total = sum[h] + __shfl_xor_sync(0xFFFFFFFFu, sum[h], 1);
+      total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
+      const int row = row_ + 8 * h;
+      const bool sees = item.num_tiles > 0 && item.first_limit + (p_.causal ? row : 0) > 0;
+      const float inverse = 1.0f / total;
+      const std::int64_t token = item.query + row;
+      std::uint16_t* to = static_cast<std::uint16_t*>(p_.out) + token * p_.out_stride_token +
+                          item.head * p_.out_stride_head + lane_ % 4 * 8;
+#pragma unroll
+      for (int g = 0; g < 16; g += 4) {
+        std::uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = (g + i) * 4 + 2 * h;
+          words[i] = sees ? pack2<kBf16>(o[at] * inverse, o[at + 1] * inverse) : 0;
+        }
+        quad_transpose(words);
+        if (row < item.rows)
+          *reinterpret_cast<uint4*>(to + g * 8) = uint4{words[0], words[1], words[2], words[3]};
+      }
+      if (p_.lse != nullptr && lane_ % 4 == 0 && row < item.rows) {
+        // A row whose scores are all -inf has the sum 0 and no average.
+        const float lse = total == 0.0f ? NAN : (reference_[h] + log2f(total)) * 0.6931471805599453f;
+        p_.lse[item.head * p_.lse_stride_head + token * p_.lse_stride_token] = sees ? lse : INFINITY;
+      }
+    }
+  }
+
+  const Params& p_;
+  Smem& s_;
+  const int wg_, lane_;
+  const int row_;  // this thread's rows of the item are row_ and row_ + 8
+  Ring<kStages> k_, v_;
+  std::uint32_t q_parity_ = 0;
+  float reference_[2];  // of the softmax, per row, base 2; -inf until a key has been seen
+};
+
+}  // namespace flash_mla::sm90::prefill

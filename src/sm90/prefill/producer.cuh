@@ -1,0 +1,88 @@
+#pragma once
+
+// The producer warp: takes items, tells the consumers, and loads what they need in the order in which they
+// need it: Q, K0, K1, V0, K2, V1, ... It runs ahead into the next item as far as there is room.
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "sm90/prefill/work.cuh"
+#include "sm90/ptx/tma.cuh"
+
+namespace flash_mla::sm90::prefill {
+
+struct Maps {
+  const CUtensorMap *q, *k_nope, *k_rope, *v;
+};
+
+class Producer {
+ public:
+  __device__ Producer(const Params& params, Smem& smem, const Maps& maps)
+      : p_(params), s_(smem), maps_(maps), lane_(static_cast<int>(threadIdx.x) % 32) {}
+
+  __device__ void run() {
+    WorkList list(p_);
+    int index = static_cast<int>(blockIdx.x);
+    for (;;) {
+      const Item item = list.at(index);
+      int next = INT_MAX;
+      if (lane_ == 0) {
+        // Asked for here and looked at after the loads have been issued.
+        if (p_.taken != nullptr && item.head >= 0)
+          next = static_cast<int>(gridDim.x) + atomicAdd(p_.taken, 1);
+        publish(item);
+        if (item.num_tiles > 0) load(item);
+      }
+      if (item.head < 0) break;
+      index = __shfl_sync(0xFFFFFFFFu, next, 0);
+    }
+  }
+
+ private:
+  __device__ void publish(const Item& item) {
+    ptx::mbarrier_wait(&s_.item_empty[items_.slot], items_.parity ^ 1);
+    s_.items[items_.slot] = item;
+    ptx::mbarrier_arrive(&s_.item_full[items_.slot]);
+    items_.advance();
+  }
+
+  __device__ void load(const Item& item) {
+    ptx::mbarrier_wait(&s_.q_empty, q_parity_ ^ 1);
+    q_parity_ ^= 1;
+    ptx::mbarrier_arrive_expect_tx(&s_.q_full, kQkChunks * kChunkBytes);
+    ptx::tma_load_4d(s_.q, maps_.q, &s_.q_full, 0, item.query, 0, item.head);
+    // From the last tile to the first: the one that needs a mask comes first.
+    for (int i = 0; i <= item.num_tiles; ++i) {
+      if (i < item.num_tiles) load_k(item, item.key + (item.num_tiles - 1 - i) * kTileKeys);
+      if (i > 0) load_v(item, item.key + (item.num_tiles - i) * kTileKeys);
+    }
+  }
+
+  __device__ void load_k(const Item& item, int key) {
+    std::uint64_t* full = &s_.k_full[k_.slot];
+    ptx::mbarrier_wait(&s_.k_empty[k_.slot], k_.parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full, kQkChunks * kChunkBytes);
+    ptx::tma_load_4d(s_.k[k_.slot][0], maps_.k_nope, full, 0, key, 0, item.head);
+    ptx::tma_load_4d(s_.k[k_.slot][kNopeChunks], maps_.k_rope, full, 0, key, 0, 0);
+    k_.advance();
+  }
+
+  __device__ void load_v(const Item& item, int key) {
+    std::uint64_t* full = &s_.v_full[v_.slot];
+    ptx::mbarrier_wait(&s_.v_empty[v_.slot], v_.parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full, kVChunks * kChunkBytes);
+    ptx::tma_load_4d(s_.v[v_.slot], maps_.v, full, 0, key, 0, item.head);
+    v_.advance();
+  }
+
+  const Params& p_;
+  Smem& s_;
+  const Maps maps_;
+  const int lane_;
+  Ring<2> items_;
+  Ring<kStages> k_, v_;
+  std::uint32_t q_parity_ = 0;
+};
+
+}  // namespace flash_mla::sm90::prefill
