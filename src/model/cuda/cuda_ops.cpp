@@ -24,6 +24,7 @@
 #include "model/cuda/step_data.h"
 #include "model/model.h"
 #include "model/rope.h"
+#include "sm90/dense_prefill.h"
 
 namespace flash_mla::model {
 namespace {
@@ -427,6 +428,11 @@ class CudaOps : public Ops {
       multiply(dense(latents_, group.num_keys, config_.kv_lora_rank), weight,
                dense(expanded_, group.num_keys, weight.out_features), false);
 
+      if (sm90_prefill()) {
+        attend_sm90(group, q.row_range(group.first_query, group.num_queries),
+                    out.row_range(group.first_query, group.num_queries));
+        continue;
+      }
       PlainPrefill args;
       args.q = q.row_range(group.first_query, group.num_queries);
       args.out = out.row_range(group.first_query, group.num_queries);
@@ -557,6 +563,33 @@ class CudaOps : public Ops {
   }
 
   bool sm90_decode() const { return config_.kv_lora_rank == 512 && config_.qk_rope_head_dim == 64; }
+
+  bool sm90_prefill() const {
+    return config_.qk_nope_head_dim == sm90::kPrefillHeadDimNope &&
+           config_.qk_rope_head_dim == sm90::kPrefillHeadDimRope &&
+           config_.v_head_dim == sm90::kPrefillHeadDimV;
+  }
+
+  // Of the expanded keys and values of a group.
+  void attend_sm90(const StepData::Group& group, const Matrix& q, const Matrix& out) {
+    const std::int64_t heads = config_.num_attention_heads, nope = config_.qk_nope_head_dim;
+    const std::int64_t rope = config_.qk_rope_head_dim, v = config_.v_head_dim;
+    sm90::DensePrefillArgs args;
+    args.q = on_device(q.data, kType, {q.rows, heads, nope + rope});
+    args.q.strides[0] = q.stride;
+    args.k_nope = on_device(expanded_.data(), kType, {group.num_keys, heads, nope});
+    args.k_nope.strides = {heads * (nope + v), nope + v, 1};
+    args.v = on_device(expanded_.data() + static_cast<std::size_t>(nope) * kElement, kType,
+                       {group.num_keys, heads, v});
+    args.v.strides = args.k_nope.strides;
+    args.k_rope = on_device(k_rope_.data(), kType, {group.num_keys, rope});
+    args.cu_seqlens_q = on_device(group.query_starts, DType::kInt32, {group.num_seqs + 1});
+    args.cu_seqlens_k = on_device(group.key_starts, DType::kInt32, {group.num_seqs + 1});
+    args.out = on_device(out.data, kType, {out.rows, heads, v});
+    grow(prefill_workspace_, sm90::dense_prefill_workspace_size());
+    sm90::dense_prefill(args, static_cast<float>(config_.softmax_scale()), /*causal=*/true,
+                        prefill_workspace_.data(), stream_);
+  }
 
   WeightUploader& uploader() {
     if (!weights_) weights_ = std::make_unique<WeightUploader>(*pool_, stream_);
@@ -691,7 +724,7 @@ class CudaOps : public Ops {
   std::uint64_t seed_ = 1;
 
   RotationTable rotations_;
-  Buffer inv_freq_, cosines_, sines_, parts_, num_splits_, decode_workspace_;
+  Buffer inv_freq_, cosines_, sines_, parts_, num_splits_, decode_workspace_, prefill_workspace_;
   Buffer gate_up_, latents_, k_rope_, expanded_, router_logits_, expert_workspace_, likeliest_scratch_;
   PinnedBuffer download_;
 
