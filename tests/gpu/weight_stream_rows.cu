@@ -174,10 +174,8 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) 
       a.programmatic_launch = true;
       std::vector<StreamPlan> plans = {plan_stream(a, num_sms)};
       if (sweep) {
-        const int groups = plans[0].groups;
-        for (const auto& [tiles, warps_n, warps_k] : {std::tuple{2, 1, 4}, {4, 1, 4}, {4, 2, 2}}) {
-          if (warps_n == 2 && groups < 4) continue;
-          for (const int cluster : {1, 2, 4, 8}) plans.push_back({groups, tiles, warps_n, warps_k, cluster});
+        for (const int per_sm : {1, 2}) {
+          for (const StreamPlan& plan : stream_plans(a, num_sms, per_sm)) plans.push_back(plan);
         }
       }
       const double bytes = 2.0 * static_cast<double>(shape.n * shape.k + m * (shape.k + a.out_stride));
@@ -204,8 +202,8 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) 
         alone.programmatic_launch = false;
         const double cold =
             timer.cold([&](cudaStream_t s) { CHECK(launch_stream(alone, plan, s)); }, sweep ? 5 : 15);
-        std::printf("%-20s %4d g%dt%dn%dk%dc%d  %8.2f %8.0f %5.1f  %8.2f %8.0f %5.1f", shape.name, m,
-                    plan.groups, plan.tiles, plan.warps_n, plan.warps_k, plan.cluster, cold,
+        std::printf("%-20s %4d g%dt%dn%dc%dw%-3dx%d  %8.2f %8.0f %5.1f  %8.2f %8.0f %5.1f", shape.name, m,
+                    plan.groups, plan.tiles, plan.warps_n, plan.cluster, plan.width, plan.ctas_per_sm, cold,
                     bytes / cold / 1000, bytes / cold / 10 / kStreamRate, chain, bytes / chain / 1000,
                     bytes / chain / 10 / kStreamRate);
       }
