@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "model/cuda/launch.h"
@@ -7,11 +8,12 @@
 namespace flash_mla::model::cuda {
 namespace {
 
-// What an item costs besides its weights, in bytes of weights read in the same time: sums, stores, and in a
-// cluster the exchange.
-constexpr double kItemBytes = 6 << 10, kClusterItemBytes = 12 << 10;
-// A byte of x, which is in L2, beside one of the weights.
-constexpr double kRowCost = 0.5;
+// Fitted to the times of all divisions of V2-Lite's and V3's products (docs/kernels/skinny-gemm-sm90.md), in
+// bytes and microseconds for one multiprocessor.
+constexpr double kRate[] = {29e3, 31e3};               // with one CTA and with two
+constexpr double kLatency = 0.6;                       // bytes on their way over this: the rate they allow
+constexpr double kRowCost = 0.9;                       // a byte of x beside one of the weights
+constexpr double kRoundCost = 7, kClusterCost = 0.05;  // the latter for each doubling
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -39,6 +41,7 @@ cudaError_t launch_shape(const WeightStream& args, const StreamPlan& plan, int n
 struct TableEntry {
   StreamPlan plan;  // groups, tiles and warps
   bool fp32;
+  int flight;  // bytes on their way for each row of the weights
   cudaError_t (*launch)(const WeightStream&, const StreamPlan&, int, cudaStream_t);
 };
 
@@ -46,6 +49,7 @@ template <int kGroups, int kTiles, int kWarpsN, int kWarpsK, bool kFp32>
 constexpr TableEntry entry() {
   return {{kGroups, kTiles, kWarpsN, kWarpsK, 0, 0, 0},
           kFp32,
+          StreamShape<kGroups, kTiles, kWarpsN, kWarpsK, kFp32>::kDepth * kWarpsK * (kFp32 ? 128 : 64),
           launch_shape<StreamShape<kGroups, kTiles, kWarpsN, kWarpsK, kFp32>>};
 }
 
@@ -59,22 +63,27 @@ constexpr TableEntry kTable[] = {
     entry<2, 1, 1, 4, true>(),  entry<4, 1, 1, 4, true>(),  entry<8, 1, 1, 4, true>(),
 };
 
-/// Bytes of weights that could be read in the time of the busiest multiprocessor; sets plan.width to the
-/// best.
-double cost_of(const WeightStream& args, StreamPlan& plan, std::int64_t units, std::int64_t rows,
-               int num_sms) {
-  const int capacity = 16 * plan.tiles * plan.warps_n / (args.silu_mul ? 2 : 1);
-  const std::int64_t outputs = args.silu_mul ? args.n / 2 : args.n;
+/// Microseconds, but for a constant; sets plan.width to the best.
+double cost_of(const WeightStream& args, const TableEntry& entry, StreamPlan& plan, std::int64_t units,
+               std::int64_t rows, int num_sms) {
+  const int halves = args.silu_mul ? 2 : 1;
+  const int capacity = 16 * plan.tiles * plan.warps_n / halves;
+  const std::int64_t outputs = args.n / halves;
   const std::int64_t slots = std::max(1, num_sms * plan.ctas_per_sm / plan.cluster);
   const double k = static_cast<double>(divide_up(divide_up(args.k, 64), plan.cluster) * 64);
-  const double row_bytes = k * (args.weight_fp32 ? 4 : 2) * (args.silu_mul ? 2 : 1);
-  const double fixed =
-      static_cast<double>(rows) * k * 2 * kRowCost + (plan.cluster > 1 ? kClusterItemBytes : kItemBytes);
   double best = std::numeric_limits<double>::infinity();
   const auto consider = [&](std::int64_t width) {
     const std::int64_t items = divide_up(outputs, width) * units;
-    const double cost = static_cast<double>(divide_up(items, slots)) * plan.ctas_per_sm *
-                        (static_cast<double>(width) * row_bytes + fixed);
+    const std::int64_t together =
+        std::clamp<std::int64_t>(divide_up(items * plan.cluster, num_sms), 1, plan.ctas_per_sm);
+    const double weight_rows = static_cast<double>(width * halves);
+    const double bytes =
+        k * (weight_rows * (args.weight_fp32 ? 4 : 2) + static_cast<double>(rows) * 2 * kRowCost);
+    const double flight = weight_rows * entry.flight * static_cast<double>(together);
+    const double rate = std::min(kRate[plan.ctas_per_sm > 1 ? 1 : 0], flight / kLatency);
+    const double cost = static_cast<double>(divide_up(items, slots)) *
+                        (static_cast<double>(together) * bytes / rate + kRoundCost +
+                         kClusterCost * std::log2(static_cast<double>(plan.cluster)));
     if (cost >= best) return;
     best = cost;
     plan.width = static_cast<int>(width);
@@ -90,9 +99,9 @@ double cost_of(const WeightStream& args, StreamPlan& plan, std::int64_t units, s
   return best;
 }
 
-/// Calls visit(plan, cost) for every division that the product allows. ctas_per_sm 0: the usual number.
+/// Calls visit(plan, cost) for every division that the product allows.
 template <class F>
-void for_plans(const WeightStream& args, int num_sms, int ctas_per_sm, F&& visit) {
+void for_plans(const WeightStream& args, int num_sms, F&& visit) {
   const bool experts = args.units != nullptr || args.direct_ids != nullptr;
   const std::int64_t bound = experts ? args.rows_per_unit : args.m;
   const int groups = bound <= 8 ? 1 : bound <= 16 ? 2 : bound <= 32 ? 4 : 8;
@@ -114,11 +123,13 @@ void for_plans(const WeightStream& args, int num_sms, int ctas_per_sm, F&& visit
     for (const int cluster : {1, 2, 4, 8}) {
       if (cluster > 1 && args.k < 64 * e.plan.warps_k * cluster) continue;
       if (fixed_cluster > 0 && cluster != fixed_cluster) continue;
-      StreamPlan plan = e.plan;
-      plan.cluster = cluster;
-      plan.ctas_per_sm = ctas_per_sm > 0 ? ctas_per_sm : groups <= 2 ? 1 : 2;
-      const double cost = cost_of(args, plan, units, rows, num_sms);
-      visit(plan, cost);
+      for (int per_sm = 1; per_sm <= 2; ++per_sm) {
+        StreamPlan plan = e.plan;
+        plan.cluster = cluster;
+        plan.ctas_per_sm = per_sm;
+        const double cost = cost_of(args, e, plan, units, rows, num_sms);
+        visit(plan, cost);
+      }
     }
   }
 }
@@ -133,8 +144,8 @@ bool fits_stream(const void* x, std::int64_t x_stride, const void* weight, std::
 StreamPlan plan_stream(const WeightStream& args, int num_sms) {
   StreamPlan best{};
   double best_cost = std::numeric_limits<double>::infinity();
-  for_plans(args, num_sms, 0, [&](const StreamPlan& plan, double cost) {
-    if (cost < 0.98 * best_cost) {
+  for_plans(args, num_sms, [&](const StreamPlan& plan, double cost) {
+    if (cost < best_cost) {
       best_cost = cost;
       best = plan;
     }
@@ -142,9 +153,9 @@ StreamPlan plan_stream(const WeightStream& args, int num_sms) {
   return best;
 }
 
-std::vector<StreamPlan> stream_plans(const WeightStream& args, int num_sms, int ctas_per_sm) {
+std::vector<StreamPlan> stream_plans(const WeightStream& args, int num_sms) {
   std::vector<StreamPlan> plans;
-  for_plans(args, num_sms, ctas_per_sm, [&](const StreamPlan& plan, double) { plans.push_back(plan); });
+  for_plans(args, num_sms, [&](const StreamPlan& plan, double) { plans.push_back(plan); });
   return plans;
 }
 

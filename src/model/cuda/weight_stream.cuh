@@ -54,7 +54,7 @@ struct StreamShape {
   static constexpr int kPlanes = kGroups <= 2 ? kWarpsK : 1;
   static constexpr int kSumBytes = kPlanes * kPlane * 4;
   static constexpr int kFit = ((112 << 10) - kSumBytes) / kStageBytes;
-  static constexpr int kDepth = kFit > 8 ? 8 : kFit;
+  static constexpr int kDepth = kFit > 16 ? 16 : kFit;
   static_assert(kDepth >= 2 && kGroups % kWarpsN == 0);
   static constexpr int kSharedBytes = kDepth * kStageBytes + kSumBytes;
 };

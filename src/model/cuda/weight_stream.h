@@ -55,8 +55,8 @@ struct StreamPlan {
 };
 
 StreamPlan plan_stream(const WeightStream& args, int num_sms);
-/// Every plan that plan_stream() chooses from, with this many CTAs per multiprocessor; for measurements.
-std::vector<StreamPlan> stream_plans(const WeightStream& args, int num_sms, int ctas_per_sm);
+/// Every plan that plan_stream() chooses from; for measurements.
+std::vector<StreamPlan> stream_plans(const WeightStream& args, int num_sms);
 /// Queues the product; requires what the fast path of SkinnyGemm requires.
 cudaError_t launch_stream(const WeightStream& args, const StreamPlan& plan, cudaStream_t stream);
 cudaError_t launch_stream(const WeightStream& args, cudaStream_t stream);

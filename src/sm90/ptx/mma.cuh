@@ -33,10 +33,12 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ __forceinline__ void store_shared_16(std::uint32_t smem, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+/// Arrives at `barrier`, whose count includes this arrival, once this thread's copies so far are complete.
+__device__ __forceinline__ void cp_async_arrive(std::uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier))
                : "memory");
 }
+
 /// The same address in CTA `rank` of the cluster.
 __device__ __forceinline__ float4 load_cluster_16(std::uint32_t smem, std::uint32_t rank) {
   float4 v;
