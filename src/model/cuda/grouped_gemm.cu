@@ -32,7 +32,6 @@ constexpr int kRowBytes = kStepK * 2;
 constexpr int kBytesA = kRows * kRowBytes, kStageBytes = kBytesA + kColumns * kRowBytes;
 constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup;
 constexpr int kSharedBytes = kStages * kStageBytes + 1024;  // the swizzle asks for 1024-byte alignment
-constexpr int kLag = 2;                                     // stages under way before one is waited for
 constexpr int kRowsPerPass = kWarpgroup / 8;
 
 struct Grid {
