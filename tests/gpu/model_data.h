@@ -27,12 +27,17 @@ inline float from_bf16(std::uint16_t x) {
   return f;
 }
 
+/// Quick rather than good: normal numbers come from a table that is drawn once.
 class Random {
  public:
-  explicit Random(std::uint64_t seed) : generator_(seed) {}
-  float normal() { return normal_(generator_); }
-  int below(int n) { return static_cast<int>(generator_() % static_cast<std::uint64_t>(n)); }
-  bool coin() { return (generator_() >> 7 & 1) != 0; }
+  explicit Random(std::uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ull + 1), table_(1 << 16) {
+    std::mt19937_64 generator(seed);
+    std::normal_distribution<float> normal_distribution;
+    for (float& x : table_) x = normal_distribution(generator);
+  }
+  float normal() { return table_[next() >> 48]; }
+  int below(int n) { return static_cast<int>((next() >> 33) % static_cast<std::uint64_t>(n)); }
+  bool coin() { return below(2) != 0; }
   std::vector<std::uint16_t> bf16(std::size_t n, float scale) {
     std::vector<std::uint16_t> v(n);
     for (auto& x : v) x = to_bf16(normal() * scale);
@@ -40,13 +45,15 @@ class Random {
   }
   std::vector<float> fp32(std::size_t n, float scale) {
     std::vector<float> v(n);
-    for (auto& x : v) x = normal() * scale;
+    for (auto& x : v) x = normal() * scale + normal() * 1e-3f * scale;
     return v;
   }
 
  private:
-  std::mt19937_64 generator_;
-  std::normal_distribution<float> normal_;
+  std::uint64_t next() { return state_ = state_ * 6364136223846793005ull + 1442695040888963407ull; }
+
+  std::uint64_t state_;
+  std::vector<float> table_;
 };
 
 /// A device copy of a host vector, `shift` bytes past an aligned address.

@@ -151,6 +151,64 @@ const Shape kShapes[] = {
     {"V3 shared down", 7168, 2048, false},
 };
 
+std::string text(const StreamPlan& plan) {
+  char out[64];
+  std::snprintf(out, sizeof out, "g%dt%dn%dc%dw%dx%d", plan.groups, plan.tiles, plan.warps_n, plan.cluster,
+                plan.width, plan.ctas_per_sm);
+  return out;
+}
+
+/// One of the experts' products on its own, under every plan.
+void sweep_experts(Timer& timer, const char* name, WeightStream a, const std::vector<std::int32_t>& ids,
+                   int experts, int tokens, int num_sms) {
+  const std::size_t pairs = ids.size();
+  std::vector<std::int32_t> order(pairs), count(static_cast<std::size_t>(experts));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int i, int j) {
+    return ids[static_cast<std::size_t>(i)] < ids[static_cast<std::size_t>(j)];
+  });
+  for (const std::int32_t e : ids) ++count[static_cast<std::size_t>(e)];
+  for (const int rows : {8, 16, 32, 64}) {
+    std::vector<ExpertUnit> units;
+    std::int32_t first = 0;
+    for (int e = 0; e < experts; ++e) {
+      const std::int32_t c = count[static_cast<std::size_t>(e)];
+      for (std::int32_t u = 0; u < c; u += rows) units.push_back({e, first + u, std::min(rows, c - u)});
+      first += c;
+    }
+    auto* device_units = scratch<ExpertUnit>(units.size());
+    auto* device_pairs = scratch<std::int32_t>(pairs);
+    auto* num_units = scratch<std::int32_t>(1);
+    const auto n = static_cast<std::int32_t>(units.size());
+    CHECK(cudaMemcpy(device_units, units.data(), units.size() * sizeof(ExpertUnit), cudaMemcpyHostToDevice));
+    CHECK(cudaMemcpy(device_pairs, order.data(), pairs * 4, cudaMemcpyHostToDevice));
+    CHECK(cudaMemcpy(num_units, &n, 4, cudaMemcpyHostToDevice));
+    a.units = device_units;
+    a.pairs = device_pairs;
+    a.num_units = num_units;
+    a.max_units = a.likely_units = n;
+    a.rows_per_unit = rows;
+    a.m = static_cast<std::int64_t>(pairs);
+    double best = 1e30;
+    StreamPlan best_plan{};
+    {
+      for (const StreamPlan& plan : stream_plans(a, num_sms)) {
+        const double time = timer.cold([&](cudaStream_t s) { CHECK(launch_stream(a, plan, s)); }, 3);
+        std::fprintf(stderr, "%s|%d|%s|%.2f\n", name, tokens, text(plan).c_str(), time);
+        if (time < best) {
+          best = time;
+          best_plan = plan;
+        }
+      }
+    }
+    std::printf("%s tokens %d rows %d units %d best %s %.1f us\n", name, tokens, rows, n,
+                text(best_plan).c_str(), best);
+    CHECK(cudaFree(device_units));
+    CHECK(cudaFree(device_pairs));
+    CHECK(cudaFree(num_units));
+  }
+}
+
 void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) {
   constexpr std::size_t kPool = std::size_t(640) << 20;
   __nv_bfloat16* weights = random_array(kPool / 2, 0.03f);
@@ -174,11 +232,7 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) 
       a.programmatic_launch = true;
       std::vector<StreamPlan> plans = {plan_stream(a, num_sms)};
       if (sweep) {
-        const int groups = plans[0].groups;
-        for (const auto& [tiles, warps_n, warps_k] : {std::tuple{2, 1, 4}, {4, 1, 4}, {4, 2, 2}}) {
-          if (warps_n == 2 && groups < 4) continue;
-          for (const int cluster : {1, 2, 4, 8}) plans.push_back({groups, tiles, warps_n, warps_k, cluster});
-        }
+        for (const StreamPlan& plan : stream_plans(a, num_sms)) plans.push_back(plan);
       }
       const double bytes = 2.0 * static_cast<double>(shape.n * shape.k + m * (shape.k + a.out_stride));
       double best = 1e30;
@@ -199,19 +253,18 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) 
           best = chain;
           best_plan = plan;
         }
+        if (sweep) std::fprintf(stderr, "%s|%d|%s|%.2f\n", shape.name, m, text(plan).c_str(), chain);
         if (i > 0) continue;
         WeightStream alone = a;
         alone.programmatic_launch = false;
         const double cold =
             timer.cold([&](cudaStream_t s) { CHECK(launch_stream(alone, plan, s)); }, sweep ? 5 : 15);
-        std::printf("%-20s %4d g%dt%dn%dk%dc%d  %8.2f %8.0f %5.1f  %8.2f %8.0f %5.1f", shape.name, m,
-                    plan.groups, plan.tiles, plan.warps_n, plan.warps_k, plan.cluster, cold,
-                    bytes / cold / 1000, bytes / cold / 10 / kStreamRate, chain, bytes / chain / 1000,
+        std::printf("%-20s %4d %15s  %8.2f %8.0f %5.1f  %8.2f %8.0f %5.1f", shape.name, m, text(plan).c_str(),
+                    cold, bytes / cold / 1000, bytes / cold / 10 / kStreamRate, chain, bytes / chain / 1000,
                     bytes / chain / 10 / kStreamRate);
       }
       if (sweep) {
-        std::printf("   best t%dn%dc%d %8.2f %5.1f", best_plan.tiles, best_plan.warps_n, best_plan.cluster,
-                    best, bytes / best / 10 / kStreamRate);
+        std::printf("  | %s %.2f %.1f", text(best_plan).c_str(), best, bytes / best / 10 / kStreamRate);
       }
       std::printf("\n");
     }
@@ -221,7 +274,7 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) 
   CHECK(cudaFree(out));
 }
 
-void experts(Timer& timer, const std::vector<int>& rows) {
+void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) {
   struct Layer {
     const char* name;
     int hidden, intermediate, experts, chosen, groups, kept;
@@ -283,6 +336,31 @@ void experts(Timer& timer, const std::vector<int>& rows) {
       r.method =
           l.groups > 1 ? flash_mla::model::TopkMethod::kNoAuxTc : flash_mla::model::TopkMethod::kGreedy;
       r.programmatic_launch = true;
+      if (sweep && tokens <= 128) {
+        auto* act = random_array(pairs * static_cast<std::size_t>(l.intermediate), 1.0f);
+        auto* results = scratch<float>(pairs * static_cast<std::size_t>(l.hidden));
+        WeightStream a;
+        a.weight = gate_up;
+        a.x = x;
+        a.x_stride = a.k = l.hidden;
+        a.x_divisor = l.chosen;
+        a.n = 2 * l.intermediate;
+        a.out = act;
+        a.out_stride = l.intermediate;
+        a.silu_mul = true;
+        sweep_experts(timer, (std::string(l.name) + " gate_up").c_str(), a, host, l.experts, tokens, num_sms);
+        a = {};
+        a.weight = down;
+        a.x = act;
+        a.x_stride = a.k = l.intermediate;
+        a.n = l.hidden;
+        a.out = results;
+        a.out_stride = l.hidden;
+        a.out_fp32 = true;
+        sweep_experts(timer, (std::string(l.name) + " down").c_str(), a, host, l.experts, tokens, num_sms);
+        CHECK(cudaFree(act));
+        CHECK(cudaFree(results));
+      }
       const double hit = static_cast<double>(std::set<std::int32_t>(host.begin(), host.end()).size());
       const double bytes = hit * 6.0 * static_cast<double>(each) + 6.0 * tokens * l.hidden;
       const double flop = 6.0 * static_cast<double>(each) * static_cast<double>(pairs);
@@ -334,5 +412,5 @@ int main(int argc, char** argv) {
               kStreamRate);
   Timer timer;
   if (!only_experts) dense(timer, rows, sweep, device.multiProcessorCount);
-  if (!only_dense) experts(timer, tokens);
+  if (!only_dense) experts(timer, tokens, sweep, device.multiProcessorCount);
 }

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "model/cuda/grouped_gemm.h"
 #include "model/cuda/launch.h"
 #include "model/cuda/moe.h"
 #include "model/cuda/weight_stream.h"
@@ -20,6 +21,7 @@ constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / 32;
 constexpr int kRowThreads = 256;
 constexpr std::size_t kAlignment = 256;
 constexpr int kSmallestUnit = 8;
+constexpr double kMostStreamedRows = 24;  // pairs of an expert, on average
 
 // ---- Sorting
 // -------------------------------------------------------------------------------------------------
@@ -229,9 +231,10 @@ Workspace lay_out(void* base, std::int64_t tokens, std::int64_t hidden, std::int
 }
 
 /// Rows of x that a unit is planned for: the least bucket that few experts overflow (an overflowing expert's
-/// weights are read once more, though from L2).
-int rows_per_unit(std::int64_t pairs, int num_experts) {
-  const double mean = static_cast<double>(pairs) / num_experts;
+/// weights are read once more, though from L2). Beyond the streaming kernel's, tiles take over.
+int rows_per_unit(const ExpertFfn& p) {
+  const double mean = static_cast<double>(p.tokens * p.experts_per_token) / p.num_experts;
+  if (mean > kMostStreamedRows && !p.batch_invariant) return kGroupedRows;
   return mean <= 3 ? 8 : mean <= 9 ? 16 : mean <= 22 ? 32 : 64;
 }
 
@@ -265,7 +268,7 @@ cudaError_t run_plain(const ExpertFfn& p, const Workspace& w, int num_sms, cudaS
   return cudaLaunchKernelEx(config.get(), plain_experts<true>, args);
 }
 
-cudaError_t run_stream(const ExpertFfn& p, const Workspace& w, cudaStream_t stream) {
+cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream) {
   const std::int64_t pairs = p.tokens * p.experts_per_token;
   WeightStream s;
   s.rows_per_unit = kSmallestUnit;
@@ -273,7 +276,7 @@ cudaError_t run_stream(const ExpertFfn& p, const Workspace& w, cudaStream_t stre
     s.direct_ids = p.ids;
     s.max_units = s.likely_units = pairs;
   } else {
-    s.rows_per_unit = rows_per_unit(pairs, p.num_experts);
+    s.rows_per_unit = rows_per_unit(p);
     const SortArgs sort{p.ids, pairs, p.num_experts, s.rows_per_unit, w.pairs, w.units, w.num_units};
     if (const cudaError_t e = launch_sort(sort, p.programmatic_launch, stream)) return e;
     s.units = w.units;
@@ -298,7 +301,11 @@ cudaError_t run_stream(const ExpertFfn& p, const Workspace& w, cudaStream_t stre
   gate_up.out_stride = p.intermediate;
   gate_up.silu_mul = true;
   gate_up.early_weights = false;  // the kernel directly before says which
-  if (const cudaError_t e = launch_stream(gate_up, stream)) return e;
+  const auto launch = [&](const WeightStream& product) {
+    return s.rows_per_unit == kGroupedRows ? launch_grouped_gemm(product, stream)
+                                           : launch_stream(product, stream);
+  };
+  if (const cudaError_t e = launch(gate_up)) return e;
 
   WeightStream down = s;
   down.weight = p.down;
@@ -309,7 +316,7 @@ cudaError_t run_stream(const ExpertFfn& p, const Workspace& w, cudaStream_t stre
   down.out = w.results;
   down.out_stride = p.hidden;
   down.out_fp32 = true;
-  return launch_stream(down, stream);
+  return launch(down);
 }
 
 bool valid(const ExpertFfn& p) {
@@ -340,7 +347,7 @@ cudaError_t expert_ffn(const ExpertFfn& p, cudaStream_t stream) {
       lay_out(p.workspace, p.tokens, p.hidden, p.intermediate, p.num_experts, p.experts_per_token);
   const bool fast = fits_stream(p.x, p.tokens == 1 ? 0 : p.x_stride, p.gate_up, p.hidden) &&
                     fits_stream(w.act, p.intermediate, p.down, p.intermediate);
-  if (const cudaError_t e = fast ? run_stream(p, w, stream) : run_plain(p, w, num_sms, stream)) return e;
+  if (const cudaError_t e = fast ? run_fast(p, w, stream) : run_plain(p, w, num_sms, stream)) return e;
   return launch_combine(p, w.results, stream);
 }
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "model/cuda/launch.h"
@@ -7,48 +8,131 @@
 namespace flash_mla::model::cuda {
 namespace {
 
-// What a CTA costs besides its weights, in bytes of weights read in the same time: start, sums, end.
-constexpr double kCtaOverheadBytes = 12 << 10;
+// Fitted to the times of all divisions of V2-Lite's and V3's products (docs/kernels/skinny-gemm-sm90.md), in
+// bytes and microseconds for one multiprocessor.
+constexpr double kRate[] = {29e3, 31e3};               // with one CTA and with two
+constexpr double kLatency = 0.6;                       // bytes on their way over this: the rate they allow
+constexpr double kRowCost = 0.9;                       // a byte of x beside one of the weights
+constexpr double kRoundCost = 7, kClusterCost = 0.05;  // the latter for each doubling
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 template <class Shape>
-cudaError_t launch_shape(const WeightStream& args, int cluster, cudaStream_t stream) {
+cudaError_t launch_shape(const WeightStream& args, const StreamPlan& plan, int num_sms, cudaStream_t stream) {
   if (const cudaError_t e = allow_shared_memory<stream_weights<Shape>>(Shape::kSharedBytes)) return e;
-  const std::int64_t width = args.silu_mul ? Shape::kRows / 2 : Shape::kRows;
+  if (plan.width * (args.silu_mul ? 2 : 1) > Shape::kRows || plan.width % 4 != 0)
+    return cudaErrorInvalidValue;
   StreamGrid grid{};
-  grid.row_tiles = divide_up(args.silu_mul ? args.n / 2 : args.n, width);
+  grid.row_tiles = divide_up(args.silu_mul ? args.n / 2 : args.n, plan.width);
   grid.row_groups = divide_up(args.m, 8 * Shape::kGroups);
-  grid.cluster = cluster;
+  grid.width = plan.width;
+  grid.cluster = plan.cluster;
   const bool experts = args.units != nullptr || args.direct_ids != nullptr;
-  const std::int64_t parts = grid.row_tiles * (experts ? args.max_units : grid.row_groups);
-  if (parts * cluster > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
-  LaunchConfig config(static_cast<unsigned>(parts * cluster), Shape::kThreads, Shape::kSharedBytes, stream);
-  config.cluster(static_cast<unsigned>(cluster));
+  const std::int64_t items = grid.row_tiles * (experts ? args.max_units : grid.row_groups);
+  const std::int64_t clusters =
+      std::min<std::int64_t>(items, std::max(1, num_sms * plan.ctas_per_sm / plan.cluster));
+  LaunchConfig config(static_cast<unsigned>(clusters * plan.cluster), Shape::kThreads, Shape::kSharedBytes,
+                      stream);
+  config.cluster(static_cast<unsigned>(plan.cluster));
   config.programmatic(args.programmatic_launch);
   return cudaLaunchKernelEx(config.get(), stream_weights<Shape>, args, grid);
 }
 
 struct TableEntry {
-  StreamPlan plan;  // but for the cluster
+  StreamPlan plan;  // groups, tiles and warps
   bool fp32;
-  cudaError_t (*launch)(const WeightStream&, int, cudaStream_t);
+  int flight;  // bytes on their way for each row of the weights
+  cudaError_t (*launch)(const WeightStream&, const StreamPlan&, int, cudaStream_t);
 };
 
 template <int kGroups, int kTiles, int kWarpsN, int kWarpsK, bool kFp32>
 constexpr TableEntry entry() {
-  return {{kGroups, kTiles, kWarpsN, kWarpsK, 0},
+  return {{kGroups, kTiles, kWarpsN, kWarpsK, 0, 0, 0},
           kFp32,
+          StreamShape<kGroups, kTiles, kWarpsN, kWarpsK, kFp32>::kDepth * kWarpsK * (kFp32 ? 128 : 64),
           launch_shape<StreamShape<kGroups, kTiles, kWarpsN, kWarpsK, kFp32>>};
 }
 
+// Of equals the plan takes the first: fewer tiles make a deeper ring.
 constexpr TableEntry kTable[] = {
-    entry<1, 2, 1, 4, false>(), entry<1, 4, 1, 4, false>(), entry<2, 2, 1, 4, false>(),
-    entry<2, 4, 1, 4, false>(), entry<4, 2, 1, 4, false>(), entry<4, 4, 1, 4, false>(),
-    entry<4, 4, 2, 2, false>(), entry<8, 2, 1, 4, false>(), entry<8, 4, 1, 4, false>(),
-    entry<8, 4, 2, 2, false>(), entry<1, 1, 1, 4, true>(),  entry<2, 1, 1, 4, true>(),
-    entry<4, 1, 1, 4, true>(),  entry<8, 1, 1, 4, true>(),
+    entry<1, 1, 1, 4, false>(), entry<1, 2, 1, 4, false>(), entry<1, 3, 1, 4, false>(),
+    entry<1, 4, 1, 4, false>(), entry<2, 1, 1, 4, false>(), entry<2, 2, 1, 4, false>(),
+    entry<2, 3, 1, 4, false>(), entry<2, 4, 1, 4, false>(), entry<4, 2, 1, 4, false>(),
+    entry<4, 4, 1, 4, false>(), entry<4, 4, 2, 2, false>(), entry<8, 2, 1, 4, false>(),
+    entry<8, 3, 1, 4, false>(), entry<8, 4, 2, 2, false>(), entry<1, 1, 1, 4, true>(),
+    entry<2, 1, 1, 4, true>(),  entry<4, 1, 1, 4, true>(),  entry<8, 1, 1, 4, true>(),
 };
+
+/// Microseconds, but for a constant; sets plan.width to the best.
+double cost_of(const WeightStream& args, const TableEntry& entry, StreamPlan& plan, std::int64_t units,
+               std::int64_t rows, int num_sms) {
+  const int halves = args.silu_mul ? 2 : 1;
+  const int capacity = 16 * plan.tiles * plan.warps_n / halves;
+  const std::int64_t outputs = args.n / halves;
+  const std::int64_t slots = std::max(1, num_sms * plan.ctas_per_sm / plan.cluster);
+  const double k = static_cast<double>(divide_up(divide_up(args.k, 64), plan.cluster) * 64);
+  double best = std::numeric_limits<double>::infinity();
+  const auto consider = [&](std::int64_t width) {
+    const std::int64_t items = divide_up(outputs, width) * units;
+    const std::int64_t together =
+        std::clamp<std::int64_t>(divide_up(items * plan.cluster, num_sms), 1, plan.ctas_per_sm);
+    const double weight_rows = static_cast<double>(width * halves);
+    const double bytes =
+        k * (weight_rows * (args.weight_fp32 ? 4 : 2) + static_cast<double>(rows) * 2 * kRowCost);
+    const double flight = weight_rows * entry.flight * static_cast<double>(together);
+    const double rate = std::min(kRate[plan.ctas_per_sm > 1 ? 1 : 0], flight / kLatency);
+    const double cost = static_cast<double>(divide_up(items, slots)) *
+                        (static_cast<double>(together) * bytes / rate + kRoundCost +
+                         kClusterCost * std::log2(static_cast<double>(plan.cluster)));
+    if (cost >= best) return;
+    best = cost;
+    plan.width = static_cast<int>(width);
+  };
+  consider(capacity);
+  // Widths that fill a whole number of rounds.
+  const std::int64_t first = std::max<std::int64_t>(1, outputs * units / (slots * capacity));
+  for (std::int64_t rounds = first; rounds < first + 3; ++rounds) {
+    const std::int64_t tiles = std::max<std::int64_t>(1, slots * rounds / units);
+    const std::int64_t width = divide_up(divide_up(outputs, tiles), 4) * 4;
+    if (width <= capacity) consider(width);
+  }
+  return best;
+}
+
+/// Calls visit(plan, cost) for every division that the product allows.
+template <class F>
+void for_plans(const WeightStream& args, int num_sms, F&& visit) {
+  const bool experts = args.units != nullptr || args.direct_ids != nullptr;
+  const std::int64_t bound = experts ? args.rows_per_unit : args.m;
+  const int groups = bound <= 8 ? 1 : bound <= 16 ? 2 : bound <= 32 ? 4 : 8;
+  const std::int64_t rows = std::min<std::int64_t>(args.m, 8 * groups);
+  const std::int64_t units =
+      experts ? std::max<std::int64_t>(args.likely_units, 1) : divide_up(args.m, 8 * groups);
+  int fixed_cluster = 0;
+  if (args.batch_invariant) {  // what the sums depend on is that of a single row
+    WeightStream single = args;
+    single.batch_invariant = false;
+    single.units = nullptr;
+    single.direct_ids = nullptr;
+    single.m = 1;
+    fixed_cluster = plan_stream(single, num_sms).cluster;
+  }
+  for (const TableEntry& e : kTable) {
+    if (e.plan.groups != groups || e.fp32 != args.weight_fp32) continue;
+    if (args.batch_invariant && e.plan.warps_k != 4) continue;
+    for (const int cluster : {1, 2, 4, 8}) {
+      if (cluster > 1 && args.k < 64 * e.plan.warps_k * cluster) continue;
+      if (fixed_cluster > 0 && cluster != fixed_cluster) continue;
+      for (int per_sm = 1; per_sm <= 2; ++per_sm) {
+        StreamPlan plan = e.plan;
+        plan.cluster = cluster;
+        plan.ctas_per_sm = per_sm;
+        const double cost = cost_of(args, e, plan, units, rows, num_sms);
+        visit(plan, cost);
+      }
+    }
+  }
+}
 
 }  // namespace
 
@@ -58,47 +142,30 @@ bool fits_stream(const void* x, std::int64_t x_stride, const void* weight, std::
 }
 
 StreamPlan plan_stream(const WeightStream& args, int num_sms) {
-  const bool experts = args.units != nullptr || args.direct_ids != nullptr;
-  const std::int64_t rows = experts ? args.rows_per_unit : args.m;
-  StreamPlan plan{};
-  plan.groups = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
-  // In batch-invariant mode what follows may not depend on the number of rows.
-  const std::int64_t units = args.batch_invariant ? 1
-                             : experts            ? std::max<std::int64_t>(args.likely_units, 1)
-                                                  : divide_up(args.m, 8 * plan.groups);
-  const auto ctas = [&](int width, int cluster) { return divide_up(args.n, width) * cluster * units; };
-  plan.tiles = 4;
-  plan.warps_n = 1;
-  plan.warps_k = 4;
-  if (args.weight_fp32) {
-    plan.tiles = 1;
-  } else if (ctas(64, 8) < num_sms) {
-    plan.tiles = 2;
-  } else if (plan.groups >= 4 && !args.batch_invariant && ctas(128, 4) >= num_sms) {
-    plan.warps_n = 2;  // half the traffic of x
-    plan.warps_k = 2;
-  }
-  const int width = 16 * plan.tiles * plan.warps_n;
-  // The busiest multiprocessor's CTAs, each with its overhead.
-  double best = 0;
-  for (const int cluster : {1, 2, 4, 8}) {
-    const double blocks = static_cast<double>(divide_up(divide_up(args.k, 64), cluster));
-    const double bytes = blocks * 64 * width * (args.weight_fp32 ? 4 : 2);
-    const double cost = static_cast<double>(divide_up(ctas(width, cluster), num_sms)) *
-                        (bytes + kCtaOverheadBytes * (cluster > 1 ? 1.25 : 1.0));
-    if (cluster == 1 || cost < 0.95 * best) {
-      best = cost;
-      plan.cluster = cluster;
+  StreamPlan best{};
+  double best_cost = std::numeric_limits<double>::infinity();
+  for_plans(args, num_sms, [&](const StreamPlan& plan, double cost) {
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = plan;
     }
-  }
-  return plan;
+  });
+  return best;
+}
+
+std::vector<StreamPlan> stream_plans(const WeightStream& args, int num_sms) {
+  std::vector<StreamPlan> plans;
+  for_plans(args, num_sms, [&](const StreamPlan& plan, double) { plans.push_back(plan); });
+  return plans;
 }
 
 cudaError_t launch_stream(const WeightStream& args, const StreamPlan& plan, cudaStream_t stream) {
+  int num_sms = 0;
+  if (const cudaError_t e = multiprocessors(num_sms)) return e;
   for (const TableEntry& e : kTable) {
     if (e.plan.groups == plan.groups && e.plan.tiles == plan.tiles && e.plan.warps_n == plan.warps_n &&
         e.plan.warps_k == plan.warps_k && e.fp32 == args.weight_fp32) {
-      return e.launch(args, plan.cluster, stream);
+      return e.launch(args, plan, num_sms, stream);
     }
   }
   return cudaErrorInvalidValue;

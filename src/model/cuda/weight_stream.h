@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace flash_mla::model::cuda {
 
@@ -44,14 +45,18 @@ struct WeightStream {
 /// How a product is divided. The k of one output is summed by `cluster` CTAs times `warps_k` warps, in an
 /// order that follows from these two and k.
 struct StreamPlan {
-  int groups;   ///< of 8 rows of x
-  int tiles;    ///< of 16 rows of the weights, for each warp
-  int warps_n;  ///< warps side by side along n
-  int warps_k;  ///< warps that share the k of a CTA
-  int cluster;  ///< CTAs that share k: 1, 2, 4 or 8
+  int groups;       ///< of 8 rows of x
+  int tiles;        ///< of 16 rows of the weights, for each warp
+  int warps_n;      ///< warps side by side along n
+  int warps_k;      ///< warps that share the k of a CTA
+  int cluster;      ///< CTAs that share k: 1, 2, 4 or 8
+  int width;        ///< outputs of an item along n, divisible by 4
+  int ctas_per_sm;  ///< 1 leaves room for the next kernel
 };
 
 StreamPlan plan_stream(const WeightStream& args, int num_sms);
+/// Every plan that plan_stream() chooses from; for measurements.
+std::vector<StreamPlan> stream_plans(const WeightStream& args, int num_sms);
 /// Queues the product; requires what the fast path of SkinnyGemm requires.
 cudaError_t launch_stream(const WeightStream& args, const StreamPlan& plan, cudaStream_t stream);
 cudaError_t launch_stream(const WeightStream& args, cudaStream_t stream);
