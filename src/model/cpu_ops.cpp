@@ -190,13 +190,15 @@ class CpuOps : public Ops {
     });
   }
 
-  void rope_and_append(Matrix q, Matrix kv, const Buffer& kv_norm, double eps, const Buffer& cache) override {
+  void rope_and_append(Matrix q, Matrix kv, std::int64_t first_token, const Buffer& kv_norm, double eps,
+                       const Buffer& cache) override {
     const std::int64_t rank = config_.kv_lora_rank, rope = config_.qk_rope_head_dim, pairs = rope / 2;
     const std::int64_t nope = config_.qk_nope_head_dim;
     for_rows(q.rows, q.columns + kv.columns, [&](std::int64_t t) {
-      const float* cosines = cosines_.data() + t * pairs;
-      const float* sines = sines_.data() + t * pairs;
-      const std::int64_t slot = step_->slots[static_cast<std::size_t>(t)];
+      const std::int64_t token = first_token + t;
+      const float* cosines = cosines_.data() + token * pairs;
+      const float* sines = sines_.data() + token * pairs;
+      const std::int64_t slot = step_->slots[static_cast<std::size_t>(token)];
       std::byte* key = cache.data() + slot * (rank + rope) * element();
       rows::rms_norm(kv.row(t), floats(kv_norm), static_cast<float>(eps), key, dtype_, rank);
       std::memcpy(key + rank * element(), kv.row(t) + rank * element(),

@@ -21,7 +21,9 @@ DeepSeek::DeepSeek(ModelConfig config, Weights weights, std::unique_ptr<Ops> ops
     : config_(std::move(config)),
       ops_(std::move(ops)),
       weights_(std::move(weights)),
-      expert_ids_(weights_.layers.size()) {}
+      expert_ids_(weights_.layers.size()),
+      experts_per_token_(config_.num_experts_per_tok +
+                         (ops_->folds_shared_experts() ? config_.n_shared_experts : 0)) {}
 
 void DeepSeek::forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) {
   Step step = plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_});
@@ -43,15 +45,17 @@ void DeepSeek::layers(const Step& step) {
   const Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
   const Matrix h = activations(h_, step.num_tokens(), config_.hidden_size);
   ops_->embed(weights_.embedding, x);
+  ops_->rms_norm(x, weights_.layers[0].input_norm, config_.rms_norm_eps, h);
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
     const Layer& layer = weights_.layers[i];
-    ops_->rms_norm(x, layer.input_norm, config_.rms_norm_eps, h);
+    const Buffer* next_norm = i + 1 < weights_.layers.size() ? &weights_.layers[i + 1].input_norm : nullptr;
     attention(layer.attention, caches_[i], h, x);
-    ops_->rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps, h);
     if (config_.is_moe_layer(static_cast<int>(i))) {
-      mixture(layer.moe, expert_ids_[i], h, x);
+      mixture(layer, expert_ids_[i], h, x, next_norm);
     } else {
+      ops_->rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps, h);
       feed_forward(layer.dense, h, x);
+      if (next_norm != nullptr) ops_->rms_norm(x, *next_norm, config_.rms_norm_eps, h);
     }
   }
 
@@ -84,20 +88,21 @@ void DeepSeek::attention(const Attention& weights, const Buffer& cache, Matrix h
     q = activations(q_, tokens, q_width);
     ops_->linear(q_a, *weights.q_b, q);
   }
-  ops_->rope_and_append(q, kv, weights.kv_norm, kLatentNormEps, cache);
-
   const Matrix attended = activations(attended_, tokens, heads * config_.v_head_dim);
-  const std::int64_t absorbed = num_absorbed_;
+  const std::int64_t absorbed = num_absorbed_, expanded = tokens - absorbed;
   if (absorbed > 0) {
     const Matrix q_latent = activations(q_latent_, absorbed, heads * (rank + rope));
     const Matrix out_latent = activations(out_latent_, absorbed, heads * rank);
-    ops_->absorb_queries(q.row_range(0, absorbed), *weights.w_uk, q_latent);
+    ops_->append_and_absorb(q.row_range(0, absorbed), kv.row_range(0, absorbed), weights.kv_norm,
+                            kLatentNormEps, cache, *weights.w_uk, q_latent);
     ops_->decode_attention(q_latent, cache, out_latent);
     ops_->expand_values(out_latent, *weights.w_uv, attended.row_range(0, absorbed));
   }
-  if (absorbed < tokens) {
-    ops_->prefill_attention(q.row_range(absorbed, tokens - absorbed), cache, *weights.kv_b,
-                            attended.row_range(absorbed, tokens - absorbed));
+  if (expanded > 0) {
+    const Matrix chunk_q = q.row_range(absorbed, expanded);
+    ops_->rope_and_append(chunk_q, kv.row_range(absorbed, expanded), absorbed, weights.kv_norm,
+                          kLatentNormEps, cache);
+    ops_->prefill_attention(chunk_q, cache, *weights.kv_b, attended.row_range(absorbed, expanded));
   }
   ops_->linear_add(attended, *weights.o, x);
 }
@@ -109,21 +114,29 @@ void DeepSeek::feed_forward(const FeedForward& weights, Matrix h, Matrix x) {
   ops_->linear_add(act, *weights.down, x);
 }
 
-// x += the chosen experts of h, weighted, and the shared ones
-void DeepSeek::mixture(const MixtureOfExperts& weights, Buffer& ids, Matrix h, Matrix x) {
-  const std::int64_t chosen = h.rows * config_.num_experts_per_tok;
+// With h = norm(x): x += the chosen experts of h, weighted, and the shared ones. Then h = next_norm(x), if
+// there is one.
+void DeepSeek::mixture(const Layer& layer, Buffer& ids, Matrix h, Matrix x, const Buffer* next_norm) {
+  const MixtureOfExperts& weights = layer.moe;
+  const double eps = config_.rms_norm_eps;
+  const std::int64_t chosen = h.rows * experts_per_token_;
   activations(ids, chosen, 1, DType::kInt32);
   activations(expert_weights_, chosen, 1, DType::kFloat32);
-  ops_->route(h, *weights.router, weights.correction_bias, ids, expert_weights_);
-  ops_->experts_add(h, *weights.experts, ids, expert_weights_, x);
+  ops_->norm_and_route(x, layer.post_attention_norm, eps, h, *weights.router, weights.correction_bias, ids,
+                       expert_weights_);
   if (weights.shared.intermediate > 0) feed_forward(weights.shared, h, x);
+  if (next_norm != nullptr) {
+    ops_->experts_add_and_norm(h, *weights.experts, ids, expert_weights_, x, *next_norm, eps);
+  } else {
+    ops_->experts_add(h, *weights.experts, ids, expert_weights_, x);
+  }
 }
 
 void DeepSeek::reserve(int most_tokens, int most_rows) {
   const std::int64_t num_tokens = ops_->padded(most_tokens), num_rows = ops_->padded(most_rows);
   const std::int64_t heads = config_.num_attention_heads, latent = config_.kv_lora_rank;
   const std::int64_t nope = config_.qk_nope_head_dim, rope = config_.qk_rope_head_dim;
-  const std::int64_t q_width = heads * (nope + rope), chosen = config_.num_experts_per_tok;
+  const std::int64_t q_width = heads * (nope + rope), chosen = experts_per_token_;
   const std::int64_t intermediate =
       std::max(config_.intermediate_size, config_.n_shared_experts * config_.moe_intermediate_size);
   activations(x_, num_tokens, config_.hidden_size);
@@ -149,11 +162,15 @@ void DeepSeek::reserve(int most_tokens, int most_rows) {
 
 std::int64_t DeepSeek::experts_hit(int num_tokens) {
   std::int64_t hit = 0;
-  std::vector<std::int32_t> ids(static_cast<std::size_t>(num_tokens * config_.num_experts_per_tok));
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(num_tokens * experts_per_token_));
   for (const Buffer& layer : expert_ids_) {
     if (layer.bytes() < ids.size() * sizeof(std::int32_t) || ids.empty()) continue;
     ops_->download(layer.data(), ids.size() * sizeof(std::int32_t), ids.data());
-    hit += std::ssize(std::set(ids.begin(), ids.end()));
+    std::set<std::int32_t> routed;
+    for (const std::int32_t id : ids) {
+      if (id < config_.n_routed_experts) routed.insert(id);
+    }
+    hit += std::ssize(routed);
   }
   return hit;
 }

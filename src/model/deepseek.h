@@ -29,7 +29,7 @@ class DeepSeek : public Model {
   void layers(const Step& step);
   void attention(const Attention& weights, const Buffer& cache, Matrix h, Matrix x);
   void feed_forward(const FeedForward& weights, Matrix h, Matrix x);
-  void mixture(const MixtureOfExperts& weights, Buffer& ids, Matrix h, Matrix x);
+  void mixture(const Layer& layer, Buffer& ids, Matrix h, Matrix x, const Buffer* next_norm);
 
   std::size_t layer_page_bytes() const;
   /// (rows, columns) activations in a buffer that grows and stays.
@@ -44,7 +44,8 @@ class DeepSeek : public Model {
 
   std::int64_t num_absorbed_ = 0;  ///< of the step that runs
   Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, act_, expert_weights_;
-  std::vector<Buffer> expert_ids_;  ///< of each layer: (tokens, num_experts_per_tok) int32
+  std::vector<Buffer> expert_ids_;  ///< of each layer: (tokens, experts_per_token_) int32
+  int experts_per_token_;           ///< the folded shared ones counted in
   Buffer last_, logits_, likeliest_;
 };
 

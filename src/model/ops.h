@@ -148,10 +148,17 @@ class Ops {
   /// Rotates the rope part of every head of q (tokens, heads * (nope + rope)) in place; normalises the latent
   /// in kv (tokens, rank + rope), rotates its rope part and writes both to the token's slot of the cache, if
   /// it has one.
-  virtual void rope_and_append(Matrix q, Matrix kv, const Buffer& kv_norm, double eps,
-                               const Buffer& cache) = 0;
+  /// The rows are the step's tokens from `first_token` on.
+  virtual void rope_and_append(Matrix q, Matrix kv, std::int64_t first_token, const Buffer& kv_norm,
+                               double eps, const Buffer& cache) = 0;
   /// q_latent[t, h] = [q_nope[t, h] · W_UK[h] | q_rope[t, h]]: (tokens, heads * (rank + rope))
   virtual void absorb_queries(Matrix q, const HeadLinear& w_uk, Matrix q_latent) = 0;
+  /// Both, for the step's first tokens. q may be left rotated or not.
+  virtual void append_and_absorb(Matrix q, Matrix kv, const Buffer& kv_norm, double eps, const Buffer& cache,
+                                 const HeadLinear& w_uk, Matrix q_latent) {
+    rope_and_append(q, kv, 0, kv_norm, eps, cache);
+    absorb_queries(q, w_uk, q_latent);
+  }
   /// Attention of the step's absorbed tokens over the cache; out_latent (tokens, heads * rank).
   virtual void decode_attention(Matrix q_latent, const Buffer& cache, Matrix out_latent) = 0;
   /// out[t, h] = out_latent[t, h] · W_UV[h]^T: (tokens, heads * v)
@@ -159,14 +166,29 @@ class Ops {
   /// Causal attention of the step's chunks with keys and values expanded from the cached latents.
   virtual void prefill_attention(Matrix q, const Buffer& cache, const Linear& kv_b, Matrix out) = 0;
 
+  /// Whether this device treats the shared experts as experts that every token chooses, with weight 1: their
+  /// weights then stand behind those of the routed ones in make_experts.
+  virtual bool folds_shared_experts() const { return false; }
   /// Experts of every token and their weights, by the configuration's routing; they stay on the device as
-  /// `ids` (tokens, num_experts_per_tok) int32 and `weights` of the same shape, float32. `bias`: V3's
-  /// correction, or empty.
+  /// `ids` (tokens, num_experts_per_tok, and the shared ones if folded) int32 and `weights` of the same
+  /// shape, float32. `bias`: V3's correction, or empty.
   virtual void route(Matrix x, const Linear& router, const Buffer& bias, const Buffer& ids,
                      const Buffer& weights) = 0;
   /// inout[t] += sum over t's experts e of weight * ffn_e(x[t])
   virtual void experts_add(Matrix x, const Experts& experts, const Buffer& ids, const Buffer& weights,
                            Matrix inout) = 0;
+  /// h = rms_norm(x), and the routing of h.
+  virtual void norm_and_route(Matrix x, const Buffer& norm, double eps, Matrix h, const Linear& router,
+                              const Buffer& bias, const Buffer& ids, const Buffer& weights) {
+    rms_norm(x, norm, eps, h);
+    route(h, router, bias, ids, weights);
+  }
+  /// inout as experts_add(h, ...) leaves it, then h = rms_norm(inout).
+  virtual void experts_add_and_norm(Matrix h, const Experts& experts, const Buffer& ids,
+                                    const Buffer& weights, Matrix inout, const Buffer& norm, double eps) {
+    experts_add(h, experts, ids, weights, inout);
+    rms_norm(inout, norm, eps, h);
+  }
 
   /// out[i] = x[logit_rows[i]]
   virtual void gather_logit_rows(Matrix x, Matrix out) = 0;

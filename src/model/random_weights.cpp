@@ -72,8 +72,11 @@ class Maker {
     MixtureOfExperts out;
     out.router = ops_.make_router(nullptr, config_.n_routed_experts, hidden);
     if (config_.topk_method == TopkMethod::kNoAuxTc) out.correction_bias = ones(config_.n_routed_experts);
-    out.experts = ops_.make_experts(config_.n_routed_experts, hidden, intermediate, {});
-    if (config_.n_shared_experts > 0) out.shared = feed_forward(config_.n_shared_experts * intermediate);
+    const bool fold = ops_.folds_shared_experts();
+    out.experts = ops_.make_experts(config_.n_routed_experts + (fold ? config_.n_shared_experts : 0), hidden,
+                                    intermediate, {});
+    if (config_.n_shared_experts > 0 && !fold)
+      out.shared = feed_forward(config_.n_shared_experts * intermediate);
     return out;
   }
 

@@ -216,9 +216,9 @@ class CudaOps : public Ops {
     if (config_.n_routed_experts > 0) {
       const std::int64_t hidden = config_.hidden_size, intermediate = config_.moe_intermediate_size;
       grow(router_logits_, static_cast<std::size_t>(num_tokens * config_.n_routed_experts) * sizeof(float));
-      grow(expert_workspace_,
-           expert_ffn_workspace_size(num_tokens, hidden, intermediate, config_.n_routed_experts,
-                                     config_.num_experts_per_tok));
+      grow(expert_workspace_, expert_ffn_workspace_size(num_tokens, hidden, intermediate,
+                                                        config_.n_routed_experts + config_.n_shared_experts,
+                                                        experts_per_token()));
     }
     // Prompts that are processed whole.
     grow_prefill_buffers(num_tokens);
@@ -341,14 +341,17 @@ class CudaOps : public Ops {
     cuda::silu_mul(gate_up, out, stream_);
   }
 
-  void rope_and_append(Matrix q, Matrix kv, const Buffer& kv_norm, double eps, const Buffer& cache) override {
+  void rope_and_append(Matrix q, Matrix kv, std::int64_t first_token, const Buffer& kv_norm, double eps,
+                       const Buffer& cache) override {
     RopeAndAppend args;
     args.q = q;
     args.kv = kv;
     args.kv_norm = floats(kv_norm);
     args.eps = static_cast<float>(eps);
-    args.slots = data_.slots;
+    args.slots = data_.slots + first_token;
     args.rotations = rotations_;
+    args.rotations.cosines += first_token * rotations_.pairs;
+    args.rotations.sines += first_token * rotations_.pairs;
     args.cache = cache.data();
     args.heads = config_.num_attention_heads;
     args.nope = config_.qk_nope_head_dim;
@@ -363,6 +366,23 @@ class CudaOps : public Ops {
     args.tail = config_.qk_rope_head_dim;
     args.x_width = args.in_features + args.tail;
     args.out_width = args.out_features + args.tail;
+    head_gemm(args, stream_);
+  }
+
+  void append_and_absorb(Matrix q, Matrix kv, const Buffer& kv_norm, double eps, const Buffer& cache,
+                         const HeadLinear& w_uk, Matrix q_latent) override {
+    HeadGemm args = head_args(q, static_cast<const CudaHeadLinear&>(w_uk), q_latent);
+    args.tail = config_.qk_rope_head_dim;
+    args.x_width = args.in_features + args.tail;
+    args.out_width = args.out_features + args.tail;
+    args.cosines = rotations_.cosines;
+    args.sines = rotations_.sines;
+    args.append.kv = kv;
+    args.append.norm = floats(kv_norm);
+    args.append.eps = static_cast<float>(eps);
+    args.append.slots = data_.slots;
+    args.append.cache = cache.data();
+    args.append.rank = config_.kv_lora_rank;
     head_gemm(args, stream_);
   }
 
@@ -465,6 +485,7 @@ class CudaOps : public Ops {
     args.hidden = x.columns;
     args.num_experts = config_.n_routed_experts;
     args.experts_per_token = config_.num_experts_per_tok;
+    args.shared_experts = config_.n_shared_experts;
     args.num_groups = config_.n_group;
     args.groups_kept = config_.topk_group;
     args.scoring = config_.scoring_func;
@@ -476,28 +497,21 @@ class CudaOps : public Ops {
     check(cuda::route(args, stream_), "route");
   }
 
-  void experts_add(Matrix x, const Experts& all, const Buffer& ids, const Buffer& weights,
+  bool folds_shared_experts() const override { return true; }
+
+  void experts_add(Matrix x, const Experts& experts, const Buffer& ids, const Buffer& weights,
                    Matrix inout) override {
-    const auto& experts = static_cast<const CudaExperts&>(all);
-    grow(expert_workspace_, expert_ffn_workspace_size(x.rows, x.columns, experts.intermediate,
-                                                      experts.num_experts, config_.num_experts_per_tok));
-    ExpertFfn args;
-    args.x = x.data;
-    args.x_stride = x.stride;
-    args.gate_up = experts.gate_up.data();
-    args.down = experts.down.data();
-    args.ids = reinterpret_cast<const std::int32_t*>(ids.data());
-    args.weights = reinterpret_cast<const float*>(weights.data());
-    args.inout = inout.data;
-    args.inout_stride = inout.stride;
-    args.tokens = x.rows;
-    args.hidden = x.columns;
-    args.intermediate = experts.intermediate;
-    args.num_experts = experts.num_experts;
-    args.experts_per_token = config_.num_experts_per_tok;
-    args.workspace = expert_workspace_.data();
-    args.batch_invariant = step_->batch_invariant;
-    args.programmatic_launch = true;
+    ExpertFfn args = expert_args(x, experts, ids, weights, inout);
+    check(expert_ffn(args, stream_), "expert_ffn");
+  }
+
+  void experts_add_and_norm(Matrix h, const Experts& experts, const Buffer& ids, const Buffer& weights,
+                            Matrix inout, const Buffer& norm, double eps) override {
+    ExpertFfn args = expert_args(h, experts, ids, weights, inout);
+    args.norm = floats(norm);
+    args.norm_eps = static_cast<float>(eps);
+    args.norm_out = h.data;
+    args.norm_stride = h.stride;
     check(expert_ffn(args, stream_), "expert_ffn");
   }
 
@@ -589,6 +603,34 @@ class CudaOps : public Ops {
     grow(prefill_workspace_, sm90::dense_prefill_workspace_size());
     sm90::dense_prefill(args, static_cast<float>(config_.softmax_scale()), /*causal=*/true,
                         prefill_workspace_.data(), stream_);
+  }
+
+  // Folded shared ones counted in.
+  int experts_per_token() const { return config_.num_experts_per_tok + config_.n_shared_experts; }
+
+  ExpertFfn expert_args(const Matrix& x, const Experts& all, const Buffer& ids, const Buffer& weights,
+                        const Matrix& inout) {
+    const auto& experts = static_cast<const CudaExperts&>(all);
+    grow(expert_workspace_, expert_ffn_workspace_size(x.rows, x.columns, experts.intermediate,
+                                                      experts.num_experts, experts_per_token()));
+    ExpertFfn args;
+    args.x = x.data;
+    args.x_stride = x.stride;
+    args.gate_up = experts.gate_up.data();
+    args.down = experts.down.data();
+    args.ids = reinterpret_cast<const std::int32_t*>(ids.data());
+    args.weights = reinterpret_cast<const float*>(weights.data());
+    args.inout = inout.data;
+    args.inout_stride = inout.stride;
+    args.tokens = x.rows;
+    args.hidden = x.columns;
+    args.intermediate = experts.intermediate;
+    args.num_experts = experts.num_experts;
+    args.experts_per_token = experts_per_token();
+    args.workspace = expert_workspace_.data();
+    args.batch_invariant = step_->batch_invariant;
+    args.programmatic_launch = true;
+    return args;
   }
 
   WeightUploader& uploader() {

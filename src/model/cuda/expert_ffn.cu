@@ -18,10 +18,11 @@ namespace flash_mla::model::cuda {
 namespace {
 
 constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / 32;
-constexpr int kRowThreads = 256;
+constexpr int kRowThreads = 256, kNormThreads = 512;
 constexpr std::size_t kAlignment = 256;
 constexpr int kSmallestUnit = 8;
-constexpr double kMostStreamedRows = 24;  // pairs of an expert, on average
+constexpr std::int64_t kMostNormColumns = 12288;  // 48 KB of floats
+constexpr double kMostStreamedRows = 24;          // pairs of an expert, on average
 
 // ---- Sorting
 // -------------------------------------------------------------------------------------------------
@@ -114,6 +115,13 @@ struct CombineArgs {
   int experts_per_token;
 };
 
+struct NormArgs {
+  const float* weight;
+  float eps;
+  __nv_bfloat16* out;
+  std::int64_t stride;
+};
+
 /// kWidth neighbouring columns of a token for each thread.
 template <int kWidth>
 __global__ __launch_bounds__(kRowThreads) void combine(const CombineArgs p) {
@@ -145,6 +153,52 @@ __global__ __launch_bounds__(kRowThreads) void combine(const CombineArgs p) {
     *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(pair);
   } else {
     out[0] = __float2bfloat16(sum[0]);
+  }
+}
+
+/// The same for whole tokens, a block each, and the norm of the sums as they were rounded.
+template <int kWidth>
+__global__ __launch_bounds__(kNormThreads) void combine_and_norm(const CombineArgs p, const NormArgs norm) {
+  extern __shared__ float row[];
+  __shared__ float squares[kNormThreads / 32];
+  sm90::ptx::grid_dependency_wait();
+  sm90::ptx::grid_dependency_launch();
+  const std::int64_t token = blockIdx.x;
+  __nv_bfloat16* const out = p.inout + token * p.inout_stride;
+  const float* from = p.results + token * p.experts_per_token * p.hidden;
+  const float* weights = p.weights + token * p.experts_per_token;
+  float square = 0;
+  for (std::int64_t column = threadIdx.x * kWidth; column < p.hidden; column += kNormThreads * kWidth) {
+    float sum[kWidth];
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) sum[c] = __bfloat162float(out[column + c]);
+#pragma unroll 8
+    for (int e = 0; e < p.experts_per_token; ++e) {
+      const float w = __ldcg(weights + e);
+      if constexpr (kWidth == 4) {
+        const float4 v = __ldcg(reinterpret_cast<const float4*>(from + e * p.hidden + column));
+        sum[0] = fmaf(w, v.x, sum[0]), sum[1] = fmaf(w, v.y, sum[1]);
+        sum[2] = fmaf(w, v.z, sum[2]), sum[3] = fmaf(w, v.w, sum[3]);
+      } else {
+        sum[0] = fmaf(w, __ldcg(from + e * p.hidden + column), sum[0]);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      const __nv_bfloat16 rounded = __float2bfloat16(sum[c]);
+      out[column + c] = rounded;
+      row[column + c] = __bfloat162float(rounded);
+      square += row[column + c] * row[column + c];
+    }
+  }
+  for (int offset = 16; offset > 0; offset /= 2) square += __shfl_xor_sync(~0u, square, offset);
+  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = square;
+  __syncthreads();
+  square = 0;
+  for (const float s : squares) square += s;
+  const float factor = rsqrtf(square / static_cast<float>(p.hidden) + norm.eps);
+  for (std::int64_t column = threadIdx.x; column < p.hidden; column += kNormThreads) {
+    norm.out[token * norm.stride + column] = __float2bfloat16(row[column] * factor * norm.weight[column]);
   }
 }
 
@@ -253,6 +307,13 @@ cudaError_t launch_combine(const ExpertFfn& p, const float* results, cudaStream_
       p.hidden, p.experts_per_token};
   const bool wide =
       p.hidden % 4 == 0 && p.inout_stride % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.inout) % 8 == 0;
+  if (p.norm != nullptr) {
+    const NormArgs norm{p.norm, p.norm_eps, static_cast<__nv_bfloat16*>(p.norm_out), p.norm_stride};
+    LaunchConfig rows(static_cast<unsigned>(p.tokens), kNormThreads,
+                      static_cast<std::size_t>(p.hidden) * sizeof(float), stream);
+    rows.programmatic(p.programmatic_launch);
+    return cudaLaunchKernelEx(rows.get(), wide ? combine_and_norm<4> : combine_and_norm<1>, args, norm);
+  }
   const std::int64_t threads = p.tokens * p.hidden / (wide ? 4 : 1);
   LaunchConfig config(static_cast<unsigned>((threads + kRowThreads - 1) / kRowThreads), kRowThreads, 0,
                       stream);
@@ -328,6 +389,7 @@ bool valid(const ExpertFfn& p) {
   return p.x != nullptr && p.gate_up != nullptr && p.down != nullptr && p.ids != nullptr &&
          p.weights != nullptr && p.inout != nullptr && p.workspace != nullptr &&
          (p.tokens == 1 || (p.x_stride >= p.hidden && p.inout_stride >= p.hidden)) &&
+         (p.norm == nullptr || (p.norm_out != nullptr && p.hidden <= kMostNormColumns)) &&
          p.tokens * p.experts_per_token <= INT32_MAX;
 }
 

@@ -4,9 +4,11 @@
 
 #include "model/cuda/head_gemm.h"
 #include "model/cuda/launch.cuh"
+#include "model/cuda/launch.h"
+#include "model/cuda/row_math.cuh"
 
 // Tile: kRows tokens x 32 outputs of one head, the whole depth in steps of 64. 128 threads: 4 warps, each
-// with 16 rows x 16 outputs at a time (mma.m16n8k16). Shared memory: three stages of both operands, rows
+// with 16 rows x 8 or 16 outputs at a time (mma.m16n8k16). Shared memory: stages of both operands, rows
 // padded by 16 bytes so that the 8 rows that ldmatrix reads lie in different banks. What lies outside the
 // matrices is zero. Weights do not depend on the kernel before, so their first stages are fetched before it
 // is waited for.
@@ -14,21 +16,50 @@
 namespace flash_mla::model::cuda {
 namespace {
 
-using bf16 = __nv_bfloat16;
-
 constexpr int kThreads = 128;
 constexpr int kColumns = 32;
 constexpr int kDepth = 64;
 constexpr int kPitch = kDepth + 8;
-constexpr int kStages = 3;
 
 struct Params {
   const bf16* x;
   const bf16* weight;
   bf16* out;
   std::int64_t x_stride, out_stride;
-  int rows, out_features, in_features, x_width, out_width, tail;
+  int rows, heads, out_features, in_features, x_width, out_width, tail;
+  const float* cosines;
+  const float* sines;
+
+  const bf16* kv;
+  std::int64_t kv_stride;
+  const float* kv_norm;
+  float eps;
+  const std::int64_t* slots;
+  bf16* cache;
+  int rank;
+  bool wide_kv;
 };
+
+template <int kRows, int kStages>
+constexpr int kSharedBytes = kStages*(kRows + kColumns) * kPitch * 2;
+
+/// The keys of `rows` tokens, the block being the `part`-th of `parts` that share them.
+__device__ void append(const Params& p, int first, int rows, int part, int parts) {
+  for (int t = first + part; t < first + rows; t += parts) {
+    if (p.slots[t] < 0) continue;
+    const bf16* kv = p.kv + t * p.kv_stride;
+    bf16* key = p.cache + p.slots[t] * (p.rank + p.tail);
+    if (p.wide_kv) {
+      norm_row<8>(kv, p.kv_norm, p.eps, p.rank, key);
+    } else {
+      norm_row<1>(kv, p.kv_norm, p.eps, p.rank, key);
+    }
+    for (int i = threadIdx.x; i < p.tail / 2; i += kThreads) {
+      const std::int64_t at = static_cast<std::int64_t>(t) * (p.tail / 2) + i;
+      rotate(kv + p.rank + 2 * i, key + p.rank + 2 * i, p.cosines[at], p.sines[at]);
+    }
+  }
+}
 
 __device__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
@@ -77,10 +108,11 @@ __device__ void multiply(const unsigned (&a)[4], unsigned b0, unsigned b1, float
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <int kRows, bool kWide>
+template <int kRows, int kStages, bool kWide>
 __global__ void __launch_bounds__(kThreads) head_gemm_kernel(Params p) {
-  __shared__ alignas(16) bf16 xs[kStages][kRows][kPitch];
-  __shared__ alignas(16) bf16 ws[kStages][kColumns][kPitch];
+  extern __shared__ __align__(128) std::uint8_t shared[];
+  auto& xs = *reinterpret_cast<bf16(*)[kStages][kRows][kPitch]>(shared);
+  auto& ws = *reinterpret_cast<bf16(*)[kStages][kColumns][kPitch]>(shared + sizeof xs);
   // Up to two warps along the rows, the others along the outputs.
   constexpr int kRowTiles = kRows / 16, kWarpRows = kRowTiles >= 2 ? 2 : 1;
   constexpr int kWarpColumns = 4 / kWarpRows;           // warps along the outputs
@@ -94,6 +126,12 @@ __global__ void __launch_bounds__(kThreads) head_gemm_kernel(Params p) {
   const bf16* x = p.x + first_row * p.x_stride + static_cast<std::int64_t>(head) * p.x_width;
   const int rows = min(kRows, p.rows - first_row), columns = min(kColumns, p.out_features - first);
   const int steps = (p.in_features + kDepth - 1) / kDepth;
+  if (head == p.heads) {
+    wait_for_previous();
+    let_next_start();
+    append(p, first_row, rows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    return;
+  }
 
   const auto fetch_weight = [&](int step) {
     fetch<kWide>(weight, p.in_features, columns, step * kDepth, p.in_features, kColumns,
@@ -155,9 +193,34 @@ __global__ void __launch_bounds__(kThreads) head_gemm_kernel(Params p) {
     }
   }
   if (blockIdx.x != 0) return;
+  if (p.cosines != nullptr) {
+    const int pairs = p.tail / 2;
+    for (int i = threadIdx.x; i < rows * pairs; i += kThreads) {
+      const int row = i / pairs, pair = i % pairs;
+      const std::int64_t at = static_cast<std::int64_t>(first_row + row) * pairs + pair;
+      rotate(x + row * p.x_stride + p.in_features + 2 * pair,
+             out + row * p.out_stride + p.out_features + 2 * pair, p.cosines[at], p.sines[at]);
+    }
+    return;
+  }
   for (int i = threadIdx.x; i < rows * p.tail; i += kThreads) {
     const int row = i / p.tail, column = i % p.tail;
     out[row * p.out_stride + p.out_features + column] = x[row * p.x_stride + p.in_features + column];
+  }
+}
+
+template <int kRows, int kStages>
+void launch_tile(const Params& p, bool wide, bool with_append, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((p.out_features + kColumns - 1) / kColumns),
+                  static_cast<unsigned>((p.rows + kRows - 1) / kRows),
+                  static_cast<unsigned>(p.heads + with_append));
+  constexpr int kBytes = kSharedBytes<kRows, kStages>;
+  if (wide) {
+    check(allow_shared_memory<head_gemm_kernel<kRows, kStages, true>>(kBytes), "cudaFuncSetAttribute");
+    launch(head_gemm_kernel<kRows, kStages, true>, grid, kThreads, kBytes, stream, p);
+  } else {
+    check(allow_shared_memory<head_gemm_kernel<kRows, kStages, false>>(kBytes), "cudaFuncSetAttribute");
+    launch(head_gemm_kernel<kRows, kStages, false>, grid, kThreads, kBytes, stream, p);
   }
 }
 
@@ -171,6 +234,9 @@ void head_gemm(const HeadGemm& a, cudaStream_t stream) {
   p.x_stride = a.x.stride;
   p.out_stride = a.out.stride;
   p.rows = static_cast<int>(a.x.rows);
+  p.heads = a.heads;
+  p.cosines = a.cosines;
+  p.sines = a.sines;
   p.out_features = a.out_features;
   p.in_features = a.in_features;
   p.x_width = a.x_width;
@@ -179,12 +245,26 @@ void head_gemm(const HeadGemm& a, cudaStream_t stream) {
   const bool wide = reinterpret_cast<std::uintptr_t>(a.x.data) % 16 == 0 && a.x.stride % 8 == 0 &&
                     a.x_width % 8 == 0 && a.in_features % 8 == 0 &&
                     reinterpret_cast<std::uintptr_t>(a.weight) % 16 == 0;
-  const int tile = a.x.rows <= 16 ? 16 : 64;
-  const dim3 grid(static_cast<unsigned>((a.out_features + kColumns - 1) / kColumns),
-                  static_cast<unsigned>((a.x.rows + tile - 1) / tile), static_cast<unsigned>(a.heads));
-  const auto kernel = tile == 16 ? (wide ? head_gemm_kernel<16, true> : head_gemm_kernel<16, false>)
-                                 : (wide ? head_gemm_kernel<64, true> : head_gemm_kernel<64, false>);
-  launch(kernel, grid, kThreads, 0, stream, p);
+  const bool with_append = a.append.cache != nullptr;
+  if (with_append) {
+    const Matrix& kv = a.append.kv;
+    p.kv = reinterpret_cast<const bf16*>(kv.data);
+    p.kv_stride = kv.stride;
+    p.kv_norm = a.append.norm;
+    p.eps = a.append.eps;
+    p.slots = a.append.slots;
+    p.cache = reinterpret_cast<bf16*>(a.append.cache);
+    p.rank = a.append.rank;
+    p.wide_kv = reinterpret_cast<std::uintptr_t>(kv.data) % 16 == 0 && kv.stride % 8 == 0 &&
+                p.rank % 8 == 0 && p.tail % 8 == 0;
+  }
+  // Few rows: what counts is that all of a tile's weights are on their way before the kernel in front has
+  // finished (8 stages are a depth of 512).
+  if (a.x.rows <= 16) {
+    launch_tile<16, 9>(p, wide, with_append, stream);
+  } else {
+    launch_tile<64, 3>(p, wide, with_append, stream);
+  }
 }
 
 }  // namespace flash_mla::model::cuda

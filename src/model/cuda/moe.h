@@ -17,11 +17,14 @@ struct RouteArgs {
   const float* router = nullptr;      ///< (num_experts, hidden) float32, dense, aligned to 16 bytes
   const float* correction = nullptr;  ///< (num_experts): V3's bias, which chooses and never weighs; or null
   float* logits = nullptr;            ///< scratch (tokens, num_experts) float32; holds the logits afterwards
-  std::int32_t* ids = nullptr;  ///< out (tokens, experts_per_token), best first, of equals the lower id first
-  float* weights = nullptr;     ///< out (tokens, experts_per_token)
+  /// out (tokens, experts_per_token + shared_experts), best first, of equals the lower id first; then the
+  /// shared ones, num_experts, num_experts + 1, ...
+  std::int32_t* ids = nullptr;
+  float* weights = nullptr;  ///< out, of the same shape; 1 for the shared ones
   std::int64_t tokens = 0, hidden = 0;
   int num_experts = 0;                  ///< at most kMaxExperts, divisible by num_groups
-  int experts_per_token = 0;            ///< at most kMaxExpertsPerToken
+  int experts_per_token = 0;            ///< with the shared ones at most kMaxExpertsPerToken
+  int shared_experts = 0;               ///< that every token takes
   int num_groups = 1, groups_kept = 1;  ///< n_group (at most 32) and topk_group; unused when greedy
   ScoringFunc scoring = ScoringFunc::kSoftmax;
   TopkMethod method = TopkMethod::kGreedy;
@@ -57,6 +60,12 @@ struct ExpertFfn {
   std::int64_t inout_stride = 0;   ///< elements
   std::int64_t tokens = 0, hidden = 0, intermediate = 0;
   int num_experts = 0, experts_per_token = 0;  ///< at most kMaxExperts
+  /// (hidden) or null. If given: norm_out = inout / sqrt(mean(inout²) + norm_eps) * norm, of the new inout.
+  /// May be x.
+  const float* norm = nullptr;
+  float norm_eps = 0;
+  void* norm_out = nullptr;      ///< (tokens, hidden) bfloat16
+  std::int64_t norm_stride = 0;  ///< elements
   void* workspace = nullptr;     ///< expert_ffn_workspace_size() bytes, aligned to 256; nothing to be set up
   bool batch_invariant = false;  ///< a token's bits do not depend on the other tokens
   bool programmatic_launch = false;  ///< see SkinnyGemm: here only the launch is early

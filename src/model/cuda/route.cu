@@ -135,10 +135,12 @@ __global__ __launch_bounds__(32 * kWarps) void choose(const RouteArgs p) {
   const float weight = scores[chosen];
   float sum = 0;
   for (int i = 0; i < p.experts_per_token; ++i) sum += __shfl_sync(kAll, weight, i);
-  if (lane < p.experts_per_token) {
-    const std::int64_t at = token * p.experts_per_token + lane;
-    p.ids[at] = chosen;
-    p.weights[at] = (p.normalise ? weight / (sum + 1e-20f) : weight) * p.scale;
+  const int width = p.experts_per_token + p.shared_experts;
+  if (lane < width) {
+    const bool shared_one = lane >= p.experts_per_token;
+    const std::int64_t at = token * width + lane;
+    p.ids[at] = shared_one ? p.num_experts + lane - p.experts_per_token : chosen;
+    p.weights[at] = shared_one ? 1.0f : (p.normalise ? weight / (sum + 1e-20f) : weight) * p.scale;
   }
 }
 
@@ -147,7 +149,8 @@ bool valid(const RouteArgs& p) {
                       (p.num_groups >= 1 && p.num_groups <= kMaxGroups && p.num_experts % p.num_groups == 0 &&
                        p.groups_kept >= 1 && p.groups_kept <= p.num_groups);
   return p.tokens >= 0 && p.num_experts >= 1 && p.num_experts <= kMaxExperts && p.experts_per_token >= 1 &&
-         p.experts_per_token <= p.num_experts && p.experts_per_token <= kMaxExpertsPerToken && groups &&
+         p.experts_per_token <= p.num_experts && p.shared_experts >= 0 &&
+         p.experts_per_token + p.shared_experts <= kMaxExpertsPerToken && groups &&
          (p.tokens == 0 || (p.logits != nullptr && p.ids != nullptr && p.weights != nullptr));
 }
 
