@@ -18,6 +18,7 @@
 #include "model/cuda/head_gemm.h"
 #include "model/cuda/memory.h"
 #include "model/cuda/moe.h"
+#include "model/cuda/norm_route.h"
 #include "model/cuda/plain_attention.h"
 #include "model/cuda/rows.h"
 #include "model/cuda/skinny_gemm.h"
@@ -472,29 +473,23 @@ class CudaOps : public Ops {
 
   void route(Matrix x, const Linear& router, const Buffer& bias, const Buffer& ids,
              const Buffer& weights) override {
-    grow(router_logits_, static_cast<std::size_t>(x.rows * config_.n_routed_experts) * sizeof(float));
-    RouteArgs args;
-    args.x = x.data;
-    args.x_stride = x.stride;
-    args.router = floats(static_cast<const CudaLinear&>(router).weight);
-    args.correction = floats(bias);
-    args.logits = reinterpret_cast<float*>(router_logits_.data());
-    args.ids = reinterpret_cast<std::int32_t*>(ids.data());
-    args.weights = reinterpret_cast<float*>(weights.data());
-    args.tokens = x.rows;
-    args.hidden = x.columns;
-    args.num_experts = config_.n_routed_experts;
-    args.experts_per_token = config_.num_experts_per_tok;
-    args.shared_experts = config_.n_shared_experts;
-    args.num_groups = config_.n_group;
-    args.groups_kept = config_.topk_group;
-    args.scoring = config_.scoring_func;
-    args.method = config_.topk_method;
-    args.normalise = config_.norm_topk_prob;
-    args.scale = static_cast<float>(config_.routed_scaling_factor);
-    args.batch_invariant = step_->batch_invariant;
-    args.programmatic_launch = true;
-    check(cuda::route(args, stream_), "route");
+    check(cuda::route(route_args(x, router, bias, ids, weights), stream_), "route");
+  }
+
+  void norm_and_route(Matrix x, const Buffer& norm, double eps, Matrix h, const Linear& router,
+                      const Buffer& bias, const Buffer& ids, const Buffer& weights) override {
+    NormAndRoute args;
+    args.route = route_args(h, router, bias, ids, weights);
+    args.in = x.data;
+    args.in_stride = x.stride;
+    args.norm = floats(norm);
+    args.eps = static_cast<float>(eps);
+    if (fits_norm_and_route(args)) {
+      cuda::norm_and_route(args, stream_);
+      return;
+    }
+    rms_norm(x, norm, eps, h);
+    check(cuda::route(args.route, stream_), "route");
   }
 
   bool folds_shared_experts() const override { return true; }
@@ -607,6 +602,33 @@ class CudaOps : public Ops {
 
   // Folded shared ones counted in.
   int experts_per_token() const { return config_.num_experts_per_tok + config_.n_shared_experts; }
+
+  RouteArgs route_args(const Matrix& x, const Linear& router, const Buffer& bias, const Buffer& ids,
+                       const Buffer& weights) {
+    grow(router_logits_, static_cast<std::size_t>(x.rows * config_.n_routed_experts) * sizeof(float));
+    RouteArgs args;
+    args.x = x.data;
+    args.x_stride = x.stride;
+    args.router = floats(static_cast<const CudaLinear&>(router).weight);
+    args.correction = floats(bias);
+    args.logits = reinterpret_cast<float*>(router_logits_.data());
+    args.ids = reinterpret_cast<std::int32_t*>(ids.data());
+    args.weights = reinterpret_cast<float*>(weights.data());
+    args.tokens = x.rows;
+    args.hidden = x.columns;
+    args.num_experts = config_.n_routed_experts;
+    args.experts_per_token = config_.num_experts_per_tok;
+    args.shared_experts = config_.n_shared_experts;
+    args.num_groups = config_.n_group;
+    args.groups_kept = config_.topk_group;
+    args.scoring = config_.scoring_func;
+    args.method = config_.topk_method;
+    args.normalise = config_.norm_topk_prob;
+    args.scale = static_cast<float>(config_.routed_scaling_factor);
+    args.batch_invariant = step_->batch_invariant;
+    args.programmatic_launch = true;
+    return args;
+  }
 
   ExpertFfn expert_args(const Matrix& x, const Experts& all, const Buffer& ids, const Buffer& weights,
                         const Matrix& inout) {
