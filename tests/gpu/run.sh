@@ -56,12 +56,14 @@ step() {
 
 gpu_tests=$(find_program gpu_tests) || exit 2
 conformance=$(find_program conformance_gpu) || exit 2
+model_kernels=$(find_program model_kernels_gpu) || exit 2
 step "conformance suite on the GPU" "$conformance" --gtest_brief=1
 if [ -n "$quick" ]; then
   step "GPU tests without the large grid" "$gpu_tests" --gtest_brief=1 '--gtest_filter=-*k4096*'
 else
   step "GPU tests" "$gpu_tests" --gtest_brief=1
 fi
+step "the model's kernels" "$model_kernels" --gtest_brief=1
 if "$python" -c 'import torch, flash_mla; assert torch.cuda.is_available()' 2>/dev/null; then
   step "Python on the GPU" "$python" -m pytest -q -p no:cacheprovider "$here/test_torch_cuda.py"
 else

@@ -6,6 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 build=$1
 folder=$2
 mkdir -p "$folder/lib"
-cp "$build/tests/gpu/gpu_tests" "$build/tests/gpu/conformance_gpu" "$here/run.sh" "$here/test_torch_cuda.py" "$folder/"
+cp "$build/tests/gpu/gpu_tests" "$build/tests/gpu/conformance_gpu" "$build/tests/gpu/model_kernels_gpu" \
+  "$build/tests/gpu/weight_stream_rows" "$here/run.sh" "$here/test_torch_cuda.py" "$folder/"
 # Libraries that machine may lack.
 ldd "$folder/gpu_tests" | awk '$1 ~ /^lib(hwy|gomp)\./ { print $3 }' | xargs -I{} cp {} "$folder/lib/"

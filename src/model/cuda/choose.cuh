@@ -33,28 +33,33 @@ __device__ inline int warp_best(std::uint32_t key, int index) {
   return static_cast<int>(__reduce_min_sync(kAll, key == best ? static_cast<unsigned>(index) : ~0u));
 }
 
-/// The groups that stay in the running, as bits. `choice` (num_experts) lies in shared memory.
+/// The groups that stay in the running, as bits. `choice` (num_experts) lies in shared memory. A power of two
+/// of lanes looks at each group.
 __device__ inline std::uint32_t keep_groups(const RouteArgs& p, const float* choice, int lane) {
   const int size = p.num_experts / p.num_groups;
+  const int lanes = 1 << (31 - __clz(32 / p.num_groups));
+  const int group = lane / lanes, part = lane % lanes;
   float first = -std::numeric_limits<float>::infinity(), second = first;
-  if (lane < p.num_groups) {
-    for (int i = 0; i < size; ++i) {
-      const float s = choice[lane * size + (i + lane) % size];  // staggered: other lanes, other banks
-      if (s > first) {
-        second = first;
-        first = s;
-      } else {
-        second = fmaxf(second, s);
-      }
+  if (group < p.num_groups) {
+    for (int i = part; i < size; i += lanes) {
+      const float s = choice[group * size + i];
+      second = fmaxf(second, fminf(first, s));
+      first = fmaxf(first, s);
     }
   }
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    const float other = __shfl_xor_sync(kAll, first, offset),
+                other_second = __shfl_xor_sync(kAll, second, offset);
+    second = fmaxf(fmaxf(second, other_second), fminf(first, other));
+    first = fmaxf(first, other);
+  }
   const float score = p.method == TopkMethod::kNoAuxTc ? first + second : first;
-  std::uint32_t key = lane < p.num_groups ? order(score) : 0;
+  std::uint32_t key = group < p.num_groups ? order(score) : 0;
   std::uint32_t kept = 0;
   for (int i = 0; i < p.groups_kept; ++i) {
-    const int best = warp_best(key, lane);
+    const int best = warp_best(key, group);
     kept |= 1u << best;
-    if (lane == best) key = 0;
+    if (group == best) key = 0;
   }
   return kept;
 }

@@ -8,12 +8,19 @@
 namespace flash_mla::model::cuda {
 namespace {
 
-// Fitted to the times of all divisions of V2-Lite's and V3's products (docs/kernels/skinny-gemm-sm90.md), in
-// bytes and microseconds for one multiprocessor.
-constexpr double kRate[] = {29e3, 31e3};               // with one CTA and with two
-constexpr double kLatency = 0.6;                       // bytes on their way over this: the rate they allow
-constexpr double kRowCost = 0.9;                       // a byte of x beside one of the weights
-constexpr double kRoundCost = 7, kClusterCost = 0.05;  // the latter for each doubling
+// What a multiprocessor's share of a product costs. Fitted to the times of all divisions of V2-Lite's and
+// V3's products (docs/kernels/skinny-gemm-sm90.md): the choice costs 2% on average against the best division,
+// and the single numbers mean little. Bytes and microseconds.
+struct Costs {
+  double rate[2];      ///< with one CTA on a multiprocessor and with two
+  double latency;      ///< the bytes on their way over this bound the rate
+  double row_byte;     ///< a byte of x beside one of the weights
+  double shared_byte;  ///< a byte of the sums that a cluster exchanges
+  double round;        ///< an item of every CTA
+  double doubling;     ///< of the cluster
+};
+constexpr Costs kFewRows = {{22.2e3, 26.0e3}, 1.75, 3.6, 1.5, 17.6, 0.3};  // up to 16 rows of x
+constexpr Costs kManyRows = {{30.9e3, 30.0e3}, 1.18, 0.22, 1.2, 5.3, 1.25};
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -71,19 +78,21 @@ double cost_of(const WeightStream& args, const TableEntry& entry, StreamPlan& pl
   const std::int64_t outputs = args.n / halves;
   const std::int64_t slots = std::max(1, num_sms * plan.ctas_per_sm / plan.cluster);
   const double k = static_cast<double>(divide_up(divide_up(args.k, 64), plan.cluster) * 64);
+  const Costs& costs = plan.groups <= 2 ? kFewRows : kManyRows;
   double best = std::numeric_limits<double>::infinity();
   const auto consider = [&](std::int64_t width) {
     const std::int64_t items = divide_up(outputs, width) * units;
     const std::int64_t together =
         std::clamp<std::int64_t>(divide_up(items * plan.cluster, num_sms), 1, plan.ctas_per_sm);
     const double weight_rows = static_cast<double>(width * halves);
-    const double bytes =
-        k * (weight_rows * (args.weight_fp32 ? 4 : 2) + static_cast<double>(rows) * 2 * kRowCost);
+    const double x_rows = static_cast<double>(rows);
+    const double bytes = k * (weight_rows * (args.weight_fp32 ? 4 : 2) + x_rows * 2 * costs.row_byte) +
+                         (plan.cluster > 1 ? weight_rows * x_rows * 4 * costs.shared_byte : 0);
     const double flight = weight_rows * entry.flight * static_cast<double>(together);
-    const double rate = std::min(kRate[plan.ctas_per_sm > 1 ? 1 : 0], flight / kLatency);
+    const double rate = std::min(costs.rate[plan.ctas_per_sm - 1], flight / costs.latency);
     const double cost = static_cast<double>(divide_up(items, slots)) *
-                        (static_cast<double>(together) * bytes / rate + kRoundCost +
-                         kClusterCost * std::log2(static_cast<double>(plan.cluster)));
+                        (static_cast<double>(together) * bytes / rate + costs.round +
+                         costs.doubling * std::log2(static_cast<double>(plan.cluster)));
     if (cost >= best) return;
     best = cost;
     plan.width = static_cast<int>(width);
