@@ -58,12 +58,11 @@ CUtensorMap map_of(const char* name, const TensorView& t, const TensorView& q) {
   const bool per_head = t.rank == 3;
   if (t.size(0) == 0) from.data = q.data;  // no copy follows the map, but it has to be sound
   const int chunks = static_cast<int>(t.size(t.rank - 1)) / 64;
-  const std::array<MapDim, 4> dims{
-      {{64, 0, 64},
-       {std::max<std::int64_t>(t.size(0), 1), t.stride(0) * 2, prefill::kTileRows},
-       {chunks, 128, chunks},
-       {per_head ? t.size(1) : 1, per_head ? t.stride(1) * 2 : 0, 1}}};
-  return tensor_map(name, from, dims);
+  return tensor_map<4>(name, from,
+                       {{{64, 0, 64},
+                         {std::max<std::int64_t>(t.size(0), 1), t.stride(0) * 2, prefill::kTileRows},
+                         {chunks, 128, chunks},
+                         {per_head ? t.size(1) : 1, per_head ? t.stride(1) * 2 : 0, 1}}});
 }
 
 }  // namespace
@@ -143,8 +142,8 @@ void dense_prefill(const DensePrefillArgs& a, float softmax_scale, bool causal, 
   int sms = 0;
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, a.q.device.index),
         "cudaDeviceGetAttribute");
-  // Every sequence has at most one row tile that is not full.
-  const std::int64_t row_tiles = a.q.size(0) / prefill::kTileRows + num_seqs;
+  // The most row tiles that num_seqs lengths can have in all.
+  const std::int64_t row_tiles = (a.q.size(0) + (prefill::kTileRows - 1) * num_seqs) / prefill::kTileRows;
   prefill::launch(p, map_of("q", a.q, a.q), map_of("k_nope", a.k_nope, a.q), map_of("k_rope", a.k_rope, a.q),
                   map_of("v", a.v, a.q), a.q.dtype == DType::kBFloat16, row_tiles * a.q.size(1), sms, stream);
 }

@@ -24,7 +24,7 @@ EncodeTiled encode_tiled() {
 
 }  // namespace
 
-CUtensorMap tensor_map(const char* name, const TensorView& t, std::span<const MapDim> dims) {
+CUtensorMap encode_tensor_map(const char* name, const TensorView& t, std::span<const MapDim> dims) {
   constexpr std::size_t kMaxRank = 5;
   constexpr std::int64_t kSoundStride = 1152;  // a dimension of one element may carry any stride
   CUtensorMap map;

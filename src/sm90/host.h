@@ -50,7 +50,11 @@ struct MapDim {
 
 /// A tensor map of 16-bit elements, innermost dimension (64 contiguous columns) first, with 128-byte swizzle.
 /// Throws InvalidArgument naming `name` for a layout that none can describe.
-CUtensorMap tensor_map(const char* name, const TensorView& t, std::span<const MapDim> dims);
+CUtensorMap encode_tensor_map(const char* name, const TensorView& t, std::span<const MapDim> dims);
+template <std::size_t kRank>
+CUtensorMap tensor_map(const char* name, const TensorView& t, const std::array<MapDim, kRank>& dims) {
+  return encode_tensor_map(name, t, dims);
+}
 
 /// Throws InvalidArgument for data or outer strides that are not multiples of 16 bytes.
 void require_stride(const TensorView& t, const char* name);

@@ -286,6 +286,9 @@ TEST(Prefill, RaggedMixes) {
 
 // Rows without a key give 0 and +inf.
 TEST(Prefill, MoreQueriesThanKeys) {
+  std::vector<Lengths> mix;
+  for (int i = 0; i < 12; ++i) mix.insert(mix.end(), {{20, 0}, {9, 4}, {3, 0}, {5, 0}, {7, 30}});
+  expect_right({.seqs = mix, .heads = 40, .seed = 301});
   expect_right({.seqs = {{200, 60}, {10, 3}, {300, 140}, {130, 0}}, .seed = 300});
 }
 

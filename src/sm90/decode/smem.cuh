@@ -13,6 +13,7 @@ namespace flash_mla::sm90 {
 
 inline constexpr int kChunks = kHeadDim / 64;  // of 64 columns
 inline constexpr int kRopeChunk = kChunks - 1;
+inline constexpr int kFirstQChunks = 3;  // what the first products wait for
 inline constexpr int kChunkElements = 64 * 64;
 inline constexpr int kConsumerThreads = 256;
 inline constexpr int kThreads = kConsumerThreads + 128;
@@ -21,12 +22,15 @@ inline constexpr float kMaxGrowth = 8.0f;  // base 2
 struct alignas(1024) DecodeSmem {
   std::uint16_t q[kChunks][kChunkElements];
   std::uint16_t kv[2][kChunks][kChunkElements];
-  float exchange[2][kTileRows];  // by warpgroup: the softmax reference it has moved to
-  float row_sum[2][kTileRows];
-  std::uint64_t q_full, q_empty;
-  std::uint64_t kv_full[2][2];   // by slot and half: chunks 0-3, chunks 4-8
+  float exchange[2][kTileRows];    // by warpgroup: the softmax reference it has moved to
+  float row_sum[2][2][kTileRows];  // by parity of the item, so that one may be written while the last is read
+  std::uint64_t q_full[2], q_empty;  // chunks of Q up to kFirstQChunks, and the rest
+  std::uint64_t kv_full[2][3];       // by slot and part: chunks 0-3, 4-7, the rope chunk
   std::uint64_t kv_empty[2][2];  // by slot and half: chunks 0-3 are WG0's columns, 4-7 WG1's. The rope chunk
-                                 // of a slot is freed by the warpgroup that reads P there: half 1 - slot.
+                                 // of a slot is freed by the warpgroup that reads P there, and loaded with
+                                 // its half: 1 - slot.
+  std::uint64_t first_issued;    // the first tile's two halves are under way
+  std::uint64_t out_full[2];     // by warpgroup: its half of O lies in slot 1, ready to be copied out
 };
 
 enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1 };
@@ -82,6 +86,12 @@ __device__ __forceinline__ Item first_item(const DecodeParams& p, const int4& pa
 __device__ __forceinline__ Item next_item(const DecodeParams& p, const int4& part, const Item& item) {
   const bool more = p.split_tiles > 0 && item.end_tile < stop_tile(part, item.req, item.length);
   return item_at(p, part, more ? item.req : item.req + 1, more ? item.end_tile : 0);
+}
+
+/// Does the copy engine store the item's output, from the halves of slot 1? Those of the item's last tile
+/// there are released when that has been read. With a single tile the slot is not the item's.
+__device__ __forceinline__ bool is_staged(const DecodeParams& p, const Item& item) {
+  return p.out_box_chunks > 0 && !item.is_split && item.end_tile - item.begin_tile > 1;
 }
 
 }  // namespace flash_mla::sm90

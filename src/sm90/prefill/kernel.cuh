@@ -10,7 +10,7 @@
 // Shared     Q 48 KB | two slots of K, 48 KB each: 2 chunks of 64 columns nope, 1 rope | two slots of V, 32
 // KB
 //            each | two items | barriers: 208 KB. Chunks are 128 rows x 128 bytes, 128-byte swizzle.
-// Registers  consumers 232 (O 64, S 64, P 32), producer 40, through setmaxnreg.
+// Registers  consumers 232 (O 64, S 64, P 32, a third of Q 16), producer 40, through setmaxnreg.
 
 #include <cstddef>
 #include <cstdint>

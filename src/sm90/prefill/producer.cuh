@@ -5,12 +5,16 @@
 
 #include <cuda.h>
 
+#include <climits>
 #include <cstdint>
 
 #include "sm90/prefill/work.cuh"
 #include "sm90/ptx/tma.cuh"
 
 namespace flash_mla::sm90::prefill {
+
+/// Tiles of an item that are still to be loaded when the next item is taken.
+inline constexpr int kTakeAhead = 2;
 
 struct Maps {
   const CUtensorMap *q, *k_nope, *k_rope, *v;
@@ -26,20 +30,25 @@ class Producer {
     int index = static_cast<int>(blockIdx.x);
     for (;;) {
       const Item item = list.at(index);
-      int next = INT_MAX;
       if (lane_ == 0) {
-        // Asked for here and looked at after the loads have been issued.
-        if (p_.taken != nullptr && item.head >= 0)
-          next = static_cast<int>(gridDim.x) + atomicAdd(p_.taken, 1);
         publish(item);
-        if (item.num_tiles > 0) load(item);
+        if (item.num_tiles > 0) {
+          load(item);
+        } else if (item.head >= 0) {
+          take();
+        }
       }
       if (item.head < 0) break;
-      index = __shfl_sync(0xFFFFFFFFu, next, 0);
+      index = __shfl_sync(0xFFFFFFFFu, next_, 0);
     }
   }
 
  private:
+  // Asks for the next item's index; the answer is looked at when all of this item's loads have been issued.
+  __device__ void take() {
+    if (p_.taken != nullptr) next_ = static_cast<int>(gridDim.x) + atomicAdd(p_.taken, 1);
+  }
+
   __device__ void publish(const Item& item) {
     ptx::mbarrier_wait(&s_.item_empty[items_.slot], items_.parity ^ 1);
     s_.items[items_.slot] = item;
@@ -48,12 +57,16 @@ class Producer {
   }
 
   __device__ void load(const Item& item) {
+    // Q comes from memory, and its place is free only when the item before is nearly done.
+    ptx::tma_prefetch_4d(maps_.q, 0, item.query, 0, item.head);
     ptx::mbarrier_wait(&s_.q_empty, q_parity_ ^ 1);
     q_parity_ ^= 1;
     ptx::mbarrier_arrive_expect_tx(&s_.q_full, kQkChunks * kChunkBytes);
     ptx::tma_load_4d(s_.q, maps_.q, &s_.q_full, 0, item.query, 0, item.head);
     // From the last tile to the first: the one that needs a mask comes first.
     for (int i = 0; i <= item.num_tiles; ++i) {
+      // Not before: the next item is to go to a CTA that is about to be free.
+      if (i == max(item.num_tiles - kTakeAhead, 0)) take();
       if (i < item.num_tiles) load_k(item, item.key + (item.num_tiles - 1 - i) * kTileKeys);
       if (i > 0) load_v(item, item.key + (item.num_tiles - i) * kTileKeys);
     }
@@ -83,6 +96,7 @@ class Producer {
   Ring<2> items_;
   Ring<kStages> k_, v_;
   std::uint32_t q_parity_ = 0;
+  int next_ = INT_MAX;
 };
 
 }  // namespace flash_mla::sm90::prefill
