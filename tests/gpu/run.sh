@@ -64,6 +64,19 @@ else
   step "GPU tests" "$gpu_tests" --gtest_brief=1
 fi
 step "the model's kernels" "$model_kernels" --gtest_brief=1
+if engine=$(find_program engine_gpu); then
+  small=$root/models/small
+  if [ ! -d "$small" ]; then small=$here/small; fi
+  # torch brings cuBLAS, where the system does not.
+  if [ -z "${FLASH_MLA_CUBLASLT:-}" ] && ! ldconfig -p | grep -q libcublasLt.so.13; then
+    FLASH_MLA_CUBLASLT=$("$python" -c 'import nvidia.cu13 as n; print(list(n.__path__)[0])' 2>/dev/null)/lib/libcublasLt.so.13
+    export FLASH_MLA_CUBLASLT
+  fi
+  step "the engine" env FLASH_MLA_SMALL_MODEL="$small" "$engine" --gtest_brief=1
+else
+  echo "=== the engine: FAILED, the build has no engine_gpu (cublasLt.h was missing: ./run build fetches it)"
+  failed=$((failed + 1))
+fi
 if "$python" -c 'import torch, flash_mla; assert torch.cuda.is_available()' 2>/dev/null; then
   step "Python on the GPU" "$python" -m pytest -q -p no:cacheprovider "$here/test_torch_cuda.py"
 else
