@@ -49,8 +49,6 @@ void DeepSeek::layers(const Step& step) {
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
     const Layer& layer = weights_.layers[i];
     const Buffer* next_norm = i + 1 < weights_.layers.size() ? &weights_.layers[i + 1].input_norm : nullptr;
-    ops_->prefetch(*layer.attention.o);
-    if (layer.moe.experts) ops_->prefetch(*layer.moe.experts);
     attention(layer.attention, caches_[i], h, x);
     if (config_.is_moe_layer(static_cast<int>(i))) {
       mixture(layer, expert_ids_[i], h, x, next_norm);

@@ -151,10 +151,6 @@ class Ops {
   /// The rows are the step's tokens from `first_token` on.
   virtual void rope_and_append(Matrix q, Matrix kv, std::int64_t first_token, const Buffer& kv_norm,
                                double eps, const Buffer& cache) = 0;
-  /// Hints: before the next append_and_absorb, what will be read after it whatever the tokens are. For the
-  /// experts that is the folded shared ones.
-  virtual void prefetch(const Linear& weight) { static_cast<void>(weight); }
-  virtual void prefetch(const Experts& experts) { static_cast<void>(experts); }
   /// q_latent[t, h] = [q_nope[t, h] · W_UK[h] | q_rope[t, h]]: (tokens, heads * (rank + rope))
   virtual void absorb_queries(Matrix q, const HeadLinear& w_uk, Matrix q_latent) = 0;
   /// Both, for the step's first tokens. q may be left rotated or not.

@@ -3,9 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
-#include <iterator>
 #include <map>
 #include <tuple>
 #include <utility>
@@ -44,8 +42,6 @@ constexpr std::int64_t kMostRecordedTokens = 256;
 constexpr int kInvariantSplitBlocks = 16;
 // Of the keys and values that prefill attention expands at a time.
 constexpr std::int64_t kMostExpandedBytes = std::int64_t{1} << 31;
-// L2 holds 50 MB.
-constexpr std::int64_t kMostPrefetchBytes = 40 << 20, kMostPrefetchKeyBytes = 20 << 20;
 // Standard deviation of made-up weights: that of DeepSeek's own initialisation is 0.006, of others 0.02.
 constexpr float kRandomDeviation = 0.02f;
 constexpr std::size_t kStagingBytes = std::size_t{32} << 20;
@@ -374,19 +370,6 @@ class CudaOps : public Ops {
     head_gemm(args, stream_);
   }
 
-  void prefetch(const Linear& weight) override {
-    const Buffer& buffer = static_cast<const CudaLinear&>(weight).weight;
-    prefetched_[0] = {buffer.data(), static_cast<std::int64_t>(buffer.bytes())};
-  }
-  void prefetch(const Experts& all) override {
-    const auto& experts = static_cast<const CudaExperts&>(all);
-    const auto shared_of = [&](const Buffer& buffer) -> HeadGemm::Append::Region {
-      const auto expert = static_cast<std::int64_t>(buffer.bytes()) / experts.num_experts;
-      return {buffer.data() + expert * config_.n_routed_experts, expert * config_.n_shared_experts};
-    };
-    prefetched_[1] = shared_of(experts.gate_up);
-  }
-
   void append_and_absorb(Matrix q, Matrix kv, const Buffer& kv_norm, double eps, const Buffer& cache,
                          const HeadLinear& w_uk, Matrix q_latent) override {
     HeadGemm args = head_args(q, static_cast<const CudaHeadLinear&>(w_uk), q_latent);
@@ -401,8 +384,6 @@ class CudaOps : public Ops {
     args.append.slots = data_.slots;
     args.append.cache = cache.data();
     args.append.rank = config_.kv_lora_rank;
-    if (prefetches()) std::ranges::copy(prefetched_, std::begin(args.append.prefetch));
-    prefetched_ = {};
     head_gemm(args, stream_);
   }
 
@@ -750,15 +731,6 @@ class CudaOps : public Ops {
                           schedule_view(), stream_);
   }
 
-  // What is prefetched must not push out, or be pushed out by, the cached keys that attention reads.
-  bool prefetches() const {
-    const std::int64_t keys = step_->num_absorbed * data_.max_blocks * kPageSize;
-    const std::int64_t key_bytes =
-        keys * (config_.kv_lora_rank + config_.qk_rope_head_dim) * static_cast<std::int64_t>(kElement);
-    return step_->chunks.empty() && key_bytes <= kMostPrefetchKeyBytes &&
-           prefetched_[0].bytes + prefetched_[1].bytes <= kMostPrefetchBytes;
-  }
-
   // Batch-invariant products are all made by the kernel that can do it.
   bool few_rows(const Matrix& x) const { return x.rows <= kSkinnyRows || step_->batch_invariant; }
 
@@ -822,7 +794,6 @@ class CudaOps : public Ops {
 
   const Step* step_ = nullptr;
   StepData data_;
-  std::array<HeadGemm::Append::Region, 3> prefetched_;
   bool recorded_ = false;  // the step is one of those that are replayed
   std::map<Key, Graph> graphs_;
   std::size_t allocations_ = 0;  // of the pool when graphs_ were made

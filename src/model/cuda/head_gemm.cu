@@ -1,8 +1,6 @@
 #include <cuda_bf16.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <iterator>
 
 #include "model/cuda/head_gemm.h"
 #include "model/cuda/launch.cuh"
@@ -22,7 +20,6 @@ constexpr int kThreads = 128;
 constexpr int kColumns = 32;
 constexpr int kDepth = 64;
 constexpr int kPitch = kDepth + 8;
-constexpr int kPrefetchBytes = 8192;  // of one request
 
 struct Params {
   const bf16* x;
@@ -41,23 +38,10 @@ struct Params {
   bf16* cache;
   int rank;
   bool wide_kv;
-  HeadGemm::Append::Region prefetch[3];
 };
 
 template <int kRows, int kStages>
 constexpr int kSharedBytes = kStages*(kRows + kColumns) * kPitch * 2;
-
-/// By all the blocks that append.
-__device__ void prefetch(const HeadGemm::Append::Region& region) {
-  const std::int64_t thread =
-      static_cast<std::int64_t>(blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
-  const std::int64_t threads = static_cast<std::int64_t>(gridDim.y * gridDim.x) * kThreads;
-  for (std::int64_t at = thread * kPrefetchBytes; at < region.bytes; at += threads * kPrefetchBytes) {
-    const auto bytes = static_cast<unsigned>(min(region.bytes - at, std::int64_t{kPrefetchBytes}) & ~15);
-    if (bytes == 0) return;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(region.data + at), "r"(bytes) : "memory");
-  }
-}
 
 /// The keys of `rows` tokens, the block being the `part`-th of `parts` that share them.
 __device__ void append(const Params& p, int first, int rows, int part, int parts) {
@@ -143,7 +127,6 @@ __global__ void __launch_bounds__(kThreads) head_gemm_kernel(Params p) {
   const int rows = min(kRows, p.rows - first_row), columns = min(kColumns, p.out_features - first);
   const int steps = (p.in_features + kDepth - 1) / kDepth;
   if (head == p.heads) {
-    for (const auto& region : p.prefetch) prefetch(region);
     wait_for_previous();
     let_next_start();
     append(p, first_row, rows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
@@ -272,7 +255,6 @@ void head_gemm(const HeadGemm& a, cudaStream_t stream) {
     p.slots = a.append.slots;
     p.cache = reinterpret_cast<bf16*>(a.append.cache);
     p.rank = a.append.rank;
-    std::copy(std::begin(a.append.prefetch), std::end(a.append.prefetch), std::begin(p.prefetch));
     p.wide_kv = reinterpret_cast<std::uintptr_t>(kv.data) % 16 == 0 && kv.stride % 8 == 0 &&
                 p.rank % 8 == 0 && p.tail % 8 == 0;
   }

@@ -26,12 +26,6 @@ struct HeadGemm {
     const std::int64_t* slots = nullptr;
     std::byte* cache = nullptr;
     int rank = 0;
-    /// Memory to be brought into L2 meanwhile, aligned to 16 bytes: attention leaves the bandwidth unused.
-    struct Region {
-      const std::byte* data = nullptr;
-      std::int64_t bytes = 0;
-    };
-    Region prefetch[3];
   };
   Matrix x, out;
   const std::byte* weight = nullptr;
