@@ -87,6 +87,7 @@ class LLM:
     """A model directory in Hugging Face's format (config.json, safetensors, tokenizer.json), ready to generate.
 
     ``device``: "auto", "cpu" or "cuda". ``precision`` of weights and cache: "auto", "float32" or "bfloat16".
+    ``quantize``: "none", or "int8" for weights in 8 bits with one scale per output feature (CPU only).
     ``num_pages``: pages of 64 tokens in the cache, 0 for as many as ``memory_bytes`` holds (0: what
     ``max_batch_size`` sequences of the longest length need, at most 2 GiB). ``max_tokens_per_step`` bounds a step;
     longer prompts are processed in chunks. ``prefix_cache`` computes equal beginnings once. ``batch_invariant``
@@ -102,6 +103,7 @@ class LLM:
         *,
         device="auto",
         precision="auto",
+        quantize="none",
         num_pages=0,
         memory_bytes=0,
         max_batch_size=128,
@@ -114,6 +116,7 @@ class LLM:
             os.fspath(model),
             device=device,
             precision=precision,
+            quantize=quantize,
             num_pages=num_pages,
             memory_bytes=memory_bytes,
             max_batch_size=max_batch_size,

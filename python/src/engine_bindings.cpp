@@ -19,6 +19,7 @@ namespace {
 
 using Device = EngineOptions::Device;
 using Precision = EngineOptions::Precision;
+using Quantize = EngineOptions::Quantize;
 
 Device device_named(const std::string& name) {
   if (name == "auto") return Device::kAuto;
@@ -32,6 +33,12 @@ Precision precision_named(const std::string& name) {
   if (name == "float32") return Precision::kFloat32;
   if (name == "bfloat16") return Precision::kBFloat16;
   throw InvalidArgument("precision is \"" + name + "\", expected auto, float32 or bfloat16");
+}
+
+Quantize quantize_named(const std::string& name) {
+  if (name == "none") return Quantize::kNone;
+  if (name == "int8") return Quantize::kInt8;
+  throw InvalidArgument("quantize is \"" + name + "\", expected none or int8");
 }
 
 nb::list to_python(const std::vector<TokenLogprobs>& logprobs) {
@@ -208,11 +215,13 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Engine* self, const std::string& directory, const std::string& device,
-             const std::string& precision, int num_pages, std::size_t memory_bytes, int max_batch_size,
-             int max_tokens_per_step, bool prefix_cache, bool batch_invariant, int num_threads) {
+             const std::string& precision, const std::string& quantize, int num_pages,
+             std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step, bool prefix_cache,
+             bool batch_invariant, int num_threads) {
             EngineOptions o;
             o.device = device_named(device);
             o.precision = precision_named(precision);
+            o.quantize = quantize_named(quantize);
             o.num_pages = num_pages;
             o.memory_bytes = memory_bytes;
             o.max_batch_size = max_batch_size;
@@ -223,8 +232,9 @@ void bind_engine(nb::module_& m) {
             const nb::gil_scoped_release release;
             new (self) Engine(directory, o);
           },
-          "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "num_pages"_a, "memory_bytes"_a,
-          "max_batch_size"_a, "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "num_threads"_a)
+          "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "num_pages"_a,
+          "memory_bytes"_a, "max_batch_size"_a, "max_tokens_per_step"_a, "prefix_cache"_a,
+          "batch_invariant"_a, "num_threads"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(

@@ -36,7 +36,7 @@ void forward(model::Model& self, const Ints& token_ids, const Ints& query_starts
 }
 
 std::unique_ptr<model::Model> load(const std::string& directory, const std::string& precision,
-                                   int num_threads) {
+                                   const std::string& quantize, int num_threads) {
   model::ModelOptions options;
   options.device = model::ModelDevice::kCpu;
   options.num_threads = num_threads;
@@ -47,6 +47,11 @@ std::unique_ptr<model::Model> load(const std::string& directory, const std::stri
   } else if (precision != "auto") {
     throw nb::value_error(
         ("precision is '" + precision + "', expected 'auto', 'float32' or 'bfloat16'").c_str());
+  }
+  if (quantize == "int8") {
+    options.quantize = model::ModelQuantize::kInt8;
+  } else if (quantize != "none") {
+    throw nb::value_error(("quantize is '" + quantize + "', expected 'none' or 'int8'").c_str());
   }
   nb::gil_scoped_release release;
   return model::load_model(directory, options);
@@ -63,7 +68,8 @@ void bind_forward(nb::module_& m) {
       .def("copy_page", &model::Model::copy_page, nb::arg("source"), nb::arg("target"))
       .def("forward", &forward, nb::arg("token_ids"), nb::arg("query_starts"), nb::arg("seq_lens"),
            nb::arg("block_table"), nb::arg("logit_rows"), nb::arg("batch_invariant"), nb::arg("logits"));
-  m.def("load_model", &load, nb::arg("directory"), nb::arg("precision"), nb::arg("num_threads"));
+  m.def("load_model", &load, nb::arg("directory"), nb::arg("precision"), nb::arg("quantize"),
+        nb::arg("num_threads"));
 }
 
 }  // namespace flash_mla::python

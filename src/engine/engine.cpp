@@ -54,6 +54,8 @@ model::ModelOptions model_options(const EngineOptions& o) {
       out.precision = model::ModelPrecision::kBFloat16;
       break;
   }
+  out.quantize = o.quantize == EngineOptions::Quantize::kInt8 ? model::ModelQuantize::kInt8
+                                                              : model::ModelQuantize::kNone;
   out.num_threads = o.num_threads;
   return out;
 }

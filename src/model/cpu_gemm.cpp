@@ -16,6 +16,7 @@
 #include <omp.h>
 #endif
 
+#include "model/cpu_panel_weight.h"
 #include "model/parallel.h"
 
 // Tile heights, measured on an AVX-512 machine with bf16 weights of 2048 x 2048 that fit its L3: 1 to 4 rows
@@ -103,6 +104,7 @@ Desc blocked_weights(std::int64_t out_features, std::int64_t in_features, Type t
 struct PackedWeight::Memory {
   dnnl::memory memory;
   DType dtype = DType::kFloat32;
+  std::unique_ptr<PanelWeight> panels;  ///< instead of `memory`
 };
 
 PackedWeight::PackedWeight() = default;
@@ -221,6 +223,11 @@ PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int
   out.in_features_ = in_features;
   out.memory_ = std::make_unique<PackedWeight::Memory>();
   out.memory_->dtype = dtype;
+  if (dtype == DType::kBFloat16 && panel::multiplies_bfloat16_pairs()) {
+    out.memory_->panels =
+        std::make_unique<PanelWeight>(weight, out_features, in_features, dtype, PanelWeight::Form::kPlain);
+    return out;
+  }
   dnnl::memory plain(Desc({in_features, out_features}, Type::f32, Tag::ba), cpu_engine(),
                      const_cast<float*>(weight));
   out.memory_->memory =
@@ -233,8 +240,24 @@ PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int
   return out;
 }
 
+PackedWeight Gemm::pack_int8(const float* weight, std::int64_t out_features, std::int64_t in_features,
+                             DType dtype) const {
+  PackedWeight out;
+  out.out_features_ = out_features;
+  out.in_features_ = in_features;
+  out.memory_ = std::make_unique<PackedWeight::Memory>();
+  out.memory_->dtype = dtype;
+  out.memory_->panels =
+      std::make_unique<PanelWeight>(weight, out_features, in_features, dtype, PanelWeight::Form::kInt8);
+  return out;
+}
+
 void Gemm::run(const Matrix& x, const PackedWeight& weight, const float* bias, const Matrix& y,
                const GemmMode& mode) {
+  if (weight.memory_->panels) {
+    weight.memory_->panels->multiply(x, bias, y, mode.threads, mode.accumulate);
+    return;
+  }
   // Full tiles first; without batch invariance the rest is cut into powers of two.
   const std::int64_t tile = mode.batch_invariant ? kInvariantTileRows : kMaxTileRows;
   const std::int64_t full = x.rows / tile;

@@ -8,7 +8,7 @@
 
 namespace flash_mla::model {
 
-/// A weight matrix in oneDNN's blocked layout.
+/// A weight matrix in oneDNN's blocked layout, or in panels for our own kernels.
 class PackedWeight {
  public:
   PackedWeight();
@@ -37,8 +37,9 @@ struct GemmMode {
   bool accumulate = false;
 };
 
-/// Matrix products by oneDNN. Compiled kernels are kept, one for each tile height and shape; heights are
-/// powers of two, so there are few. Any thread may call; inside a parallel region pass threads = 1.
+/// Matrix products, by our own kernels on weights in panels and by oneDNN otherwise. Its compiled kernels are
+/// kept, one for each tile height and shape; heights are powers of two, so there are few. Any thread may
+/// call; inside a parallel region pass threads = 1.
 class Gemm {
  public:
   Gemm();
@@ -52,6 +53,10 @@ class Gemm {
   /// `weight` (out_features, in_features) row-major.
   PackedWeight pack(const float* weight, std::int64_t out_features, std::int64_t in_features,
                     DType dtype) const;
+
+  /// The same in 8 bits, for products with rows of `dtype`.
+  PackedWeight pack_int8(const float* weight, std::int64_t out_features, std::int64_t in_features,
+                         DType dtype) const;
 
   /// y = x·W^T + bias; `bias` (out_features) float32 or null. x in the weights' dtype, y in that or float32.
   void run(const Matrix& x, const PackedWeight& weight, const float* bias, const Matrix& y,

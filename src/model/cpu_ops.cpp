@@ -7,12 +7,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <utility>
 
-#include "cpu/element.h"
 #include "flash_mla/decode.h"
 #include "flash_mla/error.h"
+#include "model/aligned.h"
 #include "model/cpu_gemm.h"
 #include "model/cpu_prefill.h"
 #include "model/cpu_router.h"
@@ -24,11 +23,14 @@
 namespace flash_mla::model {
 namespace {
 
-constexpr std::size_t kAlignment = 64;
 // Blocks of 64 keys between the fixed split points of a batch-invariant step.
 constexpr int kInvariantSplitBlocks = 16;
 // Elements below which a row-wise operation is not worth waking a second thread.
 constexpr std::int64_t kParallelElements = 16384;
+// Rows that a thread takes at a time: of the router, and at most of an expert. Multiples of 64, the largest
+// tile of a product.
+constexpr std::int64_t kBlockRows = 64;
+constexpr std::int64_t kPieceRows = 128;
 
 struct CpuLinear : Linear {
   PackedWeight weight;
@@ -46,28 +48,16 @@ struct CpuExperts : Experts {
   std::vector<Expert> experts;
 };
 
-Buffer allocate_aligned(std::size_t bytes) {
-  auto* data =
-      static_cast<std::byte*>(::operator new (std::max(bytes, kAlignment), std::align_val_t{kAlignment}));
-  return {std::shared_ptr<std::byte>(
-              data, [](std::byte* p) { ::operator delete (p, std::align_val_t{kAlignment}); }),
-          bytes};
-}
-
 const float* floats(const Buffer& buffer) { return reinterpret_cast<const float*>(buffer.data()); }
+
+/// Some of the rows of one expert.
+struct Piece {
+  std::size_t expert;
+  std::int64_t first, count;
+};
 
 Matrix dense(std::byte* data, DType dtype, std::int64_t rows, std::int64_t columns) {
   return {data, dtype, rows, columns, columns};
-}
-
-/// Turns the pairs (2i, 2i + 1) of x by the angles whose cosines and sines are given.
-template <class T>
-void rotate(T* x, const float* cosines, const float* sines, std::int64_t pairs) {
-  for (std::int64_t i = 0; i < pairs; ++i) {
-    const float a = cpu::to_float(x[2 * i]), b = cpu::to_float(x[2 * i + 1]);
-    x[2 * i] = cpu::from_double<T>(a * cosines[i] - b * sines[i]);
-    x[2 * i + 1] = cpu::from_double<T>(b * cosines[i] + a * sines[i]);
-  }
 }
 
 std::int32_t likeliest(const float* logits, std::int64_t size) {
@@ -87,8 +77,12 @@ std::int32_t likeliest(const float* logits, std::int64_t size) {
 
 class CpuOps : public Ops {
  public:
-  CpuOps(const ModelConfig& config, DType dtype, int num_threads)
-      : config_(config), rope_(make_rope(config)), dtype_(dtype), threads_(num_threads) {}
+  CpuOps(const ModelConfig& config, DType dtype, ModelQuantize quantize, int num_threads)
+      : config_(config),
+        rope_(make_rope(config)),
+        dtype_(dtype),
+        quantize_(quantize),
+        threads_(num_threads) {}
 
   DType dtype() const override { return dtype_; }
 
@@ -109,8 +103,15 @@ class CpuOps : public Ops {
   std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
                                       std::int64_t in_features, std::span<const float> bias) override {
     auto out = std::make_unique<CpuLinear>();
-    out->weight = gemm_.pack(weight, out_features, in_features, dtype_);
+    out->weight = pack(weight, out_features, in_features);
     out->bias.assign(bias.begin(), bias.end());
+    return out;
+  }
+
+  std::unique_ptr<Linear> make_unquantized_linear(const float* weight, std::int64_t out_features,
+                                                  std::int64_t in_features) override {
+    auto out = std::make_unique<CpuLinear>();
+    out->weight = gemm_.pack(weight, out_features, in_features, dtype_);
     return out;
   }
 
@@ -138,24 +139,28 @@ class CpuOps : public Ops {
     std::vector<float> down(static_cast<std::size_t>(hidden * intermediate));
     for (int e = 0; e < num_experts; ++e) {
       read(e, gate_up.data(), down.data());
-      out->experts.push_back({gemm_.pack(gate_up.data(), 2 * intermediate, hidden, dtype_),
-                              gemm_.pack(down.data(), hidden, intermediate, dtype_)});
+      out->experts.push_back(
+          {pack(gate_up.data(), 2 * intermediate, hidden), pack(down.data(), hidden, intermediate)});
     }
     return out;
   }
+
+  bool narrows() const override { return true; }
 
   void begin_step(Step& step) override {
     step_ = &step;
     const std::size_t tokens = step.token_ids.size(), pairs = rope_.inv_freq.size();
     cosines_.resize(tokens * pairs);
     sines_.resize(tokens * pairs);
-    for (std::size_t t = 0; t < tokens; ++t) {
+    // A cosine and a sine take as long as some 16 elements of other operations.
+    for_rows(step.num_tokens(), static_cast<std::int64_t>(16 * pairs), [&](std::int64_t token) {
+      const auto t = static_cast<std::size_t>(token);
       for (std::size_t i = 0; i < pairs; ++i) {
         const float angle = static_cast<float>(step.positions[t]) * rope_.inv_freq[i];
         cosines_[t * pairs + i] = std::cos(angle) * rope_.scale;
         sines_[t * pairs + i] = std::sin(angle) * rope_.scale;
       }
-    }
+    });
     if (step.num_absorbed > 0) {
       ScheduleOptions options = cpu_schedule_options(threads_);
       if (step.batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
@@ -165,10 +170,10 @@ class CpuOps : public Ops {
 
   void embed(const Buffer& table, Matrix out) override {
     const auto bytes = static_cast<std::size_t>(out.columns) * dtype_size(dtype_);
-    for (std::int64_t t = 0; t < out.rows; ++t) {
+    for_rows(out.rows, out.columns, [&](std::int64_t t) {
       const auto id = static_cast<std::size_t>(step_->token_ids[static_cast<std::size_t>(t)]);
       std::memcpy(out.row(t), table.data() + id * bytes, bytes);
-    }
+    });
   }
 
   void rms_norm(Matrix x, const Buffer& weight, double eps, Matrix out) override {
@@ -203,13 +208,10 @@ class CpuOps : public Ops {
       rows::rms_norm(kv.row(t), floats(kv_norm), static_cast<float>(eps), key, dtype_, rank);
       std::memcpy(key + rank * element(), kv.row(t) + rank * element(),
                   static_cast<std::size_t>(rope * element()));
-      cpu::visit_float_type(dtype_, [&](auto type) {
-        using T = decltype(type);
-        rotate(reinterpret_cast<T*>(key) + rank, cosines, sines, pairs);
-        for (std::int64_t h = 0; h < config_.num_attention_heads; ++h) {
-          rotate(reinterpret_cast<T*>(q.row(t)) + h * (nope + rope) + nope, cosines, sines, pairs);
-        }
-      });
+      rows::rotate(key + rank * element(), cosines, sines, dtype_, pairs);
+      for (std::int64_t h = 0; h < config_.num_attention_heads; ++h) {
+        rows::rotate(q.row(t) + (h * (nope + rope) + nope) * element(), cosines, sines, dtype_, pairs);
+      }
     });
   }
 
@@ -261,30 +263,39 @@ class CpuOps : public Ops {
 
   void prefill_attention(Matrix q, const Buffer& cache, const Linear& kv_b, Matrix out) override {
     const PackedWeight& weight = static_cast<const CpuLinear&>(kv_b).weight;
-    for (const Chunk& chunk : step_->chunks) {
+    // Many chunks: one for each thread at a time. Few: each is shared.
+    const auto chunks = std::ssize(step_->chunks);
+    const bool whole = chunks / 2 >= threads_;
+    parallel_for(chunks, whole ? threads_ : 1, [&](std::int64_t i) {
+      const Chunk& chunk = step_->chunks[static_cast<std::size_t>(i)];
       const std::int64_t first = chunk.first_token - step_->num_absorbed;
-      model::prefill_attention(config_, gemm_, threads_, step_->batch_invariant, chunk,
+      model::prefill_attention(config_, gemm_, whole ? 1 : threads_, step_->batch_invariant, chunk,
                                q.row_range(first, chunk.num_tokens), cache, weight,
                                out.row_range(first, chunk.num_tokens));
-    }
+    });
   }
 
   void route(Matrix x, const Linear& router, const Buffer& bias, const Buffer& ids,
              const Buffer& weights) override {
     const std::int64_t experts = config_.n_routed_experts, chosen = config_.num_experts_per_tok;
-    std::byte* wide = grown(wide_, static_cast<std::size_t>(x.rows * x.columns) * sizeof(float));
-    const Matrix input = dense(wide, DType::kFloat32, x.rows, x.columns);
-    const Matrix logits = dense(grown(logits_, static_cast<std::size_t>(x.rows * experts) * sizeof(float)),
-                                DType::kFloat32, x.rows, experts);
-    for_rows(x.rows, x.columns, [&](std::int64_t t) {
-      rows::widen(x.row(t), dtype_, reinterpret_cast<float*>(input.row(t)), x.columns);
-    });
-    multiply(input, router, logits, false);
-    for_rows(x.rows, experts * 8, [&](std::int64_t t) {
-      choose_experts(config_, reinterpret_cast<const float*>(logits.row(t)),
-                     bias.bytes() > 0 ? floats(bias) : nullptr,
-                     reinterpret_cast<std::int32_t*>(ids.data()) + t * chosen,
-                     reinterpret_cast<float*>(weights.data()) + t * chosen);
+    // Blocks of whole tiles, so that a row's tile does not depend on how many threads there are.
+    const std::int64_t blocks = (x.rows + kBlockRows - 1) / kBlockRows;
+    parallel_for(blocks, x.rows * x.columns >= kParallelElements ? threads_ : 1, [&](std::int64_t block) {
+      thread_local Buffer wide, logits_buffer;
+      const std::int64_t first = block * kBlockRows, count = std::min(kBlockRows, x.rows - first);
+      const Matrix input = buffered(wide, DType::kFloat32, count, x.columns);
+      const Matrix logits = buffered(logits_buffer, DType::kFloat32, count, experts);
+      for (std::int64_t i = 0; i < count; ++i) {
+        rows::widen(x.row(first + i), dtype_, reinterpret_cast<float*>(input.row(i)), x.columns);
+      }
+      gemm_.run(input, static_cast<const CpuLinear&>(router).weight, nullptr, logits,
+                {1, step_->batch_invariant, false});
+      for (std::int64_t i = 0; i < count; ++i) {
+        choose_experts(config_, reinterpret_cast<const float*>(logits.row(i)),
+                       bias.bytes() > 0 ? floats(bias) : nullptr,
+                       reinterpret_cast<std::int32_t*>(ids.data()) + (first + i) * chosen,
+                       reinterpret_cast<float*>(weights.data()) + (first + i) * chosen);
+      }
     });
   }
 
@@ -294,35 +305,27 @@ class CpuOps : public Ops {
                    Matrix inout) override {
     const auto& experts = static_cast<const CpuExperts&>(all).experts;
     const std::int64_t chosen = config_.num_experts_per_tok, hidden = x.columns;
-    const auto* id = reinterpret_cast<const std::int32_t*>(ids.data());
     const auto* weight = reinterpret_cast<const float*>(weights.data());
-    expert_rows_.assign(experts.size(), {});
-    for (std::int64_t i = 0; i < x.rows * chosen; ++i)
-      expert_rows_[static_cast<std::size_t>(id[i])].push_back(i);
-    active_.clear();
-    for (std::size_t e = 0; e < experts.size(); ++e) {
-      if (!expert_rows_[e].empty()) active_.push_back(e);
-    }
-    // The longest first, so that no thread is left with one at the end.
-    std::stable_sort(active_.begin(), active_.end(), [&](std::size_t a, std::size_t b) {
-      return expert_rows_[a].size() > expert_rows_[b].size();
-    });
-    auto* results = reinterpret_cast<float*>(
-        grown(expert_out_, static_cast<std::size_t>(x.rows * chosen * hidden) * sizeof(float)));
-    const auto count = static_cast<std::int64_t>(active_.size());
+    sort_by_expert(
+        {reinterpret_cast<const std::int32_t*>(ids.data()), static_cast<std::size_t>(x.rows * chosen)},
+        experts.size());
+    const Matrix results = buffered(expert_out_, DType::kFloat32, x.rows * chosen, hidden);
     const std::int64_t expert_weights = 3 * hidden * experts[0].down.in_features();
+    // Rows and weights of the average piece, for all of them.
+    const auto count = std::ssize(pieces_);
     const bool threads =
         worth_threads(count * expert_weights, x.rows * chosen / std::max<std::int64_t>(count, 1));
     parallel_for(count, threads ? threads_ : 1, [&](std::int64_t i) {
-      const std::size_t e = active_[static_cast<std::size_t>(i)];
-      run_expert(x, experts[e], expert_rows_[e], results);
+      const Piece& piece = pieces_[static_cast<std::size_t>(i)];
+      run_expert(x, experts[piece.expert], piece, results.row_range(piece.first, piece.count));
     });
     for_rows(x.rows, hidden * chosen, [&](std::int64_t t) {
       thread_local std::vector<float> sum;
       sum.resize(static_cast<std::size_t>(hidden));
       rows::widen(inout.row(t), dtype_, sum.data(), hidden);
       for (std::int64_t i = t * chosen; i < (t + 1) * chosen; ++i) {
-        rows::add_scaled(results + i * hidden, weight[i], sum.data(), hidden);
+        const std::int64_t row = places_[static_cast<std::size_t>(i)];
+        rows::add_scaled(reinterpret_cast<const float*>(results.row(row)), weight[i], sum.data(), hidden);
       }
       rows::narrow(sum.data(), inout.row(t), dtype_, hidden);
     });
@@ -352,11 +355,22 @@ class CpuOps : public Ops {
   }
 
  private:
+  PackedWeight pack(const float* weight, std::int64_t out_features, std::int64_t in_features) const {
+    return quantize_ == ModelQuantize::kInt8 ? gemm_.pack_int8(weight, out_features, in_features, dtype_)
+                                             : gemm_.pack(weight, out_features, in_features, dtype_);
+  }
+
   std::int64_t element() const { return static_cast<std::int64_t>(dtype_size(dtype_)); }
 
   static std::byte* grown(Buffer& buffer, std::size_t bytes) {
     if (bytes > buffer.bytes()) buffer = allocate_aligned(bytes);
     return buffer.data();
+  }
+
+  // In a buffer that grows and stays.
+  static Matrix buffered(Buffer& buffer, DType dtype, std::int64_t rows, std::int64_t columns) {
+    return dense(grown(buffer, static_cast<std::size_t>(rows * columns) * dtype_size(dtype)), dtype, rows,
+                 columns);
   }
 
   template <class F>
@@ -376,60 +390,77 @@ class CpuOps : public Ops {
               {threads_, step_->batch_invariant, accumulate});
   }
 
-  // `chosen` lists (token * num_experts_per_tok + rank); row i of the result goes to results[chosen[i]].
-  void run_expert(const Matrix& x, const CpuExperts::Expert& expert, const std::vector<std::int64_t>& chosen,
-                  float* results) {
-    const std::int64_t n = static_cast<std::int64_t>(chosen.size()), hidden = x.columns;
-    const std::int64_t intermediate = expert.down.in_features();
-    thread_local Buffer in_buffer, gate_up_buffer, act_buffer, out_buffer;
-    const auto matrix = [&](Buffer& buffer, std::int64_t columns, DType dtype) {
-      return dense(grown(buffer, static_cast<std::size_t>(n * columns) * dtype_size(dtype)), dtype, n,
-                   columns);
-    };
-    const Matrix in = matrix(in_buffer, hidden, dtype_),
-                 gate_up = matrix(gate_up_buffer, 2 * intermediate, dtype_),
-                 act = matrix(act_buffer, intermediate, dtype_),
-                 out = matrix(out_buffer, hidden, DType::kFloat32);
-    for (std::int64_t i = 0; i < n; ++i) {
-      const std::int64_t token = chosen[static_cast<std::size_t>(i)] / config_.num_experts_per_tok;
-      std::memcpy(in.row(i), x.row(token), static_cast<std::size_t>(hidden * element()));
+  // Lists the choices (token * num_experts_per_tok + rank) expert by expert in `by_expert_`, and cuts each
+  // expert's into pieces.
+  void sort_by_expert(std::span<const std::int32_t> ids, std::size_t num_experts) {
+    expert_ends_.assign(num_experts, 0);
+    for (const std::int32_t e : ids) ++expert_ends_[static_cast<std::size_t>(e)];
+    pieces_.clear();
+    std::int64_t first = 0;
+    for (std::size_t e = 0; e < num_experts; ++e) {
+      const std::int64_t end = first + std::exchange(expert_ends_[e], first);
+      for (; first < end; first += kPieceRows) {
+        pieces_.push_back({e, first, std::min(kPieceRows, end - first)});
+      }
+      first = end;
+    }
+    by_expert_.resize(ids.size());
+    places_.resize(ids.size());
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      places_[i] = expert_ends_[static_cast<std::size_t>(ids[i])]++;
+      by_expert_[static_cast<std::size_t>(places_[i])] = static_cast<std::int64_t>(i);
+    }
+    // The longest first, so that no thread is left with one at the end.
+    std::stable_sort(pieces_.begin(), pieces_.end(),
+                     [](const Piece& a, const Piece& b) { return a.count > b.count; });
+  }
+
+  // Multiplies the rows of a piece's choices, in their order.
+  void run_expert(const Matrix& x, const CpuExperts::Expert& expert, const Piece& piece, const Matrix& out) {
+    const std::int64_t hidden = x.columns, intermediate = expert.down.in_features();
+    thread_local Buffer in_buffer, gate_up_buffer, act_buffer;
+    const Matrix in = buffered(in_buffer, dtype_, piece.count, hidden),
+                 gate_up = buffered(gate_up_buffer, dtype_, piece.count, 2 * intermediate),
+                 act = buffered(act_buffer, dtype_, piece.count, intermediate);
+    for (std::int64_t i = 0; i < piece.count; ++i) {
+      const std::int64_t choice = by_expert_[static_cast<std::size_t>(piece.first + i)];
+      std::memcpy(in.row(i), x.row(choice / config_.num_experts_per_tok),
+                  static_cast<std::size_t>(hidden * element()));
     }
     const GemmMode mode{1, step_->batch_invariant, false};
     gemm_.run(in, expert.gate_up, nullptr, gate_up, mode);
-    for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t i = 0; i < piece.count; ++i) {
       rows::silu_mul(gate_up.row(i), gate_up.row(i) + intermediate * element(), act.row(i), dtype_,
                      intermediate);
     }
     gemm_.run(act, expert.down, nullptr, out, mode);
-    for (std::int64_t i = 0; i < n; ++i) {
-      std::memcpy(results + chosen[static_cast<std::size_t>(i)] * hidden, out.row(i),
-                  static_cast<std::size_t>(hidden) * sizeof(float));
-    }
   }
 
   ModelConfig config_;
   Rope rope_;
   DType dtype_;
+  ModelQuantize quantize_;
   int threads_;
   Gemm gemm_;
 
   const Step* step_ = nullptr;
   std::vector<float> cosines_, sines_;  // (tokens, qk_rope_head_dim / 2)
   DecodeSchedule schedule_;
-  Buffer decode_workspace_, gate_up_, wide_, logits_, expert_out_;
-  std::vector<std::vector<std::int64_t>> expert_rows_;
-  std::vector<std::size_t> active_;
+  Buffer decode_workspace_, gate_up_, expert_out_;
+  std::vector<std::int64_t> expert_ends_, by_expert_, places_;  // places_: the inverse of by_expert_
+  std::vector<Piece> pieces_;
 };
 
 }  // namespace
 
 DType preferred_cpu_dtype() { return Gemm::native_bfloat16() ? DType::kBFloat16 : DType::kFloat32; }
 
-std::unique_ptr<Ops> make_cpu_ops(const ModelConfig& config, DType dtype, int num_threads) {
+std::unique_ptr<Ops> make_cpu_ops(const ModelConfig& config, DType dtype, ModelQuantize quantize,
+                                  int num_threads) {
   if (dtype == DType::kBFloat16 && !Gemm::supports_bfloat16()) {
     throw Unsupported("precision bfloat16 needs a processor with AVX-512; use float32");
   }
-  return std::make_unique<CpuOps>(config, dtype, num_threads > 0 ? num_threads : default_threads());
+  return std::make_unique<CpuOps>(config, dtype, quantize, num_threads > 0 ? num_threads : default_threads());
 }
 
 }  // namespace flash_mla::model

@@ -18,8 +18,20 @@ namespace flash_mla::model {
 namespace {
 
 constexpr std::int64_t kSpanKeys = 512;
-constexpr std::int64_t kTileKeys = 128;
+constexpr std::int64_t kTileKeys = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+/// Memory of one thread that grows and stays.
+struct Workspace {
+  std::vector<std::byte> latents, k_rope, expanded;
+  std::vector<float> states;
+
+  template <class T>
+  static T* grown(std::vector<T>& buffer, std::int64_t size) {
+    if (buffer.size() < static_cast<std::size_t>(size)) buffer.resize(static_cast<std::size_t>(size));
+    return buffer.data();
+  }
+};
 
 /// The softmax's running state and the unnormalised output of one (head, tile of queries).
 struct State {
@@ -30,7 +42,8 @@ struct State {
 
 class Prefill {
  public:
-  Prefill(const ModelConfig& config, const Chunk& chunk, const Matrix& q, const Buffer& cache, Matrix out)
+  Prefill(const ModelConfig& config, const Chunk& chunk, const Matrix& q, const Buffer& cache, Matrix out,
+          Workspace& workspace)
       : heads_(config.num_attention_heads),
         nope_(config.qk_nope_head_dim),
         rope_(config.qk_rope_head_dim),
@@ -44,19 +57,20 @@ class Prefill {
         q_(q),
         cache_(cache),
         out_(out),
-        latents_(static_cast<std::size_t>(kSpanKeys * rank_ * element_)),
-        k_rope_(static_cast<std::size_t>(kSpanKeys * rope_ * element_)),
-        expanded_(static_cast<std::size_t>(kSpanKeys * heads_ * (nope_ + v_) * element_)),
-        states_(static_cast<std::size_t>(heads_ * tiles_ * tile_ * (v_ + 2))) {}
+        span_(std::min(kSpanKeys, chunk.seq_len)),
+        latents_(Workspace::grown(workspace.latents, span_ * rank_ * element_)),
+        k_rope_(Workspace::grown(workspace.k_rope, span_ * rope_ * element_)),
+        expanded_(Workspace::grown(workspace.expanded, span_ * heads_ * (nope_ + v_) * element_)),
+        states_(Workspace::grown(workspace.states, heads_ * tiles_ * tile_ * (v_ + 2))) {}
 
   void run(Gemm& gemm, const PackedWeight& kv_b, int num_threads, bool batch_invariant) {
     const std::int64_t items = heads_ * tiles_;
-    for (std::int64_t begin = 0; begin < chunk_.seq_len; begin += kSpanKeys) {
-      const std::int64_t count = std::min(kSpanKeys, chunk_.seq_len - begin);
+    for (std::int64_t begin = 0; begin < chunk_.seq_len; begin += span_) {
+      const std::int64_t count = std::min(span_, chunk_.seq_len - begin);
       gather(begin, count);
-      const Matrix latents{latents_.data(), q_.dtype, count, rank_, rank_};
+      const Matrix latents{latents_, q_.dtype, count, rank_, rank_};
       const std::int64_t width = heads_ * (nope_ + v_);
-      const Matrix expanded{expanded_.data(), q_.dtype, count, width, width};
+      const Matrix expanded{expanded_, q_.dtype, count, width, width};
       gemm.run(latents, kv_b, nullptr, expanded, {num_threads, batch_invariant, false});
       parallel_for(items, num_threads,
                    [&](std::int64_t item) { attend(gemm, item / tiles_, item % tiles_, begin, count); });
@@ -66,7 +80,7 @@ class Prefill {
 
  private:
   State state(std::int64_t head, std::int64_t tile) {
-    float* base = states_.data() + (head * tiles_ + tile) * tile_ * (v_ + 2);
+    float* base = states_ + (head * tiles_ + tile) * tile_ * (v_ + 2);
     return {base, base + tile_ * v_, base + tile_ * v_ + tile_};
   }
   std::int64_t rows_of(std::int64_t tile) const { return std::min(tile_, chunk_.num_tokens - tile * tile_); }
@@ -77,8 +91,8 @@ class Prefill {
       const std::int64_t page = chunk_.pages[static_cast<std::size_t>((begin + i) / kPageSize)];
       const std::byte* slot =
           cache_.data() + (page * kPageSize + (begin + i) % kPageSize) * (rank_ + rope_) * element_;
-      std::memcpy(latents_.data() + i * rank_ * element_, slot, static_cast<std::size_t>(rank_ * element_));
-      std::memcpy(k_rope_.data() + i * rope_ * element_, slot + rank_ * element_,
+      std::memcpy(latents_ + i * rank_ * element_, slot, static_cast<std::size_t>(rank_ * element_));
+      std::memcpy(k_rope_ + i * rope_ * element_, slot + rank_ * element_,
                   static_cast<std::size_t>(rope_ * element_));
     }
   }
@@ -98,7 +112,7 @@ class Prefill {
     }
     thread_local std::vector<std::byte> queries, keys, values, weights;
     thread_local std::vector<float> scores;
-    queries.assign(static_cast<std::size_t>(tile_ * d * element_), std::byte{0});
+    queries.resize(static_cast<std::size_t>(tile_ * d * element_));
     keys.resize(static_cast<std::size_t>(kTileKeys * d * element_));
     values.resize(static_cast<std::size_t>(kTileKeys * v_ * element_));
     weights.resize(static_cast<std::size_t>(tile_ * kTileKeys * element_));
@@ -107,6 +121,8 @@ class Prefill {
       std::memcpy(queries.data() + r * d * element_, q_.row(tile * tile_ + r) + head * d * element_,
                   static_cast<std::size_t>(d * element_));
     }
+    std::memset(queries.data() + rows * d * element_, 0,
+                static_cast<std::size_t>((tile_ - rows) * d * element_));
     for (std::int64_t key = begin; key < end; key += kTileKeys) {
       const std::int64_t n = std::min(kTileKeys, end - key);
       load_keys(head, key - begin, n, keys.data(), values.data());
@@ -123,10 +139,10 @@ class Prefill {
   void load_keys(std::int64_t head, std::int64_t first, std::int64_t n, std::byte* keys, std::byte* values) {
     const std::int64_t d = nope_ + rope_, row = heads_ * (nope_ + v_);
     for (std::int64_t i = 0; i < n; ++i) {
-      const std::byte* kv = expanded_.data() + ((first + i) * row + head * (nope_ + v_)) * element_;
+      const std::byte* kv = expanded_ + ((first + i) * row + head * (nope_ + v_)) * element_;
       std::byte* k = keys + i * d * element_;
       std::memcpy(k, kv, static_cast<std::size_t>(nope_ * element_));
-      std::memcpy(k + nope_ * element_, k_rope_.data() + (first + i) * rope_ * element_,
+      std::memcpy(k + nope_ * element_, k_rope_ + (first + i) * rope_ * element_,
                   static_cast<std::size_t>(rope_ * element_));
       std::memcpy(values + i * v_ * element_, kv + nope_ * element_, static_cast<std::size_t>(v_ * element_));
     }
@@ -166,8 +182,9 @@ class Prefill {
   Matrix q_;
   const Buffer& cache_;
   Matrix out_;
-  std::vector<std::byte> latents_, k_rope_, expanded_;
-  std::vector<float> states_;
+  std::int64_t span_;  // keys that are expanded at a time
+  std::byte *latents_, *k_rope_, *expanded_;
+  float* states_;
 };
 
 }  // namespace
@@ -175,7 +192,8 @@ class Prefill {
 void prefill_attention(const ModelConfig& config, Gemm& gemm, int num_threads, bool batch_invariant,
                        const Chunk& chunk, const Matrix& q, const Buffer& cache, const PackedWeight& kv_b,
                        const Matrix& out) {
-  Prefill(config, chunk, q, cache, out).run(gemm, kv_b, num_threads, batch_invariant);
+  thread_local Workspace workspace;
+  Prefill(config, chunk, q, cache, out, workspace).run(gemm, kv_b, num_threads, batch_invariant);
 }
 
 }  // namespace flash_mla::model

@@ -16,6 +16,7 @@ struct Table {
   void (*narrow)(const float*, void*, DType, std::int64_t);
   void (*rms_norm)(const void*, const float*, float, void*, DType, std::int64_t);
   void (*silu_mul)(const void*, const void*, void*, DType, std::int64_t);
+  void (*rotate)(void*, const float*, const float*, DType, std::int64_t);
   float (*max)(const float*, std::int64_t);
   float (*exp_sum)(const float*, float, float, void*, DType, std::int64_t);
   void (*scale)(float*, float, std::int64_t);
@@ -48,6 +49,13 @@ struct Float32 {
     return hn::LoadU(Floats(), static_cast<const float*>(x) + i);
   }
   static void store(Vec v, void* x, std::int64_t i) { hn::StoreU(v, Floats(), static_cast<float*>(x) + i); }
+  /// Neighbours (2i, 2i + 1) for i from `first` on.
+  static void load_pairs(const void* x, std::int64_t first, Vec& a, Vec& b) {
+    hn::LoadInterleaved2(Floats(), static_cast<const float*>(x) + 2 * first, a, b);
+  }
+  static void store_pairs(Vec a, Vec b, void* x, std::int64_t first) {
+    hn::StoreInterleaved2(a, b, Floats(), static_cast<float*>(x) + 2 * first);
+  }
   static float get(const void* x, std::int64_t i) { return static_cast<const float*>(x)[i]; }
   static void set(float v, void* x, std::int64_t i) { static_cast<float*>(x)[i] = v; }
 };
@@ -58,15 +66,28 @@ struct BFloat16 {
     return hn::BitCast(Floats(), hn::ShiftLeft<16>(hn::PromoteTo(Bits(), bits)));
   }
   static void store(Vec v, void* x, std::int64_t i) {
+    const hn::RebindToSigned<Floats> di;
+    const auto bits = hn::BitCast(di, hn::ShiftRight<16>(rounded(v)));
+    hn::StoreU(hn::DemoteTo(Halves(), bits), Halves(), static_cast<std::uint16_t*>(x) + i);
+  }
+  static void load_pairs(const void* x, std::int64_t first, Vec& a, Vec& b) {
+    // Little-endian: the even element is the lower half of a word.
+    const auto words = hn::LoadU(Bits(), static_cast<const std::uint32_t*>(x) + first);
+    a = hn::BitCast(Floats(), hn::ShiftLeft<16>(words));
+    b = hn::BitCast(Floats(), hn::And(words, hn::Set(Bits(), 0xFFFF0000u)));
+  }
+  static void store_pairs(Vec a, Vec b, void* x, std::int64_t first) {
+    const auto high = hn::And(rounded(b), hn::Set(Bits(), 0xFFFF0000u));
+    hn::StoreU(hn::Or(hn::ShiftRight<16>(rounded(a)), high), Bits(), static_cast<std::uint32_t*>(x) + first);
+  }
+  /// The bf16 in the upper half of each word.
+  static hn::Vec<Bits> rounded(Vec v) {
     // Round to nearest, ties to even. A NaN's payload must not round over into the sign.
     const Bits d;
     const auto bits = hn::BitCast(d, v);
     const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d, 1u));
-    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7FFFu))));
-    const auto nan = hn::RebindMask(d, hn::IsNaN(v));
-    const auto chosen = hn::IfThenElse(nan, hn::Set(d, 0x7FC0u), rounded);
-    const hn::RebindToSigned<Floats> di;
-    hn::StoreU(hn::DemoteTo(Halves(), hn::BitCast(di, chosen)), Halves(), static_cast<std::uint16_t*>(x) + i);
+    const auto sum = hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7FFFu)));
+    return hn::IfThenElse(hn::RebindMask(d, hn::IsNaN(v)), hn::Set(d, 0x7FC00000u), sum);
   }
   static float get(const void* x, std::int64_t i) {
     return cpu::to_float(static_cast<const cpu::Bf16*>(x)[i]);
@@ -99,12 +120,22 @@ void Narrow(const float* x, void* out, DType dtype, std::int64_t n) {
 
 void RmsNorm(const void* x, const float* weight, float eps, void* out, DType dtype, std::int64_t n) {
   with_type(dtype, [&](auto t) HWY_ATTR {
-    Vec squares = hn::Zero(Floats());
+    // Four sums, since each waits for its last addition.
+    Vec squares = hn::Zero(Floats()), squares1 = squares, squares2 = squares, squares3 = squares;
     std::int64_t i = 0;
+    for (; i + 4 * lanes() <= n; i += 4 * lanes()) {
+      const Vec v0 = t.load(x, i), v1 = t.load(x, i + lanes());
+      const Vec v2 = t.load(x, i + 2 * lanes()), v3 = t.load(x, i + 3 * lanes());
+      squares = hn::MulAdd(v0, v0, squares);
+      squares1 = hn::MulAdd(v1, v1, squares1);
+      squares2 = hn::MulAdd(v2, v2, squares2);
+      squares3 = hn::MulAdd(v3, v3, squares3);
+    }
     for (; i + lanes() <= n; i += lanes()) {
       const Vec v = t.load(x, i);
       squares = hn::MulAdd(v, v, squares);
     }
+    squares = hn::Add(hn::Add(squares, squares1), hn::Add(squares2, squares3));
     float sum = hn::GetLane(hn::SumOfLanes(Floats(), squares));
     for (; i < n; ++i) sum += t.get(x, i) * t.get(x, i);
     const float factor = 1.0f / std::sqrt(sum / static_cast<float>(n) + eps);
@@ -129,6 +160,25 @@ void SiluMul(const void* gate, const void* up, void* out, DType dtype, std::int6
     for (; i < n; ++i) {
       const float g = t.get(gate, i);
       t.set(g / (1.0f + std::exp(-g)) * t.get(up, i), out, i);
+    }
+  });
+}
+
+void Rotate(void* x, const float* cosines, const float* sines, DType dtype, std::int64_t pairs) {
+  with_type(dtype, [&](auto t) HWY_ATTR {
+    const Floats d;
+    std::int64_t i = 0;
+    for (; i + lanes() <= pairs; i += lanes()) {
+      Vec a, b;
+      t.load_pairs(x, i, a, b);
+      const Vec cosine = hn::LoadU(d, cosines + i), sine = hn::LoadU(d, sines + i);
+      t.store_pairs(hn::NegMulAdd(b, sine, hn::Mul(a, cosine)), hn::MulAdd(a, sine, hn::Mul(b, cosine)), x,
+                    i);
+    }
+    for (; i < pairs; ++i) {
+      const float a = t.get(x, 2 * i), b = t.get(x, 2 * i + 1);
+      t.set(a * cosines[i] - b * sines[i], x, 2 * i);
+      t.set(b * cosines[i] + a * sines[i], x, 2 * i + 1);
     }
   });
 }
@@ -187,7 +237,7 @@ void AddScaled(const float* x, float factor, float* y, std::int64_t n) {
 }  // namespace
 
 extern const Table kTable;
-const Table kTable = {Widen, Narrow, RmsNorm, SiluMul, Max, ExpSum, Scale, AddScaled};
+const Table kTable = {Widen, Narrow, RmsNorm, SiluMul, Rotate, Max, ExpSum, Scale, AddScaled};
 
 }  // namespace HWY_NAMESPACE
 }  // namespace flash_mla::model::rows
@@ -222,6 +272,9 @@ void rms_norm(const void* x, const float* weight, float eps, void* out, DType dt
 }
 void silu_mul(const void* gate, const void* up, void* out, DType dtype, std::int64_t n) {
   table().silu_mul(gate, up, out, dtype, n);
+}
+void rotate(void* x, const float* cosines, const float* sines, DType dtype, std::int64_t pairs) {
+  table().rotate(x, cosines, sines, dtype, pairs);
 }
 float max(const float* x, std::int64_t n) { return table().max(x, n); }
 float exp_sum(const float* x, float scale, float shift, void* p, DType dtype, std::int64_t n) {

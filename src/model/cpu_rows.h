@@ -18,6 +18,9 @@ void rms_norm(const void* x, const float* weight, float eps, void* out, DType dt
 /// out = gate * sigmoid(gate) * up
 void silu_mul(const void* gate, const void* up, void* out, DType dtype, std::int64_t n);
 
+/// Turns the pairs (2i, 2i + 1) of x by the angles whose cosines and sines are given, `pairs` of each.
+void rotate(void* x, const float* cosines, const float* sines, DType dtype, std::int64_t pairs);
+
 float max(const float* x, std::int64_t n);
 
 /// p = exp(x * scale - shift), rounded to `dtype`; returns the sum of the unrounded values.

@@ -28,7 +28,7 @@ DeepSeek::DeepSeek(ModelConfig config, Weights weights, std::unique_ptr<Ops> ops
 void DeepSeek::forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) {
   Step step = plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_});
   if (step.num_tokens() == 0) return;
-  ops_->begin_step(step);
+  begin(step);
   ops_->run([&] { layers(step); });
   if (!batch.logit_rows.empty()) {
     const std::size_t row = static_cast<std::size_t>(config_.vocab_size) * sizeof(float);
@@ -40,16 +40,36 @@ void DeepSeek::forward(const ForwardBatch& batch, float* logits, std::int32_t* g
   }
 }
 
-void DeepSeek::layers(const Step& step) {
-  num_absorbed_ = step.num_absorbed;
-  const Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
-  const Matrix h = activations(h_, step.num_tokens(), config_.hidden_size);
+void DeepSeek::layers(Step& step) {
+  // Nothing reads what the last layer makes of a prompt's tokens but the last.
+  const bool narrows = ops_->narrows() && step.num_absorbed < step.num_tokens();
+  Step rest;
+
+  Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
+  Matrix h = activations(h_, step.num_tokens(), config_.hidden_size);
   ops_->embed(weights_.embedding, x);
   ops_->rms_norm(x, weights_.layers[0].input_norm, config_.rms_norm_eps, h);
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
     const Layer& layer = weights_.layers[i];
     const Buffer* next_norm = i + 1 < weights_.layers.size() ? &weights_.layers[i + 1].input_norm : nullptr;
-    attention(layer.attention, caches_[i], h, x);
+    Projected projected = project(layer.attention, h);
+    if (narrows && next_norm == nullptr) {
+      ops_->rope_and_append(projected.q, projected.kv, 0, layer.attention.kv_norm, kLatentNormEps,
+                            caches_[i]);
+      const auto wanted = static_cast<std::int64_t>(step.logit_rows.size());
+      if (wanted == 0) return;
+      const Matrix all_x = x;
+      x = activations(last_x_, wanted, x.columns);
+      const Matrix q = activations(last_q_, wanted, projected.q.columns);
+      h = activations(h_, wanted, h.columns);
+      ops_->gather_logit_rows(all_x, x);
+      ops_->gather_logit_rows(projected.q, q);
+      rest = logit_step(step);
+      begin(rest);
+      attend(layer.attention, caches_[i], q, nullptr, x);
+    } else {
+      attend(layer.attention, caches_[i], projected.q, &projected.kv, x);
+    }
     if (config_.is_moe_layer(static_cast<int>(i))) {
       mixture(layer, expert_ids_[i], h, x, next_norm);
     } else {
@@ -70,9 +90,13 @@ void DeepSeek::layers(const Step& step) {
   if (step.first_greedy < rows) ops_->likeliest(out, likeliest_);
 }
 
-// x += attention(h). Tokens of sequences with few new ones take the absorbed form over the cached latents,
-// the others expand keys and values from them.
-void DeepSeek::attention(const Attention& weights, const Buffer& cache, Matrix h, Matrix x) {
+void DeepSeek::begin(Step& step) {
+  ops_->begin_step(step);
+  num_absorbed_ = step.num_absorbed;
+}
+
+// Queries, latents and keys of h, before rope.
+DeepSeek::Projected DeepSeek::project(const Attention& weights, Matrix h) {
   const std::int64_t tokens = h.rows, heads = config_.num_attention_heads;
   const std::int64_t rope = config_.qk_rope_head_dim, rank = config_.kv_lora_rank;
   const std::int64_t q_width = heads * (config_.qk_nope_head_dim + rope);
@@ -88,20 +112,36 @@ void DeepSeek::attention(const Attention& weights, const Buffer& cache, Matrix h
     q = activations(q_, tokens, q_width);
     ops_->linear(q_a, *weights.q_b, q);
   }
+  return {q, kv};
+}
+
+// x += attention of q, whose latents and keys `kv` are appended first; null: q is rotated and they are in the
+// cache. Tokens of sequences with few new ones take the absorbed form over the cached latents, the others
+// expand keys and values from them.
+void DeepSeek::attend(const Attention& weights, const Buffer& cache, Matrix q, const Matrix* kv, Matrix x) {
+  const std::int64_t tokens = q.rows, heads = config_.num_attention_heads;
+  const std::int64_t rope = config_.qk_rope_head_dim, rank = config_.kv_lora_rank;
   const Matrix attended = activations(attended_, tokens, heads * config_.v_head_dim);
   const std::int64_t absorbed = num_absorbed_, expanded = tokens - absorbed;
   if (absorbed > 0) {
+    const Matrix absorbed_q = q.row_range(0, absorbed);
     const Matrix q_latent = activations(q_latent_, absorbed, heads * (rank + rope));
     const Matrix out_latent = activations(out_latent_, absorbed, heads * rank);
-    ops_->append_and_absorb(q.row_range(0, absorbed), kv.row_range(0, absorbed), weights.kv_norm,
-                            kLatentNormEps, cache, *weights.w_uk, q_latent);
+    if (kv != nullptr) {
+      ops_->append_and_absorb(absorbed_q, kv->row_range(0, absorbed), weights.kv_norm, kLatentNormEps, cache,
+                              *weights.w_uk, q_latent);
+    } else {
+      ops_->absorb_queries(absorbed_q, *weights.w_uk, q_latent);
+    }
     ops_->decode_attention(q_latent, cache, out_latent);
     ops_->expand_values(out_latent, *weights.w_uv, attended.row_range(0, absorbed));
   }
   if (expanded > 0) {
     const Matrix chunk_q = q.row_range(absorbed, expanded);
-    ops_->rope_and_append(chunk_q, kv.row_range(absorbed, expanded), absorbed, weights.kv_norm,
-                          kLatentNormEps, cache);
+    if (kv != nullptr) {
+      ops_->rope_and_append(chunk_q, kv->row_range(absorbed, expanded), absorbed, weights.kv_norm,
+                            kLatentNormEps, cache);
+    }
     ops_->prefill_attention(chunk_q, cache, *weights.kv_b, attended.row_range(absorbed, expanded));
   }
   ops_->linear_add(attended, *weights.o, x);

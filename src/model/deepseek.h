@@ -26,8 +26,14 @@ class DeepSeek : public Model {
   std::int64_t experts_hit(int num_tokens) override;
 
  private:
-  void layers(const Step& step);
-  void attention(const Attention& weights, const Buffer& cache, Matrix h, Matrix x);
+  void begin(Step& step);
+  void layers(Step& step);
+  /// The part of the layer's first product that is the queries', and that of latents and keys.
+  struct Projected {
+    Matrix q, kv;
+  };
+  Projected project(const Attention& weights, Matrix h);
+  void attend(const Attention& weights, const Buffer& cache, Matrix q, const Matrix* kv, Matrix x);
   void feed_forward(const FeedForward& weights, Matrix h, Matrix x);
   void mixture(const Layer& layer, Buffer& ids, Matrix h, Matrix x, const Buffer* next_norm);
 
@@ -46,7 +52,7 @@ class DeepSeek : public Model {
   Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, act_, expert_weights_;
   std::vector<Buffer> expert_ids_;  ///< of each layer: (tokens, experts_per_token_) int32
   int experts_per_token_;           ///< the folded shared ones counted in
-  Buffer last_, logits_, likeliest_;
+  Buffer last_x_, last_q_, last_, logits_, likeliest_;
 };
 
 }  // namespace flash_mla::model

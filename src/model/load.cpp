@@ -33,15 +33,19 @@ bool takes_cuda(const ModelOptions& options) {
     case ModelDevice::kAuto:
       break;
   }
-  return options.precision != ModelPrecision::kFloat32 && why_no_cuda_ops().empty();
+  return options.precision != ModelPrecision::kFloat32 && options.quantize == ModelQuantize::kNone &&
+         why_no_cuda_ops().empty();
 }
 
 std::unique_ptr<Ops> make_ops(const ModelConfig& config, const ModelOptions& options) {
   if (!takes_cuda(options)) {
-    return make_cpu_ops(config, cpu_dtype(options.precision), options.num_threads);
+    return make_cpu_ops(config, cpu_dtype(options.precision), options.quantize, options.num_threads);
   }
   if (options.precision == ModelPrecision::kFloat32) {
     throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");
+  }
+  if (options.quantize != ModelQuantize::kNone) {
+    throw Unsupported("quantize: device cuda runs models in bfloat16; int8 needs device cpu");
   }
   return make_cuda_ops(config, options.time_steps);
 }

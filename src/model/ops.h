@@ -113,6 +113,11 @@ class Ops {
   /// `weight` (out_features, in_features); `bias` (out_features) or empty.
   virtual std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
                                               std::int64_t in_features, std::span<const float> bias) = 0;
+  /// The same where other weights may be quantised: these keep dtype().
+  virtual std::unique_ptr<Linear> make_unquantized_linear(const float* weight, std::int64_t out_features,
+                                                          std::int64_t in_features) {
+    return make_linear(weight, out_features, in_features, {});
+  }
   /// A Linear that multiplies in fp32 whatever dtype() is.
   virtual std::unique_ptr<Linear> make_router(const float* weight, std::int64_t num_experts,
                                               std::int64_t in_features) = 0;
@@ -134,6 +139,9 @@ class Ops {
   virtual void run(const std::function<void()>& layers) { layers(); }
   /// Of all steps that have been downloaded, where they are timed.
   virtual double device_seconds() const { return 0; }
+
+  /// Whether begin_step may come again within a forward pass, for the rows whose logits are wanted.
+  virtual bool narrows() const { return false; }
 
   /// out[t] = table[token_ids[t]]
   virtual void embed(const Buffer& table, Matrix out) = 0;

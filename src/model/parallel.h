@@ -23,7 +23,7 @@ inline int default_threads() {
 /// take one thread about 40 us: it reads 50 bf16 weights a nanosecond, and up to 4 rows use each for nothing
 /// more. Waking is cheap on an idle machine, but on a busy one every barrier may cost a time slice.
 inline bool worth_threads(std::int64_t weights, std::int64_t rows) {
-  return weights * std::max<std::int64_t>(rows, 4) >= 4 * 2'000'000;
+  return weights * std::max<std::int64_t>(rows, 4) >= 8'000'000;
 }
 
 /// f(i) for i in [0, n) on up to `threads` OpenMP threads, in any order. An exception ends up at the caller.
@@ -33,7 +33,7 @@ void parallel_for(std::int64_t n, [[maybe_unused]] int threads, F&& f) {
   if (threads > 1 && n > 1) {
     std::exception_ptr error;
     // A few pieces per thread, so that uneven ones even out.
-    const std::int64_t piece = std::max<std::int64_t>(n / (threads * 8), 1);
+    const std::int64_t piece = std::max<std::int64_t>(n / (std::int64_t{8} * threads), 1);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, piece)
     for (std::int64_t i = 0; i < n; ++i) {
       try {

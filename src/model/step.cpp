@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "flash_mla/error.h"
 
@@ -151,5 +152,35 @@ class Planner {
 }  // namespace
 
 Step plan_step(const ForwardBatch& batch, const StepLimits& limits) { return Planner(batch, limits).plan(); }
+
+Step logit_step(const Step& step) {
+  Step out = step;
+  out.chunks.clear();
+  out.num_absorbed = std::ssize(step.logit_rows);
+  const auto rows = step.logit_rows.size(), blocks = static_cast<std::size_t>(step.max_blocks);
+  out.token_ids.resize(rows);
+  out.positions.resize(rows);
+  out.slots.resize(rows);
+  out.absorbed_lens.resize(rows);
+  out.absorbed_table.assign(rows * blocks, -1);
+  std::iota(out.logit_rows.begin(), out.logit_rows.end(), 0);
+  for (std::size_t i = 0; i < rows; ++i) {
+    const auto row = static_cast<std::size_t>(step.logit_rows[i]);
+    out.token_ids[i] = step.token_ids[row];
+    out.positions[i] = step.positions[row];
+    out.slots[i] = step.slots[row];
+    out.absorbed_lens[i] = step.positions[row] + 1;
+    const auto pages = out.absorbed_table.begin() + static_cast<std::ptrdiff_t>(i * blocks);
+    if (step.logit_rows[i] < step.num_absorbed) {
+      std::copy_n(step.absorbed_table.begin() + static_cast<std::ptrdiff_t>(row * blocks), blocks, pages);
+    } else {
+      // The last chunk that begins at or before the row.
+      const auto chunk = std::find_if(step.chunks.rbegin(), step.chunks.rend(),
+                                      [&](const Chunk& c) { return c.first_token <= step.logit_rows[i]; });
+      std::copy(chunk->pages.begin(), chunk->pages.end(), pages);
+    }
+  }
+  return out;
+}
 
 }  // namespace flash_mla::model

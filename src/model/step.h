@@ -19,4 +19,8 @@ struct StepLimits {
 /// Checks a batch and orders its tokens for the device. Throws InvalidArgument.
 Step plan_step(const ForwardBatch& batch, const StepLimits& limits);
 
+/// What is left of a step once its tokens are in the cache of the last layer: the rows whose logits are
+/// wanted, in that order, each a token of the absorbed form.
+Step logit_step(const Step& step);
+
 }  // namespace flash_mla::model

@@ -104,7 +104,7 @@ class Loader {
     }
     out.kv_norm = norm(name + ".kv_a_layernorm", rank);
     const Values kv_b = matrix(name + ".kv_b_proj.weight", heads * (nope + v), rank);
-    out.kv_b = ops_.make_linear(kv_b.data(), heads * (nope + v), rank, {});
+    out.kv_b = ops_.make_unquantized_linear(kv_b.data(), heads * (nope + v), rank);
     absorb(kv_b, out);
 
     const Values o = matrix(name + ".o_proj.weight", hidden, heads * v);

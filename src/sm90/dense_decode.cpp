@@ -184,6 +184,8 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   const DeviceGuard guard(a.q.device.index);
   DecodeParams p{};
   p.blocks = blocks_of(a);
+  p.groups_inverse = 1.0f / static_cast<float>(row_groups(p.blocks));
+  p.count_inverse = 1.0f / static_cast<float>(p.blocks.count());
   p.batch = static_cast<int>(a.q.size(0));
   p.s_q = static_cast<int>(a.q.size(1));
   p.h_q = static_cast<int>(a.q.size(2));

@@ -34,6 +34,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+/// Of a softmax's sum: at least 1, and never so large that it loses what counts.
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Transposes a 4 x 4 matrix of words held by the four lanes of a quad, one row each.
 __device__ __forceinline__ void quad_transpose(std::uint32_t (&x)[4]) {
   const bool b0 = threadIdx.x & 1, b1 = threadIdx.x & 2;

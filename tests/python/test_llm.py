@@ -69,6 +69,18 @@ def test_same_tokens_under_every_schedule(model, llm):
     assert check("with preemption and reuse", num_pages=8)["preemptions"] > 0
 
 
+def test_weights_of_8_bits(model, llm):
+    some = prompts(6, seed=2)
+    quantized = LLM(model[0], precision="float32", quantize="int8", num_pages=64, batch_invariant=True)
+    together = [o.choices[0].token_ids for o in quantized.generate(some, greedy(), progress=False)]
+    alone = [quantized.generate(p, greedy(), progress=False)[0].choices[0].token_ids for p in some]
+    assert together == alone
+    exact = [o.choices[0].token_ids for o in llm.generate(some, greedy(), progress=False)]
+    assert sum(a[0] == b[0] for a, b in zip(together, exact)) >= 3
+    with pytest.raises(ValueError, match='quantize is "fp4", expected none or int8'):
+        LLM(model[0], quantize="fp4")
+
+
 def test_text_is_the_tokenizers(model, llm):
     _, _, tokenizer = model
     output = llm.generate("Grüße, 世界 🙂", greedy(100), progress=False)[0]

@@ -113,6 +113,46 @@ def test_greedy_continuation(checkpoint, name):
     assert out == expected_greedy(oracle, prompt, 64)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_only_some_rows_are_wanted(checkpoint, name):
+    """None of a chunk amid a prompt, the last of its end, one amid another's."""
+    _, oracle, model = checkpoint(name)
+    model.allocate_cache(8)
+    first, second = random_tokens(200, seed=4), random_tokens(90, seed=5)
+    pages = [[3, 1, 6, 0], [2, 5, -1, -1]]
+    nothing = model.forward(first[:130], [0, 130], [130], pages[:1], [])
+    assert nothing.shape[0] == 0
+    rows = [159, 69, 40, 69]  # of 70 tokens of the first and 90 of the second; in any order, also twice
+    logits = model.forward(first[130:] + second, [0, 70, 160], [200, 90], pages, rows)
+    expected = [expected_logits(oracle, second)[89], expected_logits(oracle, first)[199]]
+    expected += [expected_logits(oracle, first)[170], expected[1]]
+    assert np.abs(logits - np.stack(expected)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_of_8_bits(checkpoint, name, precision):
+    """Logits stay close to those of the checkpoint, and are the same whole and step by step, alone and in a batch."""
+    directory, oracle, _ = checkpoint(name)
+    try:
+        model = Model(directory, precision=precision, quantize="int8", num_threads=2)
+    except NotImplementedError as error:
+        assert precision == "bfloat16" and "AVX-512" in str(error)
+        return
+    tokens = random_tokens(100, seed=6)
+    runner = Runner(model)
+    (logits,) = runner.step([(runner.add(), tokens)])
+    expected = expected_logits(oracle, tokens)
+    # The median token's error: random layers send one or the other to another expert for a slight change.
+    error = np.median(np.sqrt(np.square(logits - expected).mean(axis=1))) / expected.std()
+    assert 0.005 < error < (0.04 if precision == "float32" else 0.05)
+    if precision == "float32":
+        seq, other = runner.add(), runner.add()
+        steps = runner.step([(seq, tokens[:40])]) + runner.step([(seq, tokens[40:99])])
+        steps += runner.step([(other, random_tokens(33, seed=7)), (seq, tokens[99:])])[1:]
+        assert np.abs(np.concatenate(steps) - logits).max() < TOLERANCE
+
+
 def mixed_work(runner):
     """Steps with prefill chunks of several sizes beside decodes; returns a list of (sequence, tokens) lists."""
     lengths = [(70, 1, 1, 1), (5, 1, 40, 1), (130, 33, 1, 17), (1, 1, 1, 1), (16, 17, 3, 1)]
@@ -332,6 +372,8 @@ def test_unsupported_options(tmp_path):
     write_checkpoint("v3", tmp_path)
     with pytest.raises(ValueError, match="precision is 'int8'"):
         Model(tmp_path, precision="int8")
+    with pytest.raises(ValueError, match="quantize is 'int4'"):
+        Model(tmp_path, quantize="int4")
     with pytest.raises(ValueError, match="num_threads is -1"):
         Model(tmp_path, num_threads=-1)
     edit_config(tmp_path, hidden_act="gelu")

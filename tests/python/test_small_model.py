@@ -61,15 +61,50 @@ def test_matches_transformers(tokenizer, oracle, prompt):
     assert greedy(model, tokens, 64) == expected_greedy(oracle, tokens, 64)
 
 
-@pytest.mark.parametrize("precision", ["float32", "auto"])
-def test_predicts_its_own_kind_of_text(tokenizer, precision):
-    text = (
-        "And it came to pass, when Solomon had finished the building of the house of the LORD, and the king's house, "
-        "and all Solomon's desire which he was pleased to do, That the LORD appeared to Solomon the second time."
-    )
-    model = Model(DIRECTORY, precision=precision, num_threads=2)
+TEXT = (
+    "And it came to pass, when Solomon had finished the building of the house of the LORD, and the king's house, "
+    "and all Solomon's desire which he was pleased to do, That the LORD appeared to Solomon the second time."
+)
+
+
+def logits_and_loss(tokenizer, **options):
+    """Of TEXT: logits of every token, and the loss in nats per token."""
+    model = Model(DIRECTORY, num_threads=2, **options)
     model.allocate_cache(2)
-    tokens = encode(tokenizer, text)
+    tokens = encode(tokenizer, TEXT)
     logits = torch.tensor(model.forward(tokens, [0, len(tokens)], [len(tokens)], [[0, 1]]))
-    loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens[1:]))
+    return logits, float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens[1:])))
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_predicts_its_own_kind_of_text(tokenizer, precision, quantize):
+    _, loss = logits_and_loss(tokenizer, precision=precision, quantize=quantize)
     assert loss < 3.4  # nats per token; 8.3 of a model that knows nothing
+
+
+def test_weights_of_8_bits_change_little(tokenizer):
+    exact, exact_loss = logits_and_loss(tokenizer, precision="float32")
+    logits, loss = logits_and_loss(tokenizer, precision="float32", quantize="int8")
+    assert 0 < (logits - exact).pow(2).mean().sqrt() < 0.02 * exact.std()
+    assert abs(loss - exact_loss) < 0.02
+    divergence = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert divergence < 0.001
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_writes_the_same_with_weights_of_8_bits(tokenizer, precision):
+    """Until a close choice turns, and words of its own kind after it."""
+    tokens = encode(tokenizer, PROMPTS[0])
+    exact = greedy(Model(DIRECTORY, precision="float32", num_threads=2), tokens, 48)
+    quantized = greedy(Model(DIRECTORY, precision=precision, quantize="int8", num_threads=2), tokens, 48)
+    assert quantized[:4] == exact[:4]
+    model = Model(DIRECTORY, precision="float32", num_threads=2)
+    model.allocate_cache(2)
+    whole = tokens + quantized
+    logits = torch.tensor(model.forward(whole, [0, len(whole)], [len(whole)], [[0, 1]]))
+    # The unquantised model finds the text as likely as what it would have written itself, nearly.
+    loss = torch.nn.functional.cross_entropy(logits[len(tokens) - 1 : -1], torch.tensor(quantized))
+    assert loss < 2.0

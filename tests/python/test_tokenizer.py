@@ -1,6 +1,7 @@
 """The tokenizer against PyPI's tokenizers, on tokenizers of the same make as DeepSeek's."""
 
 import json
+import random
 import time
 
 import pytest
@@ -164,6 +165,42 @@ pieces = st.sampled_from(
 def test_mixed_text(v3, v2, parts):
     v3.check("".join(parts))
     v2.check("".join(parts))
+
+
+# First and last letter of an alphabet, or of a part of it.
+SCRIPTS = ["az", "AZ", "àÿ", "Āſ", "ΑΩ", "αω", "АЯ", "ая", "את", "ءي", "अह", "กฮ", "აჰ", "ሀፗ", "一龥", "ぁゖ", "ァヺ", "가힣", "！～"]
+BETWEEN = [" ", " ", " ", "", "  ", "\n", "\n\n", "\r\n", "\t", ", ", ". ", "。", "、", "! ", " (", ") ", "'s ", "-", "/", "\u3000", "\u200d"]
+
+
+def multilingual(rng):
+    """Words of one or a few scripts, numbers and emoji, with what stands between words there."""
+    scripts = rng.sample(SCRIPTS, rng.randint(1, 4))
+    parts = []
+    for _ in range(rng.randint(1, 25)):
+        kind = rng.random()
+        if kind < 0.8:
+            low, high = rng.choice(scripts)
+            parts.append("".join(chr(rng.randint(ord(low), ord(high))) for _ in range(rng.randint(1, 9))))
+        elif kind < 0.9:
+            parts.append(str(rng.randrange(10 ** rng.randint(1, 12))))
+        else:
+            parts.append(chr(rng.randint(0x1F300, 0x1F6FF)) + rng.choice(["", "\u200d", "\ufe0f", "\U0001f3fd"]))
+        parts.append(rng.choice(BETWEEN))
+    return "".join(parts)
+
+
+def test_multilingual_text():
+    """2,000 random strings, on vocabularies large enough that words of every script were merged."""
+    rng = random.Random(11)
+    corpus = [*files.CORPUS, *(multilingual(rng) for _ in range(3000))]
+    for splits in (files.v3_splits(), files.v2_splits()):
+        theirs = files.train(splits, vocab_size=6000, corpus=corpus)
+        pair = Pair(theirs, theirs.to_str())
+        assert pair.ours.vocab_size == 6000
+        for _ in range(1000):
+            text = multilingual(rng)
+            pair.check(text)
+            assert pair.ours.decode(pair.ours.encode(text)) == text
 
 
 @settings(deadline=None, max_examples=300)

@@ -33,29 +33,31 @@ constexpr int split_warps(CombineShape s) {
 constexpr int warp_groups(CombineShape s) {
   return s == CombineShape::kFine ? 1 : s == CombineShape::kMedium ? 2 : 4;
 }
+/// Splits of which a warp holds its share in shared memory at a time: what 48 KB take.
+constexpr int warp_splits(CombineShape s) {
+  return s == CombineShape::kFine ? 9 : s == CombineShape::kMedium ? 5 : 2;
+}
 constexpr int column_chunks(CombineShape s) { return 32 / (kCombineWarps / split_warps(s) * warp_groups(s)); }
 
-/// (m, l) becomes the reference and sum over it and one more split.
-__device__ __forceinline__ void add_split(float& m, float& l, float2 split) {
-  const float top = fmaxf(m, split.x);
-  const float base = top == -INFINITY ? 0.0f : top;  // of NaN scores the sum is NaN, and stays
-  l = l * exp2_fast(m - base) + split.y * exp2_fast(split.x - base);
-  m = top;
+/// n / d, for n and d below 2^16: (n + 1/2) / d is never so near an integer that rounding matters.
+__device__ __forceinline__ int divide(int n, float inverse) {
+  return static_cast<int>((static_cast<float>(n) + 0.5f) * inverse);
 }
 
 template <bool kBf16, CombineShape kShape>
 __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const DecodeParams p) {
   constexpr int kSteps = warp_groups(kShape);      // groups of 8 columns per warp
   constexpr int kSplitStep = split_warps(kShape);  // a warp takes every so many-th split
-  constexpr int kBatch = kSteps == 4 ? 2 : 4;      // splits whose loads are in flight together
-  constexpr int kWeightedSplits = 64;
+  constexpr int kPerWarp = warp_splits(kShape);    // splits it holds in shared memory
+  constexpr int kChunk = kPerWarp * kSplitStep;
   constexpr int kThreadsPerRow = kCombineWarps * 32 / 16;
-  __shared__ float weights[kWeightedSplits][16];
-  __shared__ float2 rows[16];                // what a row's references are relative to, and 1 / its sum
+  __shared__ float weights[kChunk][16];
+  __shared__ float scale[16];                // 1 / a row's sum
   __shared__ std::uint16_t* out_of_row[16];  // null: padding
-  __shared__ float4 partial[kCombineWarps][kSteps][32];
+  __shared__ float4 partial[kCombineWarps][kPerWarp][kSteps][32];
 
-  // The decode kernel waited for the schedule before it let this one start.
+  // Up to the wait below nothing depends on the decode kernel, which waited for the schedule before it let
+  // this one start.
   int req = static_cast<int>(blockIdx.z), splits = 0;
   if (p.split_tiles == 0 && p.batch > p.num_parts) {
     const int4 part = part_of(p, req);
@@ -72,53 +74,36 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   // One block has to wait whatever there is to do, for what comes behind this kernel in the stream waits for
   // this kernel alone. The others need not: where nothing is split that saves 1.3 us.
   if (splits <= 1 && (blockIdx.x | blockIdx.y | blockIdx.z) != 0) return;
+
+  // y: ((latent head, row block), group of 16 rows), half of the columns. 16 threads for each row.
+  const int wg = static_cast<int>(blockIdx.y) % 2, row_group = static_cast<int>(blockIdx.y) / 2;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = static_cast<int>(threadIdx.x) / kThreadsPerRow;
+  const int of_row = static_cast<int>(threadIdx.x) % kThreadsPerRow;
+  float* lse = nullptr;  // where this row's goes
+  bool unseen = false;   // the row sees no key
+  if (splits > 1 && of_row == 0) {
+    const int block_of_all = divide(row_group, p.groups_inverse);
+    const int h_kv = divide(block_of_all, p.count_inverse);
+    const int in_block = (row_group - block_of_all * row_groups(p.blocks)) * 16 + row;
+    const RowPlace place = place_of(p.blocks, block_of_all - h_kv * p.blocks.count(), in_block);
+    const int head = h_kv * p.group + place.head;
+    const bool valid =
+        in_block < p.blocks.tokens * p.blocks.heads && place.token < p.s_q && place.head < p.group;
+    out_of_row[row] = valid ? static_cast<std::uint16_t*>(p.out) + req * p.out_stride_b +
+                                  place.token * p.out_stride_s + head * p.out_stride_h
+                            : nullptr;
+    if (valid && p.lse != nullptr && wg == 0 && blockIdx.x == 0) {
+      lse = p.lse + req * p.lse_stride_b + head * p.lse_stride_h + place.token * p.lse_stride_s;
+    }
+    const int length = p.cache_seqlens[req];
+    unseen = (p.causal ? min(length - p.s_q + place.token + 1, length) : length) <= 0;
+  }
   ptx::grid_dependency_wait();
   if (splits <= 1) return;
 
-  // y: ((latent head, row block), group of 16 rows), half of the columns.
-  const int wg = static_cast<int>(blockIdx.y) % 2, groups = row_groups(p.blocks);
-  const int row_group = static_cast<int>(blockIdx.y) / 2;  // over all blocks
-  const int all_groups = static_cast<int>(gridDim.y) / 2;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const auto* stats = reinterpret_cast<const float2*>(p.partial_stats) + row_group * 16;
-  const int stats_stride = all_groups * 16;
-  {
-    // 16 threads per row walk the statistics: a chain of loads per thread, as short as possible.
-    const int row = static_cast<int>(threadIdx.x) / kThreadsPerRow;
-    float m = -INFINITY, l = 0.0f;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) % kThreadsPerRow; i < splits; i += kThreadsPerRow) {
-      add_split(m, l, stats[slot_of(i) * stats_stride + row]);
-    }
-#pragma unroll 1
-    for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2) {
-      add_split(m, l,
-                float2{__shfl_xor_sync(0xFFFFFFFFu, m, offset), __shfl_xor_sync(0xFFFFFFFFu, l, offset)});
-    }
-    if (threadIdx.x % kThreadsPerRow == 0) {
-      const int block_of_all = row_group / groups, in_block = row_group % groups * 16 + row;
-      const int h_kv = block_of_all / p.blocks.count();
-      const RowPlace place = place_of(p.blocks, block_of_all % p.blocks.count(), in_block);
-      const int head = h_kv * p.group + place.head;
-      // A row that saw no key gives 0 and lse = +inf; one whose every score is -inf gives NaN.
-      const int length = p.cache_seqlens[req];
-      const bool none = l == 0.0f;
-      const bool unseen = none && (p.causal ? min(length - p.s_q + place.token + 1, length) : length) <= 0;
-      rows[row] = float2{m == -INFINITY ? 0.0f : m, unseen ? 0.0f : none ? NAN : 1.0f / l};
-      const bool valid =
-          in_block < p.blocks.tokens * p.blocks.heads && place.token < p.s_q && place.head < p.group;
-      out_of_row[row] = valid ? static_cast<std::uint16_t*>(p.out) + req * p.out_stride_b +
-                                    place.token * p.out_stride_s + head * p.out_stride_h
-                              : nullptr;
-      if (valid && p.lse != nullptr && wg == 0 && blockIdx.x == 0) {
-        p.lse[req * p.lse_stride_b + head * p.lse_stride_h + place.token * p.lse_stride_s] =
-            unseen ? INFINITY
-            : none ? NAN
-                   : (m + log2f(l)) * 0.69314718056f;
-      }
-    }
-  }
-
+  const int stats_stride = static_cast<int>(gridDim.y) / 2 * 16;
+  const auto* stats = reinterpret_cast<const float2*>(p.partial_stats) + row_group * 16 + row;
   const int first_split = warp % kSplitStep;
   const int first =
       (static_cast<int>(blockIdx.x) * (kCombineWarps / kSplitStep) + warp / kSplitStep) * kSteps;
@@ -127,64 +112,82 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   // In float4s; 32 bits reach 64 GiB of partial results.
   const auto stride = static_cast<unsigned>(gridDim.y * kFragment);
   const int low = lane / 4;  // this lane's rows are `low` and `low + 8`
+  float m = -INFINITY, base = 0.0f, l = 0.0f;
   float4 acc[kSteps] = {};
 #pragma unroll 1
-  for (int begin = 0; begin < splits; begin += kWeightedSplits) {
-    const int count = min(splits - begin, kWeightedSplits);
-    __syncthreads();
+  for (int begin = 0; begin < splits; begin += kChunk) {
+    const int count = min(splits - begin, kChunk);
+    // O is asked for first: it arrives while the weights are made. A lane reads what it copied itself.
+    float4* to = &partial[warp][0][0][lane];
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kWeightedSplits * 16; i += kCombineWarps * 32) {
-      float w = 0.0f * rows[i % 16].y;  // of a split that saw nothing: 0, or NaN where the row's result is
-      if (i < count * 16) {
-        const float2 s = stats[slot_of(begin + i / 16) * stats_stride + i % 16];
-        if (s.y != 0.0f) w = exp2_fast(s.x - rows[i % 16].x) * rows[i % 16].y;
+    for (int i = first_split; i < count; i += kSplitStep, to += kSteps * 32) {
+      const float4* o = from + static_cast<unsigned>(slot_of(begin + i)) * stride;
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) ptx::copy_async_16(to + j * 32, o + j * 32);
+    }
+    if (begin == 0) {
+      // A row's reference over all splits.
+#pragma unroll 1
+      for (int i = of_row; i < splits; i += kThreadsPerRow) m = fmaxf(m, stats[slot_of(i) * stats_stride].x);
+#pragma unroll 1
+      for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2) {
+        m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, offset));
       }
-      weights[i / 16][i % 16] = w;
+      if (m != -INFINITY) base = m;
+    } else {
+      __syncthreads();  // the weights have been read
+    }
+#pragma unroll 1
+    for (int i = of_row; i < count; i += kThreadsPerRow) {
+      const float2 s = stats[slot_of(begin + i) * stats_stride];
+      const float w = exp2_fast(s.x - base);
+      l += w * s.y;  // of NaN scores the sum is NaN, and stays
+      weights[i][row] = s.y == 0.0f ? 0.0f : w;
     }
     __syncthreads();
+    ptx::copy_async_wait();
+    const float4* x = &partial[warp][0][0][lane];
 #pragma unroll 1
-    for (int batch = first_split; batch < count; batch += kBatch * kSplitStep) {
-      // All loads of a batch first: what a warp waits for is one of them, not the sum. Behind the last split
-      // follow ones of weight 0.
-      float4 x[kBatch][kSteps];
+    for (int i = first_split; i < count; i += kSplitStep, x += kSteps * 32) {
+      const float w0 = weights[i][low], w1 = weights[i][low + 8];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const float4* o =
-            from + static_cast<unsigned>(slot_of(min(begin + batch + i * kSplitStep, splits - 1))) * stride;
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) x[i][j] = o[j * 32];
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int split = min(batch + i * kSplitStep, kWeightedSplits - 1);
-        const bool more = batch + i * kSplitStep < kWeightedSplits;
-        const float w0 = more ? weights[split][low] : 0.0f, w1 = more ? weights[split][low + 8] : 0.0f;
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) {
-          // Where the weight is 0 there may be no O: a split without keys writes none.
-          if (w0 != 0.0f) {
-            acc[j].x += w0 * x[i][j].x;
-            acc[j].y += w0 * x[i][j].y;
-          }
-          if (w1 != 0.0f) {
-            acc[j].z += w1 * x[i][j].z;
-            acc[j].w += w1 * x[i][j].w;
-          }
+      for (int j = 0; j < kSteps; ++j) {
+        const float4 o = x[j * 32];
+        // Where the weight is 0 there may be no O: a split without keys writes none.
+        if (w0 != 0.0f) {
+          acc[j].x += w0 * o.x;
+          acc[j].y += w0 * o.y;
+        }
+        if (w1 != 0.0f) {
+          acc[j].z += w1 * o.z;
+          acc[j].w += w1 * o.w;
         }
       }
     }
   }
 
+  // A row that saw no key gives 0 and lse = +inf; one whose every score is -inf gives NaN.
+#pragma unroll 1
+  for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2) {
+    l += __shfl_xor_sync(0xFFFFFFFFu, l, offset);
+  }
+  if (of_row == 0) {
+    const bool none = l == 0.0f;
+    scale[row] = !none ? 1.0f / l : unseen ? 0.0f : NAN;
+    if (lse != nullptr) *lse = !none ? (m + log2_fast(l)) * 0.69314718056f : unseen ? INFINITY : NAN;
+  }
   if constexpr (kSplitStep > 1) {
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) partial[warp][j][lane] = acc[j];
-    __syncthreads();
-    if (first_split > 0) return;
+    for (int j = 0; j < kSteps; ++j) partial[warp][0][j][lane] = acc[j];
+  }
+  __syncthreads();
+  if (first_split > 0) return;
+  if constexpr (kSplitStep > 1) {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
 #pragma unroll 1
       for (int w = 1; w < kSplitStep; ++w) {
-        const float4 x = partial[warp + w][j][lane];
+        const float4 x = partial[warp + w][0][j][lane];
         acc[j].x += x.x;
         acc[j].y += x.y;
         acc[j].z += x.z;
@@ -195,11 +198,13 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (out_of_row[low + 8 * h] == nullptr) continue;
+    const float factor = scale[low + 8 * h];
     std::uint16_t* to = out_of_row[low + 8 * h] + wg * 256 + first * 8 + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
       *reinterpret_cast<std::uint32_t*>(to + j * 8) =
-          h == 0 ? pack2<kBf16>(acc[j].x, acc[j].y) : pack2<kBf16>(acc[j].z, acc[j].w);
+          h == 0 ? pack2<kBf16>(acc[j].x * factor, acc[j].y * factor)
+                 : pack2<kBf16>(acc[j].z * factor, acc[j].w * factor);
     }
   }
 }

@@ -31,7 +31,7 @@ struct ConsumerBase {
   // This warpgroup is done with its half of slot 1's columns; of the last tile there only if they do not take
   // O.
   __device__ void release_odd(const Item& item, bool last) {
-    if (!(last && is_staged(p, item))) release(1);
+    if (!(last && is_staged<kCluster>(p, item))) release(1);
   }
   // This warpgroup is done with its half of the slot's columns.
   __device__ void release(int slot) {
@@ -110,12 +110,14 @@ struct ConsumerBase {
     return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2)) * p.scale_log2;
   }
 
-  // S -> P = 2^(scale S - base), its row sums, and its place in the slot's rope chunk.
+  // S -> P = 2^(scale S - base) of keys 16 kBegin to 16 kEnd - 1, its row sums, and its place in the slot's
+  // rope chunk.
+  template <int kBegin, int kEnd>
   __device__ void exponentiate(float (&x)[32], const float (&base)[2], float (&sum)[2], int slot,
                                std::uint32_t (&weights)[4][4]) {
     float part[2][2] = {};
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 8 * kBegin; i < 8 * kEnd; ++i) {
       const int h = i % 4 / 2;
       x[i] = exp2_fast(fmaf(x[i], p.scale_log2, -base[h]));
       part[h][i % 2] += x[i];
@@ -125,7 +127,7 @@ struct ConsumerBase {
     const std::uint32_t chunk = ptx::smem_address(s.kv[slot][kRopeChunk]);
     const int r = warp * 16 + lane % 16;  // row whose address this lane gives
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = kBegin; i < kEnd; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) weights[i][j] = pack2<kBf16>(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]);
       const std::uint32_t to = chunk + r * 128 + (((2 * i + lane / 16) ^ (r % 8)) * 16);
@@ -134,13 +136,14 @@ struct ConsumerBase {
     ptx::fence_async_proxy();
   }
 
-  // O half (+)= P V of the tile in `slot`, P from the slot's rope chunk.
+  // O half (+)= P V of keys 16 kBegin to 16 kEnd - 1 of the tile in `slot`, P from the slot's rope chunk.
+  template <int kBegin = 0, int kEnd = 4>
   __device__ void issue_pv_shared(float (&o)[128], int slot, bool accumulate) {
     const std::uint64_t weights = ptx::swizzled_descriptor(s.kv[slot][kRopeChunk], 0, 1024);
     const std::uint64_t v = ptx::swizzled_descriptor(s.kv[slot][kWg * 4], 8192, 1024);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = kBegin; i < kEnd; ++i) {
       ptx::wgmma_m64n256k16_ss<kBf16>(o, weights + i * 2, v + i * 128, i > 0 || accumulate);
     }
     ptx::wgmma_commit();
@@ -171,7 +174,8 @@ struct ConsumerBase {
            head * p.out_stride_h;
   }
   __device__ void store_lse(const Item& item, int token, int head, float lse) const {
-    if (kWg != 0 || lane % 4 != 0 || p.lse == nullptr) return;
+    // WG1: WG0 is the one that the next item waits for.
+    if (kWg != 1 || lane % 4 != 0 || p.lse == nullptr) return;
     p.lse[item.req * p.lse_stride_b + head * p.lse_stride_h + token * p.lse_stride_s] = lse;
   }
 
@@ -205,12 +209,12 @@ struct ConsumerBase {
       store_lse(item, token, head,
                 unseen ? INFINITY
                 : none ? NAN
-                       : (reference[h] + log2f(sum)) * 0.69314718056f);
+                       : (reference[h] + log2_fast(sum)) * 0.69314718056f);
     }
     return unseen ? 0.0f : none ? NAN : 1.0f / sum;
   }
 
-  // Writes this warpgroup's half of O and, from WG0, the lse.
+  // Writes this warpgroup's half of O and, from WG1, the lse.
   __device__ void store(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -231,7 +235,7 @@ struct ConsumerBase {
     }
   }
 
-  // Puts this warpgroup's half of O into slot 1, for a producer to copy out; the lse, from WG0, is stored
+  // Puts this warpgroup's half of O into slot 1, for a producer to copy out; the lse, from WG1, is stored
   // here.
   __device__ void stage(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
     float factor[2];
@@ -306,7 +310,7 @@ struct ConsumerBase {
       add_sums(sum, items & 1);
       if (item.is_split) {
         store_partial(item, o, sum);
-      } else if (is_staged(p, item)) {
+      } else if (is_staged<kCluster>(p, item)) {
         stage(item, o, sum);
       } else {
         store(item, o, sum);

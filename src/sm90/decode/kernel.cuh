@@ -3,13 +3,13 @@
 // Dense MLA decode, 64 query rows per CTA.
 //
 // Tile       64 rows (heads of one or more query tokens) x 64 keys x 576; O is 64 x 512 fp32 in registers.
-// Threads    384: two consumer warpgroups (WG0, WG1) and a producer warpgroup of which four threads work, one
-//            for each half of each key slot.
+// Threads    384: two consumer warpgroups (WG0, WG1) and a producer warpgroup of which one thread works, in
+//            clusters four, one for each half of each key slot.
 // Shared     Q 72 KB | two key tiles, slot 0 and slot 1, 72 KB each | row statistics 1.5 KB | barriers.
 //            Made of 64-column chunks (8 KB, 128-byte swizzle); chunks 0-3, 4-7 and 8 of a slot have a "full"
-//            barrier each. A slot's ninth chunk, the rope part, is used by Q K^T alone; P overwrites it. A
-//            finished O (64 KB) leaves through slot 1, by the copy engine, while the next request begins in
-//            slot 0.
+//            barrier each. A slot's ninth chunk, the rope part, is used by Q K^T alone; P overwrites it. In
+//            clusters a finished O (64 KB) leaves through slot 1, by the copy engine, while the next request
+//            begins in slot 0.
 // Registers  consumers 240 (O half 128, S 32, P 16, a chunk of Q 16), producers 24, through setmaxnreg.
 //
 // The consumers take tiles in pairs: see paired.cuh.
@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& s =
       *reinterpret_cast<DecodeSmem*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
+  prefetch_metadata(p, warp);
   if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
     ptx::prefetch_tensor_map(&q_map);
     ptx::prefetch_tensor_map(&k_map);
@@ -76,7 +77,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
-  prefetch_metadata(p, warp);
   ptx::grid_dependency_wait();
   // The combine kernel may be set up from now on; it waits for this grid to finish before it reads anything.
   ptx::grid_dependency_launch();
@@ -92,8 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                            &k_piece_map,
                            &out_map,
                            kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0,
-                           warp % 4 / 2,
-                           warp % 2}
+                           warp % 4}
             .run(part);
       }
     } else if (warp < 4) {

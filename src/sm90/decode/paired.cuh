@@ -75,22 +75,24 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     ptx::wgmma_commit();
   }
 
-  // O half += P V of the tile in `slot`, P from this warpgroup's registers.
+  // O half (+)= P V of keys 16 kBegin to 16 kEnd - 1 of the tile in `slot`, P from this warpgroup's
+  // registers.
+  template <int kBegin = 0, int kEnd = 4>
   __device__ void issue_pv_own(float (&o)[128], const std::uint32_t (&weights)[4][4], int slot,
                                bool accumulate) {
     const std::uint64_t v = ptx::swizzled_descriptor(s.kv[slot][kWg * 4], 8192, 1024);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = kBegin; i < kEnd; ++i) {
       ptx::wgmma_m64n256k16_rs<kBf16>(o, weights[i], v + i * 128, i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
-  // The softmax of one tile relative to the running reference, which it may move; alpha says by how much.
-  __device__ void softmax(float (&x)[32], std::uint32_t (&weights)[4][4], int slot, const Item& item,
-                          int tile, float (&sum)[2], float (&alpha)[2]) {
+
+  // The reference of one tile's softmax, which it may move: alpha says by how much, base is what to subtract.
+  __device__ void find_reference(float (&x)[32], const Item& item, int tile, float (&sum)[2],
+                                 float (&alpha)[2], float (&base)[2]) {
     this->mask(x, item, tile);
-    float base[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float highest = this->row_max(x, h);
@@ -99,7 +101,6 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       sum[h] *= alpha[h];
       if (lane % 4 == 0) s.exchange[kWg][row + 8 * h] = reference[h];
     }
-    this->exponentiate(x, base, sum, slot, weights);
   }
 
   __device__ void issue_tile(float (&scores)[32], const FirstQ& first, const Item& item, int tile, int slot,
@@ -119,7 +120,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
   __device__ void even_tiles(float (&o)[128], const Item& item, int& uses, float (&sum)[2]) {
     float scores[32];
     std::uint32_t weights[4][4];
-    float alpha[2];
+    float alpha[2], base[2];
     FirstQ first;
     load_first(first);
     for (int tile = item.begin_tile; tile < item.end_tile; tile += 2) {
@@ -128,16 +129,19 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       if (paired) ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
       ptx::wgmma_wait<0>();
       if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-      softmax(scores, weights, 0, item, tile, sum, alpha);
+      find_reference(scores, item, tile, sum, alpha, base);
+      this->template exponentiate<0, 4>(scores, base, sum, 0, weights);
       ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
       if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
       issue_pv_own(o, weights, 0, tile > item.begin_tile);
       ptx::wgmma_wait<0>();
       this->release(0);
       if (!paired) break;
-      ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
+      ptx::named_barrier_sync<kP1HalfReady, kConsumerThreads>();
       take_reference(o, sum);
-      this->issue_pv_shared(o, 1, true);
+      this->template issue_pv_shared<0, 2>(o, 1, true);
+      ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
+      this->template issue_pv_shared<2, 4>(o, 1, true);
       ptx::wgmma_wait<0>();
       this->release_odd(item, tile + 3 >= item.end_tile);
     }
@@ -147,7 +151,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
   __device__ void odd_tiles(float (&o)[128], const Item& item, int& uses, float (&sum)[2]) {
     float scores[32];
     std::uint32_t weights[4][4];
-    float alpha[2];
+    float alpha[2], base[2];
     FirstQ first;
     load_first(first);
     int tile = item.begin_tile + 1;
@@ -160,12 +164,17 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
       ptx::wgmma_wait<1>();
       if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-      softmax(scores, weights, 1, item, tile, sum, alpha);
-      ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
+      // In halves: the first product with V1 starts while the second half of P1 is being computed.
+      find_reference(scores, item, tile, sum, alpha, base);
+      this->template exponentiate<0, 2>(scores, base, sum, 1, weights);
+      ptx::named_barrier_arrive<kP1HalfReady, kConsumerThreads>();
       ptx::wgmma_wait<0>();
       this->release(0);
       if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
-      issue_pv_own(o, weights, 1, true);
+      issue_pv_own<0, 2>(o, weights, 1, true);
+      this->template exponentiate<2, 4>(scores, base, sum, 1, weights);
+      ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
+      issue_pv_own<2, 4>(o, weights, 1, true);
       ptx::wgmma_wait<0>();
       this->release_odd(item, tile + 2 >= item.end_tile);
     }

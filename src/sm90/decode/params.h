@@ -71,6 +71,8 @@ inline constexpr int kFragment = 32 * 32;
 /// What the decode and combine kernels need beside the tensor maps. Strides count elements.
 struct DecodeParams {
   RowBlocks blocks;
+  float groups_inverse,
+      count_inverse;  ///< 1 / row_groups(blocks), 1 / blocks.count(), for the combine kernel
   int batch, s_q, h_q, group;
   int page_size;
   int table_width;     ///< columns of block_table

@@ -33,7 +33,7 @@ struct alignas(1024) DecodeSmem {
   std::uint64_t out_full[2];     // by warpgroup: its half of O lies in slot 1, ready to be copied out
 };
 
-enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1 };
+enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1, kP1HalfReady };
 
 /// The work of a part on one request.
 struct Item {
@@ -89,9 +89,11 @@ __device__ __forceinline__ Item next_item(const DecodeParams& p, const int4& par
 }
 
 /// Does the copy engine store the item's output, from the halves of slot 1? Those of the item's last tile
-/// there are released when that has been read. With a single tile the slot is not the item's.
+/// there are released when that has been read. With a single tile the slot is not the item's. Worth it where
+/// work is compute-bound.
+template <int kCluster>
 __device__ __forceinline__ bool is_staged(const DecodeParams& p, const Item& item) {
-  return p.out_box_chunks > 0 && !item.is_split && item.end_tile - item.begin_tile > 1;
+  return kCluster > 1 && p.out_box_chunks > 0 && !item.is_split && item.end_tile - item.begin_tile > 1;
 }
 
 }  // namespace flash_mla::sm90
