@@ -4,6 +4,7 @@
 
 #include "api/checks.h"
 #include "schedule/options.h"
+#include "sm90/decode/plan.h"
 #include "sm90/dense_decode.h"
 
 namespace flash_mla {
@@ -72,10 +73,7 @@ ScheduleOptions cuda_schedule_options(int device_index, int s_q, int num_heads_q
   sm90::require_device(device_index);
   ScheduleOptions options;
   options.num_parts = sm90::num_parts(device_index, s_q, num_heads_q, num_heads_k);
-  // Measured (docs/kernels/dense-decode-sm90.md): 2 gives small batches 3%, 10% for 32 requests of 1024; 8 leaves
-  // 128 requests of 8192 or 16384 unsplit, which gives them 2 to 6%.
-  const bool small = batch > 0 && 2 * std::int64_t{batch} <= options.num_parts;
-  options.fixed_overhead_blocks = small ? 2 : 8;
+  options.fixed_overhead_blocks = sm90::fixed_overhead_blocks(batch, options.num_parts);
   return options;
 }
 

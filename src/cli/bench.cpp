@@ -1,3 +1,5 @@
+#include "cli/gpu/bench.h"
+
 #include <fmt/format.h>
 
 #include <limits>
@@ -6,6 +8,8 @@
 
 #include "cli/args.h"
 #include "cli/commands.h"
+#include "cli/explain.h"
+#include "cli/gpu_bench.h"
 #include "cli/machine.h"
 #include "cli/measure.h"
 #include "cli/plot.h"
@@ -16,12 +20,15 @@ namespace flash_mla::cli {
 namespace {
 
 struct BenchOptions {
-  std::string preset, json, plot, python = "python3", blas_library, blas_core;
+  std::string device = "auto", preset, only, json, plot, python = "python3", blas_library, blas_core;
   std::vector<int> b{4}, s_q{1}, h_q{128}, h_kv{1}, s_k{4096}, page_size{64}, threads;
   std::vector<std::string> dtype{"bf16"};
-  bool varlen = false, causal = false, no_blas = false, quiet = false;
+  bool varlen = false, causal = false, no_blas = false, quiet = false, explain = false;
   std::uint64_t seed = 0;
   MeasureOptions measure;
+  /// The first flag given that only the CPU benchmark takes, or "".
+  std::string cpu_flag;
+  bool reps_given = false;
 };
 
 // Every combination of the lists.
@@ -70,13 +77,55 @@ std::vector<std::string> table_row(const Row& r) {
           format_bytes(static_cast<double>(r.peak_rss_bytes))};
 }
 
-void run_bench(const BenchOptions& o) {
+Preset preset_of(const BenchOptions& o) {
   Preset preset;
   if (!o.preset.empty()) {
     preset = read_preset(o.preset);
   } else {
     preset.shapes = shapes_of_flags(o);
   }
+  for (Shape& shape : preset.shapes) {
+    if (shape.name.empty()) shape.name = default_name(shape);
+  }
+  const auto other = [&](const Shape& s) { return s.name.find(o.only) == std::string::npos; };
+  std::erase_if(preset.shapes, other);
+  if (preset.shapes.empty()) {
+    throw UsageError(fmt::format("--only is \"{}\", which no shape's name contains", o.only));
+  }
+  return preset;
+}
+
+// Why these shapes cannot be measured on a GPU here, or "".
+std::string why_no_gpu(const Preset& preset) {
+  std::string why = gpu::why_unusable();
+  for (const Shape& shape : preset.shapes) {
+    const std::string reason = why_not_sm90(shape);
+    if (why.empty() && !reason.empty()) why = fmt::format("shape {}: {}", shape.name, reason);
+  }
+  return why;
+}
+
+bool takes_gpu(const BenchOptions& o, const Preset& preset) {
+  if (o.device == "cpu") return false;
+  if (o.device == "cuda") {
+    if (!o.cpu_flag.empty()) {
+      throw UsageError(fmt::format("{} is for --device cpu, but --device is cuda", o.cpu_flag));
+    }
+    const std::string why = why_no_gpu(preset);
+    if (!why.empty()) throw UsageError(fmt::format("--device cuda: {}", why));
+    return true;
+  }
+  // A preset that names threads is made for CPUs.
+  if (!o.cpu_flag.empty() || !preset.threads.empty() || preset.device == "cpu") return false;
+  const std::string why = why_no_gpu(preset);
+  if (!why.empty() && preset.device == "cuda") {
+    throw UsageError(fmt::format(
+        "preset {} is made for a GPU: {}; --device cpu measures its shapes on the CPU", o.preset, why));
+  }
+  return why.empty();
+}
+
+void run_cpu_bench(const BenchOptions& o, Preset preset) {
   std::vector<int> threads = !o.threads.empty() ? o.threads : preset.threads;
   if (threads.empty()) threads = {machine().usable_cpus};
   if (!o.plot.empty()) require_plotting(o.python);
@@ -98,7 +147,6 @@ void run_bench(const BenchOptions& o) {
   std::vector<Row> rows;
   const std::size_t total = preset.shapes.size() * threads.size();
   for (Shape& shape : preset.shapes) {
-    if (shape.name.empty()) shape.name = default_name(shape);
     const Problem problem(shape.problem(o.seed));
     for (const int t : threads) {
       progress(
@@ -144,12 +192,33 @@ void run_bench(const BenchOptions& o) {
   }
 }
 
+int run_bench(const BenchOptions& o) {
+  Preset preset = preset_of(o);
+  if (o.explain) {
+    fmt::print("{}", explain(preset.shapes));
+    return 0;
+  }
+  if (!takes_gpu(o, preset)) {
+    run_cpu_bench(o, std::move(preset));
+    return 0;
+  }
+  GpuBenchOptions options;
+  options.shapes = std::move(preset.shapes);
+  if (o.reps_given) options.reps = o.measure.reps;
+  options.seed = o.seed;
+  options.json = o.json;
+  options.quiet = o.quiet;
+  return run_gpu_bench(options);
+}
+
 }  // namespace
 
 void register_bench(CLI::App& app, int& exit_code) {
   auto o = std::make_shared<BenchOptions>();
   CLI::App* sub =
-      app.add_subcommand("bench", "Speed on random data, beside OpenBLAS and the machine's limits");
+      app.add_subcommand("bench",
+                         "Speed on random data, beside the machine's limits; on a CPU also beside OpenBLAS, "
+                         "on a GPU checked against a reference");
   using L = ShapeLimits;
   const auto list = [&](const char* flag, std::vector<int>& values, int highest, const char* help) {
     return sub->add_option(flag, values, help)
@@ -157,6 +226,11 @@ void register_bench(CLI::App& app, int& exit_code) {
         ->check(integer_between(1, highest))
         ->capture_default_str();
   };
+  sub->add_option(
+         "--device", o->device,
+         "auto (the first GPU where it is a Hopper and the shapes suit it, else the CPU), cpu or cuda")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+      ->capture_default_str();
   std::vector<CLI::Option*> shape = {
       list("--b", o->b, L::kMaxBatch, "Requests in the batch (a list, like all shape flags: 1,4,16)"),
       list("--s-q", o->s_q, L::kMaxQueries, "Query tokens of each request"),
@@ -170,34 +244,49 @@ void register_bench(CLI::App& app, int& exit_code) {
           ->capture_default_str(),
       sub->add_flag("--varlen", o->varlen, "Draw the lengths around s_k"),
       sub->add_flag("--causal", o->causal, "Bottom-right aligned causal mask (without effect for s_q = 1)")};
-  list("--threads", o->threads, L::kMaxThreads, "Thread counts; default: all processors")->default_str("");
+  CLI::Option* threads =
+      list("--threads", o->threads, L::kMaxThreads, "CPU: thread counts; default: all processors")
+          ->default_str("");
   CLI::Option* preset = sub->add_option(
-      "--preset", o->preset, "Take the shapes from this JSON file, e.g. bench/presets/cpu-house.json");
+      "--preset", o->preset,
+      "Take the shapes from this JSON file, or from the built-in preset of that name: cpu-house, "
+      "h200-dense, smoke");
   for (CLI::Option* option : shape) preset->excludes(option);
-  sub->add_option("--reps", o->measure.reps, "Repetitions, at least; the median counts")
-      ->check(integer_between(1, 1'000'000))
-      ->capture_default_str();
-  sub->add_option("--min-time", o->measure.min_seconds, "Seconds of repetitions, at least")
-      ->check(number_between(0, 3600))
-      ->capture_default_str();
-  sub->add_flag("--cold", o->measure.cold, "Evict the caches before every repetition");
+  sub->add_option("--only", o->only,
+                  "Take the shapes whose names, as the table prints them, contain this text");
+  CLI::Option* reps =
+      sub->add_option("--reps", o->measure.reps,
+                      "Repetitions; the median counts. Default: 10 at least on a CPU, 30 on a GPU")
+          ->check(integer_between(1, 1'000'000));
+  CLI::Option* min_time =
+      sub->add_option("--min-time", o->measure.min_seconds, "CPU: seconds of repetitions, at least")
+          ->check(number_between(0, 3600))
+          ->capture_default_str();
+  sub->add_flag("--cold", o->measure.cold, "Evict the caches before every repetition (on a GPU: always)");
   sub->add_option("--seed", o->seed, "Seed of the data and of --varlen's lengths")
       ->check(integer_between(0, std::numeric_limits<long long>::max()))
       ->capture_default_str();
   CLI::Option* blas =
-      sub->add_option("--blas", o->blas_library, "OpenBLAS library to load instead of the system's");
-  sub->add_option("--blas-core", o->blas_core,
-                  "OpenBLAS kernels, e.g. SkylakeX; default: its own choice for this processor, whatever "
-                  "OPENBLAS_CORETYPE says");
-  sub->add_flag("--no-blas", o->no_blas, "Do not measure sgemm")->excludes(blas);
+      sub->add_option("--blas", o->blas_library, "CPU: OpenBLAS library to load instead of the system's");
+  CLI::Option* blas_core = sub->add_option(
+      "--blas-core", o->blas_core,
+      "CPU: OpenBLAS kernels, e.g. SkylakeX; default: its own choice for this processor, whatever "
+      "OPENBLAS_CORETYPE says");
+  CLI::Option* no_blas = sub->add_flag("--no-blas", o->no_blas, "CPU: do not measure sgemm")->excludes(blas);
   sub->add_option("--json", o->json, "Write the results to this file");
-  sub->add_option("--plot", o->plot,
-                  "Draw the roofline into this picture (and its data into <picture>.json)");
+  CLI::Option* plot = sub->add_option(
+      "--plot", o->plot, "CPU: draw the roofline into this picture (and its data into <picture>.json)");
   sub->add_option("--python", o->python, "Python with matplotlib, for --plot")->capture_default_str();
+  sub->add_flag("--explain", o->explain,
+                "Measure nothing; print which kernels a Hopper GPU would run the shapes with, and how");
   sub->add_flag("-q,--quiet", o->quiet, "No progress on stderr");
-  sub->callback([o, &exit_code] {
-    run_bench(*o);
-    exit_code = 0;
+  const std::vector<CLI::Option*> cpu_only{threads, min_time, blas, blas_core, no_blas, plot};
+  sub->callback([o, reps, cpu_only, &exit_code] {
+    for (const CLI::Option* option : cpu_only) {
+      if (option->count() > 0 && o->cpu_flag.empty()) o->cpu_flag = option->get_name();
+    }
+    o->reps_given = reps->count() > 0;
+    exit_code = run_bench(*o);
   });
 }
 

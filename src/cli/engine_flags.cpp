@@ -12,6 +12,9 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
       {"auto", Device::kAuto}, {"cpu", Device::kCpu}, {"cuda", Device::kCuda}};
   static const std::map<std::string, Precision> precisions = {
       {"auto", Precision::kAuto}, {"fp32", Precision::kFloat32}, {"bf16", Precision::kBFloat16}};
+  using Quantize = EngineOptions::Quantize;
+  static const std::map<std::string, Quantize> quantizations = {{"none", Quantize::kNone},
+                                                                {"int8", Quantize::kInt8}};
   app.add_option_function<std::string>(
          "--device", [&o](const std::string& name) { o.device = devices.at(name); }, "auto, cpu or cuda")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
@@ -19,6 +22,10 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
          "--precision", [&o](const std::string& name) { o.precision = precisions.at(name); },
          "Of weights and cache: auto, fp32 or bf16")
       ->check(CLI::IsMember({"auto", "fp32", "bf16"}));
+  app.add_option_function<std::string>(
+         "--quantize", [&o](const std::string& name) { o.quantize = quantizations.at(name); },
+         "Of the weights: none, or int8 with one scale per output channel (CPU only)")
+      ->check(CLI::IsMember({"none", "int8"}));
   app.add_option("--num-pages", o.num_pages, "Pages of 64 tokens in the cache (0: what --memory holds)")
       ->capture_default_str();
   app.add_option("--memory", o.memory_bytes,

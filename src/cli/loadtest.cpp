@@ -11,7 +11,9 @@
 
 #include "cli/args.h"
 #include "cli/commands.h"
+#include "cli/engine_flags.h"
 #include "cli/load_client.h"
+#include "cli/load_engine.h"
 
 // `flash-mla loadtest`: a mixed load of short and long prompts on a running server, and how it took it.
 
@@ -22,6 +24,8 @@ using Json = nlohmann::ordered_json;
 
 struct Options {
   std::string url = "http://127.0.0.1:8000", api_key, model, json_path;
+  std::string engine_directory;  // empty: a server
+  EngineOptions engine;
   int clients = 128, requests = 512;
   double rate = 0;  // requests per second; 0: closed loop
   int short_tokens = 1024, long_tokens = 8192, max_tokens = 64;
@@ -32,17 +36,15 @@ struct Options {
 enum Class { kShort, kLong };
 
 // Random words would be tokenized to unknown lengths: prompts are tokens, drawn from those of this text.
-std::vector<std::int32_t> alphabet(const LoadTarget& target) {
-  constexpr const char* kText =
-      "The house stood at the end of a long road. In the morning a man came down from the hill with two "
-      "dogs, "
-      "looked at the gate, said nothing, and went away again before the rain began. 12 boats, 7 nets; who "
-      "knows?";
-  const auto tokens = call_server(target, "/v1/tokenize", Json{{"prompt", kText}}.dump()).at("tokens");
-  std::vector<std::int32_t> out = tokens.get<std::vector<std::int32_t>>();
-  if (out.size() < 2) throw std::runtime_error("/v1/tokenize answers with less than two tokens for a text");
-  out.erase(out.begin());  // may be the begin-of-sentence token
-  return out;
+constexpr const char* kText =
+    "The house stood at the end of a long road. In the morning a man came down from the hill with two dogs, "
+    "looked at the gate, said nothing, and went away again before the rain began. 12 boats, 7 nets; who "
+    "knows?";
+
+std::vector<std::int32_t> alphabet(std::vector<std::int32_t> tokens) {
+  if (tokens.size() < 2) throw std::runtime_error("the tokenizer makes less than two tokens of a text");
+  tokens.erase(tokens.begin());  // may be the begin-of-sentence token
+  return tokens;
 }
 
 std::vector<LoadRequest> make_load(const Options& o, const std::string& model,
@@ -124,6 +126,7 @@ Json report(const Options& o, const std::string& model, const std::vector<LoadRe
   const auto of_class = [](int c) { return [c](const LoadRequest& r) { return r.load_class == c; }; };
   Json out = {{"command", command_line()},
               {"model", model},
+              {"target", o.engine_directory.empty() ? "server" : "engine in this process"},
               {"loop", o.rate > 0 ? "open" : "closed"},
               {"clients", o.rate > 0 ? Json() : Json(o.clients)},
               {"rate", o.rate > 0 ? Json(o.rate) : Json()},
@@ -182,20 +185,49 @@ void print(const Json& r) {
     fmt::print("{} times: {}\n", count.get<int>(), error);
 }
 
-int run_loadtest(const Options& o) {
+// Sends the load to a server; returns the model's name, the requests and the seconds that it took.
+struct Outcome {
+  std::string model;
+  std::vector<LoadRequest> requests;
+  double seconds = 0;
+};
+
+Outcome load_server(const Options& o) {
   LoadOptions options;
   options.target = parse_target(o.url);
   options.target.api_key = o.api_key;
   options.clients = o.clients;
   options.open_loop = o.rate > 0;
   options.timeout_seconds = o.timeout;
-  std::string model = o.model;
-  if (model.empty()) {
-    model = call_server(options.target, "/v1/models").at("data").at(0).at("id").get<std::string>();
+  Outcome out;
+  out.model = o.model;
+  if (out.model.empty()) {
+    out.model = call_server(options.target, "/v1/models").at("data").at(0).at("id").get<std::string>();
   }
-  std::vector<LoadRequest> requests = make_load(o, model, alphabet(options.target));
-  Progress progress(requests.size());
-  const double seconds = run_load(options, requests, [&](std::size_t done) { progress(done); });
+  const auto tokens =
+      call_server(options.target, "/v1/tokenize", Json{{"prompt", kText}}.dump()).at("tokens");
+  out.requests = make_load(o, out.model, alphabet(tokens.get<std::vector<std::int32_t>>()));
+  Progress progress(out.requests.size());
+  out.seconds = run_load(options, out.requests, [&](std::size_t done) { progress(done); });
+  return out;
+}
+
+Outcome load_engine(const Options& o) {
+  Outcome out;
+  out.model = o.model.empty() ? "engine" : o.model;
+  Engine engine(o.engine_directory, o.engine);
+  engine.start();
+  out.requests = make_load(o, out.model, alphabet(engine.tokenize(kText)));
+  Progress progress(out.requests.size());
+  out.seconds = run_load_in_process(engine, out.model, o.clients, out.requests,
+                                    [&](std::size_t done) { progress(done); });
+  return out;
+}
+
+int run_loadtest(const Options& o) {
+  if (!o.engine_directory.empty() && o.rate > 0)
+    throw UsageError("--rate: expected with a server, not --engine");
+  const auto [model, requests, seconds] = o.engine_directory.empty() ? load_server(o) : load_engine(o);
   const Json result = report(o, model, requests, seconds);
   print(result);
   if (!o.json_path.empty()) {
@@ -246,6 +278,11 @@ void register_loadtest(CLI::App& app, int& exit_code) {
       ->check(number_between(0, 1))
       ->capture_default_str();
   sub->add_option("--json", o->json_path, "File for the results");
+  sub->add_option("--engine", o->engine_directory,
+                  "Put the load on an engine in this process instead, with this model directory; the flags "
+                  "below are its own")
+      ->check(CLI::ExistingDirectory);
+  add_engine_flags(*sub, o->engine);
   sub->callback([o, &exit_code] { exit_code = run_loadtest(*o); });
 }
 

@@ -1,14 +1,11 @@
 #include "cli/measure.h"
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <fstream>
 #include <functional>
 #include <optional>
 #include <thread>
@@ -20,71 +17,8 @@ namespace flash_mla::cli {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-using Json = nlohmann::json;
 
 constexpr int kRounds = 3;
-
-// Fetches `key` of a preset's shape into `value`, which keeps its default when there is none.
-void take_integer(const Json& shape, const char* key, int lowest, int highest, const std::string& where,
-                  int& value) {
-  const auto found = shape.find(key);
-  if (found == shape.end()) return;
-  if (!found->is_number_integer() || found->get<std::int64_t>() < lowest ||
-      found->get<std::int64_t>() > highest) {
-    throw UsageError(fmt::format("{}: \"{}\" is {}, expected an integer from {} to {}", where, key,
-                                 found->dump(), lowest, highest));
-  }
-  value = found->get<int>();
-}
-
-void take_bool(const Json& shape, const char* key, const std::string& where, bool& value) {
-  const auto found = shape.find(key);
-  if (found == shape.end()) return;
-  if (!found->is_boolean()) {
-    throw UsageError(fmt::format("{}: \"{}\" is {}, expected true or false", where, key, found->dump()));
-  }
-  value = found->get<bool>();
-}
-
-void refuse_unknown_keys(const Json& object, std::initializer_list<const char*> known,
-                         const std::string& where) {
-  for (const auto& [key, value] : object.items()) {
-    if (std::find(known.begin(), known.end(), key) == known.end()) {
-      throw UsageError(
-          fmt::format("{}: unknown key \"{}\", expected one of: {}", where, key, fmt::join(known, ", ")));
-    }
-  }
-}
-
-Shape read_shape(const Json& json, std::string where) {
-  if (!json.is_object()) throw UsageError(fmt::format("{} is {}, expected an object", where, json.dump()));
-  refuse_unknown_keys(
-      json, {"name", "b", "s_q", "h_q", "h_kv", "s_k", "varlen", "causal", "dtype", "page_size"}, where);
-  Shape s;
-  using L = ShapeLimits;
-  take_integer(json, "b", 1, L::kMaxBatch, where, s.b);
-  take_integer(json, "s_q", 1, L::kMaxQueries, where, s.s_q);
-  take_integer(json, "h_q", 1, L::kMaxHeads, where, s.h_q);
-  take_integer(json, "h_kv", 1, L::kMaxKvHeads, where, s.h_kv);
-  take_integer(json, "s_k", 1, L::kMaxTokens, where, s.s_k);
-  take_integer(json, "page_size", 1, L::kMaxPage, where, s.page_size);
-  take_bool(json, "varlen", where, s.varlen);
-  take_bool(json, "causal", where, s.causal);
-  for (const char* key : {"name", "dtype"}) {
-    const auto found = json.find(key);
-    if (found == json.end()) continue;
-    if (!found->is_string()) {
-      throw UsageError(fmt::format("{}: \"{}\" is {}, expected a string", where, key, found->dump()));
-    }
-    try {
-      if (std::strcmp(key, "dtype") == 0) s.dtype = parse_dtype(found->get<std::string>());
-    } catch (const UsageError& e) {
-      throw UsageError(fmt::format("{}: {}", where, e.what()));
-    }
-    if (std::strcmp(key, "name") == 0) s.name = found->get<std::string>();
-  }
-  return s;
-}
 
 // Reads more than the last-level cache holds, so that the next repetition starts without its data there.
 class CacheFlusher {
@@ -174,63 +108,6 @@ class Products {
 void settle() { std::this_thread::sleep_for(std::chrono::milliseconds(60)); }
 
 }  // namespace
-
-ProblemSpec Shape::problem(std::uint64_t seed) const {
-  ProblemSpec spec;
-  spec.cache_seqlens = draw_lengths(b, s_k, varlen, seed);
-  spec.s_q = s_q;
-  spec.h_q = h_q;
-  spec.h_kv = h_kv;
-  spec.dtype = dtype;
-  spec.causal = causal;
-  spec.page_size = page_size;
-  spec.seed = seed;
-  return spec;
-}
-
-void check_shape(const Shape& shape) {
-  if (shape.h_q % shape.h_kv != 0) {
-    throw UsageError(fmt::format("h_q is {}, expected a multiple of h_kv = {}", shape.h_q, shape.h_kv));
-  }
-}
-
-Preset read_preset(const std::string& path) {
-  std::ifstream in(path);
-  if (!in) throw UsageError(fmt::format("preset {}: {}", path, std::strerror(errno)));
-  Json json;
-  try {
-    json = Json::parse(in);
-  } catch (const Json::parse_error& e) {
-    throw UsageError(fmt::format("preset {} is not JSON: {}", path, e.what()));
-  }
-  const std::string where = fmt::format("preset {}", path);
-  if (!json.is_object() || !json.contains("shapes") || !json["shapes"].is_array() || json["shapes"].empty()) {
-    throw UsageError(fmt::format("{}: expected an object with a non-empty array \"shapes\"", where));
-  }
-  refuse_unknown_keys(json, {"description", "threads", "shapes"}, where);
-  Preset preset;
-  for (std::size_t i = 0; i < json["shapes"].size(); ++i) {
-    preset.shapes.push_back(read_shape(json["shapes"][i], fmt::format("{}, shapes[{}]", where, i)));
-    try {
-      check_shape(preset.shapes.back());
-    } catch (const UsageError& e) {
-      throw UsageError(fmt::format("{}, shapes[{}]: {}", where, i, e.what()));
-    }
-  }
-  if (json.contains("threads")) {
-    const Json& threads = json["threads"];
-    const auto good = [](const Json& t) {
-      return t.is_number_integer() && t.get<std::int64_t>() >= 1 &&
-             t.get<std::int64_t>() <= ShapeLimits::kMaxThreads;
-    };
-    if (!threads.is_array() || threads.empty() || !std::all_of(threads.begin(), threads.end(), good)) {
-      throw UsageError(fmt::format("{}: \"threads\" is {}, expected an array of integers from 1 to {}", where,
-                                   threads.dump(), ShapeLimits::kMaxThreads));
-    }
-    preset.threads = threads.get<std::vector<int>>();
-  }
-  return preset;
-}
 
 bool Row::memory_bound() const {
   return bytes / (limits.read_gbps * 1e9) > flop / (limits.peak_gflops(shape.dtype) * 1e9);

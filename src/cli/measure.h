@@ -8,43 +8,10 @@
 
 #include "cli/blas.h"
 #include "cli/limits.h"
+#include "cli/preset.h"
 #include "cli/problem.h"
 
 namespace flash_mla::cli {
-
-/// A line of the benchmark: a shape, before any data exists.
-struct Shape {
-  std::string name;
-  int b = 4;
-  int s_q = 1;
-  int h_q = 128;
-  int h_kv = 1;
-  int s_k = 4096;
-  bool varlen = false;  ///< lengths as draw_lengths says; s_k is their mean
-  bool causal = false;
-  DType dtype = DType::kBFloat16;
-  int page_size = 64;
-
-  ProblemSpec problem(std::uint64_t seed) const;
-};
-
-/// The limits of `integer_between` and of preset values.
-struct ShapeLimits {
-  static constexpr int kMaxBatch = 65536, kMaxQueries = 64, kMaxHeads = 1024, kMaxKvHeads = 256;
-  static constexpr int kMaxTokens = 4 << 20, kMaxPage = 256, kMaxThreads = 4096;
-};
-
-/// A preset file: what to measure.
-struct Preset {
-  std::vector<Shape> shapes;
-  std::vector<int> threads;  ///< empty: not said
-};
-
-/// Reads bench/presets/*.json. Throws UsageError naming the file, the shape and the key.
-Preset read_preset(const std::string& path);
-
-/// Throws UsageError when h_q is not a multiple of h_kv.
-void check_shape(const Shape& shape);
 
 struct Timing {
   double median = 0, best = 0;  ///< seconds

@@ -1,10 +1,13 @@
 #include <fmt/format.h>
+#include <sys/resource.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 
 #include "cli/args.h"
 #include "cli/commands.h"
+#include "cli/config_file.h"
 #include "cli/engine_flags.h"
 #include "flash_mla/engine.h"
 #include "server/server.h"
@@ -20,7 +23,25 @@ struct ServeOptions {
   server::ServerOptions server;
 };
 
+// Every connection is a file. The soft limit is often 1024, for the sake of programs that use select().
+void allow_files(int connections) {
+  constexpr rlim_t kOwnFiles = 64;  // model, libraries, epoll
+  const rlim_t wanted = static_cast<rlim_t>(connections) + kOwnFiles;
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
+  limit.rlim_cur = std::min(wanted, limit.rlim_max);
+  if (setrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur < wanted) {
+    fmt::print(stderr,
+               "flash-mla serve: at most {} files may be open here, too few for --max-connections {}\n",
+               limit.rlim_cur, connections);
+  }
+}
+
 int run_serve(ServeOptions o) {
+  for (const std::string& key : o.server.api_keys) {
+    if (key.empty()) throw UsageError("--api-key is empty, expected a key");
+  }
+  allow_files(o.server.max_connections);
   if (o.server.model_name.empty()) {
     // The directory's name, not its path: that is this machine's business.
     std::filesystem::path path = std::filesystem::weakly_canonical(o.model);
@@ -42,6 +63,7 @@ void register_serve(CLI::App& app, int& exit_code) {
   auto o = std::make_shared<ServeOptions>();
   o->engine.max_waiting = 1024;
   CLI::App* sub = app.add_subcommand("serve", "Serve a checkpoint over an OpenAI-compatible HTTP API");
+  add_config_flag(*sub);
   sub->add_option("--model", o->model, "Hugging Face model directory")
       ->required()
       ->check(CLI::ExistingDirectory)
@@ -56,11 +78,16 @@ void register_serve(CLI::App& app, int& exit_code) {
   sub->add_option("--max-waiting", o->engine.max_waiting,
                   "Requests that wait at most; more get 429 (0: no bound)")
       ->capture_default_str();
-  sub->add_option("--max-connections", o->server.max_connections, "Open connections at most")
+  sub->add_option("--max-connections", o->server.max_connections, "Open connections at most; more get 503")
+      ->check(integer_between(1, 1'000'000))
       ->capture_default_str();
   sub->add_option("--max-body-bytes", o->server.max_body_bytes, "Size of a request's body at most")
       ->capture_default_str();
   sub->add_option("--read-timeout", o->server.read_timeout_seconds, "Seconds for a whole request to arrive")
+      ->check(integer_between(1, 86400))
+      ->capture_default_str();
+  sub->add_option("--write-timeout", o->server.write_timeout_seconds,
+                  "Seconds for a client to take what is sent to it")
       ->check(integer_between(1, 86400))
       ->capture_default_str();
   sub->add_option("--idle-timeout", o->server.idle_timeout_seconds,
@@ -76,7 +103,6 @@ void register_serve(CLI::App& app, int& exit_code) {
       ->check(integer_between(1, 64))
       ->capture_default_str();
   add_engine_flags(*sub, o->engine);
-  sub->set_config("--config", "", "TOML file with these flags");
   sub->callback([o, &exit_code] { exit_code = run_serve(*o); });
 }
 

@@ -1,6 +1,7 @@
 #include "flash_mla/engine.h"
 
 #include <fmt/format.h>
+#include <pthread.h>
 
 #include <condition_variable>
 #include <map>
@@ -191,6 +192,7 @@ void Engine::start() {
   const std::lock_guard lock(impl_->thread_mutex);
   if (impl_->thread.joinable()) return;
   impl_->thread = std::jthread([core = &impl_->core](const std::stop_token& stop) {
+    pthread_setname_np(pthread_self(), "engine");  // its OpenMP threads inherit the name
     while (core->wait_for_work(stop)) core->step();
   });
 }

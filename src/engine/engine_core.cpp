@@ -218,6 +218,8 @@ bool EngineCore::take_notes() {
     const std::lock_guard lock(notes_mutex_);
     submitted.swap(submitted_);
     cancelled.swap(cancelled_);
+    // Until this step's end says where they went.
+    stats_.waiting += static_cast<int>(submitted.size());
   }
   for (Note& note : submitted) start(note.id, std::move(note.submission), note.time);
   for (const RequestId id : cancelled) {

@@ -30,11 +30,11 @@ class Planner {
     step_.max_blocks = std::max(batch_.max_blocks, 1);
     order_.resize(static_cast<std::size_t>(tokens_));
     for (std::int64_t s = 0; s < seqs_; ++s) {
-      if (new_tokens(s) <= kMaxAbsorbedTokens) add_absorbed(s);
+      if (absorbed(s)) add_absorbed(s);
     }
     step_.num_absorbed = step_.num_tokens();
     for (std::int64_t s = 0; s < seqs_; ++s) {
-      if (new_tokens(s) > kMaxAbsorbedTokens) add_chunk(s);
+      if (!absorbed(s)) add_chunk(s);
     }
     step_.first_greedy = std::ssize(batch_.logit_rows);
     for (const auto& rows : {batch_.logit_rows, batch_.greedy_rows}) {
@@ -46,6 +46,11 @@ class Planner {
  private:
   std::int64_t start(std::int64_t s) const { return batch_.query_starts[static_cast<std::size_t>(s)]; }
   std::int64_t new_tokens(std::int64_t s) const { return start(s + 1) - start(s); }
+  // A token's bits depend on its form, so that in a batch-invariant step there is one: how many tokens come
+  // at once depends on neighbours, prefix reuse and preemption.
+  bool absorbed(std::int64_t s) const {
+    return batch_.batch_invariant || new_tokens(s) <= kMaxAbsorbedTokens;
+  }
   std::int64_t seq_len(std::int64_t s) const { return batch_.seq_lens[static_cast<std::size_t>(s)]; }
   std::span<const std::int32_t> pages(std::int64_t s) const {
     return batch_.block_table.subspan(static_cast<std::size_t>(s * batch_.max_blocks),

@@ -5,8 +5,8 @@
 
 namespace flash_mla::model {
 
-/// Sequences with at most this many new tokens take the absorbed form of attention. A property of the
-/// sequence alone, so that its bits do not depend on its neighbours.
+/// Sequences with at most this many new tokens take the absorbed form of attention, in a batch-invariant step
+/// all of them.
 inline constexpr int kMaxAbsorbedTokens = 16;
 
 /// What a batch is checked against.

@@ -10,24 +10,49 @@
 namespace flash_mla::server {
 namespace {
 
+constexpr int kMostNested = 32;
+constexpr std::size_t kMostPrompts = 256;
+constexpr int kMostChoices = 128;
+// Each is looked for in every token's text, in the engine's thread.
+constexpr std::size_t kMostStops = 64, kMostStopBytes = 1024;
+
+// Exact for JSON; what is none is refused either way.
+bool nested_deeper_than(int limit, std::string_view text) {
+  int depth = 0;
+  bool quoted = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (c == '"') {
+      quoted = !quoted;
+    } else if (quoted) {
+      if (c == '\\') ++i;
+    } else if (c == '[' || c == '{') {
+      if (++depth > limit) return true;
+    } else if (c == ']' || c == '}') {
+      --depth;
+    }
+  }
+  return false;
+}
+
 // A field's value if it is there and not null.
-const Json* find(const Json& json, const char* key) {
+const Body* find(const Body& json, const char* key) {
   const auto it = json.find(key);
   return it == json.end() || it->is_null() ? nullptr : &*it;
 }
 
-ApiError wrong_type(const char* key, const Json& value, const char* expected) {
+ApiError wrong_type(const char* key, const Body& value, const char* expected) {
   return bad_request(fmt::format("{} is {}, expected {}", key, value.type_name(), expected), key);
 }
 
-void read(const Json& json, const char* key, double& out) {
-  if (const Json* v = find(json, key)) {
+void read(const Body& json, const char* key, double& out) {
+  if (const Body* v = find(json, key)) {
     if (!v->is_number()) throw wrong_type(key, *v, "a number");
     out = v->get<double>();
   }
 }
 
-std::int64_t integer(const Json& v, const char* key) {
+std::int64_t integer(const Body& v, const char* key) {
   if (!v.is_number_integer()) throw wrong_type(key, v, "an integer");
   if (v.is_number_unsigned() && v.get<std::uint64_t>() > std::numeric_limits<std::int64_t>::max()) {
     throw bad_request(fmt::format("{} is {}, expected less than 2^63", key, v.get<std::uint64_t>()), key);
@@ -35,8 +60,8 @@ std::int64_t integer(const Json& v, const char* key) {
   return v.get<std::int64_t>();
 }
 
-void read(const Json& json, const char* key, int& out) {
-  if (const Json* v = find(json, key)) {
+void read(const Body& json, const char* key, int& out) {
+  if (const Body* v = find(json, key)) {
     const std::int64_t value = integer(*v, key);
     if (value < std::numeric_limits<int>::min() || value > std::numeric_limits<int>::max()) {
       throw bad_request(fmt::format("{} is {}, expected a 32-bit integer", key, value), key);
@@ -45,16 +70,16 @@ void read(const Json& json, const char* key, int& out) {
   }
 }
 
-void read(const Json& json, const char* key, bool& out) {
-  if (const Json* v = find(json, key)) {
+void read(const Body& json, const char* key, bool& out) {
+  if (const Body* v = find(json, key)) {
     if (!v->is_boolean()) throw wrong_type(key, *v, "true or false");
     out = v->get<bool>();
   }
 }
 
-std::vector<std::int32_t> token_ids(const Json& v, const char* key) {
+std::vector<std::int32_t> token_ids(const Body& v, const char* key) {
   std::vector<std::int32_t> out;
-  for (const Json& id : v) {
+  for (const Body& id : v) {
     const std::int64_t value = integer(id, key);
     // Out of the vocabulary either way: the engine's message says what was expected.
     out.push_back(static_cast<std::int32_t>(
@@ -63,7 +88,7 @@ std::vector<std::int32_t> token_ids(const Json& v, const char* key) {
   return out;
 }
 
-SamplingParams sampling(const Json& json, bool chat) {
+SamplingParams sampling(const Body& json, bool chat) {
   SamplingParams p;
   // OpenAI's defaults: 16 tokens of a completion, a chat answer as long as it gets.
   p.max_tokens = chat ? std::numeric_limits<int>::max() : 16;
@@ -79,41 +104,62 @@ SamplingParams sampling(const Json& json, bool chat) {
   read(json, "frequency_penalty", p.frequency_penalty);
   read(json, "presence_penalty", p.presence_penalty);
   read(json, "ignore_eos", p.ignore_eos);
-  if (const Json* seed = find(json, "seed")) p.seed = static_cast<std::uint64_t>(integer(*seed, "seed"));
-  if (const Json* stop = find(json, "stop")) {
-    for (const Json& one : stop->is_array() ? *stop : Json::array({*stop})) {
+  if (const Body* seed = find(json, "seed")) p.seed = static_cast<std::uint64_t>(integer(*seed, "seed"));
+  if (const Body* stop = find(json, "stop")) {
+    const auto add = [&](const Body& one) {
       if (!one.is_string()) throw wrong_type("stop", one, "a string or an array of strings");
       p.stop.push_back(one.get<std::string>());
+      if (p.stop.size() > kMostStops || p.stop.back().size() > kMostStopBytes) {
+        throw bad_request(fmt::format("stop has more than {} strings or one of more than {} bytes",
+                                      kMostStops, kMostStopBytes),
+                          "stop");
+      }
+    };
+    if (stop->is_array()) {
+      for (const Body& one : *stop) add(one);
+    } else {
+      add(*stop);
     }
   }
-  if (const Json* ids = find(json, "stop_token_ids")) {
+  if (const Body* ids = find(json, "stop_token_ids")) {
     if (!ids->is_array()) throw wrong_type("stop_token_ids", *ids, "an array of token ids");
     p.stop_token_ids = token_ids(*ids, "stop_token_ids");
+    if (p.stop_token_ids.size() > kMostStops) {
+      throw bad_request(fmt::format("stop_token_ids has {} tokens, expected at most {}",
+                                    p.stop_token_ids.size(), kMostStops),
+                        "stop_token_ids");
+    }
   }
   return p;
 }
 
-std::string text_of(const Json& content) {
+/// An object whose type is "text".
+bool is_text(const Body& value) {
+  const Body* type = value.is_object() ? find(value, "type") : nullptr;
+  return type != nullptr && *type == "text";
+}
+
+std::string text_of(const Body& content) {
   if (content.is_string()) return content.get<std::string>();
   if (!content.is_array()) throw wrong_type("messages", content, "a string or text parts as content");
   std::string text;
-  for (const Json& part : content) {
-    if (!part.is_object() || part.value("type", "") != "text" || !part.contains("text") ||
-        !part["text"].is_string()) {
+  for (const Body& part : content) {
+    const Body* value = is_text(part) ? find(part, "text") : nullptr;
+    if (value == nullptr || !value->is_string()) {
       throw bad_request("messages: a part of content is not text; this model reads text only", "messages");
     }
-    text += part["text"].get<std::string>();
+    text += value->get_ref<const std::string&>();
   }
   return text;
 }
 
-std::vector<ChatMessage> messages(const Json& json) {
-  const Json* list = find(json, "messages");
+std::vector<ChatMessage> messages(const Body& json) {
+  const Body* list = find(json, "messages");
   if (list == nullptr || !list->is_array() || list->empty()) {
     throw bad_request("messages is missing or empty, expected an array of messages", "messages");
   }
   std::vector<ChatMessage> out;
-  for (const Json& m : *list) {
+  for (const Body& m : *list) {
     if (!m.is_object() || !m.contains("role") || !m["role"].is_string() || !m.contains("content")) {
       throw bad_request("messages: expected objects with role and content", "messages");
     }
@@ -122,11 +168,11 @@ std::vector<ChatMessage> messages(const Json& json) {
   return out;
 }
 
-std::vector<Request> prompts(const Json& json) {
-  const Json* prompt = find(json, "prompt");
+std::vector<Request> prompts(const Body& json) {
+  const Body* prompt = find(json, "prompt");
   if (prompt == nullptr) throw bad_request("prompt is missing, expected text or token ids", "prompt");
   std::vector<Request> out;
-  const auto add = [&](const Json& one) {
+  const auto add = [&](const Body& one) {
     Request& r = out.emplace_back();
     if (one.is_string()) {
       r.prompt = one.get<std::string>();
@@ -140,7 +186,7 @@ std::vector<Request> prompts(const Json& json) {
   const bool several =
       prompt->is_array() && !prompt->empty() && (prompt->front().is_string() || prompt->front().is_array());
   if (several) {
-    for (const Json& one : *prompt) add(one);
+    for (const Body& one : *prompt) add(one);
   } else {
     add(*prompt);
   }
@@ -148,28 +194,25 @@ std::vector<Request> prompts(const Json& json) {
 }
 
 // Refuses what would otherwise be ignored without a word.
-void refuse_unsupported(const Json& json, bool chat) {
+void refuse_unsupported(const Body& json, bool chat) {
   const auto refuse = [&](const char* key) {
     throw bad_request(fmt::format("{} is not supported by this server", key), key);
   };
   for (const char* key : {"suffix", "logit_bias", "functions", "tools", "audio", "prediction"}) {
-    const Json* v = find(json, key);
+    const Body* v = find(json, key);
     if (v != nullptr && !v->empty()) refuse(key);
   }
   bool echo = false;
   read(json, "echo", echo);
   if (echo) refuse("echo");
-  if (const Json* format = find(json, "response_format")) {
-    if (!format->is_object() || format->value("type", "") != "text") refuse("response_format");
+  if (const Body* format = find(json, "response_format")) {
+    if (!is_text(*format)) refuse("response_format");
   }
   int best_of = 1, n = 1;
   read(json, "best_of", best_of);
   read(json, "n", n);
   if (!chat && best_of != 1 && best_of != n) refuse("best_of");
 }
-
-constexpr std::size_t kMostPrompts = 256;
-constexpr int kMostChoices = 128;
 
 }  // namespace
 
@@ -183,10 +226,19 @@ Json ApiError::body() const {
            {{"message", what()}, {"type", type_}, {"param", or_null(param_)}, {"code", or_null(code_)}}}};
 }
 
+Body parse_body(std::string_view text) {
+  // Not with a callback of the parser: it searches all of an array whenever an object in it ends.
+  if (nested_deeper_than(kMostNested, text)) {
+    throw bad_request(fmt::format("the body is nested more than {} deep", kMostNested));
+  }
+  Body body = Body::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!body.is_object()) throw bad_request("the body is not a JSON object");
+  return body;
+}
+
 Call parse_call(std::string_view body, bool chat, const std::string& model_name) {
-  const Json json = Json::parse(body, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object()) throw bad_request("the body is not a JSON object");
-  if (const Json* model = find(json, "model")) {
+  const Body json = parse_body(body);
+  if (const Body* model = find(json, "model")) {
     if (!model->is_string()) throw wrong_type("model", *model, "a string");
     if (model->get<std::string>() != model_name) {
       throw ApiError(
@@ -202,7 +254,7 @@ Call parse_call(std::string_view body, bool chat, const std::string& model_name)
   Call call;
   call.chat = chat;
   read(json, "stream", call.stream);
-  if (const Json* options = find(json, "stream_options")) {
+  if (const Body* options = find(json, "stream_options")) {
     if (!options->is_object()) throw wrong_type("stream_options", *options, "an object");
     if (!call.stream) throw bad_request("stream_options: expected together with stream", "stream_options");
     read(*options, "include_usage", call.include_usage);
@@ -238,9 +290,20 @@ Call parse_call(std::string_view body, bool chat, const std::string& model_name)
   return call;
 }
 
+std::string parse_tokenize(std::string_view body) {
+  const Body json = parse_body(body);
+  const Body* prompt = find(json, "prompt");
+  if (prompt == nullptr || !prompt->is_string()) {
+    throw bad_request("prompt is missing or no string, expected text", "prompt");
+  }
+  return prompt->get<std::string>();
+}
+
 Answer::Answer(const Call& call, std::string id, std::string model_name, std::int64_t created,
                const Engine& engine)
-    : call_(call),
+    : chat_(call.chat),
+      include_usage_(call.include_usage),
+      logprobs_(call.logprobs),
       id_(std::move(id)),
       model_name_(std::move(model_name)),
       created_(created),
@@ -271,8 +334,8 @@ Json Answer::usage() const {
 
 // Tokens as text; bytes that are no text on their own become U+FFFD when the JSON is written.
 Json Answer::logprobs_json(Choice& choice, const GenerationEvent& e) const {
-  if (!call_.logprobs) return nullptr;
-  if (call_.chat) {
+  if (!logprobs_) return nullptr;
+  if (chat_) {
     const auto entry = [&](const TokenLogprob& t) {
       const std::string bytes = engine_.token_bytes(t.token);
       Json values = Json::array();
@@ -309,7 +372,7 @@ Json Answer::chunk(int index, const GenerationEvent& e) {
   count(e);
   Choice& choice = choices_[static_cast<std::size_t>(index)];
   Json one = {{"index", index}};
-  if (call_.chat) {
+  if (chat_) {
     one["delta"] = Json::object();
     if (!choice.begun) one["delta"]["role"] = "assistant";
     if (!choice.begun || !e.text.empty()) one["delta"]["content"] = e.text;
@@ -319,14 +382,14 @@ Json Answer::chunk(int index, const GenerationEvent& e) {
   choice.begun = true;
   one["logprobs"] = e.logprobs.empty() ? Json() : logprobs_json(choice, e);
   one["finish_reason"] = e.finish == FinishReason::kNone ? Json() : Json(finish_reason_name(e.finish));
-  Json out = head(call_.chat ? "chat.completion.chunk" : "text_completion");
+  Json out = head(chat_ ? "chat.completion.chunk" : "text_completion");
   out["choices"] = Json::array({one});
-  if (call_.include_usage) out["usage"] = nullptr;
+  if (include_usage_) out["usage"] = nullptr;
   return out;
 }
 
 Json Answer::usage_chunk() const {
-  Json out = head(call_.chat ? "chat.completion.chunk" : "text_completion");
+  Json out = head(chat_ ? "chat.completion.chunk" : "text_completion");
   out["choices"] = Json::array();
   out["usage"] = usage();
   return out;
@@ -350,12 +413,12 @@ void Answer::collect(int index, const GenerationEvent& e) {
 
 Json Answer::complete() const {
   if (!error_.empty()) throw ApiError(500, "server_error", error_);
-  Json out = head(call_.chat ? "chat.completion" : "text_completion");
+  Json out = head(chat_ ? "chat.completion" : "text_completion");
   out["choices"] = Json::array();
   for (std::size_t i = 0; i < choices_.size(); ++i) {
     const Choice& choice = choices_[i];
     Json one = {{"index", i}};
-    if (call_.chat) {
+    if (chat_) {
       one["message"] = {{"role", "assistant"}, {"content", choice.text}};
     } else {
       one["text"] = choice.text;

@@ -12,7 +12,10 @@
 
 namespace flash_mla::server {
 
-using Json = nlohmann::ordered_json;
+using Json = nlohmann::ordered_json;  ///< what is written: fields in the order of OpenAI's documents
+/// What clients send: looking up a field of an ordered_json walks over all of them, so that an object with a
+/// million fields would take a thread for minutes.
+using Body = nlohmann::json;
 
 /// An answer other than success, in OpenAI's error shape.
 class ApiError : public std::runtime_error {
@@ -35,6 +38,10 @@ class ApiError : public std::runtime_error {
 /// 400, "invalid_request_error".
 ApiError bad_request(const std::string& message, std::string param = {});
 
+/// Parses what a client sent. Throws ApiError if it is not a JSON object or nested more than 32 deep: copying
+/// a JSON value takes as much stack as it is nested.
+Body parse_body(std::string_view text);
+
 struct Call {
   bool chat = false, stream = false, include_usage = false;
   bool logprobs = false;
@@ -44,6 +51,9 @@ struct Call {
 
 /// Parses the body of /v1/completions or /v1/chat/completions. Throws ApiError.
 Call parse_call(std::string_view body, bool chat, const std::string& model_name);
+
+/// Parses the body of /v1/tokenize: its text. Throws ApiError.
+std::string parse_tokenize(std::string_view body);
 
 /// Builds the answers of one call from its events.
 class Answer {
@@ -75,7 +85,7 @@ class Answer {
   Json logprobs_json(Choice& choice, const GenerationEvent& event) const;
   Json usage() const;
 
-  const Call call_;
+  bool chat_, include_usage_, logprobs_;
   std::string id_, model_name_, error_;
   std::int64_t created_;
   const Engine& engine_;

@@ -1,90 +1,112 @@
-#include <fmt/format.h>
+#include <prometheus/metric_family.h>
+#include <prometheus/text_serializer.h>
 
-#include <iterator>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "server/server.h"
+
+// The figures are counted where they arise, in the engine and the server, under their locks; what is served
+// is one consistent snapshot of them. So prometheus-cpp's data model and serializer are used, not its
+// registry.
 
 namespace flash_mla::server {
 namespace {
 
-class Page {
- public:
-  template <typename Value>
-  void value(const char* name, const char* type, const char* help, Value value) {
-    head(name, type, help);
-    fmt::format_to(out(), "{} {}\n", name, value);
-  }
-  void head(const char* name, const char* type, const char* help) {
-    fmt::format_to(out(), "# HELP {} {}\n# TYPE {} {}\n", name, help, name, type);
-  }
-  void labelled(const char* name, const char* label, const char* value, std::int64_t count) {
-    fmt::format_to(out(), "{}{{{}=\"{}\"}} {}\n", name, label, value, count);
-  }
-  void histogram(const char* name, const char* help, const Histogram& h) {
-    head(name, "histogram", help);
-    std::int64_t cumulative = 0;
-    for (std::size_t i = 0; i < h.bounds.size(); ++i) {
-      cumulative += h.counts[i];
-      fmt::format_to(out(), "{}_bucket{{le=\"{}\"}} {}\n", name, h.bounds[i], cumulative);
-    }
-    fmt::format_to(out(), "{}_bucket{{le=\"+Inf\"}} {}\n{}_sum {}\n{}_count {}\n", name, h.total, name, h.sum,
-                   name, h.total);
-  }
-  std::string text;
-
- private:
-  std::back_insert_iterator<std::string> out() { return std::back_inserter(text); }
-};
+using prometheus::ClientMetric;
+using prometheus::MetricFamily;
+using prometheus::MetricType;
 
 double share(double part, double whole) { return whole == 0 ? 0 : part / whole; }
+
+class Families {
+ public:
+  template <typename Value>
+  void counter(const char* name, const char* help, Value value) {
+    begin(name, help, MetricType::Counter);
+    sample().counter.value = static_cast<double>(value);
+  }
+  template <typename Value>
+  void gauge(const char* name, const char* help, Value value) {
+    begin(name, help, MetricType::Gauge);
+    sample().gauge.value = static_cast<double>(value);
+  }
+  /// One counter for each value of a label.
+  void counters(const char* name, const char* help, const char* label,
+                const std::vector<std::pair<std::string, std::int64_t>>& values) {
+    begin(name, help, MetricType::Counter);
+    for (const auto& [key, value] : values) {
+      ClientMetric& metric = sample();
+      metric.label = {{label, key}};
+      metric.counter.value = static_cast<double>(value);
+    }
+  }
+  void histogram(const char* name, const char* help, const Histogram& h) {
+    begin(name, help, MetricType::Histogram);
+    ClientMetric::Histogram& out = sample().histogram;
+    std::uint64_t cumulative = 0;
+    for (std::size_t i = 0; i < h.counts.size(); ++i) {
+      cumulative += static_cast<std::uint64_t>(h.counts[i]);
+      out.bucket.push_back(
+          {cumulative, i < h.bounds.size() ? h.bounds[i] : std::numeric_limits<double>::infinity()});
+    }
+    out.sample_count = static_cast<std::uint64_t>(h.total);
+    out.sample_sum = h.sum;
+  }
+  std::string text() const { return prometheus::TextSerializer().Serialize(families_); }
+
+ private:
+  void begin(const char* name, const char* help, MetricType type) {
+    families_.push_back({name, help, type, {}});
+  }
+  ClientMetric& sample() { return families_.back().metric.emplace_back(); }
+
+  std::vector<MetricFamily> families_;
+};
 
 }  // namespace
 
 std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
-  Page p;
-  p.head("mla_http_responses_total", "counter",
-         "HTTP responses by status; 499: the client left before its answer ended.");
-  for (const auto& [status, count] : http.responses) {
-    p.labelled("mla_http_responses_total", "code", std::to_string(status).c_str(), count);
-  }
-  p.value("mla_http_connections", "gauge", "Open connections.", http.connections);
-  p.value("mla_requests_submitted_total", "counter", "Requests that entered the queue.",
-          s.requests_submitted);
-  const char* finished = "mla_continuations_finished_total";
-  p.head(finished, "counter", "Continuations by how they ended.");
-  p.labelled(finished, "reason", "stop", s.finished_stop);
-  p.labelled(finished, "reason", "length", s.finished_length);
-  p.labelled(finished, "reason", "cancelled", s.cancelled);
-  p.labelled(finished, "reason", "error", s.failed);
-  p.value("mla_sequences_running", "gauge", "Sequences in the batch.", s.running);
-  p.value("mla_sequences_waiting", "gauge", "Sequences in the queue.", s.waiting);
-  p.value("mla_prompt_tokens_total", "counter", "Tokens of prompts.", s.prompt_tokens);
-  p.value("mla_generated_tokens_total", "counter", "Tokens of continuations.", s.generated_tokens);
-  p.value("mla_computed_tokens_total", "counter", "Tokens that went through the model.", s.computed_tokens);
-  p.value("mla_prefix_tokens_looked_up_total", "counter", "Prompt tokens looked up in the prefix cache.",
-          s.prefix_tokens_looked_up);
-  p.value("mla_prefix_tokens_hit_total", "counter", "Prompt tokens found in the prefix cache.",
-          s.prefix_tokens_hit);
-  p.value("mla_preemptions_total", "counter", "Sequences that lost their pages to earlier ones.",
-          s.preemptions);
-  p.value("mla_pages_evicted_total", "counter", "Cached pages that were taken for new tokens.",
-          s.pages_evicted);
-  p.value("mla_steps_total", "counter", "Steps of the engine.", s.steps);
-  p.value("mla_step_seconds_total", "counter", "Time spent in steps.", s.step_seconds);
-  p.value("mla_cache_pages", "gauge", "Pages of 64 tokens in the cache.", s.pages_total);
-  p.value("mla_cache_pages_used", "gauge", "Pages of running sequences.", s.pages_used);
-  p.value("mla_cache_pages_cached", "gauge", "Pages kept for prefix reuse only.", s.pages_cached);
-  p.value("mla_mem_utilization", "gauge", "Cache bytes of running sequences over all cache bytes.",
+  Families f;
+  std::vector<std::pair<std::string, std::int64_t>> responses;
+  for (const auto& [status, count] : http.responses) responses.emplace_back(std::to_string(status), count);
+  f.counters("mla_http_responses_total",
+             "HTTP responses by status; 499: the client left before its answer ended.", "code", responses);
+  f.gauge("mla_http_connections", "Open connections.", http.connections);
+  f.counter("mla_requests_submitted_total", "Requests that entered the queue.", s.requests_submitted);
+  f.counters("mla_continuations_finished_total", "Continuations by how they ended.", "reason",
+             {{"stop", s.finished_stop},
+              {"length", s.finished_length},
+              {"cancelled", s.cancelled},
+              {"error", s.failed}});
+  f.gauge("mla_sequences_running", "Sequences in the batch.", s.running);
+  f.gauge("mla_sequences_waiting", "Sequences in the queue.", s.waiting);
+  f.counter("mla_prompt_tokens_total", "Tokens of prompts.", s.prompt_tokens);
+  f.counter("mla_generated_tokens_total", "Tokens of continuations.", s.generated_tokens);
+  f.counter("mla_computed_tokens_total", "Tokens that went through the model.", s.computed_tokens);
+  f.counter("mla_prefix_tokens_looked_up_total", "Prompt tokens looked up in the prefix cache.",
+            s.prefix_tokens_looked_up);
+  f.counter("mla_prefix_tokens_hit_total", "Prompt tokens found in the prefix cache.", s.prefix_tokens_hit);
+  f.counter("mla_preemptions_total", "Sequences that lost their pages to earlier ones.", s.preemptions);
+  f.counter("mla_pages_evicted_total", "Cached pages that were taken for new tokens.", s.pages_evicted);
+  f.counter("mla_steps_total", "Steps of the engine.", s.steps);
+  f.counter("mla_step_seconds_total", "Time spent in steps.", s.step_seconds);
+  f.gauge("mla_cache_pages", "Pages of 64 tokens in the cache.", s.pages_total);
+  f.gauge("mla_cache_pages_used", "Pages of running sequences.", s.pages_used);
+  f.gauge("mla_cache_pages_cached", "Pages kept for prefix reuse only.", s.pages_cached);
+  f.gauge("mla_mem_utilization", "Cache bytes of running sequences over all cache bytes.",
           share(s.pages_used, s.pages_total));
-  p.value("warps_active_ratio", "gauge",
+  f.gauge("warps_active_ratio",
           "Busy over available workers, by the decode schedule of the last step that decoded.",
           s.schedule_utilisation);
-  p.value("cache_hit_rate", "gauge", "Prompt tokens found in the prefix cache over those looked up.",
+  f.gauge("cache_hit_rate", "Prompt tokens found in the prefix cache over those looked up.",
           share(static_cast<double>(s.prefix_tokens_hit), static_cast<double>(s.prefix_tokens_looked_up)));
-  p.histogram("mla_ttft_seconds", "Submission to first token.", s.ttft_seconds);
-  p.histogram("mla_tpot_seconds", "Time per token after the first, per continuation.", s.tpot_seconds);
-  p.histogram("mla_e2e_seconds", "Submission to the end of a continuation.", s.e2e_seconds);
-  return p.text;
+  f.histogram("mla_ttft_seconds", "Submission to first token.", s.ttft_seconds);
+  f.histogram("mla_tpot_seconds", "Time per token after the first, per continuation.", s.tpot_seconds);
+  f.histogram("mla_e2e_seconds", "Submission to the end of a continuation.", s.e2e_seconds);
+  return f.text();
 }
 
 }  // namespace flash_mla::server

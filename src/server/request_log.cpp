@@ -3,10 +3,6 @@
 #include <fmt/chrono.h>
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <atomic>
-#include <random>
-
 #include "server/api.h"
 
 namespace flash_mla::server {
@@ -21,11 +17,6 @@ std::string now() {
   const auto ms =
       std::chrono::duration_cast<std::chrono::milliseconds>(time.time_since_epoch()).count() % 1000;
   return fmt::format("{:%Y-%m-%dT%H:%M:%S}.{:03}Z", fmt::gmtime(system_clock::to_time_t(time)), ms);
-}
-
-bool allowed_in_id(char c) {
-  return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '_' ||
-         c == '.' || c == ':';
 }
 
 }  // namespace
@@ -45,18 +36,6 @@ std::string log_line(const RequestRecord& r) {
   }
   if (!r.error.empty()) line["error"] = r.error.substr(0, kMostBytes);
   return line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
-}
-
-std::string request_id(std::string_view given) {
-  if (!given.empty() && given.size() <= 128 && std::ranges::all_of(given, allowed_in_id)) {
-    return std::string(given);
-  }
-  static const std::uint64_t process = [] {
-    std::random_device random;
-    return (std::uint64_t{random()} << 32) | random();
-  }();
-  static std::atomic<std::uint64_t> next = 1;
-  return fmt::format("req-{:016x}-{:x}", process, next++);
 }
 
 }  // namespace flash_mla::server

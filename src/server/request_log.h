@@ -3,7 +3,6 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
-#include <string_view>
 
 #include "flash_mla/engine.h"
 
@@ -25,9 +24,5 @@ struct RequestRecord {
 
 /// One line of JSON, with the end of line.
 std::string log_line(const RequestRecord& record);
-
-/// The client's x-request-id if it is 1 to 128 letters, digits or "-_.:", else a new one that no other
-/// request has, of this process or (as far as chance goes) another.
-std::string request_id(std::string_view given);
 
 }  // namespace flash_mla::server

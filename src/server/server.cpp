@@ -1,7 +1,9 @@
 #include "server/server.h"
 
 #include <fmt/format.h>
+#include <poll.h>
 
+#include <array>
 #include <atomic>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/co_spawn.hpp>
@@ -22,6 +24,7 @@
 #include "flash_mla/error.h"
 #include "flash_mla_status_page.h"
 #include "server/api.h"
+#include "server/headers.h"
 #include "server/request_log.h"
 
 namespace flash_mla::server {
@@ -39,20 +42,14 @@ using std::chrono::seconds;
 
 using HttpRequest = http::request<http::string_body>;
 using HttpResponse = http::response<http::string_body>;
+using TimePoint = std::chrono::steady_clock::time_point;
+using RequestParser = http::request_parser<http::string_body>;
 
 constexpr std::uint32_t kMaxHeaderBytes = 16 * 1024;
 
 std::string dump(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
 
-// Takes the same time wherever the first difference is.
-bool equal_in_constant_time(std::string_view a, std::string_view b) {
-  unsigned difference = a.size() != b.size();
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference |= static_cast<unsigned char>(a[i]) ^
-                  static_cast<unsigned char>(b[i % std::max<std::size_t>(1, b.size())]);
-  }
-  return difference == 0 && a.size() == b.size();
-}
+std::string_view view(boost::string_view text) { return {text.data(), text.size()}; }
 
 // Events on their way from the engine's thread to a connection's. The engine only appends and rings.
 class Mailbox : public std::enable_shared_from_this<Mailbox> {
@@ -74,11 +71,14 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   // On the connection's strand, as everything below. `deadline`: when take() gives up.
   void set_deadline(asio::steady_timer::time_point deadline) { deadline_ = deadline; }
   bool late() const { return asio::steady_timer::clock_type::now() >= deadline_; }
-  void ring() {
+  void client_left() {
     gone_ = true;
     bell_.cancel();
   }
   bool gone() const { return gone_; }
+  /// Nobody takes from here any more.
+  void close() { closed_ = true; }
+  bool closed() const { return closed_; }
 
   /// Waits for events; empty if the client went away or the deadline has passed.
   awaitable<std::deque<std::pair<int, GenerationEvent>>> take() {
@@ -99,7 +99,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   asio::steady_timer bell_;
   std::mutex mutex_;
   std::deque<std::pair<int, GenerationEvent>> events_;
-  bool gone_ = false;
+  bool gone_ = false, closed_ = false;
   asio::steady_timer::time_point deadline_ = asio::steady_timer::time_point::max();
 };
 
@@ -109,9 +109,9 @@ struct Server::Impl {
   Impl(Engine& served, const ServerOptions& o)
       : engine(served),
         options(o),
-        acceptor(context),
-        signals(context, SIGINT, SIGTERM),
-        drain_poll(context) {
+        control(asio::make_strand(context)),
+        acceptor(control),
+        signals(control, SIGINT, SIGTERM) {
     error_code error;
     const auto address = asio::ip::make_address(options.host, error);
     if (error) throw InvalidArgument(fmt::format("host is \"{}\", expected an IP address", options.host));
@@ -128,10 +128,13 @@ struct Server::Impl {
 
   awaitable<void> accept();
   awaitable<void> wait_for_signals();
+  awaitable<void> stop_when_drained();
   awaitable<void> connection(beast::tcp_stream stream);
-  awaitable<bool> answer(beast::tcp_stream& stream, const HttpRequest& request, RequestRecord& record);
-  awaitable<bool> generate(beast::tcp_stream& stream, const HttpRequest& request, bool chat,
-                           RequestRecord& record);
+  awaitable<error_code> read(beast::tcp_stream& stream, beast::flat_buffer& buffer, RequestParser& parser,
+                             TimePoint& begin);
+  awaitable<void> refuse(beast::tcp_stream& stream, int status, const std::string& message);
+  awaitable<bool> answer(beast::tcp_stream& stream, HttpRequest& request, RequestRecord& record);
+  awaitable<bool> generate(beast::tcp_stream& stream, HttpRequest& request, bool chat, RequestRecord& record);
   awaitable<void> write(beast::tcp_stream& stream, HttpResponse& response, bool keep_alive,
                         RequestRecord& record);
   void note(const RequestRecord& record);
@@ -143,10 +146,6 @@ struct Server::Impl {
 
   Engine& engine;
   ServerOptions options;
-  asio::io_context context;
-  tcp::acceptor acceptor;
-  asio::signal_set signals;
-  asio::steady_timer drain_poll;
   std::atomic<int> num_connections = 0;
   std::atomic<int> num_calls = 0;
   std::atomic<bool> draining = false;
@@ -155,6 +154,12 @@ struct Server::Impl {
   std::map<int, std::int64_t> responses;  // by status
   std::int64_t created =
       std::chrono::duration_cast<seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  // After all that connections use: a second signal leaves them to this one's destructor.
+  asio::io_context context;
+  // Accepting and stopping, one at a time: they share the acceptor.
+  asio::strand<asio::io_context::executor_type> control;
+  tcp::acceptor acceptor;
+  asio::signal_set signals;
 };
 
 namespace {
@@ -181,12 +186,13 @@ class Submitted {
   Submitted(const Submitted&) = delete;
   Submitted& operator=(const Submitted&) = delete;
 
-  void submit(const Call& call, const std::shared_ptr<Mailbox>& mailbox) {
+  void submit(std::vector<Request> requests, const std::shared_ptr<Mailbox>& mailbox) {
     int first = 0;
-    for (const Request& request : call.requests) {
+    for (Request& request : requests) {
       const int n = request.sampling.n;
-      ids_.push_back(engine_.submit(
-          request, [mailbox, first](const GenerationEvent& e) { mailbox->put(first + e.index, e); }));
+      ids_.push_back(engine_.submit(std::move(request), [mailbox, first](const GenerationEvent& e) {
+        mailbox->put(first + e.index, e);
+      }));
       first += n;
     }
   }
@@ -196,14 +202,60 @@ class Submitted {
   std::vector<RequestId> ids_;
 };
 
-/// Reads while a call runs, for the one thing there is to learn: that the client has gone away. It shares the
-/// mailbox, so it may outlive the call.
+/// Whether the other side has closed, though bytes that it sent before still wait to be read.
+bool has_hung_up(tcp::socket& socket) {
+  pollfd wanted{socket.native_handle(), POLLRDHUP, 0};
+  return ::poll(&wanted, 1, 0) != 0;
+}
+
 awaitable<void> watch(beast::tcp_stream& stream, std::shared_ptr<Mailbox> mailbox) {
   char byte = 0;
   error_code error;
   co_await stream.socket().async_receive(asio::buffer(&byte, 1), asio::socket_base::message_peek,
                                          redirect_error(use_awaitable, error));
-  if (error) mailbox->ring();
+  // Behind the next request, sent early, an end of input cannot be waited for.
+  asio::steady_timer timer(co_await asio::this_coro::executor);
+  while (!error && !mailbox->closed() && !has_hung_up(stream.socket())) {
+    timer.expires_after(std::chrono::milliseconds(100));
+    co_await timer.async_wait(redirect_error(use_awaitable, error));
+  }
+  if (!mailbox->closed()) mailbox->client_left();
+}
+
+/// Watches, while a call runs, for its client going away.
+class Watcher {
+ public:
+  Watcher(beast::tcp_stream& stream, std::shared_ptr<Mailbox> mailbox)
+      : stream_(stream), mailbox_(std::move(mailbox)) {
+    asio::co_spawn(stream.get_executor(), watch(stream, mailbox_), asio::detached);
+  }
+  // It must not read beside the next request. What still runs of it touches nothing but its mailbox.
+  ~Watcher() {
+    mailbox_->close();
+    error_code ignored;
+    stream_.socket().cancel(ignored);
+  }
+  Watcher(const Watcher&) = delete;
+  Watcher& operator=(const Watcher&) = delete;
+
+ private:
+  beast::tcp_stream& stream_;
+  std::shared_ptr<Mailbox> mailbox_;
+};
+
+/// Sends what the socket takes at once, which is nearly always all, without the timer and the round through
+/// the scheduler that waiting costs.
+template <typename Buffers>
+awaitable<void> send_event(beast::tcp_stream& stream, Buffers buffers, int timeout_seconds) {
+  error_code error;
+  const std::size_t sent = stream.socket().write_some(buffers, error);
+  if (error && error != asio::error::would_block) throw boost::system::system_error(error);
+  if (sent == asio::buffer_size(buffers)) co_return;
+  beast::buffers_suffix<Buffers> rest(buffers);
+  rest.consume(sent);
+  stream.expires_after(seconds(timeout_seconds));
+  co_await asio::async_write(stream, rest, use_awaitable);
+  stream.expires_never();
 }
 
 }  // namespace
@@ -217,28 +269,24 @@ HttpResponse Server::Impl::json_response(const HttpRequest& request, int status,
 
 void Server::Impl::authorise(const HttpRequest& request) const {
   if (options.api_keys.empty()) return;
-  const auto header = request[http::field::authorization];
-  std::string_view given(header.data(), header.size());
-  constexpr std::string_view kBearer = "Bearer ";
-  if (given.starts_with(kBearer)) given.remove_prefix(kBearer.size());
-  bool known = false;
-  for (const std::string& key : options.api_keys) known |= equal_in_constant_time(given, key);
-  if (!known)
+  if (!is_known_key(bearer_key(view(request[http::field::authorization])), options.api_keys)) {
     throw ApiError(401, "invalid_request_error", "the API key is missing or wrong", "", "invalid_api_key");
+  }
 }
 
 Json Server::Impl::tokenize(const HttpRequest& request) const {
-  const Json json = Json::parse(request.body(), nullptr, false);
-  if (!json.is_object() || !json.contains("prompt") || !json["prompt"].is_string()) {
-    throw bad_request("prompt is missing, expected text", "prompt");
+  const std::string prompt = parse_tokenize(request.body());
+  try {
+    const std::vector<std::int32_t> ids =
+        engine.tokenize(prompt, /*add_special_tokens=*/true, /*allow_special=*/false);
+    return {{"count", ids.size()}, {"max_model_len", engine.max_length()}, {"tokens", ids}};
+  } catch (const InvalidArgument& e) {
+    throw bad_request(e.what(), "prompt");
   }
-  const std::vector<std::int32_t> ids = engine.tokenize(json["prompt"].get<std::string>(),
-                                                        /*add_special_tokens=*/true, /*allow_special=*/false);
-  return {{"count", ids.size()}, {"max_model_len", engine.max_length()}, {"tokens", ids}};
 }
 
 HttpResponse Server::Impl::simple(const HttpRequest& request) {
-  const std::string target(request.target().substr(0, request.target().find('?')));
+  const std::string target(path_of(view(request.target())));
   const auto text = [&](const char* type, std::string body) {
     HttpResponse response(http::status::ok, request.version());
     response.set(http::field::content_type, type);
@@ -257,6 +305,7 @@ HttpResponse Server::Impl::simple(const HttpRequest& request) {
     HttpResponse page = text("text/html; charset=utf-8", kStatusPage);
     page.set("content-security-policy",
              "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+             "img-src data:; "
              "frame-ancestors 'none'");
     return page;
   }
@@ -310,12 +359,26 @@ awaitable<void> Server::Impl::write(beast::tcp_stream& stream, HttpResponse& res
   record.status = response.result_int();
 }
 
+/// Logs a request and counts it, however its answer ended.
+class Server::Noted {
+ public:
+  Noted(Impl& impl, const RequestRecord& record) : impl_(impl), record_(record) {}
+  ~Noted() { impl_.note(record_); }
+  Noted(const Noted&) = delete;
+  Noted& operator=(const Noted&) = delete;
+
+ private:
+  Impl& impl_;
+  const RequestRecord& record_;
+};
+
 // True if the connection may carry another request.
-awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequest& request, bool chat,
+awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, HttpRequest& request, bool chat,
                                        RequestRecord& record) {
   authorise(request);
   if (draining) throw ApiError(503, "server_error", "the server is shutting down");
-  const Call call = parse_call(request.body(), chat, options.model_name);
+  Call call = parse_call(request.body(), chat, options.model_name);
+  request.body() = std::string();  // a stream may wait for long, with a long prompt
   record.generates = true;
   record.stream = call.stream;
   record.num_choices = call.num_choices;
@@ -327,7 +390,7 @@ awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequ
   }
   Submitted submitted(engine);
   try {
-    submitted.submit(call, mailbox);
+    submitted.submit(std::move(call.requests), mailbox);
   } catch (const InvalidArgument& e) {
     throw bad_request(e.what());
   } catch (const Unsupported& e) {
@@ -340,12 +403,7 @@ awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequ
       std::chrono::duration_cast<seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
   Answer answer(call, id, options.model_name, now, engine);
   stream.expires_never();
-  asio::co_spawn(stream.get_executor(), watch(stream, mailbox), asio::detached);
-  // The watcher must not read beside the next request; what it does when it is stopped is only to ring.
-  const auto stop_watching = [&] {
-    error_code ignored;
-    stream.socket().cancel(ignored);
-  };
+  const Watcher watcher(stream, mailbox);
   // Without chunks the end of a stream is the end of the connection.
   const bool keep_alive = request.keep_alive() && !draining && !(call.stream && request.version() < 11);
 
@@ -369,7 +427,6 @@ awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequ
                           fmt::format("the answer took longer than {} s, this server's limit for a request",
                                       options.request_timeout_seconds),
                           "", "timeout");
-      stop_watching();
       if (!call.stream) throw late;
       record.error = late.what();
       out = "data: " + dump(late.body()) + "\n\ndata: [DONE]\n\n";
@@ -398,15 +455,12 @@ awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequ
       out += "data: [DONE]\n\n";
     }
     if (out.empty()) continue;
-    stream.expires_after(seconds(options.write_timeout_seconds));
     if (request.version() >= 11) {
-      co_await asio::async_write(stream, http::make_chunk(asio::buffer(out)), use_awaitable);
+      co_await send_event(stream, http::make_chunk(asio::buffer(out)), options.write_timeout_seconds);
     } else {
-      co_await asio::async_write(stream, asio::buffer(out), use_awaitable);
+      co_await send_event(stream, asio::const_buffers_1(asio::buffer(out)), options.write_timeout_seconds);
     }
-    stream.expires_never();
   }
-  stop_watching();
   record.usage = answer.tokens();
   if (call.stream) {
     if (request.version() >= 11) {
@@ -422,9 +476,8 @@ awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, const HttpRequ
 }
 
 // True if the connection may carry another request.
-awaitable<bool> Server::Impl::answer(beast::tcp_stream& stream, const HttpRequest& request,
-                                     RequestRecord& record) {
-  const std::string target(request.target().substr(0, request.target().find('?')));
+awaitable<bool> Server::Impl::answer(beast::tcp_stream& stream, HttpRequest& request, RequestRecord& record) {
+  const std::string target(path_of(view(request.target())));
   HttpResponse response;
   try {
     if (request.method() == http::verb::post &&
@@ -451,93 +504,130 @@ awaitable<bool> Server::Impl::answer(beast::tcp_stream& stream, const HttpReques
   co_return keep_alive;
 }
 
-/// Logs a request and counts it, however its answer ended.
-class Server::Noted {
- public:
-  Noted(Impl& impl, const RequestRecord& record) : impl_(impl), record_(record) {}
-  ~Noted() { impl_.note(record_); }
-  Noted(const Noted&) = delete;
-  Noted& operator=(const Noted&) = delete;
+/// Answers what is no request.
+awaitable<void> Server::Impl::refuse(beast::tcp_stream& stream, int status, const std::string& message) {
+  RequestRecord record;
+  record.id = request_id({});
+  record.error = message;
+  record.status = status;  // whether or not the client hears it
+  HttpRequest empty;
+  empty.version(11);
+  const ApiError error(status, status == 503 ? "server_error" : "invalid_request_error", message);
+  HttpResponse response = json_response(empty, status, error.body());
+  if (status == 503) response.set(http::field::retry_after, "1");
+  const Noted noted(*this, record);
+  co_await write(stream, response, /*keep_alive=*/false, record);
+  // Closing with bytes unread would reset the connection, and the answer with it: take what is still coming,
+  // for a moment.
+  error_code error_of_close;
+  stream.socket().shutdown(tcp::socket::shutdown_send, error_of_close);
+  stream.expires_after(seconds(1));
+  std::array<char, 16 * 1024> unread;
+  for (std::size_t total = 0; !error_of_close && total < options.max_body_bytes;) {
+    total +=
+        co_await stream.async_read_some(asio::buffer(unread), redirect_error(use_awaitable, error_of_close));
+  }
+}
 
- private:
-  Impl& impl_;
-  const RequestRecord& record_;
-};
+/// Reads a request: idle time until its first byte, which is its `begin`, then a bound on all of it however
+/// slowly it drips in.
+awaitable<error_code> Server::Impl::read(beast::tcp_stream& stream, beast::flat_buffer& buffer,
+                                         RequestParser& parser, TimePoint& begin) {
+  error_code error;
+  if (buffer.size() == 0) {
+    buffer.shrink_to_fit();  // a long prompt has left it large
+    stream.expires_after(seconds(options.idle_timeout_seconds));
+    const std::size_t n =
+        co_await stream.async_read_some(buffer.prepare(4096), redirect_error(use_awaitable, error));
+    if (error) co_return http::error::end_of_stream;
+    buffer.commit(n);
+  }
+  begin = std::chrono::steady_clock::now();
+  stream.expires_after(seconds(options.read_timeout_seconds));
+  co_await http::async_read_header(stream, buffer, parser, redirect_error(use_awaitable, error));
+  if (error) co_return error;
+  // Some clients wait a second for this before they send a long body.
+  if (!parser.is_done() && beast::iequals(parser.get()[http::field::expect], "100-continue")) {
+    constexpr std::string_view kContinue = "HTTP/1.1 100 Continue\r\n\r\n";
+    co_await asio::async_write(stream, asio::buffer(kContinue), redirect_error(use_awaitable, error));
+    if (error) co_return error;
+  }
+  co_await http::async_read(stream, buffer, parser, redirect_error(use_awaitable, error));
+  if (buffer.size() == 0) buffer.shrink_to_fit();
+  co_return error;
+}
 
 awaitable<void> Server::Impl::connection(beast::tcp_stream stream) {
   const Counted counted(num_connections);
   beast::flat_buffer buffer(kMaxHeaderBytes + options.max_body_bytes);
   try {
-    for (bool more = num_connections <= options.max_connections; more;) {
-      http::request_parser<http::string_body> parser;
+    bool more = num_connections <= options.max_connections;
+    if (!more) co_await refuse(stream, 503, "too many connections");
+    while (more) {
+      RequestParser parser;
       parser.header_limit(kMaxHeaderBytes);
       parser.body_limit(options.max_body_bytes);
-      error_code error;
-      // Idle time until the first byte, then a bound on the whole request however slowly it drips in.
-      if (buffer.size() == 0) {
-        stream.expires_after(seconds(options.idle_timeout_seconds));
-        const std::size_t n =
-            co_await stream.async_read_some(buffer.prepare(4096), redirect_error(use_awaitable, error));
-        if (error) break;
-        buffer.commit(n);
-      }
-      const auto begin = std::chrono::steady_clock::now();
-      stream.expires_after(seconds(options.read_timeout_seconds));
-      co_await http::async_read(stream, buffer, parser, redirect_error(use_awaitable, error));
+      TimePoint begin;
+      const error_code error = co_await read(stream, buffer, parser, begin);
       if (error == http::error::end_of_stream || error == beast::error::timeout) break;
       if (error) {
         const int status = error == http::error::body_limit     ? 413
                            : error == http::error::header_limit ? 431
                                                                 : 400;
-        RequestRecord record;
-        record.id = request_id({});
-        record.error = error.message();
-        record.status = status;  // whether or not the client hears it
-        HttpRequest empty;
-        empty.version(11);
-        HttpResponse response = json_response(
-            empty, status,
-            ApiError(status, "invalid_request_error", "the request cannot be read: " + error.message())
-                .body());
-        const Noted noted(*this, record);
-        co_await write(stream, response, /*keep_alive=*/false, record);
+        co_await refuse(stream, status, "the request cannot be read: " + error.message());
         break;
       }
-      const HttpRequest request = parser.release();
+      HttpRequest request = parser.release();
       RequestRecord record;
       record.begin = begin;
-      const auto given = request["x-request-id"];
-      record.id = request_id({given.data(), given.size()});
+      record.id = request_id(view(request["x-request-id"]));
       record.method = std::string(request.method_string());
-      // Without the query: that is the client's business.
-      record.path = std::string(request.target().substr(0, request.target().find('?')));
+      record.path = std::string(path_of(view(request.target())));
       const Noted noted(*this, record);
       more = co_await answer(stream, request, record);
+      // A watcher may have seen the end of input in the meantime. Asio would not look for it again: the next
+      // read would wait for an edge that has passed.
+      more = more && !(record.generates && has_hung_up(stream.socket()));
     }
   } catch (const boost::system::system_error&) {
     // The client is gone; its requests have been cancelled on the way here.
   }
   error_code ignored;
   stream.socket().shutdown(tcp::socket::shutdown_both, ignored);
-  stream.close();  // ends a watcher that still reads; it touches nothing but its mailbox afterwards
+  stream.close();
 }
 
 awaitable<void> Server::Impl::accept() {
+  asio::steady_timer pause(control);
   for (;;) {
     error_code error;
     tcp::socket socket(asio::make_strand(context));
     co_await acceptor.async_accept(socket, redirect_error(use_awaitable, error));
-    if (error == asio::error::operation_aborted) co_return;
+    if (!acceptor.is_open()) co_return;
     if (error) {
       // Out of file descriptors, most likely: give others time to close.
-      drain_poll.expires_after(std::chrono::milliseconds(50));
-      co_await drain_poll.async_wait(redirect_error(use_awaitable, error));
+      pause.expires_after(std::chrono::milliseconds(50));
+      co_await pause.async_wait(redirect_error(use_awaitable, error));
       continue;
     }
     socket.set_option(tcp::no_delay(true), error);
+    socket.non_blocking(true, error);
     const auto executor = socket.get_executor();
     asio::co_spawn(executor, connection(beast::tcp_stream(std::move(socket))), asio::detached);
   }
+}
+
+awaitable<void> Server::Impl::stop_when_drained() {
+  asio::steady_timer pause(control);
+  error_code ignored;
+  while (num_calls > 0) {
+    pause.expires_after(std::chrono::milliseconds(20));
+    co_await pause.async_wait(redirect_error(use_awaitable, ignored));
+  }
+  // Time for the last bytes to leave.
+  pause.expires_after(std::chrono::milliseconds(50));
+  co_await pause.async_wait(redirect_error(use_awaitable, ignored));
+  context.stop();
 }
 
 awaitable<void> Server::Impl::wait_for_signals() {
@@ -548,20 +638,7 @@ awaitable<void> Server::Impl::wait_for_signals() {
   fmt::print(stderr, "flash-mla serve: finishing {} requests; a second signal stops at once\n",
              num_calls.load());
   // Whichever comes first: the last call ends, or the second signal.
-  asio::co_spawn(
-      context,
-      [this]() -> awaitable<void> {
-        error_code ignored;
-        while (num_calls > 0) {
-          drain_poll.expires_after(std::chrono::milliseconds(20));
-          co_await drain_poll.async_wait(redirect_error(use_awaitable, ignored));
-        }
-        // Time for the last bytes to leave.
-        drain_poll.expires_after(std::chrono::milliseconds(50));
-        co_await drain_poll.async_wait(redirect_error(use_awaitable, ignored));
-        context.stop();
-      },
-      asio::detached);
+  asio::co_spawn(control, stop_when_drained(), asio::detached);
   co_await signals.async_wait(redirect_error(use_awaitable, error));
   if (!error) context.stop();
 }
@@ -573,8 +650,8 @@ Server::~Server() = default;
 int Server::port() const { return impl_->acceptor.local_endpoint().port(); }
 
 void Server::run() {
-  asio::co_spawn(impl_->context, impl_->accept(), asio::detached);
-  asio::co_spawn(impl_->context, impl_->wait_for_signals(), asio::detached);
+  asio::co_spawn(impl_->control, impl_->accept(), asio::detached);
+  asio::co_spawn(impl_->control, impl_->wait_for_signals(), asio::detached);
   std::vector<std::jthread> threads;
   for (int i = 1; i < impl_->options.num_threads; ++i) threads.emplace_back([this] { impl_->context.run(); });
   impl_->context.run();

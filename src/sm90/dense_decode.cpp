@@ -74,7 +74,6 @@ CUtensorMap key_map(const TensorView& k, int box_tokens, int box_chunks) {
 RowBlocks blocks_of(const DenseDecodeArgs& a) {
   return row_blocks(static_cast<int>(a.q.size(1)), static_cast<int>(a.q.size(2) / a.k_cache.size(2)));
 }
-int cluster_of(const RowBlocks& blocks) { return blocks.count() % 2 == 0 ? 2 : 1; }
 
 std::size_t align_up(std::size_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -118,7 +117,7 @@ void require_device(int index) {
 }
 
 int num_parts(int device, int s_q, int h_q, int h_kv) {
-  return std::max(gpu(device).sms / h_kv / row_blocks(s_q, h_q / h_kv).count(), 1);
+  return num_parts(gpu(device).sms, row_blocks(s_q, h_q / h_kv), h_kv);
 }
 
 int num_parts(const DenseDecodeArgs& a) {
@@ -216,7 +215,7 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   p.partial_out = static_cast<float*>(workspace);
   p.partial_stats =
       reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + partial_layout(a, s).out_bytes);
-  const int cluster = cluster_of(p.blocks);
+  const DecodePlan plan = plan_decode(p.batch, p.blocks, h_kv, p.num_parts, p.split_tiles > 0);
   // One copy brings all of Q where a chunk has 64 rows; else the chunks, 64 rows apart, come one by one.
   p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows ? 3 : 1;
   const CUtensorMap q_map = tensor_map<5>("q", a.q,
@@ -242,9 +241,10 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   }
   const int piece = std::min(p.page_size, kTileTokens);
   const CUtensorMap k_piece_map = key_map(k, piece, 1);
-  const CUtensorMap k_map = p.page_size < kTileTokens ? k_piece_map : key_map(k, kTileTokens, 4 / cluster);
+  const CUtensorMap k_map =
+      p.page_size < kTileTokens ? k_piece_map : key_map(k, kTileTokens, 4 / plan.cluster);
   const bool bf16 = a.q.dtype == DType::kBFloat16;
-  launch_dense_decode(p, q_map, k_map, k_piece_map, out_map, bf16, cluster, h_kv, stream);
+  launch_dense_decode(p, q_map, k_map, k_piece_map, out_map, bf16, plan, stream);
 }
 
 void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,

@@ -3,6 +3,7 @@
 #include "flash_mla/error.h"
 #include "sm90/dense_decode.h"
 #include "sm90/dense_prefill.h"
+#include "sm90/kernel_facts.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -23,6 +24,8 @@ std::size_t dense_decode_workspace_size(const DenseDecodeArgs&, const DecodeSche
 void dense_decode(const DenseDecodeArgs&, const DecodeScheduleView&, void*, float, bool, void*) { refuse(); }
 void check_supported(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }
 void build_schedule(const TensorView&, const ScheduleOptions&, const DecodeScheduleView&, void*) { refuse(); }
+KernelFacts decode_kernel_facts(const DecodePlan&, bool) { return {}; }
+KernelFacts combine_kernel_facts(const DecodePlan&, bool) { return {}; }
 
 std::size_t dense_prefill_workspace_size() { refuse(); }
 void check_supported(const DensePrefillArgs&) { refuse(); }

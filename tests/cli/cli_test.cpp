@@ -12,6 +12,7 @@
 #include "cli/compare.h"
 #include "cli/limits.h"
 #include "cli/measure.h"
+#include "cli/preset.h"
 #include "cli/problem.h"
 #include "cli/table.h"
 #include "cli/verify_cases.h"
@@ -296,6 +297,39 @@ TEST(Preset, TheRepositorysAreValid) {
   EXPECT_FALSE(read_preset(FLASH_MLA_PRESETS "/smoke.json").shapes.empty());
 }
 
+TEST(Preset, IsBuiltIntoTheProgramByName) {
+  for (const char* name : {"cpu-house", "h200-dense", "smoke"}) {
+    const Preset built_in = read_preset(name);
+    const Preset file = read_preset(std::string(FLASH_MLA_PRESETS "/") + name + ".json");
+    EXPECT_EQ(built_in.shapes.size(), file.shapes.size()) << name;
+    EXPECT_EQ(built_in.device, file.device) << name;
+  }
+  try {
+    read_preset("h200");
+    FAIL() << "read a preset that does not exist";
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("built-in presets are cpu-house, h200-dense, smoke"),
+              std::string::npos)
+        << e.what();
+  }
+}
+
+TEST(Preset, TheGpusSaysWhatToCompareWith) {
+  const Preset preset = read_preset("h200-dense");
+  EXPECT_EQ(preset.device, "cuda");
+  ASSERT_EQ(preset.shapes.size(), 68u);
+  for (const Shape& s : preset.shapes) {
+    ASSERT_TRUE(s.best_ms && s.floor_ms);
+    EXPECT_GT(*s.best_ms, *s.floor_ms);
+    ASSERT_FALSE(s.peers_ms.empty());
+    double least = 1e9;
+    for (const auto& [peer, ms] : s.peers_ms) least = std::min(least, ms);
+    EXPECT_EQ(*s.best_ms, least);
+  }
+  EXPECT_EQ(preset.shapes[0].peers_ms.at("FlashMLA"), 0.07072);
+  EXPECT_FALSE(read_preset("smoke").shapes[0].best_ms.has_value());
+}
+
 TEST(Preset, ErrorsNameTheShapeAndTheKey) {
   EXPECT_NE(preset_error("{").find("not JSON"), std::string::npos);
   EXPECT_NE(preset_error("{}").find("\"shapes\""), std::string::npos);
@@ -304,6 +338,17 @@ TEST(Preset, ErrorsNameTheShapeAndTheKey) {
   EXPECT_NE(preset_error(R"({"shapes": [{"dtype": "int8"}]})").find("int8"), std::string::npos);
   EXPECT_NE(preset_error(R"({"shapes": [{"h_q": 3, "h_kv": 2}]})").find("h_q is 3"), std::string::npos);
   EXPECT_NE(preset_error(R"({"shapes": [{}], "threads": [0]})").find("threads"), std::string::npos);
+  EXPECT_NE(
+      preset_error(R"({"shapes": [{}], "device": "tpu"})").find("\"device\" is \"tpu\", expected \"cpu\" or"),
+      std::string::npos);
+  EXPECT_NE(preset_error(R"({"shapes": [{"best_ms": 0}]})").find("\"best_ms\" is 0, expected a positive"),
+            std::string::npos);
+  EXPECT_NE(preset_error(R"({"shapes": [{"floor_ms": "1"}]})").find("\"floor_ms\" is \"1\""),
+            std::string::npos);
+  EXPECT_NE(preset_error(R"({"shapes": [{"peers_ms": 1}]})").find("\"peers_ms\" is 1, expected an object"),
+            std::string::npos);
+  EXPECT_NE(preset_error(R"({"shapes": [{"peers_ms": {"a": -1}}]})").find("\"peers_ms.a\" is -1"),
+            std::string::npos);
 }
 
 TEST(Table, AlignsItsColumns) {

@@ -7,8 +7,11 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -141,6 +144,67 @@ TEST(Program, BenchWritesItsResults) {
   }
   EXPECT_EQ(json["rows"][0]["tokens"], 512);
   EXPECT_EQ(json["rows"][1]["dtype"], "float32");
+}
+
+// Where there is a GPU, the CUDA runtime is told to see none.
+constexpr const char* kNoGpu = "CUDA_VISIBLE_DEVICES=";
+
+TEST(Program, BenchOnAGpuThatIsNotThereSaysWhy) {
+  expect_usage_error("bench --device cuda", "--device cuda: ", kNoGpu);
+  expect_usage_error("bench --preset h200-dense", "preset h200-dense is made for a GPU: ", kNoGpu);
+  expect_usage_error("bench --device tpu", "--device");
+  expect_usage_error("bench --preset h200-dense --only b7",
+                     "--only is \"b7\", which no shape's name contains");
+  expect_usage_error("bench --device cuda --threads 2",
+                     "--threads is for --device cpu, but --device is cuda");
+  expect_usage_error("bench --device cuda --plot x.png", "--plot is for --device cpu");
+}
+
+// The words of the line that begins with `name`, behind it.
+std::vector<std::string> words_after(const std::string& name, const std::string& output) {
+  const std::size_t at = output.find("\n" + name + " ");
+  if (at == std::string::npos) return {};
+  std::istringstream line(
+      output.substr(at + 1 + name.size(), output.find('\n', at + 1) - at - 1 - name.size()));
+  return {std::istream_iterator<std::string>(line), {}};
+}
+
+TEST(Program, BenchExplainsHowAShapeIsRun) {
+  const Outcome o = run("bench --preset h200-dense --explain", kNoGpu);
+  ASSERT_EQ(o.exit_code, 0) << o.output;
+  EXPECT_NE(o.output.find("assumes 132 multiprocessors"), std::string::npos) << o.output;
+  // Row blocks, cluster, parts, overhead, bound, grid of the decode kernel, shape and grid of the combine
+  // kernel.
+  const auto expect_row = [&](const std::string& name, const std::vector<std::string>& expected) {
+    std::vector<std::string> words = words_after(name, o.output);
+    ASSERT_GE(words.size(), expected.size()) << name << "\n" << o.output;
+    words.resize(expected.size());
+    EXPECT_EQ(words, expected) << name;
+  };
+  expect_row("b128 h128 s1024 bf16",
+             {"2", "of", "1x64", "2", "66", "8", "compute", "2x1x66", "coarse", "1x16x66"});
+  expect_row("b128 h128 s1024 bf16 sq2 causal",
+             {"4", "of", "1x64", "2", "33", "8", "compute", "4x1x33", "coarse", "1x32x33"});
+  expect_row("b1 h16 s1024 bf16",
+             {"1", "of", "1x16", "1", "132", "2", "memory", "1x1x132", "fine", "32x2x1"});
+  expect_row("b32 h128 s1024 bf16", {"2", "of", "1x64", "2", "66", "2", "compute", "2x1x66"});
+}
+
+TEST(Program, BenchTakesTheShapesThatAreNamed) {
+  const Outcome o = run("bench --preset h200-dense --only 'h128 s4096 bf16 sq2' --explain", kNoGpu);
+  EXPECT_EQ(o.exit_code, 0) << o.output;
+  EXPECT_FALSE(words_after("b128 h128 s4096 bf16 sq2", o.output).empty()) << o.output;
+  EXPECT_TRUE(words_after("b128 h128 s4096 bf16", o.output).at(0) == "sq2") << o.output;
+  EXPECT_EQ(o.output.find("h16"), std::string::npos) << o.output;
+}
+
+TEST(Program, BenchExplainsWhatTheBackendDoesNotTake) {
+  const Outcome o = run("bench --h-q 3 --s-q 5 --dtype bf16,fp32 --page-size 48 --explain", kNoGpu);
+  EXPECT_EQ(o.exit_code, 0);
+  for (const char* text :
+       {"page_size is 48, expected 16, 32 or a multiple of 64", "dtype is fp32, expected bf16 or fp16"}) {
+    EXPECT_NE(o.output.find(text), std::string::npos) << text << "\n" << o.output;
+  }
 }
 
 TEST(Program, BenchTakesListsOfShapes) {

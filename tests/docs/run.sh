@@ -1,11 +1,16 @@
 #!/bin/sh
-# The documentation's promises: README's examples build and run, and every relative link leads to a file.
+# The documentation's promises: README's examples build and run, tables agree with the results they are made from, and
+# every relative link leads to a file.
 # run.sh [BUILD [PYTHON]]: a folder with the built library and program, and a Python with the package and torch.
 set -eu
 cd "$(dirname "$0")/../.."
 work=build/docs
 rm -rf "$work"
 mkdir -p "$work"
+
+# Tables made from results say what the results say.
+python3 bench/readme_table.py --check
+echo "tables: ok"
 
 # The blocks that follow a line <!-- example -->, each in a file of its own.
 awk -v dir="$work" '

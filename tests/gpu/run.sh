@@ -28,7 +28,8 @@ done
 
 # find_program NAME: in a staged folder or in a build tree.
 find_program() {
-  for candidate in ${build:+"$build/$1" "$build/tests/gpu/$1"} "$here/$1" "$root/build/release/tests/gpu/$1"; do
+  for candidate in ${build:+"$build/$1" "$build/tests/gpu/$1" "$build/src/cli/$1"} "$here/$1" \
+    "$root/build/release/tests/gpu/$1" "$root/build/release/src/cli/$1"; do
     [ -x "$candidate" ] && printf '%s' "$candidate" && return 0
   done
   echo "run.sh: $1 is not in ${build:-build/release}; build it with ./run build or name the folder" >&2
@@ -75,6 +76,11 @@ if engine=$(find_program engine_gpu); then
   step "the engine" env FLASH_MLA_SMALL_MODEL="$small" "$engine" --gtest_brief=1
 else
   echo "=== the engine: FAILED, the build has no engine_gpu (cublasLt.h was missing: ./run build fetches it)"
+  failed=$((failed + 1))
+fi
+if program=$(find_program flash-mla); then
+  step "benchmark with its check" "$program" bench --device cuda --b 1,32 --h-q 16,128 --s-k 1024 -q
+else
   failed=$((failed + 1))
 fi
 if "$python" -c 'import torch, flash_mla; assert torch.cuda.is_available()' 2>/dev/null; then

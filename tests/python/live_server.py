@@ -1,11 +1,13 @@
 """`flash-mla serve` in a process of its own, for tests."""
 
+import atexit
 import http.client
 import json
 import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -17,12 +19,14 @@ PROGRAM = os.environ.get("FLASH_MLA_PROGRAM", str(ROOT / "build/release/src/cli/
 class Server:
     BUSY = ("mla_sequences_running", "mla_sequences_waiting", "mla_cache_pages_used")
 
-    def __init__(self, directory, *flags):
+    def __init__(self, directory, *flags, num_pages=64):
         self.process = subprocess.Popen(
-            [PROGRAM, "serve", "--model", str(directory), "--port", "0", "--num-pages", "64", *flags],
+            [PROGRAM, "serve", "--model", str(directory), "--port", "0", "--num-pages", str(num_pages), *flags],
+            stdout=subprocess.DEVNULL,  # nothing of the caller's is held open by it
             stderr=(log := tempfile.NamedTemporaryFile("w", suffix=".log", delete=False)),
             text=True,
         )
+        atexit.register(self.process.kill)  # a test that failed has not stopped it
         self.log = pathlib.Path(log.name)  # a file: nobody has to read it for the server to go on
         match = None
         while match is None:
@@ -72,3 +76,25 @@ class Server:
         code = self.process.wait(timeout=30)
         self.log.unlink()
         return code
+
+
+def raw(server, data, timeout=20):
+    """What the server answers to these bytes and an end of input; b"" if it only closes."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=timeout) as s:
+        answer = b""
+        try:
+            s.sendall(data)
+            s.shutdown(socket.SHUT_WR)
+            while part := s.recv(65536):
+                answer += part
+        except TimeoutError:
+            raise AssertionError(f"the connection hangs after {data!r}") from None
+        except OSError:
+            pass  # closed while bytes of ours were on their way
+        return answer
+
+
+def memory(server):
+    """Bytes of the server's process in memory."""
+    text = pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", text).group(1)) << 10

@@ -185,6 +185,15 @@ def test_batch_invariant_mode_is_bit_exact(checkpoint, name, precision):
                 if seq == s:
                     (out,) = alone.step([(seq, new)], batch_invariant=True)
                     np.testing.assert_array_equal(out.view(np.int32), expected.view(np.int32))
+    # However a prompt is cut: in one piece, in chunks on both sides of the absorbed form's limit, token by token.
+    tokens = random_tokens(150, seed=11)
+    runner = Runner(together.model)
+    (whole,) = runner.step([(runner.add(), tokens)], batch_invariant=True)
+    for chunk in (1, 7, 16, 17, 64, 100):
+        seq = runner.add()
+        pieces = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
+        cut = np.concatenate([runner.step([(seq, piece)], batch_invariant=True)[0] for piece in pieces])
+        np.testing.assert_array_equal(cut.view(np.int32), whole.view(np.int32))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

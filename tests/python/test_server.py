@@ -1,11 +1,8 @@
 """`flash-mla serve` as a client sees it, on a small random checkpoint."""
 
-import collections
 import concurrent.futures
 import http.client
 import json
-import pathlib
-import random
 import re
 import socket
 import subprocess
@@ -14,7 +11,7 @@ import time
 import pytest
 from checkpoints import write_checkpoint
 from letters import write_tokenizer
-from live_server import PROGRAM, ROOT, Server
+from live_server import PROGRAM, ROOT, Server, raw
 from tokenizers import pre_tokenizers
 
 
@@ -259,6 +256,36 @@ def test_api_keys(directory):
     assert server.stop() == 0
 
 
+def test_flags_from_a_file(directory, tmp_path, monkeypatch):
+    file = tmp_path / "serve.toml"
+    file.write_text(f'model = "{directory}"\nmodel-name = "from the file"\napi-key = ["a", "b"]\nmax-connections = 3\n'
+                    'no-request-log = true\nnum-pages = 7\n[serve]\nquantize = "int8"\nbatch-invariant = true\n')  # fmt: skip
+    server = Server(directory, "--config", str(file), "--model-name", "mine", num_pages=5)  # the command line comes first
+    for key in "ab":
+        assert server.json("/v1/models", headers={"Authorization": f"Bearer {key}"})["data"][0]["id"] == "mine"
+    assert server.metric("mla_cache_pages") == 5
+    assert '"path"' not in server.log.read_text()
+    assert server.stop() == 0
+
+    def refusal(text, *flags):
+        file.write_text(text)
+        done = subprocess.run([PROGRAM, "serve", "--config", str(file), "--port", "0", *flags], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert "ports" in refusal(f'model = "{directory}"\nports = 5\n')
+    assert "port" in refusal(f'model = "{directory}"\n[generate]\nport = 5\n')
+    assert "--max-connections" in refusal(f'model = "{directory}"\nmax-connections = 0\n')
+    assert "--quantize" in refusal(f'model = "{directory}"\nquantize = "int4"\n')
+    file.unlink()
+    done = subprocess.run([PROGRAM, "serve", "--config", str(file)], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and "serve.toml" in done.stderr
+    file.write_text("port = 0\nhost = \"nowhere\"\n")
+    monkeypatch.setenv("MODEL_PATH", str(directory))
+    done = subprocess.run([PROGRAM, "serve", "--config", str(file)], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and "nowhere" in done.stderr  # model from the environment, host from the file
+
+
 def test_sigterm_finishes_what_runs(directory):
     server = Server(directory)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -267,128 +294,6 @@ def test_sigterm_finishes_what_runs(directory):
             time.sleep(0.005)
         assert server.stop() == 0
         assert answer.result()["usage"]["completion_tokens"] == 500
-
-
-def raw(server, data, timeout=20):
-    """What the server answers to these bytes and an end of input; b"" if it only closes."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=timeout) as s:
-        answer = b""
-        try:
-            s.sendall(data)
-            s.shutdown(socket.SHUT_WR)
-            while part := s.recv(65536):
-                answer += part
-        except TimeoutError:
-            raise AssertionError(f"the connection hangs after {data!r}") from None
-        except OSError:
-            pass  # closed while bytes of ours were on their way
-        return answer
-
-
-def damaged(rng):
-    """A request with something wrong with it, most of the time."""
-    path = rng.choice(["/v1/completions", "/v1/chat/completions", "/v1/tokenize", "/v1/models", "/metrics", "/"])
-    values = [None, True, -1, 0, 1.5, 10**40, "", "a", "\ud800", [], {}, [[]], [None], {"a": 1}, "\u0000", 1e308]
-    keys = ["prompt", "messages", "stream", "stream_options", "n", "stop", "seed", "logprobs", "top_p", "model"]
-    request = body(max_tokens=4, messages=[{"role": "user", "content": "hi"}])
-    for _ in range(rng.randrange(3)):
-        request[rng.choice(keys)] = rng.choice(values)
-    text = json.dumps(request).encode()
-    if rng.random() < 0.1:
-        text = rng.choice([b"[", b'{"a":', b"[" * 5000, b'{"a":' * 5000, b"\xff" * 50])
-    length = len(text) if rng.random() < 0.8 else rng.choice([-1, 0, 3, len(text) + 9, 10**12, 10**30])
-    head = f"{rng.choice(['POST', 'POST', 'GET', 'PUT', 'X'])} {path} HTTP/1.{rng.choice('1110')}\r\n"
-    head += f"Host: x\r\nContent-Length: {length}\r\n"
-    head += rng.choice(["", "Transfer-Encoding: chunked\r\n", "Content-Length: 5\r\n", "X-Request-Id: \x01\r\n", ": \r\n"])
-    data = bytearray(head.encode() + b"\r\n" + text)
-    for _ in range(rng.choice([0, 0, 1, 5])):
-        at = rng.randrange(len(data))
-        change = rng.randrange(3)
-        if change == 0:
-            data[at] = rng.randrange(256)
-        elif change == 1:
-            del data[at : at + rng.randrange(20)]
-        else:
-            data[at:at] = rng.randbytes(rng.randrange(20))
-        data = data or bytearray(b"\n")
-    return bytes(data)
-
-
-def test_a_thousand_malformed_requests(server):
-    before = server.json("/v1/completions", body())["choices"]
-    requests = [damaged(random.Random(seed)) for seed in range(1000)]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda data: raw(server, data), requests))
-    statuses = collections.Counter(a.split(b" ")[1] if a else b"closed" for a in answers)
-    assert all(a == b"" or a.startswith(b"HTTP/1.") for a in answers)
-    assert statuses[b"400"] > 100 and statuses[b"500"] == 0, statuses
-    server.wait_until_idle()
-    assert server.json("/v1/completions", body())["choices"] == before
-
-
-def test_slow_requests_are_closed(directory):
-    server = Server(directory, "--read-timeout", "1", "--idle-timeout", "1")
-    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
-    begin = time.monotonic()
-    open_ones = set(slow[1:])  # the first says nothing at all
-    while open_ones and time.monotonic() < begin + 10:
-        for s in list(open_ones):
-            try:
-                s.send(b"P")
-                if s.recv(100, socket.MSG_DONTWAIT) == b"":
-                    open_ones.discard(s)
-            except BlockingIOError:
-                pass
-            except OSError:
-                open_ones.discard(s)
-        time.sleep(0.1)
-        assert server.json("/health") == {"status": "ok"}
-    assert not open_ones and time.monotonic() < begin + 5
-    slow[0].settimeout(5)
-    assert slow[0].recv(1) == b""
-    for s in slow:
-        s.close()
-    assert server.stop() == 0
-
-
-def memory(server):
-    """Bytes of the server's process in memory."""
-    text = pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", text).group(1)) << 10
-
-
-def test_many_open_streams(directory):
-    """200 streams, most of which wait in the queue: bounded memory, and a server that goes on answering."""
-    server = Server(directory, "--precision", "fp32", "--max-batch-size", "4")
-    server.json("/v1/completions", body())
-    before = memory(server)
-
-    def open_stream(max_tokens):
-        data = json.dumps(body(max_tokens=max_tokens, stream=True))
-        s = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-        s.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n{data}".encode()
-        )
-        return s
-
-    blockers = [open_stream(500) for _ in range(100)]
-    streams = [open_stream(3) for _ in range(100)]
-    for s in blockers + streams:
-        assert s.recv(12) == b"HTTP/1.1 200"  # at once, though most of them wait
-    begin = time.monotonic()
-    assert server.metric("mla_http_connections") >= 200
-    assert time.monotonic() - begin < 5
-    assert memory(server) - before < 200 * (64 << 10)
-    for s in blockers:
-        s.close()
-    for s in streams:
-        text = b""
-        while part := s.recv(65536):
-            text += part
-        assert b"data: [DONE]" in text
-        s.close()
-    server.wait_until_idle()
-    assert server.stop() == 0
 
 
 def test_status_page(server):

@@ -1,8 +1,7 @@
-// Launches the kernels. Everything a launch depends on has been decided in dense_decode.cpp.
+// Launches the kernels. Everything a launch depends on has been decided in dense_decode.cpp and plan.h.
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <stdexcept>
@@ -14,6 +13,7 @@
 #include "sm90/decode/launch.h"
 #include "sm90/decode/schedule.cuh"
 #include "sm90/host.h"
+#include "sm90/kernel_facts.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -40,9 +40,21 @@ void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t sm
   check(cudaLaunchKernelEx(&config, kernel, args...), "cudaLaunchKernelEx");
 }
 
+dim3 dim3_of(const Grid& g) {
+  return {static_cast<unsigned>(g.x), static_cast<unsigned>(g.y), static_cast<unsigned>(g.z)};
+}
+
+template <bool kBf16>
+auto combine_kernel_of(CombineShape shape) {
+  return shape == CombineShape::kFine     ? combine_kernel<kBf16, CombineShape::kFine>
+         : shape == CombineShape::kMedium ? combine_kernel<kBf16, CombineShape::kMedium>
+                                          : combine_kernel<kBf16, CombineShape::kCoarse>;
+}
+
 template <bool kBf16, int kCluster>
 void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                   const CUtensorMap& k_piece_map, const CUtensorMap& out_map, int h_kv, void* stream) {
+                   const CUtensorMap& k_piece_map, const CUtensorMap& out_map, const DecodePlan& plan,
+                   void* stream) {
   // An attribute of the kernel on the current device. Setting it twice does no harm.
   static std::array<std::atomic<bool>, kMaxDevices> ready{};
   int device = 0;
@@ -53,41 +65,48 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
           "cudaFuncSetAttribute");
     ready[static_cast<std::size_t>(device)].store(true, std::memory_order_release);
   }
-  const dim3 grid(static_cast<unsigned>(p.blocks.count()), static_cast<unsigned>(h_kv),
-                  static_cast<unsigned>(p.num_parts));
-  launch(dense_decode_kernel<kBf16, kCluster>, grid, kThreads, kSmemBytes, kCluster, stream, q_map, k_map,
-         k_piece_map, out_map, p);
-  const bool fixed = p.split_tiles > 0;
-  if (p.num_parts == 1 && !fixed) return;
-  const auto owners = static_cast<unsigned>(fixed ? p.batch : std::min(p.batch, p.num_parts));
-  // The finest shape of at most kBlocks blocks; with fixed split points always the same, since the order of
-  // summation must not depend on the rest of the batch.
-  constexpr int kBlocks = 512;
-  const std::int64_t row_groups_of_all = combine_row_groups(p.blocks, h_kv);
-  const auto blocks_of = [&](CombineShape shape) {
-    return column_chunks(shape) * row_groups_of_all * owners;
-  };
-  CombineShape shape = CombineShape::kMedium;
-  if (!fixed && blocks_of(CombineShape::kFine) <= kBlocks) shape = CombineShape::kFine;
-  if (!fixed && blocks_of(CombineShape::kMedium) > kBlocks) shape = CombineShape::kCoarse;
-  const auto kernel = shape == CombineShape::kFine     ? combine_kernel<kBf16, CombineShape::kFine>
-                      : shape == CombineShape::kMedium ? combine_kernel<kBf16, CombineShape::kMedium>
-                                                       : combine_kernel<kBf16, CombineShape::kCoarse>;
-  const dim3 blocks(static_cast<unsigned>(column_chunks(shape)), static_cast<unsigned>(row_groups_of_all),
-                    owners);
-  launch(kernel, blocks, kCombineWarps * 32, 0, 1, stream, p);
+  launch(dense_decode_kernel<kBf16, kCluster>, dim3_of(plan.grid), kThreads, kSmemBytes, kCluster, stream,
+         q_map, k_map, k_piece_map, out_map, p);
+  if (plan.combines)
+    launch(combine_kernel_of<kBf16>(plan.combine), dim3_of(plan.combine_grid), kCombineWarps * 32, 0, 1,
+           stream, p);
+}
+
+template <class F>
+KernelFacts facts_of(F* kernel, int threads, std::size_t smem) {
+  KernelFacts facts{threads, smem, 0, 0};
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) {
+    facts.registers = attributes.numRegs;
+    facts.spill_bytes = attributes.localSizeBytes;
+  } else {
+    cudaGetLastError();  // no GPU: what the compiler fixed is all that is known
+  }
+  return facts;
 }
 
 }  // namespace
 
 void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                         const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16, int cluster,
-                         int h_kv, void* stream) {
+                         const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16,
+                         const DecodePlan& plan, void* stream) {
   const auto with_cluster = [&]<bool kBf16>() {
-    (cluster == 2 ? launch_decode<kBf16, 2> : launch_decode<kBf16, 1>)(p, q_map, k_map, k_piece_map, out_map,
-                                                                       h_kv, stream);
+    (plan.cluster == 2 ? launch_decode<kBf16, 2> : launch_decode<kBf16, 1>)(p, q_map, k_map, k_piece_map,
+                                                                            out_map, plan, stream);
   };
   bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
+}
+
+KernelFacts decode_kernel_facts(const DecodePlan& plan, bool bf16) {
+  const auto kernel =
+      bf16 ? (plan.cluster == 2 ? dense_decode_kernel<true, 2> : dense_decode_kernel<true, 1>)
+           : (plan.cluster == 2 ? dense_decode_kernel<false, 2> : dense_decode_kernel<false, 1>);
+  return facts_of(kernel, kThreads, kSmemBytes);
+}
+
+KernelFacts combine_kernel_facts(const DecodePlan& plan, bool bf16) {
+  return facts_of(bf16 ? combine_kernel_of<true>(plan.combine) : combine_kernel_of<false>(plan.combine),
+                  kCombineWarps * 32, 0);
 }
 
 void launch_schedule(const ScheduleParams& p, void* stream) {

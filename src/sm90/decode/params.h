@@ -111,7 +111,7 @@ struct DecodeParams {
 inline constexpr int kMaxScheduleWords = 12000;
 inline constexpr int kMaxStops = 256;
 constexpr std::int64_t schedule_words(std::int64_t batch, std::int64_t num_parts) {
-  return batch + 1 + 2 * num_parts + 2 * kMaxStops;
+  return batch + 1 + 2 * num_parts + std::int64_t{2} * kMaxStops;
 }
 
 struct ScheduleParams {

@@ -1,0 +1,67 @@
+#pragma once
+
+// How a dense decode call is cut and launched, as a function of its shape. The launcher does what this says
+// and `flash-mla bench --explain` prints it. Free of CUDA, so that both can be had without a GPU.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "sm90/decode/combine_shape.h"
+#include "sm90/decode/params.h"
+
+namespace flash_mla::sm90 {
+
+struct Grid {
+  std::int64_t x = 1, y = 1, z = 1;
+};
+
+struct DecodePlan {
+  RowBlocks blocks;  ///< of one latent head
+  int cluster;       ///< CTAs, of as many row blocks, that share every tile of keys
+  Grid grid;         ///< (row blocks, latent heads, parts)
+  bool combines;     ///< a combine kernel follows
+  CombineShape combine;
+  Grid combine_grid;
+};
+
+/// Parts a schedule should have: one per group of CTAs, those of all row blocks and latent heads, that `sms`
+/// multiprocessors run at a time.
+constexpr int num_parts(int sms, const RowBlocks& blocks, int h_kv) {
+  return std::max(sms / h_kv / blocks.count(), 1);
+}
+
+/// What starting a request costs in the schedule, in tiles; `batch` 0: not known. Measured
+/// (docs/kernels/dense-decode-sm90.md): 2 gives small batches 3%, 10% for 32 requests of 1024; 8 leaves 128
+/// requests of 8192 or 16384 unsplit, which gives them 2 to 6%.
+constexpr int fixed_overhead_blocks(int batch, int num_parts) {
+  return batch > 0 && 2 * std::int64_t{batch} <= num_parts ? 2 : 8;
+}
+
+/// Does the tensor unit or the memory take longer over a tile of keys? A row block costs an SM 2176 clocks;
+/// at 4.65 TB/s a tile of 72 KiB for each of 132 SMs arrives in 3660.
+constexpr bool compute_bound(const RowBlocks& blocks) { return blocks.count() * 2176 > 3660; }
+
+constexpr DecodePlan plan_decode(int batch, const RowBlocks& blocks, int h_kv, int num_parts,
+                                 bool fixed_splits) {
+  DecodePlan plan{};
+  plan.blocks = blocks;
+  plan.cluster = blocks.count() % 2 == 0 ? 2 : 1;
+  plan.grid = {blocks.count(), h_kv, num_parts};
+  plan.combines = num_parts > 1 || fixed_splits;
+  // A block per request or per part, whichever are fewer: at most one split request begins in a part.
+  const std::int64_t owners = fixed_splits ? batch : std::min(batch, num_parts);
+  const std::int64_t row_groups_of_all = combine_row_groups(blocks, h_kv);
+  // The finest shape of at most kBlocks blocks; with fixed split points always the same, since the order of
+  // summation must not depend on the rest of the batch.
+  constexpr int kBlocks = 512;
+  const auto blocks_of = [&](CombineShape shape) {
+    return column_chunks(shape) * row_groups_of_all * owners;
+  };
+  plan.combine = CombineShape::kMedium;
+  if (!fixed_splits && blocks_of(CombineShape::kFine) <= kBlocks) plan.combine = CombineShape::kFine;
+  if (!fixed_splits && blocks_of(CombineShape::kMedium) > kBlocks) plan.combine = CombineShape::kCoarse;
+  plan.combine_grid = {column_chunks(plan.combine), row_groups_of_all, owners};
+  return plan;
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,79 @@
+// Arbitrary bytes as what a client sends: a target, an Authorization header and a request id, a line each,
+// then a body. A call that is accepted must be within the server's limits; what is refused must be an error
+// in OpenAI's shape with a status of the client's fault; no line of the log may end early.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include "server/api.h"
+#include "server/headers.h"
+#include "server/request_log.h"
+
+namespace {
+
+using namespace flash_mla::server;
+
+void require(bool condition) {
+  if (!condition) std::abort();
+}
+
+std::string_view take_line(std::string_view& text) {
+  const std::size_t end = std::min(text.find('\n'), text.size());
+  const std::string_view line = text.substr(0, end);
+  text.remove_prefix(std::min(end + 1, text.size()));
+  return line;
+}
+
+// Returns what a client would be told.
+template <typename Parse>
+std::string error_of(const Parse& parse) {
+  try {
+    parse();
+    return {};
+  } catch (const ApiError& e) {
+    require(e.status() >= 400 && e.status() < 500);
+    const Json error = Json::parse(e.body().dump(-1, ' ', false, Json::error_handler_t::replace)).at("error");
+    require(error.size() == 4 && !error.at("message").get<std::string>().empty());
+    return e.what();
+  }
+}
+
+void check_call(const Call& call) {
+  require(call.num_choices >= 1 && call.num_choices <= 128);
+  require(!call.requests.empty() && call.requests.size() <= 256);
+  for (const flash_mla::Request& r : call.requests) {
+    flash_mla::validate(r.sampling);
+    require(r.sampling.stop.size() <= 64 && r.sampling.stop_token_ids.size() <= 64);
+    require(!r.allow_special || r.prompt.empty());
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  std::string_view text(reinterpret_cast<const char*>(data), size);
+  RequestRecord record;
+  const std::string_view target = take_line(text);
+  record.path = std::string(path_of(target));
+  require(target.starts_with(record.path) && record.path.find('?') == record.path.npos);
+
+  const std::string_view key = bearer_key(take_line(text));
+  require(is_known_key(key, {"a key", "k"}) == (key == "a key" || key == "k"));
+
+  const std::string_view given = take_line(text);
+  record.id = request_id(given);
+  require(!record.id.empty() && record.id.size() <= 128);
+  const auto printable = [](char c) { return c > ' ' && c < '\x7f' && c != '"' && c != '\\'; };
+  require(std::all_of(record.id.begin(), record.id.end(), printable));
+
+  record.error += error_of([&] { check_call(parse_call(text, /*chat=*/false, "small")); });
+  record.error += error_of([&] { check_call(parse_call(text, /*chat=*/true, "small")); });
+  record.error += error_of([&] { parse_tokenize(text); });
+  const std::string line = log_line(record);
+  require(line.find('\n') == line.size() - 1);
+  require(Json::parse(line).at("request_id") == record.id);
+  return 0;
+}

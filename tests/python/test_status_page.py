@@ -1,0 +1,100 @@
+"""The status page in a real browser, while the server works. The pictures stay in build/status-page/."""
+
+import struct
+import subprocess
+
+import pytest
+from browser import Page
+from live_server import PROGRAM, ROOT, Server
+
+TILES = """Object.fromEntries([...document.querySelectorAll(".tile")].map(
+    tile => [tile.querySelector("span").textContent, tile.querySelector("b").textContent]))"""
+# Of the tiles whose bar shows the figure itself: that figure, and how much of the bar is filled.
+BARS = """[...document.querySelectorAll(".tile")].filter(tile => tile.querySelector("b").textContent.includes("%")).map(tile =>
+    [parseFloat(tile.querySelector("b").textContent) / 100,
+     tile.querySelector("i").getBoundingClientRect().width / tile.querySelector(".bar").getBoundingClientRect().width])"""
+ROWS = """[...document.querySelectorAll("#latency tr")].map(row => [...row.cells].map(cell => cell.textContent))"""
+
+
+def number(text):
+    return float(text.replace(",", "").replace("%", ""))
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server(ROOT / "models" / "small", "--max-batch-size", "8")
+    yield server
+    server.wait_until_idle()
+    assert server.stop() == 0
+
+
+def picture(page, name):
+    path = ROOT / "build" / "status-page" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path)
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    return struct.unpack(">II", data[16:24])
+
+
+def test_the_page_lives_under_load(server):
+    url = f"http://127.0.0.1:{server.port}/"
+    with Page() as page:
+        page.open(url)
+        page.wait(2.5)
+        assert page.evaluate("document.getElementById('state').textContent") == "live"
+        idle = page.evaluate(TILES)
+        assert number(idle["sequences running"]) == number(idle["requests so far"]) == 0
+        assert page.evaluate(ROWS)[0][1:] == ["0", "–", "–", "–", "–"]
+        picture(page, "idle")
+
+        load = subprocess.Popen(
+            [PROGRAM, "loadtest", "--url", url, "--clients", "24", "--requests", "20000", "--short-tokens", "40", "--long-tokens", "300",
+             "--max-tokens", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        try:
+            seen = []
+            while len(seen) < 6 or number(seen[-1]["requests so far"]) <= number(seen[2]["requests so far"]):
+                page.wait(1.1)
+                seen.append(page.evaluate(TILES))
+                assert len(seen) < 40, "no request ends"
+            assert max(number(tiles["sequences running"]) for tiles in seen) == 8
+            assert max(number(tiles["sequences waiting"]) for tiles in seen) >= 8
+            assert max(number(tiles["generated tokens/s"]) for tiles in seen) > 1
+            assert all(number(tiles["open connections"]) >= 24 for tiles in seen[-3:])
+            requests = [number(tiles["requests so far"]) for tiles in seen]
+            assert requests == sorted(requests) and requests[-1] > requests[0]
+            assert max(number(tiles["in use by sequences"]) for tiles in seen) > 0
+            points = page.evaluate("document.getElementById('rate').getAttribute('points')").split()
+            assert len(points) >= 6 and len({point.split(",")[1] for point in points}) > 2
+            for share, bar in page.evaluate(BARS):
+                assert abs(bar - share) < 0.02, "a bar is not as long as its figure"
+            rows = page.evaluate(ROWS)
+            assert [row[0] for row in rows] == ["time to first token", "time per further token", "whole answer"]
+            assert all(number(row[1]) > 0 and all(cell.endswith("s") for cell in row[2:]) for row in rows)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            width, height = picture(page, "load")
+            assert width >= 1000 and height >= 800
+            page.resize(390, 1400, mobile=True)
+            page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+            page.wait(1.2)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "too wide for a telephone"
+            picture(page, "narrow-dark")
+        finally:
+            load.kill()
+            load.wait()
+
+        outside = [u for u in page.requested() if not u.startswith((url, "data:", "about:"))]
+        assert outside == [] and len(page.requested()) > 6
+        assert page.complaints() == []
+    server.wait_until_idle()
+
+
+def test_the_page_says_when_the_server_is_gone():
+    server = Server(ROOT / "models" / "small")
+    with Page() as page:
+        page.open(f"http://127.0.0.1:{server.port}/")
+        page.wait(1.5)
+        assert page.evaluate("document.getElementById('state').textContent") == "live"
+        assert server.stop() == 0
+        page.wait(2.5)
+        assert page.evaluate("document.getElementById('state').textContent").startswith("no answer")
