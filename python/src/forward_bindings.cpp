@@ -32,7 +32,7 @@ void forward(model::Model& self, const Ints& token_ids, const Ints& query_starts
   batch.logit_rows = span(logit_rows);
   batch.batch_invariant = batch_invariant;
   nb::gil_scoped_release release;
-  self.forward(batch, logits.data());
+  self.forward(batch, logits.data(), nullptr);
 }
 
 std::unique_ptr<model::Model> load(const std::string& directory, const std::string& precision,

@@ -11,6 +11,7 @@ void register_info(CLI::App& app, int& exit_code);
 void register_demo(CLI::App& app, int& exit_code);
 void register_verify(CLI::App& app, int& exit_code);
 void register_bench(CLI::App& app, int& exit_code);
+void register_bench_engine(CLI::App& app, int& exit_code);
 void register_plan(CLI::App& app, int& exit_code);
 void register_generate(CLI::App& app, int& exit_code);
 void register_serve(CLI::App& app, int& exit_code);

@@ -25,6 +25,7 @@ int main(int argc, char** argv) {
   flash_mla::cli::register_demo(app, exit_code);
   flash_mla::cli::register_verify(app, exit_code);
   flash_mla::cli::register_bench(app, exit_code);
+  flash_mla::cli::register_bench_engine(app, exit_code);
   flash_mla::cli::register_plan(app, exit_code);
   flash_mla::cli::register_generate(app, exit_code);
   flash_mla::cli::register_serve(app, exit_code);

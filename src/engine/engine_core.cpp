@@ -41,6 +41,12 @@ int sampling_thread() {
 #endif
 }
 
+// Whether a token is the largest logit's, as the model can tell without handing out all of them.
+bool takes_likeliest(const SamplingParams& p) {
+  return p.temperature == 0 && p.repetition_penalty == 1 && p.frequency_penalty == 0 &&
+         p.presence_penalty == 0 && p.logprobs < 0;
+}
+
 int page_count(const model::Model& model, const EngineOptions& options) {
   if (options.num_pages < 0) {
     throw InvalidArgument(
@@ -96,10 +102,12 @@ EngineCore::Generation::Generation(Job& owner, int choice, std::unique_ptr<TextD
   order = owner.id * kMostContinuations + static_cast<std::uint64_t>(choice);
 }
 
-// One choice of a token, from one row of logits. Rows are shared where a prompt has several continuations.
+// One choice of a token, from one row of logits, or made by the model. Rows are shared where a prompt has
+// several continuations.
 struct EngineCore::Draw {
   Generation* generation = nullptr;
-  std::span<float> logits;
+  std::span<float> logits;  // empty: the model chose `likeliest`
+  std::int32_t likeliest = -1;
   bool shared = false;
   Sampled sampled;
   std::string error;
@@ -124,6 +132,7 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
   }
   options_.num_pages = blocks_.num_pages();
   model_->allocate_cache(blocks_.num_pages());
+  model_->reserve(options.max_tokens_per_step, options.max_batch_size);
   samplers_.resize(static_cast<std::size_t>(num_sampling_threads(options)));
   std::random_device entropy;
   seeds_.seed((std::uint64_t{entropy()} << 32) | entropy());
@@ -314,14 +323,17 @@ bool EngineCore::step() {
 
 void EngineCore::run_model(const StepPlan& plan) {
   for (const PageCopy& copy : plan.copies) model_->copy_page(copy.source, copy.target);
-  std::vector<std::int32_t> token_ids, query_starts{0}, seq_lens, logit_rows;
+  std::vector<std::int32_t> token_ids, query_starts{0}, seq_lens, logit_rows, greedy_rows;
   std::size_t max_blocks = 0;
   for (const ScheduledWork& w : plan.work) {
     const auto begin = w.sequence->tokens.begin() + w.begin;
     token_ids.insert(token_ids.end(), begin, begin + w.count);
     query_starts.push_back(static_cast<std::int32_t>(token_ids.size()));
     seq_lens.push_back(static_cast<std::int32_t>(w.begin + w.count));
-    if (w.samples) logit_rows.push_back(static_cast<std::int32_t>(token_ids.size()) - 1);
+    if (w.samples) {
+      const bool greedy = takes_likeliest(static_cast<const Generation*>(w.sequence)->job->sampling);
+      (greedy ? greedy_rows : logit_rows).push_back(static_cast<std::int32_t>(token_ids.size()) - 1);
+    }
     max_blocks = std::max(max_blocks, w.sequence->pages.pages().size());
   }
   std::vector<std::int32_t> block_table(plan.work.size() * max_blocks, -1);
@@ -336,27 +348,39 @@ void EngineCore::run_model(const StepPlan& plan) {
   batch.block_table = block_table;
   batch.max_blocks = static_cast<int>(max_blocks);
   batch.logit_rows = logit_rows;
+  batch.greedy_rows = greedy_rows;
   batch.batch_invariant = options_.batch_invariant;
   logits_.resize(logit_rows.size() * static_cast<std::size_t>(model_->vocab_size()));
-  model_->forward(batch, logits_.data());
+  likeliest_.resize(greedy_rows.size());
+  model_->forward(batch, logits_.data(), likeliest_.data());
 }
 
 std::vector<EngineCore::Draw> EngineCore::plan_draws(const StepPlan& plan) {
   const auto vocab_size = static_cast<std::size_t>(model_->vocab_size());
   std::vector<Draw> draws;
-  std::size_t row = 0;
+  std::size_t row = 0, greedy_row = 0;
   for (const ScheduledWork& w : plan.work) {
     if (!w.samples) continue;
-    const std::span<float> logits = std::span(logits_).subspan(row++ * vocab_size, vocab_size);
     auto& g = static_cast<Generation&>(*w.sequence);
     Job& job = *g.job;
+    Draw draw;
+    if (takes_likeliest(job.sampling)) {
+      draw.likeliest = likeliest_[greedy_row++];
+    } else {
+      draw.logits = std::span(logits_).subspan(row++ * vocab_size, vocab_size);
+    }
+    draw.generation = &g;
     if (job.forked || job.sampling.n == 1) {
-      draws.push_back({&g, logits, false, {}, {}});
+      draws.push_back(draw);
       continue;
     }
     // The prompt is done: all continuations take their first token from here.
     fork_generations(job);
-    for (const auto& each : job.generations) draws.push_back({each.get(), logits, true, {}, {}});
+    draw.shared = true;
+    for (const auto& each : job.generations) {
+      draw.generation = each.get();
+      draws.push_back(draw);
+    }
   }
   return draws;
 }
@@ -374,7 +398,7 @@ void EngineCore::sample(std::vector<Draw>& draws) {
   const auto count = static_cast<std::ptrdiff_t>(draws.size());
   // Below some ten microseconds of work, waking threads costs more than they bring.
   constexpr std::ptrdiff_t kLogitsWorthThreads = 1 << 16;
-  const bool threads = count > 1 && count * model_->vocab_size() >= kLogitsWorthThreads;
+  const bool threads = count > 1 && std::ssize(logits_) >= kLogitsWorthThreads;
   const int num_threads = threads ? static_cast<int>(std::min(std::ssize(samplers_), count)) : 1;
   static_cast<void>(num_threads);
 #ifdef _OPENMP
@@ -383,6 +407,15 @@ void EngineCore::sample(std::vector<Draw>& draws) {
   for (std::ptrdiff_t i = 0; i < count; ++i) {
     Draw& d = draws[static_cast<std::size_t>(i)];
     const Generation& g = *d.generation;
+    if (d.logits.empty()) {
+      d.sampled.token = d.likeliest;
+      if (d.likeliest < 0) {
+        d.error =
+            "the model's logits hold NaN or infinity, or exclude every token; weights or cache may be "
+            "damaged";
+      }
+      continue;
+    }
     try {
       std::vector<float> own;
       if (d.shared) own.assign(d.logits.begin(), d.logits.end());

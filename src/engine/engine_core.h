@@ -89,6 +89,7 @@ class EngineCore {
   std::unordered_map<RequestId, std::unique_ptr<Job>> jobs_;
   std::vector<RequestId> finished_jobs_;
   std::vector<float> logits_;
+  std::vector<std::int32_t> likeliest_;
   std::vector<Sampler> samplers_;  // one per thread
 
   struct Note {

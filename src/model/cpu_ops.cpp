@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "flash_mla/decode.h"
@@ -57,6 +58,21 @@ struct Piece {
 
 Matrix dense(std::byte* data, DType dtype, std::int64_t rows, std::int64_t columns) {
   return {data, dtype, rows, columns, columns};
+}
+
+std::int32_t likeliest(const float* logits, std::int64_t size) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  float largest = -kInfinity;
+  std::int64_t best = -1;
+  bool bad = false;
+  for (std::int64_t i = 0; i < size; ++i) {
+    bad |= !(logits[i] < kInfinity);  // NaN, +inf
+    if (logits[i] > largest) {
+      largest = logits[i];
+      best = i;
+    }
+  }
+  return bad ? -1 : static_cast<std::int32_t>(best);
 }
 
 class CpuOps : public Ops {
@@ -131,7 +147,7 @@ class CpuOps : public Ops {
 
   bool narrows() const override { return true; }
 
-  void begin_step(const Step& step) override {
+  void begin_step(Step& step) override {
     step_ = &step;
     const std::size_t tokens = step.token_ids.size(), pairs = rope_.inv_freq.size();
     cosines_.resize(tokens * pairs);
@@ -169,20 +185,25 @@ class CpuOps : public Ops {
   void linear(Matrix x, const Linear& weight, Matrix out) override { multiply(x, weight, out, false); }
   void linear_add(Matrix x, const Linear& weight, Matrix inout) override { multiply(x, weight, inout, true); }
 
-  void silu_mul(Matrix gate_up, Matrix out) override {
+  void linear_silu_mul(Matrix x, const Linear& weight, Matrix out) override {
+    const std::size_t bytes = static_cast<std::size_t>(2 * out.rows * out.columns * element());
+    const Matrix gate_up = dense(grown(gate_up_, bytes), dtype_, out.rows, 2 * out.columns);
+    multiply(x, weight, gate_up, false);
     for_rows(out.rows, out.columns, [&](std::int64_t t) {
       const std::byte* gate = gate_up.row(t);
       rows::silu_mul(gate, gate + out.columns * element(), out.row(t), dtype_, out.columns);
     });
   }
 
-  void rope_and_append(Matrix q, Matrix kv, const Buffer& kv_norm, double eps, const Buffer& cache) override {
+  void rope_and_append(Matrix q, Matrix kv, std::int64_t first_token, const Buffer& kv_norm, double eps,
+                       const Buffer& cache) override {
     const std::int64_t rank = config_.kv_lora_rank, rope = config_.qk_rope_head_dim, pairs = rope / 2;
     const std::int64_t nope = config_.qk_nope_head_dim;
     for_rows(q.rows, q.columns + kv.columns, [&](std::int64_t t) {
-      const float* cosines = cosines_.data() + t * pairs;
-      const float* sines = sines_.data() + t * pairs;
-      const std::int64_t slot = step_->slots[static_cast<std::size_t>(t)];
+      const std::int64_t token = first_token + t;
+      const float* cosines = cosines_.data() + token * pairs;
+      const float* sines = sines_.data() + token * pairs;
+      const std::int64_t slot = step_->slots[static_cast<std::size_t>(token)];
       std::byte* key = cache.data() + slot * (rank + rope) * element();
       rows::rms_norm(kv.row(t), floats(kv_norm), static_cast<float>(eps), key, dtype_, rank);
       std::memcpy(key + rank * element(), kv.row(t) + rank * element(),
@@ -321,10 +342,16 @@ class CpuOps : public Ops {
     std::memmove(buffer.data() + target, buffer.data() + source, bytes);
   }
 
-  void download(Matrix x, float* host) override {
-    for (std::int64_t i = 0; i < x.rows; ++i) {
-      std::memcpy(host + i * x.columns, x.row(i), static_cast<std::size_t>(x.columns) * sizeof(float));
-    }
+  void likeliest(Matrix logits, const Buffer& tokens) override {
+    const std::int64_t first = step_->first_greedy;
+    for_rows(logits.rows - first, logits.columns, [&](std::int64_t i) {
+      reinterpret_cast<std::int32_t*>(tokens.data())[first + i] =
+          model::likeliest(reinterpret_cast<const float*>(logits.row(first + i)), logits.columns);
+    });
+  }
+
+  void download(const std::byte* data, std::size_t bytes, void* host) override {
+    std::memcpy(host, data, bytes);
   }
 
  private:
@@ -419,7 +446,7 @@ class CpuOps : public Ops {
   const Step* step_ = nullptr;
   std::vector<float> cosines_, sines_;  // (tokens, qk_rope_head_dim / 2)
   DecodeSchedule schedule_;
-  Buffer decode_workspace_, expert_out_;
+  Buffer decode_workspace_, gate_up_, expert_out_;
   std::vector<std::int64_t> expert_ends_, by_expert_, places_;  // places_: the inverse of by_expert_
   std::vector<Piece> pieces_;
 };

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <set>
 #include <utility>
 
 #include "flash_mla/error.h"
@@ -15,13 +17,30 @@ constexpr double kLatentNormEps = 1e-6;
 
 }  // namespace
 
-DeepSeek::DeepSeek(ModelConfig config, const Checkpoint& checkpoint, std::unique_ptr<Ops> ops)
-    : config_(std::move(config)), ops_(std::move(ops)), weights_(load_weights(config_, checkpoint, *ops_)) {}
+DeepSeek::DeepSeek(ModelConfig config, Weights weights, std::unique_ptr<Ops> ops)
+    : config_(std::move(config)),
+      ops_(std::move(ops)),
+      weights_(std::move(weights)),
+      expert_ids_(weights_.layers.size()),
+      experts_per_token_(config_.num_experts_per_tok +
+                         (ops_->folds_shared_experts() ? config_.n_shared_experts : 0)) {}
 
-void DeepSeek::forward(const ForwardBatch& batch, float* logits) {
+void DeepSeek::forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) {
   Step step = plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_});
   if (step.num_tokens() == 0) return;
   begin(step);
+  ops_->run([&] { layers(step); });
+  if (!batch.logit_rows.empty()) {
+    const std::size_t row = static_cast<std::size_t>(config_.vocab_size) * sizeof(float);
+    ops_->download(logits_.data(), batch.logit_rows.size() * row, logits);
+  }
+  if (!batch.greedy_rows.empty()) {
+    constexpr std::size_t kId = sizeof(std::int32_t);
+    ops_->download(likeliest_.data() + batch.logit_rows.size() * kId, batch.greedy_rows.size() * kId, greedy);
+  }
+}
+
+void DeepSeek::layers(Step& step) {
   // Nothing reads what the last layer makes of a prompt's tokens but the last.
   const bool narrows = ops_->narrows() && step.num_absorbed < step.num_tokens();
   Step rest;
@@ -29,28 +48,34 @@ void DeepSeek::forward(const ForwardBatch& batch, float* logits) {
   Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
   Matrix h = activations(h_, step.num_tokens(), config_.hidden_size);
   ops_->embed(weights_.embedding, x);
+  ops_->rms_norm(x, weights_.layers[0].input_norm, config_.rms_norm_eps, h);
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
     const Layer& layer = weights_.layers[i];
-    ops_->rms_norm(x, layer.input_norm, config_.rms_norm_eps, h);
-    Matrix q = append(layer.attention, caches_[i], h);
-    if (narrows && i + 1 == weights_.layers.size()) {
+    const Buffer* next_norm = i + 1 < weights_.layers.size() ? &weights_.layers[i + 1].input_norm : nullptr;
+    Projected projected = project(layer.attention, h);
+    if (narrows && next_norm == nullptr) {
+      ops_->rope_and_append(projected.q, projected.kv, 0, layer.attention.kv_norm, kLatentNormEps,
+                            caches_[i]);
       const auto wanted = static_cast<std::int64_t>(step.logit_rows.size());
       if (wanted == 0) return;
-      const Matrix all_x = x, all_q = q;
+      const Matrix all_x = x;
       x = activations(last_x_, wanted, x.columns);
-      q = activations(last_q_, wanted, q.columns);
+      const Matrix q = activations(last_q_, wanted, projected.q.columns);
       h = activations(h_, wanted, h.columns);
       ops_->gather_logit_rows(all_x, x);
-      ops_->gather_logit_rows(all_q, q);
+      ops_->gather_logit_rows(projected.q, q);
       rest = logit_step(step);
       begin(rest);
-    }
-    attend(layer.attention, caches_[i], q, x);
-    ops_->rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps, h);
-    if (config_.is_moe_layer(static_cast<int>(i))) {
-      mixture(layer.moe, h, x);
+      attend(layer.attention, caches_[i], q, nullptr, x);
     } else {
+      attend(layer.attention, caches_[i], projected.q, &projected.kv, x);
+    }
+    if (config_.is_moe_layer(static_cast<int>(i))) {
+      mixture(layer, expert_ids_[i], h, x, next_norm);
+    } else {
+      ops_->rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps, h);
       feed_forward(layer.dense, h, x);
+      if (next_norm != nullptr) ops_->rms_norm(x, *next_norm, config_.rms_norm_eps, h);
     }
   }
 
@@ -61,16 +86,17 @@ void DeepSeek::forward(const ForwardBatch& batch, float* logits) {
   ops_->rms_norm(last, weights_.norm, config_.rms_norm_eps, last);
   const Matrix out = activations(logits_, rows, config_.vocab_size, DType::kFloat32);
   ops_->linear(last, *weights_.lm_head, out);
-  ops_->download(out, logits);
+  activations(likeliest_, rows, 1, DType::kInt32);
+  if (step.first_greedy < rows) ops_->likeliest(out, likeliest_);
 }
 
-void DeepSeek::begin(const Step& step) {
+void DeepSeek::begin(Step& step) {
   ops_->begin_step(step);
   num_absorbed_ = step.num_absorbed;
 }
 
-// The queries of h; its latents go to the cache.
-Matrix DeepSeek::append(const Attention& weights, const Buffer& cache, Matrix h) {
+// Queries, latents and keys of h, before rope.
+DeepSeek::Projected DeepSeek::project(const Attention& weights, Matrix h) {
   const std::int64_t tokens = h.rows, heads = config_.num_attention_heads;
   const std::int64_t rope = config_.qk_rope_head_dim, rank = config_.kv_lora_rank;
   const std::int64_t q_width = heads * (config_.qk_nope_head_dim + rope);
@@ -86,48 +112,107 @@ Matrix DeepSeek::append(const Attention& weights, const Buffer& cache, Matrix h)
     q = activations(q_, tokens, q_width);
     ops_->linear(q_a, *weights.q_b, q);
   }
-  ops_->rope_and_append(q, kv, weights.kv_norm, kLatentNormEps, cache);
-  return q;
+  return {q, kv};
 }
 
-// x += attention of q. Tokens of sequences with few new ones take the absorbed form over the cached latents,
-// the others expand keys and values from them.
-void DeepSeek::attend(const Attention& weights, const Buffer& cache, Matrix q, Matrix x) {
+// x += attention of q, whose latents and keys `kv` are appended first; null: q is rotated and they are in the
+// cache. Tokens of sequences with few new ones take the absorbed form over the cached latents, the others
+// expand keys and values from them.
+void DeepSeek::attend(const Attention& weights, const Buffer& cache, Matrix q, const Matrix* kv, Matrix x) {
   const std::int64_t tokens = q.rows, heads = config_.num_attention_heads;
   const std::int64_t rope = config_.qk_rope_head_dim, rank = config_.kv_lora_rank;
   const Matrix attended = activations(attended_, tokens, heads * config_.v_head_dim);
-  const std::int64_t absorbed = num_absorbed_;
+  const std::int64_t absorbed = num_absorbed_, expanded = tokens - absorbed;
   if (absorbed > 0) {
+    const Matrix absorbed_q = q.row_range(0, absorbed);
     const Matrix q_latent = activations(q_latent_, absorbed, heads * (rank + rope));
     const Matrix out_latent = activations(out_latent_, absorbed, heads * rank);
-    ops_->absorb_queries(q.row_range(0, absorbed), *weights.w_uk, q_latent);
+    if (kv != nullptr) {
+      ops_->append_and_absorb(absorbed_q, kv->row_range(0, absorbed), weights.kv_norm, kLatentNormEps, cache,
+                              *weights.w_uk, q_latent);
+    } else {
+      ops_->absorb_queries(absorbed_q, *weights.w_uk, q_latent);
+    }
     ops_->decode_attention(q_latent, cache, out_latent);
     ops_->expand_values(out_latent, *weights.w_uv, attended.row_range(0, absorbed));
   }
-  if (absorbed < tokens) {
-    ops_->prefill_attention(q.row_range(absorbed, tokens - absorbed), cache, *weights.kv_b,
-                            attended.row_range(absorbed, tokens - absorbed));
+  if (expanded > 0) {
+    const Matrix chunk_q = q.row_range(absorbed, expanded);
+    if (kv != nullptr) {
+      ops_->rope_and_append(chunk_q, kv->row_range(absorbed, expanded), absorbed, weights.kv_norm,
+                            kLatentNormEps, cache);
+    }
+    ops_->prefill_attention(chunk_q, cache, *weights.kv_b, attended.row_range(absorbed, expanded));
   }
   ops_->linear_add(attended, *weights.o, x);
 }
 
 // x += down(silu(gate(h)) * up(h))
 void DeepSeek::feed_forward(const FeedForward& weights, Matrix h, Matrix x) {
-  const Matrix gate_up = activations(gate_up_, h.rows, 2 * weights.intermediate);
   const Matrix act = activations(act_, h.rows, weights.intermediate);
-  ops_->linear(h, *weights.gate_up, gate_up);
-  ops_->silu_mul(gate_up, act);
+  ops_->linear_silu_mul(h, *weights.gate_up, act);
   ops_->linear_add(act, *weights.down, x);
 }
 
-// x += the chosen experts of h, weighted, and the shared ones
-void DeepSeek::mixture(const MixtureOfExperts& weights, Matrix h, Matrix x) {
-  const std::int64_t chosen = h.rows * config_.num_experts_per_tok;
-  activations(ids_, chosen, 1, DType::kInt32);
+// With h = norm(x): x += the chosen experts of h, weighted, and the shared ones. Then h = next_norm(x), if
+// there is one.
+void DeepSeek::mixture(const Layer& layer, Buffer& ids, Matrix h, Matrix x, const Buffer* next_norm) {
+  const MixtureOfExperts& weights = layer.moe;
+  const double eps = config_.rms_norm_eps;
+  const std::int64_t chosen = h.rows * experts_per_token_;
+  activations(ids, chosen, 1, DType::kInt32);
   activations(expert_weights_, chosen, 1, DType::kFloat32);
-  ops_->route(h, *weights.router, weights.correction_bias, ids_, expert_weights_);
-  ops_->experts_add(h, *weights.experts, ids_, expert_weights_, x);
+  ops_->norm_and_route(x, layer.post_attention_norm, eps, h, *weights.router, weights.correction_bias, ids,
+                       expert_weights_);
   if (weights.shared.intermediate > 0) feed_forward(weights.shared, h, x);
+  if (next_norm != nullptr) {
+    ops_->experts_add_and_norm(h, *weights.experts, ids, expert_weights_, x, *next_norm, eps);
+  } else {
+    ops_->experts_add(h, *weights.experts, ids, expert_weights_, x);
+  }
+}
+
+void DeepSeek::reserve(int most_tokens, int most_rows) {
+  const std::int64_t num_tokens = ops_->padded(most_tokens), num_rows = ops_->padded(most_rows);
+  const std::int64_t heads = config_.num_attention_heads, latent = config_.kv_lora_rank;
+  const std::int64_t nope = config_.qk_nope_head_dim, rope = config_.qk_rope_head_dim;
+  const std::int64_t q_width = heads * (nope + rope), chosen = experts_per_token_;
+  const std::int64_t intermediate =
+      std::max(config_.intermediate_size, config_.n_shared_experts * config_.moe_intermediate_size);
+  activations(x_, num_tokens, config_.hidden_size);
+  activations(h_, num_tokens, config_.hidden_size);
+  activations(qkv_a_, num_tokens, (config_.q_lora_rank > 0 ? config_.q_lora_rank : q_width) + latent + rope);
+  activations(q_a_, num_tokens, config_.q_lora_rank);
+  activations(q_, num_tokens, config_.q_lora_rank > 0 ? q_width : 0);
+  activations(q_latent_, num_tokens, heads * (latent + rope));
+  activations(out_latent_, num_tokens, heads * latent);
+  activations(attended_, num_tokens, heads * config_.v_head_dim);
+  activations(act_, num_tokens, intermediate);
+  for (std::size_t i = 0; i < expert_ids_.size(); ++i) {
+    if (config_.is_moe_layer(static_cast<int>(i))) {
+      activations(expert_ids_[i], num_tokens * chosen, 1, DType::kInt32);
+    }
+  }
+  activations(expert_weights_, num_tokens * chosen, 1, DType::kFloat32);
+  activations(last_, num_rows, config_.hidden_size);
+  activations(logits_, num_rows, config_.vocab_size, DType::kFloat32);
+  activations(likeliest_, num_rows, 1, DType::kInt32);
+  ops_->reserve(num_tokens);
+}
+
+std::int64_t DeepSeek::experts_hit(int num_tokens) {
+  std::int64_t hit = 0;
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(num_tokens * experts_per_token_));
+  for (const Buffer& layer : expert_ids_) {
+    if (layer.bytes() < ids.size() * sizeof(std::int32_t) || ids.empty()) continue;
+    ops_->download(layer.data(), ids.size() * sizeof(std::int32_t), ids.data());
+    std::set<std::int32_t> routed;
+    for (const std::int32_t id : ids) {
+      if (id < config_.n_routed_experts) routed.insert(id);
+    }
+    hit += std::ssize(routed);
+  }
+  return hit;
 }
 
 std::size_t DeepSeek::layer_page_bytes() const {

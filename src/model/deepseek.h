@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "model/model.h"
 #include "model/ops.h"
@@ -11,21 +12,30 @@ namespace flash_mla::model {
 /// A DeepSeek-V2 or V3 decoder (arXiv 2405.04434, 2412.19437), written over the operations of a device.
 class DeepSeek : public Model {
  public:
-  DeepSeek(ModelConfig config, const Checkpoint& checkpoint, std::unique_ptr<Ops> ops);
+  /// `weights` were made by `ops`.
+  DeepSeek(ModelConfig config, Weights weights, std::unique_ptr<Ops> ops);
 
   int vocab_size() const override { return config_.vocab_size; }
   std::int64_t max_position() const override { return config_.max_position_embeddings; }
   std::size_t bytes_per_page() const override;
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
-  void forward(const ForwardBatch& batch, float* logits) override;
+  void reserve(int num_tokens, int num_rows) override;
+  void forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) override;
+  double device_seconds() const override { return ops_->device_seconds(); }
+  std::int64_t experts_hit(int num_tokens) override;
 
  private:
-  void begin(const Step& step);
-  Matrix append(const Attention& weights, const Buffer& cache, Matrix h);
-  void attend(const Attention& weights, const Buffer& cache, Matrix q, Matrix x);
+  void begin(Step& step);
+  void layers(Step& step);
+  /// The part of the layer's first product that is the queries', and that of latents and keys.
+  struct Projected {
+    Matrix q, kv;
+  };
+  Projected project(const Attention& weights, Matrix h);
+  void attend(const Attention& weights, const Buffer& cache, Matrix q, const Matrix* kv, Matrix x);
   void feed_forward(const FeedForward& weights, Matrix h, Matrix x);
-  void mixture(const MixtureOfExperts& weights, Matrix h, Matrix x);
+  void mixture(const Layer& layer, Buffer& ids, Matrix h, Matrix x, const Buffer* next_norm);
 
   std::size_t layer_page_bytes() const;
   /// (rows, columns) activations in a buffer that grows and stays.
@@ -39,8 +49,10 @@ class DeepSeek : public Model {
   std::vector<Buffer> caches_;  ///< one per layer: (pages, kPageSize, 1, kv_lora_rank + qk_rope_head_dim)
 
   std::int64_t num_absorbed_ = 0;  ///< of the step that runs
-  Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, gate_up_, act_, ids_, expert_weights_;
-  Buffer last_x_, last_q_, last_, logits_;
+  Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, act_, expert_weights_;
+  std::vector<Buffer> expert_ids_;  ///< of each layer: (tokens, experts_per_token_) int32
+  int experts_per_token_;           ///< the folded shared ones counted in
+  Buffer last_x_, last_q_, last_, logits_, likeliest_;
 };
 
 }  // namespace flash_mla::model

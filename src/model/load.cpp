@@ -1,8 +1,12 @@
 #include <fmt/format.h>
 
+#include <utility>
+
 #include "flash_mla/error.h"
 #include "model/cpu_ops.h"
+#include "model/cuda/cuda_ops.h"
 #include "model/deepseek.h"
+#include "model/weights.h"
 
 namespace flash_mla::model {
 namespace {
@@ -19,20 +23,55 @@ DType cpu_dtype(ModelPrecision precision) {
   return preferred_cpu_dtype();
 }
 
-}  // namespace
+// A GPU where there is one that can run the model and nothing asks for what it cannot do.
+bool takes_cuda(const ModelOptions& options) {
+  switch (options.device) {
+    case ModelDevice::kCpu:
+      return false;
+    case ModelDevice::kCuda:
+      return true;
+    case ModelDevice::kAuto:
+      break;
+  }
+  return options.precision != ModelPrecision::kFloat32 && options.quantize == ModelQuantize::kNone &&
+         why_no_cuda_ops().empty();
+}
 
-std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const ModelOptions& options) {
+std::unique_ptr<Ops> make_ops(const ModelConfig& config, const ModelOptions& options) {
+  if (!takes_cuda(options)) {
+    return make_cpu_ops(config, cpu_dtype(options.precision), options.quantize, options.num_threads);
+  }
+  if (options.precision == ModelPrecision::kFloat32) {
+    throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");
+  }
+  if (options.quantize != ModelQuantize::kNone) {
+    throw Unsupported("quantize: device cuda runs models in bfloat16; int8 needs device cpu");
+  }
+  return make_cuda_ops(config, options.time_steps);
+}
+
+void check(const ModelOptions& options) {
   if (options.num_threads < 0) {
     throw InvalidArgument(fmt::format("num_threads is {}, expected >= 0", options.num_threads));
   }
-  if (options.device == ModelDevice::kCuda) {
-    throw Unsupported("device cuda: this build runs models on the CPU only; use cpu");
-  }
+}
+
+}  // namespace
+
+std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const ModelOptions& options) {
+  check(options);
   const ModelConfig config = read_config(directory);
   const Checkpoint checkpoint = Checkpoint::open(directory);
-  return std::make_unique<DeepSeek>(
-      config, checkpoint,
-      make_cpu_ops(config, cpu_dtype(options.precision), options.quantize, options.num_threads));
+  std::unique_ptr<Ops> ops = make_ops(config, options);
+  Weights weights = load_weights(config, checkpoint, *ops);
+  return std::make_unique<DeepSeek>(config, std::move(weights), std::move(ops));
+}
+
+std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options) {
+  check(options);
+  std::unique_ptr<Ops> ops = make_ops(config, options);
+  Weights weights = random_weights(config, *ops);
+  return std::make_unique<DeepSeek>(config, std::move(weights), std::move(ops));
 }
 
 }  // namespace flash_mla::model

@@ -8,6 +8,8 @@
 
 namespace flash_mla::model {
 
+struct ModelConfig;
+
 /// Tokens per page of the cache.
 inline constexpr int kPageSize = 64;
 
@@ -21,7 +23,8 @@ struct ForwardBatch {
       seq_lens;  ///< (num_seqs): tokens in the cache once this step has been appended
   std::span<const std::int32_t> block_table;  ///< (num_seqs, max_blocks): pages of each sequence
   int max_blocks = 0;
-  std::span<const std::int32_t> logit_rows;  ///< tokens (indices into token_ids) whose logits are wanted
+  std::span<const std::int32_t> logit_rows;   ///< tokens (indices into token_ids) whose logits are wanted
+  std::span<const std::int32_t> greedy_rows;  ///< tokens of which only the likeliest successor is wanted
   /// The same bits for a sequence whatever else is in the batch.
   bool batch_invariant = false;
 };
@@ -38,8 +41,22 @@ class Model {
   virtual void allocate_cache(int num_pages) = 0;
   /// Copies one page, in every layer.
   virtual void copy_page(int source, int target) = 0;
-  /// Writes logits (logit_rows.size(), vocab_size) float32 to host memory.
-  virtual void forward(const ForwardBatch& batch, float* logits) = 0;
+  /// Makes room for steps of up to `num_tokens` tokens with `num_rows` logit and greedy rows, so that no
+  /// later step has to. Optional; after allocate_cache.
+  virtual void reserve(int num_tokens, int num_rows) = 0;
+  /// Writes to host memory: logits (logit_rows.size(), vocab_size) float32, and for every greedy row the
+  /// token of the largest logit, the first among equals, or -1 where one is NaN or +inf or all are -inf.
+  virtual void forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) = 0;
+
+  // For benchmarks; 0 where nobody counts.
+  /// Time that the device has worked on steps since the model was made, with ModelOptions::time_steps: from
+  /// the start of a step's first kernel to the end of its last.
+  virtual double device_seconds() const { return 0; }
+  /// Experts that the first `num_tokens` tokens of the last step took, summed over the layers.
+  virtual std::int64_t experts_hit(int num_tokens) {
+    static_cast<void>(num_tokens);
+    return 0;
+  }
 };
 
 enum class ModelDevice { kAuto, kCpu, kCuda };
@@ -54,10 +71,15 @@ struct ModelOptions {
   /// kInt8: weights of the layers' products and of the LM head in 8 bits, one scale per output feature; CPU
   /// only. Embedding, norms, router and kv_b keep the precision above, and so do activations and cache.
   ModelQuantize quantize = ModelQuantize::kNone;
-  int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use
+  int num_threads = 0;      ///< CPU: 0 for as many as OpenMP would use
+  bool time_steps = false;  ///< CUDA: keep count of Model::device_seconds
 };
 
 /// Loads config and weights of a Hugging Face model directory. Throws InvalidArgument or Unsupported.
 std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const ModelOptions& options = {});
+
+/// A model of the configuration with random weights, for benchmarks: no file is read, and nothing sensible
+/// comes out. Throws as load_model does.
+std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options = {});
 
 }  // namespace flash_mla::model

@@ -82,7 +82,8 @@ struct Step {
 
   std::vector<Chunk> chunks;  ///< the sequences behind them, in the un-absorbed form
 
-  std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted
+  std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted, then those of first_greedy on:
+  std::int64_t first_greedy = 0;         ///< of them only the likeliest token is
   bool batch_invariant = false;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
@@ -98,8 +99,14 @@ class Ops {
   /// Of weights, activations and cache.
   virtual DType dtype() const = 0;
 
-  // Memory and weights. Host arrays are float32, row-major, and free again when the call returns.
+  // Memory and weights. Host arrays are float32, row-major, and free again when the call returns. Where a
+  // weight is null (or `read` empty) a device that makes_up_weights() takes random ones: for benchmarks.
+  virtual bool makes_up_weights() const { return false; }
   virtual Buffer allocate(std::size_t bytes) = 0;
+  /// What begin_step makes of that many tokens at most.
+  virtual std::int64_t padded(std::int64_t num_tokens) const { return num_tokens; }
+  /// Makes room for steps of up to `num_tokens` tokens, as Model::reserve does.
+  virtual void reserve(std::int64_t num_tokens) { static_cast<void>(num_tokens); }
   /// Parameters that stay float32: norm weights, biases.
   virtual Buffer make_vector(std::span<const float> values) = 0;
   virtual Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) = 0;
@@ -124,8 +131,14 @@ class Ops {
                                                 const std::function<void(int, float*, float*)>& read) = 0;
 
   /// Hands over the step that the calls below belong to: metadata goes to the device, the decode schedule is
-  /// made, once for all layers. `step` must live until the next begin_step.
-  virtual void begin_step(const Step& step) = 0;
+  /// made, once for all layers. A device may append tokens and logit rows whose results nobody reads, to a
+  /// size that it has prepared; their slot is -1. `step` must live until the next begin_step.
+  virtual void begin_step(Step& step) = 0;
+  /// Runs `layers`, which makes the step's calls from embed to likeliest, or replays what it recorded when
+  /// it last did so for a step of this shape.
+  virtual void run(const std::function<void()>& layers) { layers(); }
+  /// Of all steps that have been downloaded, where they are timed.
+  virtual double device_seconds() const { return 0; }
 
   /// Whether begin_step may come again within a forward pass, for the rows whose logits are wanted.
   virtual bool narrows() const { return false; }
@@ -137,15 +150,23 @@ class Ops {
   virtual void linear(Matrix x, const Linear& weight, Matrix out) = 0;
   /// inout += x·W^T + bias
   virtual void linear_add(Matrix x, const Linear& weight, Matrix inout) = 0;
-  /// out = silu(gate) * up, where gate_up = [gate | up]
-  virtual void silu_mul(Matrix gate_up, Matrix out) = 0;
+  /// out = silu(x·G^T) * (x·U^T), where the rows of `gate_up` are [G; U]
+  virtual void linear_silu_mul(Matrix x, const Linear& gate_up, Matrix out) = 0;
 
   /// Rotates the rope part of every head of q (tokens, heads * (nope + rope)) in place; normalises the latent
-  /// in kv (tokens, rank + rope), rotates its rope part and writes both to the token's slot of the cache.
-  virtual void rope_and_append(Matrix q, Matrix kv, const Buffer& kv_norm, double eps,
-                               const Buffer& cache) = 0;
+  /// in kv (tokens, rank + rope), rotates its rope part and writes both to the token's slot of the cache, if
+  /// it has one.
+  /// The rows are the step's tokens from `first_token` on.
+  virtual void rope_and_append(Matrix q, Matrix kv, std::int64_t first_token, const Buffer& kv_norm,
+                               double eps, const Buffer& cache) = 0;
   /// q_latent[t, h] = [q_nope[t, h] · W_UK[h] | q_rope[t, h]]: (tokens, heads * (rank + rope))
   virtual void absorb_queries(Matrix q, const HeadLinear& w_uk, Matrix q_latent) = 0;
+  /// Both, for the step's first tokens. q may be left rotated or not.
+  virtual void append_and_absorb(Matrix q, Matrix kv, const Buffer& kv_norm, double eps, const Buffer& cache,
+                                 const HeadLinear& w_uk, Matrix q_latent) {
+    rope_and_append(q, kv, 0, kv_norm, eps, cache);
+    absorb_queries(q, w_uk, q_latent);
+  }
   /// Attention of the step's absorbed tokens over the cache; out_latent (tokens, heads * rank).
   virtual void decode_attention(Matrix q_latent, const Buffer& cache, Matrix out_latent) = 0;
   /// out[t, h] = out_latent[t, h] · W_UV[h]^T: (tokens, heads * v)
@@ -153,21 +174,39 @@ class Ops {
   /// Causal attention of the step's chunks with keys and values expanded from the cached latents.
   virtual void prefill_attention(Matrix q, const Buffer& cache, const Linear& kv_b, Matrix out) = 0;
 
+  /// Whether this device treats the shared experts as experts that every token chooses, with weight 1: their
+  /// weights then stand behind those of the routed ones in make_experts.
+  virtual bool folds_shared_experts() const { return false; }
   /// Experts of every token and their weights, by the configuration's routing; they stay on the device as
-  /// `ids` (tokens, num_experts_per_tok) int32 and `weights` of the same shape, float32. `bias`: V3's
-  /// correction, or empty.
+  /// `ids` (tokens, num_experts_per_tok, and the shared ones if folded) int32 and `weights` of the same
+  /// shape, float32. `bias`: V3's correction, or empty.
   virtual void route(Matrix x, const Linear& router, const Buffer& bias, const Buffer& ids,
                      const Buffer& weights) = 0;
   /// inout[t] += sum over t's experts e of weight * ffn_e(x[t])
   virtual void experts_add(Matrix x, const Experts& experts, const Buffer& ids, const Buffer& weights,
                            Matrix inout) = 0;
+  /// h = rms_norm(x), and the routing of h.
+  virtual void norm_and_route(Matrix x, const Buffer& norm, double eps, Matrix h, const Linear& router,
+                              const Buffer& bias, const Buffer& ids, const Buffer& weights) {
+    rms_norm(x, norm, eps, h);
+    route(h, router, bias, ids, weights);
+  }
+  /// inout as experts_add(h, ...) leaves it, then h = rms_norm(inout).
+  virtual void experts_add_and_norm(Matrix h, const Experts& experts, const Buffer& ids,
+                                    const Buffer& weights, Matrix inout, const Buffer& norm, double eps) {
+    experts_add(h, experts, ids, weights, inout);
+    rms_norm(inout, norm, eps, h);
+  }
 
   /// out[i] = x[logit_rows[i]]
   virtual void gather_logit_rows(Matrix x, Matrix out) = 0;
   /// Copies `bytes` bytes within the device.
   virtual void copy(const Buffer& buffer, std::size_t source, std::size_t target, std::size_t bytes) = 0;
-  /// Dense float32 rows to the host; returns when everything queued has run.
-  virtual void download(Matrix x, float* host) = 0;
+  /// tokens[i] (int32) of logit row i from the step's first_greedy on (and maybe of those before): as
+  /// Model::forward says.
+  virtual void likeliest(Matrix logits, const Buffer& tokens) = 0;
+  /// `bytes` bytes from the device to the host; returns when everything queued has run.
+  virtual void download(const std::byte* data, std::size_t bytes, void* host) = 0;
 };
 
 }  // namespace flash_mla::model

@@ -36,8 +36,9 @@ class Planner {
     for (std::int64_t s = 0; s < seqs_; ++s) {
       if (!absorbed(s)) add_chunk(s);
     }
-    for (const std::int32_t row : batch_.logit_rows) {
-      step_.logit_rows.push_back(order_[static_cast<std::size_t>(row)]);
+    step_.first_greedy = std::ssize(batch_.logit_rows);
+    for (const auto& rows : {batch_.logit_rows, batch_.greedy_rows}) {
+      for (const std::int32_t row : rows) step_.logit_rows.push_back(order_[static_cast<std::size_t>(row)]);
     }
     return std::move(step_);
   }
@@ -79,9 +80,14 @@ class Planner {
              fmt::format("0 to {}, the vocabulary", limits_.vocab_size - 1));
       }
     }
-    for (std::size_t i = 0; i < batch_.logit_rows.size(); ++i) {
-      if (batch_.logit_rows[i] < 0 || batch_.logit_rows[i] >= tokens_) {
-        fail(fmt::format("logit_rows[{}]", i), batch_.logit_rows[i], fmt::format("0 to {}", tokens_ - 1));
+    check_rows("logit_rows", batch_.logit_rows);
+    check_rows("greedy_rows", batch_.greedy_rows);
+  }
+
+  void check_rows(const char* name, std::span<const std::int32_t> rows) const {
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      if (rows[i] < 0 || rows[i] >= tokens_) {
+        fail(fmt::format("{}[{}]", name, i), rows[i], fmt::format("0 to {}", tokens_ - 1));
       }
     }
   }

@@ -165,17 +165,47 @@ class Loader {
       out.correction_bias =
           ops_.make_vector(vector(name + ".gate.e_score_correction_bias", config_.n_routed_experts));
     }
-    out.experts = ops_.make_experts(
-        config_.n_routed_experts, hidden, intermediate, [&](int e, float* gate_up, float* down) {
+    const bool fold = ops_.folds_shared_experts() && config_.n_shared_experts > 0;
+    SharedExperts shared;
+    if (fold) shared = shared_experts(name + ".shared_experts");
+    const int num_experts = config_.n_routed_experts + (fold ? config_.n_shared_experts : 0);
+    out.experts =
+        ops_.make_experts(num_experts, hidden, intermediate, [&](int e, float* gate_up, float* down) {
+          if (e >= config_.n_routed_experts) {
+            copy_shared(shared, e - config_.n_routed_experts, gate_up, down);
+            return;
+          }
           const std::string expert = fmt::format("{}.experts.{}", name, e);
           read(expert + ".gate_proj.weight", intermediate, hidden, gate_up);
           read(expert + ".up_proj.weight", intermediate, hidden, gate_up + intermediate * hidden);
           read(expert + ".down_proj.weight", hidden, intermediate, down);
         });
-    if (config_.n_shared_experts > 0) {
+    if (config_.n_shared_experts > 0 && !fold) {
       out.shared = feed_forward(name + ".shared_experts", config_.n_shared_experts * intermediate);
     }
     return out;
+  }
+
+  struct SharedExperts {
+    Values gate, up, down;
+  };
+  SharedExperts shared_experts(const std::string& name) const {
+    const std::int64_t hidden = config_.hidden_size;
+    const std::int64_t width = std::int64_t{config_.n_shared_experts} * config_.moe_intermediate_size;
+    return {matrix(name + ".gate_proj.weight", width, hidden),
+            matrix(name + ".up_proj.weight", width, hidden),
+            matrix(name + ".down_proj.weight", hidden, width)};
+  }
+  /// The s-th part of the shared experts, which is an expert of the routed ones' size.
+  void copy_shared(const SharedExperts& shared, std::int64_t s, float* gate_up, float* down) const {
+    const std::int64_t hidden = config_.hidden_size, intermediate = config_.moe_intermediate_size;
+    const std::int64_t width = config_.n_shared_experts * intermediate, size = intermediate * hidden;
+    std::copy_n(shared.gate.data() + s * size, size, gate_up);
+    std::copy_n(shared.up.data() + s * size, size, gate_up + size);
+    for (std::int64_t row = 0; row < hidden; ++row) {
+      std::copy_n(shared.down.data() + row * width + s * intermediate, intermediate,
+                  down + row * intermediate);
+    }
   }
 
   static void append(Values& to, const Values& from) { to.insert(to.end(), from.begin(), from.end()); }

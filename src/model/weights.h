@@ -53,4 +53,7 @@ struct Weights {
 /// another shape, or holds a NaN or infinity; the message names it.
 Weights load_weights(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops);
 
+/// Random weights, made by the device: for benchmarks. Throws Unsupported where it cannot.
+Weights random_weights(const ModelConfig& config, Ops& ops);
+
 }  // namespace flash_mla::model

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "flash_mla/export.h"
 #include "flash_mla/tensor.h"
 
 namespace flash_mla::sm90 {
@@ -37,7 +38,7 @@ struct DensePrefillArgs {
 
 /// Bytes of device memory a call works in; they need not be initialised. Two calls that may run at the same
 /// time need one each. Depends on nothing but this library's version, so that one query serves all calls.
-std::size_t dense_prefill_workspace_size();
+FLASH_MLA_API std::size_t dense_prefill_workspace_size();
 
 /// Throws Unsupported or InvalidArgument, naming the argument, for shapes, strides, dtypes and devices that
 /// the kernel does not take, before anything is launched.
@@ -57,7 +58,7 @@ void check_supported(const DensePrefillArgs& args);
 /// back, and can be captured in a CUDA graph, whose replays take the lengths then in cu_seqlens_q and
 /// cu_seqlens_k. Deterministic: the same inputs give the same bits, and a sequence's bits do not depend on
 /// the others.
-void dense_prefill(const DensePrefillArgs& args, float softmax_scale, bool causal, void* workspace,
-                   void* stream);
+FLASH_MLA_API void dense_prefill(const DensePrefillArgs& args, float softmax_scale, bool causal,
+                                 void* workspace, void* stream);
 
 }  // namespace flash_mla::sm90

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -37,7 +38,9 @@ class FakeModel : public model::Model {
     }
   }
 
-  void forward(const model::ForwardBatch& batch, float* logits) override {
+  void reserve(int, int) override {}
+
+  void forward(const model::ForwardBatch& batch, float* logits, std::int32_t* greedy) override {
     const std::size_t num_seqs = batch.seq_lens.size();
     require(batch.query_starts.size() == num_seqs + 1 && batch.query_starts[0] == 0);
     require(batch.query_starts[num_seqs] == static_cast<std::int32_t>(batch.token_ids.size()));
@@ -62,9 +65,13 @@ class FakeModel : public model::Model {
         slot(s, position++) = token;
       }
     }
-    std::size_t s = 0;
-    for (std::size_t i = 0; i < batch.logit_rows.size(); ++i) {
-      const std::int32_t row = batch.logit_rows[i];
+    const std::size_t num_rows = batch.logit_rows.size() + batch.greedy_rows.size();
+    std::vector<float> own(kVocabSize);
+    for (std::size_t i = 0; i < num_rows; ++i) {
+      const bool full = i < batch.logit_rows.size();
+      const std::int32_t row = full ? batch.logit_rows[i] : batch.greedy_rows[i - batch.logit_rows.size()];
+      float* out = full ? logits + i * kVocabSize : own.data();
+      std::size_t s = 0;
       while (row >= batch.query_starts[s + 1]) ++s;
       std::uint64_t hash = 1;
       bool nan = false;
@@ -77,9 +84,13 @@ class FakeModel : public model::Model {
         hash = mix(hash);
         // The special tokens above are for prompts.
         const bool special = v == kNaN || v == kCrash;
-        logits[i * kVocabSize + v] = nan       ? std::numeric_limits<float>::quiet_NaN()
-                                     : special ? -std::numeric_limits<float>::infinity()
-                                               : static_cast<float>(hash >> 40) * 0x1p-22f;
+        out[v] = nan       ? std::numeric_limits<float>::quiet_NaN()
+                 : special ? -std::numeric_limits<float>::infinity()
+                           : static_cast<float>(hash >> 40) * 0x1p-22f;
+      }
+      if (!full) {
+        const auto best = std::max_element(own.begin(), own.end());
+        greedy[i - batch.logit_rows.size()] = nan ? -1 : static_cast<std::int32_t>(best - own.begin());
       }
     }
     if (on_forward) on_forward(batch);

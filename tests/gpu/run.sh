@@ -57,11 +57,26 @@ step() {
 
 gpu_tests=$(find_program gpu_tests) || exit 2
 conformance=$(find_program conformance_gpu) || exit 2
+model_kernels=$(find_program model_kernels_gpu) || exit 2
 step "conformance suite on the GPU" "$conformance" --gtest_brief=1
 if [ -n "$quick" ]; then
   step "GPU tests without the large grid" "$gpu_tests" --gtest_brief=1 '--gtest_filter=-*k4096*'
 else
   step "GPU tests" "$gpu_tests" --gtest_brief=1
+fi
+step "the model's kernels" "$model_kernels" --gtest_brief=1
+if engine=$(find_program engine_gpu); then
+  small=$root/models/small
+  if [ ! -d "$small" ]; then small=$here/small; fi
+  # torch brings cuBLAS, where the system does not.
+  if [ -z "${FLASH_MLA_CUBLASLT:-}" ] && ! ldconfig -p | grep -q libcublasLt.so.13; then
+    FLASH_MLA_CUBLASLT=$("$python" -c 'import nvidia.cu13 as n; print(list(n.__path__)[0])' 2>/dev/null)/lib/libcublasLt.so.13
+    export FLASH_MLA_CUBLASLT
+  fi
+  step "the engine" env FLASH_MLA_SMALL_MODEL="$small" "$engine" --gtest_brief=1
+else
+  echo "=== the engine: FAILED, the build has no engine_gpu (cublasLt.h was missing: ./run build fetches it)"
+  failed=$((failed + 1))
 fi
 if program=$(find_program flash-mla); then
   step "benchmark with its check" "$program" bench --device cuda --b 1,32 --h-q 16,128 --s-k 1024 -q

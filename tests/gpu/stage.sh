@@ -7,8 +7,14 @@ here=$(cd "$(dirname "$0")" && pwd)
 build=$1
 folder=$2
 mkdir -p "$folder/lib"
-cp "$build/tests/gpu/gpu_tests" "$build/tests/gpu/conformance_gpu" "$build/src/cli/flash-mla" "$here/run.sh" \
-  "$here/test_torch_cuda.py" "$folder/"
+cp "$build/tests/gpu/gpu_tests" "$build/tests/gpu/conformance_gpu" "$build/tests/gpu/model_kernels_gpu" \
+  "$build/tests/gpu/weight_stream_rows" "$build/src/cli/flash-mla" "$here/run.sh" "$here/test_torch_cuda.py" "$folder/"
+programs="$folder/gpu_tests $folder/flash-mla"
+if [ -x "$build/tests/gpu/engine_gpu" ]; then
+  cp "$build/tests/gpu/engine_gpu" "$here/../../bench/compare_transformers_gpu.py" "$folder/"
+  cp -r "$here/../../models/small" "$folder/"
+  programs="$programs $folder/engine_gpu"
+fi
 # Libraries that machine may lack.
-ldd "$folder/gpu_tests" "$folder/flash-mla" | awk '$1 ~ /^lib(hwy|gomp|dnnl|pcre2-8|OpenCL|tbb)\./ { print $3 }' | sort -u |
-  xargs -I{} cp {} "$folder/lib/"
+# shellcheck disable=SC2086
+ldd $programs | awk '$1 ~ /^lib(hwy|gomp|dnnl|pcre2-8|OpenCL|tbb)\./ { print $3 }' | sort -u | xargs -I{} cp {} "$folder/lib/"

@@ -111,7 +111,7 @@ class Forward : public testing::Test {
     batch.logit_rows = rows;
     batch.batch_invariant = batch_invariant;
     std::vector<float> logits(rows.size() * kVocab);
-    model_->forward(batch, logits.data());
+    model_->forward(batch, logits.data(), nullptr);
     return logits;
   }
 

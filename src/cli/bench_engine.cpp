@@ -1,0 +1,318 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <random>
+
+#include "cli/args.h"
+#include "cli/commands.h"
+#include "cli/machine.h"
+#include "cli/table.h"
+#include "engine/engine_core.h"
+#include "flash_mla/info.h"
+#include "model/config.h"
+#include "model/model.h"
+
+namespace flash_mla::cli {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// DeepSeek-V2-Lite: 15.7 billion parameters.
+constexpr const char* kV2Lite = R"({
+  "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
+  "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16, "q_lora_rank": null,
+  "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+  "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+  "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": false, "routed_scaling_factor": 1.0,
+  "rms_norm_eps": 1e-6, "rope_theta": 10000, "max_position_embeddings": 163840, "rope_scaling": {
+    "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 4096}})";
+
+struct BenchEngineOptions {
+  std::string config, json;
+  std::vector<int> batch{1, 8, 32, 128}, context{1024, 8192}, prefill{1024, 8192};
+  int steps = 30, generated = 64;
+  double bandwidth = 4.65e12;
+};
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+double median(std::vector<double> x) {
+  std::nth_element(x.begin(), x.begin() + std::ssize(x) / 2, x.end());
+  return x[x.size() / 2];
+}
+
+/// Bytes of weights that a decoding step reads, `experts` of them (over all layers) taken.
+double weight_bytes(const model::ModelConfig& c, std::int64_t experts) {
+  const double hidden = c.hidden_size, heads = c.num_attention_heads, rank = c.kv_lora_rank;
+  const double nope = c.qk_nope_head_dim, rope = c.qk_rope_head_dim, v = c.v_head_dim;
+  const double q =
+      c.q_lora_rank > 0 ? c.q_lora_rank * (hidden + heads * (nope + rope)) : hidden * heads * (nope + rope);
+  const double attention = q + (rank + rope) * hidden + heads * rank * (nope + v) + heads * v * hidden;
+  double total = hidden * c.vocab_size;
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    total += attention;
+    if (c.is_moe_layer(i)) {
+      total +=
+          3.0 * hidden * c.moe_intermediate_size * c.n_shared_experts + 2.0 * hidden * c.n_routed_experts;
+    } else {
+      total += 3.0 * hidden * c.intermediate_size;
+    }
+  }
+  total += 3.0 * hidden * c.moe_intermediate_size * static_cast<double>(experts);
+  return 2 * total;  // bfloat16; the router's float32 counts twice above
+}
+
+double parameters(const model::ModelConfig& c) {
+  std::int64_t layers = 0;
+  for (int i = 0; i < c.num_hidden_layers; ++i) layers += c.is_moe_layer(i);
+  return weight_bytes(c, layers * c.n_routed_experts) / 2 + double{1} * c.hidden_size * c.vocab_size;
+}
+
+class Bench {
+ public:
+  explicit Bench(const BenchEngineOptions& options)
+      : options_(options),
+        config_(options.config.empty() ? model::parse_config(kV2Lite, "V2-Lite")
+                                       : model::read_config(options.config)) {}
+
+  int run() {
+    const Clock::time_point begin = Clock::now();
+    model::ModelOptions model_options;
+    model_options.device = model::ModelDevice::kCuda;
+    model_options.time_steps = true;
+    model_ = model::make_random_model(config_, model_options);
+    const int most_batch = *std::ranges::max_element(options_.batch);
+    const int most_context = *std::ranges::max_element(options_.context);
+    const int most_prefill = *std::ranges::max_element(options_.prefill);
+    pages_per_sequence_ = pages(std::max(most_context + options_.steps + 16, most_prefill));
+    model_->allocate_cache(most_batch * pages_per_sequence_);
+    model_->reserve(kChunk, most_batch);
+    out_ = report_head();
+    for (const BackendInfo& b : backends()) {
+      if (b.backend == Backend::kSm90) out_["gpu"] = b.device;
+    }
+    out_["parameters"] = parameters(config_);
+    out_["bandwidth_of_floor"] = options_.bandwidth;
+    out_["load_seconds"] = seconds_since(begin);
+    fmt::print("{:.2f} billion parameters, made in {:.1f} s\n", parameters(config_) / 1e9,
+               seconds_since(begin));
+
+    prefill();
+    fill_cache();
+    decode();
+    generate();
+    if (!options_.json.empty()) write_json(options_.json, out_);
+    return 0;
+  }
+
+ private:
+  static constexpr int kChunk = 2048;
+  static constexpr int kPrompt = 16;  // of generate(): those of 128 requests fit into one step
+
+  static int pages(int tokens) { return (tokens + model::kPageSize - 1) / model::kPageSize; }
+
+  std::vector<std::int32_t> random_tokens(int count) {
+    std::vector<std::int32_t> out(static_cast<std::size_t>(count));
+    for (std::int32_t& t : out)
+      t = static_cast<std::int32_t>(random_() % static_cast<unsigned>(config_.vocab_size));
+    return out;
+  }
+
+  // Of sequence s: the pages behind those of the sequences before.
+  std::vector<std::int32_t> table(int batch, int width) const {
+    std::vector<std::int32_t> out;
+    for (int s = 0; s < batch; ++s) {
+      for (int i = 0; i < width; ++i) out.push_back(s * pages_per_sequence_ + i);
+    }
+    return out;
+  }
+
+  // A prompt of sequence 0 in chunks; its wall time.
+  double process_prompt(int length) {
+    const std::vector<std::int32_t> tokens = random_tokens(length);
+    const Clock::time_point begin = Clock::now();
+    for (int at = 0; at < length; at += kChunk) {
+      const int end = std::min(length, at + kChunk);
+      const std::vector<std::int32_t> starts{0, end - at}, lens{end}, rows{end - at - 1};
+      const std::vector<std::int32_t> block_table = table(1, pages(end));
+      model::ForwardBatch batch;
+      batch.token_ids =
+          std::span(tokens).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(end - at));
+      batch.query_starts = starts;
+      batch.seq_lens = lens;
+      batch.block_table = block_table;
+      batch.max_blocks = pages(end);
+      if (end == length) batch.greedy_rows = rows;
+      std::int32_t token = 0;
+      model_->forward(batch, nullptr, &token);
+    }
+    return seconds_since(begin);
+  }
+
+  void prefill() {
+    Table rows({"prompt", "ms", "tokens/s"});
+    for (const int length : options_.prefill) {
+      process_prompt(length);
+      std::vector<double> times;
+      for (int i = 0; i < 3; ++i) times.push_back(process_prompt(length));
+      const double time = median(times);
+      rows.add({fmt::format("{}", length), fmt::format("{:.2f}", time * 1e3),
+                fmt::format("{:.0f}", length / time)});
+      out_["prefill"].push_back({{"prompt_tokens", length},
+                                 {"chunk", kChunk},
+                                 {"seconds", time},
+                                 {"tokens_per_second", length / time}});
+    }
+    fmt::print("{}\n", rows.str());
+  }
+
+  // Every sequence's pages with those of sequence 0, so that caches hold what a model writes.
+  void fill_cache() {
+    process_prompt(*std::ranges::max_element(options_.context));
+    const int most = *std::ranges::max_element(options_.batch);
+    for (int s = 1; s < most; ++s) {
+      for (int i = 0; i < pages_per_sequence_; ++i) model_->copy_page(i, s * pages_per_sequence_ + i);
+    }
+  }
+
+  void decode() {
+    Table rows(
+        {"batch", "context", "step ms", "device ms", "idle", "floor ms", "x floor", "experts", "tokens/s"});
+    for (const int context : options_.context) {
+      for (const int b : options_.batch) {
+        const auto size = static_cast<std::size_t>(b);
+        std::vector<std::int32_t> tokens = random_tokens(b), starts(size + 1), lens(size), wanted(size);
+        const int width = pages(context + options_.steps + 8);
+        const std::vector<std::int32_t> block_table = table(b, width);
+        for (std::size_t i = 0; i <= size; ++i) starts[i] = static_cast<std::int32_t>(i);
+        for (std::size_t i = 0; i < size; ++i) wanted[i] = static_cast<std::int32_t>(i);
+        std::vector<double> wall, device;
+        double experts = 0;
+        for (int step = -5; step < options_.steps; ++step) {
+          std::ranges::fill(lens, context + 6 + step);
+          model::ForwardBatch batch;
+          batch.token_ids = tokens;
+          batch.query_starts = starts;
+          batch.seq_lens = lens;
+          batch.block_table = block_table;
+          batch.max_blocks = width;
+          batch.greedy_rows = wanted;
+          const double device_before = model_->device_seconds();
+          const Clock::time_point begin = Clock::now();
+          std::vector<std::int32_t> next(size);
+          model_->forward(batch, nullptr, next.data());
+          if (step >= 0) {
+            wall.push_back(seconds_since(begin));
+            device.push_back(model_->device_seconds() - device_before);
+            experts += static_cast<double>(model_->experts_hit(b)) / options_.steps;
+          }
+          // Not the greedy continuation, which a random model repeats: all rows would share their experts.
+          tokens = random_tokens(b);
+        }
+        const double bytes = weight_bytes(config_, std::llround(experts)) +
+                             double{1} * b * context * (config_.kv_lora_rank + config_.qk_rope_head_dim) * 2 *
+                                 config_.num_hidden_layers;
+        const double floor = bytes / options_.bandwidth, time = median(wall), busy = median(device);
+        rows.add({fmt::format("{}", b), fmt::format("{}", context), fmt::format("{:.3f}", time * 1e3),
+                  fmt::format("{:.3f}", busy * 1e3), fmt::format("{:.1f}%", 100 * (1 - busy / time)),
+                  fmt::format("{:.3f}", floor * 1e3), fmt::format("{:.2f}", time / floor),
+                  fmt::format("{:.0f}", experts), fmt::format("{:.0f}", b / time)});
+        out_["decode"].push_back({{"batch", b},
+                                  {"context", context},
+                                  {"step_seconds", time},
+                                  {"device_seconds", busy},
+                                  {"idle_share", 1 - busy / time},
+                                  {"floor_seconds", floor},
+                                  {"times_floor", time / floor},
+                                  {"floor_bytes", bytes},
+                                  {"experts_hit", experts},
+                                  {"tokens_per_second", b / time}});
+      }
+    }
+    fmt::print("{}\n", rows.str());
+  }
+
+  // The whole engine, scheduler and all, on greedy requests with short prompts.
+  void generate() {
+    const int most = *std::ranges::max_element(options_.batch);
+    model::Model* model = model_.get();
+    EngineOptions engine_options;
+    engine_options.num_pages = most * pages(kPrompt + options_.generated + 1);
+    engine_options.max_batch_size = most;
+    engine_options.max_tokens_per_step = kChunk;
+    engine::EngineCore core(std::move(model_), {}, {}, engine_options);
+    Table rows({"batch (engine)", "step ms", "device ms", "idle", "tokens/s"});
+    for (const int b : options_.batch) {
+      for (const bool warm : {false, true}) {
+        int finished = 0;
+        for (int i = 0; i < b; ++i) {
+          engine::EngineCore::Submission s;
+          s.prompt = random_tokens(kPrompt);
+          s.sampling.temperature = 0;
+          s.sampling.max_tokens = options_.generated;
+          s.sampling.ignore_eos = true;
+          s.on_event = [&](const GenerationEvent& e) { finished += e.last; };
+          core.submit(std::move(s));
+        }
+        core.step();  // the prompts
+        const double device_before = model->device_seconds();
+        const Clock::time_point begin = Clock::now();
+        int steps = 0;
+        while (finished < b && core.step()) ++steps;
+        const double time = seconds_since(begin) / steps,
+                     busy = (model->device_seconds() - device_before) / steps;
+        if (!warm) continue;
+        rows.add({fmt::format("{}", b), fmt::format("{:.3f}", time * 1e3), fmt::format("{:.3f}", busy * 1e3),
+                  fmt::format("{:.1f}%", 100 * (1 - busy / time)), fmt::format("{:.0f}", b / time)});
+        out_["generation"].push_back({{"batch", b},
+                                      {"prompt_tokens", kPrompt},
+                                      {"generated", options_.generated},
+                                      {"step_seconds", time},
+                                      {"device_seconds", busy},
+                                      {"idle_share", 1 - busy / time},
+                                      {"tokens_per_second", b / time}});
+      }
+    }
+    fmt::print("{}\n", rows.str());
+  }
+
+  const BenchEngineOptions& options_;
+  model::ModelConfig config_;
+  std::unique_ptr<model::Model> model_;
+  int pages_per_sequence_ = 0;
+  std::mt19937 random_{11};
+  nlohmann::ordered_json out_;
+};
+
+}  // namespace
+
+void register_bench_engine(CLI::App& app, int& exit_code) {
+  auto o = std::make_shared<BenchEngineOptions>();
+  CLI::App* sub =
+      app.add_subcommand("bench-engine",
+                         "Measure decode steps, prefill and generation of a model with random weights on a "
+                         "GPU, beside the floor: "
+                         "bytes of weights and cache that a step reads over the memory's bandwidth");
+  sub->add_option("--config", o->config, "Folder with a config.json; default: the shape of DeepSeek-V2-Lite");
+  sub->add_option("--batch", o->batch, "Sequences per step")->delimiter(',')->check(CLI::Range(1, 1024));
+  sub->add_option("--context", o->context, "Cached tokens of each")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1 << 20));
+  sub->add_option("--prefill", o->prefill, "Prompt lengths")->delimiter(',')->check(CLI::Range(1, 1 << 20));
+  sub->add_option("--steps", o->steps, "Decode steps of which the median is taken")
+      ->check(CLI::Range(1, 10000));
+  sub->add_option("--generate", o->generated, "Tokens that each request of the engine generates")
+      ->check(CLI::Range(2, 100000));
+  sub->add_option("--bandwidth", o->bandwidth, "Bytes per second of the floor")->check(CLI::PositiveNumber);
+  sub->add_option("--json", o->json, "Write the figures, with machine, command and commit, to this file");
+  sub->callback([o, &exit_code] { exit_code = Bench(*o).run(); });
+}
+
+}  // namespace flash_mla::cli

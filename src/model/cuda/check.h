@@ -1,0 +1,15 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace flash_mla::model::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+  // nvcc cannot compile fmt's header.
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace flash_mla::model::cuda

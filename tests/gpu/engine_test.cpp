@@ -1,0 +1,358 @@
+// The engine on the GPU against the engine on the CPU, on random checkpoints of every kind of model, and
+// every way of cutting its work against the others.
+
+#include "flash_mla/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <random>
+
+#include "model/config.h"
+#include "model/model.h"
+#include "model/temporary_directory.h"
+#include "random_checkpoint.h"
+
+namespace flash_mla::model {
+namespace {
+
+constexpr int kVocab = 160;
+constexpr int kPages = 40;
+
+struct Case {
+  const char* name;
+  const char* fields;  // of config.json, besides the common ones
+};
+
+void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+
+constexpr const char* kYarn =
+    R"("rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707,
+       "mscale_all_dim": 0.707, "original_max_position_embeddings": 128})";
+constexpr const char* kSmallHeads =
+    R"("kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 40)";
+constexpr const char* kOddHeads =
+    R"("kv_lora_rank": 20, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5)";
+constexpr const char* kRealHeads =
+    R"("kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128)";
+
+std::string config_text(const Case& c) {
+  return std::string("{\"vocab_size\": 160, \"num_hidden_layers\": 3, \"max_position_embeddings\": 2048, ") +
+         c.fields + "}";
+}
+
+const std::vector<Case>& cases() {
+  static const std::vector<std::string> kText = [] {
+    const std::string v2 = R"("model_type": "deepseek_v2", )", v3 = R"("model_type": "deepseek_v3", )";
+    const std::string wide = R"("hidden_size": 256, "intermediate_size": 320, )";
+    const std::string experts =
+        R"("n_routed_experts": 16, "n_shared_experts": 2, "num_experts_per_tok": 4, "moe_intermediate_size": 96,
+           "first_k_dense_replace": 1, )";
+    return std::vector<std::string>{
+        // Dense, odd sizes, bias.
+        v2 +
+            R"("n_routed_experts": null, "hidden_size": 30, "intermediate_size": 23, "num_attention_heads": 3, "q_lora_rank": 10,
+                "attention_bias": true, )" +
+            kOddHeads,
+        // V2-Lite: greedy softmax routing, no q_lora, YaRN, the real head dimensions.
+        v2 + wide + experts + R"("num_attention_heads": 16, "q_lora_rank": null, "routed_scaling_factor": 1.0,
+                "norm_topk_prob": false, )" +
+            kRealHeads + ", " + kYarn,
+        // V2: groups.
+        v2 + wide + experts +
+            R"("num_attention_heads": 4, "q_lora_rank": 48, "topk_method": "group_limited_greedy",
+                "n_group": 4, "topk_group": 2, "routed_scaling_factor": 4.0,
+                "norm_topk_prob": false, )" +
+            kSmallHeads,
+        // V3: sigmoid, bias correction.
+        v3 + wide + experts + R"("num_attention_heads": 8, "q_lora_rank": 64, "topk_method": "noaux_tc",
+                "n_group": 4, "topk_group": 2, "norm_topk_prob": true, "routed_scaling_factor": 2.5, )" +
+            kRealHeads,
+        // V3 with one head and plain kernels.
+        v3 + wide + experts + R"("num_attention_heads": 1, "q_lora_rank": 32, "n_group": 2, "topk_group": 1,
+                "norm_topk_prob": true, "routed_scaling_factor": 1.0, )" +
+            kSmallHeads + ", " + kYarn,
+        // Unpaired rope and latent dimensions of the decode kernel without those of the prefill kernel.
+        v3 + wide + experts + R"("num_attention_heads": 4, "q_lora_rank": 32, "n_group": 1, "topk_group": 1,
+                "norm_topk_prob": true, "routed_scaling_factor": 1.0, "rope_interleave": false, "kv_lora_rank": 512, "qk_nope_head_dim": 64,
+                "qk_rope_head_dim": 64, "v_head_dim": 64)",
+    };
+  }();
+  static const std::vector<Case> kCases = {
+      {"dense_odd", kText[0].c_str()}, {"v2_lite", kText[1].c_str()},  {"v2_groups", kText[2].c_str()},
+      {"v3", kText[3].c_str()},        {"v3_plain", kText[4].c_str()}, {"v3_unpaired", kText[5].c_str()}};
+  return kCases;
+}
+
+/// A sequence as the tests run it: its tokens, its pages, how many tokens are cached.
+struct Sequence {
+  std::vector<std::int32_t> tokens;
+  std::vector<std::int32_t> pages;
+};
+
+std::vector<std::int32_t> random_tokens(int count, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<std::int32_t> out(static_cast<std::size_t>(count));
+  for (std::int32_t& t : out) t = static_cast<std::int32_t>(random() % kVocab);
+  return out;
+}
+
+/// New tokens [begin, end) of a sequence.
+struct Part {
+  const Sequence* sequence;
+  int begin, end;
+};
+
+struct Result {
+  std::vector<float> logits;         // of all new tokens, if not greedy
+  std::vector<std::int32_t> greedy;  // of all new tokens
+};
+
+Result forward(Model& model, const std::vector<Part>& parts, bool greedy = false,
+               bool batch_invariant = false) {
+  std::vector<std::int32_t> ids, starts{0}, lens, rows, table;
+  std::size_t blocks = 0;
+  for (const Part& p : parts) blocks = std::max(blocks, p.sequence->pages.size());
+  for (const Part& p : parts) {
+    for (int i = p.begin; i < p.end; ++i) {
+      rows.push_back(static_cast<std::int32_t>(ids.size()));
+      ids.push_back(p.sequence->tokens[static_cast<std::size_t>(i)]);
+    }
+    starts.push_back(static_cast<std::int32_t>(ids.size()));
+    lens.push_back(p.end);
+    table.insert(table.end(), p.sequence->pages.begin(), p.sequence->pages.end());
+    table.resize(table.size() + blocks - p.sequence->pages.size(), -1);
+  }
+  ForwardBatch batch;
+  batch.token_ids = ids;
+  batch.query_starts = starts;
+  batch.seq_lens = lens;
+  batch.block_table = table;
+  batch.max_blocks = static_cast<int>(blocks);
+  (greedy ? batch.greedy_rows : batch.logit_rows) = rows;
+  batch.batch_invariant = batch_invariant;
+  Result out;
+  if (greedy) {
+    out.greedy.assign(rows.size(), -7);
+  } else {
+    out.logits.assign(rows.size() * kVocab, std::nanf(""));
+  }
+  model.forward(batch, out.logits.data(), out.greedy.data());
+  return out;
+}
+
+/// |a - b| / |b| of every row, sorted.
+std::vector<double> row_errors(const std::vector<float>& a, const std::vector<float>& b) {
+  EXPECT_EQ(a.size(), b.size());
+  std::vector<double> out;
+  for (std::size_t row = 0; row < a.size(); row += kVocab) {
+    double difference = 0, size = 0;
+    for (std::size_t i = row; i < row + kVocab; ++i) {
+      difference += (double{a[i]} - b[i]) * (double{a[i]} - b[i]);
+      size += double{b[i]} * b[i];
+    }
+    const double error = std::sqrt(difference / size);
+    out.push_back(std::isfinite(error) ? error : 1e9);
+  }
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
+// A row whose token takes other experts, because rounding decided, is far off: a tenth of the rows may be.
+// The rest differs by the rounding of bfloat16, which a large routed_scaling_factor magnifies.
+void expect_close(const std::vector<float>& a, const std::vector<float>& b, const char* what) {
+  const std::vector<double> errors = row_errors(a, b);
+  const std::size_t far = std::min(errors.size() - 1, std::max<std::size_t>(errors.size() / 10, 1));
+  const double median = errors[errors.size() / 2], most = errors[errors.size() - 1 - far];
+  EXPECT_LT(median, 0.03) << what;
+  EXPECT_LT(most, 0.1) << what;
+  if (std::getenv("FLASH_MLA_TEST_VERBOSE") != nullptr) {
+    std::printf("%s: median error %.4f, 90%% %.4f, worst %.4f\n", what, median, most, errors.back());
+  }
+}
+
+class CudaEngine : public testing::TestWithParam<Case> {
+ protected:
+  void SetUp() override {
+    directory_.write("config.json", config_text(GetParam()));
+    directory_.write("model.safetensors", RandomCheckpoint(read_config(directory_.path())).bytes());
+    gpu_ = load(ModelDevice::kCuda);
+    long_ = {random_tokens(300, 1), {3, 0, 7, 5, 1}};
+    again_ = {long_.tokens, {10, 11, 12, 13, 14}};
+  }
+  std::unique_ptr<Model> load(ModelDevice device) const {
+    ModelOptions options;
+    options.device = device;
+    options.precision = device == ModelDevice::kCpu ? ModelPrecision::kFloat32 : ModelPrecision::kBFloat16;
+    options.num_threads = 8;
+    std::unique_ptr<Model> model = load_model(directory_.path(), options);
+    model->allocate_cache(kPages);
+    model->reserve(512, 64);
+    return model;
+  }
+
+  TemporaryDirectory directory_;
+  std::unique_ptr<Model> gpu_;
+  Sequence long_, again_;
+};
+
+TEST_P(CudaEngine, AgreesWithTheCpu) {
+  const std::unique_ptr<Model> cpu = load(ModelDevice::kCpu);
+  for (const auto& [begin, end] : std::vector<std::pair<int, int>>{{0, 150}, {150, 280}, {280, 293}}) {
+    const std::vector<Part> part{{&long_, begin, end}};
+    expect_close(forward(*gpu_, part).logits, forward(*cpu, part).logits,
+                 (std::string(GetParam().name) + " " + std::to_string(begin)).c_str());
+  }
+  int far = 0;
+  for (int i = 293; i < 300; ++i) {
+    const std::vector<Part> part{{&long_, i, i + 1}};
+    const std::vector<double> error = row_errors(forward(*gpu_, part).logits, forward(*cpu, part).logits);
+    far += error[0] > 0.1;
+  }
+  EXPECT_LE(far, 1);
+}
+
+TEST_P(CudaEngine, WholeChunksAndStepsAgree) {
+  const std::vector<float> whole = forward(*gpu_, {{&long_, 0, 300}}).logits;
+  std::vector<float> cut;
+  std::vector<std::pair<int, int>> parts{{0, 70}, {70, 87}, {87, 103}, {103, 200}};
+  for (int i = 200; i < 300; ++i) parts.push_back({i, i + 1});
+  for (const auto& [begin, end] : parts) {
+    const std::vector<float> more = forward(*gpu_, {{&again_, begin, end}}).logits;
+    cut.insert(cut.end(), more.begin(), more.end());
+  }
+  expect_close(cut, whole, GetParam().name);
+}
+
+// Steps of all sizes, padded or not, with prefill beside decoding; replayed steps give the same bits.
+TEST_P(CudaEngine, BatchesAgreeWithSequencesAlone) {
+  std::vector<Sequence> sequences;
+  for (int i = 0; i < 11; ++i) {
+    sequences.push_back({random_tokens(100, 20 + static_cast<unsigned>(i)), {2 * i + 15, 2 * i + 16}});
+  }
+  const auto batch = [&](int count, int begin, int end) {
+    std::vector<Part> parts;
+    for (int i = 0; i < count; ++i)
+      parts.push_back({&sequences[static_cast<std::size_t>(i)], begin + i, end + i});
+    return parts;
+  };
+  std::vector<float> alone;
+  for (const Sequence& s : sequences) {
+    const auto i = static_cast<int>(&s - sequences.data());
+    forward(*gpu_, {{&s, 0, 60 + i}});
+    const std::vector<float> row = forward(*gpu_, {{&s, 60 + i, 61 + i}}).logits;
+    alone.insert(alone.end(), row.begin(), row.end());
+  }
+  for (const int count : {1, 2, 3, 5, 8, 11}) {
+    const std::vector<float> together = forward(*gpu_, batch(count, 60, 61)).logits;
+    const std::vector<float> first(alone.begin(), alone.begin() + count * kVocab);
+    expect_close(together, first, GetParam().name);
+    EXPECT_EQ(together, forward(*gpu_, batch(count, 60, 61)).logits) << count;
+    const std::vector<std::int32_t> greedy = forward(*gpu_, batch(count, 60, 61), true).greedy;
+    for (int i = 0; i < count; ++i) {
+      const float* row = together.data() + i * kVocab;
+      EXPECT_EQ(greedy[static_cast<std::size_t>(i)], std::max_element(row, row + kVocab) - row) << count;
+    }
+  }
+  std::vector<Part> mixed = batch(4, 60, 61);
+  mixed.push_back({&long_, 0, 200});
+  const std::vector<float> logits = forward(*gpu_, mixed).logits;
+  expect_close({logits.begin(), logits.begin() + 4 * kVocab}, {alone.begin(), alone.begin() + 4 * kVocab},
+               GetParam().name);
+}
+
+TEST_P(CudaEngine, BatchInvariantStepsAreExact) {
+  std::vector<Sequence> sequences;
+  std::vector<std::vector<float>> alone;
+  for (int i = 0; i < 6; ++i) {
+    sequences.push_back({random_tokens(90, 40 + static_cast<unsigned>(i)), {2 * i + 15, 2 * i + 16}});
+  }
+  for (const Sequence& s : sequences) {
+    alone.push_back(forward(*gpu_, {{&s, 0, 80}}, false, true).logits);
+    const std::vector<float> next = forward(*gpu_, {{&s, 80, 81}}, false, true).logits;
+    alone.back().insert(alone.back().end(), next.begin(), next.end());
+  }
+  std::vector<Part> prompts, steps;
+  for (const Sequence& s : sequences) {
+    prompts.push_back({&s, 0, 80});
+    steps.push_back({&s, 80, 81});
+  }
+  const std::vector<float> together = forward(*gpu_, prompts, false, true).logits;
+  const std::vector<float> next = forward(*gpu_, steps, false, true).logits;
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    const std::size_t size = 80 * kVocab;
+    EXPECT_EQ(0, std::memcmp(together.data() + i * size, alone[i].data(), size * sizeof(float))) << i;
+    EXPECT_EQ(0, std::memcmp(next.data() + i * kVocab, alone[i].data() + size, kVocab * sizeof(float))) << i;
+  }
+}
+
+TEST_P(CudaEngine, ACopiedPageContinuesTheSequence) {
+  forward(*gpu_, {{&long_, 0, 50}});
+  const std::vector<float> expected = forward(*gpu_, {{&long_, 50, 51}}).logits;
+  forward(*gpu_, {{&long_, 0, 50}});
+  gpu_->copy_page(long_.pages[0], 30);
+  const Sequence copy{long_.tokens, {30}};
+  EXPECT_EQ(expected, forward(*gpu_, {{&copy, 50, 51}}).logits);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, CudaEngine, testing::ValuesIn(cases()),
+                         [](const auto& c) { return c.param.name; });
+
+// The model of this repository writes the same on both devices, as far as bfloat16's rounding leaves it:
+// every prompt's continuation begins alike.
+TEST(CudaGeneration, TheSmallModelWritesWhatItWritesOnTheCpu) {
+  const char* directory = std::getenv("FLASH_MLA_SMALL_MODEL");
+  ASSERT_NE(directory, nullptr) << "set FLASH_MLA_SMALL_MODEL to the folder models/small";
+  const std::vector<std::string> prompts = {"The", "Once upon a time", "It was a dark night and",
+                                            "\"Why,\" said"};
+  SamplingParams params;
+  params.temperature = 0;
+  params.max_tokens = 48;
+  std::map<EngineOptions::Device, std::vector<Completion>> out;
+  for (const auto device : {EngineOptions::Device::kCpu, EngineOptions::Device::kCuda}) {
+    EngineOptions options;
+    options.device = device;
+    options.num_pages = 64;
+    Engine engine(directory, options);
+    out[device] = engine.generate(prompts, params);
+  }
+  int same = 0;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    const auto& cpu = out[EngineOptions::Device::kCpu][i].choices[0].token_ids;
+    const auto& gpu = out[EngineOptions::Device::kCuda][i].choices[0].token_ids;
+    ASSERT_FALSE(gpu.empty()) << out[EngineOptions::Device::kCuda][i].choices[0].error;
+    const auto [a, b] = std::mismatch(cpu.begin(), cpu.end(), gpu.begin(), gpu.end());
+    same += static_cast<int>(a - cpu.begin());
+    EXPECT_GE(a - cpu.begin(), 8) << out[EngineOptions::Device::kCpu][i].choices[0].text << "\n--- and\n"
+                                  << out[EngineOptions::Device::kCuda][i].choices[0].text;
+  }
+  EXPECT_GE(same, 96) << "of 192 tokens";
+}
+
+TEST(CudaGeneration, BatchInvariantTextDoesNotDependOnTheBatch) {
+  const char* directory = std::getenv("FLASH_MLA_SMALL_MODEL");
+  ASSERT_NE(directory, nullptr) << "set FLASH_MLA_SMALL_MODEL to the folder models/small";
+  EngineOptions options;
+  options.device = EngineOptions::Device::kCuda;
+  options.num_pages = 256;
+  options.batch_invariant = true;
+  options.prefix_cache = false;
+  Engine engine(directory, options);
+  std::vector<std::string> prompts;
+  for (int i = 0; i < 20; ++i) prompts.push_back("Chapter " + std::to_string(i) + ". There was");
+  SamplingParams params;
+  params.temperature = 0;
+  params.max_tokens = 40;
+  const std::vector<Completion> together = engine.generate(prompts, params);
+  for (std::size_t i = 0; i < prompts.size(); i += 4) {
+    const std::vector<Completion> alone = engine.generate(std::vector<std::string>{prompts[i]}, params);
+    EXPECT_EQ(alone[0].choices[0].token_ids, together[i].choices[0].token_ids) << prompts[i];
+  }
+}
+
+}  // namespace
+}  // namespace flash_mla::model

@@ -1,0 +1,373 @@
+// Routing against the CPU's router, the experts against fp64 sums on the host.
+
+#include "model/cuda/moe.h"
+
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <string>
+
+#include "model/cpu_router.h"
+#include "model_data.h"
+
+namespace flash_mla::gpu_test {
+namespace {
+
+using model::ModelConfig;
+using model::ScoringFunc;
+using model::TopkMethod;
+using model::cuda::ExpertFfn;
+using model::cuda::RouteArgs;
+
+// ---- Routing
+// -------------------------------------------------------------------------------------------------
+
+struct Kind {
+  const char* name;
+  int experts, chosen, groups, kept;
+  ScoringFunc scoring;
+  TopkMethod method;
+  bool correction, normalise;
+  double scale;
+};
+
+const Kind kKinds[] = {
+    {"V2Lite", 64, 6, 1, 1, ScoringFunc::kSoftmax, TopkMethod::kGreedy, false, false, 1.0},
+    {"V2", 160, 6, 8, 3, ScoringFunc::kSoftmax, TopkMethod::kGroupLimitedGreedy, false, false, 16.0},
+    {"V3", 256, 8, 8, 4, ScoringFunc::kSigmoid, TopkMethod::kNoAuxTc, true, true, 2.5},
+    {"SoftmaxNormalised", 48, 4, 1, 1, ScoringFunc::kSoftmax, TopkMethod::kGreedy, false, true, 1.0},
+    {"SigmoidGreedy", 300, 32, 1, 1, ScoringFunc::kSigmoid, TopkMethod::kGreedy, true, false, 0.5},
+    {"Small", 8, 2, 2, 1, ScoringFunc::kSigmoid, TopkMethod::kNoAuxTc, true, true, 1.0},
+    {"One", 1, 1, 1, 1, ScoringFunc::kSoftmax, TopkMethod::kGreedy, false, false, 1.0},
+    {"Most", 512, 16, 32, 8, ScoringFunc::kSoftmax, TopkMethod::kGroupLimitedGreedy, false, false, 1.0},
+};
+
+RouteArgs arguments(const Kind& k) {
+  RouteArgs a;
+  a.num_experts = k.experts;
+  a.experts_per_token = k.chosen;
+  a.num_groups = k.groups;
+  a.groups_kept = k.kept;
+  a.scoring = k.scoring;
+  a.method = k.method;
+  a.normalise = k.normalise;
+  a.scale = float(k.scale);
+  return a;
+}
+ModelConfig configuration(const Kind& k) {
+  ModelConfig c;
+  c.n_routed_experts = k.experts;
+  c.num_experts_per_tok = k.chosen;
+  c.n_group = k.groups;
+  c.topk_group = k.kept;
+  c.scoring_func = k.scoring;
+  c.topk_method = k.method;
+  c.norm_topk_prob = k.normalise;
+  c.routed_scaling_factor = k.scale;
+  return c;
+}
+
+class Routing : public testing::TestWithParam<Kind> {};
+
+TEST_P(Routing, ChoosesAsTheCpuDoes) {
+  const Kind& kind = GetParam();
+  Random random(23);
+  const ModelConfig config = configuration(kind);
+  for (const bool ties : {false, true}) {
+    for (const int tokens : {1, 3, 200}) {
+      std::vector<float> logits = random.fp32(std::size_t(tokens) * kind.experts, 1.0f);
+      std::vector<float> bias = random.fp32(std::size_t(kind.experts), 0.1f);
+      if (ties) {  // few values, so that most are equal
+        for (float& v : logits) v = std::round(v * 2) / 2;
+        std::fill(bias.begin(), bias.end(), 0.25f);
+      }
+      const OnDevice<float> bias_device(bias);
+      OnDevice<float> logits_device(logits);
+      OnDevice<std::int32_t> ids(std::size_t(tokens) * kind.chosen);
+      OnDevice<float> weights(std::size_t(tokens) * kind.chosen);
+      RouteArgs a = arguments(kind);
+      a.correction = kind.correction ? bias_device.get() : nullptr;
+      a.logits = logits_device.get();
+      a.ids = ids.get();
+      a.weights = weights.get();
+      a.tokens = tokens;
+      check(model::cuda::choose_experts(a, nullptr), "choose_experts");
+      const std::vector<std::int32_t> got_ids = ids.host();
+      const std::vector<float> got = weights.host();
+      for (int t = 0; t < tokens; ++t) {
+        std::vector<std::int32_t> want_ids(std::size_t(kind.chosen));
+        std::vector<float> want(std::size_t(kind.chosen));
+        model::choose_experts(config, logits.data() + std::size_t(t) * kind.experts,
+                              kind.correction ? bias.data() : nullptr, want_ids.data(), want.data());
+        for (int i = 0; i < kind.chosen; ++i) {
+          const std::size_t at = std::size_t(t) * kind.chosen + i;
+          ASSERT_EQ(got_ids[at], want_ids[std::size_t(i)])
+              << "token " << t << " choice " << i << " ties " << ties;
+          ASSERT_NEAR(got[at], want[std::size_t(i)], 1e-5f * std::abs(want[std::size_t(i)]) + 1e-12f);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Routing, NanNeverLeavesTheRange) {
+  const Kind& kind = GetParam();
+  std::vector<float> logits(std::size_t(3) * kind.experts, NAN);
+  for (int e = 0; e < kind.experts; ++e) logits[std::size_t(kind.experts + e)] = e % 3 == 0 ? -NAN : float(e);
+  OnDevice<float> logits_device(logits);
+  OnDevice<std::int32_t> ids(std::size_t(3) * kind.chosen);
+  OnDevice<float> weights(std::size_t(3) * kind.chosen);
+  RouteArgs a = arguments(kind);
+  a.logits = logits_device.get();
+  a.ids = ids.get();
+  a.weights = weights.get();
+  a.tokens = 3;
+  check(model::cuda::choose_experts(a, nullptr), "choose_experts");
+  const std::vector<std::int32_t> got = ids.host();
+  for (int t = 0; t < 3; ++t) {
+    std::vector<bool> seen(std::size_t(kind.experts), false);
+    for (int i = 0; i < kind.chosen; ++i) {
+      const int e = got[std::size_t(t) * kind.chosen + i];
+      ASSERT_TRUE(e >= 0 && e < kind.experts) << e;
+      ASSERT_FALSE(seen[std::size_t(e)]) << "expert " << e << " twice";
+      seen[std::size_t(e)] = true;
+    }
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Moe, Routing, testing::ValuesIn(kKinds),
+                         [](const auto& kind) { return std::string(kind.param.name); });
+
+TEST(Router, LogitsKeepFp32Weights) {
+  Random random(29);
+  for (const int tokens : {1, 9, 70, 300}) {
+    constexpr int kHidden = 1096, kExperts = 72;
+    const std::vector<std::uint16_t> x = random.bf16(std::size_t(tokens) * kHidden, 1.0f);
+    const std::vector<float> router = random.fp32(std::size_t(kExperts) * kHidden, 0.03f);
+    const OnDevice<std::uint16_t> x_device(x);
+    const OnDevice<float> router_device(router);
+    OnDevice<float> logits(std::size_t(tokens) * kExperts), weights(std::size_t(tokens) * 6);
+    OnDevice<std::int32_t> ids(std::size_t(tokens) * 6);
+    RouteArgs a = arguments(kKinds[0]);
+    a.num_experts = kExperts;
+    a.x = x_device.get();
+    a.x_stride = a.hidden = kHidden;
+    a.router = router_device.get();
+    a.logits = logits.get();
+    a.ids = ids.get();
+    a.weights = weights.get();
+    a.tokens = tokens;
+    a.programmatic_launch = true;
+    check(model::cuda::route(a, nullptr), "route");
+    const std::vector<float> got = logits.host();
+    const std::vector<std::int32_t> got_ids = ids.host();
+    for (int t = 0; t < tokens; ++t) {
+      for (int e = 0; e < kExperts; ++e) {
+        double want = 0;
+        for (int i = 0; i < kHidden; ++i) {
+          want += double(from_bf16(x[std::size_t(t) * kHidden + i])) * router[std::size_t(e) * kHidden + i];
+        }
+        ASSERT_NEAR(got[std::size_t(t) * kExperts + e], want, 5e-6) << "token " << t << " expert " << e;
+      }
+      const auto first = got.begin() + std::int64_t(t) * kExperts;
+      EXPECT_EQ(got_ids[std::size_t(t) * 6], std::max_element(first, first + kExperts) - first);
+    }
+  }
+}
+
+// ---- Experts
+// -------------------------------------------------------------------------------------------------
+
+struct Layer {
+  int hidden, intermediate, experts, chosen;
+};
+
+/// Weights of a layer and the tokens of a step.
+struct Experts {
+  Experts(Random& random, Layer l, int tokens, int favourite = -1, int pad = 0)
+      : layer(l),
+        gate_up(random.bf16(std::size_t(l.experts) * 2 * l.intermediate * l.hidden,
+                            1 / std::sqrt(float(l.hidden)))),
+        down(random.bf16(std::size_t(l.experts) * l.intermediate * l.hidden,
+                         1 / std::sqrt(float(l.intermediate)))),
+        x(random.bf16(std::size_t(tokens) * (l.hidden + pad), 1.0f)),
+        before(random.bf16(std::size_t(tokens) * (l.hidden + pad), 1.0f)),
+        weights(random.fp32(std::size_t(tokens) * l.chosen, 0.5f)),
+        gate_up_device(gate_up),
+        down_device(down),
+        x_device(x),
+        inout(before),
+        weights_device(weights),
+        ids(choose(random, l, tokens, favourite)),
+        ids_device(ids),
+        workspace(
+            model::cuda::expert_ffn_workspace_size(tokens, l.hidden, l.intermediate, l.experts, l.chosen)) {
+    args.x = x_device.get();
+    args.x_stride = args.inout_stride = l.hidden + pad;
+    args.gate_up = gate_up_device.get();
+    args.down = down_device.get();
+    args.ids = ids_device.get();
+    args.weights = weights_device.get();
+    args.inout = inout.get();
+    args.tokens = tokens;
+    args.hidden = l.hidden;
+    args.intermediate = l.intermediate;
+    args.num_experts = l.experts;
+    args.experts_per_token = l.chosen;
+    args.workspace = workspace.get();
+  }
+
+  /// Distinct experts for every token; `favourite` always among them, if any.
+  static std::vector<std::int32_t> choose(Random& random, Layer l, int tokens, int favourite) {
+    std::vector<std::int32_t> ids, all(std::size_t(l.experts));
+    for (int t = 0; t < tokens; ++t) {
+      std::iota(all.begin(), all.end(), 0);
+      for (int i = 0; i < l.chosen; ++i)
+        std::swap(all[std::size_t(i)], all[std::size_t(i + random.below(l.experts - i))]);
+      if (favourite >= 0 &&
+          std::find(all.begin(), all.begin() + l.chosen, favourite) == all.begin() + l.chosen) {
+        all[0] = favourite;
+      }
+      ids.insert(ids.end(), all.begin(), all.begin() + l.chosen);
+    }
+    return ids;
+  }
+
+  std::vector<std::uint16_t> run(const ExpertFfn& a) {
+    inout.upload(before);
+    workspace.poison();
+    check(model::cuda::expert_ffn(a, nullptr), "expert_ffn");
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    return inout.host();
+  }
+
+  /// All columns of one token, in fp64 but for the rounding of the activations.
+  std::vector<double> expected(int token) const {
+    const std::size_t hidden = std::size_t(layer.hidden), intermediate = std::size_t(layer.intermediate);
+    std::vector<double> out(hidden), act(intermediate), in(hidden);
+    for (std::size_t i = 0; i < hidden; ++i) {
+      in[i] = double(from_bf16(x[std::size_t(token) * args.x_stride + i]));
+      out[i] = double(from_bf16(before[std::size_t(token) * args.inout_stride + i]));
+    }
+    for (int c = 0; c < layer.chosen; ++c) {
+      const std::size_t e = std::size_t(ids[std::size_t(token) * layer.chosen + c]);
+      const auto dot = [](const std::uint16_t* w, const std::vector<double>& v) {
+        double sum = 0;
+        for (std::size_t i = 0; i < v.size(); ++i) sum += double(from_bf16(w[i])) * v[i];
+        return sum;
+      };
+      const std::uint16_t* up = gate_up.data() + (e * 2 + 1) * intermediate * hidden;
+      for (std::size_t i = 0; i < intermediate; ++i) {
+        const double gate = dot(up - (intermediate - i) * hidden, in);
+        act[i] = double(from_bf16(to_bf16(float(silu(gate) * dot(up + i * hidden, in)))));
+      }
+      const double w = double(weights[std::size_t(token) * layer.chosen + c]);
+      for (std::size_t i = 0; i < hidden; ++i) {
+        out[i] += w * dot(down.data() + (e * hidden + i) * intermediate, act);
+      }
+    }
+    return out;
+  }
+
+  void verify(const std::vector<std::uint16_t>& got, const std::vector<int>& tokens,
+              const std::string& name) {
+    for (const int t : tokens) {
+      const std::vector<double> want = expected(t);
+      for (int i = 0; i < layer.hidden; ++i) {
+        const double v = double(from_bf16(got[std::size_t(t) * args.inout_stride + i]));
+        const double w = want[std::size_t(i)];
+        ASSERT_LE(std::abs(v - w), 2e-3 + std::abs(w) / 250) << name << ": token " << t << " column " << i;
+      }
+    }
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      if (std::int64_t(i) % args.inout_stride >= layer.hidden) {
+        ASSERT_EQ(got[i], before[i]) << name << ": padding";
+      } else {
+        ASSERT_TRUE(std::isfinite(from_bf16(got[i]))) << name << ": element " << i;
+      }
+    }
+  }
+
+  Layer layer;
+  std::vector<std::uint16_t> gate_up, down, x, before;
+  std::vector<float> weights;
+  OnDevice<std::uint16_t> gate_up_device, down_device, x_device, inout;
+  OnDevice<float> weights_device;
+  std::vector<std::int32_t> ids;
+  OnDevice<std::int32_t> ids_device;
+  OnDevice<std::byte> workspace;
+  ExpertFfn args;
+};
+
+std::vector<int> some_tokens(Random& random, int tokens, int most) {
+  std::vector<int> v;
+  if (tokens <= most) {
+    for (int t = 0; t < tokens; ++t) v.push_back(t);
+    return v;
+  }
+  v = {0, tokens - 1};
+  for (int i = 2; i < most; ++i) v.push_back(random.below(tokens));
+  return v;
+}
+
+TEST(ExpertFfn, SmallAndOddShapes) {
+  Random random(31);
+  for (const Layer layer :
+       {Layer{64, 48, 8, 2}, Layer{72, 40, 5, 3}, Layer{256, 136, 16, 4}, Layer{50, 30, 6, 2},
+        Layer{64, 33, 4, 1}, Layer{8, 8, 1, 1}, Layer{328, 264, 300, 8}}) {
+    for (const int tokens : {1, 2, 7, 40, 333, 2000}) {
+      for (const int favourite : {-1, layer.experts - 1}) {
+        Experts e(random, layer, tokens, favourite, tokens % 2 == 0 ? 16 : 0);
+        e.args.programmatic_launch = random.coin();
+        e.args.batch_invariant = random.coin();
+        e.verify(e.run(e.args), some_tokens(random, tokens, 20),
+                 (testing::Message() << "hidden " << layer.hidden << " tokens " << tokens).GetString());
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(ExpertFfn, V2Lite) {
+  Random random(37);
+  for (const int tokens : {1, 3, 32, 128, 1500}) {
+    Experts e(random, {2048, 1408, 12, 6}, tokens);
+    e.args.programmatic_launch = true;
+    e.verify(e.run(e.args), some_tokens(random, tokens, 3),
+             (testing::Message() << "tokens " << tokens).GetString());
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(ExpertFfn, SameBitsEveryTime) {
+  Random random(41);
+  for (const int tokens : {1, 17, 128, 1500}) {
+    Experts e(random, {512, 384, 16, 4}, tokens);
+    const std::vector<std::uint16_t> first = e.run(e.args);
+    for (int i = 0; i < 5; ++i) EXPECT_EQ(e.run(e.args), first) << "tokens " << tokens;
+  }
+}
+
+TEST(ExpertFfn, BatchInvariantTokens) {
+  Random random(43);
+  constexpr int kAll = 700;
+  Experts e(random, {512, 384, 16, 4}, kAll);
+  e.args.batch_invariant = true;
+  const std::vector<std::uint16_t> want = e.run(e.args);
+  for (const int tokens : {1, 2, 9, 40, 100, 350}) {
+    const int first = random.below(kAll - tokens + 1);
+    ExpertFfn part = e.args;
+    part.tokens = tokens;
+    part.x = e.x_device.get() + std::int64_t(first) * part.x_stride;
+    part.inout = e.inout.get() + std::int64_t(first) * part.inout_stride;
+    part.ids += std::int64_t(first) * part.experts_per_token;
+    part.weights += std::int64_t(first) * part.experts_per_token;
+    const std::vector<std::uint16_t> got = e.run(part);
+    for (int i = 0; i < tokens * 512; ++i) {
+      const std::size_t at = std::size_t(first) * 512 + std::size_t(i);
+      ASSERT_EQ(got[at], want[at]) << "tokens " << tokens << " element " << i;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flash_mla::gpu_test
