@@ -21,7 +21,7 @@ constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / 32;
 constexpr int kRowThreads = 256;
 constexpr std::size_t kAlignment = 256;
 constexpr int kSmallestUnit = 8;
-constexpr double kMostStreamedRows = 24;  // pairs of an expert, on average
+constexpr double kMostStreamedRows = 22;  // pairs of an expert, on average
 
 // ---- Sorting
 // -------------------------------------------------------------------------------------------------
