@@ -110,10 +110,12 @@ FLASH_MLA_API void build_decode_schedule(const TensorView& cache_seqlens, const 
                                          const DecodeScheduleView& schedule, void* stream = nullptr);
 
 /// Options that suit the sm90 backend on CUDA device `device_index` for calls of these shapes: one part per
-/// cluster of CTAs that the GPU runs at a time. Throws Unsupported where that GPU is missing or not a Hopper,
-/// InvalidArgument for a count below 1 or heads that num_heads_k does not divide.
+/// cluster of CTAs that the GPU runs at a time; a smaller fixed overhead where the batch is small against
+/// that, for there a part more is worth a split more. `batch` 0: not known, as if it were large. Throws
+/// Unsupported where that GPU is missing or not a Hopper, InvalidArgument for a count below 1 (batch: 0) or
+/// heads that num_heads_k does not divide.
 FLASH_MLA_API ScheduleOptions cuda_schedule_options(int device_index, int s_q, int num_heads_q,
-                                                    int num_heads_k);
+                                                    int num_heads_k, int batch = 0);
 
 /// Options that suit the CPU backend with `num_threads` workers (0: all that OpenMP would use).
 FLASH_MLA_API ScheduleOptions cpu_schedule_options(int num_threads = 0);

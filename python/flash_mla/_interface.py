@@ -99,7 +99,7 @@ def _plan(cache_seqlens: Array, s_q: int, h_q: int, h_k: int, token_rows: bool) 
     if device is None:
         num_parts, overhead = _C.cpu_schedule_options()
     else:
-        num_parts, overhead = _C.cuda_schedule_options(device, s_q, h_q, h_k)
+        num_parts, overhead = _C.cuda_schedule_options(device, s_q, h_q, h_k, b)
     parts = empty((num_parts, 8), cache_seqlens, "int32")
     num_splits = empty((b + 1,), cache_seqlens, "int32")
     _C.build_schedule(

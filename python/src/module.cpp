@@ -211,11 +211,11 @@ NB_MODULE(_C, m) {
         "fixed_split_blocks"_a.none() = 0, "stream"_a = 0);
   m.def(
       "cuda_schedule_options",
-      [](int device_index, int s_q, int num_heads_q, int num_heads_k) {
-        const ScheduleOptions o = cuda_schedule_options(device_index, s_q, num_heads_q, num_heads_k);
+      [](int device_index, int s_q, int num_heads_q, int num_heads_k, int batch) {
+        const ScheduleOptions o = cuda_schedule_options(device_index, s_q, num_heads_q, num_heads_k, batch);
         return std::make_tuple(o.num_parts, o.fixed_overhead_blocks);
       },
-      "device_index"_a, "s_q"_a, "num_heads_q"_a, "num_heads_k"_a);
+      "device_index"_a, "s_q"_a, "num_heads_q"_a, "num_heads_k"_a, "batch"_a = 0);
   m.def(
       "cpu_schedule_options",
       [](int num_threads) {

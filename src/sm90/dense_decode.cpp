@@ -301,13 +301,23 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
       reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + partial_layout(a, s).out_bytes);
   const int cluster = cluster_of(p.blocks);
   // One copy brings all of Q where a chunk has 64 rows; else the chunks, 64 rows apart, come one by one.
-  p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows ? kHeadDim / 64 : 1;
+  p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows ? 3 : 1;
   const CUtensorMap q_map = tensor_map<5>("q", a.q,
                                           {{{64, 0, 64},
                                             {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
                                             {a.q.size(1), a.q.stride(1) * 2, p.blocks.tokens},
                                             {kHeadDim / 64, 128, p.q_box_chunks},
                                             {a.q.size(0), a.q.stride(0) * 2, 1}}});
+  // Rows of a block go out as they came in, clipped at the last head and token; where the clip would have to
+  // be at the last head of a group of several, they are stored one by one.
+  const bool clips = p.group <= kTileRows || p.group % kTileRows == 0 || h_kv == 1;
+  p.out_box_chunks = !clips ? 0 : p.blocks.tokens * p.blocks.heads == kTileRows ? 4 : 1;
+  const CUtensorMap out_map = tensor_map<5>("out", a.out,
+                                            {{{64, 0, 64},
+                                              {a.out.size(2), a.out.stride(2) * 2, p.blocks.heads},
+                                              {a.out.size(1), a.out.stride(1) * 2, p.blocks.tokens},
+                                              {kHeadDimV / 64, 128, std::max(p.out_box_chunks, 1)},
+                                              {a.out.size(0), a.out.stride(0) * 2, 1}}});
   TensorView k = a.k_cache;
   if (k.size(0) == 0) {
     // A pool without pages serves requests without keys: nothing follows the map, but it has to be sound.
@@ -317,7 +327,7 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   const CUtensorMap k_piece_map = key_map(k, piece, 1);
   const CUtensorMap k_map = p.page_size < kTileTokens ? k_piece_map : key_map(k, kTileTokens, 4 / cluster);
   const bool bf16 = a.q.dtype == DType::kBFloat16;
-  launch_dense_decode(p, q_map, k_map, k_piece_map, bf16, cluster, h_kv, stream);
+  launch_dense_decode(p, q_map, k_map, k_piece_map, out_map, bf16, cluster, h_kv, stream);
 }
 
 void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,

@@ -20,7 +20,7 @@ std::string CaseShape::text() const {
 
 Plan::Plan(const DenseDecodeArgs& a, int num_parts, int fixed_split_blocks, PartUnit unit)
     : options(cuda_schedule_options(0, static_cast<int>(a.q.size(1)), static_cast<int>(a.q.size(2)),
-                                    static_cast<int>(a.k_cache.size(2)))),
+                                    static_cast<int>(a.k_cache.size(2)), static_cast<int>(a.q.size(0)))),
       parts(static_cast<std::size_t>(num_parts > 0 ? num_parts : options.num_parts) * 32),
       num_splits(static_cast<std::size_t>(a.q.size(0) + 1) * 4) {
   if (num_parts > 0) options.num_parts = num_parts;

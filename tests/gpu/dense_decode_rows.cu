@@ -150,7 +150,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   bool check_only = false;
-  int begin = 0, end = 1 << 30, reps = 30, overhead = 5;
+  int begin = 0, end = 1 << 30, reps = 30, overhead = -1;
   for (int i = 3; i < argc; ++i) {
     if (std::strcmp(argv[i], "--check-only") == 0) {
       check_only = true;
@@ -240,9 +240,8 @@ int main(int argc, char** argv) {
     args.cache_seqlens = TensorView::contiguous(d_lengths, DType::kInt32, {row.b}, gpu);
     args.out = TensorView::contiguous(out, DType::kBFloat16, {row.b, row.s_q, row.h_q, 512}, gpu);
     args.lse = TensorView::contiguous(lse, DType::kFloat32, {row.b, row.h_q, row.s_q}, gpu);
-    ScheduleOptions options;
-    options.num_parts = sm90::num_parts(args);
-    options.fixed_overhead_blocks = overhead;
+    ScheduleOptions options = cuda_schedule_options(0, row.s_q, row.h_q, 1, row.b);
+    if (overhead >= 0) options.fixed_overhead_blocks = overhead;
     auto* parts = device_alloc<int>(static_cast<std::size_t>(options.num_parts) * 8);
     auto* splits = device_alloc<int>(static_cast<std::size_t>(row.b) + 1);
     DecodeScheduleView schedule;

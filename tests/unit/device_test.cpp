@@ -61,6 +61,8 @@ TEST(Device, TensorsOnAMissingGpuAreRefused) {
 
 TEST(Device, ScheduleOptionsAreChecked) {
   EXPECT_EQ(refusal([] { cuda_schedule_options(0, 0, 16, 1); }), "InvalidArgument: s_q is 0, expected >= 1");
+  EXPECT_EQ(refusal([] { cuda_schedule_options(0, 1, 16, 1, -1); }),
+            "InvalidArgument: batch is -1, expected >= 0");
   EXPECT_EQ(refusal([] { cuda_schedule_options(0, 1, 16, 3); }),
             "InvalidArgument: num_heads_q is 16, expected a positive multiple of num_heads_k");
 }

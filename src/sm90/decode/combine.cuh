@@ -69,6 +69,9 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
     next_slot = p.split_tiles > 0 ? before : before - req - 1;  // plus i for split i > 0
   }
   const auto slot_of = [&](int i) { return i == 0 ? first_slot : next_slot + i; };
+  // One block has to wait whatever there is to do, for what comes behind this kernel in the stream waits for
+  // this kernel alone. The others need not: where nothing is split that saves 1.3 us.
+  if (splits <= 1 && (blockIdx.x | blockIdx.y | blockIdx.z) != 0) return;
   ptx::grid_dependency_wait();
   if (splits <= 1) return;
 

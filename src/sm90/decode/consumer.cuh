@@ -16,9 +16,10 @@ template <bool kBf16, int kCluster, int kWg>
 struct ConsumerBase {
   const DecodeParams& p;
   DecodeSmem& s;
-  const int warp, lane;  // in the warpgroup
-  const int row;         // this thread's rows are `row` and `row + 8`
-  float reference[2];    // of the softmax, per row, base 2; -inf until a key has been seen
+  const int warp, lane;       // in the warpgroup
+  const int row;              // this thread's rows are `row` and `row + 8`
+  std::uint32_t item_parity;  // of q_full
+  float reference[2];         // of the softmax, per row, base 2; -inf until a key has been seen
 
   __device__ ConsumerBase(const DecodeParams& params, DecodeSmem& smem)
       : p(params),
@@ -27,6 +28,11 @@ struct ConsumerBase {
         lane(static_cast<int>(threadIdx.x) % 32),
         row(warp * 16 + lane / 4) {}
 
+  // This warpgroup is done with its half of slot 1's columns; of the last tile there only if they do not take
+  // O.
+  __device__ void release_odd(const Item& item, bool last) {
+    if (!(last && is_staged(p, item))) release(1);
+  }
   // This warpgroup is done with its half of the slot's columns.
   __device__ void release(int slot) {
     if (lane < kCluster) {
@@ -123,9 +129,7 @@ struct ConsumerBase {
 #pragma unroll
       for (int j = 0; j < 4; ++j) weights[i][j] = pack2<kBf16>(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]);
       const std::uint32_t to = chunk + r * 128 + (((2 * i + lane / 16) ^ (r % 8)) * 16);
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-                   "r"(weights[i][0]), "r"(weights[i][1]), "r"(weights[i][2]), "r"(weights[i][3])
-                   : "memory");
+      stmatrix_x4(to, weights[i][0], weights[i][1], weights[i][2], weights[i][3]);
     }
     ptx::fence_async_proxy();
   }
@@ -140,6 +144,14 @@ struct ConsumerBase {
       ptx::wgmma_m64n256k16_ss<kBf16>(o, weights + i * 2, v + i * 128, i > 0 || accumulate);
     }
     ptx::wgmma_commit();
+  }
+
+  // This thread's first row, in a form the compiler knows nothing about: it would compute an item's addresses
+  // ahead of all tiles and keep them in registers that the tiles need.
+  __device__ int epilogue_row() const {
+    int r = row;
+    asm volatile("" : "+r"(r));
+    return r;
   }
 
   // Where row r of this CTA's block goes; false if it is padding.
@@ -182,22 +194,29 @@ struct ConsumerBase {
     stats[8] = float2{reference[1], sum[1]};
   }
 
+  // What a row's O has to be multiplied with. Stores its lse.
+  __device__ float finish_row(const Item& item, int h, float sum) const {
+    const int r = epilogue_row() + 8 * h;
+    // A row that saw no key gives 0 and lse = +inf. One whose every score is -inf gives NaN, as NaN scores
+    // do.
+    const bool none = sum == 0.0f, unseen = none && limit_of(item, r) <= 0;
+    int token, head;
+    if (locate(r, token, head)) {
+      store_lse(item, token, head,
+                unseen ? INFINITY
+                : none ? NAN
+                       : (reference[h] + log2f(sum)) * 0.69314718056f);
+    }
+    return unseen ? 0.0f : none ? NAN : 1.0f / sum;
+  }
+
   // Writes this warpgroup's half of O and, from WG0, the lse.
   __device__ void store(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const float factor = finish_row(item, h, sum[h]);
       int token, head;
-      const bool valid = locate(row + 8 * h, token, head);
-      // A row that saw no key gives 0 and lse = +inf. One whose every score is -inf gives NaN, as NaN scores
-      // do.
-      const bool none = sum[h] == 0.0f, unseen = none && limit_of(item, row + 8 * h) <= 0;
-      const float factor = unseen ? 0.0f : none ? NAN : 1.0f / sum[h];
-      if (valid) {
-        store_lse(item, token, head,
-                  unseen ? INFINITY
-                  : none ? NAN
-                         : (reference[h] + log2f(sum[h])) * 0.69314718056f);
-      }
+      const bool valid = locate(epilogue_row() + 8 * h, token, head);
       std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 8;
 #pragma unroll
       for (int i = 0; i < 32; i += 4) {
@@ -212,6 +231,31 @@ struct ConsumerBase {
     }
   }
 
+  // Puts this warpgroup's half of O into slot 1, for a producer to copy out; the lse, from WG0, is stored
+  // here.
+  __device__ void stage(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
+    float factor[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) factor[h] = finish_row(item, h, sum[h]);
+    const int first = epilogue_row(), r = first / 16 * 16 + lane % 16;  // row whose address this lane gives
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const std::uint32_t chunk = ptx::smem_address(s.kv[1][kWg * 4 + c]) + r * 128;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* x = &o[32 * c + 8 * i];
+        stmatrix_x4(chunk + ((2 * i + lane / 16) ^ (r % 8)) * 16,
+                    pack2<kBf16>(x[0] * factor[0], x[1] * factor[0]),
+                    pack2<kBf16>(x[2] * factor[1], x[3] * factor[1]),
+                    pack2<kBf16>(x[4] * factor[0], x[5] * factor[0]),
+                    pack2<kBf16>(x[6] * factor[1], x[7] * factor[1]));
+      }
+    }
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&s.out_full[kWg]);
+  }
+
   // A request without keys.
   __device__ void store_empty(const Item& item) {
     if (item.is_split) {
@@ -221,7 +265,7 @@ struct ConsumerBase {
     }
     for (int h = 0; h < 2; ++h) {
       int token, head;
-      if (!locate(row + 8 * h, token, head)) continue;
+      if (!locate(epilogue_row() + 8 * h, token, head)) continue;
       store_lse(item, token, head, INFINITY);
       std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 64;
       for (int i = 0; i < 64; i += 8) *reinterpret_cast<uint4*>(to + i) = uint4{0, 0, 0, 0};
@@ -229,16 +273,17 @@ struct ConsumerBase {
   }
 
   // Row sums over all columns of both warpgroups' tiles, in the same order in both.
-  __device__ void add_sums(float (&sum)[2]) {
+  __device__ void add_sums(float (&sum)[2], int parity) {
+    float(&row_sum)[2][kTileRows] = s.row_sum[parity];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 1);
       sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 2);
-      if (lane % 4 == 0) s.row_sum[kWg][row + 8 * h] = sum[h];
+      if (lane % 4 == 0) row_sum[kWg][row + 8 * h] = sum[h];
     }
     ptx::named_barrier_sync<kItemEnd, kConsumerThreads>();
 #pragma unroll
-    for (int h = 0; h < 2; ++h) sum[h] = s.row_sum[0][row + 8 * h] + s.row_sum[1][row + 8 * h];
+    for (int h = 0; h < 2; ++h) sum[h] = row_sum[0][row + 8 * h] + row_sum[1][row + 8 * h];
   }
 
   // Walks the items of a part; `tiles(o, item, sum)` does the work on one. O is not cleared: the first
@@ -254,12 +299,15 @@ struct ConsumerBase {
       }
       float sum[2] = {0.0f, 0.0f};
       reference[0] = reference[1] = -INFINITY;
-      ptx::mbarrier_wait(&s.q_full, items & 1);
+      item_parity = items & 1;
+      ptx::mbarrier_wait(&s.q_full[0], item_parity);
       ++items;
       tiles(o, item, sum);
-      add_sums(sum);
+      add_sums(sum, items & 1);
       if (item.is_split) {
         store_partial(item, o, sum);
+      } else if (is_staged(p, item)) {
+        stage(item, o, sum);
       } else {
         store(item, o, sum);
       }

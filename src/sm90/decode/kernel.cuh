@@ -3,11 +3,14 @@
 // Dense MLA decode, 64 query rows per CTA.
 //
 // Tile       64 rows (heads of one or more query tokens) x 64 keys x 576; O is 64 x 512 fp32 in registers.
-// Threads    384: two consumer warpgroups (WG0, WG1) and a producer warpgroup of which one thread works.
-// Shared     Q 72 KB | two key tiles, slot 0 and slot 1, 72 KB each | row statistics 1.3 KB | barriers.
-//            Made of 64-column chunks (8 KB, 128-byte swizzle); chunks 0-3 and 4-8 of a slot have a "full"
-//            barrier each. A slot's ninth chunk, the rope part, is used by Q K^T alone; P overwrites it.
-// Registers  consumers 240 (O half 128, S 32, P 16), producer 24, through setmaxnreg.
+// Threads    384: two consumer warpgroups (WG0, WG1) and a producer warpgroup of which four threads work, one
+//            for each half of each key slot.
+// Shared     Q 72 KB | two key tiles, slot 0 and slot 1, 72 KB each | row statistics 1.5 KB | barriers.
+//            Made of 64-column chunks (8 KB, 128-byte swizzle); chunks 0-3, 4-7 and 8 of a slot have a "full"
+//            barrier each. A slot's ninth chunk, the rope part, is used by Q K^T alone; P overwrites it. A
+//            finished O (64 KB) leaves through slot 1, by the copy engine, while the next request begins in
+//            slot 0.
+// Registers  consumers 240 (O half 128, S 32, P 16, a chunk of Q 16), producers 24, through setmaxnreg.
 //
 // The consumers take tiles in pairs: see paired.cuh.
 //
@@ -46,7 +49,8 @@ __device__ __forceinline__ void prefetch_metadata(const DecodeParams& p, int war
 template <bool kBf16, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                        const __grid_constant__ CUtensorMap k_piece_map, const DecodeParams p) {
+                        const __grid_constant__ CUtensorMap k_piece_map,
+                        const __grid_constant__ CUtensorMap out_map, const DecodeParams p) {
   extern __shared__ std::byte dynamic_smem[];
   auto& s =
       *reinterpret_cast<DecodeSmem*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
@@ -55,9 +59,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::prefetch_tensor_map(&q_map);
     ptx::prefetch_tensor_map(&k_map);
     ptx::prefetch_tensor_map(&k_piece_map);
-    ptx::mbarrier_init(&s.q_full, 1);
+    if (p.out_box_chunks > 0) ptx::prefetch_tensor_map(&out_map);
+    for (auto& barrier : s.q_full) ptx::mbarrier_init(&barrier, 1);
     ptx::mbarrier_init(&s.q_empty, 8);
+    ptx::mbarrier_init(&s.first_issued, 2);
     for (int slot = 0; slot < 2; ++slot) {
+      ptx::mbarrier_init(&s.out_full[slot], 4);
       for (auto& barrier : s.kv_full[slot]) ptx::mbarrier_init(&barrier, 1);
       for (auto& barrier : s.kv_empty[slot]) ptx::mbarrier_init(&barrier, 4 * kCluster);
     }
@@ -77,9 +84,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (part.x < p.batch) {
     if (warp >= kConsumerThreads / 32) {
       ptx::set_max_registers_down<24>();
-      if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
-        Producer<kCluster>{
-            p, s, &q_map, &k_map, &k_piece_map, kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0}
+      if (threadIdx.x % 32 == 0) {
+        Producer<kCluster>{p,
+                           s,
+                           &q_map,
+                           &k_map,
+                           &k_piece_map,
+                           &out_map,
+                           kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0,
+                           warp % 4 / 2,
+                           warp % 2}
             .run(part);
       }
     } else if (warp < 4) {

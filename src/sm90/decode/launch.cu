@@ -45,7 +45,7 @@ void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t sm
 
 template <bool kBf16, int kCluster>
 void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                   const CUtensorMap& k_piece_map, int h_kv, void* stream) {
+                   const CUtensorMap& k_piece_map, const CUtensorMap& out_map, int h_kv, void* stream) {
   // An attribute of the kernel on the current device. Setting it twice does no harm.
   static std::array<std::atomic<bool>, kMaxDevices> ready{};
   int device = 0;
@@ -59,7 +59,7 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
   const dim3 grid(static_cast<unsigned>(p.blocks.count()), static_cast<unsigned>(h_kv),
                   static_cast<unsigned>(p.num_parts));
   launch(dense_decode_kernel<kBf16, kCluster>, grid, kThreads, kSmemBytes, kCluster, stream, q_map, k_map,
-         k_piece_map, p);
+         k_piece_map, out_map, p);
   const bool fixed = p.split_tiles > 0;
   if (p.num_parts == 1 && !fixed) return;
   const auto owners = static_cast<unsigned>(fixed ? p.batch : std::min(p.batch, p.num_parts));
@@ -84,10 +84,11 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
 }  // namespace
 
 void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                         const CUtensorMap& k_piece_map, bool bf16, int cluster, int h_kv, void* stream) {
+                         const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16, int cluster,
+                         int h_kv, void* stream) {
   const auto with_cluster = [&]<bool kBf16>() {
-    (cluster == 2 ? launch_decode<kBf16, 2> : launch_decode<kBf16, 1>)(p, q_map, k_map, k_piece_map, h_kv,
-                                                                       stream);
+    (cluster == 2 ? launch_decode<kBf16, 2> : launch_decode<kBf16, 1>)(p, q_map, k_map, k_piece_map, out_map,
+                                                                       h_kv, stream);
   };
   bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
 }

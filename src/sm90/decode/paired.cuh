@@ -38,17 +38,38 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     });
   }
 
+  // Q's first chunk as a first operand in registers: Q K^T reads as much of Q as of K from shared memory,
+  // which is all that shared memory delivers. Two chunks would spill.
+  using FirstQ = std::uint32_t[4][4];
+  __device__ void load_first(FirstQ& first) const {
+    const int r = this->warp * 16 + lane % 16;
+    const std::uint32_t from = ptx::smem_address(s.q[0]) + r * 128;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(first[i][0]), "=r"(first[i][1]), "=r"(first[i][2]), "=r"(first[i][3])
+                   : "r"(from + ((2 * i + lane / 16) ^ (r % 8)) * 16));
+    }
+  }
+
   // S = Q K^T of the tile in `slot`, as its chunks arrive.
-  __device__ void issue_qk(float (&scores)[32], int slot, std::uint32_t parity) {
+  __device__ void issue_qk(float (&scores)[32], const FirstQ& first, int slot, std::uint32_t parity) {
     const std::uint64_t q = ptx::swizzled_descriptor(s.q[0], 0, 1024);
     const std::uint64_t k = ptx::swizzled_descriptor(s.kv[slot][0], 0, 1024);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      if (c % 4 == 0 && c < kRopeChunk) ptx::mbarrier_wait(&s.kv_full[slot][c / 4], parity);
+      // (WG1 does not come here in an item of one tile. The next item's Q is loaded after this one's was
+      // used.)
+      if (c == kFirstQChunks) ptx::mbarrier_wait(&s.q_full[1], this->item_parity);
+      if (c % 4 == 0) ptx::mbarrier_wait(&s.kv_full[slot][c / 4], parity);
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        ptx::wgmma_m64n64k16_ss<kBf16>(scores, q + c * 512 + i * 2, k + c * 512 + i * 2, c + i > 0);
+        if (c == 0) {
+          ptx::wgmma_m64n64k16_rs<kBf16>(scores, first[i], k + i * 2, i > 0);
+        } else {
+          ptx::wgmma_m64n64k16_ss<kBf16>(scores, q + c * 512 + i * 2, k + c * 512 + i * 2, true);
+        }
       }
     }
     ptx::wgmma_commit();
@@ -81,14 +102,15 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     this->exponentiate(x, base, sum, slot, weights);
   }
 
-  __device__ void issue_tile(float (&scores)[32], const Item& item, int tile, int slot, int& uses) {
+  __device__ void issue_tile(float (&scores)[32], const FirstQ& first, const Item& item, int tile, int slot,
+                             int& uses) {
     const std::uint32_t parity = uses++ & 1;
     const int count = item.length - tile * kTileTokens;
     if (count < kTileTokens) {
       for (auto& full : s.kv_full[slot]) ptx::mbarrier_wait(&full, parity);
       this->clear_rows(slot, count, 0, kRopeChunk);
     }
-    issue_qk(scores, slot, parity);
+    issue_qk(scores, first, slot, parity);
   }
 
   // The tiles of an item as WG0 sees them: begin, begin + 2, ... Everything is drained before the loop goes
@@ -98,9 +120,11 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     float scores[32];
     std::uint32_t weights[4][4];
     float alpha[2];
+    FirstQ first;
+    load_first(first);
     for (int tile = item.begin_tile; tile < item.end_tile; tile += 2) {
       const bool paired = tile + 1 < item.end_tile;
-      issue_tile(scores, item, tile, 0, uses);
+      issue_tile(scores, first, item, tile, 0, uses);
       if (paired) ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
       ptx::wgmma_wait<0>();
       if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
@@ -115,7 +139,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       take_reference(o, sum);
       this->issue_pv_shared(o, 1, true);
       ptx::wgmma_wait<0>();
-      this->release(1);
+      this->release_odd(item, tile + 3 >= item.end_tile);
     }
   }
 
@@ -124,11 +148,13 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     float scores[32];
     std::uint32_t weights[4][4];
     float alpha[2];
+    FirstQ first;
+    load_first(first);
     int tile = item.begin_tile + 1;
     if (tile >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
     for (; tile < item.end_tile; tile += 2) {
       ptx::named_barrier_sync<kOrder, kConsumerThreads>();
-      issue_tile(scores, item, tile, 1, uses);
+      issue_tile(scores, first, item, tile, 1, uses);
       ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
       take_reference(o, sum);
       this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
@@ -141,7 +167,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
       issue_pv_own(o, weights, 1, true);
       ptx::wgmma_wait<0>();
-      this->release(1);
+      this->release_odd(item, tile + 2 >= item.end_tile);
     }
     if (tile == item.end_tile) {
       // The last even tile has no partner.

@@ -74,8 +74,9 @@ struct DecodeParams {
   RowBlocks blocks;
   int batch, s_q, h_q, group;
   int page_size;
-  int table_width;   ///< columns of block_table
-  int q_box_chunks;  ///< 64-column chunks that one copy of Q brings: 1 or 9
+  int table_width;     ///< columns of block_table
+  int q_box_chunks;    ///< 64-column chunks that one copy of Q brings: 1 or 3
+  int out_box_chunks;  ///< the same of one copy to out: 1 or 4; 0 if rows are stored from registers
   int num_parts;
   int split_tiles;  ///< 0, or batch-invariant mode: every request is cut at multiples of this
   bool token_rows;  ///< rows of `parts` are as FlashMLA's until September 2025

@@ -15,6 +15,7 @@ namespace flash_mla::sm90 {
 
 inline constexpr int kChunks = kHeadDim / 64;  // of 64 columns
 inline constexpr int kRopeChunk = kChunks - 1;
+inline constexpr int kFirstQChunks = 3;  // what the first products wait for
 inline constexpr int kChunkElements = 64 * 64;
 inline constexpr int kConsumerThreads = 256;
 inline constexpr int kThreads = kConsumerThreads + 128;
@@ -23,12 +24,15 @@ inline constexpr float kMaxGrowth = 8.0f;  // base 2
 struct alignas(1024) DecodeSmem {
   std::uint16_t q[kChunks][kChunkElements];
   std::uint16_t kv[2][kChunks][kChunkElements];
-  float exchange[2][kTileRows];  // by warpgroup: the softmax reference it has moved to
-  float row_sum[2][kTileRows];
-  std::uint64_t q_full, q_empty;
-  std::uint64_t kv_full[2][2];   // by slot and half: chunks 0-3, chunks 4-8
+  float exchange[2][kTileRows];    // by warpgroup: the softmax reference it has moved to
+  float row_sum[2][2][kTileRows];  // by parity of the item, so that one may be written while the last is read
+  std::uint64_t q_full[2], q_empty;  // chunks of Q up to kFirstQChunks, and the rest
+  std::uint64_t kv_full[2][3];       // by slot and part: chunks 0-3, 4-7, the rope chunk
   std::uint64_t kv_empty[2][2];  // by slot and half: chunks 0-3 are WG0's columns, 4-7 WG1's. The rope chunk
-                                 // of a slot is freed by the warpgroup that reads P there: half 1 - slot.
+                                 // of a slot is freed by the warpgroup that reads P there, and loaded with
+                                 // its half: 1 - slot.
+  std::uint64_t first_issued;    // the first tile's two halves are under way
+  std::uint64_t out_full[2];     // by warpgroup: its half of O lies in slot 1, ready to be copied out
 };
 
 enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1 };
@@ -86,6 +90,12 @@ __device__ __forceinline__ Item next_item(const DecodeParams& p, const int4& par
   return item_at(p, part, more ? item.req : item.req + 1, more ? item.end_tile : 0);
 }
 
+/// Does the copy engine store the item's output, from the halves of slot 1? Those of the item's last tile
+/// there are released when that has been read. With a single tile the slot is not the item's.
+__device__ __forceinline__ bool is_staged(const DecodeParams& p, const Item& item) {
+  return p.out_box_chunks > 0 && !item.is_split && item.end_tile - item.begin_tile > 1;
+}
+
 template <bool kBf16>
 __device__ __forceinline__ std::uint32_t pack2(float low, float high) {
   if constexpr (kBf16) {
@@ -95,6 +105,14 @@ __device__ __forceinline__ std::uint32_t pack2(float low, float high) {
     const __half2 x = __floats2half2_rn(low, high);
     return reinterpret_cast<const std::uint32_t&>(x);
   }
+}
+
+/// Stores four 8 x 8 matrices held by a warp; lanes give the addresses of their rows.
+__device__ __forceinline__ void stmatrix_x4(std::uint32_t to, std::uint32_t a, std::uint32_t b,
+                                            std::uint32_t c, std::uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

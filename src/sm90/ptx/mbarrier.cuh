@@ -21,21 +21,23 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(std::uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t count = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(count)
+               : "memory");
 }
 
 /// Arrives at the barrier of the same name in CTA `rank` of the cluster. At the default scope: a release at
 /// cluster scope would compile to a membar.gpu of some 900 clocks, and what the other CTA does next is an
 /// asynchronous copy over memory that was only read by products already waited for.
-__device__ __forceinline__ void mbarrier_arrive_cluster(std::uint64_t* barrier, std::uint32_t rank) {
+__device__ __forceinline__ void mbarrier_arrive_cluster(std::uint64_t* barrier, std::uint32_t rank,
+                                                        std::uint32_t count = 1) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote], %2;\n"
       "}" ::"r"(smem_address(barrier)),
-      "r"(rank)
+      "r"(rank), "r"(count)
       : "memory");
 }
 
