@@ -171,7 +171,8 @@ struct ConsumerBase {
            head * p.out_stride_h;
   }
   __device__ void store_lse(const Item& item, int token, int head, float lse) const {
-    if (kWg != 0 || lane % 4 != 0 || p.lse == nullptr) return;
+    // WG1: WG0 is the one that the next item waits for.
+    if (kWg != 1 || lane % 4 != 0 || p.lse == nullptr) return;
     p.lse[item.req * p.lse_stride_b + head * p.lse_stride_h + token * p.lse_stride_s] = lse;
   }
 
@@ -210,7 +211,7 @@ struct ConsumerBase {
     return unseen ? 0.0f : none ? NAN : 1.0f / sum;
   }
 
-  // Writes this warpgroup's half of O and, from WG0, the lse.
+  // Writes this warpgroup's half of O and, from WG1, the lse.
   __device__ void store(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -231,7 +232,7 @@ struct ConsumerBase {
     }
   }
 
-  // Puts this warpgroup's half of O into slot 1, for a producer to copy out; the lse, from WG0, is stored
+  // Puts this warpgroup's half of O into slot 1, for a producer to copy out; the lse, from WG1, is stored
   // here.
   __device__ void stage(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
     float factor[2];

@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& s =
       *reinterpret_cast<DecodeSmem*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
+  prefetch_metadata(p, warp);
   if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
     ptx::prefetch_tensor_map(&q_map);
     ptx::prefetch_tensor_map(&k_map);
@@ -76,7 +77,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
-  prefetch_metadata(p, warp);
   ptx::grid_dependency_wait();
   // The combine kernel may be set up from now on; it waits for this grid to finish before it reads anything.
   ptx::grid_dependency_launch();
