@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "model/cuda/weight_stream.h"
 #include "model_data.h"
 
 namespace flash_mla::gpu_test {
@@ -181,6 +182,43 @@ TEST_P(Rows, MatchFp64Sums) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(SkinnyGemm, Rows, testing::Values(1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 130));
+
+TEST(SkinnyGemm, EveryDivisionOfTheWork) {
+  Random random(5);
+  for (const int kind : {0, 1, 2}) {
+    for (const int m : {1, 13, 27, 60, 100}) {
+      SkinnyGemm flags;
+      flags.silu_mul = kind == 1;
+      flags.weight_fp32 = flags.out_fp32 = kind == 2;
+      Problem p(random, m, {kind == 1 ? 1208 : 612, 2120}, flags, true, 8, 4);
+      model::cuda::WeightStream s;
+      s.weight = p.args.weight;
+      s.bias = p.args.bias;
+      s.x = p.args.x;
+      s.out = p.args.out;
+      s.x_stride = p.args.x_stride;
+      s.out_stride = p.args.out_stride;
+      s.n = p.args.n;
+      s.k = p.args.k;
+      s.m = m;
+      s.out_fp32 = flags.out_fp32;
+      s.weight_fp32 = flags.weight_fp32;
+      s.silu_mul = flags.silu_mul;
+      const std::vector<model::cuda::StreamPlan> plans = model::cuda::stream_plans(s, 132);
+      ASSERT_GE(plans.size(), 8u);
+      for (const model::cuda::StreamPlan& plan : plans) {
+        p.reset();
+        check(model::cuda::launch_stream(s, plan, nullptr), "launch_stream");
+        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+        p.verify(random, (testing::Message() << "m" << m << " kind " << kind << " tiles " << plan.tiles
+                                             << " warps_n " << plan.warps_n << " cluster " << plan.cluster
+                                             << " width " << plan.width << " x" << plan.ctas_per_sm)
+                             .GetString());
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
 
 TEST(SkinnyGemm, WhatTheFastPathDoesNotTake) {
   Random random(7);

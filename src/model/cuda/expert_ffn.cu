@@ -22,7 +22,7 @@ constexpr int kRowThreads = 256, kNormThreads = 512;
 constexpr std::size_t kAlignment = 256;
 constexpr int kSmallestUnit = 8;
 constexpr std::int64_t kMostNormColumns = 12288;  // 48 KB of floats
-constexpr double kMostStreamedRows = 24;          // pairs of an expert, on average
+constexpr double kMostStreamedRows = 22;          // pairs of an expert, on average
 
 // ---- Sorting
 // -------------------------------------------------------------------------------------------------

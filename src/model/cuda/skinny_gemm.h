@@ -9,7 +9,7 @@ namespace flash_mla::model::cuda {
 /// out[m, n] (= or +=) sum over k of x[m, k] * weight[n, k], plus bias[n]; fp32 accumulation.
 ///
 /// Meant for few rows: the weights are read from memory once for every 64 rows of x and the time is that of
-/// reading them. Correct for any m; above some 128 rows a library's matrix product is quicker.
+/// reading them. Correct for any m; above 64 rows a library's matrix product is quicker.
 ///
 /// The fast path asks for k and x_stride divisible by 8 and x and weight aligned to 16 bytes (weight_fp32
 /// included). Whatever else is multiplied by a plain kernel, correct and slow. `out` needs no more than the
