@@ -186,7 +186,7 @@ TEST(Program, BenchExplainsHowAShapeIsRun) {
   expect_row("b128 h128 s1024 bf16 sq2 causal",
              {"4", "of", "1x64", "2", "33", "8", "compute", "4x1x33", "coarse", "1x32x33"});
   expect_row("b1 h16 s1024 bf16",
-             {"1", "of", "1x16", "1", "132", "2", "memory", "1x1x132", "fine", "32x2x1"});
+             {"1", "of", "1x16", "1", "132", "5", "memory", "1x1x132", "fine", "32x2x1"});
   expect_row("b32 h128 s1024 bf16", {"2", "of", "1x64", "2", "66", "2", "compute", "2x1x66"});
 }
 
