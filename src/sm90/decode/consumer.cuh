@@ -97,19 +97,6 @@ struct ConsumerBase {
     return alpha;
   }
 
-  // Maximum over a row's scores, in base 2.
-  __device__ float row_max(const float (&x)[32], int h) const {
-    float best[4];  // several chains: one alone is as long as its latency times its length
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float y = fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
-      best[i % 4] = i < 4 ? y : fmaxf(best[i % 4], y);
-    }
-    float highest = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
-    highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 1));
-    return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2)) * p.scale_log2;
-  }
-
   // S -> P = 2^(scale S - base) of keys 16 kBegin to 16 kEnd - 1, its row sums, and its place in the slot's
   // rope chunk.
   template <int kBegin, int kEnd>

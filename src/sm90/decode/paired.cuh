@@ -95,7 +95,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     this->mask(x, item, tile);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float highest = this->row_max(x, h);
+      const float highest = row_max(x, h) * p.scale_log2;
       alpha[h] = this->move_reference(h, highest > reference[h] + kMaxGrowth ? highest : reference[h]);
       base[h] = reference[h] == -INFINITY ? 0.0f : reference[h];
       sum[h] *= alpha[h];

@@ -227,7 +227,7 @@ class Consumer {
     mask(x, limit - tile * kTileKeys);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float highest = row_max(x, h), before = reference_[h];
+      const float highest = row_max(x, h) * p_.scale_log2, before = reference_[h];
       const bool moves = highest > before + kMaxGrowth;
       reference_[h] = moves ? highest : before;
       // Nothing has been seen before the first key: O and the sum are 0 then.
@@ -260,19 +260,6 @@ class Consumer {
       const int column = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
       if (column >= (i % 4 < 2 ? l0 : l1)) x[i] = -INFINITY;
     }
-  }
-
-  // Maximum over a row's scores, in base 2.
-  __device__ float row_max(const float (&x)[64], int h) const {
-    float best[4];  // several chains: one alone is as long as its latency times its length
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float y = fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
-      best[i % 4] = i < 4 ? y : fmaxf(best[i % 4], y);
-    }
-    float highest = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
-    highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 1));
-    return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2)) * p_.scale_log2;
   }
 
   __device__ static void rescale(float (&o)[64], const float (&alpha)[2]) {
