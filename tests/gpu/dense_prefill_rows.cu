@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "device.h"
+#include "protocol.cuh"
 #include "sm90/dense_prefill.h"
 
 namespace {
@@ -43,22 +44,6 @@ __global__ void fill_normal(__nv_bfloat16* p, std::size_t n, std::uint64_t seed)
     const float u = (mix(seed * 0x9E3779B97F4A7C15ull + 2 * i) + 1.0f) * 2.3283064e-10f;
     const float v = mix(seed * 0x9E3779B97F4A7C15ull + 2 * i + 1) * 2.3283064e-10f;
     p[i] = __float2bfloat16(sqrtf(-2.0f * logf(fmaxf(u, 1e-10f))) * cospif(2.0f * v) * 0.7f);
-  }
-}
-
-__global__ void read_pass(const uint4* p, std::size_t n, std::uint32_t* sink) {
-  std::uint32_t x = 0;
-  for (std::size_t i = blockIdx.x * std::size_t(blockDim.x) + threadIdx.x; i < n;
-       i += std::size_t(gridDim.x) * blockDim.x) {
-    const uint4 v = p[i];
-    x ^= v.x ^ v.y ^ v.z ^ v.w;
-  }
-  if (x == 0x12345678u) *sink = x;
-}
-
-__global__ void spin(long long cycles) {
-  const long long start = clock64();
-  while (clock64() - start < cycles) {
   }
 }
 

@@ -25,6 +25,7 @@
 #include "model/cuda/moe.h"
 #include "model/cuda/skinny_gemm.h"
 #include "model/cuda/weight_stream.h"
+#include "protocol.cuh"
 
 namespace {
 
@@ -54,22 +55,6 @@ __global__ void fill(__nv_bfloat16* p, std::size_t n, float scale) {
   for (std::size_t i = blockIdx.x * std::size_t(blockDim.x) + threadIdx.x; i < n;
        i += std::size_t(gridDim.x) * blockDim.x) {
     p[i] = __float2bfloat16((static_cast<float>(mix(i)) * 4.656613e-10f - 1.0f) * scale);
-  }
-}
-
-__global__ void read_pass(const uint4* p, std::size_t n, std::uint32_t* sink) {
-  std::uint32_t x = 0;
-  for (std::size_t i = blockIdx.x * std::size_t(blockDim.x) + threadIdx.x; i < n;
-       i += std::size_t(gridDim.x) * blockDim.x) {
-    const uint4 v = p[i];
-    x ^= v.x ^ v.y ^ v.z ^ v.w;
-  }
-  if (x == 0x12345678u) *sink = x;
-}
-
-__global__ void spin(long long cycles) {
-  const long long start = clock64();
-  while (clock64() - start < cycles) {
   }
 }
 
