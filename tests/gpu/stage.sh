@@ -17,4 +17,4 @@ if [ -x "$build/tests/gpu/engine_gpu" ]; then
 fi
 # Libraries that machine may lack.
 # shellcheck disable=SC2086
-ldd $programs | awk '$1 ~ /^lib(hwy|gomp|dnnl|pcre2-8|OpenCL|tbb)\./ { print $3 }' | sort -u | xargs -I{} cp {} "$folder/lib/"
+ldd $programs | awk '$1 ~ /^lib(hwy|gomp|dnnl|pcre2-8|OpenCL|tbb|prometheus-cpp-core)\./ { print $3 }' | sort -u | xargs -I{} cp {} "$folder/lib/"
