@@ -27,6 +27,9 @@ struct RopeScaling {
   std::int64_t original_max_position_embeddings = 4096;
 };
 
+/// DeepSeek's norms inside the attention have this epsilon, whatever rms_norm_eps says.
+inline constexpr double kLatentNormEps = 1e-6;
+
 /// config.json of a `deepseek_v2` or `deepseek_v3` checkpoint. Names are those of the file.
 struct ModelConfig {
   std::string model_type;  ///< "deepseek_v2" or "deepseek_v3"

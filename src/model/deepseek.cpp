@@ -10,13 +10,6 @@
 #include "model/step.h"
 
 namespace flash_mla::model {
-namespace {
-
-// DeepSeek's norms inside the attention have this epsilon, whatever rms_norm_eps says.
-constexpr double kLatentNormEps = 1e-6;
-
-}  // namespace
-
 DeepSeek::DeepSeek(ModelConfig config, Weights weights, std::unique_ptr<Ops> ops)
     : config_(std::move(config)),
       ops_(std::move(ops)),
@@ -41,13 +34,34 @@ void DeepSeek::forward(const ForwardBatch& batch, float* logits, std::int32_t* g
 }
 
 void DeepSeek::layers(Step& step) {
+  Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
+  ops_->embed(weights_.embedding, x);
+  for (std::size_t i = 0; i < expert_ids_.size(); ++i) {
+    if (config_.is_moe_layer(static_cast<int>(i))) {
+      activations(expert_ids_[i], step.num_tokens() * experts_per_token_, 1, DType::kInt32);
+    }
+  }
+  Step rest;
+  if (!ops_->run_layers(weights_, caches_, expert_ids_, x)) x = layer_by_layer(step, x, rest);
+
+  const auto rows = static_cast<std::int64_t>(step.logit_rows.size());
+  if (rows == 0) return;
+  const Matrix last = activations(last_, rows, config_.hidden_size);
+  ops_->gather_logit_rows(x, last);
+  ops_->rms_norm(last, weights_.norm, config_.rms_norm_eps, last);
+  const Matrix out = activations(logits_, rows, config_.vocab_size, DType::kFloat32);
+  ops_->linear(last, *weights_.lm_head, out);
+  activations(likeliest_, rows, 1, DType::kInt32);
+  if (step.first_greedy < rows) ops_->likeliest(out, likeliest_);
+}
+
+// What the last layer leaves of x, of the rows whose logits are wanted alone where the step narrows to them:
+// `rest` is then the device's step.
+Matrix DeepSeek::layer_by_layer(const Step& step, Matrix x, Step& rest) {
   // Nothing reads what the last layer makes of a prompt's tokens but the last.
   const bool narrows = ops_->narrows() && step.num_absorbed < step.num_tokens();
-  Step rest;
 
-  Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
   Matrix h = activations(h_, step.num_tokens(), config_.hidden_size);
-  ops_->embed(weights_.embedding, x);
   ops_->rms_norm(x, weights_.layers[0].input_norm, config_.rms_norm_eps, h);
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
     const Layer& layer = weights_.layers[i];
@@ -57,7 +71,7 @@ void DeepSeek::layers(Step& step) {
       ops_->rope_and_append(projected.q, projected.kv, 0, layer.attention.kv_norm, kLatentNormEps,
                             caches_[i]);
       const auto wanted = static_cast<std::int64_t>(step.logit_rows.size());
-      if (wanted == 0) return;
+      if (wanted == 0) return x;
       const Matrix all_x = x;
       x = activations(last_x_, wanted, x.columns);
       const Matrix q = activations(last_q_, wanted, projected.q.columns);
@@ -78,16 +92,7 @@ void DeepSeek::layers(Step& step) {
       if (next_norm != nullptr) ops_->rms_norm(x, *next_norm, config_.rms_norm_eps, h);
     }
   }
-
-  const auto rows = static_cast<std::int64_t>(step.logit_rows.size());
-  if (rows == 0) return;
-  const Matrix last = activations(last_, rows, config_.hidden_size);
-  ops_->gather_logit_rows(x, last);
-  ops_->rms_norm(last, weights_.norm, config_.rms_norm_eps, last);
-  const Matrix out = activations(logits_, rows, config_.vocab_size, DType::kFloat32);
-  ops_->linear(last, *weights_.lm_head, out);
-  activations(likeliest_, rows, 1, DType::kInt32);
-  if (step.first_greedy < rows) ops_->likeliest(out, likeliest_);
+  return x;
 }
 
 void DeepSeek::begin(Step& step) {
@@ -156,11 +161,10 @@ void DeepSeek::feed_forward(const FeedForward& weights, Matrix h, Matrix x) {
 
 // With h = norm(x): x += the chosen experts of h, weighted, and the shared ones. Then h = next_norm(x), if
 // there is one.
-void DeepSeek::mixture(const Layer& layer, Buffer& ids, Matrix h, Matrix x, const Buffer* next_norm) {
+void DeepSeek::mixture(const Layer& layer, const Buffer& ids, Matrix h, Matrix x, const Buffer* next_norm) {
   const MixtureOfExperts& weights = layer.moe;
   const double eps = config_.rms_norm_eps;
   const std::int64_t chosen = h.rows * experts_per_token_;
-  activations(ids, chosen, 1, DType::kInt32);
   activations(expert_weights_, chosen, 1, DType::kFloat32);
   ops_->norm_and_route(x, layer.post_attention_norm, eps, h, *weights.router, weights.correction_bias, ids,
                        expert_weights_);

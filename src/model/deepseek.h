@@ -28,6 +28,7 @@ class DeepSeek : public Model {
  private:
   void begin(Step& step);
   void layers(Step& step);
+  Matrix layer_by_layer(const Step& step, Matrix x, Step& rest);
   /// The part of the layer's first product that is the queries', and that of latents and keys.
   struct Projected {
     Matrix q, kv;
@@ -35,7 +36,7 @@ class DeepSeek : public Model {
   Projected project(const Attention& weights, Matrix h);
   void attend(const Attention& weights, const Buffer& cache, Matrix q, const Matrix* kv, Matrix x);
   void feed_forward(const FeedForward& weights, Matrix h, Matrix x);
-  void mixture(const Layer& layer, Buffer& ids, Matrix h, Matrix x, const Buffer* next_norm);
+  void mixture(const Layer& layer, const Buffer& ids, Matrix h, Matrix x, const Buffer* next_norm);
 
   std::size_t layer_page_bytes() const;
   /// (rows, columns) activations in a buffer that grows and stays.

@@ -12,6 +12,8 @@
 
 namespace flash_mla::model {
 
+struct Weights;
+
 /// Device memory. The model passes it around and never looks inside.
 class Buffer {
  public:
@@ -142,6 +144,15 @@ class Ops {
 
   /// Whether begin_step may come again within a forward pass, for the rows whose logits are wanted.
   virtual bool narrows() const { return false; }
+
+  /// Runs all layers of the step at once: x (tokens, hidden), the embeddings, becomes what the last layer
+  /// leaves. `caches` and `ids` belong to the layers; a mixture layer's chosen experts go to its ids. False:
+  /// the device takes such a step layer by layer, and nothing was queued.
+  virtual bool run_layers(const Weights& weights, std::span<const Buffer> caches, std::span<const Buffer> ids,
+                          Matrix x) {
+    static_cast<void>(weights), static_cast<void>(caches), static_cast<void>(ids), static_cast<void>(x);
+    return false;
+  }
 
   /// out[t] = table[token_ids[t]]
   virtual void embed(const Buffer& table, Matrix out) = 0;

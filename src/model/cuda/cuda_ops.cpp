@@ -19,12 +19,14 @@
 #include "model/cuda/memory.h"
 #include "model/cuda/moe.h"
 #include "model/cuda/norm_route.h"
+#include "model/cuda/one_token.h"
 #include "model/cuda/plain_attention.h"
 #include "model/cuda/rows.h"
 #include "model/cuda/skinny_gemm.h"
 #include "model/cuda/step_data.h"
 #include "model/model.h"
 #include "model/rope.h"
+#include "model/weights.h"
 #include "sm90/dense_prefill.h"
 
 namespace flash_mla::model {
@@ -192,6 +194,11 @@ class CudaOps : public Ops {
     rotations_.scale = rope.scale;
     rotations_.pairs = config.qk_rope_head_dim / 2;
     parts_ = allocate(static_cast<std::size_t>(schedule_options_.num_parts) * sizeof(DecodePart));
+    if (fits_one_token(config)) {
+      one_token_workspace_ = allocate(one_token_workspace_size());
+      check(cudaMemsetAsync(one_token_workspace_.data(), 0, one_token_workspace_size(), stream_),
+            "cudaMemsetAsync");
+    }
     if (time_steps) timer_ = std::make_unique<StepTimer>();
   }
   ~CudaOps() override { cudaStreamSynchronize(stream_); }
@@ -315,6 +322,25 @@ class CudaOps : public Ops {
     if (timer_) timer_->begin(stream_);
     run_step(layers);
     if (timer_) timer_->end(stream_);
+  }
+
+  bool run_layers(const Weights& weights, std::span<const Buffer> caches, std::span<const Buffer> ids,
+                  Matrix x) override {
+    if (!one_token_step()) return false;
+    OneToken args = one_token_of(config_);
+    args.softmax_scale = static_cast<float>(config_.softmax_scale());
+    args.cosines = rotations_.cosines;
+    args.sines = rotations_.sines;
+    args.slot = data_.slots;
+    args.len = data_.lens;
+    args.table = data_.table;
+    args.x = x.data;
+    args.workspace = one_token_workspace_.data();
+    for (std::size_t i = 0; i < weights.layers.size(); ++i) {
+      args.layers[i] = one_token_layer(weights.layers[i], caches[i], ids[i]);
+    }
+    check(one_token(args, stream_), "one_token");
+    return true;
   }
 
   void embed(const Buffer& table, Matrix out) override {
@@ -723,8 +749,45 @@ class CudaOps : public Ops {
     return view;
   }
 
+  // Steps that one kernel does. Not batch-invariant ones: larger batches take other kernels.
+  bool one_token_step() const {
+    return one_token_workspace_.bytes() > 0 && recorded_ && step_->num_tokens() == 1 &&
+           !step_->batch_invariant;
+  }
+
+  static OneTokenLayer one_token_layer(const Layer& layer, const Buffer& cache, const Buffer& ids) {
+    const auto weight = [](const auto& linear) { return linear.weight.data(); };
+    const auto linear = [&](const std::unique_ptr<Linear>& l) {
+      return weight(static_cast<const CudaLinear&>(*l));
+    };
+    const auto heads = [&](const std::unique_ptr<HeadLinear>& l) {
+      return weight(static_cast<const CudaHeadLinear&>(*l));
+    };
+    OneTokenLayer out;
+    out.qkv = linear(layer.attention.qkv_a);
+    out.w_uk = heads(layer.attention.w_uk);
+    out.w_uv = heads(layer.attention.w_uv);
+    out.o = linear(layer.attention.o);
+    out.input_norm = floats(layer.input_norm);
+    out.post_attention_norm = floats(layer.post_attention_norm);
+    out.kv_norm = floats(layer.attention.kv_norm);
+    out.cache = cache.data();
+    if (layer.moe.router != nullptr) {
+      const auto& experts = static_cast<const CudaExperts&>(*layer.moe.experts);
+      out.router = reinterpret_cast<const float*>(linear(layer.moe.router));
+      out.correction = floats(layer.moe.correction_bias);
+      out.gate_up = experts.gate_up.data();
+      out.down = experts.down.data();
+      out.ids = reinterpret_cast<std::int32_t*>(ids.data());
+    } else {
+      out.gate_up = linear(layer.dense.gate_up);
+      out.down = linear(layer.dense.down);
+    }
+    return out;
+  }
+
   void plan_decode() {
-    if (step_->num_absorbed == 0 || !sm90_decode()) return;
+    if (step_->num_absorbed == 0 || !sm90_decode() || one_token_step()) return;
     ScheduleOptions options = schedule_options_;
     if (step_->batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
     build_decode_schedule(on_device(data_.lens, DType::kInt32, {step_->num_absorbed}), options,
@@ -789,7 +852,8 @@ class CudaOps : public Ops {
 
   RotationTable rotations_;
   Buffer inv_freq_, cosines_, sines_, parts_, num_splits_, decode_workspace_, prefill_workspace_;
-  Buffer gate_up_, latents_, k_rope_, expanded_, router_logits_, expert_workspace_, likeliest_scratch_;
+  Buffer gate_up_, latents_, k_rope_, expanded_, router_logits_, expert_workspace_, likeliest_scratch_,
+      one_token_workspace_;
   PinnedBuffer download_;
 
   const Step* step_ = nullptr;

@@ -37,11 +37,17 @@ class LaunchConfig {
     a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     a.val.programmaticStreamSerializationAllowed = 1;
   }
+  /// All CTAs are resident together, or the launch fails.
+  void cooperative() {
+    cudaLaunchAttribute& a = attributes_[config_.numAttrs++];
+    a.id = cudaLaunchAttributeCooperative;
+    a.val.cooperative = 1;
+  }
   const cudaLaunchConfig_t* get() const { return &config_; }
 
  private:
   cudaLaunchConfig_t config_{};
-  cudaLaunchAttribute attributes_[2]{};
+  cudaLaunchAttribute attributes_[3]{};
 };
 
 /// Lets kKernel use this much dynamic shared memory on the current device. Asks the driver once per device.
