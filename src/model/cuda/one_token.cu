@@ -1,22 +1,21 @@
 // All layers of a model for one token. One CTA on every multiprocessor stays there for the whole step.
 //
 // Work:    every warp of the grid has rows of every weight matrix (one_token_work.cuh) and multiplies them
-// with
-//          the phase's vector, which it holds in registers. Attention: one_token_attention.cuh.
+//          with the phase's vector, which is in shared memory. Attention: one_token_attention.cuh.
 // Threads: 8 warps that multiply, all alike, each with a ring of weights of its own; three warps of which
-// eight
-//          lanes fill the rings; one warp that chooses experts.
+//          eight lanes fill the rings; one warp that chooses experts.
 // Memory:  rings of 5 pieces of 4 KB for each warp (160 KB: the weights that are under way, whatever phase
-// they
-//          belong to) | Q 18 KB, the router's scores in its place | keys of a tile 37 KB | attention scores
-//          and other scratch 10 KB | the chosen experts | barriers.
+//          they belong to) | Q 18 KB, the router's scores in its place | keys of a tile 37 KB,
+//          experts' activations in their place | attention scores and other scratch 10 KB | the chosen
+//          experts | barriers.
 // Registers: 168 at the start, then 216 for the warps that multiply and 72 for the others.
 //
-// Phases of a layer: "|" is a vector that goes round (tagged.cuh), "||" a barrier of CTAs (grid_barrier.cuh).
+// Phases of a layer: "|" is a vector that goes round (tagged.cuh), "||" a barrier of CTAs
+// (grid_barrier.cuh):
 //
-//   norm, qkv | W_UK, rope, cache append | attention of a stretch of keys || combination, W_UV | o, residual
-//   | norm, router || choice; meanwhile shared experts' gate and up, then those of the routed || down,
-//   weighted sum, residual |
+//   norm, qkv | W_UK, rope, cache append | attention of a stretch of keys || combination, W_UV |
+//   o, residual | norm, router || choice; meanwhile shared experts' gate and up, then the routed ones' ||
+//   down, weighted sum, residual |
 //
 // While vectors go round the memory would idle: the weights of the phases ahead are on their way meanwhile.
 // Only the routed experts' have to wait for the choice. Norms and the choice are made by every CTA for
@@ -131,25 +130,16 @@ __device__ __forceinline__ void absorb(const OneToken& p, Ring& ring, const Tagg
   const uint4 v = await_8(q + head * (p.nope + kRope) + column, round);
   const float x[8] = {low(v.x), high(v.x), low(v.y), high(v.y), low(v.z), high(v.z), low(v.w), high(v.w)};
   const std::uint8_t* const piece = ring.piece(0);
-  float sums[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  Tagged* const to = q_latent + head * kKey + first + lane / lanes;
+#pragma unroll 2
+  for (int row = 0; row < kUkRows; row += rows) {
     float a[2] = {};
-    if (i * rows < kUkRows) Ring::dot8(*reinterpret_cast<const uint4*>(piece + i * 512 + lane * 16), x, a);
-    sums[i] = a[0] + a[1];
-  }
-  for (int offset = lanes / 2; offset > 0; offset /= 2) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sums[i] += __shfl_xor_sync(~0u, sums[i], offset);
+    Ring::dot8(*reinterpret_cast<const uint4*>(piece + row * p.nope * 2 + lane * 16), x, a);
+    float sum = a[0] + a[1];
+    for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (lane % lanes == 0) store_tagged(to + row, __float2bfloat16(sum), round);
   }
   ring.release(1);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i * rows < kUkRows && lane % lanes == 0) {
-      store_tagged(q_latent + head * kKey + first + i * rows + lane / lanes, __float2bfloat16(sums[i]),
-                   round);
-    }
-  }
 }
 
 /// The CTA's rows of W_UV times the latent of its head.
@@ -188,21 +178,17 @@ __device__ __forceinline__ void expand(const OneToken& p, Ring& ring, const Shar
 }
 
 /// One of the router's rows, float32, times h.
-__device__ __forceinline__ float route_row(const OneToken& p, Ring& ring, const Vec& x, int lane) {
+__device__ __forceinline__ float route_row(const OneToken& p, Ring& ring, const bf16* x, int lane) {
   float sum = 0;
-#pragma unroll
-  for (int part = 0; part < kMostK / kRouterColumns; ++part) {
-    if (part * kRouterColumns >= p.hidden) break;
+#pragma unroll 1
+  for (int part = 0; part < p.hidden; part += kRouterColumns) {
     const std::uint8_t* const piece = ring.piece(0);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = i * 256 + lane * 8;
-      if (part * kRouterColumns + at >= p.hidden) continue;
-      const float4 a = *reinterpret_cast<const float4*>(piece + at * 4);
-      const float4 b = *reinterpret_cast<const float4*>(piece + at * 4 + 16);
-      const std::uint32_t* const xs = x + (part * 4 + i) * 4;
-      sum += a.x * low(xs[0]) + a.y * high(xs[0]) + (a.z * low(xs[2]) + a.w * high(xs[2]));
-      sum += b.x * low(xs[1]) + b.y * high(xs[1]) + (b.z * low(xs[3]) + b.w * high(xs[3]));
+    const int columns = min(kRouterColumns, p.hidden - part);
+#pragma unroll 2
+    for (int at = lane * 4; at < columns; at += 128) {
+      const float4 w = *reinterpret_cast<const float4*>(piece + at * 4);
+      const uint2 v = *reinterpret_cast<const uint2*>(x + part + at);
+      sum += w.x * low(v.x) + w.y * high(v.x) + (w.z * low(v.y) + w.w * high(v.y));
     }
     ring.release(1);
   }
@@ -302,7 +288,7 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem& s, int warp,
   Attention attention(p, share, s.attention, s.scratch);
   const unsigned before = __ldcg(&e.rounds);
 
-  Vec v;  // the phase's vector
+  const bf16* const v = s.scratch.vector.x;  // the phase's vector
   float sums[2];
   NormWeights norm;
   int mixtures = 0;  // of the layers before
@@ -316,7 +302,7 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem& s, int warp,
 
     if (warp == 7) attention.prefetch(cache);
     norm.load(l.input_norm, p.hidden);
-    share_normalised(norm, p.eps, p.hidden, lane, s.scratch.vector, v, [&](int i) {
+    share_normalised(norm, p.eps, p.hidden, s.scratch.vector, [&](int i) {
       return layer == 0 ? load8(x + i) : await_8(e.x_layer + i, (round - 1) & 0xFFFF);
     });
     const int qkv_rows = share.of(p.heads * (p.nope + kRope) + kKey);
@@ -357,8 +343,7 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem& s, int warp,
       expand(p, ring, share, s.scratch.latent, e.attended, round);
     }
 
-    share_vector(p.heads * p.v, lane, s.scratch.vector, v,
-                 [&](int i) { return await_8(e.attended + i, round); });
+    share_vector(p.heads * p.v, s.scratch.vector, [&](int i) { return await_8(e.attended + i, round); });
     const int o_rows = share.of(p.hidden);
 #pragma unroll 1
     for (int i = 0; i < o_rows; i += 2) {
@@ -373,7 +358,7 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem& s, int warp,
     }
 
     norm.load(l.post_attention_norm, p.hidden);
-    share_normalised(norm, p.eps, p.hidden, lane, s.scratch.vector, v,
+    share_normalised(norm, p.eps, p.hidden, s.scratch.vector,
                      [&](int i) { return await_8(e.x_attended + i, round); });
     if (mixture) {
 #pragma unroll 1
@@ -383,14 +368,20 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem& s, int warp,
       }
       grid.arrive(router_ctas(p), share.cta < p.num_experts);
     }
-    const int pairs = share.of(ffn.slots * ffn.width);
+    const int shared = ffn.shared * ffn.width, routed = (ffn.slots - ffn.shared) * ffn.width;
+    int pair = share.begin_of(shared);
 #pragma unroll 1
-    for (int i = 0; i < pairs; ++i) {
-      ring.multiply(2, p.hidden, v, sums);
-      if (lane == 0) {
-        e.act[share.index + i * share.stride] =
-            __float2bfloat16(sums[0] / (1.0f + __expf(-sums[0])) * sums[1]);
+    for (int left = share.end_of(shared) - pair, lists = 2; lists > 0;) {
+      if (left == 0) {
+        pair = shared + share.begin_of(routed);
+        left = shared + share.end_of(routed) - pair;
+        --lists;
+        continue;
       }
+      ring.multiply(2, p.hidden, v, sums);
+      if (lane == 0) e.act[pair] = __float2bfloat16(sums[0] / (1.0f + __expf(-sums[0])) * sums[1]);
+      ++pair;
+      --left;
     }
     if (mixture) ptx::mbarrier_wait(&s.chosen, mixtures++ & 1);
     grid.arrive(ctas);
@@ -400,13 +391,14 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem& s, int warp,
 #pragma unroll 1
     for (int at = share.down_begin(ffn.slots, warp), loaded = -1; at < end;) {
       const int slot = at / share.down_rows, row = at - slot * share.down_rows;
-      if (slot != loaded) load_vector(e.act + slot * ffn.width, ffn.width, lane, v);
+      if (slot != loaded) load_vector(e.act + slot * ffn.width, ffn.width, lane, s.attention.act[warp]);
       loaded = slot;
       const int count = min(2, min(end - at, share.down_rows - row));
-      ring.multiply(count, ffn.width, v, sums);
+      ring.multiply(count, ffn.width, s.attention.act[warp], sums);
       if (lane < count) s.scratch.down[slot][row + lane] = lane == 0 ? sums[0] : sums[1];
       at += count;
     }
+    ptx::fence_async_proxy();  // keys come by the copy engine to where the activations were
     sync_warps();
     if (threadIdx.x < share.down_rows) {
       const int row = share.down_first + static_cast<int>(threadIdx.x);

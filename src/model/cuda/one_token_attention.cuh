@@ -31,7 +31,10 @@ struct alignas(16) AttentionSmem {
     bf16 q[kHeads][kPitch];
     float routing[2][8 * 32];  // while nobody has a query
   };
-  bf16 keys[kTileKeys][kPitch];
+  union {
+    bf16 keys[kTileKeys][kPitch];
+    bf16 act[kWarps][kMostK];  // while nobody has keys: an expert's activations for each warp
+  };
   bf16 p[kHeads][kScorePitch];
   float rescale[kHeads];
   std::uint64_t arrived;  // the tile's keys

@@ -3,12 +3,13 @@
 // A warp's ring of weights in shared memory, and its products of weight rows with the vector in its
 // registers.
 //
-// A lane holds x[256 i + 8 lane ... + 7] for i = 0 ... 7, as bfloat16, and reads the same columns of a row
-// with eight loads of 16 bytes. The products are made by mma.m16n8k16: the 16 bytes are its operand with 16
-// rows as they are, lane (g, t) having two pairs of columns for row g and two for row g + 8; the lane's x, of
-// the first two pairs or of the others, is its operand with 8 columns. Wanted are the sums on a diagonal, (g,
-// g) or (g + 8, g). The rest is waste, but takes a fifth of the instructions that widening and multiplying
-// take.
+// Columns 256 i + 8 lane ... + 7 of a row and of the vector are a lane's, 16 bytes of each. The products are
+// made by mma.m16n8k16: the row's 16 bytes are its operand with 16 rows as they are, lane (g, t) having two
+// pairs of columns for row g and two for row g + 8; the vector's, of the first two pairs or of the others,
+// are its operand with 8 columns. Wanted are the sums on a diagonal, (g, g) or (g + 8, g). The rest is waste,
+// but takes a fifth of the instructions that widening and multiplying take.
+//
+// Loops are loops: a phase's code is fetched anew in every layer, and that takes longer than to run it.
 
 #include <cstdint>
 
@@ -49,8 +50,6 @@ __device__ __forceinline__ float warp_total(float x) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;
 }
-
-using Vec = std::uint32_t[kMostK / 64];  // of each eight columns the pairs 0, 2, 1, 3
 
 struct RingSmem {
   std::uint8_t pieces[kWarps][kDepth][kPieceBytes];
@@ -117,25 +116,22 @@ class Ring {
     }
   }
 
-  /// The products of x with the next one or two pieces, rows of k bfloat16, in every lane.
-  __device__ __forceinline__ void multiply(int count, int k, const Vec& x, float (&out)[2]) {
-    const std::uint8_t* first = piece(0);
-    const std::uint8_t* second = count > 1 ? piece(1) : first;
-    uint4 v[8], w[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int at = i * 256 + lane_ * 8;
-      v[i] = load_shared(first + at * 2, at < k);
-      w[i] = load_shared(second + at * 2, at < k);
-    }
+  /// The products of x, in shared memory, with the next one or two pieces, rows of k bfloat16, in every lane.
+  __device__ __forceinline__ void multiply(int count, int k, const bf16* x, float (&out)[2]) {
+    const std::uint32_t first = ptx::smem_address(piece(0)) + lane_ * 16;
+    const std::uint32_t second = count > 1 ? ptx::smem_address(piece(1)) + lane_ * 16 : first;
+    const std::uint32_t vector = ptx::smem_address(x) + lane_ * 16;
     float a[2][4] = {}, b[2][4] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const std::uint32_t* const xs = x + i * 4;
-      ptx::mma_m16n8k16_bf16(a[0], v[i].x, v[i].y, v[i].z, v[i].w, xs[0], xs[1]);
-      ptx::mma_m16n8k16_bf16(b[0], w[i].x, w[i].y, w[i].z, w[i].w, xs[0], xs[1]);
-      ptx::mma_m16n8k16_bf16(a[1], v[i].x, v[i].y, v[i].z, v[i].w, xs[2], xs[3]);
-      ptx::mma_m16n8k16_bf16(b[1], w[i].x, w[i].y, w[i].z, w[i].w, xs[2], xs[3]);
+#pragma unroll 2
+    for (int i = 0; i < k; i += 256) {
+      const bool inside = i + lane_ * 8 < k;
+      const uint4 u = load_shared(vector + 2 * i, inside);
+      const uint4 v = load_shared(first + 2 * i, inside);
+      const uint4 w = load_shared(second + 2 * i, inside);
+      ptx::mma_m16n8k16_bf16(a[0], v.x, v.y, v.z, v.w, u.x, u.z);
+      ptx::mma_m16n8k16_bf16(b[0], w.x, w.y, w.z, w.w, u.x, u.z);
+      ptx::mma_m16n8k16_bf16(a[1], v.x, v.y, v.z, v.w, u.y, u.w);
+      ptx::mma_m16n8k16_bf16(b[1], w.x, w.y, w.z, w.w, u.y, u.w);
     }
     // The diagonal's element g is in the lane whose quad is g and which has columns g and g ^ 1.
     const int g = lane_ / 4;
@@ -150,8 +146,8 @@ class Ring {
     release(count);
   }
 
-  /// 16 bytes, or 0. Volatile, so that all loads come before the products.
-  __device__ static __forceinline__ uint4 load_shared(const std::uint8_t* p, bool inside) {
+  /// 16 bytes, or 0.
+  __device__ static __forceinline__ uint4 load_shared(std::uint32_t address, bool inside) {
     uint4 v;
     asm volatile(
         "{\n"
@@ -161,7 +157,7 @@ class Ring {
         "@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
         "}"
         : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-        : "r"(ptx::smem_address(p)), "r"(unsigned(inside))
+        : "r"(address), "r"(unsigned(inside))
         : "memory");
     return v;
   }
@@ -188,20 +184,16 @@ __device__ __forceinline__ uint4 load8(const bf16* p) { return __ldcg(reinterpre
 /// Of the threads that multiply.
 __device__ __forceinline__ void sync_warps() { ptx::named_barrier_sync<1, kThreads>(); }
 
-/// The lane's columns of x (k, divisible by 8), 0 beyond.
-template <class Load>
-__device__ __forceinline__ void take_vector(int k, int lane, Vec& x, Load&& load) {
+/// A vector that only this warp of the CTA wants, to shared memory.
+__device__ __forceinline__ void load_vector(const bf16* from, int k, int lane, bf16* to) {
+  __syncwarp();  // what was there has been read
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kMostK / 256; ++i) {
     const int at = i * 256 + lane * 8;
-    const uint4 v = at < k ? load(at) : make_uint4(0, 0, 0, 0);
-    x[i * 4] = v.x, x[i * 4 + 1] = v.z, x[i * 4 + 2] = v.y, x[i * 4 + 3] = v.w;
+    if (at < k) ptx::copy_async_16(to + at, from + at);
   }
-}
-
-/// A vector that only this warp of the CTA wants.
-__device__ __forceinline__ void load_vector(const bf16* from, int k, int lane, Vec& x) {
-  take_vector(k, lane, x, [&](int at) { return load8(from + at); });
+  ptx::copy_async_wait();
+  __syncwarp();
 }
 
 /// A vector that all warps of all CTAs want, by way of shared memory: if every warp read it from L2, the few
@@ -211,12 +203,11 @@ struct VectorSmem {
   float squares[kWarps];
 };
 template <class Own>
-__device__ __forceinline__ void share_vector(int k, int lane, VectorSmem& s, Vec& x, Own&& own_columns) {
+__device__ __forceinline__ void share_vector(int k, VectorSmem& s, Own&& own_columns) {
   const int own = static_cast<int>(threadIdx.x) * 8;
   sync_warps();  // what was there has been read
   if (own < k) *reinterpret_cast<uint4*>(s.x + own) = own_columns(own);
   sync_warps();
-  take_vector(k, lane, x, [&](int at) { return *reinterpret_cast<const uint4*>(s.x + at); });
 }
 
 /// The thread's eight weights of a norm: no kernel writes them, so they can be asked for ahead of the vector.
@@ -235,8 +226,8 @@ struct NormWeights {
 
 /// The same of the vector / sqrt(mean of its squares + eps) * norm, rounded as a bfloat16 row is.
 template <class Own>
-__device__ __forceinline__ void share_normalised(const NormWeights& norm, float eps, int k, int lane,
-                                                 VectorSmem& s, Vec& x, Own&& own_columns) {
+__device__ __forceinline__ void share_normalised(const NormWeights& norm, float eps, int k, VectorSmem& s,
+                                                 Own&& own_columns) {
   const int own = static_cast<int>(threadIdx.x) * 8;
   sync_warps();  // what was there has been read
   const uint4 v = own < k ? own_columns(own) : make_uint4(0, 0, 0, 0);
@@ -245,7 +236,7 @@ __device__ __forceinline__ void share_normalised(const NormWeights& norm, float 
 #pragma unroll
   for (const float r : row) square = fmaf(r, r, square);
   square = warp_total(square);
-  if (lane == 0) s.squares[threadIdx.x / 32] = square;
+  if (threadIdx.x % 32 == 0) s.squares[threadIdx.x / 32] = square;
   sync_warps();
   square = 0;
 #pragma unroll
@@ -261,7 +252,6 @@ __device__ __forceinline__ void share_normalised(const NormWeights& norm, float 
     *reinterpret_cast<uint4*>(s.x + own) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
   sync_warps();
-  take_vector(k, lane, x, [&](int at) { return *reinterpret_cast<const uint4*>(s.x + at); });
 }
 
 }  // namespace flash_mla::model::cuda::one_token_kernel

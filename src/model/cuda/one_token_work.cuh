@@ -24,7 +24,7 @@ inline constexpr int kMostSlots = 16;     // experts of a token, or slices of a 
 inline constexpr int kMostDownRows = 32;  // of a CTA
 
 /// The products of a layer, in order.
-enum Stage : int { kQkv, kUk, kUv, kO, kRouter, kPairs, kDown, kStages };
+enum Stage : int { kQkv, kUk, kUv, kO, kRouter, kSharedPairs, kPairs, kDown, kStages };
 
 /// A layer's feed-forward network as experts of `width` outputs each ("slots"): the shared ones first, then
 /// the routed ones in the order of their choice. A dense layer's is cut into slices that work like shared
@@ -58,7 +58,8 @@ __device__ __forceinline__ Ffn ffn_of(const OneToken& p, bool mixture, int slice
   return {slices, slices, width, width * hidden, p.intermediate * hidden, width, p.intermediate};
 }
 
-/// What this warp does. Rows are dealt to all CTAs' first warps, then to their second ones, and so on.
+/// What this warp does. Rows are dealt to all CTAs' first warps, then to their second ones, and so on; pairs
+/// of gate and up rows, those of shared and those of routed experts for themselves, in stretches.
 struct Share {
   int warp, lane, cta, ctas, index, stride;
   int uv_head, uv_first, uv_rows;  // of this CTA, in W_UV; no rows: none
@@ -82,6 +83,13 @@ struct Share {
   __device__ __forceinline__ int of(int n) const { return n > index ? (n - index - 1) / stride + 1 : 0; }
   /// Of n rows dealt to the warps of the CTA.
   __device__ __forceinline__ int of_cta(int n) const { return n > warp ? (n - warp - 1) / kWarps + 1 : 0; }
+  /// Of n rows dealt in stretches, where those of this warp begin, or end.
+  __device__ __forceinline__ int begin_of(int n) const {
+    return static_cast<int>(std::int64_t(n) * index / stride);
+  }
+  __device__ __forceinline__ int end_of(int n) const {
+    return static_cast<int>(std::int64_t(n) * (index + 1) / stride);
+  }
   /// Of the CTA's rows of all slots of W_down, slot after slot, the warp has a stretch.
   __device__ __forceinline__ int down_begin(int slots, int w) const { return slots * down_rows * w / kWarps; }
 };
@@ -98,7 +106,8 @@ struct Piece {
   std::uint32_t bytes;
 };
 
-/// Walks through the warp's pieces of all layers.
+/// Walks through the warp's pieces of all layers. Most of them lie at equal distances: what has to be quick,
+/// once for every piece, is an addition.
 class Walk {
  public:
   __device__ Walk(const OneToken& p, const Share& share, const Choice& choice)
@@ -114,14 +123,35 @@ class Walk {
 
   /// No piece is left.
   __device__ __forceinline__ bool done() const {
-    return layer_ + 1 == p_.num_layers && stage_ + 1 == kStages && at_ >= count_;
+    return left_ == 0 && layer_ + 1 == p_.num_layers && stage_ + 1 == kStages && at_ >= end_;
   }
   /// Whose pieces come next.
   __device__ __forceinline__ int layer() const { return layer_; }
 
   /// The next piece, if there is one and it is known which.
   __device__ __forceinline__ bool next(Piece& piece) {
-    while (at_ >= count_) {
+    if (left_ == 0 && !find()) return false;
+    piece = {from_, bytes_};
+    from_ += other_ ? back_ : ahead_;
+    other_ = !other_;
+    --left_;
+    return true;
+  }
+
+ private:
+  /// Pieces of `elements` of `size` bytes each, `count` of them `distance` elements apart.
+  __device__ __forceinline__ void set(const void* base, std::int64_t first, int elements, int count,
+                                      std::int64_t distance, int size = 2) {
+    from_ = static_cast<const char*>(base) + first * size;
+    bytes_ = static_cast<std::uint32_t>(elements * size);
+    ahead_ = back_ = distance * size;
+    left_ = count;
+    other_ = false;
+  }
+
+  /// The next pieces that lie at equal distances.
+  __device__ __forceinline__ bool find() {
+    while (at_ >= end_) {
       if (stage_ + 1 < kStages) {
         ++stage_;
       } else {
@@ -132,97 +162,83 @@ class Walk {
       enter();
     }
     const OneTokenLayer& l = p_.layers[layer_];
-    const std::int64_t row = share_.index + std::int64_t(at_) * share_.stride;
-    const void* base;
-    std::int64_t offset;  // elements
-    int elements;
-    int size = 2;
-    switch (stage_) {
-      case kQkv:
-        base = l.qkv, offset = row * p_.hidden, elements = p_.hidden;
-        break;
-      case kUk:
-        base = l.w_uk, offset = row * kUkRows * p_.nope, elements = kUkRows * p_.nope;
-        break;
-      case kUv: {
-        const int first = (share_.warp + at_ * kWarps) * kUvRows;
-        base = l.w_uv, offset = (std::int64_t(share_.uv_head) * p_.v + share_.uv_first + first) * kRank;
-        elements = min(kUvRows, share_.uv_rows - first) * kRank;
-        break;
-      }
-      case kO:
-        elements = p_.heads * p_.v;
-        base = l.o, offset = row * elements;
-        break;
-      case kRouter: {
-        const int parts = router_parts(), part = at_ % parts, first = part * kRouterColumns;
-        base = l.router, size = 4;
-        offset = (share_.index + std::int64_t(at_ / parts) * share_.stride) * p_.hidden + first;
-        elements = min(kRouterColumns, p_.hidden - first);
-        break;
-      }
-      case kPairs: {
-        const int pair = share_.index + at_ / 2 * share_.stride;
-        while (pair >= slot_end_) ++slot_, slot_end_ += ffn_.width;
-        if (slot_ >= ffn_.shared && chosen_ != layer_) return false;
-        base = l.gate_up, elements = p_.hidden;
-        offset = expert(slot_) * ffn_.gate_slot + std::int64_t(pair - slot_end_ + ffn_.width) * p_.hidden +
-                 (at_ % 2 != 0 ? ffn_.up : 0);
-        break;
-      }
-      default: {
-        const int at = share_.down_begin(ffn_.slots, share_.warp) + at_;
-        while (at >= slot_end_) ++slot_, slot_end_ += share_.down_rows;
-        if (slot_ >= ffn_.shared && chosen_ != layer_) return false;
-        base = l.down, elements = ffn_.width;
-        offset = expert(slot_) * ffn_.down_slot +
-                 (share_.down_first + at - slot_end_ + share_.down_rows) * ffn_.down_pitch;
-        break;
-      }
+    if (stage_ == kUv) {
+      const int first = (share_.warp + at_ * kWarps) * kUvRows;
+      set(l.w_uv, (std::int64_t(share_.uv_head) * p_.v + share_.uv_first + first) * kRank,
+          min(kUvRows, share_.uv_rows - first) * kRank, 1, 0);
+      ++at_;
+      return true;
     }
-    piece = {static_cast<const char*>(base) + offset * size, static_cast<std::uint32_t>(elements * size)};
-    ++at_;
+    if (stage_ == kRouter) {
+      const int parts = router_parts(), first = at_ % parts * kRouterColumns;
+      set(l.router, (share_.index + std::int64_t(at_ / parts) * share_.stride) * p_.hidden + first,
+          min(kRouterColumns, p_.hidden - first), 1, 0, 4);
+      ++at_;
+      return true;
+    }
+    if (stage_ < kRouter) {
+      const void* base = stage_ == kQkv ? l.qkv : stage_ == kUk ? l.w_uk : l.o;
+      const int elements = stage_ == kQkv ? p_.hidden : stage_ == kUk ? kUkRows * p_.nope : p_.heads * p_.v;
+      set(base, std::int64_t(share_.index) * elements, elements, end_ - at_,
+          std::int64_t(share_.stride) * elements);
+      at_ = end_;
+      return true;
+    }
+    // Within one slot.
+    const int size = stage_ == kDown ? share_.down_rows : ffn_.width, slot = at_ / size;
+    if (slot >= ffn_.shared && chosen_ != layer_) return false;
+    const int row = at_ - slot * size, count = min(end_ - at_, size - row);
+    const std::int64_t expert = p_.layers[layer_].router == nullptr ? slot
+                                : slot < ffn_.shared                ? p_.num_experts + slot
+                                                                    : choice_.ids[slot - ffn_.shared];
+    if (stage_ != kDown) {
+      set(l.gate_up, expert * ffn_.gate_slot + std::int64_t(row) * p_.hidden, p_.hidden, 2 * count, 0);
+      ahead_ = ffn_.up * 2;
+      back_ = (p_.hidden - ffn_.up) * 2;
+    } else {
+      set(l.down, expert * ffn_.down_slot + (share_.down_first + row) * ffn_.down_pitch, ffn_.width, count,
+          ffn_.down_pitch);
+    }
+    at_ += count;
     return true;
   }
 
- private:
   __device__ __forceinline__ int router_parts() const {
     return (p_.hidden + kRouterColumns - 1) / kRouterColumns;
   }
 
-  /// Which expert of the layer's weights a slot is.
-  __device__ __forceinline__ std::int64_t expert(int slot) const {
-    if (p_.layers[layer_].router == nullptr) return slot;
-    return slot < ffn_.shared ? p_.num_experts + slot : choice_.ids[slot - ffn_.shared];
-  }
-
+  /// Which rows of the stage are the warp's. The pairs are two stages: of shared and of routed experts.
   __device__ __forceinline__ void enter() {
     const bool mixture = p_.layers[layer_].router != nullptr;
     at_ = 0;
     switch (stage_) {
       case kQkv:
         ffn_ = ffn_of(p_, mixture, slices_);
-        count_ = share_.of(p_.heads * (p_.nope + kRope) + kKey);
+        end_ = share_.of(p_.heads * (p_.nope + kRope) + kKey);
         break;
       case kUk:
-        count_ = share_.of(p_.heads * (kRank / kUkRows));
+        end_ = share_.of(p_.heads * (kRank / kUkRows));
         break;
       case kUv:
-        count_ = share_.of_cta((share_.uv_rows + kUvRows - 1) / kUvRows);
+        end_ = share_.of_cta((share_.uv_rows + kUvRows - 1) / kUvRows);
         break;
       case kO:
-        count_ = share_.of(p_.hidden);
+        end_ = share_.of(p_.hidden);
         break;
       case kRouter:
-        count_ = mixture ? share_.of(p_.num_experts) * router_parts() : 0;
+        end_ = mixture ? share_.of(p_.num_experts) * router_parts() : 0;
+        break;
+      case kSharedPairs:
+        at_ = share_.begin_of(ffn_.shared * ffn_.width);
+        end_ = share_.end_of(ffn_.shared * ffn_.width);
         break;
       case kPairs:
-        count_ = 2 * share_.of(ffn_.slots * ffn_.width);
-        slot_ = 0, slot_end_ = ffn_.width;
+        at_ = ffn_.shared * ffn_.width + share_.begin_of((ffn_.slots - ffn_.shared) * ffn_.width);
+        end_ = ffn_.shared * ffn_.width + share_.end_of((ffn_.slots - ffn_.shared) * ffn_.width);
         break;
       default:
-        count_ = share_.down_begin(ffn_.slots, share_.warp + 1) - share_.down_begin(ffn_.slots, share_.warp);
-        slot_ = 0, slot_end_ = share_.down_rows;
+        at_ = share_.down_begin(ffn_.slots, share_.warp);
+        end_ = share_.down_begin(ffn_.slots, share_.warp + 1);
         break;
     }
   }
@@ -232,9 +248,13 @@ class Walk {
   const Choice& choice_;
   int slices_;
   Ffn ffn_;
-  int layer_ = 0, stage_ = kQkv, at_ = 0, count_ = 0;
-  int slot_ = 0, slot_end_ = 0;  // of the next piece, and where the slot's pairs or rows end
+  int layer_ = 0, stage_ = kQkv, at_ = 0, end_ = 0;  // rows or pieces of the stage
   int chosen_ = -1;
+  const char* from_ = nullptr;  // the next piece
+  std::int64_t ahead_ = 0, back_ = 0;
+  std::uint32_t bytes_ = 0;
+  int left_ = 0;
+  bool other_ = false;
 };
 
 }  // namespace flash_mla::model::cuda::one_token_kernel
