@@ -1,22 +1,20 @@
 // All layers of a model for one token. One CTA on every multiprocessor stays there for the whole step.
 //
 // Work:    every warp of the grid has rows of every weight matrix (one_token_work.cuh) and multiplies them
-// with
-//          the phase's vector, which it holds in registers. Attention: one_token_attention.cuh.
+//          with the phase's vector, which it holds in registers. Attention: one_token_attention.cuh.
 // Threads: 8 warps that multiply, all alike, each with a ring of weights of its own; three warps of which
-// eight
-//          lanes fill the rings; one warp that chooses experts.
+//          eight lanes fill the rings; one warp that chooses experts.
 // Memory:  rings of 5 pieces of 4 KB for each warp (160 KB: the weights that are under way, whatever phase
-// they
-//          belong to) | Q 18 KB, the router's scores in its place | keys of a tile 37 KB | attention scores
-//          and other scratch 10 KB | the chosen experts | barriers.
+//          they belong to) | Q 18 KB, the router's scores in its place | keys of a tile 37 KB |
+//          attention scores and other scratch 10 KB | the chosen experts | barriers.
 // Registers: 168 at the start, then 216 for the warps that multiply and 72 for the others.
 //
-// Phases of a layer: "|" is a vector that goes round (tagged.cuh), "||" a barrier of CTAs (grid_barrier.cuh).
+// Phases of a layer: "|" is a vector that goes round (tagged.cuh), "||" a barrier of CTAs
+// (grid_barrier.cuh):
 //
-//   norm, qkv | W_UK, rope, cache append | attention of a stretch of keys || combination, W_UV | o, residual
-//   | norm, router || choice; meanwhile shared experts' gate and up, then those of the routed || down,
-//   weighted sum, residual |
+//   norm, qkv | W_UK, rope, cache append | attention of a stretch of keys || combination, W_UV |
+//   o, residual | norm, router || choice; meanwhile shared experts' gate and up, then the routed ones' ||
+//   down, weighted sum, residual |
 //
 // While vectors go round the memory would idle: the weights of the phases ahead are on their way meanwhile.
 // Only the routed experts' have to wait for the choice. Norms and the choice are made by every CTA for
