@@ -129,6 +129,10 @@ struct EngineOptions {
   bool prefix_cache = true;
   /// The same bits for a request whatever else is in the batch.
   bool batch_invariant = false;
+  /// On a GPU the next step is queued while the current one runs, wherever nothing but more tokens of the
+  /// same sequences can come next and the GPU chooses them (no penalties, no logprobs). Tokens are the same
+  /// without.
+  bool overlap_steps = true;
   int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use
 };
 
@@ -177,7 +181,8 @@ struct EngineStats {
   Histogram e2e_seconds;   ///< submission to the end of a continuation
 };
 
-/// One step in the past; times in seconds since the engine was made.
+/// One step in the past; times in seconds since the engine was made. A step that was queued while the one
+/// before it ran begins, planned, when the engine turns to it.
 struct StepRecord {
   std::int64_t step = 0;
   double begin = 0, planned = 0, computed = 0, end = 0;  ///< plan, then model, then sampling and events

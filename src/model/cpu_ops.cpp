@@ -168,11 +168,12 @@ class CpuOps : public Ops {
     }
   }
 
-  void embed(const Buffer& table, Matrix out) override {
+  void embed(const Buffer& table, const Buffer& tokens, Matrix out) override {
     const auto bytes = static_cast<std::size_t>(out.columns) * dtype_size(dtype_);
     for_rows(out.rows, out.columns, [&](std::int64_t t) {
-      const auto id = static_cast<std::size_t>(step_->token_ids[static_cast<std::size_t>(t)]);
-      std::memcpy(out.row(t), table.data() + id * bytes, bytes);
+      std::int32_t id = step_->token_ids[static_cast<std::size_t>(t)];
+      if (id < 0) id = std::max(reinterpret_cast<const std::int32_t*>(tokens.data())[-1 - id], 0);
+      std::memcpy(out.row(t), table.data() + static_cast<std::size_t>(id) * bytes, bytes);
     });
   }
 
@@ -342,16 +343,31 @@ class CpuOps : public Ops {
     std::memmove(buffer.data() + target, buffer.data() + source, bytes);
   }
 
-  void likeliest(Matrix logits, const Buffer& tokens) override {
-    const std::int64_t first = step_->first_greedy;
+  void choose(Matrix logits, const Buffer& tokens) override {
+    const std::int64_t first = step_->first_chosen;
     for_rows(logits.rows - first, logits.columns, [&](std::int64_t i) {
-      reinterpret_cast<std::int32_t*>(tokens.data())[first + i] =
-          model::likeliest(reinterpret_cast<const float*>(logits.row(first + i)), logits.columns);
+      const auto* row = reinterpret_cast<const float*>(logits.row(first + i));
+      std::int32_t& token = reinterpret_cast<std::int32_t*>(tokens.data())[first + i];
+      token = model::likeliest(row, logits.columns);
+      const Draw draw = step_->draws.empty() ? Draw() : step_->draws[static_cast<std::size_t>(first + i)];
+      if (token < 0 || draw.scale == 0) return;
+      thread_local DrawScratch scratch;
+      token = draw_token({row, static_cast<std::size_t>(logits.columns)}, row[token], draw, scratch);
     });
   }
 
   void download(const std::byte* data, std::size_t bytes, void* host) override {
     std::memcpy(host, data, bytes);
+  }
+
+  std::unique_ptr<Download> start_download(const std::byte* data, std::size_t bytes) override {
+    struct Copy : Download {
+      std::vector<std::byte> copy;
+      const std::byte* wait() override { return copy.data(); }
+    };
+    auto out = std::make_unique<Copy>();
+    out->copy.assign(data, data + bytes);
+    return out;
   }
 
  private:

@@ -9,6 +9,7 @@
 
 #include "flash_mla/tensor.h"
 #include "model/config.h"
+#include "model/draw.h"
 
 namespace flash_mla::model {
 
@@ -71,7 +72,7 @@ struct Chunk {
 /// What a step is, on the host. Its tokens are ordered so that those that take the absorbed form of
 /// attention come first; each of them is a request of its own there.
 struct Step {
-  std::vector<std::int32_t> token_ids;  ///< (num_tokens)
+  std::vector<std::int32_t> token_ids;  ///< (num_tokens); -1 - i: the i-th of the tokens that embed is given
   std::vector<std::int32_t> positions;  ///< (num_tokens)
   std::vector<std::int64_t> slots;      ///< (num_tokens): page * kPageSize + offset
 
@@ -82,16 +83,25 @@ struct Step {
 
   std::vector<Chunk> chunks;  ///< the sequences behind them, in the un-absorbed form
 
-  std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted, then those of first_greedy on:
-  std::int64_t first_greedy = 0;         ///< of them only the likeliest token is
+  std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted, then those of first_chosen on:
+  std::int64_t first_chosen = 0;         ///< of them only a token is
+  std::vector<Draw> draws;               ///< (logit_rows), which is drawn where a scale is set; or empty
   bool batch_invariant = false;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
 };
 
+/// Bytes on their way to the host.
+class Download {
+ public:
+  virtual ~Download() = default;
+  /// Returns when they have come. They stay as long as this object.
+  virtual const std::byte* wait() = 0;
+};
+
 /// What the model asks of a device. Activations are matrices of one row per token in `dtype()`; sums are
-/// accumulated in fp32. Calls are queued in order and may return before they ran; only download() waits.
-/// In a batch-invariant step no row's bits depend on the other rows.
+/// accumulated in fp32. Calls are queued in order and may return before they ran; only download() and
+/// Download::wait() wait. In a batch-invariant step no row's bits depend on the other rows.
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -143,8 +153,9 @@ class Ops {
   /// Whether begin_step may come again within a forward pass, for the rows whose logits are wanted.
   virtual bool narrows() const { return false; }
 
-  /// out[t] = table[token_ids[t]]
-  virtual void embed(const Buffer& table, Matrix out) = 0;
+  /// out[t] = table[token_ids[t]], where a negative token_ids[t] is tokens[-1 - token_ids[t]] (int32), and
+  /// any row of the table if that is negative too.
+  virtual void embed(const Buffer& table, const Buffer& tokens, Matrix out) = 0;
   /// out = x / sqrt(mean(x²) + eps) * weight
   virtual void rms_norm(Matrix x, const Buffer& weight, double eps, Matrix out) = 0;
   virtual void linear(Matrix x, const Linear& weight, Matrix out) = 0;
@@ -202,11 +213,15 @@ class Ops {
   virtual void gather_logit_rows(Matrix x, Matrix out) = 0;
   /// Copies `bytes` bytes within the device.
   virtual void copy(const Buffer& buffer, std::size_t source, std::size_t target, std::size_t bytes) = 0;
-  /// tokens[i] (int32) of logit row i from the step's first_greedy on (and maybe of those before): as
-  /// Model::forward says.
-  virtual void likeliest(Matrix logits, const Buffer& tokens) = 0;
+  /// tokens[i] (int32) of logit row i from the step's first_chosen on (and maybe of those before): the
+  /// likeliest or the drawn one, as Model::collect says.
+  virtual void choose(Matrix logits, const Buffer& tokens) = 0;
   /// `bytes` bytes from the device to the host; returns when everything queued has run.
   virtual void download(const std::byte* data, std::size_t bytes, void* host) = 0;
+  /// Queues the same, of what everything queued so far leaves there.
+  virtual std::unique_ptr<Download> start_download(const std::byte* data, std::size_t bytes) = 0;
+  /// Whether calls return before they ran.
+  virtual bool queues() const { return false; }
 };
 
 }  // namespace flash_mla::model

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <set>
 
 #include "flash_mla/error.h"
 #include "model/model.h"
@@ -147,7 +148,55 @@ TEST_F(Forward, ACopiedPageContinuesTheSequence) {
   EXPECT_EQ(step(51, 1, {2}), step(51, 1, {6}));
 }
 
+// Greedy and drawn tokens of two sequences: step after step with what came back, and with every step launched
+// before the one in front of it has been collected.
+TEST_F(Forward, StepsLaunchedAheadChooseTheSameTokens) {
+  constexpr int kSteps = 12;
+  const auto run = [&](bool ahead) {
+    step(20, 20, {0});
+    step(30, 30, {1});
+    std::vector<std::int32_t> last = {3, 5}, out;
+    for (std::int32_t i = 0; i < kSteps + 1; ++i) {
+      if (i < kSteps) {
+        // Of the tokens that the step before chose, the drawn one (of sequence 0) comes first.
+        const std::vector<std::int32_t> before = {-1, -2};
+        const std::int32_t starts[] = {0, 1, 2}, lengths[] = {21 + i, 31 + i}, pages[] = {0, 1};
+        const std::int32_t drawn[] = {0}, greedy[] = {1};
+        const Draw draws[] = {make_draw(0.05 + 0.07 * i, 2.0, i % 2 == 0 ? 5 : 0, 0.9, 0)};
+        ForwardBatch batch;
+        batch.token_ids = ahead && i > 0 ? before : last;
+        batch.query_starts = starts;
+        batch.seq_lens = lengths;
+        batch.block_table = pages;
+        batch.max_blocks = 1;
+        batch.drawn_rows = drawn;
+        batch.draws = draws;
+        batch.greedy_rows = greedy;
+        model_->launch(batch);
+      }
+      if (ahead && i == 0) continue;
+      if (!ahead && i == kSteps) break;
+      model_->collect(nullptr, last.data());
+      out.insert(out.end(), last.begin(), last.end());
+    }
+    return out;
+  };
+  const std::vector<std::int32_t> expected = run(false);
+  EXPECT_EQ(expected.size(), 2u * kSteps);
+  EXPECT_GT(std::set<std::int32_t>(expected.begin(), expected.end()).size(), 3u);
+  EXPECT_EQ(run(true), expected);
+}
+
 TEST_F(Forward, RefusesWhatIsOutOfRange) {
+  const std::int32_t ids[] = {-1}, starts[] = {0, 1}, lengths[] = {1}, pages[] = {0};
+  ForwardBatch batch;
+  batch.token_ids = ids;
+  batch.query_starts = starts;
+  batch.seq_lens = lengths;
+  batch.block_table = pages;
+  batch.max_blocks = 1;
+  EXPECT_THAT(message_of<InvalidArgument>([&] { model_->launch(batch); }), HasSubstr("token_ids[0] is -1"));
+
   EXPECT_THAT(message_of<InvalidArgument>([&] { step(10, 10, {8}); }), HasSubstr("block_table[0][0] is 8"));
   EXPECT_THAT(message_of<InvalidArgument>([&] {
                 step(257, 1, {0, 1, 2, 3, 4});

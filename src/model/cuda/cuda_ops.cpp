@@ -15,6 +15,7 @@
 #include "flash_mla/schedule.h"
 #include "model/cuda/check.h"
 #include "model/cuda/cublaslt.h"
+#include "model/cuda/draw_rows.h"
 #include "model/cuda/head_gemm.h"
 #include "model/cuda/memory.h"
 #include "model/cuda/moe.h"
@@ -25,6 +26,7 @@
 #include "model/cuda/step_data.h"
 #include "model/model.h"
 #include "model/rope.h"
+#include "sm90/decode/plan.h"
 #include "sm90/dense_prefill.h"
 
 namespace flash_mla::model {
@@ -104,35 +106,60 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-/// Device time of steps.
+/// Device time of steps, of which several may be on their way.
 class StepTimer {
  public:
   StepTimer() {
-    for (cudaEvent_t& e : events_) check(cudaEventCreate(&e), "cudaEventCreate");
+    for (Span& span : spans_) {
+      check(cudaEventCreate(&span.begin), "cudaEventCreate");
+      check(cudaEventCreate(&span.end), "cudaEventCreate");
+    }
   }
   ~StepTimer() {
-    for (const cudaEvent_t e : events_) cudaEventDestroy(e);
+    for (const Span& span : spans_) {
+      cudaEventDestroy(span.begin);
+      cudaEventDestroy(span.end);
+    }
   }
   StepTimer(const StepTimer&) = delete;
   StepTimer& operator=(const StepTimer&) = delete;
 
-  void begin(cudaStream_t stream) { check(cudaEventRecord(events_[0], stream), "cudaEventRecord"); }
+  void begin(cudaStream_t stream) {
+    Span& span = spans_[next_];
+    if (span.pending) check(cudaEventSynchronize(span.end), "cudaEventSynchronize");
+    add(span);
+    check(cudaEventRecord(span.begin, stream), "cudaEventRecord");
+  }
   void end(cudaStream_t stream) {
-    check(cudaEventRecord(events_[1], stream), "cudaEventRecord");
-    pending_ = true;
+    Span& span = spans_[next_];
+    check(cudaEventRecord(span.end, stream), "cudaEventRecord");
+    span.pending = true;
+    next_ = (next_ + 1) % kSpans;
   }
-  /// The last step has run.
-  void add() {
-    if (!std::exchange(pending_, false)) return;
-    float milliseconds = 0;
-    check(cudaEventElapsedTime(&milliseconds, events_[0], events_[1]), "cudaEventElapsedTime");
-    seconds_ += static_cast<double>(milliseconds) * 1e-3;
+  /// Of the steps that have run.
+  double seconds() {
+    for (Span& span : spans_) {
+      if (span.pending && cudaEventQuery(span.end) == cudaSuccess) add(span);
+    }
+    return seconds_;
   }
-  double seconds() const { return seconds_; }
 
  private:
-  cudaEvent_t events_[2] = {};
-  bool pending_ = false;
+  struct Span {
+    cudaEvent_t begin = nullptr, end = nullptr;
+    bool pending = false;
+  };
+  static constexpr std::size_t kSpans = 4;
+
+  void add(Span& span) {
+    if (!std::exchange(span.pending, false)) return;
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, span.begin, span.end), "cudaEventElapsedTime");
+    seconds_ += static_cast<double>(milliseconds) * 1e-3;
+  }
+
+  Span spans_[kSpans];
+  std::size_t next_ = 0;
   double seconds_ = 0;
 };
 
@@ -317,8 +344,9 @@ class CudaOps : public Ops {
     if (timer_) timer_->end(stream_);
   }
 
-  void embed(const Buffer& table, Matrix out) override {
-    cuda::embed(table.data(), data_.token_ids, data_.positions, rotations_, out, stream_);
+  void embed(const Buffer& table, const Buffer& tokens, Matrix out) override {
+    cuda::embed(table.data(), data_.token_ids, reinterpret_cast<const std::int32_t*>(tokens.data()),
+                data_.positions, rotations_, out, stream_);
   }
 
   void rms_norm(Matrix x, const Buffer& weight, double eps, Matrix out) override {
@@ -518,9 +546,10 @@ class CudaOps : public Ops {
           "cudaMemcpyAsync");
   }
 
-  void likeliest(Matrix logits, const Buffer& tokens) override {
-    cuda::likeliest(logits, reinterpret_cast<std::int32_t*>(tokens.data()), likeliest_scratch_.data(),
-                    stream_);
+  void choose(Matrix logits, const Buffer& tokens) override {
+    auto* out = reinterpret_cast<std::int32_t*>(tokens.data());
+    likeliest(logits, out, likeliest_scratch_.data(), stream_);
+    if (!step_->draws.empty()) draw_rows(logits, data_.draws, out, stream_);
   }
 
   void download(const std::byte* data, std::size_t bytes, void* host) override {
@@ -528,12 +557,17 @@ class CudaOps : public Ops {
     check(cudaMemcpyAsync(staging, data, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
     check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
     std::memcpy(host, staging, bytes);
-    if (timer_) timer_->add();
   }
 
+  std::unique_ptr<Download> start_download(const std::byte* data, std::size_t bytes) override {
+    return downloader_.start(data, bytes, stream_);
+  }
+
+  bool queues() const override { return true; }
+
  private:
-  // Tokens, width of the block table, batch-invariant.
-  using Key = std::tuple<std::int64_t, std::int64_t, bool>;
+  // Tokens, width of the block table, batch-invariant, whether any token is drawn.
+  using Key = std::tuple<std::int64_t, std::int64_t, bool, bool>;
 
   void run_step(const std::function<void()>& layers) {
     if (!recorded_) {
@@ -545,7 +579,7 @@ class CudaOps : public Ops {
       graphs_.clear();  // what they point to may have moved
       allocations_ = pool_->allocations();
     }
-    const Key key{step_->num_tokens(), data_.max_blocks, step_->batch_invariant};
+    const Key key{step_->num_tokens(), data_.max_blocks, step_->batch_invariant, !step_->draws.empty()};
     if (const auto found = graphs_.find(key); found != graphs_.end()) {
       found->second.launch(stream_);
       return;
@@ -711,7 +745,8 @@ class CudaOps : public Ops {
     step.absorbed_table.resize(size * static_cast<std::size_t>(step.max_blocks), 0);
     step.num_absorbed = static_cast<std::int64_t>(size);
     step.logit_rows.resize(size, 0);
-    step.first_greedy = 0;
+    step.first_chosen = 0;
+    if (!step.draws.empty()) step.draws.resize(size);
   }
 
   DecodeScheduleView schedule_view() const {
@@ -726,6 +761,8 @@ class CudaOps : public Ops {
   void plan_decode() {
     if (step_->num_absorbed == 0 || !sm90_decode()) return;
     ScheduleOptions options = schedule_options_;
+    options.fixed_overhead_blocks =
+        sm90::fixed_overhead_blocks(static_cast<int>(step_->num_absorbed), options.num_parts);
     if (step_->batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
     build_decode_schedule(on_device(data_.lens, DType::kInt32, {step_->num_absorbed}), options,
                           schedule_view(), stream_);
@@ -791,6 +828,7 @@ class CudaOps : public Ops {
   Buffer inv_freq_, cosines_, sines_, parts_, num_splits_, decode_workspace_, prefill_workspace_;
   Buffer gate_up_, latents_, k_rope_, expanded_, router_logits_, expert_workspace_, likeliest_scratch_;
   PinnedBuffer download_;
+  Downloader downloader_;
 
   const Step* step_ = nullptr;
   StepData data_;

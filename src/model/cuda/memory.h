@@ -50,4 +50,21 @@ class PinnedBuffer {
   std::size_t bytes_ = 0;
 };
 
+/// Starts copies to the host. Their buffers and events are kept and used again; it outlives what it returns.
+class Downloader {
+ public:
+  std::unique_ptr<Download> start(const std::byte* data, std::size_t bytes, cudaStream_t stream);
+
+ private:
+  struct Slot {
+    Slot();
+    ~Slot();
+    PinnedBuffer host;
+    cudaEvent_t done = nullptr;
+  };
+  class Copy;
+
+  std::vector<std::unique_ptr<Slot>> free_;
+};
+
 }  // namespace flash_mla::model::cuda

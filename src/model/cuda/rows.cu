@@ -14,12 +14,15 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void embed_kernel(const bf16* table, const std::int32_t* ids, const std::int32_t* positions,
-                             RotationTable rotations, bf16* out, std::int64_t stride, int columns) {
+__global__ void embed_kernel(const bf16* table, const std::int32_t* ids, const std::int32_t* tokens,
+                             const std::int32_t* positions, RotationTable rotations, bf16* out,
+                             std::int64_t stride, int columns) {
   wait_for_previous();
   let_next_start();
   const std::int64_t t = blockIdx.x;
-  const bf16* from = table + static_cast<std::int64_t>(ids[t]) * columns;
+  std::int32_t id = ids[t];
+  if (id < 0) id = max(tokens[-1 - id], 0);
+  const bf16* from = table + static_cast<std::int64_t>(id) * columns;
   for (int i = threadIdx.x; i < columns; i += blockDim.x) out[t * stride + i] = from[i];
   for (int i = threadIdx.x; i < rotations.pairs; i += blockDim.x) {
     const float angle = static_cast<float>(positions[t]) * rotations.inv_freq[i];
@@ -239,10 +242,10 @@ unsigned row_threads(std::int64_t vectors) {
 
 }  // namespace
 
-void embed(const std::byte* table, const std::int32_t* ids, const std::int32_t* positions,
-           const RotationTable& rotations, Matrix out, cudaStream_t stream) {
+void embed(const std::byte* table, const std::int32_t* ids, const std::int32_t* tokens,
+           const std::int32_t* positions, const RotationTable& rotations, Matrix out, cudaStream_t stream) {
   launch(embed_kernel, grid_of(out.rows), kThreads, 0, stream, reinterpret_cast<const bf16*>(table), ids,
-         positions, rotations, elements(out), out.stride, static_cast<int>(out.columns));
+         tokens, positions, rotations, elements(out), out.stride, static_cast<int>(out.columns));
 }
 
 void rms_norm(Matrix x, const float* weight, float eps, Matrix out, cudaStream_t stream) {
