@@ -91,7 +91,8 @@ class LLM:
     ``num_pages``: pages of 64 tokens in the cache, 0 for as many as ``memory_bytes`` holds (0: what
     ``max_batch_size`` sequences of the longest length need, at most 2 GiB). ``max_tokens_per_step`` bounds a step;
     longer prompts are processed in chunks. ``prefix_cache`` computes equal beginnings once. ``batch_invariant``
-    gives a request the same bits whatever else is in the batch. ``num_threads``: 0 for all.
+    gives a request the same bits whatever else is in the batch. ``overlap_steps``: on a GPU the next step is queued
+    while the current one runs, with the same tokens. ``num_threads``: 0 for all.
 
     Raises ``ValueError`` for a malformed model directory or an option out of range, ``NotImplementedError`` for a
     model that the library does not run.
@@ -110,6 +111,7 @@ class LLM:
         max_tokens_per_step=2048,
         prefix_cache=True,
         batch_invariant=False,
+        overlap_steps=True,
         num_threads=0,
     ):
         self._engine = _C.Engine(
@@ -123,6 +125,7 @@ class LLM:
             max_tokens_per_step=max_tokens_per_step,
             prefix_cache=prefix_cache,
             batch_invariant=batch_invariant,
+            overlap_steps=overlap_steps,
             num_threads=num_threads,
         )
 

@@ -217,7 +217,7 @@ void bind_engine(nb::module_& m) {
           [](Engine* self, const std::string& directory, const std::string& device,
              const std::string& precision, const std::string& quantize, int num_pages,
              std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step, bool prefix_cache,
-             bool batch_invariant, int num_threads) {
+             bool batch_invariant, bool overlap_steps, int num_threads) {
             EngineOptions o;
             o.device = device_named(device);
             o.precision = precision_named(precision);
@@ -228,13 +228,14 @@ void bind_engine(nb::module_& m) {
             o.max_tokens_per_step = max_tokens_per_step;
             o.prefix_cache = prefix_cache;
             o.batch_invariant = batch_invariant;
+            o.overlap_steps = overlap_steps;
             o.num_threads = num_threads;
             const nb::gil_scoped_release release;
             new (self) Engine(directory, o);
           },
           "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "num_pages"_a,
           "memory_bytes"_a, "max_batch_size"_a, "max_tokens_per_step"_a, "prefix_cache"_a,
-          "batch_invariant"_a, "num_threads"_a)
+          "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(

@@ -37,6 +37,8 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
       ->capture_default_str();
   app.add_flag("!--no-prefix-cache", o.prefix_cache, "Compute equal prefixes every time");
   app.add_flag("--batch-invariant", o.batch_invariant, "The same bits whatever else is in the batch");
+  app.add_flag("!--no-overlap", o.overlap_steps,
+               "CUDA: wait for every step's tokens before the next is queued");
   app.add_option("--threads", o.num_threads, "CPU threads (0: all)")->capture_default_str();
 }
 
