@@ -94,24 +94,24 @@ class CpuOps : public Ops {
     return out;
   }
 
-  Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) override {
+  Buffer make_table(HostWeight values, std::int64_t rows, std::int64_t columns) override {
     Buffer out = allocate_aligned(static_cast<std::size_t>(rows * columns) * dtype_size(dtype_));
-    rows::narrow(values, out.data(), dtype_, rows * columns);
+    rows::narrow(values.float32(), out.data(), dtype_, rows * columns);
     return out;
   }
 
-  std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
-                                      std::int64_t in_features, std::span<const float> bias) override {
+  std::unique_ptr<Linear> make_linear(HostWeight weight, std::int64_t out_features, std::int64_t in_features,
+                                      std::span<const float> bias) override {
     auto out = std::make_unique<CpuLinear>();
-    out->weight = pack(weight, out_features, in_features);
+    out->weight = pack(weight.float32(), out_features, in_features);
     out->bias.assign(bias.begin(), bias.end());
     return out;
   }
 
-  std::unique_ptr<Linear> make_unquantized_linear(const float* weight, std::int64_t out_features,
+  std::unique_ptr<Linear> make_unquantized_linear(HostWeight weight, std::int64_t out_features,
                                                   std::int64_t in_features) override {
     auto out = std::make_unique<CpuLinear>();
-    out->weight = gemm_.pack(weight, out_features, in_features, dtype_);
+    out->weight = gemm_.pack(weight.float32(), out_features, in_features, dtype_);
     return out;
   }
 
@@ -122,18 +122,18 @@ class CpuOps : public Ops {
     return out;
   }
 
-  std::unique_ptr<HeadLinear> make_head_linear(const float* weight, std::int64_t heads,
+  std::unique_ptr<HeadLinear> make_head_linear(HostWeight weight, std::int64_t heads,
                                                std::int64_t out_features, std::int64_t in_features) override {
     auto out = std::make_unique<CpuHeadLinear>();
     for (std::int64_t h = 0; h < heads; ++h) {
       out->heads.push_back(
-          gemm_.pack(weight + h * out_features * in_features, out_features, in_features, dtype_));
+          gemm_.pack(weight.float32() + h * out_features * in_features, out_features, in_features, dtype_));
     }
     return out;
   }
 
   std::unique_ptr<Experts> make_experts(int num_experts, std::int64_t hidden, std::int64_t intermediate,
-                                        const std::function<void(int, float*, float*)>& read) override {
+                                        const std::function<void(int, void*, void*)>& read) override {
     auto out = std::make_unique<CpuExperts>();
     std::vector<float> gate_up(static_cast<std::size_t>(2 * intermediate * hidden));
     std::vector<float> down(static_cast<std::size_t>(hidden * intermediate));

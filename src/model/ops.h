@@ -43,6 +43,18 @@ struct Matrix {
   }
 };
 
+/// A weight in the host's memory, row-major: float32, or bfloat16 (bits). Null: the device makes one up.
+struct HostWeight {
+  HostWeight(std::nullptr_t) {}
+  HostWeight(const float* values) : data(values) {}
+  HostWeight(const std::uint16_t* bits) : data(bits), dtype(DType::kBFloat16) {}
+
+  const float* float32() const { return static_cast<const float*>(data); }
+
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
 /// The weights of x -> x·W^T + bias, in whatever layout the device multiplies best.
 class Linear {
  public:
@@ -109,9 +121,11 @@ class Ops {
   /// Of weights, activations and cache.
   virtual DType dtype() const = 0;
 
-  // Memory and weights. Host arrays are float32, row-major, and free again when the call returns. Where a
-  // weight is null (or `read` empty) a device that makes_up_weights() takes random ones: for benchmarks.
+  // Memory and weights. Host arrays are free again when the call returns. Where a weight is null (or `read`
+  // empty) a device that makes_up_weights() takes random ones: for benchmarks.
   virtual bool makes_up_weights() const { return false; }
+  /// Whether weights are to be given in bfloat16; else in float32.
+  virtual bool takes_bfloat16() const { return false; }
   virtual Buffer allocate(std::size_t bytes) = 0;
   /// What begin_step makes of that many tokens at most.
   virtual std::int64_t padded(std::int64_t num_tokens) const { return num_tokens; }
@@ -119,26 +133,26 @@ class Ops {
   virtual void reserve(std::int64_t num_tokens) { static_cast<void>(num_tokens); }
   /// Parameters that stay float32: norm weights, biases.
   virtual Buffer make_vector(std::span<const float> values) = 0;
-  virtual Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) = 0;
+  virtual Buffer make_table(HostWeight values, std::int64_t rows, std::int64_t columns) = 0;
   /// `weight` (out_features, in_features); `bias` (out_features) or empty.
-  virtual std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
+  virtual std::unique_ptr<Linear> make_linear(HostWeight weight, std::int64_t out_features,
                                               std::int64_t in_features, std::span<const float> bias) = 0;
   /// The same where other weights may be quantised: these keep dtype().
-  virtual std::unique_ptr<Linear> make_unquantized_linear(const float* weight, std::int64_t out_features,
+  virtual std::unique_ptr<Linear> make_unquantized_linear(HostWeight weight, std::int64_t out_features,
                                                           std::int64_t in_features) {
     return make_linear(weight, out_features, in_features, {});
   }
-  /// A Linear that multiplies in fp32 whatever dtype() is.
+  /// A Linear that multiplies in fp32 whatever dtype() is; `weight` is float32.
   virtual std::unique_ptr<Linear> make_router(const float* weight, std::int64_t num_experts,
                                               std::int64_t in_features) = 0;
   /// `weight` (heads, out_features, in_features).
-  virtual std::unique_ptr<HeadLinear> make_head_linear(const float* weight, std::int64_t heads,
+  virtual std::unique_ptr<HeadLinear> make_head_linear(HostWeight weight, std::int64_t heads,
                                                        std::int64_t out_features,
                                                        std::int64_t in_features) = 0;
   /// `read(e, gate_up, down)` fills expert e's (2 * intermediate, hidden) and (hidden, intermediate).
   virtual std::unique_ptr<Experts> make_experts(int num_experts, std::int64_t hidden,
                                                 std::int64_t intermediate,
-                                                const std::function<void(int, float*, float*)>& read) = 0;
+                                                const std::function<void(int, void*, void*)>& read) = 0;
 
   /// Hands over the step that the calls below belong to: metadata goes to the device, the decode schedule is
   /// made, once for all layers. A device may append tokens and logit rows whose results nobody reads, to a

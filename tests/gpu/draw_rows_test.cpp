@@ -16,14 +16,13 @@
 namespace flash_mla::model::cuda {
 namespace {
 
-using gpu_test::DeviceMemory;
-
 template <class T>
-DeviceMemory on_device(const std::vector<T>& values) {
-  DeviceMemory out(values.size() * sizeof(T));
-  out.upload(values.data(), values.size() * sizeof(T));
-  return out;
-}
+class OnDevice : public gpu_test::DeviceMemory {
+ public:
+  explicit OnDevice(const std::vector<T>& values) : DeviceMemory(values.size() * sizeof(T)) {
+    upload(values.data(), bytes());
+  }
+};
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -72,8 +71,9 @@ TEST(DrawRows, AreTheTokensThatTheCpuDraws) {
       if (draws[at].scale > 0 && likeliest[at] >= 0)
         expected[at] = draw_token(row, *best, draws[at], scratch);
     }
-    const DeviceMemory device_logits = on_device(logits), device_draws = on_device(draws),
-                       tokens = on_device(likeliest);
+    const OnDevice device_logits(logits);
+    const OnDevice device_draws(draws);
+    const OnDevice tokens(likeliest);
     const Matrix matrix{device_logits.as<std::byte>(), DType::kFloat32, kRows, columns, columns};
     draw_rows(matrix, device_draws.as<Draw>(), tokens.as<std::int32_t>(), nullptr);
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
@@ -105,14 +105,15 @@ TEST(DrawRows, TakeLittleTime) {
       for (int i = 0; i < rows; ++i) logits.insert(logits.end(), row.begin(), row.end());
       const auto best = static_cast<std::int32_t>(std::ranges::max_element(row) - row.begin());
       const auto count = static_cast<std::size_t>(rows);
-      const DeviceMemory device_logits = on_device(logits), draws = on_device(std::vector(count, kind.draw));
+      const OnDevice device_logits(logits);
+      const OnDevice draws(std::vector(count, kind.draw));
       const Matrix matrix{device_logits.as<std::byte>(), DType::kFloat32, rows, kColumns, kColumns};
       std::vector<float> times;
       cudaEvent_t begin, end;
       cudaEventCreate(&begin);
       cudaEventCreate(&end);
       for (int i = 0; i < 9; ++i) {
-        const DeviceMemory tokens = on_device(std::vector(count, best));
+        const OnDevice tokens(std::vector(count, best));
         cudaEventRecord(begin);
         draw_rows(matrix, draws.as<Draw>(), tokens.as<std::int32_t>(), nullptr);
         cudaEventRecord(end);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -25,6 +26,7 @@
 #include "model/cuda/skinny_gemm.h"
 #include "model/cuda/step_data.h"
 #include "model/model.h"
+#include "model/parallel.h"
 #include "model/rope.h"
 #include "sm90/decode/plan.h"
 #include "sm90/dense_prefill.h"
@@ -163,45 +165,69 @@ class StepTimer {
   double seconds_ = 0;
 };
 
-/// Float32 values of the host to bfloat16 on the device, through page-locked memory: while one half of it
-/// is being sent the other is filled.
+/// Weights of the host to the device, through page-locked memory: while one half of it is being sent the
+/// other is filled.
 class WeightUploader {
  public:
-  WeightUploader(DevicePool& pool, cudaStream_t stream) : stream_(stream) {
+  struct Part {
+    std::byte* out = nullptr;  // on the device
+    std::size_t bytes = 0;
+  };
+
+  explicit WeightUploader(cudaStream_t stream) : stream_(stream) {
     for (Half& half : halves_) {
       half.host.grow(kStagingBytes);
-      half.device = pool.allocate(kStagingBytes);
       check(cudaEventCreateWithFlags(&half.sent, cudaEventDisableTiming), "cudaEventCreate");
     }
   }
   ~WeightUploader() {
-    for (Half& half : halves_) cudaEventDestroy(half.sent);
+    for (Half& half : halves_) {
+      cudaEventSynchronize(half.sent);
+      cudaEventDestroy(half.sent);
+    }
   }
   WeightUploader(const WeightUploader&) = delete;
   WeightUploader& operator=(const WeightUploader&) = delete;
 
-  void upload(const float* values, std::int64_t count, std::byte* out) {
-    constexpr auto kMost = static_cast<std::int64_t>(kStagingBytes / sizeof(float));
-    for (std::int64_t begin = 0; begin < count; begin += kMost) {
-      const std::int64_t n = std::min(kMost, count - begin);
-      Half& half = halves_[next_++ % 2];
-      check(cudaEventSynchronize(half.sent), "cudaEventSynchronize");
-      const std::size_t bytes = static_cast<std::size_t>(n) * sizeof(float);
-      std::memcpy(half.host.data(), values + begin, bytes);
-      check(cudaMemcpyAsync(half.device.data(), half.host.data(), bytes, cudaMemcpyHostToDevice, stream_),
-            "cudaMemcpyAsync");
-      check(cudaEventRecord(half.sent, stream_), "cudaEventRecord");
-      narrow(reinterpret_cast<const float*>(half.device.data()),
-             out + static_cast<std::size_t>(begin) * kElement, n, stream_);
+  /// `fill(host)` writes the parts' bytes, one part behind the other.
+  template <class Fill>
+  void upload(std::initializer_list<Part> parts, const Fill& fill) {
+    Half& half = halves_[next_++ % 2];
+    check(cudaEventSynchronize(half.sent), "cudaEventSynchronize");
+    std::size_t bytes = 0;
+    for (const Part& part : parts) bytes += part.bytes;
+    const std::byte* host = half.host.grow(bytes);
+    fill(half.host.data());
+    for (const Part& part : parts) {
+      check(cudaMemcpyAsync(part.out, host, part.bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
+      host += part.bytes;
+    }
+    check(cudaEventRecord(half.sent, stream_), "cudaEventRecord");
+  }
+
+  void upload(const std::byte* data, std::size_t bytes, std::byte* out) {
+    for (std::size_t begin = 0; begin < bytes; begin += kStagingBytes) {
+      const std::size_t size = std::min(kStagingBytes, bytes - begin);
+      upload({{out + begin, size}}, [&](std::byte* host) { copy(data + begin, size, host); });
     }
   }
 
  private:
   struct Half {
     PinnedBuffer host;
-    Buffer device;
     cudaEvent_t sent = nullptr;
   };
+
+  // One core copies far slower than the bus.
+  static void copy(const std::byte* from, std::size_t bytes, std::byte* to) {
+    constexpr std::size_t kPiece = std::size_t{1} << 20;
+    const auto pieces = static_cast<std::int64_t>((bytes + kPiece - 1) / kPiece);
+    parallel_for(pieces, pieces >= 4 ? default_threads() : 1, [&](std::int64_t i) {
+      const std::size_t begin = static_cast<std::size_t>(i) * kPiece;
+      std::memcpy(to + begin, from + begin, std::min(kPiece, bytes - begin));
+    });
+  }
+
   Half halves_[2];
   std::size_t next_ = 0;
   cudaStream_t stream_;
@@ -228,6 +254,7 @@ class CudaOps : public Ops {
   DType dtype() const override { return kType; }
 
   bool makes_up_weights() const override { return true; }
+  bool takes_bfloat16() const override { return true; }
 
   Buffer allocate(std::size_t bytes) override { return pool_->allocate(bytes); }
 
@@ -262,12 +289,12 @@ class CudaOps : public Ops {
     return out;
   }
 
-  Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) override {
+  Buffer make_table(HostWeight values, std::int64_t rows, std::int64_t columns) override {
     return make_weight(values, rows * columns);
   }
 
-  std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
-                                      std::int64_t in_features, std::span<const float> bias) override {
+  std::unique_ptr<Linear> make_linear(HostWeight weight, std::int64_t out_features, std::int64_t in_features,
+                                      std::span<const float> bias) override {
     auto out = std::make_unique<CudaLinear>();
     out->weight = make_weight(weight, out_features * in_features);
     if (!bias.empty()) out->bias = make_vector(bias);
@@ -292,7 +319,7 @@ class CudaOps : public Ops {
     return out;
   }
 
-  std::unique_ptr<HeadLinear> make_head_linear(const float* weight, std::int64_t heads,
+  std::unique_ptr<HeadLinear> make_head_linear(HostWeight weight, std::int64_t heads,
                                                std::int64_t out_features, std::int64_t in_features) override {
     auto out = std::make_unique<CudaHeadLinear>();
     out->weight = make_weight(weight, heads * out_features * in_features);
@@ -303,7 +330,7 @@ class CudaOps : public Ops {
   }
 
   std::unique_ptr<Experts> make_experts(int num_experts, std::int64_t hidden, std::int64_t intermediate,
-                                        const std::function<void(int, float*, float*)>& read) override {
+                                        const std::function<void(int, void*, void*)>& read) override {
     auto out = std::make_unique<CudaExperts>();
     out->num_experts = num_experts;
     out->intermediate = intermediate;
@@ -313,16 +340,15 @@ class CudaOps : public Ops {
       out->down = make_weight(nullptr, num_experts * down_size);
       return out;
     }
-    out->gate_up = allocate(static_cast<std::size_t>(num_experts * gate_up_size) * kElement);
-    out->down = allocate(static_cast<std::size_t>(num_experts * down_size) * kElement);
-    std::vector<float> gate_up(static_cast<std::size_t>(gate_up_size)),
-        down(static_cast<std::size_t>(down_size));
+    const std::size_t down_bytes = static_cast<std::size_t>(down_size) * kElement,
+                      gate_up_bytes = 2 * down_bytes;
+    out->gate_up = allocate(static_cast<std::size_t>(num_experts) * gate_up_bytes);
+    out->down = allocate(static_cast<std::size_t>(num_experts) * down_bytes);
     for (int e = 0; e < num_experts; ++e) {
-      read(e, gate_up.data(), down.data());
-      uploader().upload(gate_up.data(), gate_up_size,
-                        out->gate_up.data() + static_cast<std::size_t>(e * gate_up_size) * kElement);
-      uploader().upload(down.data(), down_size,
-                        out->down.data() + static_cast<std::size_t>(e * down_size) * kElement);
+      const auto expert = static_cast<std::size_t>(e);
+      uploader().upload({{out->gate_up.data() + expert * gate_up_bytes, gate_up_bytes},
+                         {out->down.data() + expert * down_bytes, down_bytes}},
+                        [&](std::byte* host) { read(e, host, host + gate_up_bytes); });
     }
     return out;
   }
@@ -690,14 +716,16 @@ class CudaOps : public Ops {
   }
 
   WeightUploader& uploader() {
-    if (!weights_) weights_ = std::make_unique<WeightUploader>(*pool_, stream_);
+    if (!weights_) weights_ = std::make_unique<WeightUploader>(stream_);
     return *weights_;
   }
 
-  Buffer make_weight(const float* values, std::int64_t count) {
-    Buffer out = allocate(static_cast<std::size_t>(count) * kElement);
-    if (values != nullptr) {
-      uploader().upload(values, count, out.data());
+  Buffer make_weight(HostWeight values, std::int64_t count) {
+    const std::size_t bytes = static_cast<std::size_t>(count) * kElement;
+    Buffer out = allocate(bytes);
+    if (values.data != nullptr) {
+      if (values.dtype != kType) throw std::logic_error("a weight is float32, expected bfloat16");
+      uploader().upload(static_cast<const std::byte*>(values.data), bytes, out.data());
     } else {
       fill_random(out.data(), kType, count, seed_++, kRandomDeviation, stream_);
     }

@@ -191,14 +191,6 @@ __global__ void __launch_bounds__(kThreads) gather_keys_kernel(GatherKeys p) {
   }
 }
 
-__global__ void narrow_kernel(const float* x, bf16* out, std::int64_t count) {
-  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
-       i += stride) {
-    out[i] = __float2bfloat16(x[i]);
-  }
-}
-
 /// SplitMix64's finaliser.
 __device__ unsigned long long mix(unsigned long long x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -315,12 +307,6 @@ void gather_keys(const GatherKeys& a, cudaStream_t stream) {
   const bool vectors = a.rank % 8 == 0 && a.rope % 8 == 0;
   launch(vectors ? gather_keys_kernel<8> : gather_keys_kernel<1>, blocks(a.num_keys, kThreads / kWarp),
          kThreads, 0, stream, a);
-}
-
-void narrow(const float* x, std::byte* out, std::int64_t count, cudaStream_t stream) {
-  const unsigned grid = std::min(blocks(count, kThreads), 4096u);
-  narrow_kernel<<<grid, kThreads, 0, stream>>>(x, reinterpret_cast<bf16*>(out), count);
-  check(cudaGetLastError(), "narrow");
 }
 
 void fill_random(std::byte* out, DType dtype, std::int64_t count, std::uint64_t seed, float deviation,

@@ -72,9 +72,6 @@ struct GatherKeys {
 };
 void gather_keys(const GatherKeys& args, cudaStream_t stream);
 
-/// out = x as bfloat16, `count` values.
-void narrow(const float* x, std::byte* out, std::int64_t count, cudaStream_t stream);
-
 /// Independent normal-like values of the given standard deviation, a function of seed and index alone.
 /// bfloat16 or float32.
 void fill_random(std::byte* out, DType dtype, std::int64_t count, std::uint64_t seed, float deviation,
