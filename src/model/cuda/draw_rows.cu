@@ -1,15 +1,18 @@
+#include <cooperative_groups.h>
+
 #include "model/cuda/draw_rows.h"
 #include "model/cuda/launch.cuh"
 #include "model/draw_weight.h"
 
-// One block per row, which lies in the L2 cache. Warp w owns the ids of the w-th segment of the row.
+// A cluster of blocks per row, which lies in the L2 cache: what takes time is not reading it but its
+// exponentials. Every warp of the cluster owns the ids of one segment of the row.
 //
 // Without top_k and top_p: one pass sums the weights of every segment; the segment that the target falls into
 // is looked at once more.
 //
 // With them the draw needs a threshold: the key (logit, then the smaller id) of the least likely token that
 // is kept. The first pass also counts logits by their distance from the largest, in kBins bins. The bins that
-// hold at most kListed tokens together are gathered in shared memory and sorted; where the threshold is not
+// hold at most kListed tokens together are gathered in the first block and sorted; where the threshold is not
 // among them (thousands of tokens kept) it is found bit by bit, with one pass over the row for each.
 //
 // Weights are integers (draw_weight.h), so that no order of summation matters.
@@ -19,6 +22,9 @@ namespace {
 
 using u64 = unsigned long long;
 
+namespace cg = cooperative_groups;
+
+constexpr int kBlocks = 8;  // of a row
 constexpr int kThreads = 1024;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
@@ -29,6 +35,8 @@ constexpr int kListed = 2 * kThreads;
 
 struct Shared {
   u64 sums[kWarps];
+  u64 block_sums[2];  // of all warps; in turn, so that one can be written while others read the last
+  u64 told[3];        // by the first block to the others
   u64 keys[kListed];
   unsigned bins[kBins];
   unsigned num_listed;
@@ -55,20 +63,25 @@ class Row {
  public:
   __device__ Row(const float* logits, int size, const Draw& draw, float largest, Shared& shared)
       : logits_(logits), size_(size), draw_(draw), largest_(largest), shared_(shared) {
-    segment_ = (size + kWarps * kWarp * kVec - 1) / (kWarps * kWarp * kVec) * (kWarp * kVec);
+    constexpr int kGrain = kWarp * kVec, kSegments = kBlocks * kWarps;
+    segment_ = (size + kSegments * kGrain - 1) / (kSegments * kGrain) * kGrain;
+    rank_ = static_cast<int>(cluster_.block_rank());
     warp_ = static_cast<int>(threadIdx.x) / kWarp;
     lane_ = static_cast<int>(threadIdx.x) % kWarp;
   }
 
+  /// The token, in one block; -1 in the others.
   __device__ int draw() {
+    if (threadIdx.x == 0) shared_.num_listed = 0;
     const bool cuts = draw_.top_k > 0 || draw_.top_p < 1;
-    u64 total = weigh(cuts);
+    u64 total = weigh(cuts), threshold = 0;
     if (cuts) {
-      const u64 threshold = find_threshold(total);
+      threshold = find_threshold(total);
       total = sum_segments(threshold, /*masses=*/true);
-      return pick(draw_target(draw_.u, total), threshold);
     }
-    return pick(draw_target(draw_.u, total), 0);
+    const int token = pick(draw_target(draw_.u, total), threshold);
+    cluster_.sync();  // nobody leaves while others read its memory
+    return token;
   }
 
  private:
@@ -83,7 +96,7 @@ class Row {
   /// f(logit, id) for the ids of the warp's segment, each in one lane.
   template <class F>
   __device__ void for_segment(const F& f) const {
-    const int begin = warp_ * segment_, end = min(begin + segment_, size_);
+    const int begin = (rank_ * kWarps + warp_) * segment_, end = min(begin + segment_, size_);
     if (size_ % kVec != 0) {
       for (int i = begin + lane_; i < end; i += kWarp) f(logits_[i], i);
       return;
@@ -107,16 +120,36 @@ class Row {
     }
   }
 
-  /// Keeps a sum for every segment in shared memory and returns the sum of all, to every thread.
+  /// What another block has in the same place.
+  template <class T>
+  __device__ T at_block(const T& value, int rank) const {
+    return *cluster_.map_shared_rank(&value, rank);
+  }
+
+  /// Keeps the sums of segments and of blocks in shared memory and returns the sum of all, to every thread of
+  /// the cluster.
   __device__ u64 sum_up(u64 x) {
     __syncthreads();
     x = warp_sum(x);
     if (lane_ == 0) shared_.sums[warp_] = x;
     __syncthreads();
-    return warp_sum(shared_.sums[lane_]);
+    turn_ ^= 1;
+    if (warp_ == 0) {
+      x = warp_sum(shared_.sums[lane_]);
+      if (lane_ == 0) shared_.block_sums[turn_] = x;
+    }
+    cluster_.sync();
+    return warp_sum(lane_ < kBlocks ? at_block(shared_.block_sums[turn_], lane_) : 0);
   }
 
-  /// Inclusive sum over the threads up to this one.
+  /// What the first block says, to every thread of the cluster. Every `place` is used once.
+  __device__ u64 tell(int place, u64 value) {
+    if (rank_ == 0 && threadIdx.x == 0) shared_.told[place] = value;
+    cluster_.sync();
+    return at_block(shared_.told[place], 0);
+  }
+
+  /// Inclusive sum over the threads of the block up to this one.
   __device__ u64 scan(u64 x) {
     __syncthreads();
     for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -128,7 +161,7 @@ class Row {
     return x + warp_sum(lane_ < warp_ ? shared_.sums[lane_] : 0);
   }
 
-  /// Sum of all weights; with `count`, how many tokens have each distance from the largest.
+  /// Sum of all weights; with `count`, how many tokens of the block have each distance from the largest.
   __device__ u64 weigh(bool count) {
     if (count) {
       for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared_.bins[i] = 0;
@@ -171,47 +204,62 @@ class Row {
     __syncthreads();
   }
 
-  /// The key of the least likely token that is kept. `total`: sum of all weights.
+  /// The key of the least likely token that is kept, to every thread of the cluster. `total`: sum of all
+  /// weights.
   __device__ u64 find_threshold(u64 total) {
     const int thread = static_cast<int>(threadIdx.x);
-    const u64 upto = scan(thread < kBins ? shared_.bins[thread] : 0);
+    u64 in_bin = 0;
+    if (thread < kBins) {
+      for (int rank = 0; rank < kBlocks; ++rank) in_bin += at_block(shared_.bins[thread], rank);
+    }
+    const u64 upto = scan(in_bin);
     const int cut = __syncthreads_count(thread < kBins && upto <= kListed);
     if (thread == kThreads - 1) shared_.found_sum = upto;
-    if (thread == 0) shared_.num_listed = 0;
+    if (thread == 0) shared_.found = 0;
     __syncthreads();
     const u64 num_candidates = shared_.found_sum;
-    const bool cuts_k = draw_.top_k > 0 && static_cast<u64>(draw_.top_k) < num_candidates;
+    if (thread == cut - 1) shared_.found = static_cast<int>(upto);
+    __syncthreads();
+    const int num_listed = shared_.found;
     list(cut);
-    const auto num_listed = static_cast<int>(shared_.num_listed);
 
+    const bool cuts_k = draw_.top_k > 0 && static_cast<u64>(draw_.top_k) < num_candidates;
     u64 floor = 0;  // the threshold of top_k
-    int most = num_listed;
-    if (cuts_k) {
-      if (draw_.top_k <= num_listed) {
-        most = draw_.top_k;
+    int most = num_listed, place = -1;
+    if (cuts_k && draw_.top_k <= num_listed) {
+      most = draw_.top_k;
+      u64 sum = 0;
+      if (rank_ == 0) {
         floor = shared_.keys[most - 1];
-        int unused;
-        sum_list(most, ~0ull, total, unused);
-      } else {
-        floor = search(static_cast<u64>(draw_.top_k), 0, /*masses=*/false);
-        total = sum_segments(floor, /*masses=*/true);
+        sum_list(most, ~0ull, sum, place);
       }
+      floor = tell(0, floor);
+      total = tell(1, sum);
+    } else if (cuts_k) {
+      floor = search(static_cast<u64>(draw_.top_k), 0, /*masses=*/false);
+      total = sum_segments(floor, /*masses=*/true);
     }
     if (draw_.top_p >= 1) return floor;
     const u64 wanted = max(static_cast<u64>(part_of(draw_.top_p, total)), u64{1});
-    u64 unused;
-    int place;
-    sum_list(most, wanted, unused, place);
-    return place >= 0 ? shared_.keys[place] : search(wanted, floor, /*masses=*/true);
+    u64 threshold = 0;
+    if (rank_ == 0) {
+      u64 unused;
+      sum_list(most, wanted, unused, place);
+      if (place >= 0) threshold = shared_.keys[place];
+    }
+    threshold = tell(2, threshold);
+    return threshold > 0 ? threshold : search(wanted, floor, /*masses=*/true);
   }
 
-  /// Gathers the tokens in bins below `cut`, the likeliest first.
+  /// Gathers the tokens in bins below `cut` in the first block, the likeliest first.
   __device__ void list(int cut) {
+    Shared* first = cluster_.map_shared_rank(&shared_, 0);
     for_segment([&](float logit, int id) {
-      if (weight(logit) > 0 && bin(logit) < cut)
-        shared_.keys[atomicAdd(&shared_.num_listed, 1u)] = key_of(logit, id);
+      if (bin(logit) < cut && weight(logit) > 0)
+        first->keys[atomicAdd(&first->num_listed, 1u)] = key_of(logit, id);
     });
-    __syncthreads();
+    cluster_.sync();
+    if (rank_ != 0) return;
     const int count = static_cast<int>(shared_.num_listed);
     int size = 2;
     while (size < count) size *= 2;
@@ -247,11 +295,18 @@ class Row {
   }
 
   /// The token, of those with keys from `threshold` on, at which the sum of weights passes `target`; the sums
-  /// of the segments are in shared memory. To every thread.
+  /// of segments and blocks are in shared memory. -1 in the blocks that do not have it.
   __device__ int pick(u64 target, u64 threshold) {
-    int segment = 0;
-    while (segment < kWarps - 1 && shared_.sums[segment] <= target) target -= shared_.sums[segment++];
-    const int begin = segment * segment_, end = min(begin + segment_, size_);
+    int owner = 0;
+    for (; owner < kBlocks - 1; ++owner) {
+      const u64 sum = at_block(shared_.block_sums[turn_], owner);
+      if (sum > target) break;
+      target -= sum;
+    }
+    if (rank_ != owner) return -1;
+    int warp = 0;
+    while (warp < kWarps - 1 && shared_.sums[warp] <= target) target -= shared_.sums[warp++];
+    const int begin = (rank_ * kWarps + warp) * segment_, end = min(begin + segment_, size_);
     const int each = (segment_ + kThreads - 1) / kThreads;
     const int first = begin + static_cast<int>(threadIdx.x) * each, last = min(first + each, end);
     const auto kept = [&](int i) {
@@ -271,31 +326,34 @@ class Row {
     return shared_.found;
   }
 
+  cg::cluster_group cluster_ = cg::this_cluster();
   const float* logits_;
   int size_;
   Draw draw_;
   float largest_;
   Shared& shared_;
-  int segment_, warp_, lane_;
+  int segment_, rank_, warp_, lane_;
+  int turn_ = 0;
 };
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
     draw_rows_kernel(const float* logits, int columns, const Draw* draws, std::int32_t* tokens) {
   __shared__ Shared shared;
   wait_for_previous();
   let_next_start();
-  const Draw draw = draws[blockIdx.x];
-  const std::int32_t likeliest = tokens[blockIdx.x];
+  const unsigned i = blockIdx.x / kBlocks;
+  const Draw draw = draws[i];
+  const std::int32_t likeliest = tokens[i];
   if (draw.scale == 0 || likeliest < 0) return;
-  const float* row = logits + static_cast<std::int64_t>(blockIdx.x) * columns;
+  const float* row = logits + static_cast<std::int64_t>(i) * columns;
   const int token = Row(row, columns, draw, row[likeliest], shared).draw();
-  if (threadIdx.x == 0) tokens[blockIdx.x] = token;
+  if (token >= 0 && threadIdx.x == 0) tokens[i] = token;
 }
 
 }  // namespace
 
 void draw_rows(Matrix logits, const Draw* draws, std::int32_t* tokens, cudaStream_t stream) {
-  launch(draw_rows_kernel, static_cast<unsigned>(logits.rows), kThreads, 0, stream,
+  launch(draw_rows_kernel, static_cast<unsigned>(logits.rows) * kBlocks, kThreads, 0, stream,
          reinterpret_cast<const float*>(logits.data), static_cast<int>(logits.columns), draws, tokens);
 }
 
