@@ -9,6 +9,8 @@
 #include <cstdio>
 #include <limits>
 #include <random>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "device.h"
@@ -52,14 +54,23 @@ Draw random_draw(std::mt19937& random) {
 
 TEST(DrawRows, AreTheTokensThatTheCpuDraws) {
   std::mt19937 random(4);
-  for (const int columns : {1, 7, 160, 4096, 32003, 102400, 129280}) {
-    SCOPED_TRACE(columns);
-    constexpr int kRows = 60;
+  // Few rows take several blocks each, many rows one.
+  for (const auto& [columns, rows] : std::vector<std::pair<int, int>>{{1, 9},
+                                                                      {7, 60},
+                                                                      {160, 150},
+                                                                      {4096, 60},
+                                                                      {32003, 15},
+                                                                      {32003, 30},
+                                                                      {102400, 16},
+                                                                      {102400, 140},
+                                                                      {129280, 60}}) {
+    SCOPED_TRACE(std::to_string(columns) + " columns, " + std::to_string(rows) + " rows");
+    const auto count = static_cast<std::size_t>(rows);
     std::vector<float> logits;
-    std::vector<Draw> draws(kRows);
-    std::vector<std::int32_t> likeliest(kRows), expected(kRows), out(kRows);
+    std::vector<Draw> draws(count);
+    std::vector<std::int32_t> likeliest(count), expected(count);
     DrawScratch scratch;
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < rows; ++i) {
       const std::vector<float> row = make_row(columns, i, random);
       logits.insert(logits.end(), row.begin(), row.end());
       const auto best = std::ranges::max_element(row);
@@ -74,7 +85,7 @@ TEST(DrawRows, AreTheTokensThatTheCpuDraws) {
     const OnDevice device_logits(logits);
     const OnDevice device_draws(draws);
     const OnDevice tokens(likeliest);
-    const Matrix matrix{device_logits.as<std::byte>(), DType::kFloat32, kRows, columns, columns};
+    const Matrix matrix{device_logits.as<std::byte>(), DType::kFloat32, rows, columns, columns};
     draw_rows(matrix, device_draws.as<Draw>(), tokens.as<std::int32_t>(), nullptr);
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     const std::vector<std::int32_t> drawn = tokens.download<std::int32_t>();
@@ -99,7 +110,7 @@ TEST(DrawRows, TakeLittleTime) {
         Kind{"top_k 50, top_p", make_draw(0.5, 0.7, 50, 0.9, 0), 2},
         Kind{"top_p of a peaked row", make_draw(0.5, 1, 0, 0.9, 0), 2},
         Kind{"top_p of a flat row", make_draw(0.5, 1, 0, 0.9, 0), 0}}) {
-    for (const int rows : {1, 128}) {
+    for (const int rows : {1, 32, 128}) {
       std::vector<float> logits;
       const std::vector<float> row = make_row(kColumns, kind.row, random);
       for (int i = 0; i < rows; ++i) logits.insert(logits.end(), row.begin(), row.end());

@@ -24,7 +24,7 @@ using u64 = unsigned long long;
 
 namespace cg = cooperative_groups;
 
-constexpr int kBlocks = 8;  // of a row
+constexpr int kMostBlocks = 8;  // of a row: what a cluster may have anywhere
 constexpr int kThreads = 1024;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
@@ -63,8 +63,9 @@ class Row {
  public:
   __device__ Row(const float* logits, int size, const Draw& draw, float largest, Shared& shared)
       : logits_(logits), size_(size), draw_(draw), largest_(largest), shared_(shared) {
-    constexpr int kGrain = kWarp * kVec, kSegments = kBlocks * kWarps;
-    segment_ = (size + kSegments * kGrain - 1) / (kSegments * kGrain) * kGrain;
+    blocks_ = static_cast<int>(cluster_.num_blocks());
+    const int grain = kWarp * kVec, round = grain * kWarps * blocks_;
+    segment_ = (size + round - 1) / round * grain;
     rank_ = static_cast<int>(cluster_.block_rank());
     warp_ = static_cast<int>(threadIdx.x) / kWarp;
     lane_ = static_cast<int>(threadIdx.x) % kWarp;
@@ -139,7 +140,7 @@ class Row {
       if (lane_ == 0) shared_.block_sums[turn_] = x;
     }
     cluster_.sync();
-    return warp_sum(lane_ < kBlocks ? at_block(shared_.block_sums[turn_], lane_) : 0);
+    return warp_sum(lane_ < blocks_ ? at_block(shared_.block_sums[turn_], lane_) : 0);
   }
 
   /// What the first block says, to every thread of the cluster. Every `place` is used once.
@@ -210,20 +211,28 @@ class Row {
     const int thread = static_cast<int>(threadIdx.x);
     u64 in_bin = 0;
     if (thread < kBins) {
-      for (int rank = 0; rank < kBlocks; ++rank) in_bin += at_block(shared_.bins[thread], rank);
+      for (int rank = 0; rank < blocks_; ++rank) in_bin += at_block(shared_.bins[thread], rank);
     }
     const u64 upto = scan(in_bin);
-    const int cut = __syncthreads_count(thread < kBins && upto <= kListed);
     if (thread == kThreads - 1) shared_.found_sum = upto;
     if (thread == 0) shared_.found = 0;
     __syncthreads();
     const u64 num_candidates = shared_.found_sum;
+    const bool cuts_k = draw_.top_k > 0 && static_cast<u64>(draw_.top_k) < num_candidates;
+    // Bins that surely suffice, for lists are sorted faster the shorter they are, and bins that fit.
+    u64 least = upto, enough = static_cast<u64>(draw_.top_k);
+    if (!cuts_k) {
+      least = scan(thread < kBins ? in_bin * draw_weight(static_cast<float>(-1 - thread) / kBinsPerUnit, 1.0f)
+                                  : 0);
+      enough = part_of(draw_.top_p, total);
+    }
+    const int needed = __syncthreads_count(thread < kBins && least < enough) + 1;
+    const int cut = min(needed, __syncthreads_count(thread < kBins && upto <= kListed));
     if (thread == cut - 1) shared_.found = static_cast<int>(upto);
     __syncthreads();
     const int num_listed = shared_.found;
     list(cut);
 
-    const bool cuts_k = draw_.top_k > 0 && static_cast<u64>(draw_.top_k) < num_candidates;
     u64 floor = 0;  // the threshold of top_k
     int most = num_listed, place = -1;
     if (cuts_k && draw_.top_k <= num_listed) {
@@ -298,7 +307,7 @@ class Row {
   /// of segments and blocks are in shared memory. -1 in the blocks that do not have it.
   __device__ int pick(u64 target, u64 threshold) {
     int owner = 0;
-    for (; owner < kBlocks - 1; ++owner) {
+    for (; owner < blocks_ - 1; ++owner) {
       const u64 sum = at_block(shared_.block_sums[turn_], owner);
       if (sum > target) break;
       target -= sum;
@@ -332,16 +341,16 @@ class Row {
   Draw draw_;
   float largest_;
   Shared& shared_;
-  int segment_, rank_, warp_, lane_;
+  int blocks_, segment_, rank_, warp_, lane_;
   int turn_ = 0;
 };
 
-__global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads)
     draw_rows_kernel(const float* logits, int columns, const Draw* draws, std::int32_t* tokens) {
   __shared__ Shared shared;
   wait_for_previous();
   let_next_start();
-  const unsigned i = blockIdx.x / kBlocks;
+  const unsigned i = blockIdx.y;
   const Draw draw = draws[i];
   const std::int32_t likeliest = tokens[i];
   if (draw.scale == 0 || likeliest < 0) return;
@@ -353,8 +362,30 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
 }  // namespace
 
 void draw_rows(Matrix logits, const Draw* draws, std::int32_t* tokens, cudaStream_t stream) {
-  launch(draw_rows_kernel, static_cast<unsigned>(logits.rows) * kBlocks, kThreads, 0, stream,
-         reinterpret_cast<const float*>(logits.data), static_cast<int>(logits.columns), draws, tokens);
+  if (logits.rows == 0) return;
+  // As many blocks as run at a time: more would only wait for each other.
+  int device = 0, sms = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  int blocks = kMostBlocks;
+  while (blocks > 1 && logits.rows * blocks > sms) blocks /= 2;
+
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(logits.rows));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(blocks);
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  check(cudaLaunchKernelEx(&config, draw_rows_kernel, reinterpret_cast<const float*>(logits.data),
+                           static_cast<int>(logits.columns), draws, tokens),
+        "draw_rows");
 }
 
 }  // namespace flash_mla::model::cuda
