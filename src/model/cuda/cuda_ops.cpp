@@ -28,7 +28,6 @@
 #include "model/model.h"
 #include "model/parallel.h"
 #include "model/rope.h"
-#include "sm90/decode/plan.h"
 #include "sm90/dense_prefill.h"
 
 namespace flash_mla::model {
@@ -470,10 +469,9 @@ class CudaOps : public Ops {
     DenseDecodeOptions options;
     options.softmax_scale = static_cast<float>(config_.softmax_scale());
     options.stream = stream_;
-    const DecodeScheduleView schedule = schedule_view();
-    const std::size_t bytes = dense_decode_workspace_size(args, schedule, options);
+    const std::size_t bytes = dense_decode_workspace_size(args, schedule_, options);
     grow(decode_workspace_, bytes);
-    dense_decode(args, schedule, decode_workspace_.data(), bytes, options);
+    dense_decode(args, schedule_, decode_workspace_.data(), bytes, options);
   }
 
   void expand_values(Matrix out_latent, const HeadLinear& w_uv, Matrix out) override {
@@ -777,23 +775,32 @@ class CudaOps : public Ops {
     if (!step.draws.empty()) step.draws.resize(size);
   }
 
-  DecodeScheduleView schedule_view() const {
+  // Of the step's absorbed tokens, each a request. In a batch-invariant step nothing depends on how many.
+  ScheduleOptions schedule_options() const {
+    if (!step_->batch_invariant) {
+      return cuda_schedule_options(0, 1, config_.num_attention_heads, 1,
+                                   static_cast<int>(step_->num_absorbed));
+    }
+    ScheduleOptions options = schedule_options_;
+    options.fixed_split_blocks = kInvariantSplitBlocks;
+    return options;
+  }
+
+  DecodeScheduleView schedule_view(const ScheduleOptions& options) const {
     DecodeScheduleView view;
-    view.parts = on_device(parts_.data(), DType::kInt32, {schedule_options_.num_parts, 8});
+    view.parts = on_device(parts_.data(), DType::kInt32, {options.num_parts, 8});
     view.num_splits = on_device(num_splits_.data(), DType::kInt32, {step_->num_absorbed + 1});
-    view.block_size = schedule_options_.block_size;
-    view.fixed_split_blocks = step_->batch_invariant ? kInvariantSplitBlocks : 0;
+    view.block_size = options.block_size;
+    view.fixed_split_blocks = options.fixed_split_blocks;
     return view;
   }
 
   void plan_decode() {
     if (step_->num_absorbed == 0 || !sm90_decode()) return;
-    ScheduleOptions options = schedule_options_;
-    options.fixed_overhead_blocks =
-        sm90::fixed_overhead_blocks(static_cast<int>(step_->num_absorbed), options.num_parts);
-    if (step_->batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
-    build_decode_schedule(on_device(data_.lens, DType::kInt32, {step_->num_absorbed}), options,
-                          schedule_view(), stream_);
+    const ScheduleOptions options = schedule_options();
+    schedule_ = schedule_view(options);
+    build_decode_schedule(on_device(data_.lens, DType::kInt32, {step_->num_absorbed}), options, schedule_,
+                          stream_);
   }
 
   // Batch-invariant products are all made by the kernel that can do it.
@@ -845,7 +852,8 @@ class CudaOps : public Ops {
   ModelConfig config_;
   Stream stream_;
   std::shared_ptr<DevicePool> pool_;
-  ScheduleOptions schedule_options_;
+  ScheduleOptions schedule_options_;  // of batches of any size: no other has more parts
+  DecodeScheduleView schedule_;       // of the step
   CublasLt lt_;
   StepUploader uploader_;
   std::unique_ptr<WeightUploader> weights_;
