@@ -158,10 +158,10 @@ class Ops {
   /// made, once for all layers. A device may append tokens and logit rows whose results nobody reads, to a
   /// size that it has prepared; their slot is -1. `step` must live until the next begin_step.
   virtual void begin_step(Step& step) = 0;
-  /// Runs `layers`, which makes the step's calls from embed to likeliest, or replays what it recorded when
+  /// Runs `layers`, which makes the step's calls from embed to choose, or replays what it recorded when
   /// it last did so for a step of this shape.
   virtual void run(const std::function<void()>& layers) { layers(); }
-  /// Of all steps that have been downloaded, where they are timed.
+  /// Of the steps that have run, where they are timed.
   virtual double device_seconds() const { return 0; }
 
   /// Whether begin_step may come again within a forward pass, for the rows whose logits are wanted.
