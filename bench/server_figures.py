@@ -1,7 +1,8 @@
 """What the server costs over the engine, and how it takes a mixed load.
 
     python3 bench/server_figures.py --json bench/results/cpu-server.json
-    python3 bench/server_figures.py --model DIR --serve-flags "--device cuda" --only mixed --json h200-server.json
+    python3 bench/dummy_model.py DIR
+    python3 bench/server_figures.py --model DIR --serve-flags "--device cuda --load-format dummy" --only mixed --json x.json
 
 Three parts, each with a server of its own; --only names some of them.
 
@@ -11,7 +12,8 @@ Three parts, each with a server of its own; --only names some of them.
             other than the engine's, over the events that they sent (one per token, and one per answer).
   streams   --streams streams that wait in the queue: what each adds to the server's resident memory.
   mixed     `flash-mla loadtest`: half short and half long prompts, with success rate, throughput, P50 and P99 of
-            TTFT and TPOT, and where there is an NVIDIA GPU its peak power by nvidia-smi.
+            TTFT and TPOT, the share of the time in which the engine was at a step, and where there is an NVIDIA GPU
+            its peak power by nvidia-smi.
 
 The server, its client and whatever else this machine does share its cores: with fewer than two cores beyond
 --threads the client takes time from the engine, which counts against the server.
@@ -88,7 +90,7 @@ class Server:
 
 def loadtest(arguments, *flags):
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [str(pathlib.Path(arguments.program).absolute()), "loadtest", "--json", file.name, "--seed", str(arguments.seed), *map(str, flags)]
+        command = [str(pathlib.Path(arguments.program).absolute()), "loadtest", "--json", file.name, *map(str, flags)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):
             sys.exit(f"{shlex.join(command)}: {done.stderr}")
@@ -97,7 +99,7 @@ def loadtest(arguments, *flags):
 
 def overhead(arguments):
     load = ["--clients", arguments.clients, "--requests", arguments.requests, "--short-tokens", arguments.prompt,
-            "--long-tokens", arguments.prompt, "--max-tokens", arguments.new]  # fmt: skip
+            "--long-tokens", arguments.prompt, "--max-tokens", arguments.new, "--seed", arguments.seed]  # fmt: skip
     engine_flags = ["--threads", str(arguments.threads), "--max-batch-size", str(arguments.clients)]
     rates = {"server": [], "engine": []}
     event_seconds = []
@@ -188,15 +190,30 @@ class GpuPower:
 
 
 def mixed(arguments):
-    with Server(arguments) as server, GpuPower() as power:
-        result = loadtest(arguments, "--url", server.url, "--clients", arguments.mixed_clients, "--requests", arguments.mixed_requests,
-                          "--short-tokens", arguments.short_tokens, "--long-tokens", arguments.long_tokens,
-                          "--max-tokens", arguments.mixed_new)  # fmt: skip
+    counters = ("steps", "step_seconds", "computed_tokens", "preemptions")
+
+    def counted(server):
+        return {name: server.metric(f"mla_{name}_total") for name in counters}
+
+    def load(server, clients, requests, seed):
+        return loadtest(arguments, "--url", server.url, "--clients", clients, "--requests", requests, "--short-tokens",
+                        arguments.short_tokens, "--long-tokens", arguments.long_tokens, "--max-tokens", arguments.mixed_new,
+                        "--seed", seed)  # fmt: skip
+
+    with Server(arguments) as server:
+        load(server, 8, 8, arguments.seed + 1)  # warms up
+        before = counted(server)
+        with GpuPower() as power:
+            result = load(server, arguments.mixed_clients, arguments.mixed_requests, arguments.seed)
+        spent = {name: value - before[name] for name, value in counted(server).items()}
         hits = server.metric("cache_hit_rate")
-        preemptions = server.metric("mla_preemptions_total")
         command = server.command
+        if arguments.trace:
+            with urllib.request.urlopen(server.url + "/trace", timeout=60) as answer:
+                arguments.trace.write_bytes(answer.read())
     del result["command"]
-    return {"server": command, **result, "cache_hit_rate": hits, "preemptions": preemptions, "gpu": power.summary()}
+    return {"server": command, **result, "cache_hit_rate": hits, **spent,
+            "engine_busy_share": spent["step_seconds"] / result["seconds"], "gpu": power.summary()}  # fmt: skip
 
 
 def machine():
@@ -249,6 +266,7 @@ def main():
     parser.add_argument("--short-tokens", type=int, default=1024)
     parser.add_argument("--long-tokens", type=int, default=8192)
     parser.add_argument("--json", type=pathlib.Path, help="write the results to this file")
+    parser.add_argument("--trace", type=pathlib.Path, help="write the engine's steps of the mixed load to this file")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
     if not set(parts) <= set(PARTS):

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "flash_mla/schedule.h"
 #include "flash_mla/tensor.h"
 #include "model/config.h"
 
@@ -98,9 +99,13 @@ class Ops {
 
   /// Of weights, activations and cache.
   virtual DType dtype() const = 0;
+  /// As Model's.
+  virtual std::size_t free_memory() const { return 0; }
+  virtual ScheduleOptions schedule_options() const = 0;
 
   // Memory and weights. Host arrays are float32, row-major, and free again when the call returns. Where a
-  // weight is null (or `read` empty) a device that makes_up_weights() takes random ones: for benchmarks.
+  // weight is null (or `read` empty) a device that makes_up_weights() takes random ones, which are then never
+  // on the host: for benchmarks.
   virtual bool makes_up_weights() const { return false; }
   virtual Buffer allocate(std::size_t bytes) = 0;
   /// What begin_step makes of that many tokens at most.

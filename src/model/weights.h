@@ -49,11 +49,18 @@ struct Weights {
   std::unique_ptr<Linear> lm_head;
 };
 
+/// kv_b (heads * (nope + v), rank) as its key half, transposed for queries, and its value half.
+struct AbsorbedHalves {
+  std::vector<float> uk;  ///< (heads, rank, nope)
+  std::vector<float> uv;  ///< (heads, v, rank)
+};
+AbsorbedHalves split_kv_b(const ModelConfig& config, const float* kv_b);
+
 /// Reads a checkpoint's weights onto the device. Throws InvalidArgument for a tensor that is missing, has
 /// another shape, or holds a NaN or infinity; the message names it.
 Weights load_weights(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops);
 
-/// Random weights, made by the device: for benchmarks. Throws Unsupported where it cannot.
+/// Random weights, the same ones every time: for benchmarks and load tests.
 Weights random_weights(const ModelConfig& config, Ops& ops);
 
 }  // namespace flash_mla::model

@@ -200,6 +200,9 @@ class CudaOps : public Ops {
 
   DType dtype() const override { return kType; }
 
+  std::size_t free_memory() const override { return pool_->free_memory(); }
+  ScheduleOptions schedule_options() const override { return schedule_options_; }
+
   bool makes_up_weights() const override { return true; }
 
   Buffer allocate(std::size_t bytes) override { return pool_->allocate(bytes); }
