@@ -4,7 +4,7 @@
     python3 bench/dummy_model.py DIR
     python3 bench/server_figures.py --model DIR --serve-flags "--device cuda --load-format dummy" --only mixed --json x.json
 
-Three parts, each with a server of its own; --only names some of them.
+Parts, each with a server of its own; --only names some of them.
 
   overhead  --clients clients in a closed loop, against `flash-mla loadtest --engine`: the same requests and the
             same loop in the engine's process, without HTTP. Both take turns --rounds times; medians count. The
@@ -14,6 +14,7 @@ Three parts, each with a server of its own; --only names some of them.
   mixed     `flash-mla loadtest`: half short and half long prompts, with success rate, throughput, P50 and P99 of
             TTFT and TPOT, the share of the time in which the engine was at a step, and where there is an NVIDIA GPU
             its peak power by nvidia-smi.
+  mixed-engine  the same load on an engine in `flash-mla loadtest`'s process, without HTTP (only if named).
 
 The server, its client and whatever else this machine does share its cores: with fewer than two cores beyond
 --threads the client takes time from the engine, which counts against the server.
@@ -189,22 +190,27 @@ class GpuPower:
                 "mean_utilization_percent": statistics.mean(busy), "peak_memory_mib": max(memory)}  # fmt: skip
 
 
+def mixed_load(arguments, target, clients, requests, seed):
+    return loadtest(arguments, *target, "--clients", clients, "--requests", requests, "--short-tokens", arguments.short_tokens,
+                    "--long-tokens", arguments.long_tokens, "--max-tokens", arguments.mixed_new, "--seed", seed)  # fmt: skip
+
+
+def mixed_engine(arguments):
+    target = ["--engine", arguments.model, *shlex.split(arguments.serve_flags)]
+    return mixed_load(arguments, target, arguments.mixed_clients, arguments.mixed_requests, arguments.seed)
+
+
 def mixed(arguments):
     counters = ("steps", "step_seconds", "computed_tokens", "preemptions")
 
     def counted(server):
         return {name: server.metric(f"mla_{name}_total") for name in counters}
 
-    def load(server, clients, requests, seed):
-        return loadtest(arguments, "--url", server.url, "--clients", clients, "--requests", requests, "--short-tokens",
-                        arguments.short_tokens, "--long-tokens", arguments.long_tokens, "--max-tokens", arguments.mixed_new,
-                        "--seed", seed)  # fmt: skip
-
     with Server(arguments) as server:
-        load(server, 8, 8, arguments.seed + 1)  # warms up
+        mixed_load(arguments, ["--url", server.url], 8, 8, arguments.seed + 1)  # warms up
         before = counted(server)
         with GpuPower() as power:
-            result = load(server, arguments.mixed_clients, arguments.mixed_requests, arguments.seed)
+            result = mixed_load(arguments, ["--url", server.url], arguments.mixed_clients, arguments.mixed_requests, arguments.seed)
         spent = {name: value - before[name] for name, value in counted(server).items()}
         hits = server.metric("cache_hit_rate")
         command = server.command
@@ -242,7 +248,7 @@ def from_here(path):
     return os.path.relpath(ROOT / path)
 
 
-PARTS = {"overhead": overhead, "streams": streams, "mixed": mixed}
+PARTS = {"overhead": overhead, "streams": streams, "mixed": mixed, "mixed-engine": mixed_engine}
 
 
 def main():
