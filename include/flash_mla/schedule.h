@@ -41,6 +41,9 @@ struct ScheduleOptions {
   /// multiples of this many blocks and nowhere else, so that its splits, and with them its bits, depend
   /// on its own length alone.
   int fixed_split_blocks = 0;
+  /// Fewest blocks that a part is given, so that a small batch is not cut into pieces that are too short to
+  /// be worth a part. No effect with fixed_split_blocks.
+  int min_blocks_per_part = 1;
 };
 
 /// What columns 1 and 3 of a schedule's rows count: blocks (DecodePart), or tokens, as FlashMLA's metadata

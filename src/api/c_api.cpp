@@ -105,6 +105,7 @@ void flash_mla_schedule_options_init(flash_mla_schedule_options* options) {
   options->fixed_overhead_blocks = defaults.fixed_overhead_blocks;
   options->min_blocks_per_request = defaults.min_blocks_per_request;
   options->fixed_split_blocks = defaults.fixed_split_blocks;
+  options->min_blocks_per_part = defaults.min_blocks_per_part;
   options->stream = nullptr;
 }
 
@@ -144,6 +145,7 @@ flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
       o.fixed_overhead_blocks = options->fixed_overhead_blocks;
       o.min_blocks_per_request = options->min_blocks_per_request;
       o.fixed_split_blocks = options->fixed_split_blocks;
+      o.min_blocks_per_part = options->min_blocks_per_part;
     }
     DecodeScheduleView schedule;
     schedule.parts = rows;

@@ -72,8 +72,10 @@ ScheduleOptions cuda_schedule_options(int device_index, int s_q, int num_heads_q
   require(batch >= 0, "batch", batch, ">= 0");
   sm90::require_device(device_index);
   ScheduleOptions options;
-  options.num_parts = sm90::num_parts(device_index, s_q, num_heads_q, num_heads_k);
-  options.fixed_overhead_blocks = sm90::fixed_overhead_blocks(batch, options.num_parts);
+  const sm90::ScheduleShape shape = sm90::schedule_shape(device_index, s_q, num_heads_q, num_heads_k, batch);
+  options.num_parts = shape.num_parts;
+  options.fixed_overhead_blocks = shape.fixed_overhead_blocks;
+  options.min_blocks_per_part = shape.min_blocks_per_part;
   return options;
 }
 

@@ -29,8 +29,8 @@ std::string known(std::size_t value) { return value > 0 ? fmt::format("{}", valu
 
 std::vector<std::string> explain_row(const Shape& s, int sms) {
   const sm90::RowBlocks blocks = sm90::row_blocks(s.s_q, s.h_q / s.h_kv);
-  const int parts = sm90::num_parts(sms, blocks, s.h_kv);
-  const sm90::DecodePlan plan = sm90::plan_decode(s.b, blocks, s.h_kv, parts, false);
+  const sm90::ScheduleShape shape = sm90::schedule_shape(s.b, sms, blocks, s.h_kv);
+  const sm90::DecodePlan plan = sm90::plan_decode(s.b, blocks, s.h_kv, shape.num_parts, false);
   const bool bf16 = s.dtype == DType::kBFloat16;
   const sm90::KernelFacts decode = sm90::decode_kernel_facts(plan, bf16);
   const sm90::KernelFacts combine = sm90::combine_kernel_facts(plan, bf16);
@@ -38,8 +38,9 @@ std::vector<std::string> explain_row(const Shape& s, int sms) {
       s.name,
       fmt::format("{} of {}x{}", blocks.count(), blocks.tokens, blocks.heads),
       fmt::format("{}", plan.cluster),
-      fmt::format("{}", parts),
-      fmt::format("{}", sm90::fixed_overhead_blocks(s.b, parts)),
+      fmt::format("{}", shape.num_parts),
+      fmt::format("{}", shape.fixed_overhead_blocks),
+      fmt::format("{}", shape.min_blocks_per_part),
       sm90::compute_bound(blocks) ? "compute" : "memory",
       grid_text(plan.grid),
       plan.combines ? fmt::format("{} {}", combine_name(plan.combine), grid_text(plan.combine_grid)) : "none",
@@ -54,11 +55,12 @@ constexpr const char* kLegend =
     "row blocks  CTAs per latent head: how many, of so many query tokens x heads each (64 rows at most)\n"
     "cluster     CTAs that share every tile of keys\n"
     "parts       of the schedule; overhead: what it takes the start of a request for, in tiles of 64 keys\n"
+    "least       fewest tiles of a part\n"
     "bound       compute: the tensor unit needs longer for a tile than memory to bring it\n"
     "grids       row blocks x latent heads x parts; combine: the shape of its blocks, and how many\n"
-    "regs        of a thread at the start, decode/combine (setmaxnreg then moves them: consumers 240, "
+    "regs        of a thread at the start, decode/combine (setmaxnreg then moves them: consumers 232, "
     "producers "
-    "24); spills in bytes\n";
+    "40); spills in bytes\n";
 
 }  // namespace
 
@@ -75,8 +77,8 @@ std::string explain(const std::vector<Shape>& shapes) {
   std::string text =
       here ? fmt::format("{}, {} multiprocessors\n\n", gpu::device().name, sms)
            : fmt::format("no GPU here ({}): assumes {} multiprocessors\n\n", gpu::why_unusable(), sms);
-  Table table({"shape", "row blocks", "cluster", "parts", "overhead", "bound", "decode grid", "combine",
-               "threads", "smem", "regs", "spills"});
+  Table table({"shape", "row blocks", "cluster", "parts", "overhead", "least", "bound", "decode grid",
+               "combine", "threads", "smem", "regs", "spills"});
   std::string refused;
   for (const Shape& s : shapes) {
     const std::string reason = why_not_sm90(s);

@@ -26,6 +26,7 @@ void check_schedule_options(const ScheduleOptions& o) {
   require(o.fixed_overhead_blocks >= 0, "fixed_overhead_blocks", o.fixed_overhead_blocks, ">= 0");
   require(o.min_blocks_per_request == 0 || o.min_blocks_per_request == 1, "min_blocks_per_request",
           o.min_blocks_per_request, "0 or 1");
+  require(o.min_blocks_per_part >= 1, "min_blocks_per_part", o.min_blocks_per_part, ">= 1");
   require(o.fixed_split_blocks >= 0, "fixed_split_blocks", o.fixed_split_blocks, ">= 0");
 }
 
@@ -59,7 +60,8 @@ std::int64_t total_of(std::span<const std::int32_t> lengths, const ScheduleOptio
 }
 
 std::int64_t payload_of(std::int64_t total, const ScheduleOptions& o) {
-  return ceil_div(total, o.num_parts) + o.fixed_overhead_blocks;
+  return std::max(ceil_div(total, o.num_parts), std::min<std::int64_t>(o.min_blocks_per_part, total)) +
+         o.fixed_overhead_blocks;
 }
 
 // Where a part begins: `block` of request `req`, which is `split` of it.

@@ -120,6 +120,10 @@ int num_parts(int device, int s_q, int h_q, int h_kv) {
   return num_parts(gpu(device).sms, row_blocks(s_q, h_q / h_kv), h_kv);
 }
 
+ScheduleShape schedule_shape(int device, int s_q, int h_q, int h_kv, int batch) {
+  return schedule_shape(batch, gpu(device).sms, row_blocks(s_q, h_q / h_kv), h_kv);
+}
+
 int num_parts(const DenseDecodeArgs& a) {
   return num_parts(a.q.device.index, static_cast<int>(a.q.size(1)), static_cast<int>(a.q.size(2)),
                    static_cast<int>(a.k_cache.size(2)));
@@ -265,6 +269,7 @@ void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& opti
   p.block_size = options.block_size;
   p.fixed_overhead_blocks = options.fixed_overhead_blocks;
   p.min_blocks_per_request = options.min_blocks_per_request;
+  p.min_blocks_per_part = options.min_blocks_per_part;
   p.fixed_split_blocks = options.fixed_split_blocks;
   p.token_rows = s.unit == PartUnit::kTokens;
   p.parts = s.parts.ptr<std::int32_t>();

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "flash_mla/decode.h"
+#include "flash_mla/schedule.h"
+#include "sm90/decode/plan.h"
 
 namespace flash_mla::sm90 {
 
@@ -31,6 +33,8 @@ void require_device(int index);
 /// Parts a schedule for this problem should have: one per cluster of CTAs that runs at a time.
 int num_parts(int device, int s_q, int h_q, int h_kv);
 int num_parts(const DenseDecodeArgs& args);
+/// How such a schedule should cut a batch; `batch` 0: not known.
+ScheduleShape schedule_shape(int device, int s_q, int h_q, int h_kv, int batch);
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args, const DecodeScheduleView& schedule);
 

@@ -41,19 +41,29 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
-/// Maximum over a row's scores, of which the four lanes of a quad hold a quarter each: x as a product's
-/// result lies in registers, h 0 or 1 for the thread's first or second row.
+/// Maximum over a thread's scores of one row: x as a product's result lies in registers, h 0 or 1 for the
+/// thread's first or second row.
 template <int kScores>
-__device__ __forceinline__ float row_max(const float (&x)[kScores], int h) {
+__device__ __forceinline__ float lane_max(const float (&x)[kScores], int h) {
   float best[4];  // several chains: one alone is as long as its latency times its length
 #pragma unroll
   for (int i = 0; i < kScores / 4; ++i) {
     const float y = fmaxf(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
     best[i % 4] = i < 4 ? y : fmaxf(best[i % 4], y);
   }
-  float highest = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
-  highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 1));
-  return fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, 2));
+  return fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
+}
+
+/// Maximum over a quad, whose four lanes hold a quarter of a row's scores each.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+
+/// Maximum over a row's scores.
+template <int kScores>
+__device__ __forceinline__ float row_max(const float (&x)[kScores], int h) {
+  return quad_max(lane_max(x, h));
 }
 
 /// Transposes a 4 x 4 matrix of words held by the four lanes of a quad, one row each.

@@ -20,6 +20,7 @@ std::string reject_reason(const Gpu&) { return kReason; }
 void require_device(int) { refuse(); }
 int num_parts(int, int, int, int) { refuse(); }
 int num_parts(const DenseDecodeArgs&) { refuse(); }
+ScheduleShape schedule_shape(int, int, int, int, int) { refuse(); }
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }
 void dense_decode(const DenseDecodeArgs&, const DecodeScheduleView&, void*, float, bool, void*) { refuse(); }
 void check_supported(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }

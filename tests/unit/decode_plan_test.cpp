@@ -35,12 +35,29 @@ TEST(DecodePlan, WorkOfTwoRowBlocksPerKeyIsComputeBound) {
   EXPECT_TRUE(compute_bound(row_blocks(8, 16)));
 }
 
-TEST(DecodePlan, ASmallBatchPaysLessForARequest) {
-  EXPECT_EQ(fixed_overhead_blocks(0, 66), 8) << "not known";
-  EXPECT_EQ(fixed_overhead_blocks(1, 66), 5);
-  EXPECT_EQ(fixed_overhead_blocks(2, 66), 2);
-  EXPECT_EQ(fixed_overhead_blocks(33, 66), 2);
-  EXPECT_EQ(fixed_overhead_blocks(34, 66), 8);
+TEST(DecodePlan, ASmallBatchPaysNothingForARequest) {
+  const RowBlocks blocks = row_blocks(1, 128);
+  const auto overhead = [&](int batch) {
+    return schedule_shape(batch, 132, blocks, 1).fixed_overhead_blocks;
+  };
+  EXPECT_EQ(overhead(0), 8) << "not known";
+  EXPECT_EQ(overhead(1), 0);
+  EXPECT_EQ(overhead(33), 0);
+  EXPECT_EQ(overhead(34), 8);
+}
+
+TEST(DecodePlan, ClustersTakePairsOfTilesWhereTheBatchIsSmall) {
+  EXPECT_EQ(schedule_shape(4, 132, row_blocks(1, 128), 1).min_blocks_per_part, 2);
+  EXPECT_EQ(schedule_shape(4, 132, row_blocks(1, 64), 1).min_blocks_per_part, 1);
+  EXPECT_EQ(schedule_shape(128, 132, row_blocks(1, 128), 1).min_blocks_per_part, 1);
+}
+
+TEST(DecodePlan, ASingleMemoryBoundRequestLeavesRoomForCombine) {
+  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 16), 1).num_parts, 110);
+  EXPECT_EQ(schedule_shape(2, 132, row_blocks(1, 16), 1).num_parts, 132);
+  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 128), 1).num_parts, 66);
+  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 16), 8).num_parts, 16);
+  EXPECT_EQ(schedule_shape(1, 1, row_blocks(1, 16), 1).num_parts, 1) << "never none";
 }
 
 TEST(DecodePlan, CombineIsAsFineAsItsBlocksAreFew) {

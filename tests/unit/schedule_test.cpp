@@ -127,9 +127,22 @@ TEST(Schedule, EveryBlockIsInExactlyOnePart) {
     o.fixed_overhead_blocks = draw(0, 6);
     o.min_blocks_per_request = draw(0, 1);
     o.fixed_split_blocks = draw(0, 2) == 0 ? draw(1, 64) : 0;
+    o.min_blocks_per_part = draw(0, 1) == 0 ? 1 : draw(1, 20);
     expect_exact_cover(lengths, o);
     if (HasFatalFailure()) FAIL() << "case " << i;
   }
+}
+
+TEST(Schedule, NoPartIsSmallerThanAsked) {
+  ScheduleOptions o = with_parts(66);
+  o.fixed_overhead_blocks = 0;
+  o.min_blocks_per_part = 2;
+  const auto s = DecodeSchedule::build(std::vector<std::int32_t>{64 * 64}, o);
+  EXPECT_EQ(s.payload_blocks(), 2);
+  EXPECT_EQ(s.num_splits()[1], 32);
+  o.min_blocks_per_part = std::numeric_limits<std::int32_t>::max();
+  EXPECT_EQ(DecodeSchedule::build(std::vector<std::int32_t>{64 * 64, 7}, o).num_splits()[2], 2) << "one part";
+  EXPECT_EQ(DecodeSchedule::build(std::vector<std::int32_t>{}, o).num_splits().size(), 1U);
 }
 
 TEST(Schedule, FixedSplitsDependOnTheRequestAlone) {

@@ -89,18 +89,30 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     ptx::wgmma_commit();
   }
 
-  // The reference of one tile's softmax, which it may move: alpha says by how much, base is what to subtract.
-  __device__ void find_reference(float (&x)[32], const Item& item, int tile, float (&sum)[2],
+  // The reference of one tile's softmax: base is what to subtract. True if O has to be multiplied with alpha.
+  // Almost always none does, and then no row's maximum is needed: that no lane's exceeds the
+  // reference by much is enough, which spares the shuffles.
+  __device__ bool find_reference(float (&x)[32], const Item& item, int tile, float (&sum)[2],
                                  float (&alpha)[2], float (&base)[2]) {
     this->mask(x, item, tile);
+    const float highest[2] = {lane_max(x, 0) * p.scale_log2, lane_max(x, 1) * p.scale_log2};
+    bool scaled = false;
+    if (__any_sync(0xFFFFFFFFu,
+                   highest[0] > reference[0] + kMaxGrowth || highest[1] > reference[1] + kMaxGrowth)) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float of_row = quad_max(highest[h]);
+        alpha[h] = this->move_reference(h, of_row > reference[h] + kMaxGrowth ? of_row : reference[h]);
+        sum[h] *= alpha[h];
+      }
+      scaled = this->any_scaled(alpha[0], alpha[1]);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float highest = row_max(x, h) * p.scale_log2;
-      alpha[h] = this->move_reference(h, highest > reference[h] + kMaxGrowth ? highest : reference[h]);
       base[h] = reference[h] == -INFINITY ? 0.0f : reference[h];
-      sum[h] *= alpha[h];
-      if (lane % 4 == 0) s.exchange[kWg][row + 8 * h] = reference[h];
+      if (lane % 4 == 0) ptx::store_shared(&s.exchange[kWg][row + 8 * h], reference[h]);
     }
+    return scaled;
   }
 
   __device__ void issue_tile(float (&scores)[32], const FirstQ& first, const Item& item, int tile, int slot,
@@ -129,10 +141,10 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       if (paired) ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
       ptx::wgmma_wait<0>();
       if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-      find_reference(scores, item, tile, sum, alpha, base);
+      const bool scaled = find_reference(scores, item, tile, sum, alpha, base);
       this->template exponentiate<0, 4>(scores, base, sum, 0, weights);
       ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
-      if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
+      if (scaled) this->rescale(o, alpha[0], alpha[1]);
       issue_pv_own(o, weights, 0, tile > item.begin_tile);
       ptx::wgmma_wait<0>();
       this->release(0);
@@ -165,12 +177,12 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       ptx::wgmma_wait<1>();
       if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
       // In halves: the first product with V1 starts while the second half of P1 is being computed.
-      find_reference(scores, item, tile, sum, alpha, base);
+      const bool scaled = find_reference(scores, item, tile, sum, alpha, base);
       this->template exponentiate<0, 2>(scores, base, sum, 1, weights);
       ptx::named_barrier_arrive<kP1HalfReady, kConsumerThreads>();
       ptx::wgmma_wait<0>();
       this->release(0);
-      if (this->any_scaled(alpha[0], alpha[1])) this->rescale(o, alpha[0], alpha[1]);
+      if (scaled) this->rescale(o, alpha[0], alpha[1]);
       issue_pv_own<0, 2>(o, weights, 1, true);
       this->template exponentiate<2, 4>(scores, base, sum, 1, weights);
       ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
@@ -190,9 +202,12 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
 
   // Follows a move of the reference that the other warpgroup made.
   __device__ void take_reference(float (&o)[128], float (&sum)[2]) {
-    const float a0 = this->move_reference(0, s.exchange[1 - kWg][row]);
-    const float a1 = this->move_reference(1, s.exchange[1 - kWg][row + 8]);
-    if (this->any_scaled(a0, a1)) this->rescale(o, a0, a1);
+    const float to0 = ptx::load_shared(&s.exchange[1 - kWg][row]),
+                to1 = ptx::load_shared(&s.exchange[1 - kWg][row + 8]);
+    if (!__any_sync(0xFFFFFFFFu, to0 != reference[0] || to1 != reference[1])) return;
+    const float a0 = this->move_reference(0, to0), a1 = this->move_reference(1, to1);
+    if (!this->any_scaled(a0, a1)) return;  // an item's first reference
+    this->rescale(o, a0, a1);
     sum[0] *= a0;
     sum[1] *= a1;
   }

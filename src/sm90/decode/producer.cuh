@@ -88,12 +88,20 @@ struct Producer {
   }
 
   // Chunks of Q on one of its barriers: 0 to kFirstQChunks - 1, or the rest.
+  __device__ static int q_begin(int half) { return half == 0 ? 0 : kFirstQChunks; }
+  __device__ static int q_end(int half) { return half == 0 ? kFirstQChunks : kChunks; }
   __device__ void load_q(int half, const Item& item, int first_token, int first_head) const {
-    const int begin = half == 0 ? 0 : kFirstQChunks, end = half == 0 ? kFirstQChunks : kChunks;
     ptx::mbarrier_arrive_expect_tx(
-        &s.q_full[half], static_cast<std::uint32_t>(p.blocks.tokens * p.blocks.heads * (end - begin)) * 128);
-    for (int c = begin; c < end; c += p.q_box_chunks) {
+        &s.q_full[half],
+        static_cast<std::uint32_t>(p.blocks.tokens * p.blocks.heads * (q_end(half) - q_begin(half))) * 128);
+    for (int c = q_begin(half); c < q_end(half); c += p.q_box_chunks) {
       ptx::tma_load_5d(s.q[c], q_map, &s.q_full[half], 0, first_head, first_token, c, item.req);
+    }
+  }
+  // The same into L2.
+  __device__ void prefetch_q(int half, const Item& item, int first_token, int first_head) const {
+    for (int c = q_begin(half); c < q_end(half); c += p.q_box_chunks) {
+      ptx::tma_prefetch_5d(q_map, 0, first_head, first_token, c, item.req);
     }
   }
 
@@ -152,7 +160,12 @@ struct Producer {
           }
           if (tile + kTileStep >= item.end_tile) break;
           page = page_of(pages, tile + kTileStep, tiles_per_page);
-          if (kThreadPerHalf && tiles_per_page == 1) prefetch_half(first_half, page);
+          if (kThreadPerHalf && tiles_per_page == 1) {
+            // At the start everything waits for the first tiles: the next ones ask for nothing until those
+            // are there.
+            if (uses == 1) ptx::mbarrier_wait(&s.kv_full[slot][first_half], 0);
+            prefetch_half(first_half, page);
+          }
         }
       }
       next = next_item(p, part, item);
@@ -161,6 +174,8 @@ struct Producer {
           prefetch_half(first_half, page_of(p.block_table + next.req * p.block_table_stride,
                                             next.begin_tile + my_slot, tiles_per_page));
         }
+        if (my_slot == 0 && next.req <= part.y && next.req != item.req)
+          prefetch_q(first_half, next, first.token, first_head);
         if (my_slot == 1 && is_staged<kCluster>(p, item))
           store_out(first_half, item, first.token, first_head, stores++);
       }

@@ -78,6 +78,11 @@ struct ScheduleMemory {
 static_assert(kMaxStops <= kScheduleThreads);
 inline constexpr std::uint32_t kNoJump = 0xFFFFFFFFu;
 
+/// How far apart parts begin, at least, where nothing but the balance says where.
+__device__ __forceinline__ int step_of(const ScheduleParams& p, int total) {
+  return max((total + p.num_parts - 1) / p.num_parts, min(p.min_blocks_per_part, total));
+}
+
 // Where each part begins, in two ways. A part that begins at x makes the next one begin at x + step; but if a
 // request ends at most `overhead` further, at that end, for a piece so short is not worth its overhead. Such
 // a begin is a stop; from one stop to the next parts are `step` apart.
@@ -85,7 +90,7 @@ inline constexpr std::uint32_t kNoJump = 0xFFFFFFFFu;
 /// For up to kMaxStops requests. All threads.
 __device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const ScheduleMemory& s, int total) {
   const int thread = static_cast<int>(threadIdx.x), overhead = p.fixed_overhead_blocks;
-  const int step = max((total + p.num_parts - 1) / p.num_parts, 1);
+  const int step = max(step_of(p, total), 1);
   const float per_step = 1.0f / static_cast<float>(step);
   if (thread < p.batch) {
     s.jumps[thread] = kNoJump;
@@ -149,7 +154,7 @@ __device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const Sc
 /// For any number of requests. One warp, which looks at 32 of them at a time.
 __device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const ScheduleMemory& s, int total) {
   const int lane = static_cast<int>(threadIdx.x);
-  const int step = (total + p.num_parts - 1) / p.num_parts;
+  const int step = step_of(p, total);
   int base = 0, x = 0;
   int window = lane <= p.batch ? s.starts[lane] : 0x7FFFFFFF;
   for (int part = 0; part < p.num_parts; ++part) {

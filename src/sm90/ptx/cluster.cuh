@@ -18,6 +18,20 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+/// True in one thread of a converged warp. Unlike a comparison of threadIdx.x it tells the compiler that
+/// there is only one, which spares a loop over lanes around every instruction that takes uniform registers.
+__device__ __forceinline__ bool elect_one() {
+  std::uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xFFFFFFFF;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 /// Gives registers back to the multiprocessor, or takes more; for whole warpgroups.
 template <int kCount>
 __device__ __forceinline__ void set_max_registers_down() {

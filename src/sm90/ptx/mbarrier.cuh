@@ -11,6 +11,16 @@ __device__ __forceinline__ std::uint32_t smem_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/// Shared memory by its own instructions, where the compiler has lost sight of what a pointer points to.
+__device__ __forceinline__ void store_shared(float* to, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem_address(to)), "f"(x) : "memory");
+}
+__device__ __forceinline__ float load_shared(const float* from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(smem_address(from)) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ void mbarrier_init(std::uint64_t* barrier, std::uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals)
                : "memory");
