@@ -156,8 +156,8 @@ class Bench {
     Table rows({"prompt", "ms", "tokens/s"});
     for (const int length : options_.prefill) {
       process_prompt(length);
-      std::vector<double> times;
-      for (int i = 0; i < 3; ++i) times.push_back(process_prompt(length));
+      std::vector<double> times(3);
+      for (double& time : times) time = process_prompt(length);
       const double time = median(times);
       rows.add({fmt::format("{}", length), fmt::format("{:.2f}", time * 1e3),
                 fmt::format("{:.0f}", length / time)});

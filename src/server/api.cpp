@@ -402,12 +402,12 @@ void Answer::collect(int index, const GenerationEvent& e) {
   if (e.finish != FinishReason::kNone) choice.finish_reason = finish_reason_name(e.finish);
   const Json more = logprobs_json(choice, e);
   if (more.is_null()) return;
-  if (choice.logprobs.is_null()) {
+  if (!choice.logprobs) {
     choice.logprobs = more;
     return;
   }
   for (const auto& [key, list] : more.items()) {
-    for (const Json& value : list) choice.logprobs[key].push_back(value);
+    for (const Json& value : list) (*choice.logprobs)[key].push_back(value);
   }
 }
 
@@ -423,7 +423,7 @@ Json Answer::complete() const {
     } else {
       one["text"] = choice.text;
     }
-    one["logprobs"] = choice.logprobs;
+    one["logprobs"] = choice.logprobs.value_or(Json());
     one["finish_reason"] = choice.finish_reason;
     out["choices"].push_back(one);
   }
