@@ -12,7 +12,7 @@ from live_server import PROGRAM, ROOT, Server
 LITE = json.loads((ROOT / "data/models/deepseek-v2-lite.json").read_text())
 SHAPE = dict(
     LITE, vocab_size=5000, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-    kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=24, n_routed_experts=8, eos_token_id=1,
+    num_key_value_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=24, n_routed_experts=8, eos_token_id=1,
 )  # fmt: skip
 
 
