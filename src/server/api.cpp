@@ -163,7 +163,9 @@ std::vector<ChatMessage> messages(const Body& json) {
     if (!m.is_object() || !m.contains("role") || !m["role"].is_string() || !m.contains("content")) {
       throw bad_request("messages: expected objects with role and content", "messages");
     }
-    out.push_back({m["role"].get<std::string>(), text_of(m["content"])});
+    // OpenAI's newer name of the same.
+    const std::string role = m["role"] == "developer" ? "system" : m["role"].get<std::string>();
+    out.push_back({role, text_of(m["content"])});
   }
   return out;
 }

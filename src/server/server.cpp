@@ -392,9 +392,9 @@ awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, HttpRequest& r
   try {
     submitted.submit(std::move(call.requests), mailbox);
   } catch (const InvalidArgument& e) {
-    throw bad_request(e.what());
+    throw bad_request(e.what(), chat ? "messages" : "prompt");  // all else has been checked
   } catch (const Unsupported& e) {
-    throw bad_request(e.what());
+    throw bad_request(e.what(), chat ? "messages" : "prompt");
   } catch (const Overloaded& e) {
     throw ApiError(429, "rate_limit_error", e.what(), "", "overloaded");
   }

@@ -25,6 +25,7 @@
 #include "model/cuda/step_data.h"
 #include "model/model.h"
 #include "model/rope.h"
+#include "sm90/dense_decode.h"
 #include "sm90/dense_prefill.h"
 
 namespace flash_mla::model {
@@ -805,6 +806,7 @@ class CudaOps : public Ops {
 }  // namespace
 
 std::string why_no_cuda_ops() {
+  if (sm90::gpus().empty()) return fmt::format("this machine has {}; use cpu", sm90::why_no_gpus());
   try {
     cuda_schedule_options(0, 1, 1, 1);
   } catch (const std::exception& e) {
