@@ -47,6 +47,7 @@ int run_serve(ServeOptions o) {
     std::filesystem::path path = std::filesystem::weakly_canonical(o.model);
     o.server.model_name = path.filename().string();
   }
+  server::check_address(o.server);  // rather than when the model has been loaded
   Engine engine(o.model, o.engine);
   server::Server server(engine, o.server);
   engine.start();

@@ -196,6 +196,12 @@ def test_chat_errors(server):
     assert error["error"]["param"] == "messages"
 
 
+def test_an_address_is_tried_before_the_model_is_read(server, tmp_path):
+    for flags, message in ((["--port", str(server.port)], "cannot be bound"), (["--host", "nowhere"], 'host is "nowhere"')):
+        done = subprocess.run([PROGRAM, "serve", "--model", str(tmp_path), *flags], capture_output=True, text=True, timeout=20)
+        assert done.returncode != 0 and message in done.stderr
+
+
 def test_roles(small):
     def chat(role, expected=200):
         messages = [{"role": role, "content": "Short."}, {"role": "user", "content": "hi"}]
