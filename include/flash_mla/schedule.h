@@ -44,6 +44,10 @@ struct ScheduleOptions {
   /// Fewest blocks that a part is given, so that a small batch is not cut into pieces that are too short to
   /// be worth a part. No effect with fixed_split_blocks.
   int min_blocks_per_part = 1;
+  /// > 0: every part is given as many whole requests, none is cut, if the longest of them would then keep no
+  /// part busy for more than this many percent over the average of all parts. A cut costs partial results and
+  /// their combination, which a little imbalance is worth. No effect with fixed_split_blocks.
+  int whole_requests_percent = 0;
 };
 
 /// What columns 1 and 3 of a schedule's rows count: blocks (DecodePart), or tokens, as FlashMLA's metadata

@@ -97,9 +97,9 @@ def _plan(cache_seqlens: Array, s_q: int, h_q: int, h_k: int, token_rows: bool) 
     (b,) = shape_of(cache_seqlens, "cache_seqlens", 1)
     device = cuda_device(cache_seqlens)
     if device is None:
-        num_parts, overhead, least = _C.cpu_schedule_options()
+        num_parts, overhead, least, whole = _C.cpu_schedule_options()
     else:
-        num_parts, overhead, least = _C.cuda_schedule_options(device, s_q, h_q, h_k, b)
+        num_parts, overhead, least, whole = _C.cuda_schedule_options(device, s_q, h_q, h_k, b)
     parts = empty((num_parts, 8), cache_seqlens, "int32")
     num_splits = empty((b + 1,), cache_seqlens, "int32")
     _C.build_schedule(
@@ -110,6 +110,7 @@ def _plan(cache_seqlens: Array, s_q: int, h_q: int, h_k: int, token_rows: bool) 
         block_size=_BLOCK_SIZE,
         fixed_overhead_blocks=overhead,
         min_blocks_per_part=least,
+        whole_requests_percent=whole,
         min_blocks_per_request=0 if token_rows else 1,
         stream=current_stream(device),
     )

@@ -28,6 +28,7 @@ def build_decode_schedule(
     min_blocks_per_request: int = 1,
     fixed_split_blocks: int = 0,
     min_blocks_per_part: int = 1,
+    whole_requests_percent: int = 0,
     token_rows: bool = False,
 ) -> Tuple[Array, Array]:
     """Plans which worker handles which tokens of which request.
@@ -37,7 +38,8 @@ def build_decode_schedule(
     end_req inclusive, begin_block, end_block exclusive, begin_split, first_is_split, last_is_split, 0), or with
     ``token_rows`` (begin_req, begin_token, end_req, end_token, begin_split, 0, 0, 0); and num_splits (b + 1,) int32,
     the exclusive prefix sum of splits per request. ``fixed_split_blocks`` > 0 is the batch-invariant mode; without it no
-    part is given fewer than ``min_blocks_per_part`` blocks as long as there are that many.
+    part is given fewer than ``min_blocks_per_part`` blocks as long as there are that many, and requests stay whole where
+    that keeps no part busy for more than ``whole_requests_percent`` over the average.
     Raises ValueError for a negative length or an option out of range.
     """
     (b,) = shape_of(cache_seqlens, "cache_seqlens", 1)
@@ -56,6 +58,7 @@ def build_decode_schedule(
         min_blocks_per_request=min_blocks_per_request,
         fixed_split_blocks=fixed_split_blocks,
         min_blocks_per_part=min_blocks_per_part,
+        whole_requests_percent=whole_requests_percent,
         stream=current_stream(cuda_device(cache_seqlens)),
     )
     return parts, num_splits

@@ -138,7 +138,8 @@ void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, n
 void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle num_splits, bool token_rows,
                        nb::handle block_size, nb::handle fixed_overhead_blocks,
                        nb::handle min_blocks_per_request, nb::handle fixed_split_blocks,
-                       nb::handle min_blocks_per_part, std::uintptr_t stream) {
+                       nb::handle min_blocks_per_part, nb::handle whole_requests_percent,
+                       std::uintptr_t stream) {
   const TensorArgument t_lengths(cache_seqlens, "cache_seqlens"), t_parts(parts, "parts"),
       t_splits(num_splits, "num_splits");
   const TensorView& rows = t_parts.view();
@@ -151,6 +152,7 @@ void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle nu
   options.min_blocks_per_request = int_argument(min_blocks_per_request, "min_blocks_per_request", 0);
   options.fixed_split_blocks = int_argument(fixed_split_blocks, "fixed_split_blocks", 0);
   options.min_blocks_per_part = int_argument(min_blocks_per_part, "min_blocks_per_part", 1);
+  options.whole_requests_percent = int_argument(whole_requests_percent, "whole_requests_percent", 0);
   DecodeScheduleView schedule;
   schedule.parts = rows;
   schedule.num_splits = t_splits.view();
@@ -209,19 +211,22 @@ NB_MODULE(_C, m) {
   m.def("build_schedule", &python::py_build_schedule, "cache_seqlens"_a.none(), "parts"_a.none(),
         "num_splits"_a.none(), "token_rows"_a = false, "block_size"_a.none() = 64,
         "fixed_overhead_blocks"_a.none() = 5, "min_blocks_per_request"_a.none() = 1,
-        "fixed_split_blocks"_a.none() = 0, "min_blocks_per_part"_a.none() = 1, "stream"_a = 0);
+        "fixed_split_blocks"_a.none() = 0, "min_blocks_per_part"_a.none() = 1,
+        "whole_requests_percent"_a.none() = 0, "stream"_a = 0);
   m.def(
       "cuda_schedule_options",
       [](int device_index, int s_q, int num_heads_q, int num_heads_k, int batch) {
         const ScheduleOptions o = cuda_schedule_options(device_index, s_q, num_heads_q, num_heads_k, batch);
-        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks, o.min_blocks_per_part);
+        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks, o.min_blocks_per_part,
+                               o.whole_requests_percent);
       },
       "device_index"_a, "s_q"_a, "num_heads_q"_a, "num_heads_k"_a, "batch"_a = 0);
   m.def(
       "cpu_schedule_options",
       [](int num_threads) {
         const ScheduleOptions o = cpu_schedule_options(num_threads);
-        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks, o.min_blocks_per_part);
+        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks, o.min_blocks_per_part,
+                               o.whole_requests_percent);
       },
       "num_threads"_a = 0);
   m.def("reference_dense_decode", &python::py_reference, "q"_a.none(), "k_cache"_a.none(),

@@ -106,6 +106,7 @@ void flash_mla_schedule_options_init(flash_mla_schedule_options* options) {
   options->min_blocks_per_request = defaults.min_blocks_per_request;
   options->fixed_split_blocks = defaults.fixed_split_blocks;
   options->min_blocks_per_part = defaults.min_blocks_per_part;
+  options->whole_requests_percent = defaults.whole_requests_percent;
   options->stream = nullptr;
 }
 
@@ -146,6 +147,7 @@ flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
       o.min_blocks_per_request = options->min_blocks_per_request;
       o.fixed_split_blocks = options->fixed_split_blocks;
       o.min_blocks_per_part = options->min_blocks_per_part;
+      o.whole_requests_percent = options->whole_requests_percent;
     }
     DecodeScheduleView schedule;
     schedule.parts = rows;

@@ -76,6 +76,7 @@ ScheduleOptions cuda_schedule_options(int device_index, int s_q, int num_heads_q
   options.num_parts = shape.num_parts;
   options.fixed_overhead_blocks = shape.fixed_overhead_blocks;
   options.min_blocks_per_part = shape.min_blocks_per_part;
+  options.whole_requests_percent = shape.whole_requests_percent;
   return options;
 }
 

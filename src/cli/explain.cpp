@@ -41,6 +41,7 @@ std::vector<std::string> explain_row(const Shape& s, int sms) {
       fmt::format("{}", shape.num_parts),
       fmt::format("{}", shape.fixed_overhead_blocks),
       fmt::format("{}", shape.min_blocks_per_part),
+      shape.whole_requests_percent > 0 ? fmt::format("{}%", shape.whole_requests_percent) : "-",
       sm90::compute_bound(blocks) ? "compute" : "memory",
       grid_text(plan.grid),
       plan.combines ? fmt::format("{} {}", combine_name(plan.combine), grid_text(plan.combine_grid)) : "none",
@@ -55,7 +56,7 @@ constexpr const char* kLegend =
     "row blocks  CTAs per latent head: how many, of so many query tokens x heads each (64 rows at most)\n"
     "cluster     CTAs that share every tile of keys\n"
     "parts       of the schedule; overhead: what it takes the start of a request for, in tiles of 64 keys\n"
-    "least       fewest tiles of a part\n"
+    "least       fewest tiles of a part; whole: imbalance up to which requests are not cut\n"
     "bound       compute: the tensor unit needs longer for a tile than memory to bring it\n"
     "grids       row blocks x latent heads x parts; combine: the shape of its blocks, and how many\n"
     "regs        of a thread at the start, decode/combine (setmaxnreg then moves them: consumers 232, "
@@ -77,8 +78,8 @@ std::string explain(const std::vector<Shape>& shapes) {
   std::string text =
       here ? fmt::format("{}, {} multiprocessors\n\n", gpu::device().name, sms)
            : fmt::format("no GPU here ({}): assumes {} multiprocessors\n\n", gpu::why_unusable(), sms);
-  Table table({"shape", "row blocks", "cluster", "parts", "overhead", "least", "bound", "decode grid",
-               "combine", "threads", "smem", "regs", "spills"});
+  Table table({"shape", "row blocks", "cluster", "parts", "overhead", "least", "whole", "bound",
+               "decode grid", "combine", "threads", "smem", "regs", "spills"});
   std::string refused;
   for (const Shape& s : shapes) {
     const std::string reason = why_not_sm90(s);

@@ -27,6 +27,7 @@ void check_schedule_options(const ScheduleOptions& o) {
   require(o.min_blocks_per_request == 0 || o.min_blocks_per_request == 1, "min_blocks_per_request",
           o.min_blocks_per_request, "0 or 1");
   require(o.min_blocks_per_part >= 1, "min_blocks_per_part", o.min_blocks_per_part, ">= 1");
+  require(o.whole_requests_percent >= 0, "whole_requests_percent", o.whole_requests_percent, ">= 0");
   require(o.fixed_split_blocks >= 0, "fixed_split_blocks", o.fixed_split_blocks, ">= 0");
 }
 
@@ -59,7 +60,19 @@ std::int64_t total_of(std::span<const std::int32_t> lengths, const ScheduleOptio
   return total;
 }
 
-std::int64_t payload_of(std::int64_t total, const ScheduleOptions& o) {
+// Requests that every part is given whole, or 0 if requests are to be cut.
+std::int64_t whole_requests(std::span<const std::int32_t> lengths, std::int64_t total,
+                            const ScheduleOptions& o) {
+  if (o.whole_requests_percent == 0 || o.fixed_split_blocks > 0 || lengths.empty()) return 0;
+  const std::int64_t each = ceil_div(std::ssize(lengths), o.num_parts);
+  const std::int64_t longest = blocks_of(std::ranges::max(lengths), o) + o.fixed_overhead_blocks;
+  return each * longest * o.num_parts <= total + total * o.whole_requests_percent / 100 ? each : 0;
+}
+
+std::int64_t payload_of(std::span<const std::int32_t> lengths, std::int64_t total, const ScheduleOptions& o) {
+  if (const std::int64_t each = whole_requests(lengths, total, o); each > 0) {
+    return each * (blocks_of(std::ranges::max(lengths), o) + o.fixed_overhead_blocks);
+  }
   return std::max(ceil_div(total, o.num_parts), std::min<std::int64_t>(o.min_blocks_per_part, total)) +
          o.fixed_overhead_blocks;
 }
@@ -105,7 +118,8 @@ DecodePart part_between(const Position& begin, const Position& end, std::span<co
 void plan_balanced(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::int64_t total,
                    std::span<DecodePart> parts, std::span<std::int32_t> num_splits) {
   const auto batch = static_cast<std::int32_t>(lengths.size());
-  const std::int64_t payload = payload_of(total, o);
+  const std::int64_t payload = payload_of(lengths, total, o);
+  const std::int64_t whole = whole_requests(lengths, total, o);
   Position at;
   num_splits[0] = 0;
   for (std::size_t p = 0; p < parts.size(); ++p) {
@@ -114,7 +128,9 @@ void plan_balanced(std::span<const std::int32_t> lengths, const ScheduleOptions&
     parts[p].begin_split = at.split;
     // Nothing is left over for the last part: the sum of all payloads covers every cut's overhead.
     std::int64_t room = payload;
-    while (at.req < batch) {
+    const auto stop =
+        whole > 0 ? static_cast<std::int32_t>(std::min<std::int64_t>(at.req + whole, batch)) : batch;
+    while (at.req < stop) {
       const std::int64_t left = blocks_of(lengths[static_cast<std::size_t>(at.req)], o) - at.block;
       if (room < left + o.fixed_overhead_blocks) {
         const std::int64_t take = room - o.fixed_overhead_blocks;
@@ -205,7 +221,7 @@ DecodeSchedule DecodeSchedule::build(std::span<const std::int32_t> cache_seqlens
   DecodeSchedule s;
   s.options_ = options;
   const std::int64_t total = total_of(cache_seqlens, options);
-  s.payload_blocks_ = payload_of(total, options);
+  s.payload_blocks_ = payload_of(cache_seqlens, total, options);
   s.parts_.resize(static_cast<std::size_t>(options.num_parts));
   s.num_splits_.resize(cache_seqlens.size() + 1);
   plan(cache_seqlens, options, total, s.parts_, s.num_splits_);

@@ -270,6 +270,7 @@ void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& opti
   p.fixed_overhead_blocks = options.fixed_overhead_blocks;
   p.min_blocks_per_request = options.min_blocks_per_request;
   p.min_blocks_per_part = options.min_blocks_per_part;
+  p.whole_requests_percent = options.whole_requests_percent;
   p.fixed_split_blocks = options.fixed_split_blocks;
   p.token_rows = s.unit == PartUnit::kTokens;
   p.parts = s.parts.ptr<std::int32_t>();

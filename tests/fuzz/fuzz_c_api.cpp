@@ -178,6 +178,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       plan.min_blocks_per_request = in.ConsumeIntegralInRange(0, 1);
       plan.fixed_split_blocks = in.ConsumeIntegral<std::int32_t>();
       plan.min_blocks_per_part = plan.block_size ^ 1;  // not drawn: the corpus is older
+      plan.whole_requests_percent = plan.block_size ^ 2;
       break;
     default:
       plan.block_size = in.ConsumeIntegralInRange(-1, 5);
@@ -185,6 +186,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       plan.min_blocks_per_request = in.ConsumeIntegralInRange(-1, 2);
       plan.fixed_split_blocks = in.ConsumeIntegralInRange(-1, 2);
       plan.min_blocks_per_part = plan.fixed_overhead_blocks + 1;
+      plan.whole_requests_percent = 50 * plan.fixed_overhead_blocks;
   }
   if (splits.phantom) plan.fixed_split_blocks = 0;  // the one mode in which num_splits is read for a size
   if (real_plan && in.ConsumeIntegralInRange(0, 3) != 0) {

@@ -78,12 +78,13 @@ TEST(DeviceSchedule, IsTheHosts) {
     o.min_blocks_per_request = draw(0, 1);
     o.fixed_split_blocks = draw(0, 1) == 0 ? 0 : draw(1, 40);
     o.min_blocks_per_part = draw(0, 2) > 0 ? 1 : draw(0, 9) > 0 ? draw(1, 50) : 0x7FFFFFFF;
+    o.whole_requests_percent = draw(0, 1) == 0 ? 0 : draw(1, 300);
     o.block_size = draw(0, 4) == 0 ? draw(1, 100) : 64;
     expect_the_hosts(lengths, o);
     ASSERT_FALSE(::testing::Test::HasFatalFailure())
         << "b " << lengths.size() << " parts " << o.num_parts << " overhead " << o.fixed_overhead_blocks
-        << " least " << o.min_blocks_per_request << " of a part " << o.min_blocks_per_part << " split "
-        << o.fixed_split_blocks << " block " << o.block_size;
+        << " least " << o.min_blocks_per_request << " of a part " << o.min_blocks_per_part << " whole "
+        << o.whole_requests_percent << " split " << o.fixed_split_blocks << " block " << o.block_size;
   }
 }
 

@@ -88,8 +88,9 @@ def test_one_long_request_fills_43_of_66_parts():
     st.sampled_from([0, 0, 1, 4, 16]),
     st.integers(0, 1),
     st.integers(1, 9),
+    st.sampled_from([0, 5, 100]),
 )
-def test_every_block_is_in_exactly_one_part(lengths, parts, overhead, step, least, least_of_part):
+def test_every_block_is_in_exactly_one_part(lengths, parts, overhead, step, least, least_of_part, whole):
     got, num_splits = build_decode_schedule(
         ints(lengths),
         parts,
@@ -97,6 +98,7 @@ def test_every_block_is_in_exactly_one_part(lengths, parts, overhead, step, leas
         fixed_split_blocks=step,
         min_blocks_per_request=least,
         min_blocks_per_part=least_of_part,
+        whole_requests_percent=whole,
     )
     splits = num_splits.tolist()
     at = (0, 0, 0)  # request, block, split
@@ -130,6 +132,7 @@ def test_every_block_is_in_exactly_one_part(lengths, parts, overhead, step, leas
         (dict(num_parts=2, min_blocks_per_request=2), "min_blocks_per_request"),
         (dict(num_parts=2, fixed_split_blocks=-1), "fixed_split_blocks"),
         (dict(num_parts=2, min_blocks_per_part=0), "min_blocks_per_part"),
+        (dict(num_parts=2, whole_requests_percent=-1), "whole_requests_percent"),
         (dict(num_parts=None), "num_parts is None"),
         (dict(num_parts="3"), "num_parts is '3'"),
         (dict(num_parts=1 << 70), "num_parts"),

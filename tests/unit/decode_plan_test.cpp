@@ -40,10 +40,10 @@ TEST(DecodePlan, ASmallBatchPaysNothingForARequest) {
   const auto overhead = [&](int batch) {
     return schedule_shape(batch, 132, blocks, 1).fixed_overhead_blocks;
   };
-  EXPECT_EQ(overhead(0), 8) << "not known";
+  EXPECT_EQ(overhead(0), 4) << "not known";
   EXPECT_EQ(overhead(1), 0);
   EXPECT_EQ(overhead(33), 0);
-  EXPECT_EQ(overhead(34), 8);
+  EXPECT_EQ(overhead(34), 4);
 }
 
 TEST(DecodePlan, ClustersTakePairsOfTilesWhereTheBatchIsSmall) {

@@ -128,6 +128,7 @@ TEST(Schedule, EveryBlockIsInExactlyOnePart) {
     o.min_blocks_per_request = draw(0, 1);
     o.fixed_split_blocks = draw(0, 2) == 0 ? draw(1, 64) : 0;
     o.min_blocks_per_part = draw(0, 1) == 0 ? 1 : draw(1, 20);
+    o.whole_requests_percent = draw(0, 1) == 0 ? 0 : draw(1, 200);
     expect_exact_cover(lengths, o);
     if (HasFatalFailure()) FAIL() << "case " << i;
   }
@@ -143,6 +144,24 @@ TEST(Schedule, NoPartIsSmallerThanAsked) {
   o.min_blocks_per_part = std::numeric_limits<std::int32_t>::max();
   EXPECT_EQ(DecodeSchedule::build(std::vector<std::int32_t>{64 * 64, 7}, o).num_splits()[2], 2) << "one part";
   EXPECT_EQ(DecodeSchedule::build(std::vector<std::int32_t>{}, o).num_splits().size(), 1U);
+}
+
+TEST(Schedule, RequestsStayWholeWhereThatIsBalancedEnough) {
+  ScheduleOptions o = with_parts(66);
+  o.fixed_overhead_blocks = 4;
+  const auto splits = [&](int percent, std::vector<std::int32_t> lengths) {
+    o.whole_requests_percent = percent;
+    return DecodeSchedule::build(lengths, o).num_splits().back();
+  };
+  std::vector<std::int32_t> lengths(128, 8192);
+  EXPECT_GT(splits(0, lengths), 128);
+  EXPECT_GT(splits(3, lengths), 128) << "two for every part are 3.03% more than 128 for 66 parts";
+  EXPECT_EQ(splits(4, lengths), 128);
+  lengths[5] = 8000;
+  EXPECT_EQ(splits(4, lengths), 128) << "a little shorter";
+  lengths[5] = 9000;
+  EXPECT_GT(splits(4, lengths), 128) << "one is longer by 10%";
+  EXPECT_EQ(splits(14, lengths), 128);
 }
 
 TEST(Schedule, FixedSplitsDependOnTheRequestAlone) {

@@ -118,7 +118,8 @@ struct ScheduleParams {
   const std::int32_t* cache_seqlens;
   int batch;
   int num_parts;
-  int block_size, fixed_overhead_blocks, min_blocks_per_request, min_blocks_per_part, fixed_split_blocks;
+  int block_size, fixed_overhead_blocks, min_blocks_per_request, min_blocks_per_part, whole_requests_percent,
+      fixed_split_blocks;
   bool token_rows;
   std::int32_t* parts;       ///< (num_parts, 8)
   std::int32_t* num_splits;  ///< (batch + 1)

@@ -30,27 +30,25 @@ constexpr int num_parts(int sms, const RowBlocks& blocks, int h_kv) {
   return std::max(sms / h_kv / blocks.count(), 1);
 }
 
-/// How a schedule should cut a batch.
+/// How a schedule should cut a batch: see ScheduleOptions.
 struct ScheduleShape {
-  int num_parts, fixed_overhead_blocks, min_blocks_per_part;
+  int num_parts, fixed_overhead_blocks, min_blocks_per_part, whole_requests_percent;
 };
 
 /// `batch` 0: not known, as if it were large. Measured (docs/kernels/dense-decode-sm90.md):
-/// - What starting a request costs, in tiles: 8 leaves 128 requests of 8192 or 16384 unsplit, which gives
-/// them 2
-///   to 6%; where every request is cut anyway, 0, by 2 to 7% over 2.
-/// - Clusters take tiles in pairs and are slow with one: b=1, s_k=4096 takes 19 us in parts of two tiles, 23
-/// in
-///   parts of one.
-/// - A single request's partial results are combined by blocks that start while the decode kernel still runs,
-/// if
-///   it leaves them room: b=1, h_q=16, s_k=32768 takes 27 us on 110 multiprocessors, 33 on all. Where work is
-///   compute-bound, or more requests make more blocks, it loses more than that.
+/// - What starting a request costs, in tiles: 4 is best for varying lengths, by 1 to 2.5% over 8. Where
+///   every request is cut anyway, 0, by 2 to 7% over 2.
+/// - 128 equal requests are 3% more work for the busiest part when left whole, and yet 2 to 6% faster.
+/// - Clusters take tiles in pairs and are slow with one: b=1, s_k=4096 takes 19 us in parts of two tiles,
+///   23 in parts of one.
+/// - A single request's partial results are combined by blocks that start while the decode kernel still
+///   runs, if it leaves them room: b=1, h_q=16, s_k=32768 takes 27 us on 110 multiprocessors, 33 on all.
+///   Where work is compute-bound, or more requests make more blocks, it loses more than that.
 constexpr ScheduleShape schedule_shape(int batch, int sms, const RowBlocks& blocks, int h_kv) {
   const int parts = num_parts(sms, blocks, h_kv);
   const bool single = batch == 1 && h_kv == 1 && blocks.count() == 1;
-  if (batch == 0 || 2 * std::int64_t{batch} > parts) return {parts, 8, 1};
-  return {single ? std::max(parts * 5 / 6, 1) : parts, 0, blocks.count() % 2 == 0 ? 2 : 1};
+  if (batch == 0 || 2 * std::int64_t{batch} > parts) return {parts, 4, 1, 5};
+  return {single ? std::max(parts * 5 / 6, 1) : parts, 0, blocks.count() % 2 == 0 ? 2 : 1, 0};
 }
 
 /// Does the tensor unit or the memory take longer over a tile of keys? A row block costs an SM 2176 clocks;

@@ -169,6 +169,16 @@ __device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const Sch
   }
 }
 
+/// Requests that every part is given whole, or 0 if requests are to be cut. `longest`: of all, the overhead
+/// included.
+__device__ __forceinline__ int whole_requests(const ScheduleParams& p, int longest, int total) {
+  if (p.whole_requests_percent == 0 || p.fixed_split_blocks > 0) return 0;
+  const int each = (p.batch + p.num_parts - 1) / p.num_parts;
+  const bool balanced = static_cast<std::int64_t>(each) * longest * p.num_parts <=
+                        total + static_cast<std::int64_t>(total) * p.whole_requests_percent / 100;
+  return balanced ? each : 0;
+}
+
 /// With fixed split points: the line is cut into equal lengths, each cut moved to the nearest split point of
 /// the request it falls into. All threads.
 __device__ __forceinline__ void place_fixed(const ScheduleParams& p, const ScheduleMemory& s, int total) {
@@ -197,12 +207,24 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
     return max(length / p.block_size + (length % p.block_size > 0), p.min_blocks_per_request);
   };
   if (threadIdx.x == 0) starts[0] = 0;
+  __shared__ int longest;
+  if (threadIdx.x == 0) longest = 0;
+  __syncthreads();
+  int my_longest = 0;
   for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
     starts[i + 1] = blocks_of(i) + p.fixed_overhead_blocks;
+    my_longest = max(my_longest, starts[i + 1]);
   }
+  my_longest = __reduce_max_sync(0xFFFFFFFFu, my_longest);
+  if (threadIdx.x % 32 == 0 && my_longest > 0) atomicMax(&longest, my_longest);
   __syncthreads();
   const int total = sum_until(starts + 1, p.batch);
-  if (p.fixed_split_blocks > 0) {
+  const int whole = whole_requests(p, longest, total);
+  if (whole > 0) {
+    for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kScheduleThreads) {
+      begins[i] = starts[min(i * whole, p.batch)];
+    }
+  } else if (p.fixed_split_blocks > 0) {
     place_fixed(p, s, total);
   } else if (p.batch > 0 && p.batch <= kMaxStops) {
     place_by_stops(p, s, total);
@@ -214,6 +236,7 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
   // The request in which part i begins. The first part begins with request 0 whatever its length.
   const auto req_at = [&](int i) {
     if (i == 0 || p.batch == 0) return 0;
+    if (whole > 0) return min(i * whole, p.batch);
     return i == p.num_parts ? p.batch : count_up_to(starts, p.batch + 1, begins[i]) - 1;
   };
   const auto block_at = [&](int i, int req) {
