@@ -532,7 +532,7 @@ awaitable<void> Server::Impl::refuse(beast::tcp_stream& stream, int status, cons
   error_code error_of_close;
   stream.socket().shutdown(tcp::socket::shutdown_send, error_of_close);
   stream.expires_after(seconds(5));
-  std::array<char, 16 * 1024> unread;
+  std::array<char, 16384> unread;
   while (!error_of_close) {
     co_await stream.async_read_some(asio::buffer(unread), redirect_error(use_awaitable, error_of_close));
   }
