@@ -47,6 +47,21 @@ bool leaves_choice_to_model(const SamplingParams& p) {
   return p.repetition_penalty == 1 && p.frequency_penalty == 0 && p.presence_penalty == 0 && p.logprobs < 0;
 }
 
+// Before the cache, which by default takes most of what is left.
+std::unique_ptr<model::Model> with_room_for_steps(std::unique_ptr<model::Model> model,
+                                                  const EngineOptions& options) {
+  check(SchedulerOptions{options.max_batch_size, options.max_tokens_per_step});
+  model->reserve(options.max_tokens_per_step, options.max_batch_size);
+  return model;
+}
+
+std::size_t cache_bytes(const model::Model& model, const EngineOptions& options) {
+  constexpr std::size_t kHostBytes = std::size_t{2} << 30;
+  if (options.memory_bytes > 0) return options.memory_bytes;
+  const std::size_t free = model.free_memory();
+  return free > 0 ? free / 10 * 9 : kHostBytes;
+}
+
 int page_count(const model::Model& model, const EngineOptions& options) {
   if (options.num_pages < 0) {
     throw InvalidArgument(
@@ -55,7 +70,7 @@ int page_count(const model::Model& model, const EngineOptions& options) {
   if (options.num_pages > 0) return options.num_pages;
   const std::int64_t useful =
       options.max_batch_size * ((model.max_position() + kPageTokens - 1) / kPageTokens);
-  const std::size_t bytes = options.memory_bytes > 0 ? options.memory_bytes : std::size_t{2} << 30;
+  const std::size_t bytes = cache_bytes(model, options);
   const auto fitting = static_cast<std::int64_t>(bytes / std::max<std::size_t>(1, model.bytes_per_page()));
   if (fitting < 1) {
     throw InvalidArgument(fmt::format("memory_bytes is {}, expected at least the {} bytes of one page", bytes,
@@ -136,7 +151,7 @@ struct EngineCore::Flight {
 
 EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
                        std::vector<std::int32_t> eos_token_ids, const EngineOptions& options)
-    : model_(std::move(model)),
+    : model_(with_room_for_steps(std::move(model), options)),
       make_decoder_(std::move(make_decoder)),
       eos_token_ids_(std::move(eos_token_ids)),
       options_(options),
@@ -153,7 +168,6 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
   }
   options_.num_pages = blocks_.num_pages();
   model_->allocate_cache(blocks_.num_pages());
-  model_->reserve(options.max_tokens_per_step, options.max_batch_size);
   samplers_.resize(static_cast<std::size_t>(num_sampling_threads(options)));
   std::random_device entropy;
   seeds_.seed((std::uint64_t{entropy()} << 32) | entropy());
@@ -659,7 +673,7 @@ double EngineCore::decode_utilisation(const StepPlan& plan) const {
     if (w.decoding) lengths.push_back(static_cast<std::int32_t>(w.begin + w.count));
   }
   if (lengths.empty()) return 0;
-  const DecodeSchedule schedule = DecodeSchedule::build(lengths, cpu_schedule_options(options_.num_threads));
+  const DecodeSchedule schedule = DecodeSchedule::build(lengths, model_->schedule_options());
   std::int64_t busiest = 0, all = 0;
   for (const DecodePart& part : schedule.parts()) {
     std::int64_t blocks = 0;

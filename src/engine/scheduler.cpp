@@ -14,8 +14,7 @@ std::int64_t length(const Sequence& s) { return static_cast<std::int64_t>(s.toke
 
 }  // namespace
 
-Scheduler::Scheduler(const SchedulerOptions& options, BlockManager& blocks)
-    : options_(options), blocks_(blocks) {
+void check(const SchedulerOptions& options) {
   if (options.max_batch_size < 1) {
     throw InvalidArgument(fmt::format("max_batch_size is {}, expected at least 1", options.max_batch_size));
   }
@@ -23,6 +22,11 @@ Scheduler::Scheduler(const SchedulerOptions& options, BlockManager& blocks)
     throw InvalidArgument(fmt::format("max_tokens_per_step is {}, expected at least max_batch_size, {}",
                                       options.max_tokens_per_step, options.max_batch_size));
   }
+}
+
+Scheduler::Scheduler(const SchedulerOptions& options, BlockManager& blocks)
+    : options_(options), blocks_(blocks) {
+  check(options);
 }
 
 void Scheduler::add(Sequence& sequence) {

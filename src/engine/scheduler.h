@@ -36,6 +36,9 @@ struct SchedulerOptions {
   int max_tokens_per_step = 2048;  ///< >= max_batch_size
 };
 
+/// Throws InvalidArgument for options out of range.
+void check(const SchedulerOptions& options);
+
 /// What one sequence does in a step: tokens [begin, begin + count) go through the model.
 struct ScheduledWork {
   Sequence* sequence = nullptr;

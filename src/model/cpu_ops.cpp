@@ -86,6 +86,8 @@ class CpuOps : public Ops {
 
   DType dtype() const override { return dtype_; }
 
+  ScheduleOptions schedule_options() const override { return cpu_schedule_options(threads_); }
+
   Buffer allocate(std::size_t bytes) override { return allocate_aligned(bytes); }
 
   Buffer make_vector(std::span<const float> values) override {
@@ -162,7 +164,7 @@ class CpuOps : public Ops {
       }
     });
     if (step.num_absorbed > 0) {
-      ScheduleOptions options = cpu_schedule_options(threads_);
+      ScheduleOptions options = schedule_options();
       if (step.batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
       schedule_ = DecodeSchedule::build(step.absorbed_lens, options);
     }

@@ -19,6 +19,8 @@ class DeepSeek : public Model {
   int vocab_size() const override { return config_.vocab_size; }
   std::int64_t max_position() const override { return config_.max_position_embeddings; }
   std::size_t bytes_per_page() const override;
+  std::size_t free_memory() const override { return ops_->free_memory(); }
+  ScheduleOptions schedule_options() const override { return ops_->schedule_options(); }
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
   void reserve(int num_tokens, int num_rows) override;

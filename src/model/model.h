@@ -6,6 +6,7 @@
 #include <memory>
 #include <span>
 
+#include "flash_mla/schedule.h"
 #include "model/draw.h"
 
 namespace flash_mla::model {
@@ -43,12 +44,16 @@ class Model {
   virtual int vocab_size() const = 0;
   virtual std::int64_t max_position() const = 0;
   virtual std::size_t bytes_per_page() const = 0;  ///< over all layers
+  /// Bytes of the device's own memory that nobody has taken; 0: it works in the host's.
+  virtual std::size_t free_memory() const { return 0; }
+  /// The workers among which decode attention is divided.
+  virtual ScheduleOptions schedule_options() const = 0;
   /// (Re-)allocates the cache; contents are lost. Throws std::bad_alloc.
   virtual void allocate_cache(int num_pages) = 0;
   /// Copies one page, in every layer.
   virtual void copy_page(int source, int target) = 0;
   /// Makes room for steps of up to `num_tokens` tokens with `num_rows` rows of all three kinds, so that no
-  /// later step has to. Optional; after allocate_cache.
+  /// later step has to. Optional.
   virtual void reserve(int num_tokens, int num_rows) = 0;
   /// Starts a step; collect() gives its results. Steps run in the order of their launches, and so do copies
   /// of pages among them. Two may be on their way, but one with logit_rows must be collected before the next
@@ -97,8 +102,8 @@ struct ModelOptions {
 /// Loads config and weights of a Hugging Face model directory. Throws InvalidArgument or Unsupported.
 std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const ModelOptions& options = {});
 
-/// A model of the configuration with random weights, for benchmarks: no file is read, and nothing sensible
-/// comes out. Throws as load_model does.
+/// A model of the configuration with random weights, the same ones every time, for benchmarks and load tests:
+/// no file is read, and nothing sensible comes out. Throws as load_model does.
 std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options = {});
 
 }  // namespace flash_mla::model

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "flash_mla/schedule.h"
 #include "flash_mla/tensor.h"
 #include "model/config.h"
 #include "model/draw.h"
@@ -120,9 +121,13 @@ class Ops {
 
   /// Of weights, activations and cache.
   virtual DType dtype() const = 0;
+  /// As Model's.
+  virtual std::size_t free_memory() const { return 0; }
+  virtual ScheduleOptions schedule_options() const = 0;
 
   // Memory and weights. Host arrays are free again when the call returns. Where a weight is null (or `read`
-  // empty) a device that makes_up_weights() takes random ones: for benchmarks.
+  // empty) a device that makes_up_weights() takes random ones, which are then never on the host: for
+  // benchmarks.
   virtual bool makes_up_weights() const { return false; }
   /// Whether weights are to be given in bfloat16; else in float32.
   virtual bool takes_bfloat16() const { return false; }

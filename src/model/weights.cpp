@@ -144,29 +144,14 @@ class Loader {
     out.kv_norm = norm(name + ".kv_a_layernorm", rank);
     const Array kv_b = matrix(name + ".kv_b_proj.weight", heads * (nope + v), rank);
     out.kv_b = ops_.make_unquantized_linear(kv_b.get(), heads * (nope + v), rank);
-    absorb(kv_b.get(), out);
+    const auto halves = split_kv_b(config_, static_cast<const Element*>(kv_b.get()));
+    out.w_uk = ops_.make_head_linear(halves.uk.data(), heads, rank, nope);
+    out.w_uv = ops_.make_head_linear(halves.uv.data(), heads, v, rank);
 
     const Array o = matrix(name + ".o_proj.weight", hidden, heads * v);
     const Values o_bias = config_.attention_bias ? vector(name + ".o_proj.bias", hidden) : Values();
     out.o = ops_.make_linear(o.get(), hidden, heads * v, o_bias);
     return out;
-  }
-
-  /// Splits kv_b (heads * (nope + v), rank) into its key half, transposed, and its value half.
-  void absorb(const Element* kv_b, Attention& out) {
-    const std::int64_t heads = config_.num_attention_heads, rank = config_.kv_lora_rank;
-    const std::int64_t nope = config_.qk_nope_head_dim, v = config_.v_head_dim;
-    const Array uk = array(heads * rank * nope), uv = array(heads * v * rank);
-    for (std::int64_t h = 0; h < heads; ++h) {
-      const Element* from = kv_b + h * (nope + v) * rank;
-      Element* to = uk.get() + h * rank * nope;
-      for (std::int64_t i = 0; i < nope; ++i) {
-        for (std::int64_t r = 0; r < rank; ++r) to[r * nope + i] = from[i * rank + r];
-      }
-      std::copy_n(from + nope * rank, v * rank, uv.get() + h * v * rank);
-    }
-    out.w_uk = ops_.make_head_linear(uk.get(), heads, rank, nope);
-    out.w_uv = ops_.make_head_linear(uv.get(), heads, v, rank);
   }
 
   /// Where a model pairs rope dimension i with i + rope / 2, reorders the rope rows of every head (which
@@ -259,6 +244,26 @@ class Loader {
 };
 
 }  // namespace
+
+template <class Element>
+AbsorbedHalves<Element> split_kv_b(const ModelConfig& config, const Element* kv_b) {
+  const std::int64_t heads = config.num_attention_heads, rank = config.kv_lora_rank;
+  const std::int64_t nope = config.qk_nope_head_dim, v = config.v_head_dim;
+  AbsorbedHalves<Element> out;
+  out.uk.resize(static_cast<std::size_t>(heads * rank * nope));
+  out.uv.resize(static_cast<std::size_t>(heads * v * rank));
+  for (std::int64_t h = 0; h < heads; ++h) {
+    const Element* from = kv_b + h * (nope + v) * rank;
+    Element* to = out.uk.data() + h * rank * nope;
+    for (std::int64_t i = 0; i < nope; ++i) {
+      for (std::int64_t r = 0; r < rank; ++r) to[r * nope + i] = from[i * rank + r];
+    }
+    std::copy_n(from + nope * rank, v * rank, out.uv.data() + h * v * rank);
+  }
+  return out;
+}
+template AbsorbedHalves<float> split_kv_b(const ModelConfig&, const float*);
+template AbsorbedHalves<std::uint16_t> split_kv_b(const ModelConfig&, const std::uint16_t*);
 
 Weights load_weights(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops) {
   return ops.takes_bfloat16() ? Loader<std::uint16_t>(config, checkpoint, ops).load()

@@ -589,6 +589,24 @@ TEST_P(EngineCoreTest, BadOptionsNameTheField) {
   expect_refused("num_threads", [](auto& o) { o.num_threads = -1; });
 }
 
+TEST_P(EngineCoreTest, TheCacheIsAsLargeAsUsefulAndAsTheMemoryAllows) {
+  const auto pages = [](std::size_t memory_bytes, std::size_t free_bytes, std::int64_t max_position) {
+    auto model = std::make_unique<FakeModel>(max_position);
+    model->free_bytes = free_bytes;
+    EngineOptions o = Harness::defaults();
+    o.num_pages = 0;
+    o.memory_bytes = memory_bytes;
+    return EngineCore(std::move(model), {}, {}, o).stats().pages_total;
+  };
+  const std::size_t page = FakeModel().bytes_per_page();
+  EXPECT_EQ(pages(0, 0, 4096), 16 * 64) << "16 sequences of 64 pages are less than 2 GiB";
+  EXPECT_EQ(pages(50 * page, 0, 4096), 50);
+  EXPECT_EQ(pages(0, 200 * page, 4096), 180) << "nine tenths of what the device has free";
+  EXPECT_EQ(pages(50 * page, 200 * page, 4096), 50);
+  EXPECT_EQ(pages(0, std::size_t{1} << 40, 128), 16 * 2);
+  EXPECT_THROW(pages(0, page, 4096), InvalidArgument);
+}
+
 TEST_P(EngineCoreTest, AFailedRequestDoesNotDisturbItsNeighbours) {
   Harness h;
   std::mt19937 random(2);

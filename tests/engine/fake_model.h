@@ -40,6 +40,8 @@ class FakeModel : public model::Model {
   int vocab_size() const override { return kVocabSize; }
   std::int64_t max_position() const override { return max_position_; }
   std::size_t bytes_per_page() const override { return model::kPageSize * sizeof(std::int32_t); }
+  std::size_t free_memory() const override { return free_bytes; }
+  ScheduleOptions schedule_options() const override { return cpu_schedule_options(); }
   void allocate_cache(int num_pages) override {
     cache_.assign(static_cast<std::size_t>(num_pages) * model::kPageSize, -1);
   }
@@ -88,6 +90,7 @@ class FakeModel : public model::Model {
   }
 
   std::function<void(const model::ForwardBatch&)> on_forward;
+  std::size_t free_bytes = 0;
   std::size_t most_flights = 0;  ///< that were on their way at a time
 
  private:

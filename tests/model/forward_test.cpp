@@ -3,12 +3,14 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
 #include <set>
 
 #include "flash_mla/error.h"
+#include "model/config.h"
 #include "model/model.h"
 #include "safetensors_file.h"
 #include "temporary_directory.h"
@@ -88,12 +90,15 @@ class Forward : public testing::Test {
     model_->allocate_cache(8);
   }
 
-  std::unique_ptr<Model> load() const {
+  static ModelOptions model_options() {
     ModelOptions options;
+    options.device = ModelDevice::kCpu;
     options.precision = ModelPrecision::kFloat32;
     options.num_threads = 2;
-    return load_model(directory_.path(), options);
+    return options;
   }
+
+  std::unique_ptr<Model> load() const { return load_model(directory_.path(), model_options()); }
 
   /// Logits of the `new_tokens` last of one sequence's first `length` tokens, with its pages.
   std::vector<float> step(std::int32_t length, std::int32_t new_tokens, std::vector<std::int32_t> pages,
@@ -213,6 +218,31 @@ TEST_F(Forward, NamesTheTensorThatHoldsNan) {
   directory_.write("model.safetensors", bytes);
   EXPECT_THAT(message_of<InvalidArgument>([&] { load(); }),
               HasSubstr("model.layers.1.mlp.shared_experts.down_proj.weight holds nan at row 23, column 11"));
+}
+
+TEST_F(Forward, RandomWeightsAreTheSameEveryTimeAndFiniteAndDependOnTheTokens) {
+  const std::vector<float> loaded = step(20, 20, {0});
+  const auto make = [&](const ModelOptions& options) {
+    model_ = make_random_model(parse_config(kConfig, "test"), options);
+    model_->allocate_cache(8);
+  };
+  make(model_options());
+  const std::vector<float> first = step(20, 20, {0});
+  EXPECT_TRUE(std::ranges::all_of(first, [](float x) { return std::isfinite(x); }));
+  EXPECT_NE(first, loaded);
+  EXPECT_GT(std::set(first.begin(), first.end()).size(), first.size() / 2);
+  expect_close(first, [&] {
+    std::vector<float> parts = step(17, 17, {1});
+    const std::vector<float> rest = step(20, 3, {1});
+    parts.insert(parts.end(), rest.begin(), rest.end());
+    return parts;
+  }());
+  make(model_options());
+  EXPECT_EQ(step(20, 20, {0}), first);
+  ModelOptions int8 = model_options();
+  int8.quantize = ModelQuantize::kInt8;
+  make(int8);
+  EXPECT_TRUE(std::ranges::all_of(step(20, 20, {0}), [](float x) { return std::isfinite(x); }));
 }
 
 TEST_F(Forward, CountsItsCacheBytes) {

@@ -28,6 +28,7 @@
 #include "model/model.h"
 #include "model/parallel.h"
 #include "model/rope.h"
+#include "sm90/dense_decode.h"
 #include "sm90/dense_prefill.h"
 
 namespace flash_mla::model {
@@ -251,6 +252,9 @@ class CudaOps : public Ops {
   double device_seconds() const override { return timer_ ? timer_->seconds() : 0; }
 
   DType dtype() const override { return kType; }
+
+  std::size_t free_memory() const override { return pool_->free_memory(); }
+  ScheduleOptions schedule_options() const override { return schedule_options_; }
 
   bool makes_up_weights() const override { return true; }
   bool takes_bfloat16() const override { return true; }
@@ -776,7 +780,7 @@ class CudaOps : public Ops {
   }
 
   // Of the step's absorbed tokens, each a request. In a batch-invariant step nothing depends on how many.
-  ScheduleOptions schedule_options() const {
+  ScheduleOptions step_schedule_options() const {
     if (!step_->batch_invariant) {
       return cuda_schedule_options(0, 1, config_.num_attention_heads, 1,
                                    static_cast<int>(step_->num_absorbed));
@@ -797,7 +801,7 @@ class CudaOps : public Ops {
 
   void plan_decode() {
     if (step_->num_absorbed == 0 || !sm90_decode()) return;
-    const ScheduleOptions options = schedule_options();
+    const ScheduleOptions options = step_schedule_options();
     schedule_ = schedule_view(options);
     build_decode_schedule(on_device(data_.lens, DType::kInt32, {step_->num_absorbed}), options, schedule_,
                           stream_);
@@ -876,6 +880,7 @@ class CudaOps : public Ops {
 }  // namespace
 
 std::string why_no_cuda_ops() {
+  if (sm90::gpus().empty()) return fmt::format("this machine has {}; use cpu", sm90::why_no_gpus());
   try {
     cuda_schedule_options(0, 1, 1, 1);
   } catch (const std::exception& e) {

@@ -56,6 +56,13 @@ Buffer DevicePool::allocate(std::size_t bytes) {
           bytes};
 }
 
+std::size_t DevicePool::free_memory() const {
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  for (const auto& [size, unused] : free_) free += size;
+  return free;
+}
+
 PinnedBuffer::~PinnedBuffer() {
   if (data_ != nullptr) cudaFreeHost(data_);
 }

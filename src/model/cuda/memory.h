@@ -24,6 +24,8 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
   Buffer allocate(std::size_t bytes);
   /// How often allocate() was called: a step that leaves it alone can be recorded and replayed.
   std::size_t allocations() const { return allocations_; }
+  /// Bytes of the device that nobody has, and those that are kept here.
+  std::size_t free_memory() const;
 
  private:
   void* take(std::size_t bytes);
