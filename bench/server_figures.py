@@ -1,9 +1,10 @@
 """What the server costs over the engine, and how it takes a mixed load.
 
     python3 bench/server_figures.py --json bench/results/cpu-server.json
-    python3 bench/server_figures.py --model DIR --serve-flags "--device cuda" --only mixed --json h200-server.json
+    python3 bench/dummy_model.py DIR
+    python3 bench/server_figures.py --model DIR --serve-flags "--device cuda --load-format dummy" --only mixed --json x.json
 
-Three parts, each with a server of its own; --only names some of them.
+Parts, each with a server of its own; --only names some of them.
 
   overhead  --clients clients in a closed loop, against `flash-mla loadtest --engine`: the same requests and the
             same loop in the engine's process, without HTTP. Both take turns --rounds times; medians count. The
@@ -11,7 +12,9 @@ Three parts, each with a server of its own; --only names some of them.
             other than the engine's, over the events that they sent (one per token, and one per answer).
   streams   --streams streams that wait in the queue: what each adds to the server's resident memory.
   mixed     `flash-mla loadtest`: half short and half long prompts, with success rate, throughput, P50 and P99 of
-            TTFT and TPOT, and where there is an NVIDIA GPU its peak power by nvidia-smi.
+            TTFT and TPOT, the share of the time in which the engine was at a step, and where there is an NVIDIA GPU
+            its peak power by nvidia-smi.
+  mixed-engine  the same load on an engine in `flash-mla loadtest`'s process, without HTTP (only if named).
 
 The server, its client and whatever else this machine does share its cores: with fewer than two cores beyond
 --threads the client takes time from the engine, which counts against the server.
@@ -88,7 +91,7 @@ class Server:
 
 def loadtest(arguments, *flags):
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [str(pathlib.Path(arguments.program).absolute()), "loadtest", "--json", file.name, "--seed", str(arguments.seed), *map(str, flags)]
+        command = [str(pathlib.Path(arguments.program).absolute()), "loadtest", "--json", file.name, *map(str, flags)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):
             sys.exit(f"{shlex.join(command)}: {done.stderr}")
@@ -97,7 +100,7 @@ def loadtest(arguments, *flags):
 
 def overhead(arguments):
     load = ["--clients", arguments.clients, "--requests", arguments.requests, "--short-tokens", arguments.prompt,
-            "--long-tokens", arguments.prompt, "--max-tokens", arguments.new]  # fmt: skip
+            "--long-tokens", arguments.prompt, "--max-tokens", arguments.new, "--seed", arguments.seed]  # fmt: skip
     engine_flags = ["--threads", str(arguments.threads), "--max-batch-size", str(arguments.clients)]
     rates = {"server": [], "engine": []}
     event_seconds = []
@@ -187,16 +190,36 @@ class GpuPower:
                 "mean_utilization_percent": statistics.mean(busy), "peak_memory_mib": max(memory)}  # fmt: skip
 
 
+def mixed_load(arguments, target, clients, requests, seed):
+    return loadtest(arguments, *target, "--clients", clients, "--requests", requests, "--short-tokens", arguments.short_tokens,
+                    "--long-tokens", arguments.long_tokens, "--max-tokens", arguments.mixed_new, "--seed", seed)  # fmt: skip
+
+
+def mixed_engine(arguments):
+    target = ["--engine", arguments.model, *shlex.split(arguments.serve_flags)]
+    return mixed_load(arguments, target, arguments.mixed_clients, arguments.mixed_requests, arguments.seed)
+
+
 def mixed(arguments):
-    with Server(arguments) as server, GpuPower() as power:
-        result = loadtest(arguments, "--url", server.url, "--clients", arguments.mixed_clients, "--requests", arguments.mixed_requests,
-                          "--short-tokens", arguments.short_tokens, "--long-tokens", arguments.long_tokens,
-                          "--max-tokens", arguments.mixed_new)  # fmt: skip
+    counters = ("steps", "step_seconds", "computed_tokens", "preemptions")
+
+    def counted(server):
+        return {name: server.metric(f"mla_{name}_total") for name in counters}
+
+    with Server(arguments) as server:
+        mixed_load(arguments, ["--url", server.url], 8, 8, arguments.seed + 1)  # warms up
+        before = counted(server)
+        with GpuPower() as power:
+            result = mixed_load(arguments, ["--url", server.url], arguments.mixed_clients, arguments.mixed_requests, arguments.seed)
+        spent = {name: value - before[name] for name, value in counted(server).items()}
         hits = server.metric("cache_hit_rate")
-        preemptions = server.metric("mla_preemptions_total")
         command = server.command
+        if arguments.trace:
+            with urllib.request.urlopen(server.url + "/trace", timeout=60) as answer:
+                arguments.trace.write_bytes(answer.read())
     del result["command"]
-    return {"server": command, **result, "cache_hit_rate": hits, "preemptions": preemptions, "gpu": power.summary()}
+    return {"server": command, **result, "cache_hit_rate": hits, **spent,
+            "engine_busy_share": spent["step_seconds"] / result["seconds"], "gpu": power.summary()}  # fmt: skip
 
 
 def machine():
@@ -225,7 +248,7 @@ def from_here(path):
     return os.path.relpath(ROOT / path)
 
 
-PARTS = {"overhead": overhead, "streams": streams, "mixed": mixed}
+PARTS = {"overhead": overhead, "streams": streams, "mixed": mixed, "mixed-engine": mixed_engine}
 
 
 def main():
@@ -249,6 +272,7 @@ def main():
     parser.add_argument("--short-tokens", type=int, default=1024)
     parser.add_argument("--long-tokens", type=int, default=8192)
     parser.add_argument("--json", type=pathlib.Path, help="write the results to this file")
+    parser.add_argument("--trace", type=pathlib.Path, help="write the engine's steps of the mixed load to this file")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
     if not set(parts) <= set(PARTS):

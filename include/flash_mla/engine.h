@@ -113,15 +113,19 @@ struct EngineOptions {
   enum class Device { kAuto, kCpu, kCuda };
   enum class Precision { kAuto, kFloat32, kBFloat16 };
   enum class Quantize { kNone, kInt8 };
+  enum class LoadFormat { kAuto, kDummy };
   Device device = Device::kAuto;
   Precision precision = Precision::kAuto;
   /// kInt8 keeps the weights of the layers' products and of the LM head in 8 bits, one scale per output
   /// feature, in half the memory of bfloat16. CPU only.
   Quantize quantize = Quantize::kNone;
+  /// kAuto: the directory's safetensors. kDummy: random weights in the shape of its config.json, for load
+  /// tests without a checkpoint; the tokenizer is still the directory's.
+  LoadFormat load_format = LoadFormat::kAuto;
   /// Pages of 64 tokens in the cache; 0: as many as fit into memory_bytes.
   int num_pages = 0;
-  /// Of the cache. 0: what max_batch_size sequences of the model's longest length need, or 2 GiB, whichever
-  /// is less.
+  /// Of the cache. 0: what max_batch_size sequences of the model's longest length need, or if that is less
+  /// 2 GiB on the CPU, nine tenths of the free memory of a GPU.
   std::size_t memory_bytes = 0;
   int max_batch_size = 128;        ///< sequences per step
   int max_tokens_per_step = 2048;  ///< >= max_batch_size; prompts are processed in chunks that fit
@@ -129,6 +133,10 @@ struct EngineOptions {
   bool prefix_cache = true;
   /// The same bits for a request whatever else is in the batch.
   bool batch_invariant = false;
+  /// On a GPU the next step is queued while the current one runs, wherever nothing but more tokens of the
+  /// same sequences can come next and the GPU chooses them (no penalties, no logprobs). Tokens are the same
+  /// without.
+  bool overlap_steps = true;
   int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use
 };
 
@@ -177,7 +185,8 @@ struct EngineStats {
   Histogram e2e_seconds;   ///< submission to the end of a continuation
 };
 
-/// One step in the past; times in seconds since the engine was made.
+/// One step in the past; times in seconds since the engine was made. A step that was queued while the one
+/// before it ran begins, planned, when the engine turns to it.
 struct StepRecord {
   std::int64_t step = 0;
   double begin = 0, planned = 0, computed = 0, end = 0;  ///< plan, then model, then sampling and events
@@ -205,8 +214,8 @@ struct Completion {
 /// in a thread of the engine's own.
 class Engine {
  public:
-  /// Loads a Hugging Face model directory (config.json, safetensors, tokenizer.json). Throws InvalidArgument,
-  /// Unsupported or std::bad_alloc.
+  /// Loads a Hugging Face model directory (config.json, safetensors unless EngineOptions::load_format says
+  /// otherwise, tokenizer.json). Throws InvalidArgument, Unsupported or std::bad_alloc.
   explicit Engine(const std::filesystem::path& model_directory, const EngineOptions& options = {});
   /// Stops; whatever still runs ends as cancelled.
   ~Engine();

@@ -88,10 +88,13 @@ class LLM:
 
     ``device``: "auto", "cpu" or "cuda". ``precision`` of weights and cache: "auto", "float32" or "bfloat16".
     ``quantize``: "none", or "int8" for weights in 8 bits with one scale per output feature (CPU only).
+    ``load_format``: "auto" for the directory's safetensors, "dummy" for random weights in the shape of its config.json.
     ``num_pages``: pages of 64 tokens in the cache, 0 for as many as ``memory_bytes`` holds (0: what
-    ``max_batch_size`` sequences of the longest length need, at most 2 GiB). ``max_tokens_per_step`` bounds a step;
+    ``max_batch_size`` sequences of the longest length need, at most 2 GiB, on a GPU nine tenths of its free memory).
+    ``max_tokens_per_step`` bounds a step;
     longer prompts are processed in chunks. ``prefix_cache`` computes equal beginnings once. ``batch_invariant``
-    gives a request the same bits whatever else is in the batch. ``num_threads``: 0 for all.
+    gives a request the same bits whatever else is in the batch. ``overlap_steps``: on a GPU the next step is queued
+    while the current one runs, with the same tokens. ``num_threads``: 0 for all.
 
     Raises ``ValueError`` for a malformed model directory or an option out of range, ``NotImplementedError`` for a
     model that the library does not run.
@@ -104,12 +107,14 @@ class LLM:
         device="auto",
         precision="auto",
         quantize="none",
+        load_format="auto",
         num_pages=0,
         memory_bytes=0,
         max_batch_size=128,
         max_tokens_per_step=2048,
         prefix_cache=True,
         batch_invariant=False,
+        overlap_steps=True,
         num_threads=0,
     ):
         self._engine = _C.Engine(
@@ -117,12 +122,14 @@ class LLM:
             device=device,
             precision=precision,
             quantize=quantize,
+            load_format=load_format,
             num_pages=num_pages,
             memory_bytes=memory_bytes,
             max_batch_size=max_batch_size,
             max_tokens_per_step=max_tokens_per_step,
             prefix_cache=prefix_cache,
             batch_invariant=batch_invariant,
+            overlap_steps=overlap_steps,
             num_threads=num_threads,
         )
 

@@ -20,6 +20,7 @@ namespace {
 using Device = EngineOptions::Device;
 using Precision = EngineOptions::Precision;
 using Quantize = EngineOptions::Quantize;
+using LoadFormat = EngineOptions::LoadFormat;
 
 Device device_named(const std::string& name) {
   if (name == "auto") return Device::kAuto;
@@ -39,6 +40,12 @@ Quantize quantize_named(const std::string& name) {
   if (name == "none") return Quantize::kNone;
   if (name == "int8") return Quantize::kInt8;
   throw InvalidArgument("quantize is \"" + name + "\", expected none or int8");
+}
+
+LoadFormat load_format_named(const std::string& name) {
+  if (name == "auto") return LoadFormat::kAuto;
+  if (name == "dummy") return LoadFormat::kDummy;
+  throw InvalidArgument("load_format is \"" + name + "\", expected auto or dummy");
 }
 
 nb::list to_python(const std::vector<TokenLogprobs>& logprobs) {
@@ -215,26 +222,28 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Engine* self, const std::string& directory, const std::string& device,
-             const std::string& precision, const std::string& quantize, int num_pages,
-             std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step, bool prefix_cache,
-             bool batch_invariant, int num_threads) {
+             const std::string& precision, const std::string& quantize, const std::string& load_format,
+             int num_pages, std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step,
+             bool prefix_cache, bool batch_invariant, bool overlap_steps, int num_threads) {
             EngineOptions o;
             o.device = device_named(device);
             o.precision = precision_named(precision);
             o.quantize = quantize_named(quantize);
+            o.load_format = load_format_named(load_format);
             o.num_pages = num_pages;
             o.memory_bytes = memory_bytes;
             o.max_batch_size = max_batch_size;
             o.max_tokens_per_step = max_tokens_per_step;
             o.prefix_cache = prefix_cache;
             o.batch_invariant = batch_invariant;
+            o.overlap_steps = overlap_steps;
             o.num_threads = num_threads;
             const nb::gil_scoped_release release;
             new (self) Engine(directory, o);
           },
-          "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "num_pages"_a,
-          "memory_bytes"_a, "max_batch_size"_a, "max_tokens_per_step"_a, "prefix_cache"_a,
-          "batch_invariant"_a, "num_threads"_a)
+          "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "load_format"_a,
+          "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a, "max_tokens_per_step"_a, "prefix_cache"_a,
+          "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(

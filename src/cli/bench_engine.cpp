@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <random>
+#include <string_view>
 
 #include "cli/args.h"
 #include "cli/commands.h"
@@ -15,22 +16,19 @@
 #include "flash_mla/info.h"
 #include "model/config.h"
 #include "model/model.h"
+#include "planner/read.h"
 
 namespace flash_mla::cli {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// DeepSeek-V2-Lite: 15.7 billion parameters.
-constexpr const char* kV2Lite = R"({
-  "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
-  "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16, "q_lora_rank": null,
-  "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-  "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
-  "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": false, "routed_scaling_factor": 1.0,
-  "rms_norm_eps": 1e-6, "rope_theta": 10000, "max_position_embeddings": 163840, "rope_scaling": {
-    "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
-    "original_max_position_embeddings": 4096}})";
+// 15.7 billion parameters; one of the planner's models.
+model::ModelConfig v2_lite() {
+  constexpr std::string_view kPath = "models/deepseek-v2-lite.json";
+  const auto files = planner::data_files();
+  return model::parse_config(std::ranges::find(files, kPath, &planner::DataFile::path)->text, kPath);
+}
 
 struct BenchEngineOptions {
   std::string config, json;
@@ -75,12 +73,30 @@ double parameters(const model::ModelConfig& c) {
   return weight_bytes(c, layers * c.n_routed_experts) / 2 + double{1} * c.hidden_size * c.vocab_size;
 }
 
+/// A model that outlives the engine it is given to.
+class Borrowed : public model::Model {
+ public:
+  explicit Borrowed(model::Model& model) : model_(model) {}
+  int vocab_size() const override { return model_.vocab_size(); }
+  std::int64_t max_position() const override { return model_.max_position(); }
+  std::size_t bytes_per_page() const override { return model_.bytes_per_page(); }
+  std::size_t free_memory() const override { return model_.free_memory(); }
+  ScheduleOptions schedule_options() const override { return model_.schedule_options(); }
+  void allocate_cache(int num_pages) override { model_.allocate_cache(num_pages); }
+  void copy_page(int source, int target) override { model_.copy_page(source, target); }
+  void reserve(int num_tokens, int num_rows) override { model_.reserve(num_tokens, num_rows); }
+  void launch(const model::ForwardBatch& batch) override { model_.launch(batch); }
+  void collect(float* logits, std::int32_t* tokens) override { model_.collect(logits, tokens); }
+  bool launches_ahead() const override { return model_.launches_ahead(); }
+
+ private:
+  model::Model& model_;
+};
+
 class Bench {
  public:
   explicit Bench(const BenchEngineOptions& options)
-      : options_(options),
-        config_(options.config.empty() ? model::parse_config(kV2Lite, "V2-Lite")
-                                       : model::read_config(options.config)) {}
+      : options_(options), config_(options.config.empty() ? v2_lite() : model::read_config(options.config)) {}
 
   int run() {
     const Clock::time_point begin = Clock::now();
@@ -160,8 +176,8 @@ class Bench {
     Table rows({"prompt", "ms", "tokens/s"});
     for (const int length : options_.prefill) {
       process_prompt(length);
-      std::vector<double> times;
-      for (int i = 0; i < 3; ++i) times.push_back(process_prompt(length));
+      std::vector<double> times(3);
+      for (double& time : times) time = process_prompt(length);
       const double time = median(times);
       rows.add({fmt::format("{}", length), fmt::format("{:.2f}", time * 1e3),
                 fmt::format("{:.0f}", length / time)});
@@ -239,45 +255,56 @@ class Bench {
     fmt::print("{}\n", rows.str());
   }
 
-  // The whole engine, scheduler and all, on greedy requests with short prompts.
+  // The whole engine, scheduler and all, with short prompts: greedy requests and ones that are drawn, each
+  // with and without steps that are queued while the one before runs.
   void generate() {
     const int most = *std::ranges::max_element(options_.batch);
-    model::Model* model = model_.get();
-    EngineOptions engine_options;
-    engine_options.num_pages = most * pages(kPrompt + options_.generated + 1);
-    engine_options.max_batch_size = most;
-    engine_options.max_tokens_per_step = kChunk;
-    engine::EngineCore core(std::move(model_), {}, {}, engine_options);
-    Table rows({"batch (engine)", "step ms", "device ms", "idle", "tokens/s"});
-    for (const int b : options_.batch) {
-      for (const bool warm : {false, true}) {
-        int finished = 0;
-        for (int i = 0; i < b; ++i) {
-          engine::EngineCore::Submission s;
-          s.prompt = random_tokens(kPrompt);
-          s.sampling.temperature = 0;
-          s.sampling.max_tokens = options_.generated;
-          s.sampling.ignore_eos = true;
-          s.on_event = [&](const GenerationEvent& e) { finished += e.last; };
-          core.submit(std::move(s));
+    Table rows({"batch (engine)", "tokens", "queued", "step ms", "device ms", "idle", "tokens/s"});
+    for (const bool ahead : {true, false}) {
+      model::Model* model = model_.get();
+      EngineOptions engine_options;
+      engine_options.num_pages = most * pages(kPrompt + options_.generated + 1);
+      engine_options.max_batch_size = most;
+      engine_options.max_tokens_per_step = kChunk;
+      engine_options.overlap_steps = ahead;
+      engine::EngineCore core(std::make_unique<Borrowed>(*model), {}, {}, engine_options);
+      for (const bool drawn : {false, true}) {
+        for (const int b : options_.batch) {
+          for (const bool warm : {false, true}) {
+            int finished = 0;
+            for (int i = 0; i < b; ++i) {
+              engine::EngineCore::Submission s;
+              s.prompt = random_tokens(kPrompt);
+              s.sampling.temperature = drawn ? 0.7 : 0;
+              s.sampling.top_p = 0.9;
+              s.sampling.top_k = 50;
+              s.sampling.max_tokens = options_.generated;
+              s.sampling.ignore_eos = true;
+              s.on_event = [&](const GenerationEvent& e) { finished += e.last; };
+              core.submit(std::move(s));
+            }
+            core.step();  // the prompts
+            const double device_before = model->device_seconds();
+            const Clock::time_point begin = Clock::now();
+            int steps = 0;
+            while (finished < b && core.step()) ++steps;
+            const double time = seconds_since(begin) / steps,
+                         busy = (model->device_seconds() - device_before) / steps;
+            if (!warm) continue;
+            rows.add({fmt::format("{}", b), drawn ? "drawn" : "greedy", ahead ? "ahead" : "after",
+                      fmt::format("{:.3f}", time * 1e3), fmt::format("{:.3f}", busy * 1e3),
+                      fmt::format("{:.1f}%", 100 * (1 - busy / time)), fmt::format("{:.0f}", b / time)});
+            out_["generation"].push_back({{"batch", b},
+                                          {"drawn", drawn},
+                                          {"overlap_steps", ahead},
+                                          {"prompt_tokens", kPrompt},
+                                          {"generated", options_.generated},
+                                          {"step_seconds", time},
+                                          {"device_seconds", busy},
+                                          {"idle_share", 1 - busy / time},
+                                          {"tokens_per_second", b / time}});
+          }
         }
-        core.step();  // the prompts
-        const double device_before = model->device_seconds();
-        const Clock::time_point begin = Clock::now();
-        int steps = 0;
-        while (finished < b && core.step()) ++steps;
-        const double time = seconds_since(begin) / steps,
-                     busy = (model->device_seconds() - device_before) / steps;
-        if (!warm) continue;
-        rows.add({fmt::format("{}", b), fmt::format("{:.3f}", time * 1e3), fmt::format("{:.3f}", busy * 1e3),
-                  fmt::format("{:.1f}%", 100 * (1 - busy / time)), fmt::format("{:.0f}", b / time)});
-        out_["generation"].push_back({{"batch", b},
-                                      {"prompt_tokens", kPrompt},
-                                      {"generated", options_.generated},
-                                      {"step_seconds", time},
-                                      {"device_seconds", busy},
-                                      {"idle_share", 1 - busy / time},
-                                      {"tokens_per_second", b / time}});
       }
     }
     fmt::print("{}\n", rows.str());

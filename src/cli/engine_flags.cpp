@@ -15,6 +15,9 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   using Quantize = EngineOptions::Quantize;
   static const std::map<std::string, Quantize> quantizations = {{"none", Quantize::kNone},
                                                                 {"int8", Quantize::kInt8}};
+  using LoadFormat = EngineOptions::LoadFormat;
+  static const std::map<std::string, LoadFormat> load_formats = {{"auto", LoadFormat::kAuto},
+                                                                 {"dummy", LoadFormat::kDummy}};
   app.add_option_function<std::string>(
          "--device", [&o](const std::string& name) { o.device = devices.at(name); }, "auto, cpu or cuda")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
@@ -26,10 +29,15 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
          "--quantize", [&o](const std::string& name) { o.quantize = quantizations.at(name); },
          "Of the weights: none, or int8 with one scale per output channel (CPU only)")
       ->check(CLI::IsMember({"none", "int8"}));
+  app.add_option_function<std::string>(
+         "--load-format", [&o](const std::string& name) { o.load_format = load_formats.at(name); },
+         "Of the weights: auto (safetensors), or dummy for random ones in the shape of config.json")
+      ->check(CLI::IsMember({"auto", "dummy"}));
   app.add_option("--num-pages", o.num_pages, "Pages of 64 tokens in the cache (0: what --memory holds)")
       ->capture_default_str();
-  app.add_option("--memory", o.memory_bytes,
-                 "Bytes of the cache, e.g. 4GiB (default: as useful, at most 2 GiB)")
+  app.add_option(
+         "--memory", o.memory_bytes,
+         "Bytes of the cache, e.g. 4GiB (default: as useful, at most 2 GiB or 90% of a GPU's free memory)")
       ->transform(CLI::AsSizeValue(false));
   app.add_option("--max-batch-size", o.max_batch_size, "Sequences per step")->capture_default_str();
   app.add_option("--max-tokens-per-step", o.max_tokens_per_step,
@@ -37,6 +45,8 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
       ->capture_default_str();
   app.add_flag("!--no-prefix-cache", o.prefix_cache, "Compute equal prefixes every time");
   app.add_flag("--batch-invariant", o.batch_invariant, "The same bits whatever else is in the batch");
+  app.add_flag("!--no-overlap", o.overlap_steps,
+               "CUDA: wait for every step's tokens before the next is queued");
   app.add_option("--threads", o.num_threads, "CPU threads (0: all)")->capture_default_str();
 }
 

@@ -284,7 +284,7 @@ Json call_server(const LoadTarget& target, const std::string& path, const std::s
   } catch (const boost::system::system_error& e) {
     throw std::runtime_error(fmt::format("{}:{}: {}", target.host, target.port, e.code().message()));
   }
-  const Json json = Json::parse(response.body(), nullptr, false);
+  Json json = Json::parse(response.body(), nullptr, false);
   if (response.result_int() != 200 || json.is_discarded()) {
     throw std::runtime_error(
         fmt::format("{} answers {}: {}", path, response.result_int(), message_of(response.body())));

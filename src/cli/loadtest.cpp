@@ -35,15 +35,21 @@ struct Options {
 
 enum Class { kShort, kLong };
 
-// Random words would be tokenized to unknown lengths: prompts are tokens, drawn from those of this text.
-constexpr const char* kText =
-    "The house stood at the end of a long road. In the morning a man came down from the hill with two dogs, "
-    "looked at the gate, said nothing, and went away again before the rain began. 12 boats, 7 nets; who "
-    "knows?";
+// Random words would be tokenized to unknown lengths: prompts are tokens, drawn from those of all words of
+// two letters, which are enough to reach all experts of a model.
+std::string two_letter_words() {
+  std::string text;
+  for (char a = 'a'; a <= 'z'; ++a) {
+    for (char b = 'a'; b <= 'z'; ++b) text += {' ', a, b};
+  }
+  return text;
+}
 
 std::vector<std::int32_t> alphabet(std::vector<std::int32_t> tokens) {
   if (tokens.size() < 2) throw std::runtime_error("the tokenizer makes less than two tokens of a text");
   tokens.erase(tokens.begin());  // may be the begin-of-sentence token
+  std::ranges::sort(tokens);
+  tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
   return tokens;
 }
 
@@ -205,7 +211,7 @@ Outcome load_server(const Options& o) {
     out.model = call_server(options.target, "/v1/models").at("data").at(0).at("id").get<std::string>();
   }
   const auto tokens =
-      call_server(options.target, "/v1/tokenize", Json{{"prompt", kText}}.dump()).at("tokens");
+      call_server(options.target, "/v1/tokenize", Json{{"prompt", two_letter_words()}}.dump()).at("tokens");
   out.requests = make_load(o, out.model, alphabet(tokens.get<std::vector<std::int32_t>>()));
   Progress progress(out.requests.size());
   out.seconds = run_load(options, out.requests, [&](std::size_t done) { progress(done); });
@@ -217,7 +223,7 @@ Outcome load_engine(const Options& o) {
   out.model = o.model.empty() ? "engine" : o.model;
   Engine engine(o.engine_directory, o.engine);
   engine.start();
-  out.requests = make_load(o, out.model, alphabet(engine.tokenize(kText)));
+  out.requests = make_load(o, out.model, alphabet(engine.tokenize(two_letter_words())));
   Progress progress(out.requests.size());
   out.seconds = run_load_in_process(engine, out.model, o.clients, out.requests,
                                     [&](std::size_t done) { progress(done); });

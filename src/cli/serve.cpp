@@ -47,11 +47,13 @@ int run_serve(ServeOptions o) {
     std::filesystem::path path = std::filesystem::weakly_canonical(o.model);
     o.server.model_name = path.filename().string();
   }
+  server::check_address(o.server);  // rather than when the model has been loaded
   Engine engine(o.model, o.engine);
   server::Server server(engine, o.server);
   engine.start();
-  fmt::print(stderr, "flash-mla serve: {} on http://{}:{}/v1, {} pages of 64 tokens\n", o.server.model_name,
-             o.server.host, server.port(), engine.stats().pages_total);
+  fmt::print(stderr, "flash-mla serve: {} on http://{}:{}/v1, {} pages of 64 tokens{}\n", o.server.model_name,
+             o.server.host, server.port(), engine.stats().pages_total,
+             o.engine.load_format == EngineOptions::LoadFormat::kDummy ? ", random weights" : "");
   server.run();
   engine.stop();
   return 0;

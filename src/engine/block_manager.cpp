@@ -94,6 +94,12 @@ std::int64_t BlockManager::admit(SequencePages& sequence, std::span<const std::i
   return sequence.num_tokens_;
 }
 
+int BlockManager::admission_cost(std::span<const std::int32_t> tokens) const {
+  const std::vector<std::int32_t> known = match(tokens);
+  const auto in_use = std::ranges::count_if(known, [this](std::int32_t p) { return at(p).references > 0; });
+  return static_cast<int>(pages_for(static_cast<std::int64_t>(tokens.size())) - in_use);
+}
+
 int BlockManager::pages_needed(const SequencePages& sequence, std::int64_t num_tokens) const {
   if (num_tokens <= sequence.num_tokens_) return 0;
   const std::int64_t have = static_cast<std::int64_t>(sequence.pages_.size());

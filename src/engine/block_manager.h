@@ -69,6 +69,10 @@ class BlockManager {
   /// Tokens that admit() would find now.
   std::int64_t cached_prefix(std::span<const std::int32_t> tokens) const;
 
+  /// Pages that can be handed out now and could not any more once a sequence of `tokens` had been admitted
+  /// and given room for all of them.
+  int admission_cost(std::span<const std::int32_t> tokens) const;
+
   /// Pages that reserve() would take from the pool.
   int pages_needed(const SequencePages& sequence, std::int64_t num_tokens) const;
 

@@ -61,6 +61,12 @@ model::ModelOptions model_options(const EngineOptions& o) {
   return out;
 }
 
+std::unique_ptr<model::Model> make_model(const std::filesystem::path& directory, const EngineOptions& o) {
+  return o.load_format == EngineOptions::LoadFormat::kDummy
+             ? model::make_random_model(model::read_config(directory), model_options(o))
+             : model::load_model(directory, model_options(o));
+}
+
 // Completions that come in as events, from whichever thread steps.
 class Collector {
  public:
@@ -116,8 +122,7 @@ struct Engine::Impl {
   Impl(const std::filesystem::path& directory, const EngineOptions& options)
       : tokenizer(model::Tokenizer::open(directory)),
         core(
-            model::load_model(directory, model_options(options)),
-            [this] { return std::make_unique<Decoder>(tokenizer); },
+            make_model(directory, options), [this] { return std::make_unique<Decoder>(tokenizer); },
             model::read_config(directory).eos_token_ids, options) {
     try {
       chat_template.emplace(model::ChatTemplate::open(directory));

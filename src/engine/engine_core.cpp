@@ -6,6 +6,7 @@
 #include <exception>
 #include <utility>
 
+#include "engine/step_batch.h"
 #include "engine/stop_matcher.h"
 #include "flash_mla/error.h"
 #include "flash_mla/schedule.h"
@@ -41,10 +42,24 @@ int sampling_thread() {
 #endif
 }
 
-// Whether a token is the largest logit's, as the model can tell without handing out all of them.
-bool takes_likeliest(const SamplingParams& p) {
-  return p.temperature == 0 && p.repetition_penalty == 1 && p.frequency_penalty == 0 &&
-         p.presence_penalty == 0 && p.logprobs < 0;
+// Whether the model can choose tokens on its own.
+bool leaves_choice_to_model(const SamplingParams& p) {
+  return p.repetition_penalty == 1 && p.frequency_penalty == 0 && p.presence_penalty == 0 && p.logprobs < 0;
+}
+
+// Before the cache, which by default takes most of what is left.
+std::unique_ptr<model::Model> with_room_for_steps(std::unique_ptr<model::Model> model,
+                                                  const EngineOptions& options) {
+  check(SchedulerOptions{options.max_batch_size, options.max_tokens_per_step});
+  model->reserve(options.max_tokens_per_step, options.max_batch_size);
+  return model;
+}
+
+std::size_t cache_bytes(const model::Model& model, const EngineOptions& options) {
+  constexpr std::size_t kHostBytes = std::size_t{2} << 30;
+  if (options.memory_bytes > 0) return options.memory_bytes;
+  const std::size_t free = model.free_memory();
+  return free > 0 ? free / 10 * 9 : kHostBytes;
 }
 
 int page_count(const model::Model& model, const EngineOptions& options) {
@@ -55,7 +70,7 @@ int page_count(const model::Model& model, const EngineOptions& options) {
   if (options.num_pages > 0) return options.num_pages;
   const std::int64_t useful =
       options.max_batch_size * ((model.max_position() + kPageTokens - 1) / kPageTokens);
-  const std::size_t bytes = options.memory_bytes > 0 ? options.memory_bytes : std::size_t{2} << 30;
+  const std::size_t bytes = cache_bytes(model, options);
   const auto fitting = static_cast<std::int64_t>(bytes / std::max<std::size_t>(1, model.bytes_per_page()));
   if (fitting < 1) {
     throw InvalidArgument(fmt::format("memory_bytes is {}, expected at least the {} bytes of one page", bytes,
@@ -76,6 +91,7 @@ struct EngineCore::Generation : Sequence {
   std::unique_ptr<TextDecoder> decoder;  // null: no text
   StopMatcher stop;
   std::int64_t num_generated = 0;
+  std::size_t token_index = 0;  // of its token among those that the last step launched with it chooses
   bool finished = false;
   Clock::time_point first_token{}, last_token{};
 };
@@ -90,6 +106,7 @@ struct EngineCore::Job {
   bool started = false;  // part of it has been in a step
   bool forked = false;   // all n continuations exist
   int open = 1;          // continuations that have not ended
+  int num_flying = 0;    // of its continuations in launched steps
   std::vector<std::unique_ptr<Generation>> generations;
 };
 
@@ -104,18 +121,37 @@ EngineCore::Generation::Generation(Job& owner, int choice, std::unique_ptr<TextD
 
 // One choice of a token, from one row of logits, or made by the model. Rows are shared where a prompt has
 // several continuations.
-struct EngineCore::Draw {
+struct EngineCore::Choice {
   Generation* generation = nullptr;
-  std::span<float> logits;  // empty: the model chose `likeliest`
-  std::int32_t likeliest = -1;
+  std::span<float> logits;  // empty: the model chose `token`
+  std::int32_t token = -1;
   bool shared = false;
   Sampled sampled;
   std::string error;
 };
 
+// A step that the model has been given.
+struct EngineCore::Flight {
+  StepPlan plan;
+  std::vector<StepBatch::Result> results;  // of each work
+  std::size_t num_logit_rows = 0, num_tokens = 0;
+  bool launched = false;
+  std::string failure;
+  StepRecord record;
+  double utilisation = 0;
+
+  Generation& generation(std::size_t work) const {
+    return static_cast<Generation&>(*plan.work[work].sequence);
+  }
+  bool all_finished() const {
+    return std::ranges::all_of(
+        plan.work, [](const ScheduledWork& w) { return static_cast<Generation*>(w.sequence)->finished; });
+  }
+};
+
 EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
                        std::vector<std::int32_t> eos_token_ids, const EngineOptions& options)
-    : model_(std::move(model)),
+    : model_(with_room_for_steps(std::move(model), options)),
       make_decoder_(std::move(make_decoder)),
       eos_token_ids_(std::move(eos_token_ids)),
       options_(options),
@@ -132,7 +168,6 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
   }
   options_.num_pages = blocks_.num_pages();
   model_->allocate_cache(blocks_.num_pages());
-  model_->reserve(options.max_tokens_per_step, options.max_batch_size);
   samplers_.resize(static_cast<std::size_t>(num_sampling_threads(options)));
   std::random_device entropy;
   seeds_.seed((std::uint64_t{entropy()} << 32) | entropy());
@@ -253,136 +288,197 @@ bool EngineCore::step() {
   const std::lock_guard one_step(step_mutex_);
   const Clock::time_point begin = Clock::now();
   const bool notes = take_notes();
-  if (scheduler_.idle()) {
+  std::unique_ptr<Flight> flight = std::move(flight_);
+  if (flight) {
+    flight->record.begin = flight->record.planned = seconds(begin);
+  } else if (!scheduler_.idle()) {
+    flight = launch(scheduler_.plan(), begin);
+  } else {
     const std::lock_guard lock(notes_mutex_);
-    busy_ = false;
-    stats_.running = stats_.waiting = 0;
-    stats_.pages_used = blocks_.num_used();
-    stats_.pages_cached = blocks_.num_cached();
+    note_state();
     return notes;
   }
-  const StepPlan plan = scheduler_.plan();
-  for (const ScheduledWork& w : plan.work) note_started(*static_cast<Generation*>(w.sequence)->job);
-  StepRecord record;
+  // What the step leaves is chosen and told while the next one runs already.
+  flight_ = launch_ahead(*flight);
+  finish(*flight);
+  if (flight_ && flight_->all_finished()) {
+    land(*flight_);
+    flight_.reset();
+  }
+  drop_finished_jobs();
+  return true;
+}
+
+// Gives the model a planned step. An error of the model's is the flight's failure.
+std::unique_ptr<EngineCore::Flight> EngineCore::launch(StepPlan plan, Clock::time_point begin) {
+  auto flight = std::make_unique<Flight>();
+  flight->plan = std::move(plan);
+  flight->utilisation = decode_utilisation(flight->plan);
+  StepRecord& record = flight->record;
   record.begin = seconds(begin);
-  record.planned = seconds(Clock::now());
-  record.sequences = static_cast<int>(plan.work.size());
-  record.preempted = static_cast<int>(plan.preempted.size());
+  record.preempted = static_cast<int>(flight->plan.preempted.size());
   record.waiting = scheduler_.num_waiting();
   record.pages_used = blocks_.num_used();
-  for (const ScheduledWork& w : plan.work)
-    (w.decoding ? record.decode_tokens : record.prefill_tokens) += w.count;
-  const double utilisation = decode_utilisation(plan);
-
-  std::string failure;
-  try {
-    run_model(plan);
-  } catch (const std::exception& e) {
-    failure = fmt::format("the model failed: {}", e.what());
+  for (const ScheduledWork& w : flight->plan.work) {
+    Job& job = *static_cast<Generation*>(w.sequence)->job;
+    note_started(job);
+    ++job.num_flying;
   }
+
+  record.planned = seconds(Clock::now());
+  const auto wanted = [](const ScheduledWork& w, model::Draw& draw) {
+    const auto& g = static_cast<const Generation&>(*w.sequence);
+    const SamplingParams& sampling = g.job->sampling;
+    if (!leaves_choice_to_model(sampling)) return Wanted::kLogits;
+    if (sampling.temperature == 0) return Wanted::kLikeliest;
+    if (sampling.n > 1 && !g.job->forked) return Wanted::kLogits;  // several tokens come of this row
+    // A token that is still on its way counts as generated.
+    const std::int64_t on_its_way = w.begin - (static_cast<std::int64_t>(g.tokens.size()) - w.count);
+    draw = draw_of(sampling, {g.job->seed, static_cast<std::uint32_t>(g.index),
+                              static_cast<std::uint64_t>(g.num_generated + on_its_way)});
+    return Wanted::kDrawn;
+  };
+  const auto token_index = [](const Sequence& s) { return static_cast<const Generation&>(s).token_index; };
+  try {
+    for (const PageCopy& copy : flight->plan.copies) model_->copy_page(copy.source, copy.target);
+    StepBatch batch = make_batch(flight->plan, wanted, token_index);
+    flight->results = std::move(batch.results);
+    flight->num_logit_rows = batch.logit_rows.size();
+    flight->num_tokens = batch.num_tokens;
+    model_->launch(batch.view(options_.batch_invariant));
+    flight->launched = true;
+  } catch (const std::exception& e) {
+    flight->failure = fmt::format("the model failed: {}", e.what());
+  }
+  return flight;
+}
+
+// The step after `flight`, launched before its results are there: if nothing but one more token of each of
+// its sequences can follow, and the model chooses those tokens. A sequence whose token turns out to be its
+// last has a place in that step in vain: what comes of it is dropped, and what it wrote to its pages is
+// written before anything that a later owner of them writes. Null: the step must wait for the results.
+std::unique_ptr<EngineCore::Flight> EngineCore::launch_ahead(const Flight& flight) {
+  if (!options_.overlap_steps || !model_->launches_ahead() || !flight.failure.empty()) return nullptr;
+  std::vector<Sequence*> continuing;
+  int unfinished = 0;
+  for (std::size_t i = 0; i < flight.plan.work.size(); ++i) {
+    Generation& g = flight.generation(i);
+    if (g.finished) continue;  // cancelled on its way
+    ++unfinished;
+    if (!flight.results[i].is_token() || (g.job->sampling.n > 1 && !g.job->forked)) return nullptr;
+    g.token_index = flight.results[i].index;
+    const bool goes_on = g.num_generated + 1 < g.job->sampling.max_tokens &&
+                         static_cast<std::int64_t>(g.tokens.size()) + 1 < max_length_;
+    if (goes_on) continuing.push_back(&g);
+  }
+  if (continuing.empty() || unfinished != scheduler_.num_running()) return nullptr;
+  std::optional<StepPlan> plan = scheduler_.plan_ahead(continuing);
+  return plan ? launch(std::move(*plan), Clock::now()) : nullptr;
+}
+
+// Waits for the model; then nothing of the flight is on its way any more.
+void EngineCore::land(Flight& flight) {
+  if (flight.launched) {
+    logits_.resize(flight.num_logit_rows * static_cast<std::size_t>(model_->vocab_size()));
+    tokens_.resize(flight.num_tokens);
+    try {
+      model_->collect(logits_.data(), tokens_.data());
+    } catch (const std::exception& e) {
+      flight.failure = fmt::format("the model failed: {}", e.what());
+    }
+  }
+  for (const ScheduledWork& w : flight.plan.work) --static_cast<Generation*>(w.sequence)->job->num_flying;
+}
+
+void EngineCore::finish(Flight& flight) {
+  land(flight);
+  StepRecord& record = flight.record;
   record.computed = seconds(Clock::now());
-  if (failure.empty()) {
-    for (const ScheduledWork& w : plan.work) scheduler_.commit(w);
-    std::vector<Draw> draws = plan_draws(plan);
-    sample(draws);
-    for (Draw& d : draws) {
-      if (d.error.empty()) {
-        accept(*d.generation, d.sampled);
+  for (std::size_t i = 0; i < flight.plan.work.size(); ++i) {
+    if (flight.generation(i).finished) continue;
+    const ScheduledWork& w = flight.plan.work[i];
+    ++record.sequences;
+    (w.decoding ? record.decode_tokens : record.prefill_tokens) += w.count;
+  }
+  if (record.sequences == 0) {  // everything of it has ended in the meantime
+    const std::lock_guard lock(notes_mutex_);
+    note_state();
+    return;
+  }
+  if (flight.failure.empty()) {
+    for (std::size_t i = 0; i < flight.plan.work.size(); ++i) {
+      if (!flight.generation(i).finished) scheduler_.commit(flight.plan.work[i]);
+    }
+    std::vector<Choice> choices = plan_choices(flight);
+    choose(choices);
+    for (Choice& c : choices) {
+      if (c.error.empty()) {
+        accept(*c.generation, c.sampled);
       } else {
-        end(*d.generation, FinishReason::kError, d.error, {}, /*keep_pages=*/false);
+        end(*c.generation, FinishReason::kError, c.error, {}, /*keep_pages=*/false);
       }
     }
   } else {
     // Nobody knows what the failed step has left in the pages of those that took part; the others go on.
-    for (const ScheduledWork& w : plan.work) {
-      end(*static_cast<Generation*>(w.sequence), FinishReason::kError, failure, {}, /*keep_pages=*/false);
+    for (std::size_t i = 0; i < flight.plan.work.size(); ++i) {
+      Generation& g = flight.generation(i);
+      if (!g.finished) end(g, FinishReason::kError, flight.failure, {}, /*keep_pages=*/false);
     }
   }
-  drop_finished_jobs();
   record.end = seconds(Clock::now());
 
   const std::lock_guard lock(notes_mutex_);
-  busy_ = !scheduler_.idle();
+  note_state();
   record.step = stats_.steps++;
   stats_.step_seconds += record.end - record.begin;
-  stats_.computed_tokens += plan.num_tokens;
-  stats_.running = scheduler_.num_running();
-  stats_.waiting = scheduler_.num_waiting();
-  stats_.pages_used = blocks_.num_used();
-  stats_.pages_cached = blocks_.num_cached();
+  stats_.computed_tokens += record.decode_tokens + record.prefill_tokens;
   stats_.prefix_tokens_looked_up = scheduler_.counters().tokens_looked_up;
   stats_.prefix_tokens_hit = scheduler_.counters().tokens_hit;
   stats_.preemptions = scheduler_.counters().preemptions;
   stats_.pages_evicted = blocks_.counters().pages_evicted;
   stats_.pages_copied = blocks_.counters().pages_copied;
-  if (utilisation > 0) stats_.schedule_utilisation = utilisation;
+  if (flight.utilisation > 0) stats_.schedule_utilisation = flight.utilisation;
   timeline_.push_back(record);
   if (timeline_.size() > kTimelineSteps) timeline_.pop_front();
-  return true;
 }
 
-void EngineCore::run_model(const StepPlan& plan) {
-  for (const PageCopy& copy : plan.copies) model_->copy_page(copy.source, copy.target);
-  std::vector<std::int32_t> token_ids, query_starts{0}, seq_lens, logit_rows, greedy_rows;
-  std::size_t max_blocks = 0;
-  for (const ScheduledWork& w : plan.work) {
-    const auto begin = w.sequence->tokens.begin() + w.begin;
-    token_ids.insert(token_ids.end(), begin, begin + w.count);
-    query_starts.push_back(static_cast<std::int32_t>(token_ids.size()));
-    seq_lens.push_back(static_cast<std::int32_t>(w.begin + w.count));
-    if (w.samples) {
-      const bool greedy = takes_likeliest(static_cast<const Generation*>(w.sequence)->job->sampling);
-      (greedy ? greedy_rows : logit_rows).push_back(static_cast<std::int32_t>(token_ids.size()) - 1);
-    }
-    max_blocks = std::max(max_blocks, w.sequence->pages.pages().size());
-  }
-  std::vector<std::int32_t> block_table(plan.work.size() * max_blocks, -1);
-  for (std::size_t i = 0; i < plan.work.size(); ++i) {
-    std::ranges::copy(plan.work[i].sequence->pages.pages(),
-                      block_table.begin() + static_cast<std::ptrdiff_t>(i * max_blocks));
-  }
-  model::ForwardBatch batch;
-  batch.token_ids = token_ids;
-  batch.query_starts = query_starts;
-  batch.seq_lens = seq_lens;
-  batch.block_table = block_table;
-  batch.max_blocks = static_cast<int>(max_blocks);
-  batch.logit_rows = logit_rows;
-  batch.greedy_rows = greedy_rows;
-  batch.batch_invariant = options_.batch_invariant;
-  logits_.resize(logit_rows.size() * static_cast<std::size_t>(model_->vocab_size()));
-  likeliest_.resize(greedy_rows.size());
-  model_->forward(batch, logits_.data(), likeliest_.data());
+// With notes_mutex_ held.
+void EngineCore::note_state() {
+  busy_ = !scheduler_.idle();
+  stats_.running = scheduler_.num_running();
+  stats_.waiting = scheduler_.num_waiting();
+  stats_.pages_used = blocks_.num_used();
+  stats_.pages_cached = blocks_.num_cached();
 }
 
-std::vector<EngineCore::Draw> EngineCore::plan_draws(const StepPlan& plan) {
+std::vector<EngineCore::Choice> EngineCore::plan_choices(const Flight& flight) {
   const auto vocab_size = static_cast<std::size_t>(model_->vocab_size());
-  std::vector<Draw> draws;
-  std::size_t row = 0, greedy_row = 0;
-  for (const ScheduledWork& w : plan.work) {
-    if (!w.samples) continue;
-    auto& g = static_cast<Generation&>(*w.sequence);
+  std::vector<Choice> choices;
+  for (std::size_t i = 0; i < flight.plan.work.size(); ++i) {
+    Generation& g = flight.generation(i);
+    const StepBatch::Result& result = flight.results[i];
+    if (g.finished || result.wanted == Wanted::kNothing) continue;
     Job& job = *g.job;
-    Draw draw;
-    if (takes_likeliest(job.sampling)) {
-      draw.likeliest = likeliest_[greedy_row++];
+    Choice choice;
+    if (result.is_token()) {
+      choice.token = tokens_[result.index];
     } else {
-      draw.logits = std::span(logits_).subspan(row++ * vocab_size, vocab_size);
+      choice.logits = std::span(logits_).subspan(result.index * vocab_size, vocab_size);
     }
-    draw.generation = &g;
+    choice.generation = &g;
     if (job.forked || job.sampling.n == 1) {
-      draws.push_back(draw);
+      choices.push_back(choice);
       continue;
     }
     // The prompt is done: all continuations take their first token from here.
     fork_generations(job);
-    draw.shared = true;
+    choice.shared = true;
     for (const auto& each : job.generations) {
-      draw.generation = each.get();
-      draws.push_back(draw);
+      choice.generation = each.get();
+      choices.push_back(choice);
     }
   }
-  return draws;
+  return choices;
 }
 
 void EngineCore::fork_generations(Job& job) {
@@ -394,8 +490,8 @@ void EngineCore::fork_generations(Job& job) {
   }
 }
 
-void EngineCore::sample(std::vector<Draw>& draws) {
-  const auto count = static_cast<std::ptrdiff_t>(draws.size());
+void EngineCore::choose(std::vector<Choice>& choices) {
+  const auto count = static_cast<std::ptrdiff_t>(choices.size());
   // Below some ten microseconds of work, waking threads costs more than they bring.
   constexpr std::ptrdiff_t kLogitsWorthThreads = 1 << 16;
   const bool threads = count > 1 && std::ssize(logits_) >= kLogitsWorthThreads;
@@ -405,12 +501,12 @@ void EngineCore::sample(std::vector<Draw>& draws) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
 #endif
   for (std::ptrdiff_t i = 0; i < count; ++i) {
-    Draw& d = draws[static_cast<std::size_t>(i)];
-    const Generation& g = *d.generation;
-    if (d.logits.empty()) {
-      d.sampled.token = d.likeliest;
-      if (d.likeliest < 0) {
-        d.error =
+    Choice& c = choices[static_cast<std::size_t>(i)];
+    const Generation& g = *c.generation;
+    if (c.logits.empty()) {
+      c.sampled.token = c.token;
+      if (c.token < 0) {
+        c.error =
             "the model's logits hold NaN or infinity, or exclude every token; weights or cache may be "
             "damaged";
       }
@@ -418,13 +514,13 @@ void EngineCore::sample(std::vector<Draw>& draws) {
     }
     try {
       std::vector<float> own;
-      if (d.shared) own.assign(d.logits.begin(), d.logits.end());
+      if (c.shared) own.assign(c.logits.begin(), c.logits.end());
       const DrawKey key{g.job->seed, static_cast<std::uint32_t>(g.index),
                         static_cast<std::uint64_t>(g.num_generated)};
-      d.sampled = samplers_[static_cast<std::size_t>(sampling_thread())].sample(
-          g.job->sampling, g.history, key, d.shared ? std::span<float>(own) : d.logits);
+      c.sampled = samplers_[static_cast<std::size_t>(sampling_thread())].sample(
+          g.job->sampling, g.history, key, c.shared ? std::span<float>(own) : c.logits);
     } catch (const std::exception& e) {
-      d.error = e.what();
+      c.error = e.what();
     }
   }
 }
@@ -539,8 +635,12 @@ void EngineCore::send(Job& job, const GenerationEvent& event) {
 }
 
 void EngineCore::drop_finished_jobs() {
-  for (const RequestId id : finished_jobs_) jobs_.erase(id);
-  finished_jobs_.clear();
+  // Those in a step on its way are dropped when it has landed.
+  std::erase_if(finished_jobs_, [this](RequestId id) {
+    if (jobs_.at(id)->num_flying > 0) return false;
+    jobs_.erase(id);
+    return true;
+  });
 }
 
 void EngineCore::note_started(Job& job) {
@@ -558,11 +658,13 @@ void EngineCore::cancel_all() {
   std::sort(ids.begin(), ids.end());
   for (const RequestId id : ids) cancel(id);
   take_notes();
+  if (flight_) {
+    land(*flight_);
+    flight_.reset();
+    drop_finished_jobs();
+  }
   const std::lock_guard lock(notes_mutex_);
-  busy_ = false;
-  stats_.running = stats_.waiting = 0;
-  stats_.pages_used = blocks_.num_used();
-  stats_.pages_cached = blocks_.num_cached();
+  note_state();
 }
 
 double EngineCore::decode_utilisation(const StepPlan& plan) const {
@@ -571,7 +673,7 @@ double EngineCore::decode_utilisation(const StepPlan& plan) const {
     if (w.decoding) lengths.push_back(static_cast<std::int32_t>(w.begin + w.count));
   }
   if (lengths.empty()) return 0;
-  const DecodeSchedule schedule = DecodeSchedule::build(lengths, cpu_schedule_options(options_.num_threads));
+  const DecodeSchedule schedule = DecodeSchedule::build(lengths, model_->schedule_options());
   std::int64_t busiest = 0, all = 0;
   for (const DecodePart& part : schedule.parts()) {
     std::int64_t blocks = 0;

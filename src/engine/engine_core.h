@@ -57,15 +57,19 @@ class EngineCore {
  private:
   struct Generation;
   struct Job;
-  struct Draw;
+  struct Flight;
+  struct Choice;
   using Clock = std::chrono::steady_clock;
 
   std::unique_ptr<TextDecoder> new_decoder() const;
   bool take_notes();
   void start(RequestId id, Submission submission, Clock::time_point submitted);
-  void run_model(const StepPlan& plan);
-  std::vector<Draw> plan_draws(const StepPlan& plan);
-  void sample(std::vector<Draw>& draws);
+  std::unique_ptr<Flight> launch(StepPlan plan, Clock::time_point begin);
+  std::unique_ptr<Flight> launch_ahead(const Flight& flight);
+  void finish(Flight& flight);
+  void land(Flight& flight);
+  std::vector<Choice> plan_choices(const Flight& flight);
+  void choose(std::vector<Choice>& choices);
   void fork_generations(Job& job);
   void accept(Generation& generation, const Sampled& sampled);
   void end(Generation& generation, FinishReason reason, const std::string& error, GenerationEvent event,
@@ -73,6 +77,7 @@ class EngineCore {
   void send(Job& job, const GenerationEvent& event);
   void drop_finished_jobs();
   void note_started(Job& job);
+  void note_state();
   double seconds(Clock::time_point t) const { return std::chrono::duration<double>(t - created_).count(); }
   double decode_utilisation(const StepPlan& plan) const;
 
@@ -88,9 +93,10 @@ class EngineCore {
   std::mutex step_mutex_;  // one step at a time
   std::unordered_map<RequestId, std::unique_ptr<Job>> jobs_;
   std::vector<RequestId> finished_jobs_;
+  std::unique_ptr<Flight> flight_;  // launched ahead; at least one of its generations goes on
   std::vector<float> logits_;
-  std::vector<std::int32_t> likeliest_;
-  std::vector<Sampler> samplers_;  // one per thread
+  std::vector<std::int32_t> tokens_;  // that the model has chosen
+  std::vector<Sampler> samplers_;     // one per thread
 
   struct Note {
     RequestId id;

@@ -90,94 +90,31 @@ void TokenHistory::apply(const SamplingParams& params, std::span<float> logits) 
   }
 }
 
+model::Draw draw_of(const SamplingParams& params, const DrawKey& key) {
+  return model::make_draw(uniform(key.seed, key.index, key.position), params.temperature, params.top_k,
+                          params.top_p, params.min_p);
+}
+
 Sampled Sampler::sample(const SamplingParams& params, const TokenHistory& history, const DrawKey& key,
                         std::span<float> logits) {
   Sampled out;
   std::int32_t best = checked_argmax(logits);
   std::vector<float> raw;
   if (params.logprobs >= 0) {
-    out.logprobs = log_probabilities(logits, best, params.logprobs, candidates_);
+    out.logprobs = log_probabilities(logits, best, params.logprobs, order_);
     raw.assign(logits.begin(), logits.end());
   }
   history.apply(params, logits);
+  out.token = checked_argmax(logits);
   if (params.temperature > 0) {
-    out.token = draw(params, key, logits);
-  } else {
-    out.token = checked_argmax(logits);
+    const float largest = logits[static_cast<std::size_t>(out.token)];
+    out.token = model::draw_token(logits, largest, draw_of(params, key), scratch_);
   }
   if (params.logprobs >= 0) {
     const double norm = out.logprobs.chosen.logprob;
     out.logprobs.chosen = {out.token, static_cast<float>(raw[static_cast<std::size_t>(out.token)] - norm)};
   }
   return out;
-}
-
-// Inverts the cumulative distribution of the tokens token_of(0) to token_of(count - 1), in their order, at u
-// in [0, 1).
-template <typename TokenOf>
-std::int32_t Sampler::pick(double u, std::size_t count, const TokenOf& token_of) const {
-  double total = 0;
-  for (std::size_t i = 0; i < count; ++i) total += weights_[static_cast<std::size_t>(token_of(i))];
-  const double target = u * total;
-  double sum = 0;
-  std::int32_t chosen = -1;
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::int32_t token = token_of(i);
-    const float weight = weights_[static_cast<std::size_t>(token)];
-    if (weight == 0) continue;
-    sum += weight;
-    chosen = token;
-    if (sum > target) break;
-  }
-  return chosen;
-}
-
-std::int32_t Sampler::draw(const SamplingParams& params, const DrawKey& key, std::span<const float> logits) {
-  const std::size_t vocab_size = logits.size();
-  const float largest = logits[static_cast<std::size_t>(checked_argmax(logits))];
-  // Probabilities up to a common factor; 1 for the likeliest token, which every filter therefore passes.
-  const float scale = static_cast<float>(1.0 / std::max(params.temperature, 1e-30));
-  weights_.resize(vocab_size);
-  for (std::size_t i = 0; i < vocab_size; ++i) {
-    const float below = logits[i] - largest;
-    weights_[i] = below == 0 ? 1.0f : std::exp(below * scale);  // 0 * inf would be NaN
-  }
-  const double u = uniform(key.seed, key.index, key.position);
-  if (params.min_p <= 0 && params.top_k <= 0 && params.top_p >= 1)
-    return pick(u, vocab_size, [](std::size_t i) { return static_cast<std::int32_t>(i); });
-
-  candidates_.clear();
-  for (std::size_t i = 0; i < vocab_size; ++i) {
-    if (weights_[i] > 0 && weights_[i] >= params.min_p) candidates_.push_back(static_cast<std::int32_t>(i));
-  }
-  const Likelier likelier{logits};
-  if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < candidates_.size()) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + (params.top_k - 1), candidates_.end(),
-                     likelier);
-    candidates_.resize(static_cast<std::size_t>(params.top_k));
-  }
-  if (params.top_p < 1) {
-    // In the order of ids, so that rounding does not depend on how the filters above left them.
-    std::sort(candidates_.begin(), candidates_.end());
-    double total = 0;
-    for (const std::int32_t token : candidates_) total += weights_[static_cast<std::size_t>(token)];
-    const double wanted = params.top_p * total;
-    // Sorted by likelihood only as far as needed: a few tokens usually hold most of the probability.
-    double sum = 0;
-    std::size_t kept = 0;
-    for (std::size_t sorted = 0; sum < wanted && kept < candidates_.size();) {
-      const std::size_t end = std::min(candidates_.size(), std::max<std::size_t>(64, 4 * sorted));
-      std::partial_sort(candidates_.begin() + static_cast<std::ptrdiff_t>(sorted),
-                        candidates_.begin() + static_cast<std::ptrdiff_t>(end), candidates_.end(), likelier);
-      for (; kept < end && sum < wanted; ++kept) {
-        sum += weights_[static_cast<std::size_t>(candidates_[kept])];
-      }
-      sorted = end;
-    }
-    candidates_.resize(kept);
-  }
-  std::sort(candidates_.begin(), candidates_.end());
-  return pick(u, candidates_.size(), [this](std::size_t i) { return candidates_[i]; });
 }
 
 }  // namespace flash_mla::engine

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "flash_mla/engine.h"
+#include "model/draw.h"
 
 namespace flash_mla::engine {
 
@@ -37,6 +38,9 @@ struct DrawKey {
   std::uint64_t position = 0;
 };
 
+/// What is drawn at `key` with `params`, whose temperature is > 0.
+model::Draw draw_of(const SamplingParams& params, const DrawKey& key);
+
 struct Sampled {
   std::int32_t token = -1;
   TokenLogprobs logprobs;  ///< filled if params.logprobs >= 0
@@ -50,12 +54,8 @@ class Sampler {
                  std::span<float> logits);
 
  private:
-  std::int32_t draw(const SamplingParams& params, const DrawKey& key, std::span<const float> logits);
-  template <typename TokenOf>
-  std::int32_t pick(double u, std::size_t count, const TokenOf& token_of) const;
-
-  std::vector<std::int32_t> candidates_;
-  std::vector<float> weights_;  // (vocab_size)
+  std::vector<std::int32_t> order_;
+  model::DrawScratch scratch_;
 };
 
 }  // namespace flash_mla::engine

@@ -14,8 +14,7 @@ std::int64_t length(const Sequence& s) { return static_cast<std::int64_t>(s.toke
 
 }  // namespace
 
-Scheduler::Scheduler(const SchedulerOptions& options, BlockManager& blocks)
-    : options_(options), blocks_(blocks) {
+void check(const SchedulerOptions& options) {
   if (options.max_batch_size < 1) {
     throw InvalidArgument(fmt::format("max_batch_size is {}, expected at least 1", options.max_batch_size));
   }
@@ -23,6 +22,11 @@ Scheduler::Scheduler(const SchedulerOptions& options, BlockManager& blocks)
     throw InvalidArgument(fmt::format("max_tokens_per_step is {}, expected at least max_batch_size, {}",
                                       options.max_tokens_per_step, options.max_batch_size));
   }
+}
+
+Scheduler::Scheduler(const SchedulerOptions& options, BlockManager& blocks)
+    : options_(options), blocks_(blocks) {
+  check(options);
 }
 
 void Scheduler::add(Sequence& sequence) {
@@ -49,6 +53,23 @@ StepPlan Scheduler::plan() {
   for (Sequence* s : running_) s->scheduled = false;
   plan_decoding(plan);
   plan_prefill(plan);
+  return plan;
+}
+
+std::optional<StepPlan> Scheduler::plan_ahead(std::span<Sequence* const> continuing) {
+  const bool room = num_running() < options_.max_batch_size;
+  if (room && !waiting_.empty() && fits(**waiting_.begin())) return std::nullopt;
+  StepPlan plan;
+  for (Sequence* s : continuing) {
+    // Pages that were taken when a later one finds none stay reserved for the sequence.
+    if (!blocks_.reserve(s->pages, length(*s) + 1, plan.copies)) return std::nullopt;
+    plan.work.push_back({s, length(*s), 1, /*decoding=*/true, /*samples=*/true});
+    ++plan.num_tokens;
+  }
+  // The last plan has made the place where they write their own, and nobody forks before it is committed.
+  if (!plan.copies.empty())
+    throw std::logic_error("plan_ahead: a sequence shares the page that it writes to");
+  ++step_;
   return plan;
 }
 
@@ -104,16 +125,16 @@ bool Scheduler::reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& p
   return true;
 }
 
-bool Scheduler::try_to_join(Sequence& sequence) {
-  const std::int64_t hit = blocks_.admit(sequence.pages, sequence.tokens);
+bool Scheduler::fits(const Sequence& sequence) const {
   // Pages that running prompts still need, and one for each running sequence to grow into.
   std::int64_t promised = 0;
   for (const Sequence* s : running_) promised += 1 + blocks_.pages_needed(s->pages, length(*s));
-  const int needed = blocks_.pages_needed(sequence.pages, length(sequence));
-  if (needed + promised > blocks_.num_available()) {
-    blocks_.release(sequence.pages);
-    return false;
-  }
+  return blocks_.admission_cost(sequence.tokens) + promised <= blocks_.num_available();
+}
+
+bool Scheduler::try_to_join(Sequence& sequence) {
+  if (!fits(sequence)) return false;
+  const std::int64_t hit = blocks_.admit(sequence.pages, sequence.tokens);
   if (!sequence.admitted) {
     sequence.admitted = true;
     sequence.cached_tokens = hit;

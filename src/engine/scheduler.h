@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <set>
 #include <span>
 #include <utility>
@@ -34,6 +35,9 @@ struct SchedulerOptions {
   int max_batch_size = 128;        ///< sequences that hold pages
   int max_tokens_per_step = 2048;  ///< >= max_batch_size
 };
+
+/// Throws InvalidArgument for options out of range.
+void check(const SchedulerOptions& options);
 
 /// What one sequence does in a step: tokens [begin, begin + count) go through the model.
 struct ScheduledWork {
@@ -87,6 +91,13 @@ class Scheduler {
   /// The next step. Sequences in it must be committed before the next plan.
   StepPlan plan();
 
+  /// The step after the last plan before that has been committed: one more token for each of `continuing`,
+  /// which are sequences of that plan at their last token and get one more from it. The token's place in
+  /// their `tokens` is still empty. Nothing, if the pool has no pages left for it or if a sequence could join
+  /// instead: then plan() must decide, after the commits. What is planned here is committed like any other
+  /// plan.
+  std::optional<StepPlan> plan_ahead(std::span<Sequence* const> continuing);
+
   /// The model has run `work`.
   void commit(const ScheduledWork& work);
 
@@ -109,6 +120,7 @@ class Scheduler {
   void plan_decoding(StepPlan& plan);
   void plan_prefill(StepPlan& plan);
   bool reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& plan);
+  bool fits(const Sequence& sequence) const;
   bool try_to_join(Sequence& sequence);
   void schedule(Sequence& sequence, int count, StepPlan& plan);
   void preempt(Sequence& sequence, StepPlan& plan);

@@ -4,14 +4,17 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
 
 #include "flash_mla/error.h"
 #include "model/convert.h"
+#include "model/cpu_rows.h"
 #include "model/json.h"
 #include "model/mapped_file.h"
+#include "model/parallel.h"
 #include "model/safetensors.h"
 
 namespace flash_mla::model {
@@ -181,15 +184,51 @@ WeightView Checkpoint::get(std::string_view name) const {
   return {type->type, tensor.entry.shape, impl_->aligned_data(tensor, type->bytes)};
 }
 
-void Checkpoint::read_float32(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
-                              int block_columns, float* out) const {
+/// A stored matrix with the scales of its blocks, if it has any.
+struct Checkpoint::Matrix {
+  WeightView view;
+  std::int64_t rows = 0, columns = 0;
+  std::int64_t block_rows = 0, block_columns = 0, scale_columns = 0;
+  std::vector<float> scales;  // (blocks of rows, scale_columns)
+
+  /// Rows [begin, end) as float32.
+  void read(std::int64_t begin, std::int64_t end, float* out) const {
+    to_float32(view, begin * columns, (end - begin) * columns, out);
+    if (scales.empty()) return;
+    for (std::int64_t row = begin; row < end; ++row) {
+      const float* scale_row = scales.data() + row / block_rows * scale_columns;
+      float* out_row = out + (row - begin) * columns;
+      for (std::int64_t block = 0; block < scale_columns; ++block) {
+        const std::int64_t last = std::min(columns, (block + 1) * block_columns);
+        for (std::int64_t column = block * block_columns; column < last; ++column) {
+          out_row[column] *= scale_row[block];
+        }
+      }
+    }
+  }
+
+  /// f(begin, end) for runs of rows, on all threads if there is enough to do.
+  template <class F>
+  void for_rows(const F& f) const {
+    constexpr std::int64_t kElements = 1 << 16;  // of a run: they stay in a core's cache
+    const std::int64_t run = std::max<std::int64_t>(1, kElements / std::max<std::int64_t>(columns, 1));
+    const std::int64_t runs = (rows + run - 1) / run;
+    parallel_for(runs, runs >= 4 ? default_threads() : 1,
+                 [&](std::int64_t i) { f(i * run, std::min(rows, (i + 1) * run)); });
+  }
+};
+
+Checkpoint::Matrix Checkpoint::matrix(std::string_view name, std::int64_t rows, std::int64_t columns,
+                                      int block_rows, int block_columns) const {
   const Impl::Tensor& tensor = impl_->find(name);
   const std::vector<std::int64_t>& shape = tensor.entry.shape;
   const bool vector = rows == 1 && shape.size() == 1 && shape[0] == columns;
   if (!vector && shape != std::vector{rows, columns}) Impl::wrong_shape(tensor, {rows, columns});
-  const WeightView view = get(name);
-  to_float32(view, out);
-  if (view.type != WeightType::kFloat8E4M3) return;
+  Matrix out;
+  out.view = get(name);
+  out.rows = rows;
+  out.columns = columns;
+  if (out.view.type != WeightType::kFloat8E4M3) return out;
 
   if (block_rows <= 0 || block_columns <= 0) {
     throw InvalidArgument(fmt::format(
@@ -197,26 +236,43 @@ void Checkpoint::read_float32(std::string_view name, std::int64_t rows, std::int
         "weight_block_size in config.json",
         tensor.file->path().string(), name, block_rows, block_columns));
   }
+  out.block_rows = block_rows;
+  out.block_columns = block_columns;
   const std::int64_t scale_rows = (rows + block_rows - 1) / block_rows;
-  const std::int64_t scale_columns = (columns + block_columns - 1) / block_columns;
+  out.scale_columns = (columns + block_columns - 1) / block_columns;
   const std::string scale_name = std::string(name) + "_scale_inv";
-  const WeightView scales_view = get(scale_name, {scale_rows, scale_columns});
+  const WeightView scales_view = get(scale_name, {scale_rows, out.scale_columns});
   if (scales_view.type == WeightType::kFloat8E4M3) {
     throw InvalidArgument(fmt::format("{}: tensor \"{}\": dtype = F8_E4M3: expected F32, F16 or BF16",
                                       impl_->find(scale_name).file->path().string(), scale_name));
   }
-  std::vector<float> scales(static_cast<std::size_t>(scale_rows * scale_columns));
-  to_float32(scales_view, scales.data());
-  for (std::int64_t row = 0; row < rows; ++row) {
-    const float* scale_row = scales.data() + row / block_rows * scale_columns;
-    float* out_row = out + row * columns;
-    for (std::int64_t block = 0; block < scale_columns; ++block) {
-      const std::int64_t end = std::min(columns, (block + 1) * block_columns);
-      for (std::int64_t column = block * block_columns; column < end; ++column) {
-        out_row[column] *= scale_row[block];
-      }
+  out.scales.resize(static_cast<std::size_t>(scale_rows * out.scale_columns));
+  to_float32(scales_view, out.scales.data());
+  return out;
+}
+
+void Checkpoint::read_float32(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
+                              int block_columns, float* out) const {
+  const Matrix stored = matrix(name, rows, columns, block_rows, block_columns);
+  stored.for_rows(
+      [&](std::int64_t begin, std::int64_t end) { stored.read(begin, end, out + begin * columns); });
+}
+
+void Checkpoint::read_bfloat16(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
+                               int block_columns, std::uint16_t* out) const {
+  const Matrix stored = matrix(name, rows, columns, block_rows, block_columns);
+  stored.for_rows([&](std::int64_t begin, std::int64_t end) {
+    std::uint16_t* to = out + begin * columns;
+    const std::int64_t count = (end - begin) * columns;
+    if (stored.view.type == WeightType::kBFloat16) {
+      std::memcpy(to, stored.view.data + begin * columns * 2, static_cast<std::size_t>(count) * 2);
+      return;
     }
-  }
+    thread_local std::vector<float> values;
+    values.resize(static_cast<std::size_t>(count));
+    stored.read(begin, end, values.data());
+    rows::narrow(values.data(), to, DType::kBFloat16, count);
+  });
 }
 
 }  // namespace flash_mla::model

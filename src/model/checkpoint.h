@@ -45,9 +45,15 @@ class Checkpoint {
   /// not looked at for other dtypes. `out` holds rows * columns floats. Throws InvalidArgument as get does.
   void read_float32(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
                     int block_columns, float* out) const;
+  /// The same in bfloat16 (bits): copied if it is stored so, else rounded to nearest, ties to even.
+  void read_bfloat16(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
+                     int block_columns, std::uint16_t* out) const;
 
  private:
   struct Impl;
+  struct Matrix;
+  Matrix matrix(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
+                int block_columns) const;
   explicit Checkpoint(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

@@ -38,28 +38,32 @@ std::array<float, 256> make_float8_table() {
 }
 
 template <typename Element, typename Convert>
-void convert_all(const WeightView& view, float* out, const Convert& convert) {
-  const std::int64_t n = view.elements();
-  for (std::int64_t i = 0; i < n; ++i) {
+void convert_all(const std::byte* data, std::int64_t first, std::int64_t count, float* out,
+                 const Convert& convert) {
+  data += first * static_cast<std::int64_t>(sizeof(Element));
+  for (std::int64_t i = 0; i < count; ++i) {
     Element bits;
-    std::memcpy(&bits, view.data + i * static_cast<std::int64_t>(sizeof(Element)), sizeof(Element));
+    std::memcpy(&bits, data + i * static_cast<std::int64_t>(sizeof(Element)), sizeof(Element));
     out[i] = convert(bits);
   }
 }
 
 }  // namespace
 
-void to_float32(const WeightView& view, float* out) {
+void to_float32(const WeightView& view, float* out) { to_float32(view, 0, view.elements(), out); }
+
+void to_float32(const WeightView& view, std::int64_t first, std::int64_t count, float* out) {
   static const std::array<float, 256> float8 = make_float8_table();
   switch (view.type) {
     case WeightType::kFloat32:
-      return convert_all<float>(view, out, [](float x) { return x; });
+      return convert_all<float>(view.data, first, count, out, [](float x) { return x; });
     case WeightType::kFloat16:
-      return convert_all<std::uint16_t>(view, out, from_float16);
+      return convert_all<std::uint16_t>(view.data, first, count, out, from_float16);
     case WeightType::kBFloat16:
-      return convert_all<std::uint16_t>(view, out, from_bfloat16);
+      return convert_all<std::uint16_t>(view.data, first, count, out, from_bfloat16);
     case WeightType::kFloat8E4M3:
-      return convert_all<std::uint8_t>(view, out, [](std::uint8_t x) { return float8[x]; });
+      return convert_all<std::uint8_t>(view.data, first, count, out,
+                                       [](std::uint8_t x) { return float8[x]; });
   }
 }
 

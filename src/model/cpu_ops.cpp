@@ -86,6 +86,8 @@ class CpuOps : public Ops {
 
   DType dtype() const override { return dtype_; }
 
+  ScheduleOptions schedule_options() const override { return cpu_schedule_options(threads_); }
+
   Buffer allocate(std::size_t bytes) override { return allocate_aligned(bytes); }
 
   Buffer make_vector(std::span<const float> values) override {
@@ -94,24 +96,24 @@ class CpuOps : public Ops {
     return out;
   }
 
-  Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) override {
+  Buffer make_table(HostWeight values, std::int64_t rows, std::int64_t columns) override {
     Buffer out = allocate_aligned(static_cast<std::size_t>(rows * columns) * dtype_size(dtype_));
-    rows::narrow(values, out.data(), dtype_, rows * columns);
+    rows::narrow(values.float32(), out.data(), dtype_, rows * columns);
     return out;
   }
 
-  std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
-                                      std::int64_t in_features, std::span<const float> bias) override {
+  std::unique_ptr<Linear> make_linear(HostWeight weight, std::int64_t out_features, std::int64_t in_features,
+                                      std::span<const float> bias) override {
     auto out = std::make_unique<CpuLinear>();
-    out->weight = pack(weight, out_features, in_features);
+    out->weight = pack(weight.float32(), out_features, in_features);
     out->bias.assign(bias.begin(), bias.end());
     return out;
   }
 
-  std::unique_ptr<Linear> make_unquantized_linear(const float* weight, std::int64_t out_features,
+  std::unique_ptr<Linear> make_unquantized_linear(HostWeight weight, std::int64_t out_features,
                                                   std::int64_t in_features) override {
     auto out = std::make_unique<CpuLinear>();
-    out->weight = gemm_.pack(weight, out_features, in_features, dtype_);
+    out->weight = gemm_.pack(weight.float32(), out_features, in_features, dtype_);
     return out;
   }
 
@@ -122,18 +124,18 @@ class CpuOps : public Ops {
     return out;
   }
 
-  std::unique_ptr<HeadLinear> make_head_linear(const float* weight, std::int64_t heads,
+  std::unique_ptr<HeadLinear> make_head_linear(HostWeight weight, std::int64_t heads,
                                                std::int64_t out_features, std::int64_t in_features) override {
     auto out = std::make_unique<CpuHeadLinear>();
     for (std::int64_t h = 0; h < heads; ++h) {
       out->heads.push_back(
-          gemm_.pack(weight + h * out_features * in_features, out_features, in_features, dtype_));
+          gemm_.pack(weight.float32() + h * out_features * in_features, out_features, in_features, dtype_));
     }
     return out;
   }
 
   std::unique_ptr<Experts> make_experts(int num_experts, std::int64_t hidden, std::int64_t intermediate,
-                                        const std::function<void(int, float*, float*)>& read) override {
+                                        const std::function<void(int, void*, void*)>& read) override {
     auto out = std::make_unique<CpuExperts>();
     std::vector<float> gate_up(static_cast<std::size_t>(2 * intermediate * hidden));
     std::vector<float> down(static_cast<std::size_t>(hidden * intermediate));
@@ -162,17 +164,18 @@ class CpuOps : public Ops {
       }
     });
     if (step.num_absorbed > 0) {
-      ScheduleOptions options = cpu_schedule_options(threads_);
+      ScheduleOptions options = schedule_options();
       if (step.batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
       schedule_ = DecodeSchedule::build(step.absorbed_lens, options);
     }
   }
 
-  void embed(const Buffer& table, Matrix out) override {
+  void embed(const Buffer& table, const Buffer& tokens, Matrix out) override {
     const auto bytes = static_cast<std::size_t>(out.columns) * dtype_size(dtype_);
     for_rows(out.rows, out.columns, [&](std::int64_t t) {
-      const auto id = static_cast<std::size_t>(step_->token_ids[static_cast<std::size_t>(t)]);
-      std::memcpy(out.row(t), table.data() + id * bytes, bytes);
+      std::int32_t id = step_->token_ids[static_cast<std::size_t>(t)];
+      if (id < 0) id = std::max(reinterpret_cast<const std::int32_t*>(tokens.data())[-1 - id], 0);
+      std::memcpy(out.row(t), table.data() + static_cast<std::size_t>(id) * bytes, bytes);
     });
   }
 
@@ -342,16 +345,31 @@ class CpuOps : public Ops {
     std::memmove(buffer.data() + target, buffer.data() + source, bytes);
   }
 
-  void likeliest(Matrix logits, const Buffer& tokens) override {
-    const std::int64_t first = step_->first_greedy;
+  void choose(Matrix logits, const Buffer& tokens) override {
+    const std::int64_t first = step_->first_chosen;
     for_rows(logits.rows - first, logits.columns, [&](std::int64_t i) {
-      reinterpret_cast<std::int32_t*>(tokens.data())[first + i] =
-          model::likeliest(reinterpret_cast<const float*>(logits.row(first + i)), logits.columns);
+      const auto* row = reinterpret_cast<const float*>(logits.row(first + i));
+      std::int32_t& token = reinterpret_cast<std::int32_t*>(tokens.data())[first + i];
+      token = model::likeliest(row, logits.columns);
+      const Draw draw = step_->draws.empty() ? Draw() : step_->draws[static_cast<std::size_t>(first + i)];
+      if (token < 0 || draw.scale == 0) return;
+      thread_local DrawScratch scratch;
+      token = draw_token({row, static_cast<std::size_t>(logits.columns)}, row[token], draw, scratch);
     });
   }
 
   void download(const std::byte* data, std::size_t bytes, void* host) override {
     std::memcpy(host, data, bytes);
+  }
+
+  std::unique_ptr<Download> start_download(const std::byte* data, std::size_t bytes) override {
+    struct Copy : Download {
+      std::vector<std::byte> copy;
+      const std::byte* wait() override { return copy.data(); }
+    };
+    auto out = std::make_unique<Copy>();
+    out->copy.assign(data, data + bytes);
+    return out;
   }
 
  private:

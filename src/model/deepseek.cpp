@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstring>
 #include <set>
+#include <stdexcept>
 #include <utility>
 
 #include "flash_mla/error.h"
@@ -18,24 +20,43 @@ DeepSeek::DeepSeek(ModelConfig config, Weights weights, std::unique_ptr<Ops> ops
       experts_per_token_(config_.num_experts_per_tok +
                          (ops_->folds_shared_experts() ? config_.n_shared_experts : 0)) {}
 
-void DeepSeek::forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) {
-  Step step = plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_});
-  if (step.num_tokens() == 0) return;
-  begin(step);
-  ops_->run([&] { layers(step); });
-  if (!batch.logit_rows.empty()) {
-    const std::size_t row = static_cast<std::size_t>(config_.vocab_size) * sizeof(float);
-    ops_->download(logits_.data(), batch.logit_rows.size() * row, logits);
+void DeepSeek::launch(const ForwardBatch& batch) {
+  if (!flights_.empty() && flights_.back().num_logit_rows > 0) {
+    throw std::logic_error("launch: a step with logit_rows has not been collected");
   }
-  if (!batch.greedy_rows.empty()) {
+  step_ =
+      plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_, num_tokens_chosen_});
+  num_tokens_chosen_ = 0;
+  Flight flight;
+  flight.num_logit_rows = batch.logit_rows.size();
+  flight.num_tokens = batch.drawn_rows.size() + batch.greedy_rows.size();
+  if (step_.num_tokens() > 0) {
+    begin(step_);
+    ops_->run([&] { layers(step_); });
+  }
+  if (flight.num_tokens > 0) {
     constexpr std::size_t kId = sizeof(std::int32_t);
-    ops_->download(likeliest_.data() + batch.logit_rows.size() * kId, batch.greedy_rows.size() * kId, greedy);
+    flight.tokens =
+        ops_->start_download(tokens_.data() + flight.num_logit_rows * kId, flight.num_tokens * kId);
+    if (flight.num_logit_rows == 0) num_tokens_chosen_ = static_cast<std::int64_t>(flight.num_tokens);
   }
+  flights_.push_back(std::move(flight));
+}
+
+void DeepSeek::collect(float* logits, std::int32_t* tokens) {
+  if (flights_.empty()) throw std::logic_error("collect: no step has been launched");
+  const Flight flight = std::move(flights_.front());
+  flights_.pop_front();
+  if (flight.num_logit_rows > 0) {
+    const std::size_t row = static_cast<std::size_t>(config_.vocab_size) * sizeof(float);
+    ops_->download(logits_.data(), flight.num_logit_rows * row, logits);
+  }
+  if (flight.tokens) std::memcpy(tokens, flight.tokens->wait(), flight.num_tokens * sizeof(std::int32_t));
 }
 
 void DeepSeek::layers(Step& step) {
   Matrix x = activations(x_, step.num_tokens(), config_.hidden_size);
-  ops_->embed(weights_.embedding, x);
+  ops_->embed(weights_.embedding, tokens_, x);
   for (std::size_t i = 0; i < expert_ids_.size(); ++i) {
     if (config_.is_moe_layer(static_cast<int>(i))) {
       activations(expert_ids_[i], step.num_tokens() * experts_per_token_, 1, DType::kInt32);
@@ -51,8 +72,8 @@ void DeepSeek::layers(Step& step) {
   ops_->rms_norm(last, weights_.norm, config_.rms_norm_eps, last);
   const Matrix out = activations(logits_, rows, config_.vocab_size, DType::kFloat32);
   ops_->linear(last, *weights_.lm_head, out);
-  activations(likeliest_, rows, 1, DType::kInt32);
-  if (step.first_greedy < rows) ops_->likeliest(out, likeliest_);
+  activations(tokens_, rows, 1, DType::kInt32);
+  if (step.first_chosen < rows) ops_->choose(out, tokens_);
 }
 
 // What the last layer leaves of x, of the rows whose logits are wanted alone where the step narrows to them:
@@ -200,7 +221,7 @@ void DeepSeek::reserve(int most_tokens, int most_rows) {
   activations(expert_weights_, num_tokens * chosen, 1, DType::kFloat32);
   activations(last_, num_rows, config_.hidden_size);
   activations(logits_, num_rows, config_.vocab_size, DType::kFloat32);
-  activations(likeliest_, num_rows, 1, DType::kInt32);
+  activations(tokens_, num_rows, 1, DType::kInt32);
   ops_->reserve(num_tokens);
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -18,10 +19,14 @@ class DeepSeek : public Model {
   int vocab_size() const override { return config_.vocab_size; }
   std::int64_t max_position() const override { return config_.max_position_embeddings; }
   std::size_t bytes_per_page() const override;
+  std::size_t free_memory() const override { return ops_->free_memory(); }
+  ScheduleOptions schedule_options() const override { return ops_->schedule_options(); }
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
   void reserve(int num_tokens, int num_rows) override;
-  void forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) override;
+  void launch(const ForwardBatch& batch) override;
+  void collect(float* logits, std::int32_t* tokens) override;
+  bool launches_ahead() const override { return ops_->queues(); }
   double device_seconds() const override { return ops_->device_seconds(); }
   std::int64_t experts_hit(int num_tokens) override;
 
@@ -49,11 +54,20 @@ class DeepSeek : public Model {
   int num_pages_ = 0;
   std::vector<Buffer> caches_;  ///< one per layer: (pages, kPageSize, 1, kv_lora_rank + qk_rope_head_dim)
 
+  /// A step that has been launched and not collected.
+  struct Flight {
+    std::size_t num_logit_rows = 0, num_tokens = 0;
+    std::unique_ptr<Download> tokens;  ///< null: none are wanted
+  };
+  std::deque<Flight> flights_;
+  Step step_;                           ///< the last that was launched
+  std::int64_t num_tokens_chosen_ = 0;  ///< that a next step can refer to
+
   std::int64_t num_absorbed_ = 0;  ///< of the step that runs
   Buffer x_, h_, qkv_a_, q_a_, q_, q_latent_, out_latent_, attended_, act_, expert_weights_;
   std::vector<Buffer> expert_ids_;  ///< of each layer: (tokens, experts_per_token_) int32
   int experts_per_token_;           ///< the folded shared ones counted in
-  Buffer last_x_, last_q_, last_, logits_, likeliest_;
+  Buffer last_x_, last_q_, last_, logits_, tokens_;
 };
 
 }  // namespace flash_mla::model

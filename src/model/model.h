@@ -6,6 +6,9 @@
 #include <memory>
 #include <span>
 
+#include "flash_mla/schedule.h"
+#include "model/draw.h"
+
 namespace flash_mla::model {
 
 struct ModelConfig;
@@ -16,7 +19,9 @@ inline constexpr int kPageSize = 64;
 /// One step over several sequences, each with a run of new tokens (one in decoding, a chunk in prefill). All
 /// arrays live on the host and only for the call.
 struct ForwardBatch {
-  std::span<const std::int32_t> token_ids;  ///< (num_tokens), sequence after sequence
+  /// (num_tokens), sequence after sequence. -1 - i: the i-th token that the step before this one chose
+  /// (Model::collect's `tokens`), which then had no logit_rows; where that is -1, any token.
+  std::span<const std::int32_t> token_ids;
   std::span<const std::int32_t>
       query_starts;  ///< (num_seqs + 1): tokens of sequence i are [starts[i], starts[i+1])
   std::span<const std::int32_t>
@@ -24,6 +29,8 @@ struct ForwardBatch {
   std::span<const std::int32_t> block_table;  ///< (num_seqs, max_blocks): pages of each sequence
   int max_blocks = 0;
   std::span<const std::int32_t> logit_rows;   ///< tokens (indices into token_ids) whose logits are wanted
+  std::span<const std::int32_t> drawn_rows;   ///< tokens of which only a successor is wanted, drawn as
+  std::span<const Draw> draws;                ///< (drawn_rows.size()) these say
   std::span<const std::int32_t> greedy_rows;  ///< tokens of which only the likeliest successor is wanted
   /// The same bits for a sequence whatever else is in the batch.
   bool batch_invariant = false;
@@ -37,16 +44,33 @@ class Model {
   virtual int vocab_size() const = 0;
   virtual std::int64_t max_position() const = 0;
   virtual std::size_t bytes_per_page() const = 0;  ///< over all layers
+  /// Bytes of the device's own memory that nobody has taken; 0: it works in the host's.
+  virtual std::size_t free_memory() const { return 0; }
+  /// The workers among which decode attention is divided.
+  virtual ScheduleOptions schedule_options() const = 0;
   /// (Re-)allocates the cache; contents are lost. Throws std::bad_alloc.
   virtual void allocate_cache(int num_pages) = 0;
   /// Copies one page, in every layer.
   virtual void copy_page(int source, int target) = 0;
-  /// Makes room for steps of up to `num_tokens` tokens with `num_rows` logit and greedy rows, so that no
-  /// later step has to. Optional; after allocate_cache.
+  /// Makes room for steps of up to `num_tokens` tokens with `num_rows` rows of all three kinds, so that no
+  /// later step has to. Optional.
   virtual void reserve(int num_tokens, int num_rows) = 0;
-  /// Writes to host memory: logits (logit_rows.size(), vocab_size) float32, and for every greedy row the
-  /// token of the largest logit, the first among equals, or -1 where one is NaN or +inf or all are -inf.
-  virtual void forward(const ForwardBatch& batch, float* logits, std::int32_t* greedy) = 0;
+  /// Starts a step; collect() gives its results. Steps run in the order of their launches, and so do copies
+  /// of pages among them. Two may be on their way, but one with logit_rows must be collected before the next
+  /// is launched. If it throws, the step counts as not launched.
+  virtual void launch(const ForwardBatch& batch) = 0;
+  /// Waits for the oldest step on its way and writes to host memory: logits (logit_rows.size(), vocab_size)
+  /// float32, and tokens (drawn_rows.size() + greedy_rows.size()), the drawn ones first; of greedy rows the
+  /// token of the largest logit, the first among equals. A token is -1 where a logit is NaN or +inf or all
+  /// are -inf. If it throws, the step is over all the same.
+  virtual void collect(float* logits, std::int32_t* tokens) = 0;
+  /// Both.
+  void forward(const ForwardBatch& batch, float* logits, std::int32_t* tokens) {
+    launch(batch);
+    collect(logits, tokens);
+  }
+  /// Whether launch() returns before the step has run.
+  virtual bool launches_ahead() const { return false; }
 
   // For benchmarks; 0 where nobody counts.
   /// Time that the device has worked on steps since the model was made, with ModelOptions::time_steps: from
@@ -78,8 +102,8 @@ struct ModelOptions {
 /// Loads config and weights of a Hugging Face model directory. Throws InvalidArgument or Unsupported.
 std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const ModelOptions& options = {});
 
-/// A model of the configuration with random weights, for benchmarks: no file is read, and nothing sensible
-/// comes out. Throws as load_model does.
+/// A model of the configuration with random weights, the same ones every time, for benchmarks and load tests:
+/// no file is read, and nothing sensible comes out. Throws as load_model does.
 std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options = {});
 
 }  // namespace flash_mla::model

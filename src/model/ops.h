@@ -7,8 +7,10 @@
 #include <span>
 #include <vector>
 
+#include "flash_mla/schedule.h"
 #include "flash_mla/tensor.h"
 #include "model/config.h"
+#include "model/draw.h"
 
 namespace flash_mla::model {
 
@@ -44,6 +46,18 @@ struct Matrix {
   }
 };
 
+/// A weight in the host's memory, row-major: float32, or bfloat16 (bits). Null: the device makes one up.
+struct HostWeight {
+  HostWeight(std::nullptr_t) {}
+  HostWeight(const float* values) : data(values) {}
+  HostWeight(const std::uint16_t* bits) : data(bits), dtype(DType::kBFloat16) {}
+
+  const float* float32() const { return static_cast<const float*>(data); }
+
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
 /// The weights of x -> x·W^T + bias, in whatever layout the device multiplies best.
 class Linear {
  public:
@@ -73,7 +87,7 @@ struct Chunk {
 /// What a step is, on the host. Its tokens are ordered so that those that take the absorbed form of
 /// attention come first; each of them is a request of its own there.
 struct Step {
-  std::vector<std::int32_t> token_ids;  ///< (num_tokens)
+  std::vector<std::int32_t> token_ids;  ///< (num_tokens); -1 - i: the i-th of the tokens that embed is given
   std::vector<std::int32_t> positions;  ///< (num_tokens)
   std::vector<std::int64_t> slots;      ///< (num_tokens): page * kPageSize + offset
 
@@ -84,26 +98,41 @@ struct Step {
 
   std::vector<Chunk> chunks;  ///< the sequences behind them, in the un-absorbed form
 
-  std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted, then those of first_greedy on:
-  std::int64_t first_greedy = 0;         ///< of them only the likeliest token is
+  std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted, then those of first_chosen on:
+  std::int64_t first_chosen = 0;         ///< of them only a token is
+  std::vector<Draw> draws;               ///< (logit_rows), which is drawn where a scale is set; or empty
   bool batch_invariant = false;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
 };
 
+/// Bytes on their way to the host.
+class Download {
+ public:
+  virtual ~Download() = default;
+  /// Returns when they have come. They stay as long as this object.
+  virtual const std::byte* wait() = 0;
+};
+
 /// What the model asks of a device. Activations are matrices of one row per token in `dtype()`; sums are
-/// accumulated in fp32. Calls are queued in order and may return before they ran; only download() waits.
-/// In a batch-invariant step no row's bits depend on the other rows.
+/// accumulated in fp32. Calls are queued in order and may return before they ran; only download() and
+/// Download::wait() wait. In a batch-invariant step no row's bits depend on the other rows.
 class Ops {
  public:
   virtual ~Ops() = default;
 
   /// Of weights, activations and cache.
   virtual DType dtype() const = 0;
+  /// As Model's.
+  virtual std::size_t free_memory() const { return 0; }
+  virtual ScheduleOptions schedule_options() const = 0;
 
-  // Memory and weights. Host arrays are float32, row-major, and free again when the call returns. Where a
-  // weight is null (or `read` empty) a device that makes_up_weights() takes random ones: for benchmarks.
+  // Memory and weights. Host arrays are free again when the call returns. Where a weight is null (or `read`
+  // empty) a device that makes_up_weights() takes random ones, which are then never on the host: for
+  // benchmarks.
   virtual bool makes_up_weights() const { return false; }
+  /// Whether weights are to be given in bfloat16; else in float32.
+  virtual bool takes_bfloat16() const { return false; }
   virtual Buffer allocate(std::size_t bytes) = 0;
   /// What begin_step makes of that many tokens at most.
   virtual std::int64_t padded(std::int64_t num_tokens) const { return num_tokens; }
@@ -111,35 +140,35 @@ class Ops {
   virtual void reserve(std::int64_t num_tokens) { static_cast<void>(num_tokens); }
   /// Parameters that stay float32: norm weights, biases.
   virtual Buffer make_vector(std::span<const float> values) = 0;
-  virtual Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) = 0;
+  virtual Buffer make_table(HostWeight values, std::int64_t rows, std::int64_t columns) = 0;
   /// `weight` (out_features, in_features); `bias` (out_features) or empty.
-  virtual std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
+  virtual std::unique_ptr<Linear> make_linear(HostWeight weight, std::int64_t out_features,
                                               std::int64_t in_features, std::span<const float> bias) = 0;
   /// The same where other weights may be quantised: these keep dtype().
-  virtual std::unique_ptr<Linear> make_unquantized_linear(const float* weight, std::int64_t out_features,
+  virtual std::unique_ptr<Linear> make_unquantized_linear(HostWeight weight, std::int64_t out_features,
                                                           std::int64_t in_features) {
     return make_linear(weight, out_features, in_features, {});
   }
-  /// A Linear that multiplies in fp32 whatever dtype() is.
+  /// A Linear that multiplies in fp32 whatever dtype() is; `weight` is float32.
   virtual std::unique_ptr<Linear> make_router(const float* weight, std::int64_t num_experts,
                                               std::int64_t in_features) = 0;
   /// `weight` (heads, out_features, in_features).
-  virtual std::unique_ptr<HeadLinear> make_head_linear(const float* weight, std::int64_t heads,
+  virtual std::unique_ptr<HeadLinear> make_head_linear(HostWeight weight, std::int64_t heads,
                                                        std::int64_t out_features,
                                                        std::int64_t in_features) = 0;
   /// `read(e, gate_up, down)` fills expert e's (2 * intermediate, hidden) and (hidden, intermediate).
   virtual std::unique_ptr<Experts> make_experts(int num_experts, std::int64_t hidden,
                                                 std::int64_t intermediate,
-                                                const std::function<void(int, float*, float*)>& read) = 0;
+                                                const std::function<void(int, void*, void*)>& read) = 0;
 
   /// Hands over the step that the calls below belong to: metadata goes to the device, the decode schedule is
   /// made, once for all layers. A device may append tokens and logit rows whose results nobody reads, to a
   /// size that it has prepared; their slot is -1. `step` must live until the next begin_step.
   virtual void begin_step(Step& step) = 0;
-  /// Runs `layers`, which makes the step's calls from embed to likeliest, or replays what it recorded when
+  /// Runs `layers`, which makes the step's calls from embed to choose, or replays what it recorded when
   /// it last did so for a step of this shape.
   virtual void run(const std::function<void()>& layers) { layers(); }
-  /// Of all steps that have been downloaded, where they are timed.
+  /// Of the steps that have run, where they are timed.
   virtual double device_seconds() const { return 0; }
 
   /// Whether begin_step may come again within a forward pass, for the rows whose logits are wanted.
@@ -154,8 +183,9 @@ class Ops {
     return false;
   }
 
-  /// out[t] = table[token_ids[t]]
-  virtual void embed(const Buffer& table, Matrix out) = 0;
+  /// out[t] = table[token_ids[t]], where a negative token_ids[t] is tokens[-1 - token_ids[t]] (int32), and
+  /// any row of the table if that is negative too.
+  virtual void embed(const Buffer& table, const Buffer& tokens, Matrix out) = 0;
   /// out = x / sqrt(mean(x²) + eps) * weight
   virtual void rms_norm(Matrix x, const Buffer& weight, double eps, Matrix out) = 0;
   virtual void linear(Matrix x, const Linear& weight, Matrix out) = 0;
@@ -213,11 +243,15 @@ class Ops {
   virtual void gather_logit_rows(Matrix x, Matrix out) = 0;
   /// Copies `bytes` bytes within the device.
   virtual void copy(const Buffer& buffer, std::size_t source, std::size_t target, std::size_t bytes) = 0;
-  /// tokens[i] (int32) of logit row i from the step's first_greedy on (and maybe of those before): as
-  /// Model::forward says.
-  virtual void likeliest(Matrix logits, const Buffer& tokens) = 0;
+  /// tokens[i] (int32) of logit row i from the step's first_chosen on (and maybe of those before): the
+  /// likeliest or the drawn one, as Model::collect says.
+  virtual void choose(Matrix logits, const Buffer& tokens) = 0;
   /// `bytes` bytes from the device to the host; returns when everything queued has run.
   virtual void download(const std::byte* data, std::size_t bytes, void* host) = 0;
+  /// Queues the same, of what everything queued so far leaves there.
+  virtual std::unique_ptr<Download> start_download(const std::byte* data, std::size_t bytes) = 0;
+  /// Whether calls return before they ran.
+  virtual bool queues() const { return false; }
 };
 
 }  // namespace flash_mla::model

@@ -36,9 +36,13 @@ class Planner {
     for (std::int64_t s = 0; s < seqs_; ++s) {
       if (!absorbed(s)) add_chunk(s);
     }
-    step_.first_greedy = std::ssize(batch_.logit_rows);
-    for (const auto& rows : {batch_.logit_rows, batch_.greedy_rows}) {
+    step_.first_chosen = std::ssize(batch_.logit_rows);
+    for (const auto& rows : {batch_.logit_rows, batch_.drawn_rows, batch_.greedy_rows}) {
       for (const std::int32_t row : rows) step_.logit_rows.push_back(order_[static_cast<std::size_t>(row)]);
+    }
+    if (!batch_.draws.empty()) {
+      step_.draws.resize(step_.logit_rows.size());
+      std::ranges::copy(batch_.draws, step_.draws.begin() + step_.first_chosen);
     }
     return std::move(step_);
   }
@@ -75,12 +79,17 @@ class Planner {
     for (std::int64_t s = 0; s < seqs_; ++s) check_sequence(s);
     for (std::int64_t t = 0; t < tokens_; ++t) {
       const std::int32_t id = batch_.token_ids[static_cast<std::size_t>(t)];
-      if (id < 0 || id >= limits_.vocab_size) {
+      if (id < -limits_.num_tokens_before || id >= limits_.vocab_size) {
         fail(fmt::format("token_ids[{}]", t), id,
              fmt::format("0 to {}, the vocabulary", limits_.vocab_size - 1));
       }
     }
     check_rows("logit_rows", batch_.logit_rows);
+    check_rows("drawn_rows", batch_.drawn_rows);
+    if (batch_.draws.size() != batch_.drawn_rows.size()) {
+      fail("size of draws", std::ssize(batch_.draws),
+           fmt::format("{}, that of drawn_rows", batch_.drawn_rows.size()));
+    }
     check_rows("greedy_rows", batch_.greedy_rows);
   }
 

@@ -14,6 +14,7 @@ struct StepLimits {
   int vocab_size = 0;
   std::int64_t max_position = 0;
   int num_pages = 0;
+  std::int64_t num_tokens_before = 0;  ///< that the step before has chosen
 };
 
 /// Checks a batch and orders its tokens for the device. Throws InvalidArgument.

@@ -3,16 +3,18 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <string>
 
 #include "flash_mla/error.h"
+#include "model/parallel.h"
 
 namespace flash_mla::model {
 namespace {
 
-using Values = std::vector<float>;
-
+/// Reads weights in the type that the device takes: float, or std::uint16_t for the bits of bfloat16.
+template <class Element>
 class Loader {
  public:
   Loader(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops)
@@ -20,38 +22,74 @@ class Loader {
 
   Weights load() {
     Weights out;
-    const Values embedding = matrix("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size);
-    out.embedding = ops_.make_table(embedding.data(), config_.vocab_size, config_.hidden_size);
+    const Array embedding = matrix("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size);
+    out.embedding = ops_.make_table(embedding.get(), config_.vocab_size, config_.hidden_size);
     for (int i = 0; i < config_.num_hidden_layers; ++i) out.layers.push_back(layer(i));
     out.norm = norm("model.norm", config_.hidden_size);
-    const Values head = config_.tie_word_embeddings
-                            ? embedding
-                            : matrix("lm_head.weight", config_.vocab_size, config_.hidden_size);
-    out.lm_head = ops_.make_linear(head.data(), config_.vocab_size, config_.hidden_size, {});
+    Array head;
+    if (!config_.tie_word_embeddings) {
+      head = matrix("lm_head.weight", config_.vocab_size, config_.hidden_size);
+    }
+    out.lm_head = ops_.make_linear(config_.tie_word_embeddings ? embedding.get() : head.get(),
+                                   config_.vocab_size, config_.hidden_size, {});
     return out;
   }
 
  private:
-  void read(const std::string& name, std::int64_t rows, std::int64_t columns, float* out) const {
-    checkpoint_.read_float32(name, rows, columns, config_.fp8_block_rows, config_.fp8_block_columns, out);
-    float* end = out + rows * columns;
-    const float* bad = std::find_if(out, end, [](float x) { return !std::isfinite(x); });
-    if (bad != end) {
-      throw InvalidArgument(fmt::format("tensor {} holds {} at row {}, column {}, expected finite weights",
-                                        name, *bad, (bad - out) / columns, (bad - out) % columns));
-    }
+  using Values = std::vector<float>;
+  using Array = std::unique_ptr<Element[]>;  // not set to zero before it is read into
+
+  static Array array(std::int64_t size) {
+    return std::make_unique_for_overwrite<Element[]>(static_cast<std::size_t>(size));
   }
 
-  Values matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
-    Values out(static_cast<std::size_t>(rows * columns));
-    read(name, rows, columns, out.data());
+  static bool finite(float x) { return std::isfinite(x); }
+  static bool finite(std::uint16_t bits) { return (bits & 0x7f80u) != 0x7f80u; }
+  static float value(float x) { return x; }
+  static float value(std::uint16_t bits) {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+  }
+
+  void read_as(const std::string& name, std::int64_t rows, std::int64_t columns, float* out) const {
+    checkpoint_.read_float32(name, rows, columns, config_.fp8_block_rows, config_.fp8_block_columns, out);
+  }
+  void read_as(const std::string& name, std::int64_t rows, std::int64_t columns, std::uint16_t* out) const {
+    checkpoint_.read_bfloat16(name, rows, columns, config_.fp8_block_rows, config_.fp8_block_columns, out);
+  }
+
+  template <class T>
+  void read(const std::string& name, std::int64_t rows, std::int64_t columns, T* out) const {
+    read_as(name, rows, columns, out);
+    const std::int64_t size = rows * columns, runs = (size + kCheckedRun - 1) / kCheckedRun;
+    parallel_for(runs, runs >= 4 ? default_threads() : 1, [&](std::int64_t i) {
+      const T* begin = out + i * kCheckedRun;
+      const T* end = out + std::min(size, (i + 1) * kCheckedRun);
+      // No early end, so that the loop takes many at a time.
+      bool good = true;
+      for (const T* x = begin; x != end; ++x) good &= finite(*x);
+      if (good) return;
+      const T* bad = std::find_if(begin, end, [](T x) { return !finite(x); });
+      throw InvalidArgument(fmt::format("tensor {} holds {} at row {}, column {}, expected finite weights",
+                                        name, value(*bad), (bad - out) / columns, (bad - out) % columns));
+    });
+  }
+
+  Array matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
+    Array out = array(rows * columns);
+    read(name, rows, columns, out.get());
     return out;
   }
 
-  /// A one-dimensional tensor.
+  /// A parameter that stays float32: one-dimensional,
   Values vector(const std::string& name, std::int64_t size) const {
     checkpoint_.get(name, {size});
-    return matrix(name, 1, size);
+    return float_matrix(name, 1, size);
+  }
+  /// or not.
+  Values float_matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
+    Values out(static_cast<std::size_t>(rows * columns));
+    read(name, rows, columns, out.data());
+    return out;
   }
 
   Buffer norm(const std::string& name, std::int64_t size) {
@@ -80,64 +118,51 @@ class Loader {
     Attention out;
 
     const std::int64_t q_rows = q_rank > 0 ? q_rank : q_width, kv_rows = rank + rope;
-    Values qkv = matrix(name + (q_rank > 0 ? ".q_a_proj.weight" : ".q_proj.weight"), q_rows, hidden);
-    if (q_rank == 0) pair_rope_rows(qkv, hidden, heads, nope);
-    Values kv = matrix(name + ".kv_a_proj_with_mqa.weight", kv_rows, hidden);
+    const Array qkv = array((q_rows + kv_rows) * hidden);
+    read(name + (q_rank > 0 ? ".q_a_proj.weight" : ".q_proj.weight"), q_rows, hidden, qkv.get());
+    if (q_rank == 0) pair_rope_rows(qkv.get(), hidden, heads, nope);
+    Element* const kv = qkv.get() + q_rows * hidden;
+    read(name + ".kv_a_proj_with_mqa.weight", kv_rows, hidden, kv);
     pair_rope_rows(kv, hidden, 1, rank);
-    append(qkv, kv);
     Values bias;
     if (config_.attention_bias) {
       // q_proj has none; q_a_proj has.
       bias = q_rank > 0 ? vector(name + ".q_a_proj.bias", q_rank)
                         : Values(static_cast<std::size_t>(q_rows), 0.0f);
       Values kv_bias = vector(name + ".kv_a_proj_with_mqa.bias", kv_rows);
-      pair_rope_rows(kv_bias, 1, 1, rank);
-      append(bias, kv_bias);
+      pair_rope_rows(kv_bias.data(), 1, 1, rank);
+      bias.insert(bias.end(), kv_bias.begin(), kv_bias.end());
     }
-    out.qkv_a = ops_.make_linear(qkv.data(), q_rows + kv_rows, hidden, bias);
+    out.qkv_a = ops_.make_linear(qkv.get(), q_rows + kv_rows, hidden, bias);
 
     if (q_rank > 0) {
       out.q_norm = norm(name + ".q_a_layernorm", q_rank);
-      Values q_b = matrix(name + ".q_b_proj.weight", q_width, q_rank);
-      pair_rope_rows(q_b, q_rank, heads, nope);
-      out.q_b = ops_.make_linear(q_b.data(), q_width, q_rank, {});
+      const Array q_b = matrix(name + ".q_b_proj.weight", q_width, q_rank);
+      pair_rope_rows(q_b.get(), q_rank, heads, nope);
+      out.q_b = ops_.make_linear(q_b.get(), q_width, q_rank, {});
     }
     out.kv_norm = norm(name + ".kv_a_layernorm", rank);
-    const Values kv_b = matrix(name + ".kv_b_proj.weight", heads * (nope + v), rank);
-    out.kv_b = ops_.make_unquantized_linear(kv_b.data(), heads * (nope + v), rank);
-    absorb(kv_b, out);
+    const Array kv_b = matrix(name + ".kv_b_proj.weight", heads * (nope + v), rank);
+    out.kv_b = ops_.make_unquantized_linear(kv_b.get(), heads * (nope + v), rank);
+    const auto halves = split_kv_b(config_, static_cast<const Element*>(kv_b.get()));
+    out.w_uk = ops_.make_head_linear(halves.uk.data(), heads, rank, nope);
+    out.w_uv = ops_.make_head_linear(halves.uv.data(), heads, v, rank);
 
-    const Values o = matrix(name + ".o_proj.weight", hidden, heads * v);
+    const Array o = matrix(name + ".o_proj.weight", hidden, heads * v);
     const Values o_bias = config_.attention_bias ? vector(name + ".o_proj.bias", hidden) : Values();
-    out.o = ops_.make_linear(o.data(), hidden, heads * v, o_bias);
+    out.o = ops_.make_linear(o.get(), hidden, heads * v, o_bias);
     return out;
-  }
-
-  /// Splits kv_b (heads * (nope + v), rank) into its key half, transposed, and its value half.
-  void absorb(const Values& kv_b, Attention& out) {
-    const std::int64_t heads = config_.num_attention_heads, rank = config_.kv_lora_rank;
-    const std::int64_t nope = config_.qk_nope_head_dim, v = config_.v_head_dim;
-    Values uk(static_cast<std::size_t>(heads * rank * nope)), uv(static_cast<std::size_t>(heads * v * rank));
-    for (std::int64_t h = 0; h < heads; ++h) {
-      const float* from = kv_b.data() + h * (nope + v) * rank;
-      float* to = uk.data() + h * rank * nope;
-      for (std::int64_t i = 0; i < nope; ++i) {
-        for (std::int64_t r = 0; r < rank; ++r) to[r * nope + i] = from[i * rank + r];
-      }
-      std::copy_n(from + nope * rank, v * rank, uv.data() + h * v * rank);
-    }
-    out.w_uk = ops_.make_head_linear(uk.data(), heads, rank, nope);
-    out.w_uv = ops_.make_head_linear(uv.data(), heads, v, rank);
   }
 
   /// Where a model pairs rope dimension i with i + rope / 2, reorders the rope rows of every head (which
   /// follow `before` others) so that pairs are neighbours. Queries and keys alike, so their products stay.
-  void pair_rope_rows(Values& weight, std::int64_t columns, std::int64_t heads, std::int64_t before) const {
+  template <class T>
+  void pair_rope_rows(T* weight, std::int64_t columns, std::int64_t heads, std::int64_t before) const {
     if (config_.rope_interleave) return;
     const std::int64_t rope = config_.qk_rope_head_dim;
     for (std::int64_t h = 0; h < heads; ++h) {
-      float* rows = weight.data() + (h * (before + rope) + before) * columns;
-      const Values from(rows, rows + rope * columns);
+      T* rows = weight + (h * (before + rope) + before) * columns;
+      const std::vector<T> from(rows, rows + rope * columns);
       for (std::int64_t i = 0; i < rope; ++i) {
         std::copy_n(from.data() + (i / 2 + i % 2 * (rope / 2)) * columns, columns, rows + i * columns);
       }
@@ -148,18 +173,19 @@ class Loader {
     const std::int64_t hidden = config_.hidden_size;
     FeedForward out;
     out.intermediate = intermediate;
-    Values gate_up = matrix(name + ".gate_proj.weight", intermediate, hidden);
-    append(gate_up, matrix(name + ".up_proj.weight", intermediate, hidden));
-    out.gate_up = ops_.make_linear(gate_up.data(), 2 * intermediate, hidden, {});
-    const Values down = matrix(name + ".down_proj.weight", hidden, intermediate);
-    out.down = ops_.make_linear(down.data(), hidden, intermediate, {});
+    const Array gate_up = array(2 * intermediate * hidden);
+    read(name + ".gate_proj.weight", intermediate, hidden, gate_up.get());
+    read(name + ".up_proj.weight", intermediate, hidden, gate_up.get() + intermediate * hidden);
+    out.gate_up = ops_.make_linear(gate_up.get(), 2 * intermediate, hidden, {});
+    const Array down = matrix(name + ".down_proj.weight", hidden, intermediate);
+    out.down = ops_.make_linear(down.get(), hidden, intermediate, {});
     return out;
   }
 
   MixtureOfExperts mixture(const std::string& name) {
     const std::int64_t hidden = config_.hidden_size, intermediate = config_.moe_intermediate_size;
     MixtureOfExperts out;
-    const Values router = matrix(name + ".gate.weight", config_.n_routed_experts, hidden);
+    const Values router = float_matrix(name + ".gate.weight", config_.n_routed_experts, hidden);
     out.router = ops_.make_router(router.data(), config_.n_routed_experts, hidden);
     if (config_.topk_method == TopkMethod::kNoAuxTc) {
       out.correction_bias =
@@ -170,7 +196,9 @@ class Loader {
     if (fold) shared = shared_experts(name + ".shared_experts");
     const int num_experts = config_.n_routed_experts + (fold ? config_.n_shared_experts : 0);
     out.experts =
-        ops_.make_experts(num_experts, hidden, intermediate, [&](int e, float* gate_up, float* down) {
+        ops_.make_experts(num_experts, hidden, intermediate, [&](int e, void* gate_up_out, void* down_out) {
+          auto* gate_up = static_cast<Element*>(gate_up_out);
+          auto* down = static_cast<Element*>(down_out);
           if (e >= config_.n_routed_experts) {
             copy_shared(shared, e - config_.n_routed_experts, gate_up, down);
             return;
@@ -187,7 +215,7 @@ class Loader {
   }
 
   struct SharedExperts {
-    Values gate, up, down;
+    Array gate, up, down;
   };
   SharedExperts shared_experts(const std::string& name) const {
     const std::int64_t hidden = config_.hidden_size;
@@ -197,18 +225,18 @@ class Loader {
             matrix(name + ".down_proj.weight", hidden, width)};
   }
   /// The s-th part of the shared experts, which is an expert of the routed ones' size.
-  void copy_shared(const SharedExperts& shared, std::int64_t s, float* gate_up, float* down) const {
+  void copy_shared(const SharedExperts& shared, std::int64_t s, Element* gate_up, Element* down) const {
     const std::int64_t hidden = config_.hidden_size, intermediate = config_.moe_intermediate_size;
     const std::int64_t width = config_.n_shared_experts * intermediate, size = intermediate * hidden;
-    std::copy_n(shared.gate.data() + s * size, size, gate_up);
-    std::copy_n(shared.up.data() + s * size, size, gate_up + size);
+    std::copy_n(shared.gate.get() + s * size, size, gate_up);
+    std::copy_n(shared.up.get() + s * size, size, gate_up + size);
     for (std::int64_t row = 0; row < hidden; ++row) {
-      std::copy_n(shared.down.data() + row * width + s * intermediate, intermediate,
+      std::copy_n(shared.down.get() + row * width + s * intermediate, intermediate,
                   down + row * intermediate);
     }
   }
 
-  static void append(Values& to, const Values& from) { to.insert(to.end(), from.begin(), from.end()); }
+  static constexpr std::int64_t kCheckedRun = 1 << 18;
 
   const ModelConfig& config_;
   const Checkpoint& checkpoint_;
@@ -217,8 +245,29 @@ class Loader {
 
 }  // namespace
 
+template <class Element>
+AbsorbedHalves<Element> split_kv_b(const ModelConfig& config, const Element* kv_b) {
+  const std::int64_t heads = config.num_attention_heads, rank = config.kv_lora_rank;
+  const std::int64_t nope = config.qk_nope_head_dim, v = config.v_head_dim;
+  AbsorbedHalves<Element> out;
+  out.uk.resize(static_cast<std::size_t>(heads * rank * nope));
+  out.uv.resize(static_cast<std::size_t>(heads * v * rank));
+  for (std::int64_t h = 0; h < heads; ++h) {
+    const Element* from = kv_b + h * (nope + v) * rank;
+    Element* to = out.uk.data() + h * rank * nope;
+    for (std::int64_t i = 0; i < nope; ++i) {
+      for (std::int64_t r = 0; r < rank; ++r) to[r * nope + i] = from[i * rank + r];
+    }
+    std::copy_n(from + nope * rank, v * rank, out.uv.data() + h * v * rank);
+  }
+  return out;
+}
+template AbsorbedHalves<float> split_kv_b(const ModelConfig&, const float*);
+template AbsorbedHalves<std::uint16_t> split_kv_b(const ModelConfig&, const std::uint16_t*);
+
 Weights load_weights(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops) {
-  return Loader(config, checkpoint, ops).load();
+  return ops.takes_bfloat16() ? Loader<std::uint16_t>(config, checkpoint, ops).load()
+                              : Loader<float>(config, checkpoint, ops).load();
 }
 
 }  // namespace flash_mla::model

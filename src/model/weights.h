@@ -49,11 +49,21 @@ struct Weights {
   std::unique_ptr<Linear> lm_head;
 };
 
+/// kv_b (heads * (nope + v), rank) as its key half, transposed for queries, and its value half: of float, or
+/// of std::uint16_t, the bits of bfloat16.
+template <class Element>
+struct AbsorbedHalves {
+  std::vector<Element> uk;  ///< (heads, rank, nope)
+  std::vector<Element> uv;  ///< (heads, v, rank)
+};
+template <class Element>
+AbsorbedHalves<Element> split_kv_b(const ModelConfig& config, const Element* kv_b);
+
 /// Reads a checkpoint's weights onto the device. Throws InvalidArgument for a tensor that is missing, has
 /// another shape, or holds a NaN or infinity; the message names it.
 Weights load_weights(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops);
 
-/// Random weights, made by the device: for benchmarks. Throws Unsupported where it cannot.
+/// Random weights, the same ones every time: for benchmarks and load tests.
 Weights random_weights(const ModelConfig& config, Ops& ops);
 
 }  // namespace flash_mla::model

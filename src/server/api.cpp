@@ -163,7 +163,9 @@ std::vector<ChatMessage> messages(const Body& json) {
     if (!m.is_object() || !m.contains("role") || !m["role"].is_string() || !m.contains("content")) {
       throw bad_request("messages: expected objects with role and content", "messages");
     }
-    out.push_back({m["role"].get<std::string>(), text_of(m["content"])});
+    // OpenAI's newer name of the same.
+    const std::string role = m["role"] == "developer" ? "system" : m["role"].get<std::string>();
+    out.push_back({role, text_of(m["content"])});
   }
   return out;
 }
@@ -402,12 +404,12 @@ void Answer::collect(int index, const GenerationEvent& e) {
   if (e.finish != FinishReason::kNone) choice.finish_reason = finish_reason_name(e.finish);
   const Json more = logprobs_json(choice, e);
   if (more.is_null()) return;
-  if (choice.logprobs.is_null()) {
+  if (!choice.logprobs) {
     choice.logprobs = more;
     return;
   }
   for (const auto& [key, list] : more.items()) {
-    for (const Json& value : list) choice.logprobs[key].push_back(value);
+    for (const Json& value : list) (*choice.logprobs)[key].push_back(value);
   }
 }
 
@@ -423,7 +425,7 @@ Json Answer::complete() const {
     } else {
       one["text"] = choice.text;
     }
-    one["logprobs"] = choice.logprobs;
+    one["logprobs"] = choice.logprobs.value_or(Json());
     one["finish_reason"] = choice.finish_reason;
     out["choices"].push_back(one);
   }

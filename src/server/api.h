@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -75,7 +76,7 @@ class Answer {
  private:
   struct Choice {
     std::string text, finish_reason;
-    Json logprobs;  // null or as OpenAI writes them
+    std::optional<Json> logprobs;  // as OpenAI writes them
     std::int64_t num_characters = 0;
     bool begun = false;
   };

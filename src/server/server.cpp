@@ -103,7 +103,27 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   asio::steady_timer::time_point deadline_ = asio::steady_timer::time_point::max();
 };
 
+void bind_to_address(tcp::acceptor& acceptor, const ServerOptions& options) {
+  error_code error;
+  const auto address = asio::ip::make_address(options.host, error);
+  if (error) throw InvalidArgument(fmt::format("host is \"{}\", expected an IP address", options.host));
+  const tcp::endpoint endpoint(address, static_cast<unsigned short>(options.port));
+  acceptor.open(endpoint.protocol());
+  acceptor.set_option(asio::socket_base::reuse_address(true));
+  acceptor.bind(endpoint, error);
+  if (error) {
+    throw std::runtime_error(
+        fmt::format("{}:{} cannot be bound: {}", options.host, options.port, error.message()));
+  }
+}
+
 }  // namespace
+
+void check_address(const ServerOptions& options) {
+  asio::io_context context;
+  tcp::acceptor acceptor(context);
+  bind_to_address(acceptor, options);
+}
 
 struct Server::Impl {
   Impl(Engine& served, const ServerOptions& o)
@@ -112,17 +132,7 @@ struct Server::Impl {
         control(asio::make_strand(context)),
         acceptor(control),
         signals(control, SIGINT, SIGTERM) {
-    error_code error;
-    const auto address = asio::ip::make_address(options.host, error);
-    if (error) throw InvalidArgument(fmt::format("host is \"{}\", expected an IP address", options.host));
-    const tcp::endpoint endpoint(address, static_cast<unsigned short>(options.port));
-    acceptor.open(endpoint.protocol());
-    acceptor.set_option(asio::socket_base::reuse_address(true));
-    acceptor.bind(endpoint, error);
-    if (error) {
-      throw std::runtime_error(
-          fmt::format("{}:{} cannot be bound: {}", options.host, options.port, error.message()));
-    }
+    bind_to_address(acceptor, options);
     acceptor.listen(asio::socket_base::max_listen_connections);
   }
 
@@ -392,9 +402,9 @@ awaitable<bool> Server::Impl::generate(beast::tcp_stream& stream, HttpRequest& r
   try {
     submitted.submit(std::move(call.requests), mailbox);
   } catch (const InvalidArgument& e) {
-    throw bad_request(e.what());
+    throw bad_request(e.what(), chat ? "messages" : "prompt");  // all else has been checked
   } catch (const Unsupported& e) {
-    throw bad_request(e.what());
+    throw bad_request(e.what(), chat ? "messages" : "prompt");
   } catch (const Overloaded& e) {
     throw ApiError(429, "rate_limit_error", e.what(), "", "overloaded");
   }
@@ -518,14 +528,13 @@ awaitable<void> Server::Impl::refuse(beast::tcp_stream& stream, int status, cons
   const Noted noted(*this, record);
   co_await write(stream, response, /*keep_alive=*/false, record);
   // Closing with bytes unread would reset the connection, and the answer with it: take what is still coming,
-  // for a moment.
+  // however much, for a moment.
   error_code error_of_close;
   stream.socket().shutdown(tcp::socket::shutdown_send, error_of_close);
-  stream.expires_after(seconds(1));
-  std::array<char, 16 * 1024> unread;
-  for (std::size_t total = 0; !error_of_close && total < options.max_body_bytes;) {
-    total +=
-        co_await stream.async_read_some(asio::buffer(unread), redirect_error(use_awaitable, error_of_close));
+  stream.expires_after(seconds(5));
+  std::array<char, 16384> unread;
+  while (!error_of_close) {
+    co_await stream.async_read_some(asio::buffer(unread), redirect_error(use_awaitable, error_of_close));
   }
 }
 

@@ -28,11 +28,15 @@ struct ServerOptions {
   int num_threads = 2;
 };
 
+/// Throws as Server does if host and port cannot be bound: worth knowing before a model is loaded.
+void check_address(const ServerOptions& options);
+
 /// OpenAI-compatible HTTP over an engine that runs in its own thread; the engine never waits for a socket. A
 /// client that goes away has its requests cancelled.
 class Server {
  public:
-  /// Binds. Throws std::runtime_error if that fails. `engine` must outlive the server and have been started.
+  /// Binds. Throws InvalidArgument for a host that is no address, std::runtime_error if it cannot be bound.
+  /// `engine` must outlive the server; it runs in its own thread when run() is called.
   Server(Engine& engine, const ServerOptions& options);
   ~Server();
 

@@ -283,8 +283,11 @@ class Interleaving {
     const Tokens& text = texts_[below(texts_.size())];
     s.tokens.assign(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(1 + below(400)));
     const std::int64_t expected = pool_.manager.cached_prefix(s.tokens);
+    const int before = pool_.manager.num_available(), cost = pool_.manager.admission_cost(s.tokens);
     const std::int64_t hit = pool_.manager.admit(s.pages, s.tokens);
     EXPECT_EQ(hit, expected);
+    const auto length = static_cast<std::int64_t>(s.tokens.size());
+    EXPECT_EQ(cost, before - pool_.manager.num_available() + pool_.manager.pages_needed(s.pages, length));
     hit_ += hit;
     EXPECT_LT(hit, static_cast<std::int64_t>(s.tokens.size()));
     expect_contents(s);

@@ -32,7 +32,7 @@ struct Result {
 class Harness {
  public:
   explicit Harness(const EngineOptions& options = defaults(), std::int64_t max_position = 4096) {
-    auto fake = std::make_unique<FakeModel>(max_position);
+    auto fake = std::make_unique<FakeModel>(max_position, runs);
     model = fake.get();
     core.emplace(
         std::move(fake), [] { return std::make_unique<FakeDecoder>(); }, Tokens{FakeModel::kEos}, options);
@@ -81,6 +81,8 @@ class Harness {
     ended[e.request] = e.last;
   }
 
+  static inline FakeRuns runs = FakeRuns::kAtOnce;
+
   FakeModel* model = nullptr;
   std::optional<EngineCore> core;
   std::map<RequestId, std::map<int, Result>> results;
@@ -126,7 +128,23 @@ Tokens continuation(const Tokens& prompt, int count) {
   return {tokens.begin() + static_cast<std::ptrdiff_t>(prompt.size()), tokens.end()};
 }
 
-TEST(EngineCore, GreedyContinuation) {
+// Every test with a model that runs at once, and with ones whose steps are launched ahead.
+class EngineCoreTest : public testing::TestWithParam<FakeRuns> {
+ protected:
+  void SetUp() override { Harness::runs = GetParam(); }
+};
+
+std::string runs_name(const testing::TestParamInfo<FakeRuns>& runs) {
+  static constexpr const char* kNames[] = {"AtOnce", "Early", "Late", "Either"};
+  return kNames[static_cast<int>(runs.param)];
+}
+
+INSTANTIATE_TEST_SUITE_P(Fake, EngineCoreTest,
+                         testing::Values(FakeRuns::kAtOnce, FakeRuns::kEarly, FakeRuns::kLate,
+                                         FakeRuns::kEither),
+                         runs_name);
+
+TEST_P(EngineCoreTest, GreedyContinuation) {
   Harness h;
   const Tokens prompt = {5, 6, 7};
   const Result r = h.generate(prompt, greedy(150));
@@ -189,7 +207,7 @@ class Load {
   std::vector<SamplingParams> params;
 };
 
-TEST(EngineCore, SameTokensUnderEverySchedule) {
+TEST_P(EngineCoreTest, SameTokensUnderEverySchedule) {
   Load load;
   EngineOptions alone = Harness::defaults();
   alone.num_pages = 200;
@@ -227,7 +245,182 @@ TEST(EngineCore, SameTokensUnderEverySchedule) {
   EXPECT_EQ(load.run(o, 0, &stats), expected) << "a batch of one, so forks wait";
 }
 
-TEST(EngineCore, ContinuationsOfOnePrompt) {
+// Requests of every kind that come, end and are cancelled at random, the same with and without steps in
+// flight.
+struct Scenario {
+  struct Outcome {
+    std::map<int, Result> results;
+    bool cancelled = false;
+  };
+
+  explicit Scenario(unsigned seed) : random(seed) {
+    options = Harness::defaults();
+    options.num_pages = 6 + static_cast<int>(random() % 16);
+    options.max_batch_size = 1 + static_cast<int>(random() % 8);
+    options.max_tokens_per_step = options.max_batch_size + static_cast<int>(random() % 200);
+    options.prefix_cache = random() % 2 == 0;
+    const Tokens common = random_prompt(random, 200);
+    for (int i = 0; i < 25; ++i) {
+      const std::size_t length = 1 + random() % 250;
+      prompts.push_back(random_prompt(random, length, random() % 2 == 0 ? common : Tokens()));
+      SamplingParams p = greedy(1 + static_cast<int>(random() % 150));
+      p.ignore_eos = random() % 2 == 0;
+      if (random() % 3 == 0) p.stop_token_ids = {static_cast<std::int32_t>(random() % 90)};
+      if (random() % 4 == 0) p.stop = {fake_text(static_cast<std::int32_t>(1 + random() % 25))};
+      if (random() % 2 == 0) {
+        p.temperature = 0.9;
+        p.seed = random();
+        p.top_k = random() % 2 == 0 ? 5 : 0;
+        p.top_p = random() % 2 == 0 ? 0.8 : 1;
+        p.min_p = random() % 3 == 0 ? 0.05 : 0;
+        p.presence_penalty = random() % 8 == 0 ? 0.5 : 0;
+        p.n = random() % 5 == 0 ? 3 : 1;
+      }
+      if (random() % 10 == 0) p.logprobs = 1;
+      if (random() % 12 == 0) prompts.back().back() = FakeModel::kNaN;
+      params.push_back(p);
+      waits.push_back(static_cast<int>(random() % 6));
+      cancels.push_back(random() % 6 == 0 ? static_cast<int>(random() % 25) : -1);
+    }
+  }
+
+  std::vector<Outcome> run(FakeRuns runs, bool overlap, std::size_t* most_flights, EngineStats* stats) {
+    Harness::runs = runs;
+    options.overlap_steps = overlap;
+    Harness h(options);
+    std::vector<RequestId> ids;
+    std::multimap<int, RequestId> cancel_at;
+    int steps = 0;
+    const auto step = [&] {
+      const auto [begin, end] = cancel_at.equal_range(steps);
+      for (auto it = begin; it != end; ++it) h.core->cancel(it->second);
+      ++steps;
+      h.core->step();
+    };
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      if (static_cast<std::int64_t>(prompts[i].size()) >= h.core->max_length()) prompts[i].resize(100);
+      ids.push_back(h.submit(prompts[i], params[i]));
+      if (cancels[i] >= 0) cancel_at.emplace(steps + cancels[i], ids.back());
+      for (int k = 0; k < waits[i]; ++k) step();
+    }
+    for (int k = 0; k < 40; ++k) step();
+    h.run();
+    std::vector<Outcome> out;
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      EXPECT_TRUE(h.ended[ids[i]]);
+      out.push_back({h.results[ids[i]], cancels[i] >= 0});
+    }
+    *most_flights = h.model->most_flights;
+    *stats = h.core->stats();
+    return out;
+  }
+
+  std::mt19937 random;
+  EngineOptions options;
+  std::vector<Tokens> prompts;
+  std::vector<SamplingParams> params;
+  std::vector<int> waits, cancels;
+};
+
+TEST(OverlappedSteps, ChangeNothing) {
+  int preempted = 0;
+  for (unsigned seed = 0; seed < 40; ++seed) {
+    SCOPED_TRACE(seed);
+    Scenario scenario(seed);
+    std::size_t flights = 0;
+    EngineStats stats;
+    const auto expected = scenario.run(FakeRuns::kAtOnce, true, &flights, &stats);
+    EXPECT_EQ(flights, 1u) << "a model that runs at once needs nothing ahead";
+    preempted += stats.preemptions > 0;
+    for (const FakeRuns runs : {FakeRuns::kEarly, FakeRuns::kLate, FakeRuns::kEither}) {
+      const auto out = scenario.run(runs, true, &flights, &stats);
+      EXPECT_EQ(flights, 2u);
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        for (const auto& [index, a] : expected[i].results) {
+          ASSERT_TRUE(out[i].results.contains(index));
+          const Result& b = out[i].results.at(index);
+          const bool cut = expected[i].cancelled;  // how much came before is a matter of time
+          const std::size_t common = std::min(a.tokens.size(), b.tokens.size());
+          EXPECT_TRUE(std::equal(a.tokens.begin(), a.tokens.begin() + static_cast<std::ptrdiff_t>(common),
+                                 b.tokens.begin()));
+          if (cut) continue;
+          EXPECT_EQ(a.tokens, b.tokens);
+          EXPECT_EQ(a.text, b.text);
+          EXPECT_EQ(a.finish, b.finish);
+          EXPECT_EQ(a.error, b.error);
+          EXPECT_EQ(a.usage.completion_tokens, b.usage.completion_tokens);
+        }
+      }
+    }
+    scenario.run(FakeRuns::kEarly, false, &flights, &stats);
+    EXPECT_EQ(flights, 1u) << "without overlap_steps";
+  }
+  EXPECT_GT(preempted, 5);
+}
+
+TEST(OverlappedSteps, CountTokensOnce) {
+  Harness::runs = FakeRuns::kLate;
+  Harness h;
+  Tokens stopping;  // a prompt that ends by a token, while its next step is on its way
+  SamplingParams p = greedy(200);
+  p.ignore_eos = false;
+  Result r;
+  for (std::int32_t first = 1; first < 90 && r.finish != FinishReason::kStop; ++first) {
+    stopping = {first};
+    r = h.generate(stopping, p);
+  }
+  ASSERT_EQ(r.finish, FinishReason::kStop);
+  const EngineStats before = h.core->stats();
+  EXPECT_EQ(h.generate(stopping, p).tokens, r.tokens);
+  const EngineStats after = h.core->stats();
+  const auto count = static_cast<std::int64_t>(r.tokens.size());
+  EXPECT_EQ(after.generated_tokens - before.generated_tokens, count);
+  EXPECT_EQ(after.computed_tokens - before.computed_tokens, count);
+  EXPECT_EQ(after.steps - before.steps, count);
+  EXPECT_EQ(h.model->most_flights, 2u);
+}
+
+TEST(OverlappedSteps, ANewRequestWaitsForOneStepAtMost) {
+  Harness::runs = FakeRuns::kLate;
+  Harness h;
+  h.submit({1}, greedy(100));
+  for (int i = 0; i < 5; ++i) h.core->step();
+  const RequestId id = h.submit({2, 3}, greedy(100));
+  h.core->step();  // that one was on its way
+  EXPECT_TRUE(h.results[id][0].tokens.empty());
+  h.core->step();
+  EXPECT_EQ(h.results[id][0].tokens.size(), 1u);
+  // And one that has no place yet keeps nobody from overlapping.
+  EngineOptions o = Harness::defaults();
+  o.max_batch_size = 1;
+  Harness full(o);
+  full.submit({1}, greedy(20));
+  full.submit({2}, greedy(20));
+  for (int i = 0; i < 3; ++i) full.core->step();
+  EXPECT_EQ(full.model->most_flights, 2u);
+}
+
+TEST(OverlappedSteps, AFailingModelEndsWhatWasInTheStep) {
+  // The crash comes out of collect(), while the next step is on its way already.
+  Harness::runs = FakeRuns::kLate;
+  Harness h;
+  int steps = 0;
+  h.model->on_forward = [&](const model::ForwardBatch&) {
+    if (++steps == 5) throw std::runtime_error("the device fell over");
+  };
+  SamplingParams p = greedy(50);
+  p.n = 2;
+  const RequestId a = h.submit({1, 2}, greedy(50));
+  const RequestId b = h.submit({3}, p);
+  h.run();
+  EXPECT_NE(h.results[a][0].error.find("fell over"), std::string::npos);
+  EXPECT_EQ(h.results[a][0].tokens.size(), 4u);
+  EXPECT_EQ(h.results[b][1].finish, FinishReason::kError);
+  h.model->on_forward = nullptr;
+  EXPECT_EQ(h.generate({1, 2}, greedy(50)).tokens, continuation({1, 2}, 50));
+}
+
+TEST_P(EngineCoreTest, ContinuationsOfOnePrompt) {
   Harness h;
   std::mt19937 random(3);
   SamplingParams p = greedy(30);
@@ -247,7 +440,7 @@ TEST(EngineCore, ContinuationsOfOnePrompt) {
   EXPECT_GE(h.core->stats().pages_copied, 3);
 }
 
-TEST(EngineCore, SeedsDecide) {
+TEST_P(EngineCoreTest, SeedsDecide) {
   Harness h;
   SamplingParams p = greedy(30);
   p.temperature = 1;
@@ -260,7 +453,7 @@ TEST(EngineCore, SeedsDecide) {
   EXPECT_NE(h.generate({1, 2, 3}, p).tokens, h.generate({1, 2, 3}, p).tokens);
 }
 
-TEST(EngineCore, EndOfSentence) {
+TEST_P(EngineCoreTest, EndOfSentence) {
   Harness h;
   // A prompt whose continuation has the end of sentence somewhere.
   Tokens prompt, expected;
@@ -285,7 +478,7 @@ TEST(EngineCore, EndOfSentence) {
   EXPECT_EQ(s.text.find(fake_text(expected[3])), std::string::npos) << "a stop token has no text";
 }
 
-TEST(EngineCore, StopStrings) {
+TEST_P(EngineCoreTest, StopStrings) {
   Harness h;
   const std::string text = h.generate({9, 9}, greedy(40)).text;
   SamplingParams p = greedy(40);
@@ -336,7 +529,7 @@ TEST(StopMatcher, FindsThemInWhateverPieces) {
   }
 }
 
-TEST(EngineCore, Logprobs) {
+TEST_P(EngineCoreTest, Logprobs) {
   Harness h;
   SamplingParams p = greedy(5);
   p.logprobs = 3;
@@ -352,7 +545,7 @@ TEST(EngineCore, Logprobs) {
   EXPECT_TRUE(h.generate({4}, p).logprobs.empty());
 }
 
-TEST(EngineCore, RefusedRequestsNameTheField) {
+TEST_P(EngineCoreTest, RefusedRequestsNameTheField) {
   EngineOptions o = Harness::defaults();
   o.num_pages = 4;
   Harness small(o), narrow(Harness::defaults(), 100);
@@ -377,7 +570,7 @@ TEST(EngineCore, RefusedRequestsNameTheField) {
   EXPECT_EQ(small.generate(Tokens(250, 1), greedy(100)).tokens.size(), 6u) << "the longest the cache holds";
 }
 
-TEST(EngineCore, BadOptionsNameTheField) {
+TEST_P(EngineCoreTest, BadOptionsNameTheField) {
   const auto expect_refused = [](const char* field, const std::function<void(EngineOptions&)>& change) {
     EngineOptions o = Harness::defaults();
     change(o);
@@ -396,7 +589,25 @@ TEST(EngineCore, BadOptionsNameTheField) {
   expect_refused("num_threads", [](auto& o) { o.num_threads = -1; });
 }
 
-TEST(EngineCore, AFailedRequestDoesNotDisturbItsNeighbours) {
+TEST_P(EngineCoreTest, TheCacheIsAsLargeAsUsefulAndAsTheMemoryAllows) {
+  const auto pages = [](std::size_t memory_bytes, std::size_t free_bytes, std::int64_t max_position) {
+    auto model = std::make_unique<FakeModel>(max_position);
+    model->free_bytes = free_bytes;
+    EngineOptions o = Harness::defaults();
+    o.num_pages = 0;
+    o.memory_bytes = memory_bytes;
+    return EngineCore(std::move(model), {}, {}, o).stats().pages_total;
+  };
+  const std::size_t page = FakeModel().bytes_per_page();
+  EXPECT_EQ(pages(0, 0, 4096), 16 * 64) << "16 sequences of 64 pages are less than 2 GiB";
+  EXPECT_EQ(pages(50 * page, 0, 4096), 50);
+  EXPECT_EQ(pages(0, 200 * page, 4096), 180) << "nine tenths of what the device has free";
+  EXPECT_EQ(pages(50 * page, 200 * page, 4096), 50);
+  EXPECT_EQ(pages(0, std::size_t{1} << 40, 128), 16 * 2);
+  EXPECT_THROW(pages(0, page, 4096), InvalidArgument);
+}
+
+TEST_P(EngineCoreTest, AFailedRequestDoesNotDisturbItsNeighbours) {
   Harness h;
   std::mt19937 random(2);
   const Tokens prompt = random_prompt(random, 150);
@@ -427,7 +638,7 @@ TEST(EngineCore, AFailedRequestDoesNotDisturbItsNeighbours) {
   EXPECT_EQ(h.generate(prompt, greedy(30)).tokens, continuation(prompt, 30));
 }
 
-TEST(EngineCore, AThrowingHandlerEndsItsRequestAlone) {
+TEST_P(EngineCoreTest, AThrowingHandlerEndsItsRequestAlone) {
   Harness h;
   int calls = 0;
   h.core->submit({{1}, greedy(1000), [&](const GenerationEvent&) {
@@ -439,7 +650,7 @@ TEST(EngineCore, AThrowingHandlerEndsItsRequestAlone) {
   EXPECT_EQ(h.core->stats().cancelled, 1);
 }
 
-TEST(EngineCore, Cancel) {
+TEST_P(EngineCoreTest, Cancel) {
   Harness h;
   const RequestId a = h.submit({1}, greedy(1000));
   SamplingParams p = greedy(1000);
@@ -466,7 +677,7 @@ TEST(EngineCore, Cancel) {
   EXPECT_FALSE(h.core->step());
 }
 
-TEST(EngineCore, TheQueueIsBounded) {
+TEST_P(EngineCoreTest, TheQueueIsBounded) {
   EngineOptions o = Harness::defaults();
   o.max_waiting = 2;
   o.max_batch_size = 1;
@@ -484,7 +695,7 @@ TEST(EngineCore, TheQueueIsBounded) {
   for (int i = 0; i < 5; ++i) h.generate({1}, greedy(2));
 }
 
-TEST(EngineCore, StatsAddUp) {
+TEST_P(EngineCoreTest, StatsAddUp) {
   Harness h;
   std::mt19937 random(4);
   const Tokens prompt = random_prompt(random, 200);
@@ -534,8 +745,8 @@ TEST(Histogram, CountsAndQuantiles) {
   EXPECT_DOUBLE_EQ(h.sum, 106);
 }
 
-TEST(EngineCore, ManyThreadsSubmitAndCancel) {
-  auto model = std::make_unique<FakeModel>();
+TEST_P(EngineCoreTest, ManyThreadsSubmitAndCancel) {
+  auto model = std::make_unique<FakeModel>(4096, GetParam());
   EngineOptions o = Harness::defaults();
   o.num_pages = 20;
   EngineCore core(std::move(model), {}, {FakeModel::kEos}, o);

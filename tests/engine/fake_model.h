@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
+#include <exception>
 #include <functional>
 #include <limits>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,6 +16,14 @@
 #include "model/model.h"
 
 namespace flash_mla::engine {
+
+/// When the fake model runs what it is given.
+enum class FakeRuns {
+  kAtOnce,  ///< like a CPU
+  kEarly,   ///< as if its launches were ahead, but as soon as it can
+  kLate,    ///< as late as it can: nothing before somebody collects
+  kEither,  ///< sometimes this, sometimes that
+};
 
 /// A model without weights. Its cache holds tokens; the logits after a sequence are a hash of all its tokens
 /// as read back through the block table, so one wrong page, slot or copy changes the text.
@@ -23,28 +34,128 @@ class FakeModel : public model::Model {
   static constexpr std::int32_t kNaN = 95;    ///< a sequence with this token has NaN logits
   static constexpr std::int32_t kCrash = 96;  ///< a step with this token throws
 
-  explicit FakeModel(std::int64_t max_position = 4096) : max_position_(max_position) {}
+  explicit FakeModel(std::int64_t max_position = 4096, FakeRuns runs = FakeRuns::kAtOnce)
+      : max_position_(max_position), runs_(runs) {}
 
   int vocab_size() const override { return kVocabSize; }
   std::int64_t max_position() const override { return max_position_; }
   std::size_t bytes_per_page() const override { return model::kPageSize * sizeof(std::int32_t); }
+  std::size_t free_memory() const override { return free_bytes; }
+  ScheduleOptions schedule_options() const override { return cpu_schedule_options(); }
   void allocate_cache(int num_pages) override {
     cache_.assign(static_cast<std::size_t>(num_pages) * model::kPageSize, -1);
   }
   void copy_page(int source, int target) override {
-    for (std::size_t i = 0; i < model::kPageSize; ++i) {
-      cache_.at(static_cast<std::size_t>(target) * model::kPageSize + i) =
-          cache_.at(static_cast<std::size_t>(source) * model::kPageSize + i);
-    }
+    queue_.push_back([this, source, target] {
+      for (std::size_t i = 0; i < model::kPageSize; ++i) {
+        cache_.at(static_cast<std::size_t>(target) * model::kPageSize + i) =
+            cache_.at(static_cast<std::size_t>(source) * model::kPageSize + i);
+      }
+    });
+    if (runs_now()) run_queue();
   }
 
   void reserve(int, int) override {}
 
-  void forward(const model::ForwardBatch& batch, float* logits, std::int32_t* greedy) override {
+  bool launches_ahead() const override { return runs_ != FakeRuns::kAtOnce; }
+
+  void launch(const model::ForwardBatch& batch) override {
+    require(flights_.size() < 2 && (flights_.empty() || flights_.back()->logit_rows.empty()));
+    const auto step = std::make_shared<Step>(batch);
+    flights_.push_back(step);
+    most_flights = std::max(most_flights, flights_.size());
+    queue_.push_back([this, step] {
+      try {
+        run(*step);
+      } catch (...) {
+        step->error = std::current_exception();
+      }
+    });
+    if (!runs_now()) return;
+    run_queue();
+    if (step->error && runs_ == FakeRuns::kAtOnce) {
+      flights_.pop_back();
+      std::rethrow_exception(step->error);
+    }
+  }
+
+  void collect(float* logits, std::int32_t* tokens) override {
+    require(!flights_.empty());
+    const std::shared_ptr<Step> step = flights_.front();
+    flights_.pop_front();
+    while (!step->has_run && !queue_.empty()) run_one();
+    if (step->error) std::rethrow_exception(step->error);
+    std::ranges::copy(step->logits, logits);
+    std::ranges::copy(step->tokens, tokens);
+  }
+
+  std::function<void(const model::ForwardBatch&)> on_forward;
+  std::size_t free_bytes = 0;
+  std::size_t most_flights = 0;  ///< that were on their way at a time
+
+ private:
+  using Tokens = std::vector<std::int32_t>;
+
+  struct Step {
+    explicit Step(const model::ForwardBatch& b)
+        : token_ids(b.token_ids.begin(), b.token_ids.end()),
+          query_starts(b.query_starts.begin(), b.query_starts.end()),
+          seq_lens(b.seq_lens.begin(), b.seq_lens.end()),
+          block_table(b.block_table.begin(), b.block_table.end()),
+          logit_rows(b.logit_rows.begin(), b.logit_rows.end()),
+          drawn_rows(b.drawn_rows.begin(), b.drawn_rows.end()),
+          greedy_rows(b.greedy_rows.begin(), b.greedy_rows.end()),
+          draws(b.draws.begin(), b.draws.end()),
+          batch(b) {
+      batch.token_ids = token_ids;
+      batch.query_starts = query_starts;
+      batch.seq_lens = seq_lens;
+      batch.block_table = block_table;
+      batch.logit_rows = logit_rows;
+      batch.drawn_rows = drawn_rows;
+      batch.greedy_rows = greedy_rows;
+      batch.draws = draws;
+    }
+    Tokens token_ids, query_starts, seq_lens, block_table, logit_rows, drawn_rows, greedy_rows;
+    std::vector<model::Draw> draws;
+    model::ForwardBatch batch;  // of these
+    std::vector<float> logits;
+    Tokens tokens;
+    bool has_run = false;
+    std::exception_ptr error;
+  };
+
+  bool runs_now() {
+    switch (runs_) {
+      case FakeRuns::kLate:
+        return false;
+      case FakeRuns::kEither:
+        return random_() % 2 == 0;
+      default:
+        return true;
+    }
+  }
+  void run_one() {
+    const std::function<void()> work = std::move(queue_.front());
+    queue_.pop_front();
+    work();
+  }
+  void run_queue() {
+    while (!queue_.empty()) run_one();
+  }
+
+  void run(Step& step) {
+    step.has_run = true;
+    const model::ForwardBatch& batch = step.batch;
+    for (std::int32_t& token : step.token_ids) {
+      if (token < 0) token = std::max(last_tokens_.at(static_cast<std::size_t>(-1 - token)), 0);
+    }
+    last_tokens_.clear();
     const std::size_t num_seqs = batch.seq_lens.size();
     require(batch.query_starts.size() == num_seqs + 1 && batch.query_starts[0] == 0);
     require(batch.query_starts[num_seqs] == static_cast<std::int32_t>(batch.token_ids.size()));
     require(batch.block_table.size() == num_seqs * static_cast<std::size_t>(batch.max_blocks));
+    require(batch.draws.size() == batch.drawn_rows.size());
     const auto slot = [&](std::size_t seq, std::int32_t position) -> std::int32_t& {
       const std::int32_t page = batch.block_table[seq * static_cast<std::size_t>(batch.max_blocks) +
                                                   static_cast<std::size_t>(position / model::kPageSize)];
@@ -65,12 +176,7 @@ class FakeModel : public model::Model {
         slot(s, position++) = token;
       }
     }
-    const std::size_t num_rows = batch.logit_rows.size() + batch.greedy_rows.size();
-    std::vector<float> own(kVocabSize);
-    for (std::size_t i = 0; i < num_rows; ++i) {
-      const bool full = i < batch.logit_rows.size();
-      const std::int32_t row = full ? batch.logit_rows[i] : batch.greedy_rows[i - batch.logit_rows.size()];
-      float* out = full ? logits + i * kVocabSize : own.data();
+    const auto logits_of = [&](std::int32_t row, float* out) {
       std::size_t s = 0;
       while (row >= batch.query_starts[s + 1]) ++s;
       std::uint64_t hash = 1;
@@ -88,17 +194,27 @@ class FakeModel : public model::Model {
                  : special ? -std::numeric_limits<float>::infinity()
                            : static_cast<float>(hash >> 40) * 0x1p-22f;
       }
-      if (!full) {
-        const auto best = std::max_element(own.begin(), own.end());
-        greedy[i - batch.logit_rows.size()] = nan ? -1 : static_cast<std::int32_t>(best - own.begin());
-      }
+      return !nan;
+    };
+    step.logits.resize(batch.logit_rows.size() * kVocabSize);
+    for (std::size_t i = 0; i < batch.logit_rows.size(); ++i) {
+      logits_of(batch.logit_rows[i], step.logits.data() + i * kVocabSize);
     }
+    std::vector<float> own(kVocabSize);
+    model::DrawScratch scratch;
+    for (std::size_t i = 0; i < batch.drawn_rows.size() + batch.greedy_rows.size(); ++i) {
+      const bool drawn = i < batch.drawn_rows.size();
+      const bool good =
+          logits_of(drawn ? batch.drawn_rows[i] : batch.greedy_rows[i - batch.drawn_rows.size()], own.data());
+      const auto best = std::ranges::max_element(own);
+      step.tokens.push_back(!good   ? -1
+                            : drawn ? model::draw_token(own, *best, batch.draws[i], scratch)
+                                    : static_cast<std::int32_t>(best - own.begin()));
+    }
+    if (batch.logit_rows.empty()) last_tokens_ = step.tokens;
     if (on_forward) on_forward(batch);
   }
 
-  std::function<void(const model::ForwardBatch&)> on_forward;
-
- private:
   static std::uint64_t mix(std::uint64_t x) {
     x = (x + 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u;
     return x ^ (x >> 29);
@@ -108,7 +224,12 @@ class FakeModel : public model::Model {
   }
 
   std::int64_t max_position_;
+  FakeRuns runs_;
+  std::mt19937 random_{3};
   std::vector<std::int32_t> cache_;
+  std::deque<std::function<void()>> queue_;
+  std::deque<std::shared_ptr<Step>> flights_;
+  Tokens last_tokens_;  // that the last step has chosen
 };
 
 /// Tokens as letters; the end of sentence has none.

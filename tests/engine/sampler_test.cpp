@@ -12,6 +12,7 @@
 
 #include "engine/philox.h"
 #include "flash_mla/error.h"
+#include "model/draw_weight.h"
 
 namespace flash_mla::engine {
 namespace {
@@ -176,6 +177,35 @@ TEST(Sampler, DrawsFollowTheExactDistribution) {
                                       << ", top_p " << p.top_p << ", min_p " << p.min_p);
     expect_distribution(p, logits, 40000);
   }
+}
+
+TEST(Draw, WeightsAreThoseOfTheExponential) {
+  EXPECT_EQ(model::draw_weight(0, 1), model::kDrawOne);
+  EXPECT_EQ(model::draw_weight(-0.0f, 1e30f), model::kDrawOne);
+  EXPECT_EQ(model::draw_weight(-kInf, 1), 0u);
+  EXPECT_EQ(model::draw_weight(-1, 1e30f), 0u);
+  EXPECT_EQ(model::draw_weight(-32, 1), 0u);
+  double worst = 0;
+  std::uint64_t before = model::kDrawOne;
+  for (float x = 0; x < 31; x += 1.0f / 4096) {
+    const std::uint64_t w = model::draw_weight(-x, 1);
+    const double expected = std::exp(-static_cast<double>(x)) * static_cast<double>(model::kDrawOne);
+    // One unit is lost where weights are so small that they have fewer than 24 bits.
+    worst = std::max(worst, (std::abs(static_cast<double>(w) - expected) - 1) / expected);
+    EXPECT_LE(w, before);
+    before = w;
+  }
+  EXPECT_LT(worst, 4e-7);
+}
+
+TEST(Draw, EqualLogitsAreDrawnByTheSmallerId) {
+  model::DrawScratch scratch;
+  const std::vector<float> logits = {1, 2, 2, 2, 1};
+  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.99, 1, 2, 1, 0), scratch), 2);
+  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.0, 1, 2, 1, 0), scratch), 1);
+  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.99, 1, 0, 1, 0.5), scratch), 3);
+  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.99, 1, 0, 1, 0), scratch), 4);
+  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.99, 1, 0, 1e-9, 0), scratch), 1);
 }
 
 TEST(Sampler, TheTestAboveSeesAWrongDistribution) {

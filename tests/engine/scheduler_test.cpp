@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <random>
 #include <set>
 #include <vector>
@@ -57,6 +58,66 @@ class Simulation {
     return plan;
   }
 
+  /// As step(), but wherever possible the next step has been planned before this one is committed. Some of
+  /// its sequences have ended by then (`ends` says when a token is the last).
+  template <class Ends>
+  void step_ahead(const Ends& ends) {
+    ++step_;
+    StepPlan plan;
+    if (ahead_) {
+      plan = std::move(*ahead_);
+      ++num_ahead_;
+    } else {
+      plan = scheduler.plan();
+      check(plan);
+    }
+    ahead_.reset();
+    std::vector<Sequence*> continuing;
+    bool all_sample = true;
+    int alive = 0;
+    for (const ScheduledWork& w : plan.work) {
+      const Job& job = static_cast<Job&>(*w.sequence);
+      if (job.finished >= 0) continue;
+      ++alive;
+      all_sample = all_sample && w.samples;
+      if (job.generated + 1 < job.wanted) continuing.push_back(w.sequence);
+    }
+    if (all_sample && alive == scheduler.num_running() && !continuing.empty()) {
+      ahead_ = scheduler.plan_ahead(continuing);
+    }
+    if (ahead_) {
+      EXPECT_EQ(sequences(*ahead_), continuing);
+      for (const ScheduledWork& w : ahead_->work) {
+        EXPECT_EQ(w.begin, static_cast<std::int64_t>(w.sequence->tokens.size()));
+        EXPECT_GT(static_cast<std::int64_t>(w.sequence->pages.pages().size()) * kPageTokens, w.begin);
+        const std::int32_t page = w.sequence->pages.pages()[static_cast<std::size_t>(w.begin / kPageTokens)];
+        EXPECT_EQ(blocks.num_references(page), 1) << "writes to a page that others read";
+      }
+    }
+    for (const ScheduledWork& w : plan.work) {
+      Job& job = static_cast<Job&>(*w.sequence);
+      if (job.finished >= 0) continue;
+      scheduler.commit(w);
+      if (!w.samples) continue;
+      job.tokens.push_back(static_cast<std::int32_t>(random_()));
+      if (++job.generated == job.wanted || ends()) finish(job);
+    }
+    if (ahead_ && std::ranges::all_of(ahead_->work, [](const ScheduledWork& w) {
+          return static_cast<Job*>(w.sequence)->finished >= 0;
+        })) {
+      ahead_.reset();
+    }
+    blocks.check();
+  }
+  int unfinished() const { return unfinished_; }
+  int num_ahead() const { return num_ahead_; }
+
+  static std::vector<Sequence*> sequences(const StepPlan& plan) {
+    std::vector<Sequence*> all;
+    for (const ScheduledWork& w : plan.work) all.push_back(w.sequence);
+    return all;
+  }
+
   void finish(Job& job) {
     job.finished = step_;
     scheduler.finish(job);
@@ -102,18 +163,15 @@ class Simulation {
   std::mt19937 random_{7};
   std::vector<std::unique_ptr<Job>> jobs_;
   std::int64_t step_ = 0;
-  int unfinished_ = 0;
+  int unfinished_ = 0, num_ahead_ = 0;
+  std::optional<StepPlan> ahead_;
 
  public:
   BlockManager blocks;
   Scheduler scheduler;
 };
 
-std::vector<Sequence*> sequences(const StepPlan& plan) {
-  std::vector<Sequence*> all;
-  for (const ScheduledWork& w : plan.work) all.push_back(w.sequence);
-  return all;
-}
+std::vector<Sequence*> sequences(const StepPlan& plan) { return Simulation::sequences(plan); }
 
 TEST(Scheduler, RefusesBadOptions) {
   BlockManager blocks(4);
@@ -249,6 +307,53 @@ TEST(Scheduler, ForksShareOrWait) {
   EXPECT_EQ(last.work[0].begin, 64) << "the shared prefix is in the cache";
   sim.scheduler.finish(c);
   EXPECT_EQ(sim.blocks.num_used(), 0);
+}
+
+TEST(Scheduler, PlansAheadWhereNobodyElseCanCome) {
+  Simulation sim(6, 2, 512);
+  Job& a = sim.add(64, 100);
+  sim.step();
+  ASSERT_EQ(sequences(sim.scheduler.plan()), (std::vector<Sequence*>{&a}));
+  Sequence* const continuing[] = {&a};
+  const std::optional<StepPlan> ahead = sim.scheduler.plan_ahead(continuing);
+  ASSERT_TRUE(ahead);
+  ASSERT_EQ(ahead->work.size(), 1u);
+  EXPECT_EQ(ahead->work[0].begin, 65);
+  EXPECT_EQ(ahead->work[0].count, 1);
+  Job& b = sim.add(64, 1);
+  EXPECT_FALSE(sim.scheduler.plan_ahead(continuing)) << "b can join";
+  sim.finish(b);
+  sim.add(6 * 64 - 1, 1);
+  EXPECT_TRUE(sim.scheduler.plan_ahead(continuing)) << "this one cannot: a has the pages that it needs";
+}
+
+TEST(Scheduler, RandomLoadsPlannedAheadFinishWithoutLeaks) {
+  int ahead = 0;
+  for (unsigned seed = 0; seed < 30; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+    const int pages = 8 + below(30), batch = 1 + below(12);
+    Simulation sim(pages, batch, batch + below(300), below(3) != 0);
+    const auto ends = [&] { return below(20) == 0; };
+    std::vector<Job*> jobs;
+    for (int i = 0; i < 60; ++i) {
+      const int longest = pages * kPageTokens;
+      const int prompt = 1 + below(below(4) == 0 ? longest - 1 : 150);
+      jobs.push_back(
+          &sim.add(prompt, 1 + below(std::min(100, longest - prompt)), below(2) == 0 ? below(3) * 1000 : -1));
+      for (int k = below(6); k > 0; --k) sim.step_ahead(ends);
+      Job* cancelled = jobs[static_cast<std::size_t>(below(static_cast<int>(jobs.size())))];
+      if (below(10) == 0 && cancelled->finished < 0) sim.finish(*cancelled);
+    }
+    for (int i = 0; i < 100000 && sim.unfinished() > 0; ++i) sim.step_ahead(ends);
+    EXPECT_EQ(sim.unfinished(), 0);
+    EXPECT_TRUE(sim.scheduler.idle());
+    EXPECT_EQ(sim.blocks.num_used(), 0) << "leaked pages";
+    ahead += sim.num_ahead();
+    if (HasFailure()) return;
+  }
+  EXPECT_GT(ahead, 1000);
 }
 
 TEST(Scheduler, RandomLoadsFinishWithoutLeaks) {

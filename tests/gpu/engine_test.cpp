@@ -109,11 +109,11 @@ struct Part {
 
 struct Result {
   std::vector<float> logits;         // of all new tokens, if not greedy
-  std::vector<std::int32_t> greedy;  // of all new tokens
+  std::vector<std::int32_t> greedy;  // of all new tokens, if greedy or drawn
 };
 
 Result forward(Model& model, const std::vector<Part>& parts, bool greedy = false,
-               bool batch_invariant = false) {
+               bool batch_invariant = false, const std::vector<Draw>& draws = {}) {
   std::vector<std::int32_t> ids, starts{0}, lens, rows, table;
   std::size_t blocks = 0;
   for (const Part& p : parts) blocks = std::max(blocks, p.sequence->pages.size());
@@ -133,10 +133,11 @@ Result forward(Model& model, const std::vector<Part>& parts, bool greedy = false
   batch.seq_lens = lens;
   batch.block_table = table;
   batch.max_blocks = static_cast<int>(blocks);
-  (greedy ? batch.greedy_rows : batch.logit_rows) = rows;
+  (greedy ? batch.greedy_rows : draws.empty() ? batch.logit_rows : batch.drawn_rows) = rows;
+  batch.draws = draws;
   batch.batch_invariant = batch_invariant;
   Result out;
-  if (greedy) {
+  if (greedy || !draws.empty()) {
     out.greedy.assign(rows.size(), -7);
   } else {
     out.logits.assign(rows.size() * kVocab, std::nanf(""));
@@ -299,6 +300,73 @@ TEST_P(CudaEngine, ACopiedPageContinuesTheSequence) {
   EXPECT_EQ(expected, forward(*gpu_, {{&copy, 50, 51}}).logits);
 }
 
+// Drawn tokens are those that the CPU draws from the very logits that the GPU hands out.
+TEST_P(CudaEngine, DrawsWhatTheCpuDraws) {
+  std::mt19937 random(9);
+  std::vector<Sequence> sequences;
+  std::vector<Part> parts;
+  for (int i = 0; i < 9; ++i) {
+    sequences.push_back({random_tokens(70, 60 + static_cast<unsigned>(i)), {2 * i + 15, 2 * i + 16}});
+  }
+  for (const Sequence& s : sequences) {
+    forward(*gpu_, {{&s, 0, 65}});
+    parts.push_back({&s, 65, 66});
+  }
+  for (int round = 0; round < 6; ++round) {
+    const std::vector<float> logits = forward(*gpu_, parts).logits;
+    std::vector<Draw> draws(parts.size());
+    for (Draw& d : draws) {
+      const auto chance = [&] { return static_cast<double>(random() % 1000) / 1000; };
+      d = make_draw(chance(), 0.1 + 2 * chance(), random() % 2 == 0 ? static_cast<int>(random() % 200) : 0,
+                    random() % 2 == 0 ? 0.05 + 0.95 * chance() : 1, random() % 3 == 0 ? chance() / 2 : 0);
+    }
+    const std::vector<std::int32_t> drawn = forward(*gpu_, parts, false, false, draws).greedy;
+    DrawScratch scratch;
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      const std::span row(logits.data() + i * kVocab, kVocab);
+      EXPECT_EQ(drawn[i], draw_token(row, *std::ranges::max_element(row), draws[i], scratch)) << i;
+    }
+  }
+}
+
+// Two sequences, one greedy and one drawn, step after step with what came back, and with every step launched
+// before the one in front of it was collected: the same kernels on the same numbers.
+TEST_P(CudaEngine, StepsLaunchedAheadChooseTheSameTokens) {
+  constexpr int kSteps = 20;
+  const Sequence other{random_tokens(60, 77), {20, 21}};
+  const auto run = [&](bool ahead) {
+    forward(*gpu_, {{&long_, 0, 40}});
+    forward(*gpu_, {{&other, 0, 50}});
+    std::vector<std::int32_t> last = {3, 5}, out;
+    for (int i = 0; i <= kSteps; ++i) {
+      if (i < kSteps) {
+        const std::vector<std::int32_t> before = {-1, -2};
+        const std::int32_t starts[] = {0, 1, 2}, lengths[] = {41 + i, 51 + i};
+        const std::int32_t pages[] = {long_.pages[0], long_.pages[1], other.pages[0], other.pages[1]};
+        const std::int32_t drawn[] = {0}, greedy[] = {1};
+        const Draw draws[] = {make_draw(0.03 + 0.045 * i, 1.5, i % 3 == 0 ? 7 : 0, 0.9, 0)};
+        ForwardBatch batch;
+        batch.token_ids = ahead && i > 0 ? before : last;
+        batch.query_starts = starts;
+        batch.seq_lens = lengths;
+        batch.block_table = pages;
+        batch.max_blocks = 2;
+        batch.drawn_rows = drawn;
+        batch.draws = draws;
+        batch.greedy_rows = greedy;
+        gpu_->launch(batch);
+      }
+      if (ahead ? i == 0 : i == kSteps) continue;
+      gpu_->collect(nullptr, last.data());
+      out.insert(out.end(), last.begin(), last.end());
+    }
+    return out;
+  };
+  const std::vector<std::int32_t> expected = run(false);
+  EXPECT_EQ(expected.size(), 2u * kSteps);
+  EXPECT_EQ(run(true), expected);
+}
+
 INSTANTIATE_TEST_SUITE_P(Models, CudaEngine, testing::ValuesIn(cases()),
                          [](const auto& c) { return c.param.name; });
 
@@ -351,6 +419,43 @@ TEST(CudaGeneration, BatchInvariantTextDoesNotDependOnTheBatch) {
   for (std::size_t i = 0; i < prompts.size(); i += 4) {
     const std::vector<Completion> alone = engine.generate(std::vector<std::string>{prompts[i]}, params);
     EXPECT_EQ(alone[0].choices[0].token_ids, together[i].choices[0].token_ids) << prompts[i];
+  }
+}
+
+TEST(CudaGeneration, OverlappedStepsChangeNothing) {
+  const char* directory = std::getenv("FLASH_MLA_SMALL_MODEL");
+  ASSERT_NE(directory, nullptr) << "set FLASH_MLA_SMALL_MODEL to the folder models/small";
+  std::vector<Request> requests(24);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    requests[i].prompt = "Chapter " + std::to_string(i) + ". It was";
+    SamplingParams& p = requests[i].sampling;
+    p.max_tokens = 10 + static_cast<int>(7 * i % 50);
+    p.temperature = i % 3 == 0 ? 0 : 0.8;
+    p.seed = i;
+    p.top_p = i % 2 == 0 ? 0.9 : 1;
+    p.top_k = i % 4 == 1 ? 20 : 0;
+    p.stop = {i % 5 == 0 ? " the" : "\n\n"};
+    p.n = i % 7 == 2 ? 3 : 1;
+  }
+  std::vector<std::vector<Completion>> out;
+  for (const bool overlap : {true, false}) {
+    EngineOptions options;
+    options.device = EngineOptions::Device::kCuda;
+    options.num_pages = 60;
+    options.max_batch_size = 16;
+    options.batch_invariant = true;  // so that who runs beside whom does not matter
+    options.overlap_steps = overlap;
+    Engine engine(directory, options);
+    out.push_back(engine.generate(requests));
+    EXPECT_EQ(engine.stats().pages_used, 0);
+  }
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    for (std::size_t c = 0; c < out[0][i].choices.size(); ++c) {
+      EXPECT_EQ(out[0][i].choices[c].error, "");
+      EXPECT_EQ(out[0][i].choices[c].token_ids, out[1][i].choices[c].token_ids) << i;
+      EXPECT_EQ(out[0][i].choices[c].text, out[1][i].choices[c].text) << i;
+      EXPECT_EQ(out[0][i].choices[c].finish, out[1][i].choices[c].finish) << i;
+    }
   }
 }
 

@@ -94,6 +94,12 @@ if [ -n "$sanitize" ]; then
     step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu_tests" --gtest_brief=1 \
       '--gtest_filter=Decode.ZeroLengthMixes:*b2_k140*:Prefill.WithoutLse:Prefill.NaN*'
   done
+  step "compute-sanitizer memcheck of drawn tokens" compute-sanitizer --error-exitcode 9 "$model_kernels" --gtest_brief=1 \
+    '--gtest_filter=DrawRows.Are*'
+  if [ -n "${engine:-}" ]; then
+    step "compute-sanitizer memcheck of the engine" env FLASH_MLA_SMALL_MODEL="$small" compute-sanitizer --error-exitcode 9 \
+      "$engine" --gtest_brief=1 '--gtest_filter=*Draws*v3_plain:*LaunchedAhead*v2_lite:*Overlapped*'
+  fi
 fi
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

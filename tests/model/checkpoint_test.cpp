@@ -3,10 +3,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <random>
 
 #include "flash_mla/error.h"
 #include "model/convert.h"
@@ -95,6 +97,48 @@ TEST(Checkpoint, BlockScalesWithPartialBlocks) {
               AllOf(HasSubstr("tensor \"w.weight_scale_inv\""), HasSubstr("[3, 3]: expected [3, 4]")));
   EXPECT_THAT(message_of<InvalidArgument>([&] { c.read_float32("w.weight", 5, 7, 0, 0, x.data()); }),
               AllOf(HasSubstr("\"w.weight\""), HasSubstr("weight_block_size")));
+}
+
+// Large enough for several threads.
+TEST(Checkpoint, Bfloat16IsThatOfFloat32Rounded) {
+  constexpr std::int64_t kRows = 700, kColumns = 513;
+  const TemporaryDirectory dir;
+  std::mt19937 random(1);
+  std::vector<float> f32(kRows * kColumns), scales(6 * 5);
+  std::vector<std::uint16_t> f16(f32.size()), bf16(f32.size());
+  std::vector<std::uint8_t> fp8(f32.size());
+  for (std::size_t i = 0; i < f32.size(); ++i) {
+    f32[i] = std::ldexp(static_cast<float>(random()) * 0x1p-31f - 1, static_cast<int>(random() % 40) - 20);
+    f16[i] = static_cast<std::uint16_t>(random() & 0xbbff);
+    bf16[i] = static_cast<std::uint16_t>(random() & 0xbfff);
+    fp8[i] = static_cast<std::uint8_t>(random() % 127 + random() % 2 * 128);
+  }
+  for (float& x : scales) x = static_cast<float>(random()) * 0x1p-34f;
+  f32[0] = std::bit_cast<float>(0x3f808000u);  // halfway, to even: down
+  f32[1] = std::bit_cast<float>(0x3f818000u);  // up
+  dir.write("model.safetensors", SafetensorsFile()
+                                     .add("f32", "F32", {kRows, kColumns}, f32)
+                                     .add("f16", "F16", {kRows, kColumns}, f16)
+                                     .add("bf16", "BF16", {kRows, kColumns}, bf16)
+                                     .add("fp8", "F8_E4M3", {kRows, kColumns}, fp8)
+                                     .add("fp8_scale_inv", "F32", {6, 5}, scales)
+                                     .bytes());
+  const Checkpoint c = open(dir);
+  std::vector<std::uint16_t> out(f32.size());
+  std::vector<float> values(f32.size());
+  for (const char* name : {"f32", "f16", "bf16", "fp8"}) {
+    SCOPED_TRACE(name);
+    c.read_float32(name, kRows, kColumns, 128, 128, values.data());
+    c.read_bfloat16(name, kRows, kColumns, 128, 128, out.data());
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      const auto bits = std::bit_cast<std::uint32_t>(values[i]);
+      ASSERT_EQ(out[i], (bits + 0x7fff + ((bits >> 16) & 1)) >> 16) << i;
+    }
+  }
+  c.read_bfloat16("bf16", kRows, kColumns, 0, 0, out.data());
+  EXPECT_EQ(out, bf16);
+  c.read_float32("f32", kRows, kColumns, 0, 0, values.data());
+  EXPECT_EQ(values, f32);
 }
 
 TEST(Checkpoint, Fp8WithoutScales) {

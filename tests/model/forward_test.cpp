@@ -3,11 +3,14 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <set>
 
 #include "flash_mla/error.h"
+#include "model/config.h"
 #include "model/model.h"
 #include "safetensors_file.h"
 #include "temporary_directory.h"
@@ -87,12 +90,15 @@ class Forward : public testing::Test {
     model_->allocate_cache(8);
   }
 
-  std::unique_ptr<Model> load() const {
+  static ModelOptions model_options() {
     ModelOptions options;
+    options.device = ModelDevice::kCpu;
     options.precision = ModelPrecision::kFloat32;
     options.num_threads = 2;
-    return load_model(directory_.path(), options);
+    return options;
   }
+
+  std::unique_ptr<Model> load() const { return load_model(directory_.path(), model_options()); }
 
   /// Logits of the `new_tokens` last of one sequence's first `length` tokens, with its pages.
   std::vector<float> step(std::int32_t length, std::int32_t new_tokens, std::vector<std::int32_t> pages,
@@ -147,7 +153,55 @@ TEST_F(Forward, ACopiedPageContinuesTheSequence) {
   EXPECT_EQ(step(51, 1, {2}), step(51, 1, {6}));
 }
 
+// Greedy and drawn tokens of two sequences: step after step with what came back, and with every step launched
+// before the one in front of it has been collected.
+TEST_F(Forward, StepsLaunchedAheadChooseTheSameTokens) {
+  constexpr int kSteps = 12;
+  const auto run = [&](bool ahead) {
+    step(20, 20, {0});
+    step(30, 30, {1});
+    std::vector<std::int32_t> last = {3, 5}, out;
+    for (std::int32_t i = 0; i < kSteps + 1; ++i) {
+      if (i < kSteps) {
+        // Of the tokens that the step before chose, the drawn one (of sequence 0) comes first.
+        const std::vector<std::int32_t> before = {-1, -2};
+        const std::int32_t starts[] = {0, 1, 2}, lengths[] = {21 + i, 31 + i}, pages[] = {0, 1};
+        const std::int32_t drawn[] = {0}, greedy[] = {1};
+        const Draw draws[] = {make_draw(0.05 + 0.07 * i, 2.0, i % 2 == 0 ? 5 : 0, 0.9, 0)};
+        ForwardBatch batch;
+        batch.token_ids = ahead && i > 0 ? before : last;
+        batch.query_starts = starts;
+        batch.seq_lens = lengths;
+        batch.block_table = pages;
+        batch.max_blocks = 1;
+        batch.drawn_rows = drawn;
+        batch.draws = draws;
+        batch.greedy_rows = greedy;
+        model_->launch(batch);
+      }
+      if (ahead && i == 0) continue;
+      if (!ahead && i == kSteps) break;
+      model_->collect(nullptr, last.data());
+      out.insert(out.end(), last.begin(), last.end());
+    }
+    return out;
+  };
+  const std::vector<std::int32_t> expected = run(false);
+  EXPECT_EQ(expected.size(), 2u * kSteps);
+  EXPECT_GT(std::set<std::int32_t>(expected.begin(), expected.end()).size(), 3u);
+  EXPECT_EQ(run(true), expected);
+}
+
 TEST_F(Forward, RefusesWhatIsOutOfRange) {
+  const std::int32_t ids[] = {-1}, starts[] = {0, 1}, lengths[] = {1}, pages[] = {0};
+  ForwardBatch batch;
+  batch.token_ids = ids;
+  batch.query_starts = starts;
+  batch.seq_lens = lengths;
+  batch.block_table = pages;
+  batch.max_blocks = 1;
+  EXPECT_THAT(message_of<InvalidArgument>([&] { model_->launch(batch); }), HasSubstr("token_ids[0] is -1"));
+
   EXPECT_THAT(message_of<InvalidArgument>([&] { step(10, 10, {8}); }), HasSubstr("block_table[0][0] is 8"));
   EXPECT_THAT(message_of<InvalidArgument>([&] {
                 step(257, 1, {0, 1, 2, 3, 4});
@@ -164,6 +218,31 @@ TEST_F(Forward, NamesTheTensorThatHoldsNan) {
   directory_.write("model.safetensors", bytes);
   EXPECT_THAT(message_of<InvalidArgument>([&] { load(); }),
               HasSubstr("model.layers.1.mlp.shared_experts.down_proj.weight holds nan at row 23, column 11"));
+}
+
+TEST_F(Forward, RandomWeightsAreTheSameEveryTimeAndFiniteAndDependOnTheTokens) {
+  const std::vector<float> loaded = step(20, 20, {0});
+  const auto make = [&](const ModelOptions& options) {
+    model_ = make_random_model(parse_config(kConfig, "test"), options);
+    model_->allocate_cache(8);
+  };
+  make(model_options());
+  const std::vector<float> first = step(20, 20, {0});
+  EXPECT_TRUE(std::ranges::all_of(first, [](float x) { return std::isfinite(x); }));
+  EXPECT_NE(first, loaded);
+  EXPECT_GT(std::set(first.begin(), first.end()).size(), first.size() / 2);
+  expect_close(first, [&] {
+    std::vector<float> parts = step(17, 17, {1});
+    const std::vector<float> rest = step(20, 3, {1});
+    parts.insert(parts.end(), rest.begin(), rest.end());
+    return parts;
+  }());
+  make(model_options());
+  EXPECT_EQ(step(20, 20, {0}), first);
+  ModelOptions int8 = model_options();
+  int8.quantize = ModelQuantize::kInt8;
+  make(int8);
+  EXPECT_TRUE(std::ranges::all_of(step(20, 20, {0}), [](float x) { return std::isfinite(x); }));
 }
 
 TEST_F(Forward, CountsItsCacheBytes) {

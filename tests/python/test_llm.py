@@ -62,6 +62,7 @@ def test_same_tokens_under_every_schedule(model, llm):
         return other.stats()
 
     check("batched", prefix_cache=False)
+    check("without steps ahead", prefix_cache=False, overlap_steps=False)
     assert check("with prefix reuse", max_batch_size=2)["prefix_tokens_hit"] > 0
     check("in small chunks", max_batch_size=16, max_tokens_per_step=32)
     check("in odd chunks", max_batch_size=16, max_tokens_per_step=77, prefix_cache=False)

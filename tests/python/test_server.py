@@ -163,11 +163,11 @@ def test_many_clients_get_what_one_gets(server):
         ({"prompt": "a"}, 400, "model"),
         ({"model": "other", "prompt": "a"}, 404, "model"),
         ({"model": "letters"}, 400, "prompt"),
-        (body(""), 400, None),
+        (body(""), 400, "prompt"),
         (body(5), 400, "prompt"),
         (body([1, "a"]), 400, "prompt"),
-        (body([999]), 400, None),
-        (body("a" * 600), 400, None),
+        (body([999]), 400, "prompt"),
+        (body("a" * 600), 400, "prompt"),
         (body(top_p=7), 400, "top_p"),
         (body(temperature="hot"), 400, "temperature"),
         (body(max_tokens=1.5), 400, "max_tokens"),
@@ -193,6 +193,23 @@ def test_chat_errors(server):
         "/v1/chat/completions", {"model": "letters", "messages": [{"role": "user", "content": "hi"}]}, expected=400
     )
     assert "chat template" in error["error"]["message"] and "tmp" not in error["error"]["message"]
+    assert error["error"]["param"] == "messages"
+
+
+def test_an_address_is_tried_before_the_model_is_read(server, tmp_path):
+    for flags, message in ((["--port", str(server.port)], "cannot be bound"), (["--host", "nowhere"], 'host is "nowhere"')):
+        done = subprocess.run([PROGRAM, "serve", "--model", str(tmp_path), *flags], capture_output=True, text=True, timeout=20)
+        assert done.returncode != 0 and message in done.stderr
+
+
+def test_roles(small):
+    def chat(role, expected=200):
+        messages = [{"role": role, "content": "Short."}, {"role": "user", "content": "hi"}]
+        return small.json("/v1/chat/completions", {"model": "small", "messages": messages, "max_tokens": 1}, expected=expected)
+
+    assert chat("developer")["usage"] == chat("system")["usage"]
+    error = chat("narrator", expected=400)["error"]
+    assert error["param"] == "messages" and "messages[0].role" in error["message"] and "narrator" in error["message"]
 
 
 def test_unknown_paths_and_methods(server):

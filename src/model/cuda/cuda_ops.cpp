@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "flash_mla/schedule.h"
 #include "model/cuda/check.h"
 #include "model/cuda/cublaslt.h"
+#include "model/cuda/draw_rows.h"
 #include "model/cuda/head_gemm.h"
 #include "model/cuda/memory.h"
 #include "model/cuda/moe.h"
@@ -25,8 +27,10 @@
 #include "model/cuda/skinny_gemm.h"
 #include "model/cuda/step_data.h"
 #include "model/model.h"
+#include "model/parallel.h"
 #include "model/rope.h"
 #include "model/weights.h"
+#include "sm90/dense_decode.h"
 #include "sm90/dense_prefill.h"
 
 namespace flash_mla::model {
@@ -106,77 +110,126 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-/// Device time of steps.
+/// Device time of steps, of which several may be on their way.
 class StepTimer {
  public:
   StepTimer() {
-    for (cudaEvent_t& e : events_) check(cudaEventCreate(&e), "cudaEventCreate");
+    for (Span& span : spans_) {
+      check(cudaEventCreate(&span.begin), "cudaEventCreate");
+      check(cudaEventCreate(&span.end), "cudaEventCreate");
+    }
   }
   ~StepTimer() {
-    for (const cudaEvent_t e : events_) cudaEventDestroy(e);
+    for (const Span& span : spans_) {
+      cudaEventDestroy(span.begin);
+      cudaEventDestroy(span.end);
+    }
   }
   StepTimer(const StepTimer&) = delete;
   StepTimer& operator=(const StepTimer&) = delete;
 
-  void begin(cudaStream_t stream) { check(cudaEventRecord(events_[0], stream), "cudaEventRecord"); }
+  void begin(cudaStream_t stream) {
+    Span& span = spans_[next_];
+    if (span.pending) check(cudaEventSynchronize(span.end), "cudaEventSynchronize");
+    add(span);
+    check(cudaEventRecord(span.begin, stream), "cudaEventRecord");
+  }
   void end(cudaStream_t stream) {
-    check(cudaEventRecord(events_[1], stream), "cudaEventRecord");
-    pending_ = true;
+    Span& span = spans_[next_];
+    check(cudaEventRecord(span.end, stream), "cudaEventRecord");
+    span.pending = true;
+    next_ = (next_ + 1) % kSpans;
   }
-  /// The last step has run.
-  void add() {
-    if (!std::exchange(pending_, false)) return;
-    float milliseconds = 0;
-    check(cudaEventElapsedTime(&milliseconds, events_[0], events_[1]), "cudaEventElapsedTime");
-    seconds_ += static_cast<double>(milliseconds) * 1e-3;
+  /// Of the steps that have run.
+  double seconds() {
+    for (Span& span : spans_) {
+      if (span.pending && cudaEventQuery(span.end) == cudaSuccess) add(span);
+    }
+    return seconds_;
   }
-  double seconds() const { return seconds_; }
 
  private:
-  cudaEvent_t events_[2] = {};
-  bool pending_ = false;
+  struct Span {
+    cudaEvent_t begin = nullptr, end = nullptr;
+    bool pending = false;
+  };
+  static constexpr std::size_t kSpans = 4;
+
+  void add(Span& span) {
+    if (!std::exchange(span.pending, false)) return;
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, span.begin, span.end), "cudaEventElapsedTime");
+    seconds_ += static_cast<double>(milliseconds) * 1e-3;
+  }
+
+  Span spans_[kSpans];
+  std::size_t next_ = 0;
   double seconds_ = 0;
 };
 
-/// Float32 values of the host to bfloat16 on the device, through page-locked memory: while one half of it
-/// is being sent the other is filled.
+/// Weights of the host to the device, through page-locked memory: while one half of it is being sent the
+/// other is filled.
 class WeightUploader {
  public:
-  WeightUploader(DevicePool& pool, cudaStream_t stream) : stream_(stream) {
+  struct Part {
+    std::byte* out = nullptr;  // on the device
+    std::size_t bytes = 0;
+  };
+
+  explicit WeightUploader(cudaStream_t stream) : stream_(stream) {
     for (Half& half : halves_) {
       half.host.grow(kStagingBytes);
-      half.device = pool.allocate(kStagingBytes);
       check(cudaEventCreateWithFlags(&half.sent, cudaEventDisableTiming), "cudaEventCreate");
     }
   }
   ~WeightUploader() {
-    for (Half& half : halves_) cudaEventDestroy(half.sent);
+    for (Half& half : halves_) {
+      cudaEventSynchronize(half.sent);
+      cudaEventDestroy(half.sent);
+    }
   }
   WeightUploader(const WeightUploader&) = delete;
   WeightUploader& operator=(const WeightUploader&) = delete;
 
-  void upload(const float* values, std::int64_t count, std::byte* out) {
-    constexpr auto kMost = static_cast<std::int64_t>(kStagingBytes / sizeof(float));
-    for (std::int64_t begin = 0; begin < count; begin += kMost) {
-      const std::int64_t n = std::min(kMost, count - begin);
-      Half& half = halves_[next_++ % 2];
-      check(cudaEventSynchronize(half.sent), "cudaEventSynchronize");
-      const std::size_t bytes = static_cast<std::size_t>(n) * sizeof(float);
-      std::memcpy(half.host.data(), values + begin, bytes);
-      check(cudaMemcpyAsync(half.device.data(), half.host.data(), bytes, cudaMemcpyHostToDevice, stream_),
-            "cudaMemcpyAsync");
-      check(cudaEventRecord(half.sent, stream_), "cudaEventRecord");
-      narrow(reinterpret_cast<const float*>(half.device.data()),
-             out + static_cast<std::size_t>(begin) * kElement, n, stream_);
+  /// `fill(host)` writes the parts' bytes, one part behind the other.
+  template <class Fill>
+  void upload(std::initializer_list<Part> parts, const Fill& fill) {
+    Half& half = halves_[next_++ % 2];
+    check(cudaEventSynchronize(half.sent), "cudaEventSynchronize");
+    std::size_t bytes = 0;
+    for (const Part& part : parts) bytes += part.bytes;
+    const std::byte* host = half.host.grow(bytes);
+    fill(half.host.data());
+    for (const Part& part : parts) {
+      check(cudaMemcpyAsync(part.out, host, part.bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
+      host += part.bytes;
+    }
+    check(cudaEventRecord(half.sent, stream_), "cudaEventRecord");
+  }
+
+  void upload(const std::byte* data, std::size_t bytes, std::byte* out) {
+    for (std::size_t begin = 0; begin < bytes; begin += kStagingBytes) {
+      const std::size_t size = std::min(kStagingBytes, bytes - begin);
+      upload({{out + begin, size}}, [&](std::byte* host) { copy(data + begin, size, host); });
     }
   }
 
  private:
   struct Half {
     PinnedBuffer host;
-    Buffer device;
     cudaEvent_t sent = nullptr;
   };
+
+  // One core copies far slower than the bus.
+  static void copy(const std::byte* from, std::size_t bytes, std::byte* to) {
+    constexpr std::size_t kPiece = std::size_t{1} << 20;
+    const auto pieces = static_cast<std::int64_t>((bytes + kPiece - 1) / kPiece);
+    parallel_for(pieces, pieces >= 4 ? default_threads() : 1, [&](std::int64_t i) {
+      const std::size_t begin = static_cast<std::size_t>(i) * kPiece;
+      std::memcpy(to + begin, from + begin, std::min(kPiece, bytes - begin));
+    });
+  }
+
   Half halves_[2];
   std::size_t next_ = 0;
   cudaStream_t stream_;
@@ -207,7 +260,11 @@ class CudaOps : public Ops {
 
   DType dtype() const override { return kType; }
 
+  std::size_t free_memory() const override { return pool_->free_memory(); }
+  ScheduleOptions schedule_options() const override { return schedule_options_; }
+
   bool makes_up_weights() const override { return true; }
+  bool takes_bfloat16() const override { return true; }
 
   Buffer allocate(std::size_t bytes) override { return pool_->allocate(bytes); }
 
@@ -242,12 +299,12 @@ class CudaOps : public Ops {
     return out;
   }
 
-  Buffer make_table(const float* values, std::int64_t rows, std::int64_t columns) override {
+  Buffer make_table(HostWeight values, std::int64_t rows, std::int64_t columns) override {
     return make_weight(values, rows * columns);
   }
 
-  std::unique_ptr<Linear> make_linear(const float* weight, std::int64_t out_features,
-                                      std::int64_t in_features, std::span<const float> bias) override {
+  std::unique_ptr<Linear> make_linear(HostWeight weight, std::int64_t out_features, std::int64_t in_features,
+                                      std::span<const float> bias) override {
     auto out = std::make_unique<CudaLinear>();
     out->weight = make_weight(weight, out_features * in_features);
     if (!bias.empty()) out->bias = make_vector(bias);
@@ -272,7 +329,7 @@ class CudaOps : public Ops {
     return out;
   }
 
-  std::unique_ptr<HeadLinear> make_head_linear(const float* weight, std::int64_t heads,
+  std::unique_ptr<HeadLinear> make_head_linear(HostWeight weight, std::int64_t heads,
                                                std::int64_t out_features, std::int64_t in_features) override {
     auto out = std::make_unique<CudaHeadLinear>();
     out->weight = make_weight(weight, heads * out_features * in_features);
@@ -283,7 +340,7 @@ class CudaOps : public Ops {
   }
 
   std::unique_ptr<Experts> make_experts(int num_experts, std::int64_t hidden, std::int64_t intermediate,
-                                        const std::function<void(int, float*, float*)>& read) override {
+                                        const std::function<void(int, void*, void*)>& read) override {
     auto out = std::make_unique<CudaExperts>();
     out->num_experts = num_experts;
     out->intermediate = intermediate;
@@ -293,16 +350,15 @@ class CudaOps : public Ops {
       out->down = make_weight(nullptr, num_experts * down_size);
       return out;
     }
-    out->gate_up = allocate(static_cast<std::size_t>(num_experts * gate_up_size) * kElement);
-    out->down = allocate(static_cast<std::size_t>(num_experts * down_size) * kElement);
-    std::vector<float> gate_up(static_cast<std::size_t>(gate_up_size)),
-        down(static_cast<std::size_t>(down_size));
+    const std::size_t down_bytes = static_cast<std::size_t>(down_size) * kElement,
+                      gate_up_bytes = 2 * down_bytes;
+    out->gate_up = allocate(static_cast<std::size_t>(num_experts) * gate_up_bytes);
+    out->down = allocate(static_cast<std::size_t>(num_experts) * down_bytes);
     for (int e = 0; e < num_experts; ++e) {
-      read(e, gate_up.data(), down.data());
-      uploader().upload(gate_up.data(), gate_up_size,
-                        out->gate_up.data() + static_cast<std::size_t>(e * gate_up_size) * kElement);
-      uploader().upload(down.data(), down_size,
-                        out->down.data() + static_cast<std::size_t>(e * down_size) * kElement);
+      const auto expert = static_cast<std::size_t>(e);
+      uploader().upload({{out->gate_up.data() + expert * gate_up_bytes, gate_up_bytes},
+                         {out->down.data() + expert * down_bytes, down_bytes}},
+                        [&](std::byte* host) { read(e, host, host + gate_up_bytes); });
     }
     return out;
   }
@@ -343,8 +399,9 @@ class CudaOps : public Ops {
     return true;
   }
 
-  void embed(const Buffer& table, Matrix out) override {
-    cuda::embed(table.data(), data_.token_ids, data_.positions, rotations_, out, stream_);
+  void embed(const Buffer& table, const Buffer& tokens, Matrix out) override {
+    cuda::embed(table.data(), data_.token_ids, reinterpret_cast<const std::int32_t*>(tokens.data()),
+                data_.positions, rotations_, out, stream_);
   }
 
   void rms_norm(Matrix x, const Buffer& weight, double eps, Matrix out) override {
@@ -442,10 +499,9 @@ class CudaOps : public Ops {
     DenseDecodeOptions options;
     options.softmax_scale = static_cast<float>(config_.softmax_scale());
     options.stream = stream_;
-    const DecodeScheduleView schedule = schedule_view();
-    const std::size_t bytes = dense_decode_workspace_size(args, schedule, options);
+    const std::size_t bytes = dense_decode_workspace_size(args, schedule_, options);
     grow(decode_workspace_, bytes);
-    dense_decode(args, schedule, decode_workspace_.data(), bytes, options);
+    dense_decode(args, schedule_, decode_workspace_.data(), bytes, options);
   }
 
   void expand_values(Matrix out_latent, const HeadLinear& w_uv, Matrix out) override {
@@ -544,9 +600,10 @@ class CudaOps : public Ops {
           "cudaMemcpyAsync");
   }
 
-  void likeliest(Matrix logits, const Buffer& tokens) override {
-    cuda::likeliest(logits, reinterpret_cast<std::int32_t*>(tokens.data()), likeliest_scratch_.data(),
-                    stream_);
+  void choose(Matrix logits, const Buffer& tokens) override {
+    auto* out = reinterpret_cast<std::int32_t*>(tokens.data());
+    likeliest(logits, out, likeliest_scratch_.data(), stream_);
+    if (!step_->draws.empty()) draw_rows(logits, data_.draws, out, stream_);
   }
 
   void download(const std::byte* data, std::size_t bytes, void* host) override {
@@ -554,12 +611,17 @@ class CudaOps : public Ops {
     check(cudaMemcpyAsync(staging, data, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
     check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
     std::memcpy(host, staging, bytes);
-    if (timer_) timer_->add();
   }
 
+  std::unique_ptr<Download> start_download(const std::byte* data, std::size_t bytes) override {
+    return downloader_.start(data, bytes, stream_);
+  }
+
+  bool queues() const override { return true; }
+
  private:
-  // Tokens, width of the block table, batch-invariant.
-  using Key = std::tuple<std::int64_t, std::int64_t, bool>;
+  // Tokens, width of the block table, batch-invariant, whether any token is drawn.
+  using Key = std::tuple<std::int64_t, std::int64_t, bool, bool>;
 
   void run_step(const std::function<void()>& layers) {
     if (!recorded_) {
@@ -571,7 +633,7 @@ class CudaOps : public Ops {
       graphs_.clear();  // what they point to may have moved
       allocations_ = pool_->allocations();
     }
-    const Key key{step_->num_tokens(), data_.max_blocks, step_->batch_invariant};
+    const Key key{step_->num_tokens(), data_.max_blocks, step_->batch_invariant, !step_->draws.empty()};
     if (const auto found = graphs_.find(key); found != graphs_.end()) {
       found->second.launch(stream_);
       return;
@@ -682,14 +744,16 @@ class CudaOps : public Ops {
   }
 
   WeightUploader& uploader() {
-    if (!weights_) weights_ = std::make_unique<WeightUploader>(*pool_, stream_);
+    if (!weights_) weights_ = std::make_unique<WeightUploader>(stream_);
     return *weights_;
   }
 
-  Buffer make_weight(const float* values, std::int64_t count) {
-    Buffer out = allocate(static_cast<std::size_t>(count) * kElement);
-    if (values != nullptr) {
-      uploader().upload(values, count, out.data());
+  Buffer make_weight(HostWeight values, std::int64_t count) {
+    const std::size_t bytes = static_cast<std::size_t>(count) * kElement;
+    Buffer out = allocate(bytes);
+    if (values.data != nullptr) {
+      if (values.dtype != kType) throw std::logic_error("a weight is float32, expected bfloat16");
+      uploader().upload(static_cast<const std::byte*>(values.data), bytes, out.data());
     } else {
       fill_random(out.data(), kType, count, seed_++, kRandomDeviation, stream_);
     }
@@ -737,15 +801,27 @@ class CudaOps : public Ops {
     step.absorbed_table.resize(size * static_cast<std::size_t>(step.max_blocks), 0);
     step.num_absorbed = static_cast<std::int64_t>(size);
     step.logit_rows.resize(size, 0);
-    step.first_greedy = 0;
+    step.first_chosen = 0;
+    if (!step.draws.empty()) step.draws.resize(size);
   }
 
-  DecodeScheduleView schedule_view() const {
+  // Of the step's absorbed tokens, each a request. In a batch-invariant step nothing depends on how many.
+  ScheduleOptions step_schedule_options() const {
+    if (!step_->batch_invariant) {
+      return cuda_schedule_options(0, 1, config_.num_attention_heads, 1,
+                                   static_cast<int>(step_->num_absorbed));
+    }
+    ScheduleOptions options = schedule_options_;
+    options.fixed_split_blocks = kInvariantSplitBlocks;
+    return options;
+  }
+
+  DecodeScheduleView schedule_view(const ScheduleOptions& options) const {
     DecodeScheduleView view;
-    view.parts = on_device(parts_.data(), DType::kInt32, {schedule_options_.num_parts, 8});
+    view.parts = on_device(parts_.data(), DType::kInt32, {options.num_parts, 8});
     view.num_splits = on_device(num_splits_.data(), DType::kInt32, {step_->num_absorbed + 1});
-    view.block_size = schedule_options_.block_size;
-    view.fixed_split_blocks = step_->batch_invariant ? kInvariantSplitBlocks : 0;
+    view.block_size = options.block_size;
+    view.fixed_split_blocks = options.fixed_split_blocks;
     return view;
   }
 
@@ -788,10 +864,10 @@ class CudaOps : public Ops {
 
   void plan_decode() {
     if (step_->num_absorbed == 0 || !sm90_decode() || one_token_step()) return;
-    ScheduleOptions options = schedule_options_;
-    if (step_->batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
-    build_decode_schedule(on_device(data_.lens, DType::kInt32, {step_->num_absorbed}), options,
-                          schedule_view(), stream_);
+    const ScheduleOptions options = step_schedule_options();
+    schedule_ = schedule_view(options);
+    build_decode_schedule(on_device(data_.lens, DType::kInt32, {step_->num_absorbed}), options, schedule_,
+                          stream_);
   }
 
   // Batch-invariant products are all made by the kernel that can do it.
@@ -843,7 +919,8 @@ class CudaOps : public Ops {
   ModelConfig config_;
   Stream stream_;
   std::shared_ptr<DevicePool> pool_;
-  ScheduleOptions schedule_options_;
+  ScheduleOptions schedule_options_;  // of batches of any size: no other has more parts
+  DecodeScheduleView schedule_;       // of the step
   CublasLt lt_;
   StepUploader uploader_;
   std::unique_ptr<WeightUploader> weights_;
@@ -855,6 +932,7 @@ class CudaOps : public Ops {
   Buffer gate_up_, latents_, k_rope_, expanded_, router_logits_, expert_workspace_, likeliest_scratch_,
       one_token_workspace_;
   PinnedBuffer download_;
+  Downloader downloader_;
 
   const Step* step_ = nullptr;
   StepData data_;
@@ -866,6 +944,7 @@ class CudaOps : public Ops {
 }  // namespace
 
 std::string why_no_cuda_ops() {
+  if (sm90::gpus().empty()) return fmt::format("this machine has {}; use cpu", sm90::why_no_gpus());
   try {
     cuda_schedule_options(0, 1, 1, 1);
   } catch (const std::exception& e) {

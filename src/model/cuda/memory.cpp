@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <new>
+#include <utility>
 
 #include "model/cuda/check.h"
 
@@ -55,6 +56,13 @@ Buffer DevicePool::allocate(std::size_t bytes) {
           bytes};
 }
 
+std::size_t DevicePool::free_memory() const {
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  for (const auto& [size, unused] : free_) free += size;
+  return free;
+}
+
 PinnedBuffer::~PinnedBuffer() {
   if (data_ != nullptr) cudaFreeHost(data_);
 }
@@ -71,6 +79,38 @@ std::byte* PinnedBuffer::grow(std::size_t bytes) {
     bytes_ = size;
   }
   return data_;
+}
+
+Downloader::Slot::Slot() {
+  check(cudaEventCreateWithFlags(&done, cudaEventDisableTiming), "cudaEventCreate");
+}
+Downloader::Slot::~Slot() { cudaEventDestroy(done); }
+
+class Downloader::Copy : public Download {
+ public:
+  Copy(Downloader& owner, std::unique_ptr<Slot> slot) : owner_(owner), slot_(std::move(slot)) {}
+  ~Copy() override {
+    cudaEventSynchronize(slot_->done);  // nobody may have waited
+    owner_.free_.push_back(std::move(slot_));
+  }
+  const std::byte* wait() override {
+    check(cudaEventSynchronize(slot_->done), "cudaEventSynchronize");
+    return slot_->host.data();
+  }
+
+ private:
+  Downloader& owner_;
+  std::unique_ptr<Slot> slot_;
+};
+
+std::unique_ptr<Download> Downloader::start(const std::byte* data, std::size_t bytes, cudaStream_t stream) {
+  if (free_.empty()) free_.push_back(std::make_unique<Slot>());
+  std::unique_ptr<Slot> slot = std::move(free_.back());
+  free_.pop_back();
+  check(cudaMemcpyAsync(slot->host.grow(bytes), data, bytes, cudaMemcpyDeviceToHost, stream),
+        "cudaMemcpyAsync");
+  check(cudaEventRecord(slot->done, stream), "cudaEventRecord");
+  return std::make_unique<Copy>(*this, std::move(slot));
 }
 
 }  // namespace flash_mla::model::cuda

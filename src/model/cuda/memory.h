@@ -24,6 +24,8 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
   Buffer allocate(std::size_t bytes);
   /// How often allocate() was called: a step that leaves it alone can be recorded and replayed.
   std::size_t allocations() const { return allocations_; }
+  /// Bytes of the device that nobody has, and those that are kept here.
+  std::size_t free_memory() const;
 
  private:
   void* take(std::size_t bytes);
@@ -48,6 +50,23 @@ class PinnedBuffer {
  private:
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
+};
+
+/// Starts copies to the host. Their buffers and events are kept and used again; it outlives what it returns.
+class Downloader {
+ public:
+  std::unique_ptr<Download> start(const std::byte* data, std::size_t bytes, cudaStream_t stream);
+
+ private:
+  struct Slot {
+    Slot();
+    ~Slot();
+    PinnedBuffer host;
+    cudaEvent_t done = nullptr;
+  };
+  class Copy;
+
+  std::vector<std::unique_ptr<Slot>> free_;
 };
 
 }  // namespace flash_mla::model::cuda

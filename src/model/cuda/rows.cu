@@ -14,12 +14,15 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void embed_kernel(const bf16* table, const std::int32_t* ids, const std::int32_t* positions,
-                             RotationTable rotations, bf16* out, std::int64_t stride, int columns) {
+__global__ void embed_kernel(const bf16* table, const std::int32_t* ids, const std::int32_t* tokens,
+                             const std::int32_t* positions, RotationTable rotations, bf16* out,
+                             std::int64_t stride, int columns) {
   wait_for_previous();
   let_next_start();
   const std::int64_t t = blockIdx.x;
-  const bf16* from = table + static_cast<std::int64_t>(ids[t]) * columns;
+  std::int32_t id = ids[t];
+  if (id < 0) id = max(tokens[-1 - id], 0);
+  const bf16* from = table + static_cast<std::int64_t>(id) * columns;
   for (int i = threadIdx.x; i < columns; i += blockDim.x) out[t * stride + i] = from[i];
   for (int i = threadIdx.x; i < rotations.pairs; i += blockDim.x) {
     const float angle = static_cast<float>(positions[t]) * rotations.inv_freq[i];
@@ -188,14 +191,6 @@ __global__ void __launch_bounds__(kThreads) gather_keys_kernel(GatherKeys p) {
   }
 }
 
-__global__ void narrow_kernel(const float* x, bf16* out, std::int64_t count) {
-  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
-       i += stride) {
-    out[i] = __float2bfloat16(x[i]);
-  }
-}
-
 /// SplitMix64's finaliser.
 __device__ unsigned long long mix(unsigned long long x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -239,10 +234,10 @@ unsigned row_threads(std::int64_t vectors) {
 
 }  // namespace
 
-void embed(const std::byte* table, const std::int32_t* ids, const std::int32_t* positions,
-           const RotationTable& rotations, Matrix out, cudaStream_t stream) {
+void embed(const std::byte* table, const std::int32_t* ids, const std::int32_t* tokens,
+           const std::int32_t* positions, const RotationTable& rotations, Matrix out, cudaStream_t stream) {
   launch(embed_kernel, grid_of(out.rows), kThreads, 0, stream, reinterpret_cast<const bf16*>(table), ids,
-         positions, rotations, elements(out), out.stride, static_cast<int>(out.columns));
+         tokens, positions, rotations, elements(out), out.stride, static_cast<int>(out.columns));
 }
 
 void rms_norm(Matrix x, const float* weight, float eps, Matrix out, cudaStream_t stream) {
@@ -312,12 +307,6 @@ void gather_keys(const GatherKeys& a, cudaStream_t stream) {
   const bool vectors = a.rank % 8 == 0 && a.rope % 8 == 0;
   launch(vectors ? gather_keys_kernel<8> : gather_keys_kernel<1>, blocks(a.num_keys, kThreads / kWarp),
          kThreads, 0, stream, a);
-}
-
-void narrow(const float* x, std::byte* out, std::int64_t count, cudaStream_t stream) {
-  const unsigned grid = std::min(blocks(count, kThreads), 4096u);
-  narrow_kernel<<<grid, kThreads, 0, stream>>>(x, reinterpret_cast<bf16*>(out), count);
-  check(cudaGetLastError(), "narrow");
 }
 
 void fill_random(std::byte* out, DType dtype, std::int64_t count, std::uint64_t seed, float deviation,

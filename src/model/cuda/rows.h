@@ -21,9 +21,10 @@ struct RotationTable {
   int pairs = 0;
 };
 
-/// out[t] = table[ids[t]]; and the step's rotations.
-void embed(const std::byte* table, const std::int32_t* ids, const std::int32_t* positions,
-           const RotationTable& rotations, Matrix out, cudaStream_t stream);
+/// out[t] = table[ids[t]], where a negative id is tokens[-1 - id], and the first row if that is negative too;
+/// and the step's rotations.
+void embed(const std::byte* table, const std::int32_t* ids, const std::int32_t* tokens,
+           const std::int32_t* positions, const RotationTable& rotations, Matrix out, cudaStream_t stream);
 
 /// out = x / sqrt(mean(x²) + eps) * weight
 void rms_norm(Matrix x, const float* weight, float eps, Matrix out, cudaStream_t stream);
@@ -70,9 +71,6 @@ struct GatherKeys {
   std::byte* k_rope = nullptr;
 };
 void gather_keys(const GatherKeys& args, cudaStream_t stream);
-
-/// out = x as bfloat16, `count` values.
-void narrow(const float* x, std::byte* out, std::int64_t count, cudaStream_t stream);
 
 /// Independent normal-like values of the given standard deviation, a function of seed and index alone.
 /// bfloat16 or float32.

@@ -76,6 +76,7 @@ StepData StepUploader::upload(const Step& step, std::int64_t most_keys, DevicePo
     data.positions = packer.place(step.positions);
     data.slots = packer.place(step.slots);
     data.logit_rows = packer.place(step.logit_rows);
+    data.draws = packer.place(step.draws);
     data.lens = packer.place(step.absorbed_lens);
     data.table = packer.place<std::int32_t>(
         static_cast<std::size_t>(step.num_absorbed * data.max_blocks), [&](auto* to) {

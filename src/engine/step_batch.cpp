@@ -1,0 +1,62 @@
+#include "engine/step_batch.h"
+
+#include <algorithm>
+
+namespace flash_mla::engine {
+
+model::ForwardBatch StepBatch::view(bool batch_invariant) const {
+  model::ForwardBatch batch;
+  batch.token_ids = token_ids;
+  batch.query_starts = query_starts;
+  batch.seq_lens = seq_lens;
+  batch.block_table = block_table;
+  batch.max_blocks = max_blocks;
+  batch.logit_rows = logit_rows;
+  batch.drawn_rows = drawn_rows;
+  batch.draws = draws;
+  batch.greedy_rows = greedy_rows;
+  batch.batch_invariant = batch_invariant;
+  return batch;
+}
+
+StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const TokenIndexOf& token_index_of) {
+  StepBatch out;
+  std::size_t max_blocks = 0;
+  for (const ScheduledWork& w : plan.work) {
+    const std::vector<std::int32_t>& tokens = w.sequence->tokens;
+    if (w.begin == static_cast<std::int64_t>(tokens.size())) {
+      out.token_ids.push_back(-1 - static_cast<std::int32_t>(token_index_of(*w.sequence)));
+    } else {
+      const auto begin = tokens.begin() + w.begin;
+      out.token_ids.insert(out.token_ids.end(), begin, begin + w.count);
+    }
+    out.query_starts.push_back(static_cast<std::int32_t>(out.token_ids.size()));
+    out.seq_lens.push_back(static_cast<std::int32_t>(w.begin + w.count));
+    max_blocks = std::max(max_blocks, w.sequence->pages.pages().size());
+
+    StepBatch::Result& result = out.results.emplace_back();
+    if (!w.samples) continue;
+    model::Draw draw;
+    result.wanted = wanted_of(w, draw);
+    if (result.wanted == Wanted::kDrawn) out.draws.push_back(draw);
+    std::vector<std::int32_t>& rows = result.wanted == Wanted::kLogits  ? out.logit_rows
+                                      : result.wanted == Wanted::kDrawn ? out.drawn_rows
+                                                                        : out.greedy_rows;
+    result.index = rows.size();
+    rows.push_back(out.query_starts.back() - 1);
+  }
+  for (StepBatch::Result& result : out.results) {
+    if (result.wanted == Wanted::kLikeliest) result.index += out.drawn_rows.size();
+  }
+  out.num_tokens = out.drawn_rows.size() + out.greedy_rows.size();
+
+  out.max_blocks = static_cast<int>(max_blocks);
+  out.block_table.assign(plan.work.size() * max_blocks, -1);
+  for (std::size_t i = 0; i < plan.work.size(); ++i) {
+    std::ranges::copy(plan.work[i].sequence->pages.pages(),
+                      out.block_table.begin() + static_cast<std::ptrdiff_t>(i * max_blocks));
+  }
+  return out;
+}
+
+}  // namespace flash_mla::engine
