@@ -34,9 +34,9 @@ typedef struct flash_mla_schedule_options {
   int32_t fixed_overhead_blocks;  /* default 5 */
   int32_t min_blocks_per_request; /* default 1 */
   int32_t fixed_split_blocks;     /* 0, or batch-invariant mode; default 0 */
+  void* stream;                   /* cudaStream_t for tensors on a GPU; default NULL */
   int32_t min_blocks_per_part;    /* default 1 */
   int32_t whole_requests_percent; /* default 0: requests are cut wherever the balance wants it */
-  void* stream;                   /* cudaStream_t for tensors on a GPU; default NULL */
 } flash_mla_schedule_options;
 
 /* Fills *options with the defaults. */

@@ -125,7 +125,7 @@ struct EngineOptions {
   /// Pages of 64 tokens in the cache; 0: as many as fit into memory_bytes.
   int num_pages = 0;
   /// Of the cache. 0: what max_batch_size sequences of the model's longest length need, or if that is less
-  /// 2 GiB on the CPU, nine tenths of the free memory of a GPU.
+  /// 2 GiB on the CPU, nine tenths of the free memory of a GPU (seven with batch_invariant).
   std::size_t memory_bytes = 0;
   int max_batch_size = 128;        ///< sequences per step
   int max_tokens_per_step = 2048;  ///< >= max_batch_size; prompts are processed in chunks that fit

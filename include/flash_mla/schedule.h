@@ -41,8 +41,8 @@ struct ScheduleOptions {
   /// multiples of this many blocks and nowhere else, so that its splits, and with them its bits, depend
   /// on its own length alone.
   int fixed_split_blocks = 0;
-  /// Fewest blocks that a part is given, so that a small batch is not cut into pieces that are too short to
-  /// be worth a part. No effect with fixed_split_blocks.
+  /// Fewest blocks that a part is given, up to 65536, so that a small batch is not cut into pieces that are
+  /// too short to be worth a part. No effect with fixed_split_blocks.
   int min_blocks_per_part = 1;
   /// > 0: every part is given as many whole requests, none is cut, if the longest of them would then keep no
   /// part busy for more than this many percent over the average of all parts. A cut costs partial results and

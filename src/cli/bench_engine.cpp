@@ -81,7 +81,9 @@ class Borrowed : public model::Model {
   std::int64_t max_position() const override { return model_.max_position(); }
   std::size_t bytes_per_page() const override { return model_.bytes_per_page(); }
   std::size_t free_memory() const override { return model_.free_memory(); }
-  ScheduleOptions schedule_options() const override { return model_.schedule_options(); }
+  ScheduleOptions schedule_options(int sequences, bool batch_invariant) const override {
+    return model_.schedule_options(sequences, batch_invariant);
+  }
   void allocate_cache(int num_pages) override { model_.allocate_cache(num_pages); }
   void copy_page(int source, int target) override { model_.copy_page(source, target); }
   void reserve(int num_tokens, int num_rows) override { model_.reserve(num_tokens, num_rows); }

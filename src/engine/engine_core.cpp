@@ -59,7 +59,9 @@ std::size_t cache_bytes(const model::Model& model, const EngineOptions& options)
   constexpr std::size_t kHostBytes = std::size_t{2} << 30;
   if (options.memory_bytes > 0) return options.memory_bytes;
   const std::size_t free = model.free_memory();
-  return free > 0 ? free / 10 * 9 : kHostBytes;
+  // Batch-invariant prompts leave partial results of each token and 1024 keys: 17 GB for 2048 tokens that see
+  // 256 K of them with 16 heads.
+  return free > 0 ? free / 10 * (options.batch_invariant ? 7 : 9) : kHostBytes;
 }
 
 int page_count(const model::Model& model, const EngineOptions& options) {
@@ -298,9 +300,18 @@ bool EngineCore::step() {
     note_state();
     return notes;
   }
-  // What the step leaves is chosen and told while the next one runs already.
-  flight_ = launch_ahead(*flight);
-  finish(*flight);
+  // What the step leaves is chosen and told while the next one runs already. If the host cannot prepare that
+  // one, it is planned when this one's results are there.
+  try {
+    flight_ = launch_ahead(*flight);
+  } catch (const std::exception&) {
+    flight_.reset();
+  }
+  try {
+    finish(*flight);
+  } catch (const std::exception& e) {
+    give_up(*flight, e.what());
+  }
   if (flight_ && flight_->all_finished()) {
     land(*flight_);
     flight_.reset();
@@ -345,6 +356,9 @@ std::unique_ptr<EngineCore::Flight> EngineCore::launch(StepPlan plan, Clock::tim
     flight->results = std::move(batch.results);
     flight->num_logit_rows = batch.logit_rows.size();
     flight->num_tokens = batch.num_tokens;
+    // land() cannot fail for want of memory.
+    logits_.reserve(num_logits(*flight));
+    tokens_.reserve(flight->num_tokens);
     model_->launch(batch.view(options_.batch_invariant));
     flight->launched = true;
   } catch (const std::exception& e) {
@@ -376,10 +390,27 @@ std::unique_ptr<EngineCore::Flight> EngineCore::launch_ahead(const Flight& fligh
   return plan ? launch(std::move(*plan), Clock::now()) : nullptr;
 }
 
+std::size_t EngineCore::num_logits(const Flight& flight) const {
+  return flight.num_logit_rows * static_cast<std::size_t>(model_->vocab_size());
+}
+
+// The host has failed with a step's results: its requests end, whatever they have got of them, and the step
+// behind it, made for what they would have been, counts for nothing.
+void EngineCore::give_up(Flight& flight, const std::string& why) {
+  if (flight_) {
+    land(*flight_);
+    flight_.reset();
+  }
+  for (std::size_t i = 0; i < flight.plan.work.size(); ++i) {
+    Generation& g = flight.generation(i);
+    if (!g.finished) end(g, FinishReason::kError, fmt::format("the step failed: {}", why), {}, false);
+  }
+}
+
 // Waits for the model; then nothing of the flight is on its way any more.
 void EngineCore::land(Flight& flight) {
   if (flight.launched) {
-    logits_.resize(flight.num_logit_rows * static_cast<std::size_t>(model_->vocab_size()));
+    logits_.resize(num_logits(flight));
     tokens_.resize(flight.num_tokens);
     try {
       model_->collect(logits_.data(), tokens_.data());
@@ -673,7 +704,8 @@ double EngineCore::decode_utilisation(const StepPlan& plan) const {
     if (w.decoding) lengths.push_back(static_cast<std::int32_t>(w.begin + w.count));
   }
   if (lengths.empty()) return 0;
-  const DecodeSchedule schedule = DecodeSchedule::build(lengths, model_->schedule_options());
+  const DecodeSchedule schedule = DecodeSchedule::build(
+      lengths, model_->schedule_options(static_cast<int>(lengths.size()), options_.batch_invariant));
   std::int64_t busiest = 0, all = 0;
   for (const DecodePart& part : schedule.parts()) {
     std::int64_t blocks = 0;

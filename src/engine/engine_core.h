@@ -66,6 +66,8 @@ class EngineCore {
   void start(RequestId id, Submission submission, Clock::time_point submitted);
   std::unique_ptr<Flight> launch(StepPlan plan, Clock::time_point begin);
   std::unique_ptr<Flight> launch_ahead(const Flight& flight);
+  std::size_t num_logits(const Flight& flight) const;
+  void give_up(Flight& flight, const std::string& why);
   void finish(Flight& flight);
   void land(Flight& flight);
   std::vector<Choice> plan_choices(const Flight& flight);

@@ -86,7 +86,11 @@ class CpuOps : public Ops {
 
   DType dtype() const override { return dtype_; }
 
-  ScheduleOptions schedule_options() const override { return cpu_schedule_options(threads_); }
+  ScheduleOptions schedule_options(int /*sequences*/, bool batch_invariant) const override {
+    ScheduleOptions options = cpu_schedule_options(threads_);
+    if (batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
+    return options;
+  }
 
   Buffer allocate(std::size_t bytes) override { return allocate_aligned(bytes); }
 
@@ -164,9 +168,8 @@ class CpuOps : public Ops {
       }
     });
     if (step.num_absorbed > 0) {
-      ScheduleOptions options = schedule_options();
-      if (step.batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
-      schedule_ = DecodeSchedule::build(step.absorbed_lens, options);
+      schedule_ = DecodeSchedule::build(
+          step.absorbed_lens, schedule_options(static_cast<int>(step.num_absorbed), step.batch_invariant));
     }
   }
 

@@ -20,7 +20,9 @@ class DeepSeek : public Model {
   std::int64_t max_position() const override { return config_.max_position_embeddings; }
   std::size_t bytes_per_page() const override;
   std::size_t free_memory() const override { return ops_->free_memory(); }
-  ScheduleOptions schedule_options() const override { return ops_->schedule_options(); }
+  ScheduleOptions schedule_options(int sequences, bool batch_invariant) const override {
+    return ops_->schedule_options(sequences, batch_invariant);
+  }
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
   void reserve(int num_tokens, int num_rows) override;

@@ -46,8 +46,8 @@ class Model {
   virtual std::size_t bytes_per_page() const = 0;  ///< over all layers
   /// Bytes of the device's own memory that nobody has taken; 0: it works in the host's.
   virtual std::size_t free_memory() const { return 0; }
-  /// The workers among which decode attention is divided.
-  virtual ScheduleOptions schedule_options() const = 0;
+  /// How decode attention of that many sequences, a token each, is divided among workers.
+  virtual ScheduleOptions schedule_options(int sequences, bool batch_invariant) const = 0;
   /// (Re-)allocates the cache; contents are lost. Throws std::bad_alloc.
   virtual void allocate_cache(int num_pages) = 0;
   /// Copies one page, in every layer.

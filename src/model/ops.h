@@ -125,7 +125,7 @@ class Ops {
   virtual DType dtype() const = 0;
   /// As Model's.
   virtual std::size_t free_memory() const { return 0; }
-  virtual ScheduleOptions schedule_options() const = 0;
+  virtual ScheduleOptions schedule_options(int sequences, bool batch_invariant) const = 0;
 
   // Memory and weights. Host arrays are free again when the call returns. Where a weight is null (or `read`
   // empty) a device that makes_up_weights() takes random ones, which are then never on the host: for

@@ -26,7 +26,9 @@ void check_schedule_options(const ScheduleOptions& o) {
   require(o.fixed_overhead_blocks >= 0, "fixed_overhead_blocks", o.fixed_overhead_blocks, ">= 0");
   require(o.min_blocks_per_request == 0 || o.min_blocks_per_request == 1, "min_blocks_per_request",
           o.min_blocks_per_request, "0 or 1");
-  require(o.min_blocks_per_part >= 1, "min_blocks_per_part", o.min_blocks_per_part, ">= 1");
+  // The device counts num_parts times as many in 32 bits.
+  require(o.min_blocks_per_part >= 1 && o.min_blocks_per_part <= 1 << 16, "min_blocks_per_part",
+          o.min_blocks_per_part, "1 to 65536");
   require(o.whole_requests_percent >= 0, "whole_requests_percent", o.whole_requests_percent, ">= 0");
   require(o.fixed_split_blocks >= 0, "fixed_split_blocks", o.fixed_split_blocks, ">= 0");
 }

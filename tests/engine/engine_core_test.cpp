@@ -590,21 +590,34 @@ TEST_P(EngineCoreTest, BadOptionsNameTheField) {
 }
 
 TEST_P(EngineCoreTest, TheCacheIsAsLargeAsUsefulAndAsTheMemoryAllows) {
-  const auto pages = [](std::size_t memory_bytes, std::size_t free_bytes, std::int64_t max_position) {
+  const auto pages = [](std::size_t memory_bytes, std::size_t free_bytes, std::int64_t max_position,
+                        bool batch_invariant = false) {
     auto model = std::make_unique<FakeModel>(max_position);
     model->free_bytes = free_bytes;
     EngineOptions o = Harness::defaults();
     o.num_pages = 0;
     o.memory_bytes = memory_bytes;
+    o.batch_invariant = batch_invariant;
     return EngineCore(std::move(model), {}, {}, o).stats().pages_total;
   };
   const std::size_t page = FakeModel().bytes_per_page();
   EXPECT_EQ(pages(0, 0, 4096), 16 * 64) << "16 sequences of 64 pages are less than 2 GiB";
   EXPECT_EQ(pages(50 * page, 0, 4096), 50);
   EXPECT_EQ(pages(0, 200 * page, 4096), 180) << "nine tenths of what the device has free";
+  EXPECT_EQ(pages(0, 200 * page, 4096, true), 140) << "seven tenths: prompts leave large partial results";
   EXPECT_EQ(pages(50 * page, 200 * page, 4096), 50);
   EXPECT_EQ(pages(0, std::size_t{1} << 40, 128), 16 * 2);
   EXPECT_THROW(pages(0, page, 4096), InvalidArgument);
+}
+
+TEST_P(EngineCoreTest, StepsThatCannotBePreparedAheadAreDoneAfterwards) {
+  Harness h;
+  h.model->refuses_to_plan_ahead = true;
+  EXPECT_EQ(h.generate({1, 2, 3}, greedy(30)).tokens, continuation({1, 2, 3}, 30));
+  EXPECT_EQ(h.model->most_flights, 1U);
+  h.model->refuses_to_plan_ahead = false;
+  EXPECT_EQ(h.generate({4, 5}, greedy(30)).tokens, continuation({4, 5}, 30));
+  EXPECT_EQ(h.core->stats().running, 0);
 }
 
 TEST_P(EngineCoreTest, AFailedRequestDoesNotDisturbItsNeighbours) {

@@ -7,6 +7,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -41,7 +42,10 @@ class FakeModel : public model::Model {
   std::int64_t max_position() const override { return max_position_; }
   std::size_t bytes_per_page() const override { return model::kPageSize * sizeof(std::int32_t); }
   std::size_t free_memory() const override { return free_bytes; }
-  ScheduleOptions schedule_options() const override { return cpu_schedule_options(); }
+  ScheduleOptions schedule_options(int, bool) const override {
+    if (refuses_to_plan_ahead && !flights_.empty()) throw std::bad_alloc();
+    return cpu_schedule_options();
+  }
   void allocate_cache(int num_pages) override {
     cache_.assign(static_cast<std::size_t>(num_pages) * model::kPageSize, -1);
   }
@@ -91,7 +95,8 @@ class FakeModel : public model::Model {
 
   std::function<void(const model::ForwardBatch&)> on_forward;
   std::size_t free_bytes = 0;
-  std::size_t most_flights = 0;  ///< that were on their way at a time
+  bool refuses_to_plan_ahead = false;  ///< as if the host had no memory for it
+  std::size_t most_flights = 0;        ///< that were on their way at a time
 
  private:
   using Tokens = std::vector<std::int32_t>;

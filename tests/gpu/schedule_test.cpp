@@ -77,7 +77,7 @@ TEST(DeviceSchedule, IsTheHosts) {
     o.fixed_overhead_blocks = draw(0, 2) == 0 ? draw(0, 8) : 5;
     o.min_blocks_per_request = draw(0, 1);
     o.fixed_split_blocks = draw(0, 1) == 0 ? 0 : draw(1, 40);
-    o.min_blocks_per_part = draw(0, 2) > 0 ? 1 : draw(0, 9) > 0 ? draw(1, 50) : 0x7FFFFFFF;
+    o.min_blocks_per_part = draw(0, 2) > 0 ? 1 : draw(0, 9) > 0 ? draw(1, 50) : 1 << 16;
     o.whole_requests_percent = draw(0, 1) == 0 ? 0 : draw(1, 300);
     o.block_size = draw(0, 4) == 0 ? draw(1, 100) : 64;
     expect_the_hosts(lengths, o);

@@ -99,6 +99,13 @@ def test_the_metadata_is_the_hosts():
         assert all(torch.equal(a, b.cpu()) for a, b in zip(on_host, on_device))
 
 
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_metadata_has_as_many_rows_whatever_the_batch(h_q):
+    # Callers copy the metadata of a replay over that of a captured graph.
+    rows = {get_mla_metadata(torch.full((b,), 500, dtype=torch.int32, device="cuda"), h_q, 1)[0].shape for b in (1, 2, 200)}
+    assert len(rows) == 1
+
+
 def test_current_stream_is_used():
     p = Problem([1500, 40], h_q=128)
     stream = torch.cuda.Stream()

@@ -141,7 +141,7 @@ TEST(Schedule, NoPartIsSmallerThanAsked) {
   const auto s = DecodeSchedule::build(std::vector<std::int32_t>{64 * 64}, o);
   EXPECT_EQ(s.payload_blocks(), 2);
   EXPECT_EQ(s.num_splits()[1], 32);
-  o.min_blocks_per_part = std::numeric_limits<std::int32_t>::max();
+  o.min_blocks_per_part = 1 << 16;
   EXPECT_EQ(DecodeSchedule::build(std::vector<std::int32_t>{64 * 64, 7}, o).num_splits()[2], 2) << "one part";
   EXPECT_EQ(DecodeSchedule::build(std::vector<std::int32_t>{}, o).num_splits().size(), 1U);
 }

@@ -261,7 +261,13 @@ class CudaOps : public Ops {
   DType dtype() const override { return kType; }
 
   std::size_t free_memory() const override { return pool_->free_memory(); }
-  ScheduleOptions schedule_options() const override { return schedule_options_; }
+  // In a batch-invariant step nothing depends on how many sequences there are.
+  ScheduleOptions schedule_options(int sequences, bool batch_invariant) const override {
+    if (!batch_invariant) return cuda_schedule_options(0, 1, config_.num_attention_heads, 1, sequences);
+    ScheduleOptions options = schedule_options_;
+    options.fixed_split_blocks = kInvariantSplitBlocks;
+    return options;
+  }
 
   bool makes_up_weights() const override { return true; }
   bool takes_bfloat16() const override { return true; }
@@ -805,17 +811,6 @@ class CudaOps : public Ops {
     if (!step.draws.empty()) step.draws.resize(size);
   }
 
-  // Of the step's absorbed tokens, each a request. In a batch-invariant step nothing depends on how many.
-  ScheduleOptions step_schedule_options() const {
-    if (!step_->batch_invariant) {
-      return cuda_schedule_options(0, 1, config_.num_attention_heads, 1,
-                                   static_cast<int>(step_->num_absorbed));
-    }
-    ScheduleOptions options = schedule_options_;
-    options.fixed_split_blocks = kInvariantSplitBlocks;
-    return options;
-  }
-
   DecodeScheduleView schedule_view(const ScheduleOptions& options) const {
     DecodeScheduleView view;
     view.parts = on_device(parts_.data(), DType::kInt32, {options.num_parts, 8});
@@ -864,7 +859,9 @@ class CudaOps : public Ops {
 
   void plan_decode() {
     if (step_->num_absorbed == 0 || !sm90_decode() || one_token_step()) return;
-    const ScheduleOptions options = step_schedule_options();
+    // Of the step's absorbed tokens, each a request.
+    const ScheduleOptions options =
+        schedule_options(static_cast<int>(step_->num_absorbed), step_->batch_invariant);
     schedule_ = schedule_view(options);
     build_decode_schedule(on_device(data_.lens, DType::kInt32, {step_->num_absorbed}), options, schedule_,
                           stream_);
