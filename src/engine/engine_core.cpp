@@ -312,10 +312,7 @@ bool EngineCore::step() {
   } catch (const std::exception& e) {
     give_up(*flight, e.what());
   }
-  if (flight_ && flight_->all_finished()) {
-    land(*flight_);
-    flight_.reset();
-  }
+  if (flight_ && flight_->all_finished()) drop_ahead();
   drop_finished_jobs();
   return true;
 }
@@ -397,13 +394,22 @@ std::size_t EngineCore::num_logits(const Flight& flight) const {
 // The host has failed with a step's results: its requests end, whatever they have got of them, and the step
 // behind it, made for what they would have been, counts for nothing.
 void EngineCore::give_up(Flight& flight, const std::string& why) {
-  if (flight_) {
-    land(*flight_);
-    flight_.reset();
-  }
+  drop_ahead();
+  end_all(flight, fmt::format("the step failed: {}", why));
+}
+
+// The step ahead, if there is one, counts for nothing.
+void EngineCore::drop_ahead() {
+  if (!flight_) return;
+  land(*flight_);
+  flight_.reset();
+}
+
+// Nobody knows what a failed step has left in the pages of those that took part; others go on.
+void EngineCore::end_all(Flight& flight, const std::string& why) {
   for (std::size_t i = 0; i < flight.plan.work.size(); ++i) {
     Generation& g = flight.generation(i);
-    if (!g.finished) end(g, FinishReason::kError, fmt::format("the step failed: {}", why), {}, false);
+    if (!g.finished) end(g, FinishReason::kError, why, {}, /*keep_pages=*/false);
   }
 }
 
@@ -450,11 +456,7 @@ void EngineCore::finish(Flight& flight) {
       }
     }
   } else {
-    // Nobody knows what the failed step has left in the pages of those that took part; the others go on.
-    for (std::size_t i = 0; i < flight.plan.work.size(); ++i) {
-      Generation& g = flight.generation(i);
-      if (!g.finished) end(g, FinishReason::kError, flight.failure, {}, /*keep_pages=*/false);
-    }
+    end_all(flight, flight.failure);
   }
   record.end = seconds(Clock::now());
 
@@ -690,8 +692,7 @@ void EngineCore::cancel_all() {
   for (const RequestId id : ids) cancel(id);
   take_notes();
   if (flight_) {
-    land(*flight_);
-    flight_.reset();
+    drop_ahead();
     drop_finished_jobs();
   }
   const std::lock_guard lock(notes_mutex_);

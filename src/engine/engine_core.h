@@ -68,6 +68,8 @@ class EngineCore {
   std::unique_ptr<Flight> launch_ahead(const Flight& flight);
   std::size_t num_logits(const Flight& flight) const;
   void give_up(Flight& flight, const std::string& why);
+  void drop_ahead();
+  void end_all(Flight& flight, const std::string& why);
   void finish(Flight& flight);
   void land(Flight& flight);
   std::vector<Choice> plan_choices(const Flight& flight);
