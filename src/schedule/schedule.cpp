@@ -62,21 +62,20 @@ std::int64_t total_of(std::span<const std::int32_t> lengths, const ScheduleOptio
   return total;
 }
 
-// Requests that every part is given whole, or 0 if requests are to be cut.
-std::int64_t whole_requests(std::span<const std::int32_t> lengths, std::int64_t total,
-                            const ScheduleOptions& o) {
-  if (o.whole_requests_percent == 0 || o.fixed_split_blocks > 0 || lengths.empty()) return 0;
-  const std::int64_t each = ceil_div(std::ssize(lengths), o.num_parts);
-  const std::int64_t longest = blocks_of(std::ranges::max(lengths), o) + o.fixed_overhead_blocks;
-  return each * longest * o.num_parts <= total + total * o.whole_requests_percent / 100 ? each : 0;
-}
+// What every part is given.
+struct Share {
+  std::int64_t payload = 0;  // blocks, the overhead included
+  std::int64_t whole = 0;    // requests that are not cut; 0: they are
+};
 
-std::int64_t payload_of(std::span<const std::int32_t> lengths, std::int64_t total, const ScheduleOptions& o) {
-  if (const std::int64_t each = whole_requests(lengths, total, o); each > 0) {
-    return each * (blocks_of(std::ranges::max(lengths), o) + o.fixed_overhead_blocks);
+Share share_of(std::span<const std::int32_t> lengths, std::int64_t total, const ScheduleOptions& o) {
+  if (o.whole_requests_percent > 0 && o.fixed_split_blocks == 0 && !lengths.empty()) {
+    const std::int64_t each = ceil_div(std::ssize(lengths), o.num_parts);
+    const std::int64_t most = each * (blocks_of(std::ranges::max(lengths), o) + o.fixed_overhead_blocks);
+    if (most * o.num_parts <= total + total * o.whole_requests_percent / 100) return {most, each};
   }
-  return std::max(ceil_div(total, o.num_parts), std::min<std::int64_t>(o.min_blocks_per_part, total)) +
-         o.fixed_overhead_blocks;
+  const std::int64_t least = std::min<std::int64_t>(o.min_blocks_per_part, total);
+  return {std::max(ceil_div(total, o.num_parts), least) + o.fixed_overhead_blocks, 0};
 }
 
 // Where a part begins: `block` of request `req`, which is `split` of it.
@@ -120,8 +119,7 @@ DecodePart part_between(const Position& begin, const Position& end, std::span<co
 void plan_balanced(std::span<const std::int32_t> lengths, const ScheduleOptions& o, std::int64_t total,
                    std::span<DecodePart> parts, std::span<std::int32_t> num_splits) {
   const auto batch = static_cast<std::int32_t>(lengths.size());
-  const std::int64_t payload = payload_of(lengths, total, o);
-  const std::int64_t whole = whole_requests(lengths, total, o);
+  const auto [payload, whole] = share_of(lengths, total, o);
   Position at;
   num_splits[0] = 0;
   for (std::size_t p = 0; p < parts.size(); ++p) {
@@ -223,7 +221,7 @@ DecodeSchedule DecodeSchedule::build(std::span<const std::int32_t> cache_seqlens
   DecodeSchedule s;
   s.options_ = options;
   const std::int64_t total = total_of(cache_seqlens, options);
-  s.payload_blocks_ = payload_of(cache_seqlens, total, options);
+  s.payload_blocks_ = share_of(cache_seqlens, total, options).payload;
   s.parts_.resize(static_cast<std::size_t>(options.num_parts));
   s.num_splits_.resize(cache_seqlens.size() + 1);
   plan(cache_seqlens, options, total, s.parts_, s.num_splits_);

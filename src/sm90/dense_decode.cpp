@@ -116,17 +116,8 @@ void require_device(int index) {
   if (!reason.empty()) throw Unsupported(reason);
 }
 
-int num_parts(int device, int s_q, int h_q, int h_kv) {
-  return num_parts(gpu(device).sms, row_blocks(s_q, h_q / h_kv), h_kv);
-}
-
 ScheduleShape schedule_shape(int device, int s_q, int h_q, int h_kv, int batch) {
   return schedule_shape(batch, gpu(device).sms, row_blocks(s_q, h_q / h_kv), h_kv);
-}
-
-int num_parts(const DenseDecodeArgs& a) {
-  return num_parts(a.q.device.index, static_cast<int>(a.q.size(1)), static_cast<int>(a.q.size(2)),
-                   static_cast<int>(a.k_cache.size(2)));
 }
 
 void check_schedule_layout(const DecodeScheduleView& s) {

@@ -30,10 +30,7 @@ std::string reject_reason(const Gpu& gpu);
 /// index beyond those there are.
 void require_device(int index);
 
-/// Parts a schedule for this problem should have: one per cluster of CTAs that runs at a time.
-int num_parts(int device, int s_q, int h_q, int h_kv);
-int num_parts(const DenseDecodeArgs& args);
-/// How such a schedule should cut a batch; `batch` 0: not known.
+/// How a schedule should cut a batch of these shapes; `batch` 0: not known.
 ScheduleShape schedule_shape(int device, int s_q, int h_q, int h_kv, int batch);
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args, const DecodeScheduleView& schedule);

@@ -18,8 +18,6 @@ std::vector<Gpu> gpus() { return {}; }
 std::string why_no_gpus() { return kReason; }
 std::string reject_reason(const Gpu&) { return kReason; }
 void require_device(int) { refuse(); }
-int num_parts(int, int, int, int) { refuse(); }
-int num_parts(const DenseDecodeArgs&) { refuse(); }
 ScheduleShape schedule_shape(int, int, int, int, int) { refuse(); }
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }
 void dense_decode(const DenseDecodeArgs&, const DecodeScheduleView&, void*, float, bool, void*) { refuse(); }
