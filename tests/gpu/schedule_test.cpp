@@ -132,8 +132,7 @@ double microseconds(const Buffers& d, const ScheduleOptions& o) {
   return times[times.size() / 2] / 20 * 1000;
 }
 
-// Printed; what fails is a plan for 128 requests that takes longer than the quickest peer's, 17 us.
-TEST(DeviceSchedule, TakesLessTimeThanPeersFor128Requests) {
+TEST(DeviceSchedule, TakesAtMostTenMicrosecondsFor128Requests) {
   std::mt19937 rng(2);
   for (const auto& [b, mean, step] : {std::tuple{128, 4096, 0},
                                       {128, 1024, 0},
@@ -154,7 +153,7 @@ TEST(DeviceSchedule, TakesLessTimeThanPeersFor128Requests) {
       std::printf("schedule: b %d, mean length %d, %d parts, fixed_split_blocks %d: %.2f us\n", b, mean,
                   parts, step, us);
       if (b <= 128) {
-        EXPECT_LE(us, 17.0);
+        EXPECT_LE(us, 10.0);
       }
     }
   }

@@ -172,7 +172,6 @@ __device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const Sch
 /// Requests that every part is given whole, or 0 if requests are to be cut. `longest`: of all, the overhead
 /// included.
 __device__ __forceinline__ int whole_requests(const ScheduleParams& p, int longest, int total) {
-  if (p.whole_requests_percent == 0 || p.fixed_split_blocks > 0) return 0;
   const int each = (p.batch + p.num_parts - 1) / p.num_parts;
   const bool balanced = static_cast<std::int64_t>(each) * longest * p.num_parts <=
                         total + static_cast<std::int64_t>(total) * p.whole_requests_percent / 100;
@@ -207,19 +206,25 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
     return max(length / p.block_size + (length % p.block_size > 0), p.min_blocks_per_request);
   };
   if (threadIdx.x == 0) starts[0] = 0;
+  // The longest request is looked for only where requests may be left whole.
   __shared__ int longest;
-  if (threadIdx.x == 0) longest = 0;
-  __syncthreads();
+  const bool may_be_whole = p.whole_requests_percent > 0 && p.fixed_split_blocks == 0;
+  if (may_be_whole) {
+    if (threadIdx.x == 0) longest = 0;
+    __syncthreads();
+  }
   int my_longest = 0;
   for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
     starts[i + 1] = blocks_of(i) + p.fixed_overhead_blocks;
     my_longest = max(my_longest, starts[i + 1]);
   }
-  my_longest = __reduce_max_sync(0xFFFFFFFFu, my_longest);
-  if (threadIdx.x % 32 == 0 && my_longest > 0) atomicMax(&longest, my_longest);
+  if (may_be_whole) {
+    my_longest = __reduce_max_sync(0xFFFFFFFFu, my_longest);
+    if (threadIdx.x % 32 == 0 && my_longest > 0) atomicMax(&longest, my_longest);
+  }
   __syncthreads();
   const int total = sum_until(starts + 1, p.batch);
-  const int whole = whole_requests(p, longest, total);
+  const int whole = may_be_whole ? whole_requests(p, longest, total) : 0;
   if (whole > 0) {
     for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kScheduleThreads) {
       begins[i] = starts[min(i * whole, p.batch)];
