@@ -35,9 +35,10 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
       ->check(CLI::IsMember({"auto", "dummy"}));
   app.add_option("--num-pages", o.num_pages, "Pages of 64 tokens in the cache (0: what --memory holds)")
       ->capture_default_str();
-  app.add_option(
-         "--memory", o.memory_bytes,
-         "Bytes of the cache, e.g. 4GiB (default: as useful, at most 2 GiB or 90% of a GPU's free memory)")
+  app.add_option("--memory", o.memory_bytes,
+                 "Bytes of the cache, e.g. 4GiB (default: as useful, at most 2 GiB or 90% of a GPU's free "
+                 "memory, 70% "
+                 "with --batch-invariant)")
       ->transform(CLI::AsSizeValue(false));
   app.add_option("--max-batch-size", o.max_batch_size, "Sequences per step")->capture_default_str();
   app.add_option("--max-tokens-per-step", o.max_tokens_per_step,
