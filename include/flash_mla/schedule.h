@@ -110,7 +110,7 @@ FLASH_MLA_API void build_decode_schedule(std::span<const std::int32_t> cache_seq
 /// On the CPU this is the function above, and lengths are checked. On a GPU one kernel is queued on `stream`
 /// (a cudaStream_t): nothing is allocated, read back or waited for, so a CUDA graph may capture it, and every
 /// replay plans anew for the lengths it finds; a negative length counts as 0. Both give the same plan, bit
-/// for bit. On a GPU b + 2 * num_parts may be up to 11487.
+/// for bit. On a GPU b + 3 * num_parts may be up to 11430.
 ///
 /// Throws InvalidArgument (message: argument, value, what was expected) or Unsupported.
 FLASH_MLA_API void build_decode_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,

@@ -108,10 +108,10 @@ struct DecodeParams {
 };
 
 /// What the device schedule keeps in 48 KB of shared memory: see ScheduleMemory.
-inline constexpr int kMaxScheduleWords = 12000;
+inline constexpr int kMaxScheduleWords = 12200;
 inline constexpr int kMaxStops = 256;
 constexpr std::int64_t schedule_words(std::int64_t batch, std::int64_t num_parts) {
-  return batch + 1 + 2 * num_parts + std::int64_t{2} * kMaxStops;
+  return batch + 1 + 3 * num_parts + 1 + std::int64_t{3} * kMaxStops;
 }
 
 struct ScheduleParams {

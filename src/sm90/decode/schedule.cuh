@@ -17,37 +17,43 @@ namespace flash_mla::sm90 {
 
 inline constexpr int kScheduleThreads = 512;
 
-/// Turns values[0, n) into their inclusive sums (or maxima: any associative `op` with identity 0); returns
+struct Sum {
+  __device__ static int of(int a, int b) { return a + b; }
+  __device__ static int of_warp(int x) { return __reduce_add_sync(0xFFFFFFFFu, x); }
+};
+struct Max {
+  __device__ static int of(int a, int b) { return max(a, b); }
+  __device__ static int of_warp(int x) { return __reduce_max_sync(0xFFFFFFFFu, x); }
+};
+
+/// values[i] = the sum or maximum (Op; 0 is its identity) of value_of(0) to value_of(i), for i < n. Returns
 /// the last. Every thread takes a run of them.
-template <class Op>
-__device__ __forceinline__ int scan(std::int32_t* values, int n, Op op) {
-  __shared__ int warps[kScheduleThreads / 32];
+template <class Op, class F>
+__device__ __forceinline__ int scan(std::int32_t* values, int n, F value_of) {
+  constexpr int kWarps = kScheduleThreads / 32;
+  __shared__ int warps[kWarps];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int run = (n + kScheduleThreads - 1) / kScheduleThreads;
   const int begin = min(static_cast<int>(threadIdx.x) * run, n), end = min(begin + run, n);
   int upto = 0;  // of this thread's run, then of this warp up to here
-  for (int i = begin; i < end; ++i) upto = op(upto, values[i]);
+  for (int i = begin; i < end; ++i) {
+    values[i] = value_of(i);
+    upto = Op::of(upto, values[i]);
+  }
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
     const int below = __shfl_up_sync(0xFFFFFFFFu, upto, offset);
-    if (lane >= offset) upto = op(below, upto);
+    if (lane >= offset) upto = Op::of(below, upto);
   }
   if (lane == 31) warps[warp] = upto;
   __syncthreads();
-  int before = __shfl_up_sync(0xFFFFFFFFu, upto, 1), total = 0;
-  if (lane == 0) before = 0;
-#pragma unroll
-  for (int i = kScheduleThreads / 32; i-- > 0;) {
-    if (i < warp) before = op(warps[i], before);
-  }
-#pragma unroll
-  for (int i = 0; i < kScheduleThreads / 32; ++i) total = op(total, warps[i]);
-  for (int i = begin; i < end; ++i) values[i] = before = op(before, values[i]);
+  const int other = lane < kWarps ? warps[lane] : 0;
+  int before = __shfl_up_sync(0xFFFFFFFFu, upto, 1);
+  before = Op::of(Op::of_warp(lane < warp ? other : 0), lane > 0 ? before : 0);
+  for (int i = begin; i < end; ++i) values[i] = before = Op::of(before, values[i]);
+  const int total = Op::of_warp(other);
   __syncthreads();
   return total;
-}
-__device__ __forceinline__ int sum_until(std::int32_t* values, int n) {
-  return scan(values, n, [](int a, int b) { return a + b; });
 }
 
 /// How many of the ascending values[0, n) are at most x.
@@ -64,16 +70,20 @@ __device__ __forceinline__ int count_up_to(const std::int32_t* values, int n, in
 struct ScheduleMemory {
   std::int32_t* starts;   ///< (batch + 1) where requests begin on the line; the last is the line's end
   std::int32_t* begins;   ///< (num_parts) where parts begin on the line
+  std::int32_t* reqs;     ///< (num_parts + 1) the request in which a part begins
   std::int32_t* cuts;     ///< (num_parts) parts up to this one that begin inside a request
+  std::int32_t* rests;    ///< (kMaxStops) starts, modulo the parts' distance
   std::uint32_t* jumps;   ///< (kMaxStops) from a stop to another: requests << 16 | parts
   std::int32_t* stop_at;  ///< (kMaxStops) the part that begins with this request, or -1
 
   __device__ ScheduleMemory(std::int32_t* memory, const ScheduleParams& p)
       : starts(memory),
         begins(starts + p.batch + 1),
-        cuts(begins + p.num_parts),
-        jumps(reinterpret_cast<std::uint32_t*>(cuts + p.num_parts)),
-        stop_at(cuts + p.num_parts + kMaxStops) {}
+        reqs(begins + p.num_parts),
+        cuts(reqs + p.num_parts + 1),
+        rests(cuts + p.num_parts),
+        jumps(reinterpret_cast<std::uint32_t*>(rests + kMaxStops)),
+        stop_at(rests + 2 * kMaxStops) {}
 };
 static_assert(kMaxStops <= kScheduleThreads);
 inline constexpr std::uint32_t kNoJump = 0xFFFFFFFFu;
@@ -88,40 +98,44 @@ __device__ __forceinline__ int step_of(const ScheduleParams& p, int total) {
 // a begin is a stop; from one stop to the next parts are `step` apart.
 
 /// For up to kMaxStops requests. All threads.
-__device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const ScheduleMemory& s, int total) {
+__device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const ScheduleMemory& s, int total,
+                                               int step) {
   const int thread = static_cast<int>(threadIdx.x), overhead = p.fixed_overhead_blocks;
-  const int step = max(step_of(p, total), 1);
-  const float per_step = 1.0f / static_cast<float>(step);
   if (thread < p.batch) {
+    s.rests[thread] = s.starts[thread] % step;
     s.jumps[thread] = kNoJump;
     s.stop_at[thread] = thread == 0 ? 0 : -1;
   }
-  for (int i = thread; i < p.num_parts; i += kScheduleThreads) s.begins[i] = 0;
   __syncthreads();
-  // From every request to the first stop behind it, if it were one itself: the first request j, and m >= 1,
-  // with m * step < starts[j] - starts[i] <= m * step + overhead. As many threads a request as there are.
+  // From every request i to the first stop behind it, if it were one itself: the first request j, and m >= 1,
+  // with m * step < starts[j] - starts[i] <= m * step + overhead.
   const int helpers = kScheduleThreads / p.batch, i = thread % p.batch, helper = thread / p.batch;
-  for (int j = i + 1 + 4 * helper; helper < helpers && j < p.batch; j += 4 * helpers) {
-    std::uint32_t found = kNoJump;
-#pragma unroll
-    for (int u = 3; u >= 0; --u) {
-      const int distance = s.starts[min(j + u, p.batch)] - s.starts[i], least = max(distance - overhead, 1);
-      int m = static_cast<int>(static_cast<float>(least) * per_step), rest = least - m * step;
-      m += (rest > step) - (rest <= 0);  // the quotient in float may be one off
-      rest = least - m * step;
-      m += rest > 0;
-      if (m * step < distance && j + u < p.batch) {
-        found = static_cast<std::uint32_t>(j + u - i) << 16 | static_cast<std::uint32_t>(m);
-      }
+  int found = p.batch;
+  if (step > overhead) {
+    // That is to say, (rests[j] - rests[i] - 1) mod step < overhead, but for a request of no blocks right
+    // behind i (m would be 0). Every helper looks through a share of the requests, backwards, for it is the
+    // first that counts.
+    const int first = i + 1 + (i + 1 < p.batch && s.starts[i + 1] - s.starts[i] <= overhead);
+    const int share = (p.batch + helpers - 1) / helpers, end = min((helper + 1) * share, p.batch);
+    const int behind = s.rests[i] + 1;
+#pragma unroll 8
+    for (int j = end - 1; j >= max(helper * share, first); --j) {
+      const auto rest = static_cast<std::uint32_t>(s.rests[j] - behind);
+      if (min(rest, rest + static_cast<std::uint32_t>(step)) < static_cast<std::uint32_t>(overhead)) found = j;
     }
-    if (found != kNoJump) {
-      atomicMin(&s.jumps[i], found);
-      break;
-    }
+  } else if (helper == 0) {
+    // Every end lies so near a begin. Requests are no shorter than the overhead: this ends within three.
+    for (found = i + 1; found < p.batch && s.starts[found] - s.starts[i] <= step;) ++found;
+  }
+  if (helper < helpers && found < p.batch) {
+    const int distance = s.starts[found] - s.starts[i];
+    const int m = max((step > overhead ? distance - 1 : distance - overhead + step - 1) / step, 1);
+    atomicMin(&s.jumps[i], static_cast<std::uint32_t>(found - i) << 16 | static_cast<std::uint32_t>(m));
   }
   __syncthreads();
-  // Every round marks the stops that one jump leads to from those marked so far, and doubles the jumps.
-  for (int reach = 1; reach < min(p.num_parts, p.batch); reach *= 2) {
+  // Every round marks the stops that one jump leads to from those marked so far, and doubles the jumps; until
+  // those marked lead nowhere.
+  while (true) {
     std::uint32_t jump = kNoJump, next = kNoJump;
     int at = -1;
     if (thread < p.batch) {
@@ -129,12 +143,15 @@ __device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const Sc
       at = s.stop_at[thread];
       if (jump != kNoJump) next = s.jumps[thread + (jump >> 16)];
     }
-    __syncthreads();
-    if (at >= 0 && jump != kNoJump) s.stop_at[thread + (jump >> 16)] = at + static_cast<int>(jump & 0xFFFF);
+    const bool leads = at >= 0 && at < p.num_parts && jump != kNoJump;
+    if (!__syncthreads_or(leads)) break;
+    if (leads) s.stop_at[thread + (jump >> 16)] = at + static_cast<int>(jump & 0xFFFF);
     if (thread < p.batch) s.jumps[thread] = next != kNoJump ? jump + next : kNoJump;
     __syncthreads();
   }
   // Every part's last stop: which part that is, then how far from it.
+  for (int part = thread; part < p.num_parts; part += kScheduleThreads) s.begins[part] = 0;
+  __syncthreads();
   if (thread < p.batch) {
     const int at = s.stop_at[thread];
     if (at >= 0 && at < p.num_parts) {
@@ -143,7 +160,7 @@ __device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const Sc
     }
   }
   __syncthreads();
-  scan(s.begins, p.num_parts, [](int a, int b) { return max(a, b); });
+  scan<Max>(s.begins, p.num_parts, [&](int part) { return s.begins[part]; });
   for (int part = thread; part < p.num_parts; part += kScheduleThreads) {
     const int at = s.begins[part], x = s.cuts[at] + (part - at) * step;
     // The line's end is a stop too.
@@ -152,9 +169,9 @@ __device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const Sc
 }
 
 /// For any number of requests. One warp, which looks at 32 of them at a time.
-__device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const ScheduleMemory& s, int total) {
+__device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const ScheduleMemory& s, int total,
+                                              int step) {
   const int lane = static_cast<int>(threadIdx.x);
-  const int step = step_of(p, total);
   int base = 0, x = 0;
   int window = lane <= p.batch ? s.starts[lane] : 0x7FFFFFFF;
   for (int part = 0; part < p.num_parts; ++part) {
@@ -173,8 +190,8 @@ __device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const Sch
 /// included.
 __device__ __forceinline__ int whole_requests(const ScheduleParams& p, int longest, int total) {
   const int each = (p.batch + p.num_parts - 1) / p.num_parts;
-  const bool balanced = static_cast<std::int64_t>(each) * longest * p.num_parts <=
-                        total + static_cast<std::int64_t>(total) * p.whole_requests_percent / 100;
+  const bool balanced = static_cast<std::int64_t>(each) * longest * p.num_parts * 100 <=
+                        static_cast<std::int64_t>(total) * (100 + p.whole_requests_percent);
   return balanced ? each : 0;
 }
 
@@ -197,7 +214,7 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
   const ScheduleMemory s(memory, p);
   std::int32_t* const starts = s.starts;
   std::int32_t* const begins = s.begins;
-  std::int32_t* const cuts = s.cuts;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   // The schedule may still be in use by the kernel before this one.
   ptx::grid_dependency_wait();
 
@@ -205,26 +222,23 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
     const int length = max(p.cache_seqlens[req], 0);
     return max(length / p.block_size + (length % p.block_size > 0), p.min_blocks_per_request);
   };
+  __shared__ int warps_longest[kScheduleThreads / 32];
   if (threadIdx.x == 0) starts[0] = 0;
+  int longest = 0;
+  const int total = scan<Sum>(starts + 1, p.batch, [&](int req) {
+    const int length = blocks_of(req) + p.fixed_overhead_blocks;
+    longest = max(longest, length);
+    return length;
+  });
   // The longest request is looked for only where requests may be left whole.
-  __shared__ int longest;
-  const bool may_be_whole = p.whole_requests_percent > 0 && p.fixed_split_blocks == 0;
-  if (may_be_whole) {
-    if (threadIdx.x == 0) longest = 0;
+  int whole = 0;
+  if (p.whole_requests_percent > 0 && p.fixed_split_blocks == 0) {
+    longest = Max::of_warp(longest);
+    if (lane == 0) warps_longest[threadIdx.x / 32] = longest;
     __syncthreads();
+    whole = whole_requests(p, Max::of_warp(warps_longest[lane % (kScheduleThreads / 32)]), total);
   }
-  int my_longest = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
-    starts[i + 1] = blocks_of(i) + p.fixed_overhead_blocks;
-    my_longest = max(my_longest, starts[i + 1]);
-  }
-  if (may_be_whole) {
-    my_longest = __reduce_max_sync(0xFFFFFFFFu, my_longest);
-    if (threadIdx.x % 32 == 0 && my_longest > 0) atomicMax(&longest, my_longest);
-  }
-  __syncthreads();
-  const int total = sum_until(starts + 1, p.batch);
-  const int whole = may_be_whole ? whole_requests(p, longest, total) : 0;
+  const int step = step_of(p, total);
   if (whole > 0) {
     for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kScheduleThreads) {
       begins[i] = starts[min(i * whole, p.batch)];
@@ -232,44 +246,39 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
   } else if (p.fixed_split_blocks > 0) {
     place_fixed(p, s, total);
   } else if (p.batch > 0 && p.batch <= kMaxStops) {
-    place_by_stops(p, s, total);
+    place_by_stops(p, s, total, max(step, 1));
   } else if (threadIdx.x < 32) {
-    place_by_walk(p, s, total);
+    place_by_walk(p, s, total, step);
   }
   __syncthreads();
 
   // The request in which part i begins. The first part begins with request 0 whatever its length.
-  const auto req_at = [&](int i) {
+  const auto find_req = [&](int i) {
     if (i == 0 || p.batch == 0) return 0;
     if (whole > 0) return min(i * whole, p.batch);
-    return i == p.num_parts ? p.batch : count_up_to(starts, p.batch + 1, begins[i]) - 1;
+    return count_up_to(starts, p.batch + 1, begins[i]) - 1;
   };
   const auto block_at = [&](int i, int req) {
     return i == p.num_parts || req >= p.batch ? 0 : begins[i] - starts[req];
   };
-  for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kScheduleThreads) {
-    cuts[i] = block_at(i, req_at(i)) > 0;
-  }
-  __syncthreads();
-  sum_until(cuts, p.num_parts);
+  if (threadIdx.x == 0) s.reqs[p.num_parts] = p.batch;
+  scan<Sum>(s.cuts, p.num_parts, [&](int i) {
+    s.reqs[i] = find_req(i);
+    return static_cast<int>(block_at(i, s.reqs[i]) > 0);
+  });
 
-  // Parts that begin before request `req` does, and cuts among them.
-  const auto cuts_before = [&](int req) {
-    const int parts = count_up_to(begins, p.num_parts, starts[req] - 1);
-    return parts > 0 ? cuts[parts - 1] : 0;
-  };
   for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kScheduleThreads) {
-    const int begin_req = req_at(i), begin_block = block_at(i, begin_req);
-    const int next_req = req_at(i + 1), next_block = block_at(i + 1, next_req);
+    const int begin_req = s.reqs[i], begin_block = block_at(i, begin_req);
+    const int next_req = s.reqs[i + 1], next_block = block_at(i + 1, next_req);
     const int end_req = next_block > 0 ? next_req : next_req - 1;
     // The blocks a request has, not those it counts as: rows of an empty request end at block 0.
     const int last_length = next_req > 0 ? max(p.cache_seqlens[next_req - 1], 0) : 0;
     const int end_block =
         next_block > 0 ? next_block : last_length / p.block_size + (last_length % p.block_size > 0);
     const bool idle = begin_req >= p.batch || (begin_req == next_req && begin_block == next_block);
-    const int split = p.fixed_split_blocks > 0 ? begin_block / p.fixed_split_blocks
-                      : begin_block > 0        ? cuts[i] - cuts_before(begin_req)
-                                               : 0;
+    // Inside a request parts are `step` apart.
+    const int distance = p.fixed_split_blocks > 0 ? p.fixed_split_blocks : step;
+    const int split = begin_block > 0 ? (begin_block + distance - 1) / distance : 0;
     auto* row = reinterpret_cast<int4*>(p.parts + static_cast<std::int64_t>(i) * 8);
     if (p.token_rows) {
       const int last_req = idle ? p.batch - 1 : end_req;
@@ -281,9 +290,9 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
       row[0] = {p.batch, p.batch - 1, 0, end_block};
       row[1] = {0, 0, 0, 0};
     } else {
-      const int step = p.fixed_split_blocks;
       const auto is_split = [&](int req) {
-        if (step > 0) return starts[req + 1] - starts[req] - p.fixed_overhead_blocks > step;
+        if (p.fixed_split_blocks > 0)
+          return starts[req + 1] - starts[req] - p.fixed_overhead_blocks > p.fixed_split_blocks;
         return (req == begin_req && begin_block > 0) || (req == next_req && next_block > 0);
       };
       row[0] = {begin_req, end_req, begin_block, end_block};
@@ -291,19 +300,19 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
     }
   }
   if (threadIdx.x == 0) p.num_splits[0] = 0;
-  if (p.fixed_split_blocks == 0) {
-    for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
-      p.num_splits[i + 1] = i + 1 + cuts_before(i + 1);
-    }
-  } else {
+  if (p.fixed_split_blocks > 0) {
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
-      starts[i + 1] = max((blocks_of(i) + p.fixed_split_blocks - 1) / p.fixed_split_blocks, 1);
-    }
-    __syncthreads();
-    sum_until(starts + 1, p.batch);
-    for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
+    scan<Sum>(starts + 1, p.batch, [&](int req) {
+      return max((blocks_of(req) + p.fixed_split_blocks - 1) / p.fixed_split_blocks, 1);
+    });
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
+    if (p.fixed_split_blocks > 0) {
       p.num_splits[i + 1] = starts[i + 1];
+    } else {
+      // Parts that begin before the next request does, and cuts among them.
+      const int parts = count_up_to(begins, p.num_parts, starts[i + 1] - 1);
+      p.num_splits[i + 1] = i + 1 + (parts > 0 ? s.cuts[parts - 1] : 0);
     }
   }
   ptx::grid_dependency_launch();
