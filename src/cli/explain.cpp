@@ -11,18 +11,6 @@ namespace {
 
 constexpr int kH200Sms = 132;
 
-const char* combine_name(sm90::CombineShape shape) {
-  switch (shape) {
-    case sm90::CombineShape::kFine:
-      return "fine";
-    case sm90::CombineShape::kMedium:
-      return "medium";
-    case sm90::CombineShape::kCoarse:
-      return "coarse";
-  }
-  return "";
-}
-
 std::string grid_text(const sm90::Grid& g) { return fmt::format("{}x{}x{}", g.x, g.y, g.z); }
 
 std::string known(std::size_t value) { return value > 0 ? fmt::format("{}", value) : "-"; }
@@ -30,26 +18,25 @@ std::string known(std::size_t value) { return value > 0 ? fmt::format("{}", valu
 std::vector<std::string> explain_row(const Shape& s, int sms) {
   const sm90::RowBlocks blocks = sm90::row_blocks(s.s_q, s.h_q / s.h_kv);
   const sm90::ScheduleShape shape = sm90::schedule_shape(s.b, sms, blocks, s.h_kv);
-  const sm90::DecodePlan plan = sm90::plan_decode(s.b, blocks, s.h_kv, shape.num_parts, false);
+  const sm90::DecodePlan plan = sm90::plan_decode(s.b, sms, blocks, s.h_kv, shape.num_parts, false);
   const bool bf16 = s.dtype == DType::kBFloat16;
   const sm90::KernelFacts decode = sm90::decode_kernel_facts(plan, bf16);
   const sm90::KernelFacts combine = sm90::combine_kernel_facts(plan, bf16);
-  return {
-      s.name,
-      fmt::format("{} of {}x{}", blocks.count(), blocks.tokens, blocks.heads),
-      fmt::format("{}", plan.cluster),
-      fmt::format("{}", shape.num_parts),
-      fmt::format("{}", shape.fixed_overhead_blocks),
-      fmt::format("{}", shape.min_blocks_per_part),
-      shape.whole_requests_percent > 0 ? fmt::format("{}%", shape.whole_requests_percent) : "-",
-      sm90::compute_bound(blocks) ? "compute" : "memory",
-      grid_text(plan.grid),
-      plan.combines ? fmt::format("{} {}", combine_name(plan.combine), grid_text(plan.combine_grid)) : "none",
-      known(decode.threads),
-      known(decode.smem_bytes),
-      fmt::format("{}/{}", known(static_cast<std::size_t>(decode.registers)),
-                  known(static_cast<std::size_t>(combine.registers))),
-      decode.registers > 0 ? fmt::format("{}/{}", decode.spill_bytes, combine.spill_bytes) : "-"};
+  return {s.name,
+          fmt::format("{} of {}x{}", blocks.count(), blocks.tokens, blocks.heads),
+          fmt::format("{}", plan.cluster),
+          fmt::format("{}", shape.num_parts),
+          fmt::format("{}", shape.fixed_overhead_blocks),
+          fmt::format("{}", shape.min_blocks_per_part),
+          shape.whole_requests_percent > 0 ? fmt::format("{}%", shape.whole_requests_percent) : "-",
+          sm90::compute_bound(blocks) ? "compute" : "memory",
+          grid_text(plan.grid),
+          plan.combines ? grid_text(plan.combine_grid) : "none",
+          known(decode.threads),
+          known(decode.smem_bytes),
+          fmt::format("{}/{}", known(static_cast<std::size_t>(decode.registers)),
+                      known(static_cast<std::size_t>(combine.registers))),
+          decode.registers > 0 ? fmt::format("{}/{}", decode.spill_bytes, combine.spill_bytes) : "-"};
 }
 
 constexpr const char* kLegend =
@@ -58,7 +45,7 @@ constexpr const char* kLegend =
     "parts       of the schedule; overhead: what it takes the start of a request for, in tiles of 64 keys\n"
     "least       fewest tiles of a part; whole: imbalance up to which requests are not cut\n"
     "bound       compute: the tensor unit needs longer for a tile than memory to bring it\n"
-    "grids       row blocks x latent heads x parts; combine: the shape of its blocks, and how many\n"
+    "grids       row blocks x latent heads x parts; combine: chunks of columns x rows x requests\n"
     "regs        of a thread at the start, decode/combine (setmaxnreg then moves them: consumers 232, "
     "producers "
     "40); spills in bytes\n";

@@ -210,7 +210,8 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   p.partial_out = static_cast<float*>(workspace);
   p.partial_stats =
       reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + partial_layout(a, s).out_bytes);
-  const DecodePlan plan = plan_decode(p.batch, p.blocks, h_kv, p.num_parts, p.split_tiles > 0);
+  const DecodePlan plan =
+      plan_decode(p.batch, gpu(a.q.device.index).sms, p.blocks, h_kv, p.num_parts, p.split_tiles > 0);
   // One copy brings all of Q where a chunk has 64 rows; else the chunks, 64 rows apart, come one by one.
   p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows ? 3 : 1;
   const CUtensorMap q_map = tensor_map<5>("q", a.q,

@@ -134,14 +134,15 @@ double microseconds(const Buffers& d, const ScheduleOptions& o) {
 
 TEST(DeviceSchedule, TakesAtMostTenMicrosecondsFor128Requests) {
   std::mt19937 rng(2);
-  // As the options are by default, as cuda_schedule_options chooses them for large batches (but for num_parts),
-  // and with fixed split points.
+  // As the options are by default, as cuda_schedule_options chooses them for large batches (but for
+  // num_parts), and with fixed split points.
   ScheduleOptions chosen, fixed;
   chosen.fixed_overhead_blocks = 4;
   chosen.whole_requests_percent = 5;
   fixed.fixed_split_blocks = 16;
-  for (const auto& [name, options] :
-       {std::pair{"default options", ScheduleOptions{}}, {"chosen options", chosen}, {"fixed splits", fixed}}) {
+  for (const auto& [name, options] : {std::pair{"default options", ScheduleOptions{}},
+                                      {"chosen options", chosen},
+                                      {"fixed splits", fixed}}) {
     for (const auto& [b, mean] : {std::pair{1, 4096},
                                   {32, 4096},
                                   {128, 1024},

@@ -9,7 +9,7 @@ namespace {
 
 DecodePlan plan(int batch, int s_q, int h_q, int h_kv = 1, bool fixed_splits = false) {
   const RowBlocks blocks = row_blocks(s_q, h_q / h_kv);
-  return plan_decode(batch, blocks, h_kv, num_parts(132, blocks, h_kv), fixed_splits);
+  return plan_decode(batch, 132, blocks, h_kv, num_parts(132, blocks, h_kv), fixed_splits);
 }
 
 TEST(DecodePlan, TheGridHasAGroupOfCtasForEveryPart) {
@@ -52,36 +52,51 @@ TEST(DecodePlan, ClustersTakePairsOfTilesWhereTheBatchIsSmall) {
   EXPECT_EQ(schedule_shape(128, 132, row_blocks(1, 128), 1).min_blocks_per_part, 1);
 }
 
-TEST(DecodePlan, ASingleMemoryBoundRequestLeavesRoomForCombine) {
-  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 16), 1).num_parts, 110);
-  EXPECT_EQ(schedule_shape(2, 132, row_blocks(1, 16), 1).num_parts, 132);
-  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 128), 1).num_parts, 66);
-  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 16), 8).num_parts, 16);
-  EXPECT_EQ(schedule_shape(1, 1, row_blocks(1, 16), 1).num_parts, 1) << "never none";
-}
-
-TEST(DecodePlan, CombineIsAsFineAsItsBlocksAreFew) {
-  EXPECT_EQ(plan(1, 1, 16).combine, CombineShape::kFine);
-  EXPECT_EQ(plan(4, 1, 128).combine, CombineShape::kMedium);
-  EXPECT_EQ(plan(128, 1, 128).combine, CombineShape::kCoarse);
+TEST(DecodePlan, CombineIsAsFineAsItsBlocksRunAtOnce) {
+  const auto count = [](const DecodePlan& p) {
+    return p.combine_grid.x * p.combine_grid.y * p.combine_grid.z;
+  };
+  EXPECT_EQ(plan(1, 1, 16).combine, kCombineShapes.front());
+  EXPECT_EQ(plan(128, 1, 128).combine, kCombineShapes.back());
+  for (const int batch : {1, 2, 4, 8}) {
+    for (const int h_q : {1, 16, 64, 128}) {
+      const DecodePlan p = plan(batch, 1, h_q);
+      if (p.combine == kCombineShapes.back()) continue;
+      EXPECT_LE(count(p), 132) << batch << " " << h_q;
+      if (p.combine == kCombineShapes.front()) continue;
+      EXPECT_GT(2 * count(p), 132) << batch << " " << h_q;
+    }
+  }
   const DecodePlan p = plan(4, 1, 128);
-  EXPECT_EQ(p.combine_grid.x, 8);
+  EXPECT_EQ(p.combine_grid.x, 2);
   EXPECT_EQ(p.combine_grid.y, 2 * 2 * 4);  // halves of the columns, row blocks, groups of 16 rows
   EXPECT_EQ(p.combine_grid.z, 4);
+}
+
+TEST(DecodePlan, CombineSpreadsOverAllMultiprocessors) {
+  const auto fit = [](const DecodePlan& p) { return kSmemPerSm / (p.combine_smem + kSmemReserved); };
+  EXPECT_EQ(fit(plan(1, 1, 16)), 1U);
+  EXPECT_EQ(fit(plan(4, 1, 128)), 1U);
+  EXPECT_EQ(fit(plan(16, 1, 128)), 2U);
+  EXPECT_EQ(fit(plan(128, 1, 128)), 8U);
+  for (const int batch : {1, 3, 16, 100, 1000}) {
+    EXPECT_LE(plan(batch, 1, 128).combine_smem, kMaxSmem);
+    EXPECT_LE(plan(batch, 1, 128, 1, true).combine_smem, kMaxSmem);
+  }
 }
 
 TEST(DecodePlan, WithFixedSplitsTheShapeOfCombineDependsOnNothing) {
   for (const int batch : {1, 4, 128, 1000}) {
     const DecodePlan p = plan(batch, 1, 16, 1, true);
-    EXPECT_EQ(p.combine, CombineShape::kMedium);
+    EXPECT_EQ(p.combine, kFixedCombineShape);
     EXPECT_EQ(p.combine_grid.z, batch);
     EXPECT_TRUE(p.combines);
   }
 }
 
 TEST(DecodePlan, OnePartCombinesNothing) {
-  EXPECT_FALSE(plan_decode(1, row_blocks(1, 16), 1, 1, false).combines);
-  EXPECT_TRUE(plan_decode(1, row_blocks(1, 16), 1, 1, true).combines);
+  EXPECT_FALSE(plan_decode(1, 132, row_blocks(1, 16), 1, 1, false).combines);
+  EXPECT_TRUE(plan_decode(1, 132, row_blocks(1, 16), 1, 1, true).combines);
 }
 
 }  // namespace

@@ -192,7 +192,7 @@ __device__ __forceinline__ void load_vector(const bf16* from, int k, int lane, b
     const int at = i * 256 + lane * 8;
     if (at < k) ptx::copy_async_16(to + at, from + at);
   }
-  ptx::copy_async_wait();
+  ptx::copy_async_wait_all();
   __syncwarp();
 }
 

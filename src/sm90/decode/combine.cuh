@@ -24,17 +24,27 @@ __device__ __forceinline__ int divide(int n, float inverse) {
   return static_cast<int>((static_cast<float>(n) + 0.5f) * inverse);
 }
 
-template <bool kBf16, CombineShape kShape>
+template <int kIndex>
+struct CombineSmem {
+  static constexpr CombineShape kShape = kCombineShapes[kIndex];
+  float4 ring[kCombineWarps][ring_splits(kShape)][kShape.warp_groups()][32];  ///< O; a lane reads what it
+                                                                              ///< copied itself
+  float2 stats[chunk_splits(kShape)][16];  ///< by split and row: reference and sum, then weight and sum
+  float scale[16];                         ///< 1 / a row's sum
+  std::uint16_t* out_of_row[16];           ///< null: padding
+};
+
+/// kIndex: of kCombineShapes. nvcc does not take the shape itself.
+template <bool kBf16, int kIndex>
 __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const DecodeParams p) {
-  constexpr int kSteps = warp_groups(kShape);      // groups of 8 columns per warp
-  constexpr int kSplitStep = split_warps(kShape);  // a warp takes every so many-th split
-  constexpr int kPerWarp = warp_splits(kShape);    // splits it holds in shared memory
-  constexpr int kChunk = kPerWarp * kSplitStep;
+  constexpr CombineShape kShape = kCombineShapes[kIndex];
+  constexpr int kSteps = kShape.warp_groups();    // groups of 8 columns per warp
+  constexpr int kSplitStep = kShape.split_warps;  // a warp takes every so many-th split
+  constexpr int kDepth = ring_splits(kShape);     // splits of it on their way at a time
+  constexpr int kChunk = chunk_splits(kShape);    // splits weighted at a time
   constexpr int kThreadsPerRow = kCombineWarps * 32 / 16;
-  __shared__ float weights[kChunk][16];
-  __shared__ float scale[16];                // 1 / a row's sum
-  __shared__ std::uint16_t* out_of_row[16];  // null: padding
-  __shared__ float4 partial[kCombineWarps][kPerWarp][kSteps][32];
+  extern __shared__ float4 combine_smem[];
+  auto& s = *reinterpret_cast<CombineSmem<kIndex>*>(combine_smem);
 
   // Up to the wait below nothing depends on the decode kernel, which waited for the schedule before it let
   // this one start.
@@ -70,9 +80,9 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
     const int head = h_kv * p.group + place.head;
     const bool valid =
         in_block < p.blocks.tokens * p.blocks.heads && place.token < p.s_q && place.head < p.group;
-    out_of_row[row] = valid ? static_cast<std::uint16_t*>(p.out) + req * p.out_stride_b +
-                                  place.token * p.out_stride_s + head * p.out_stride_h
-                            : nullptr;
+    s.out_of_row[row] = valid ? static_cast<std::uint16_t*>(p.out) + req * p.out_stride_b +
+                                    place.token * p.out_stride_s + head * p.out_stride_h
+                              : nullptr;
     if (valid && p.lse != nullptr && wg == 0 && blockIdx.x == 0) {
       lse = p.lse + req * p.lse_stride_b + head * p.lse_stride_h + place.token * p.lse_stride_s;
     }
@@ -83,7 +93,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   if (splits <= 1) return;
 
   const int stats_stride = static_cast<int>(gridDim.y) / 2 * 16;
-  const auto* stats = reinterpret_cast<const float2*>(p.partial_stats) + row_group * 16 + row;
+  const auto* stats = reinterpret_cast<const float2*>(p.partial_stats) + row_group * 16;
   const int first_split = warp % kSplitStep;
   const int first =
       (static_cast<int>(blockIdx.x) * (kCombineWarps / kSplitStep) + warp / kSplitStep) * kSteps;
@@ -97,39 +107,58 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
 #pragma unroll 1
   for (int begin = 0; begin < splits; begin += kChunk) {
     const int count = min(splits - begin, kChunk);
-    // O is asked for first: it arrives while the weights are made. A lane reads what it copied itself.
-    float4* to = &partial[warp][0][0][lane];
+    if (begin > 0) __syncthreads();  // the weights have been read
+      // All that can be is asked for at once: the statistics, and behind them as much of O as the ring takes.
+      // All blocks want the same statistics, so they are read by lines: 8 threads for the 16 rows of a split.
 #pragma unroll 1
-    for (int i = first_split; i < count; i += kSplitStep, to += kSteps * 32) {
-      const float4* o = from + static_cast<unsigned>(slot_of(begin + i)) * stride;
-#pragma unroll
-      for (int j = 0; j < kSteps; ++j) ptx::copy_async_16(to + j * 32, o + j * 32);
+    for (int i = static_cast<int>(threadIdx.x) / 8; i < count; i += kCombineWarps * 4) {
+      const int rows = static_cast<int>(threadIdx.x) % 8 * 2;
+      ptx::copy_async_16(&s.stats[i][rows], stats + slot_of(begin + i) * stats_stride + rows);
     }
+    ptx::copy_async_commit();
+    int next = first_split;
+    const auto ask = [&](float4* to) {
+      if (next < count) {
+        const float4* o = from + static_cast<unsigned>(slot_of(begin + next)) * stride;
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) ptx::copy_async_16(to + j * 32, o + j * 32);
+      }
+      ptx::copy_async_commit();
+      next += kSplitStep;
+    };
+    float4* const ring = &s.ring[warp][0][0][lane];
+    float4* const ring_end = ring + kDepth * kSteps * 32;
+#pragma unroll 1
+    for (float4* to = ring; to != ring_end; to += kSteps * 32) ask(to);
+    ptx::copy_async_wait<kDepth>();
+    __syncthreads();
     if (begin == 0) {
       // A row's reference over all splits.
 #pragma unroll 1
-      for (int i = of_row; i < splits; i += kThreadsPerRow) m = fmaxf(m, stats[slot_of(i) * stats_stride].x);
+      for (int i = of_row; i < count; i += kThreadsPerRow) m = fmaxf(m, s.stats[i][row].x);
+#pragma unroll 1
+      for (int i = kChunk + of_row; i < splits; i += kThreadsPerRow) {
+        m = fmaxf(m, stats[slot_of(i) * stats_stride + row].x);
+      }
 #pragma unroll 1
       for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2) {
         m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, offset));
       }
       if (m != -INFINITY) base = m;
-    } else {
-      __syncthreads();  // the weights have been read
     }
 #pragma unroll 1
     for (int i = of_row; i < count; i += kThreadsPerRow) {
-      const float2 s = stats[slot_of(begin + i) * stats_stride];
-      const float w = exp2_fast(s.x - base);
-      l += w * s.y;  // of NaN scores the sum is NaN, and stays
-      weights[i][row] = s.y == 0.0f ? 0.0f : w;
+      const float2 x = s.stats[i][row];
+      const float w = exp2_fast(x.x - base);
+      l += w * x.y;  // of NaN scores the sum is NaN, and stays
+      s.stats[i][row].x = x.y == 0.0f ? 0.0f : w;
     }
     __syncthreads();
-    ptx::copy_async_wait();
-    const float4* x = &partial[warp][0][0][lane];
+    float4* x = ring;
 #pragma unroll 1
-    for (int i = first_split; i < count; i += kSplitStep, x += kSteps * 32) {
-      const float w0 = weights[i][low], w1 = weights[i][low + 8];
+    for (int i = first_split; i < count; i += kSplitStep) {
+      ptx::copy_async_wait<kDepth - 1>();
+      const float w0 = s.stats[i][low].x, w1 = s.stats[i][low + 8].x;
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
         const float4 o = x[j * 32];
@@ -143,6 +172,9 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
           acc[j].w += w1 * o.w;
         }
       }
+      ask(x);
+      x += kSteps * 32;
+      if (x == ring_end) x = ring;
     }
   }
 
@@ -153,12 +185,12 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   }
   if (of_row == 0) {
     const bool none = l == 0.0f;
-    scale[row] = !none ? 1.0f / l : unseen ? 0.0f : NAN;
+    s.scale[row] = !none ? 1.0f / l : unseen ? 0.0f : NAN;
     if (lse != nullptr) *lse = !none ? (m + log2_fast(l)) * 0.69314718056f : unseen ? INFINITY : NAN;
   }
   if constexpr (kSplitStep > 1) {
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) partial[warp][0][j][lane] = acc[j];
+    for (int j = 0; j < kSteps; ++j) s.ring[warp][0][j][lane] = acc[j];
   }
   __syncthreads();
   if (first_split > 0) return;
@@ -167,7 +199,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
     for (int j = 0; j < kSteps; ++j) {
 #pragma unroll 1
       for (int w = 1; w < kSplitStep; ++w) {
-        const float4 x = partial[warp + w][0][j][lane];
+        const float4 x = s.ring[warp + w][0][j][lane];
         acc[j].x += x.x;
         acc[j].y += x.y;
         acc[j].z += x.z;
@@ -177,9 +209,9 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    if (out_of_row[low + 8 * h] == nullptr) continue;
-    const float factor = scale[low + 8 * h];
-    std::uint16_t* to = out_of_row[low + 8 * h] + wg * 256 + first * 8 + lane % 4 * 2;
+    if (s.out_of_row[low + 8 * h] == nullptr) continue;
+    const float factor = s.scale[low + 8 * h];
+    std::uint16_t* to = s.out_of_row[low + 8 * h] + wg * 256 + first * 8 + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
       *reinterpret_cast<std::uint32_t*>(to + j * 8) =

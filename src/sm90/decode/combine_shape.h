@@ -1,26 +1,35 @@
 #pragma once
 
+#include <array>
+
 namespace flash_mla::sm90 {
 
 inline constexpr int kCombineWarps = 8;
+inline constexpr int kColumnGroups = 32;  ///< of 8 columns each: half of O's columns
 
-/// How the eight warps of a block divide 32 groups of 8 columns and a request's splits. Finer shapes have
-/// shorter chains of loads and more blocks.
-enum class CombineShape {
-  kFine,    ///< a block takes one group of columns, a warp every eighth split of it
-  kMedium,  ///< four groups; a warp takes two of them and every fourth split
-  kCoarse,  ///< all groups; a warp takes four of them and all splits
+/// How the warps of a block divide columns and a request's splits.
+struct CombineShape {
+  int groups;       ///< groups of columns that a block takes
+  int split_warps;  ///< warps that share a group: each takes every so many-th split
+  constexpr int warp_groups() const { return groups * split_warps / kCombineWarps; }
+  constexpr int chunks() const { return kColumnGroups / groups; }
+  bool operator==(const CombineShape&) const = default;
 };
-constexpr int split_warps(CombineShape s) {
-  return s == CombineShape::kFine ? 8 : s == CombineShape::kMedium ? 4 : 1;
+
+/// From fine to coarse: finer shapes have shorter chains of loads and more blocks.
+inline constexpr std::array<CombineShape, 6> kCombineShapes{
+    {{1, 8}, {2, 4}, {4, 4}, {8, 2}, {16, 2}, {32, 1}}};
+/// What batch-invariant mode uses for every batch: the order of summation depends on the shape.
+inline constexpr CombineShape kFixedCombineShape = kCombineShapes[2];
+
+/// Splits whose O a warp has on its way at a time: 32 to 48 KB a block, what a multiprocessor has to have on
+/// its way to read L2 at full rate.
+constexpr int ring_splits(CombineShape s) {
+  constexpr std::array<int, 5> kByGroups{0, 9, 5, 0, 3};
+  return s.groups == kColumnGroups ? 2 : kByGroups[static_cast<unsigned>(s.warp_groups())];
 }
-constexpr int warp_groups(CombineShape s) {
-  return s == CombineShape::kFine ? 1 : s == CombineShape::kMedium ? 2 : 4;
-}
-/// Splits of which a warp holds its share in shared memory at a time: what 48 KB take.
-constexpr int warp_splits(CombineShape s) {
-  return s == CombineShape::kFine ? 9 : s == CombineShape::kMedium ? 5 : 2;
-}
-constexpr int column_chunks(CombineShape s) { return 32 / (kCombineWarps / split_warps(s) * warp_groups(s)); }
+/// Splits whose weights are made at a time: where they suffice, as for a request cut over all multiprocessors
+/// they do, their O arrives meanwhile.
+constexpr int chunk_splits(CombineShape s) { return s.groups == kColumnGroups ? 48 : 144; }
 
 }  // namespace flash_mla::sm90

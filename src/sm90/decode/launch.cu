@@ -2,11 +2,13 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "sm90/decode/combine.cuh"
 #include "sm90/decode/kernel.cuh"
@@ -44,32 +46,52 @@ dim3 dim3_of(const Grid& g) {
   return {static_cast<unsigned>(g.x), static_cast<unsigned>(g.y), static_cast<unsigned>(g.z)};
 }
 
+/// Lets a kernel have more shared memory than a kernel has by default. An attribute of the kernel on the
+/// current device; setting it twice does no harm.
+template <auto kKernel>
+void allow_smem(std::size_t bytes) {
+  static std::array<std::atomic<bool>, kMaxDevices> ready{};
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  std::atomic<bool>& done = ready[static_cast<std::size_t>(device)];
+  if (done.load(std::memory_order_acquire)) return;
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "cudaFuncSetAttribute");
+  done.store(true, std::memory_order_release);
+}
+
+/// f.operator()<i>(), i the index of `shape`.
+template <class F>
+auto with_shape(CombineShape shape, F&& f) {
+  return [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
+    decltype(f.template operator()<0>()) result{};
+    ((shape == kCombineShapes[kIndices] && (result = f.template operator()<kIndices>(), true)) || ...);
+    return result;
+  }
+  (std::make_integer_sequence<int, static_cast<int>(kCombineShapes.size())>{});
+}
+
+/// Blocks are given so much shared memory that no multiprocessor takes more of them than its share: the first
+/// ones to be free would take up to four each, and read at a fourth of the rate.
 template <bool kBf16>
-auto combine_kernel_of(CombineShape shape) {
-  return shape == CombineShape::kFine     ? combine_kernel<kBf16, CombineShape::kFine>
-         : shape == CombineShape::kMedium ? combine_kernel<kBf16, CombineShape::kMedium>
-                                          : combine_kernel<kBf16, CombineShape::kCoarse>;
+void launch_combine(const DecodeParams& p, const DecodePlan& plan, void* stream) {
+  with_shape(plan.combine, [&]<int kIndex>() {
+    const std::size_t bytes = std::max(sizeof(CombineSmem<kIndex>), plan.combine_smem);
+    allow_smem<combine_kernel<kBf16, kIndex>>(kMaxSmem);
+    launch(combine_kernel<kBf16, kIndex>, dim3_of(plan.combine_grid), kCombineWarps * 32, bytes, 1, stream,
+           p);
+    return 0;
+  });
 }
 
 template <bool kBf16, int kCluster>
 void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
                    const CUtensorMap& k_piece_map, const CUtensorMap& out_map, const DecodePlan& plan,
                    void* stream) {
-  // An attribute of the kernel on the current device. Setting it twice does no harm.
-  static std::array<std::atomic<bool>, kMaxDevices> ready{};
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  if (!ready[static_cast<std::size_t>(device)].load(std::memory_order_acquire)) {
-    check(cudaFuncSetAttribute(dense_decode_kernel<kBf16, kCluster>,
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes)),
-          "cudaFuncSetAttribute");
-    ready[static_cast<std::size_t>(device)].store(true, std::memory_order_release);
-  }
+  allow_smem<dense_decode_kernel<kBf16, kCluster>>(kSmemBytes);
   launch(dense_decode_kernel<kBf16, kCluster>, dim3_of(plan.grid), kThreads, kSmemBytes, kCluster, stream,
          q_map, k_map, k_piece_map, out_map, p);
-  if (plan.combines)
-    launch(combine_kernel_of<kBf16>(plan.combine), dim3_of(plan.combine_grid), kCombineWarps * 32, 0, 1,
-           stream, p);
+  if (plan.combines) launch_combine<kBf16>(p, plan, stream);
 }
 
 template <class F>
@@ -105,8 +127,10 @@ KernelFacts decode_kernel_facts(const DecodePlan& plan, bool bf16) {
 }
 
 KernelFacts combine_kernel_facts(const DecodePlan& plan, bool bf16) {
-  return facts_of(bf16 ? combine_kernel_of<true>(plan.combine) : combine_kernel_of<false>(plan.combine),
-                  kCombineWarps * 32, 0);
+  return with_shape(plan.combine, [&]<int kIndex>() {
+    return facts_of(bf16 ? combine_kernel<true, kIndex> : combine_kernel<false, kIndex>, kCombineWarps * 32,
+                    std::max(sizeof(CombineSmem<kIndex>), plan.combine_smem));
+  });
 }
 
 void launch_schedule(const ScheduleParams& p, void* stream) {

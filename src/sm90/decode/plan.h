@@ -4,6 +4,7 @@
 // and `flash-mla bench --explain` prints it. Free of CUDA, so that both can be had without a GPU.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "sm90/decode/combine_shape.h"
@@ -22,6 +23,7 @@ struct DecodePlan {
   bool combines;     ///< a combine kernel follows
   CombineShape combine;
   Grid combine_grid;
+  std::size_t combine_smem;  ///< bytes at least for a block, so that they spread over all multiprocessors
 };
 
 /// Parts a schedule should have: one per group of CTAs, those of all row blocks and latent heads, that `sms`
@@ -41,21 +43,21 @@ struct ScheduleShape {
 /// - 128 equal requests are 3% more work for the busiest part when left whole, and yet 2 to 6% faster.
 /// - Clusters take tiles in pairs and are slow with one: b=1, s_k=4096 takes 19 us in parts of two tiles,
 ///   23 in parts of one.
-/// - A single request's partial results are combined by blocks that start while the decode kernel still
-///   runs, if it leaves them room: b=1, h_q=16, s_k=32768 takes 27 us on 110 multiprocessors, 33 on all.
-///   Where work is compute-bound, or more requests make more blocks, it loses more than that.
 constexpr ScheduleShape schedule_shape(int batch, int sms, const RowBlocks& blocks, int h_kv) {
   const int parts = num_parts(sms, blocks, h_kv);
-  const bool single = batch == 1 && h_kv == 1 && blocks.count() == 1;
   if (batch == 0 || 2 * std::int64_t{batch} > parts) return {parts, 4, 1, 5};
-  return {single ? std::max(parts * 5 / 6, 1) : parts, 0, blocks.count() % 2 == 0 ? 2 : 1, 0};
+  return {parts, 0, blocks.count() % 2 == 0 ? 2 : 1, 0};
 }
 
 /// Does the tensor unit or the memory take longer over a tile of keys? A row block costs an SM 2176 clocks;
 /// at 4.65 TB/s a tile of 72 KiB for each of 132 SMs arrives in 3660.
 constexpr bool compute_bound(const RowBlocks& blocks) { return blocks.count() * 2176 > 3660; }
 
-constexpr DecodePlan plan_decode(int batch, const RowBlocks& blocks, int h_kv, int num_parts,
+constexpr std::size_t kSmemPerSm = 228 * 1024;  ///< of sm_90, of which each block takes
+constexpr std::size_t kSmemReserved = 1024;     ///< so much more than it asks for
+constexpr std::size_t kMaxSmem = kSmemPerSm - kSmemReserved;
+
+constexpr DecodePlan plan_decode(int batch, int sms, const RowBlocks& blocks, int h_kv, int num_parts,
                                  bool fixed_splits) {
   DecodePlan plan{};
   plan.blocks = blocks;
@@ -65,16 +67,15 @@ constexpr DecodePlan plan_decode(int batch, const RowBlocks& blocks, int h_kv, i
   // A block per request or per part, whichever are fewer: at most one split request begins in a part.
   const std::int64_t owners = fixed_splits ? batch : std::min(batch, num_parts);
   const std::int64_t row_groups_of_all = combine_row_groups(blocks, h_kv);
-  // The finest shape of at most kBlocks blocks; with fixed split points always the same, since the order of
-  // summation must not depend on the rest of the batch.
-  constexpr int kBlocks = 512;
-  const auto blocks_of = [&](CombineShape shape) {
-    return column_chunks(shape) * row_groups_of_all * owners;
-  };
-  plan.combine = CombineShape::kMedium;
-  if (!fixed_splits && blocks_of(CombineShape::kFine) <= kBlocks) plan.combine = CombineShape::kFine;
-  if (!fixed_splits && blocks_of(CombineShape::kMedium) > kBlocks) plan.combine = CombineShape::kCoarse;
-  plan.combine_grid = {column_chunks(plan.combine), row_groups_of_all, owners};
+  // The finest shape whose blocks run at once, one to a multiprocessor; the coarsest if there is none.
+  plan.combine = fixed_splits ? kFixedCombineShape : kCombineShapes.back();
+  for (std::size_t i = kCombineShapes.size(); i-- > 0 && !fixed_splits;) {
+    if (kCombineShapes[i].chunks() * row_groups_of_all * owners <= sms) plan.combine = kCombineShapes[i];
+  }
+  plan.combine_grid = {plan.combine.chunks(), row_groups_of_all, owners};
+  const std::int64_t count = plan.combine_grid.x * plan.combine_grid.y * plan.combine_grid.z;
+  const auto per_sm = static_cast<std::size_t>(std::max<std::int64_t>((count + sms - 1) / sms, 1));
+  plan.combine_smem = std::max(kSmemPerSm / per_sm, kSmemReserved) - kSmemReserved;
   return plan;
 }
 

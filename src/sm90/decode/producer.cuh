@@ -9,8 +9,9 @@
 //
 // Compute-bound work (clusters) waits for every load, so there a thread for each half of each slot loads it
 // as soon as it is free, whatever the others wait for; those of slot 1 also copy O out. Memory-bound work
-// waits for the sum of the loads: one thread asks for them in the order in which they are needed. Four
-// are 1.3 us slower there, which the start loses.
+// waits for the sum of the loads: one thread asks for keys in the order in which they are needed. Four are
+// 1.3 us slower there, which the start loses. Another brings Q, up to nine copies that the first keys would
+// wait for.
 
 #include <cstdint>
 
@@ -118,10 +119,26 @@ struct Producer {
     ptx::tma_prefetch_5d(k_map, 0, 0, half * 4 + rank * kBoxChunks, blockIdx.y, page);
   }
 
+  // All of Q, for every item.
+  __device__ void bring_q(const int4& part) const {
+    const RowPlace first = place_of(p.blocks, static_cast<int>(blockIdx.x), 0);
+    const int first_head = static_cast<int>(blockIdx.y) * p.group + first.head;
+    std::uint32_t free = 1;
+    for (Item item = first_item(p, part); item.req <= part.y; item = next_item(p, part, item)) {
+      if (item.begin_tile >= item.end_tile) continue;
+      ptx::mbarrier_wait(&s.q_empty, free);
+      free ^= 1;
+      for (int half = 0; half < 2; ++half) load_q(half, item, first.token, first_head);
+    }
+  }
+
   __device__ void run(const int4& part) const {
     constexpr bool kThreadPerHalf = kCluster > 1;
     constexpr int kTileStep = kThreadPerHalf ? 2 : 1;
-    if (!kThreadPerHalf && thread > 0) return;
+    if (!kThreadPerHalf && thread > 0) {
+      if (thread == 1) bring_q(part);
+      return;
+    }
     const int my_slot = thread / 2, first_half = kThreadPerHalf ? thread % 2 : 0,
               last_half = kThreadPerHalf ? first_half : 1;
     int items = 0, uses = 0, stores = 0;                   // `uses`: of my slot, or of both
@@ -133,9 +150,9 @@ struct Producer {
       // The first page is looked up before the length is known to ask for it: both come from memory.
       int tile = item.begin_tile + my_slot, page = page_of(pages, tile, tiles_per_page);
       if (item.begin_tile < item.end_tile) {
-        if (my_slot == 0) {
+        if (kThreadPerHalf && my_slot == 0) {
           ptx::mbarrier_wait(&s.q_empty, (items & 1) ^ 1);
-          for (int half = first_half; half <= last_half; ++half) load_q(half, item, first.token, first_head);
+          load_q(first_half, item, first.token, first_head);
         }
         // At the start memory is what everything waits for: the first keys go ahead of the tile behind them.
         if (my_slot == 1 && items == 0) ptx::mbarrier_wait(&s.first_issued, 0);

@@ -121,7 +121,8 @@ __device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const Sc
 #pragma unroll 8
     for (int j = end - 1; j >= max(helper * share, first); --j) {
       const auto rest = static_cast<std::uint32_t>(s.rests[j] - behind);
-      if (min(rest, rest + static_cast<std::uint32_t>(step)) < static_cast<std::uint32_t>(overhead)) found = j;
+      if (min(rest, rest + static_cast<std::uint32_t>(step)) < static_cast<std::uint32_t>(overhead))
+        found = j;
     }
   } else if (helper == 0) {
     // Every end lies so near a begin. Requests are no shorter than the overhead: this ends within three.

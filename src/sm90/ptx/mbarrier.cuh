@@ -92,11 +92,18 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
   }
 }
 
-/// Copies 16 bytes from global to shared memory; copy_async_wait() waits for all that this thread asked for.
+/// Copies 16 bytes from global to shared memory. copy_async_wait_all() waits for all that this thread asked
+/// for; what it asked for up to a copy_async_commit() is a group, and copy_async_wait<n>() waits for all of
+/// its groups but the last n.
 __device__ __forceinline__ void copy_async_16(void* smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(smem)), "l"(global) : "memory");
 }
-__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 /// Named barrier kId (1 to 15) over kThreads threads: wait for all of them, or only count in.
 template <int kId, int kThreads>
