@@ -38,10 +38,11 @@ struct CombineSmem {
 template <bool kBf16, int kIndex>
 __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const DecodeParams p) {
   constexpr CombineShape kShape = kCombineShapes[kIndex];
-  constexpr int kSteps = kShape.warp_groups();    // groups of 8 columns per warp
-  constexpr int kSplitStep = kShape.split_warps;  // a warp takes every so many-th split
-  constexpr int kDepth = ring_splits(kShape);     // splits of it on their way at a time
-  constexpr int kChunk = chunk_splits(kShape);    // splits weighted at a time
+  constexpr int kSteps = kShape.warp_groups();  // groups of 8 columns per warp
+  constexpr int kSplitStep = kShape.split_step();
+  constexpr bool kHalves = kShape.lanes < 32;   // the halves of a warp take different splits
+  constexpr int kDepth = ring_splits(kShape);   // splits of it on their way at a time
+  constexpr int kChunk = chunk_splits(kShape);  // splits weighted at a time
   constexpr int kThreadsPerRow = kCombineWarps * 32 / 16;
   extern __shared__ float4 combine_smem[];
   auto& s = *reinterpret_cast<CombineSmem<kIndex>*>(combine_smem);
@@ -94,14 +95,16 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
 
   const int stats_stride = static_cast<int>(gridDim.y) / 2 * 16;
   const auto* stats = reinterpret_cast<const float2*>(p.partial_stats) + row_group * 16;
-  const int first_split = warp % kSplitStep;
+  // Of the lanes that share 16 rows of a group, the one that this lane is.
+  const int of_group = kHalves ? lane % 16 + static_cast<int>(blockIdx.x) % 2 * 16 : lane;
+  const int first_split = warp % kShape.split_warps * (32 / kShape.lanes) + lane / kShape.lanes;
   const int first =
-      (static_cast<int>(blockIdx.x) * (kCombineWarps / kSplitStep) + warp / kSplitStep) * kSteps;
+      static_cast<int>(blockIdx.x) * kShape.lanes / 32 * kShape.groups + warp / kShape.split_warps * kSteps;
   const auto* from = reinterpret_cast<const float4*>(p.partial_out) +
-                     static_cast<std::int64_t>(blockIdx.y) * kFragment + first * 32 + lane;
+                     static_cast<std::int64_t>(blockIdx.y) * kFragment + first * 32 + of_group;
   // In float4s; 32 bits reach 64 GiB of partial results.
   const auto stride = static_cast<unsigned>(gridDim.y * kFragment);
-  const int low = lane / 4;  // this lane's rows are `low` and `low + 8`
+  const int low = of_group / 4;  // this lane's rows are `low` and `low + 8`
   float m = -INFINITY, base = 0.0f, l = 0.0f;
   float4 acc[kSteps] = {};
 #pragma unroll 1
@@ -188,17 +191,26 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
     s.scale[row] = !none ? 1.0f / l : unseen ? 0.0f : NAN;
     if (lse != nullptr) *lse = !none ? (m + log2_fast(l)) * 0.69314718056f : unseen ? INFINITY : NAN;
   }
-  if constexpr (kSplitStep > 1) {
+  if constexpr (kHalves) {
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      acc[j].x += __shfl_xor_sync(0xFFFFFFFFu, acc[j].x, 16);
+      acc[j].y += __shfl_xor_sync(0xFFFFFFFFu, acc[j].y, 16);
+      acc[j].z += __shfl_xor_sync(0xFFFFFFFFu, acc[j].z, 16);
+      acc[j].w += __shfl_xor_sync(0xFFFFFFFFu, acc[j].w, 16);
+    }
+  }
+  if constexpr (kShape.split_warps > 1) {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) s.ring[warp][0][j][lane] = acc[j];
   }
   __syncthreads();
   if (first_split > 0) return;
-  if constexpr (kSplitStep > 1) {
+  if constexpr (kShape.split_warps > 1) {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
 #pragma unroll 1
-      for (int w = 1; w < kSplitStep; ++w) {
+      for (int w = 1; w < kShape.split_warps; ++w) {
         const float4 x = s.ring[warp + w][0][j][lane];
         acc[j].x += x.x;
         acc[j].y += x.y;

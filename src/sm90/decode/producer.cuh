@@ -145,10 +145,11 @@ struct Producer {
     const int tiles_per_page = p.page_size / kTileTokens;  // 0: several pages per tile
     const RowPlace first = place_of(p.blocks, static_cast<int>(blockIdx.x), 0);
     const int first_head = static_cast<int>(blockIdx.y) * p.group + first.head;
-    for (Item item = first_item(p, part), next; item.req <= part.y; item = next) {
-      const std::int32_t* pages = p.block_table + item.req * p.block_table_stride;
-      // The first page is looked up before the length is known to ask for it: both come from memory.
-      int tile = item.begin_tile + my_slot, page = page_of(pages, tile, tiles_per_page);
+    const auto pages_of = [&](int req) { return p.block_table + req * p.block_table_stride; };
+    // The first page is asked for ahead of the request's length: both come from memory.
+    int tile = part.z + my_slot, page = page_of(pages_of(part.x), tile, tiles_per_page);
+    for (Item item = first_item(p, part); item.req <= part.y;) {
+      const std::int32_t* pages = pages_of(item.req);
       if (item.begin_tile < item.end_tile) {
         if (kThreadPerHalf && my_slot == 0) {
           ptx::mbarrier_wait(&s.q_empty, (items & 1) ^ 1);
@@ -185,17 +186,20 @@ struct Producer {
           }
         }
       }
-      next = next_item(p, part, item);
+      const Item next = next_item(p, part, item);
+      if (next.req <= part.y) {
+        tile = next.begin_tile + my_slot;
+        page = page_of(pages_of(next.req), tile, tiles_per_page);
+      }
       if constexpr (kThreadPerHalf) {
-        if (tiles_per_page == 1 && next.req <= part.y && next.begin_tile + my_slot < next.end_tile) {
-          prefetch_half(first_half, page_of(p.block_table + next.req * p.block_table_stride,
-                                            next.begin_tile + my_slot, tiles_per_page));
-        }
+        if (tiles_per_page == 1 && next.req <= part.y && tile < next.end_tile)
+          prefetch_half(first_half, page);
         if (my_slot == 0 && next.req <= part.y && next.req != item.req)
           prefetch_q(first_half, next, first.token, first_head);
         if (my_slot == 1 && is_staged<kCluster>(p, item))
           store_out(first_half, item, first.token, first_head, stores++);
       }
+      item = next;
     }
   }
 };
