@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                            &k_piece_map,
                            &out_map,
                            kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0,
-                           warp % 4}
+                           static_cast<unsigned>(warp) % 4}
             .run(part);
       }
     } else if (warp < 4) {
