@@ -45,7 +45,7 @@ constexpr const char* kLegend =
     "parts       of the schedule; overhead: what it takes the start of a request for, in tiles of 64 keys\n"
     "least       fewest tiles of a part; whole: imbalance up to which requests are not cut\n"
     "bound       compute: the tensor unit needs longer for a tile than memory to bring it\n"
-    "grids       row blocks x latent heads x parts; combine: chunks of columns x rows x requests\n"
+    "grids       row blocks x latent heads x parts; combine: chunks of columns x groups of rows x requests\n"
     "regs        of a thread at the start, decode/combine (setmaxnreg then moves them: consumers 232, "
     "producers "
     "40); spills in bytes\n";

@@ -161,6 +161,14 @@ void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
         "request (s_q times heads, in blocks of {})",
         a.q.size(0), a.q.size(1), a.q.size(2), a.q.size(3), a.k_cache.size(2), kTileRows));
   }
+  const std::size_t partial = partial_layout(a, s).out_bytes;
+  if (partial > static_cast<std::size_t>(kMaxPartialBytes)) {
+    throw Unsupported(fmt::format(
+        "the partial results of schedule.fixed_split_blocks = {}, schedule.parts.shape[0] = {} and "
+        "block_table.shape = ({}, {}) take {} bytes; the sm90 backend takes up to {}: choose longer splits",
+        s.fixed_split_blocks, s.parts.size(0), a.block_table.size(0), a.block_table.size(1), partial,
+        kMaxPartialBytes));
+  }
   check_schedule_layout(s);
   require_stride(a.q, "q");
   require_stride(a.k_cache, "k_cache");

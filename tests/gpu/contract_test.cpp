@@ -144,6 +144,12 @@ TEST(Refusals, NameArgumentValueAndExpectation) {
   with_schedule([](auto& s) { s.parts.data = s.parts.template ptr<std::int32_t>() + 1; },
                 "schedule.parts.data is");
   with_schedule([](auto& s) { s.num_splits.shape[0] = 2; }, "schedule.num_splits.shape[0] is 2");
+  DenseDecodeArgs wide = c.args();
+  wide.block_table.shape[1] = wide.block_table.strides[0] = 1 << 21;
+  DecodeScheduleView every_block = plan.view;
+  every_block.fixed_split_blocks = 1;
+  expect_refused(wide, every_block, workspace.as<void>(), workspace.bytes(),
+                 "schedule.fixed_split_blocks = 1");
   expect_refused(c.args(), plan.view, workspace.as<void>(), 10, "workspace_bytes is 10");
   expect_refused(c.args(), plan.view, nullptr, workspace.bytes(), "workspace is null");
   EXPECT_THROW(cuda_schedule_options(63, 1, 1, 1), InvalidArgument);

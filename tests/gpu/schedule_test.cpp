@@ -78,7 +78,7 @@ TEST(DeviceSchedule, IsTheHosts) {
     o.min_blocks_per_request = draw(0, 1);
     o.fixed_split_blocks = draw(0, 1) == 0 ? 0 : draw(1, 40);
     o.min_blocks_per_part = draw(0, 2) > 0 ? 1 : draw(0, 9) > 0 ? draw(1, 50) : 1 << 16;
-    o.whole_requests_percent = draw(0, 1) == 0 ? 0 : draw(1, 300);
+    o.whole_requests_percent = draw(0, 1) == 0 ? 0 : draw(0, 9) > 0 ? draw(1, 300) : 0x7FFFFFFF;
     o.block_size = draw(0, 4) == 0 ? draw(1, 100) : 64;
     expect_the_hosts(lengths, o);
     ASSERT_FALSE(::testing::Test::HasFatalFailure())
@@ -86,6 +86,27 @@ TEST(DeviceSchedule, IsTheHosts) {
         << " least " << o.min_blocks_per_request << " of a part " << o.min_blocks_per_part << " whole "
         << o.whole_requests_percent << " split " << o.fixed_split_blocks << " block " << o.block_size;
   }
+}
+
+TEST(DeviceSchedule, NumbersNearTheLimit) {
+  ScheduleOptions o;
+  o.num_parts = 400;
+  o.fixed_overhead_blocks = 10'000'000;
+  expect_the_hosts(std::vector<std::int32_t>(200, 64), o);
+  o.num_parts = 600;
+  o.fixed_overhead_blocks = 7'150'000;
+  expect_the_hosts(std::vector<std::int32_t>(300, 64), o);
+  o = {};
+  o.num_parts = 2;
+  o.block_size = 1;
+  o.fixed_split_blocks = 1'100'000'000;
+  expect_the_hosts({1'500'000'000}, o);
+  o.fixed_split_blocks = 0x7FFFFFFF;
+  o.block_size = 64;
+  expect_the_hosts({1'500'000'000, 64}, o);
+  expect_the_hosts({0x7FFFFFFF}, o);
+  o.fixed_split_blocks = 0;
+  expect_the_hosts({0x7FFFFFFF}, o);
 }
 
 TEST(DeviceSchedule, LargestBatch) {

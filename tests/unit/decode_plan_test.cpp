@@ -74,10 +74,14 @@ TEST(DecodePlan, CombineIsAsFineAsItsBlocksRunAtOnce) {
 }
 
 TEST(DecodePlan, CombineSpreadsOverAllMultiprocessors) {
-  const auto fit = [](const DecodePlan& p) { return kSmemPerSm / (p.combine_smem + kSmemReserved); };
+  const auto fit = [](const DecodePlan& p) {
+    EXPECT_EQ(p.combine_smem % kSmemUnit, 0U);
+    return kSmemPerSm / (p.combine_smem + kSmemReserved);
+  };
   EXPECT_EQ(fit(plan(1, 1, 16)), 1U);
   EXPECT_EQ(fit(plan(4, 1, 128)), 1U);
   EXPECT_EQ(fit(plan(16, 1, 128)), 2U);
+  EXPECT_EQ(fit(plan(36, 1, 128)), 5U);
   EXPECT_EQ(fit(plan(128, 1, 128)), 8U);
   for (const int batch : {1, 3, 16, 100, 1000}) {
     EXPECT_LE(plan(batch, 1, 128).combine_smem, kMaxSmem);

@@ -3,14 +3,15 @@
 // Combines the partial results of split requests: out = sum_i O_i 2^(m_i - m) / sum_i l_i 2^(m_i - m), with
 // m_i the reference and l_i the sum of a row's split i, m the largest m_i.
 //
-// Grid (32 groups of 8 columns / those of a block, 2 halves of the columns x groups of 16 rows x row blocks x
-// latent heads, requests or parts, whichever is fewer; with fixed split points, requests). By part, a block
-// takes the split request that begins in its part (at most one does). The layout is that of the consumers'
-// registers (kFragment): one load of 16 bytes per lane, split and group of 8 columns.
+// Grid (32 groups of 8 columns / those of a block, or twice as many halves of 8 rows; 2 halves of the columns
+// x groups of 16 rows x row blocks x latent heads; requests or parts, whichever is fewer, with fixed split
+// points requests). By part, a block takes the split request that begins in its part (at most one does). The
+// layout is that of the consumers' registers (kFragment): one load of 16 bytes per lane, split and group of 8
+// columns.
 //
-// For a small batch what counts is the time from the last decode block's end to this kernel's end, and most
-// of that is instructions fetched from a cold memory: about 100 ns per 128 bytes. So the code is small, not
-// clever.
+// For a small batch what counts is the time from the last decode block's end to this kernel's end. So a block
+// asks for all it needs at once, the blocks spread over all multiprocessors (plan.h), and the code is small:
+// fetched from a cold memory it costs about 100 ns per 128 bytes.
 
 #include <cstdint>
 
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
       static_cast<int>(blockIdx.x) * kShape.lanes / 32 * kShape.groups + warp / kShape.split_warps * kSteps;
   const auto* from = reinterpret_cast<const float4*>(p.partial_out) +
                      static_cast<std::int64_t>(blockIdx.y) * kFragment + first * 32 + of_group;
-  // In float4s; 32 bits reach 64 GiB of partial results.
+  // In float4s; 32 bits reach kMaxPartialBytes.
   const auto stride = static_cast<unsigned>(gridDim.y * kFragment);
   const int low = of_group / 4;  // this lane's rows are `low` and `low + 8`
   float m = -INFINITY, base = 0.0f, l = 0.0f;
@@ -111,11 +112,11 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   for (int begin = 0; begin < splits; begin += kChunk) {
     const int count = min(splits - begin, kChunk);
     if (begin > 0) __syncthreads();  // the weights have been read
-      // All that can be is asked for at once: the statistics, and behind them as much of O as the ring takes.
-      // All blocks want the same statistics, so they are read by lines: 8 threads for the 16 rows of a split.
+    const int rows = static_cast<int>(threadIdx.x) % 8 * 2;
+    // All that can be is asked for at once: the statistics, and behind them as much of O as the ring takes.
+    // All blocks want the same statistics, so they are read by lines: 8 threads for the 16 rows of a split.
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) / 8; i < count; i += kCombineWarps * 4) {
-      const int rows = static_cast<int>(threadIdx.x) % 8 * 2;
       ptx::copy_async_16(&s.stats[i][rows], stats + slot_of(begin + i) * stats_stride + rows);
     }
     ptx::copy_async_commit();

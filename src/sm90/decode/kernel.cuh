@@ -3,8 +3,8 @@
 // Dense MLA decode, 64 query rows per CTA.
 //
 // Tile       64 rows (heads of one or more query tokens) x 64 keys x 576; O is 64 x 512 fp32 in registers.
-// Threads    384: two consumer warpgroups (WG0, WG1) and a producer warpgroup of which one thread works, in
-//            clusters four, one for each half of each key slot.
+// Threads    384: two consumer warpgroups (WG0, WG1) and a producer warpgroup of which two threads work
+//            (keys, Q), in clusters four, one for each half of each key slot.
 // Shared     Q 72 KB | two key tiles, slot 0 and slot 1, 72 KB each | row statistics 1.5 KB | barriers.
 //            Made of 64-column chunks (8 KB, 128-byte swizzle); chunks 0-3, 4-7 and 8 of a slot have a "full"
 //            barrier each. A slot's ninth chunk, the rope part, is used by Q K^T alone; P overwrites it. In

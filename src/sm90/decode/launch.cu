@@ -65,7 +65,9 @@ template <class F>
 auto with_shape(CombineShape shape, F&& f) {
   return [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
     decltype(f.template operator()<0>()) result{};
-    ((shape == kCombineShapes[kIndices] && (result = f.template operator()<kIndices>(), true)) || ...);
+    if (!((shape == kCombineShapes[kIndices] && (result = f.template operator()<kIndices>(), true)) || ...)) {
+      throw std::logic_error("a combine shape that is not one of kCombineShapes");
+    }
     return result;
   }
   (std::make_integer_sequence<int, static_cast<int>(kCombineShapes.size())>{});

@@ -68,6 +68,9 @@ constexpr std::int64_t combine_row_groups(const RowBlocks& b, std::int64_t h_kv)
 /// columns 8 i + 2 (l % 4) and the next one of rows l / 4 and l / 4 + 8.
 inline constexpr int kFragment = 32 * 32;
 
+/// What the combine kernel reaches with 32 bits, in units of 16 bytes.
+inline constexpr std::int64_t kMaxPartialBytes = std::int64_t{1} << 36;
+
 /// What the decode and combine kernels need beside the tensor maps. Strides count elements.
 struct DecodeParams {
   RowBlocks blocks;

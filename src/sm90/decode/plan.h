@@ -55,6 +55,7 @@ constexpr bool compute_bound(const RowBlocks& blocks) { return blocks.count() * 
 
 constexpr std::size_t kSmemPerSm = 228 * 1024;  ///< of sm_90, of which each block takes
 constexpr std::size_t kSmemReserved = 1024;     ///< so much more than it asks for
+constexpr std::size_t kSmemUnit = 128;
 constexpr std::size_t kMaxSmem = kSmemPerSm - kSmemReserved;
 
 constexpr DecodePlan plan_decode(int batch, int sms, const RowBlocks& blocks, int h_kv, int num_parts,
@@ -75,7 +76,7 @@ constexpr DecodePlan plan_decode(int batch, int sms, const RowBlocks& blocks, in
   plan.combine_grid = {plan.combine.chunks(), row_groups_of_all, owners};
   const std::int64_t count = plan.combine_grid.x * plan.combine_grid.y * plan.combine_grid.z;
   const auto per_sm = static_cast<std::size_t>(std::max<std::int64_t>((count + sms - 1) / sms, 1));
-  plan.combine_smem = std::max(kSmemPerSm / per_sm, kSmemReserved) - kSmemReserved;
+  plan.combine_smem = std::max(kSmemPerSm / per_sm / kSmemUnit * kSmemUnit, kSmemReserved) - kSmemReserved;
   return plan;
 }
 

@@ -17,6 +17,9 @@ namespace flash_mla::sm90 {
 
 inline constexpr int kScheduleThreads = 512;
 
+static_assert(kMaxScheduleWords * 4 + 5 * kScheduleThreads / 32 * 4 <= 48 * 1024,
+              "with what scans and the longest request take");
+
 struct Sum {
   __device__ static int of(int a, int b) { return a + b; }
   __device__ static int of_warp(int x) { return __reduce_add_sync(0xFFFFFFFFu, x); }
@@ -163,9 +166,10 @@ __device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const Sc
   __syncthreads();
   scan<Max>(s.begins, p.num_parts, [&](int part) { return s.begins[part]; });
   for (int part = thread; part < p.num_parts; part += kScheduleThreads) {
-    const int at = s.begins[part], x = s.cuts[at] + (part - at) * step;
+    const int at = s.begins[part];
+    const std::int64_t x = s.cuts[at] + std::int64_t{part - at} * step;
     // The line's end is a stop too.
-    s.begins[part] = part > at && x + overhead >= total ? total : x;
+    s.begins[part] = part > at && x + overhead >= total ? total : static_cast<int>(x);
   }
 }
 
@@ -174,16 +178,18 @@ __device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const Sch
                                               int step) {
   const int lane = static_cast<int>(threadIdx.x);
   int base = 0, x = 0;
-  int window = lane <= p.batch ? s.starts[lane] : 0x7FFFFFFF;
+  constexpr int kFarAway = 0x7FFFFFFF;
+  int window = lane <= p.batch ? s.starts[lane] : kFarAway;
   for (int part = 0; part < p.num_parts; ++part) {
     if (lane == 0) s.begins[part] = x;
-    const int y = min(x, total) + step + p.fixed_overhead_blocks;
+    const std::int64_t next = std::int64_t{min(x, total)} + step;
+    const int y = static_cast<int>(min(next + p.fixed_overhead_blocks, std::int64_t{kFarAway - 1}));
     while (base + 31 < p.batch && __all_sync(0xFFFFFFFFu, window <= y)) {
       base += 31;  // the last of these becomes the first of the next
-      window = base + lane <= p.batch ? s.starts[base + lane] : 0x7FFFFFFF;
+      window = base + lane <= p.batch ? s.starts[base + lane] : kFarAway;
     }
     const int boundary = __reduce_max_sync(0xFFFFFFFFu, window <= y ? window : 0);
-    x = max(y - p.fixed_overhead_blocks, boundary);
+    x = static_cast<int>(min(max(next, std::int64_t{boundary}), std::int64_t{kFarAway}));
   }
 }
 
@@ -192,21 +198,23 @@ __device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const Sch
 __device__ __forceinline__ int whole_requests(const ScheduleParams& p, int longest, int total) {
   const int each = (p.batch + p.num_parts - 1) / p.num_parts;
   const bool balanced = static_cast<std::int64_t>(each) * longest * p.num_parts * 100 <=
-                        static_cast<std::int64_t>(total) * (100 + p.whole_requests_percent);
+                        total * (std::int64_t{100} + p.whole_requests_percent);
   return balanced ? each : 0;
 }
 
 /// With fixed split points: the line is cut into equal lengths, each cut moved to the nearest split point of
 /// the request it falls into. All threads.
 __device__ __forceinline__ void place_fixed(const ScheduleParams& p, const ScheduleMemory& s, int total) {
-  const int step = p.fixed_split_blocks, length = (total + p.num_parts - 1) / p.num_parts;
+  const std::int64_t step = p.fixed_split_blocks;
+  const std::int64_t length = (std::int64_t{total} + p.num_parts - 1) / p.num_parts;
   for (int i = static_cast<int>(threadIdx.x); i < p.num_parts; i += kScheduleThreads) {
-    const int cut = i * length, req = count_up_to(s.starts, p.batch + 1, cut) - 1;
+    const int cut = static_cast<int>(min(i * length, std::int64_t{total}));
+    const int req = count_up_to(s.starts, p.batch + 1, cut) - 1;
     s.begins[i] = total;
     if (req >= p.batch) continue;
-    const int moved = (cut - s.starts[req] + step / 2) / step * step;
+    const std::int64_t moved = (cut - s.starts[req] + step / 2) / step * step;
     const int blocks = s.starts[req + 1] - s.starts[req] - p.fixed_overhead_blocks;
-    s.begins[i] = moved > 0 && moved >= blocks ? s.starts[req + 1] : s.starts[req] + moved;
+    s.begins[i] = moved > 0 && moved >= blocks ? s.starts[req + 1] : s.starts[req] + static_cast<int>(moved);
   }
 }
 
@@ -279,11 +287,13 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
     const bool idle = begin_req >= p.batch || (begin_req == next_req && begin_block == next_block);
     // Inside a request parts are `step` apart.
     const int distance = p.fixed_split_blocks > 0 ? p.fixed_split_blocks : step;
-    const int split = begin_block > 0 ? (begin_block + distance - 1) / distance : 0;
+    const int split = begin_block > 0 ? (begin_block - 1) / distance + 1 : 0;
     auto* row = reinterpret_cast<int4*>(p.parts + static_cast<std::int64_t>(i) * 8);
     if (p.token_rows) {
       const int last_req = idle ? p.batch - 1 : end_req;
-      const int end_token = last_req >= 0 ? min(end_block * p.block_size, p.cache_seqlens[last_req]) : 0;
+      const int end_token = last_req < 0 ? 0
+                                         : static_cast<int>(min(std::int64_t{end_block} * p.block_size,
+                                                                std::int64_t{p.cache_seqlens[last_req]}));
       row[0] = idle ? int4{p.batch, 0, last_req, end_token}
                     : int4{begin_req, begin_block * p.block_size, last_req, end_token};
       row[1] = {idle ? 0 : split, 0, 0, 0};
@@ -303,9 +313,8 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
   if (threadIdx.x == 0) p.num_splits[0] = 0;
   if (p.fixed_split_blocks > 0) {
     __syncthreads();
-    scan<Sum>(starts + 1, p.batch, [&](int req) {
-      return max((blocks_of(req) + p.fixed_split_blocks - 1) / p.fixed_split_blocks, 1);
-    });
+    scan<Sum>(starts + 1, p.batch,
+              [&](int req) { return (max(blocks_of(req), 1) - 1) / p.fixed_split_blocks + 1; });
   }
   for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
     if (p.fixed_split_blocks > 0) {
