@@ -177,19 +177,21 @@ __device__ __forceinline__ void place_by_stops(const ScheduleParams& p, const Sc
 __device__ __forceinline__ void place_by_walk(const ScheduleParams& p, const ScheduleMemory& s, int total,
                                               int step) {
   const int lane = static_cast<int>(threadIdx.x);
-  int base = 0, x = 0;
-  constexpr int kFarAway = 0x7FFFFFFF;
-  int window = lane <= p.batch ? s.starts[lane] : kFarAway;
+  constexpr std::uint32_t kFarAway = 0xFFFFFFFF;
+  // Without sign: twice the line's length fits.
+  const auto starts = reinterpret_cast<const std::uint32_t*>(s.starts);
+  const auto end = static_cast<std::uint32_t>(total);
+  int base = 0;
+  std::uint32_t x = 0, window = lane <= p.batch ? starts[lane] : kFarAway;
   for (int part = 0; part < p.num_parts; ++part) {
-    if (lane == 0) s.begins[part] = x;
-    const std::int64_t next = std::int64_t{min(x, total)} + step;
-    const int y = static_cast<int>(min(next + p.fixed_overhead_blocks, std::int64_t{kFarAway - 1}));
+    if (lane == 0) s.begins[part] = static_cast<int>(x);
+    const std::uint32_t next = min(x + static_cast<std::uint32_t>(step), end);
+    const std::uint32_t y = next + static_cast<std::uint32_t>(p.fixed_overhead_blocks);
     while (base + 31 < p.batch && __all_sync(0xFFFFFFFFu, window <= y)) {
       base += 31;  // the last of these becomes the first of the next
-      window = base + lane <= p.batch ? s.starts[base + lane] : kFarAway;
+      window = base + lane <= p.batch ? starts[base + lane] : kFarAway;
     }
-    const int boundary = __reduce_max_sync(0xFFFFFFFFu, window <= y ? window : 0);
-    x = static_cast<int>(min(max(next, std::int64_t{boundary}), std::int64_t{kFarAway}));
+    x = max(next, __reduce_max_sync(0xFFFFFFFFu, window <= y ? window : 0));
   }
 }
 
