@@ -173,8 +173,8 @@ TEST(Program, BenchExplainsHowAShapeIsRun) {
   const Outcome o = run("bench --preset h200-dense --explain", kNoGpu);
   ASSERT_EQ(o.exit_code, 0) << o.output;
   EXPECT_NE(o.output.find("assumes 132 multiprocessors"), std::string::npos) << o.output;
-  // Row blocks, cluster, parts, overhead, fewest tiles of a part, whole requests, bound, grid of the decode
-  // kernel, shape and grid of the combine kernel.
+  // Row blocks, cluster, parts, overhead, fewest tiles of a part, whole requests, bound, grids of the decode
+  // and the combine kernel.
   const auto expect_row = [&](const std::string& name, const std::vector<std::string>& expected) {
     std::vector<std::string> words = words_after(name, o.output);
     ASSERT_GE(words.size(), expected.size()) << name << "\n" << o.output;
@@ -182,12 +182,13 @@ TEST(Program, BenchExplainsHowAShapeIsRun) {
     EXPECT_EQ(words, expected) << name;
   };
   expect_row("b128 h128 s1024 bf16",
-             {"2", "of", "1x64", "2", "66", "4", "1", "5%", "compute", "2x1x66", "coarse", "1x16x66"});
+             {"2", "of", "1x64", "2", "66", "4", "1", "5%", "compute", "2x1x66", "1x16x66"});
   expect_row("b128 h128 s1024 bf16 sq2 causal",
-             {"4", "of", "1x64", "2", "33", "4", "1", "5%", "compute", "4x1x33", "coarse", "1x32x33"});
+             {"4", "of", "1x64", "2", "33", "4", "1", "5%", "compute", "4x1x33", "1x32x33"});
   expect_row("b1 h16 s1024 bf16",
-             {"1", "of", "1x16", "1", "110", "0", "1", "-", "memory", "1x1x110", "fine", "32x2x1"});
-  expect_row("b32 h128 s1024 bf16", {"2", "of", "1x64", "2", "66", "0", "2", "-", "compute", "2x1x66"});
+             {"1", "of", "1x16", "1", "132", "0", "1", "-", "memory", "1x1x132", "64x2x1"});
+  expect_row("b32 h128 s1024 bf16",
+             {"2", "of", "1x64", "2", "66", "0", "2", "-", "compute", "2x1x66", "1x16x32"});
 }
 
 TEST(Program, BenchTakesTheShapesThatAreNamed) {
