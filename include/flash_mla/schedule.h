@@ -119,6 +119,7 @@ FLASH_MLA_API void build_decode_schedule(const TensorView& cache_seqlens, const 
 /// Options that suit the sm90 backend on CUDA device `device_index` for calls of these shapes: one part per
 /// cluster of CTAs that the GPU runs at a time, and a fixed overhead that is smaller where the batch is small
 /// against that, for there a part more is worth a split more. `batch` 0: not known, as if it were large.
+/// num_parts is the same for every batch: a schedule may be copied over another's of the same shapes.
 /// Throws Unsupported where that GPU is missing or not a Hopper, InvalidArgument for a count below 1 (batch:
 /// 0) or heads that num_heads_k does not divide.
 FLASH_MLA_API ScheduleOptions cuda_schedule_options(int device_index, int s_q, int num_heads_q,

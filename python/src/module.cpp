@@ -217,9 +217,7 @@ NB_MODULE(_C, m) {
       "cuda_schedule_options",
       [](int device_index, int s_q, int num_heads_q, int num_heads_k, int batch) {
         const ScheduleOptions o = cuda_schedule_options(device_index, s_q, num_heads_q, num_heads_k, batch);
-        // Callers of FlashMLA's interface copy the metadata of one batch over another's: as many rows always.
-        const int rows = cuda_schedule_options(device_index, s_q, num_heads_q, num_heads_k).num_parts;
-        return std::make_tuple(rows, o.fixed_overhead_blocks, o.min_blocks_per_part,
+        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks, o.min_blocks_per_part,
                                o.whole_requests_percent);
       },
       "device_index"_a, "s_q"_a, "num_heads_q"_a, "num_heads_k"_a, "batch"_a = 0);

@@ -46,6 +46,15 @@ TEST(DecodePlan, ASmallBatchPaysNothingForARequest) {
   EXPECT_EQ(overhead(34), 4);
 }
 
+TEST(DecodePlan, AScheduleHasAsManyPartsWhateverTheBatch) {
+  for (const int h_q : {16, 128}) {
+    const RowBlocks blocks = row_blocks(1, h_q);
+    for (const int batch : {1, 2, 33, 34, 128}) {
+      EXPECT_EQ(schedule_shape(batch, 132, blocks, 1).num_parts, schedule_shape(0, 132, blocks, 1).num_parts);
+    }
+  }
+}
+
 TEST(DecodePlan, ClustersTakePairsOfTilesWhereTheBatchIsSmall) {
   EXPECT_EQ(schedule_shape(4, 132, row_blocks(1, 128), 1).min_blocks_per_part, 2);
   EXPECT_EQ(schedule_shape(4, 132, row_blocks(1, 64), 1).min_blocks_per_part, 1);

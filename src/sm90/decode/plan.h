@@ -37,7 +37,8 @@ struct ScheduleShape {
   int num_parts, fixed_overhead_blocks, min_blocks_per_part, whole_requests_percent;
 };
 
-/// `batch` 0: not known, as if it were large. Measured (docs/kernels/dense-decode-sm90.md):
+/// `batch` 0: not known, as if it were large. num_parts does not depend on it: FlashMLA's callers copy the
+/// metadata of one batch over another's. Measured (docs/kernels/dense-decode-sm90.md):
 /// - What starting a request costs, in tiles: 4 is best for varying lengths, by 1 to 2.5% over 8. Where
 ///   every request is cut anyway, 0, by 2 to 7% over 2.
 /// - 128 equal requests are 3% more work for the busiest part when left whole, and yet 2 to 6% faster.
