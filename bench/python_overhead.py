@@ -5,10 +5,10 @@ With --device cuda the calls are queued, not waited for: what is timed is what t
 
 import argparse
 import json
-import platform
 import time
 
 import torch
+from compare_torch import commit, machine
 
 from flash_mla import __version__, flash_mla_with_kvcache, get_mla_metadata
 
@@ -32,11 +32,11 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     device = parser.parse_args().device
     torch.set_num_threads(1)
-    torch.set_default_device(device)
-    lengths = torch.tensor([1], dtype=torch.int32)
-    q = torch.randn(1, 1, 1, 576, dtype=torch.bfloat16)
-    k_cache = torch.randn(1, 64, 1, 576, dtype=torch.bfloat16)
-    table = torch.zeros(1, 1, dtype=torch.int32)
+    # Not torch.set_default_device: under it every torch function takes several microseconds more.
+    lengths = torch.tensor([1], dtype=torch.int32, device=device)
+    q = torch.randn(1, 1, 1, 576, dtype=torch.bfloat16, device=device)
+    k_cache = torch.randn(1, 64, 1, 576, dtype=torch.bfloat16, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
     metadata, num_splits = get_mla_metadata(lengths, 1, 1)
     scheduled, _ = get_mla_metadata()
     calls = {
@@ -48,8 +48,8 @@ def main():
     }
     result = {
         "version": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "commit": commit(),
+        "machine": machine(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "command": f"bench/python_overhead.py --device {device}",
         "us_per_call": {},
