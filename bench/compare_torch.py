@@ -23,11 +23,9 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import resource
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 
@@ -36,6 +34,7 @@ for variable in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
     os.environ.pop(variable, None)
 
 import torch  # noqa: E402
+from provenance import commit, machine_with_torch  # noqa: E402
 
 D_QK, D_V = 576, 512
 SETTLE_SECONDS = 0.06
@@ -252,23 +251,6 @@ def measure(shape, threads, blas, arguments):
             "peak_rss_bytes": peak}
 
 
-def machine():
-    cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8")
-                if line.startswith("model name")), "unknown")
-    return {"cpu": cpu, "usable_cpus": len(os.sched_getaffinity(0)),
-            "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            "os": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "python": platform.python_version(), "torch": torch.__version__,
-            "torch_cpu_capability": torch.backends.cpu.get_cpu_capability()}
-
-
-def commit():
-    here = pathlib.Path(__file__).resolve().parent
-    result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=here,
-                            capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
-
-
 def read_preset(path):
     try:
         preset = json.loads(path.read_text(encoding="utf-8"))
@@ -354,7 +336,7 @@ def main():
         print(f"{entry['name']}: {entry['threads']} threads are {entry['speedup']:.2f} times as fast as one")
     print(f"sgemm: {blas.description() if blas else 'no OpenBLAS found'}")
     if arguments.json:
-        report = {"machine": machine(), "commit": commit(), "command": shlex.join(["compare_torch.py", *sys.argv[1:]]),
+        report = {"machine": machine_with_torch(), "commit": commit(), "command": shlex.join(["compare_torch.py", *sys.argv[1:]]),
                   "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
                   "seed": arguments.seed, "blas": blas.description() if blas else None, "rows": rows,
                   "speedups": found}

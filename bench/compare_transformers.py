@@ -18,10 +18,8 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 
@@ -32,6 +30,7 @@ for variable in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from flash_mla import LLM, SamplingParams  # noqa: E402
+from provenance import commit, machine_with_torch  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 DTYPES = {"bf16": ("bfloat16", torch.bfloat16), "fp32": ("float32", torch.float32)}
@@ -119,29 +118,6 @@ def agreement(contenders, prompts):
     }
 
 
-def machine():
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
-    return {
-        "cpu": cpu,
-        "usable_cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def commit():
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=HERE, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
-
-
 def wait_for_quiet(limit, patience):
     """Waits until the load average of the last minute is below `limit`; the load that it then is."""
     end = time.monotonic() + patience
@@ -200,7 +176,7 @@ def main():
     if arguments.json:
         command = shlex.join(["python3", "bench/compare_transformers.py", *sys.argv[1:]])
         date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        report = {"machine": machine(), "commit": commit(), "command": command, "date": date,
+        report = {"machine": {**machine_with_torch(), "transformers": transformers.__version__}, "commit": commit(), "command": command, "date": date,
                   "load_before": load, "load_after": os.getloadavg()[0], "rounds": arguments.rounds,
                   "rows": rows}  # fmt: skip
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ import json
 import time
 
 import torch
-from compare_torch import commit, machine
+from provenance import commit, machine_with_torch
 
 from flash_mla import __version__, flash_mla_with_kvcache, get_mla_metadata
 
@@ -49,7 +49,7 @@ def main():
     result = {
         "version": __version__,
         "commit": commit(),
-        "machine": machine(),
+        "machine": machine_with_torch(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "command": f"bench/python_overhead.py --device {device}",
         "us_per_call": {},

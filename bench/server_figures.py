@@ -26,7 +26,6 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import re
 import resource
 import shlex
@@ -40,6 +39,8 @@ import tempfile
 import threading
 import time
 import urllib.request
+
+from provenance import machine
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -222,15 +223,8 @@ def mixed(arguments):
             "engine_busy_share": spent["step_seconds"] / result["seconds"], "gpu": power.summary()}  # fmt: skip
 
 
-def machine():
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
-    out = {
-        "cpu": cpu,
-        "usable_cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
-    }
+def machine_with_gpus():
+    out = machine()
     if shutil.which("nvidia-smi"):
         names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
         out["gpus"] = names.stdout.split("\n")[:-1]
@@ -279,7 +273,7 @@ def main():
         parser.error(f"--only {arguments.only}: expected some of {', '.join(PARTS)}")
 
     result = {
-        "machine": machine(),
+        "machine": machine_with_gpus(),
         "commit": commit(arguments.program),
         "command": shlex.join([pathlib.Path(sys.executable).name, *sys.argv]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -55,6 +55,13 @@ TEST(DecodePlan, AScheduleHasAsManyPartsWhateverTheBatch) {
   }
 }
 
+TEST(DecodePlan, AGroupOfCtasForEveryPartRunsAtATime) {
+  EXPECT_EQ(schedule_shape(2, 132, row_blocks(1, 16), 1).num_parts, 132);
+  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 128), 1).num_parts, 66);
+  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 16), 8).num_parts, 16);
+  EXPECT_EQ(schedule_shape(1, 1, row_blocks(1, 16), 1).num_parts, 1) << "never none";
+}
+
 TEST(DecodePlan, ClustersTakePairsOfTilesWhereTheBatchIsSmall) {
   EXPECT_EQ(schedule_shape(4, 132, row_blocks(1, 128), 1).min_blocks_per_part, 2);
   EXPECT_EQ(schedule_shape(4, 132, row_blocks(1, 64), 1).min_blocks_per_part, 1);

@@ -4,9 +4,9 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstddef>
-#include <cstdint>
+
+#include "sm90/shared_memory.h"
 
 namespace flash_mla::model::cuda {
 
@@ -50,21 +50,7 @@ class LaunchConfig {
   cudaLaunchAttribute attributes_[3]{};
 };
 
-/// Lets kKernel use this much dynamic shared memory on the current device. Asks the driver once per device.
-template <auto kKernel>
-cudaError_t allow_shared_memory(int bytes) {
-  static std::atomic<std::uint64_t> done{0};
-  int device = 0;
-  if (const cudaError_t e = cudaGetDevice(&device)) return e;
-  const std::uint64_t bit = 1ull << (device % 64);
-  if (done.load(std::memory_order_relaxed) & bit && device < 64) return cudaSuccess;
-  if (const cudaError_t e =
-          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
-    return e;
-  }
-  done.fetch_or(bit, std::memory_order_relaxed);
-  return cudaSuccess;
-}
+using sm90::allow_shared_memory;
 
 /// Of the current device.
 inline cudaError_t multiprocessors(int& count) {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -16,6 +15,7 @@
 #include "sm90/decode/schedule.cuh"
 #include "sm90/host.h"
 #include "sm90/kernel_facts.h"
+#include "sm90/shared_memory.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -46,31 +46,20 @@ dim3 dim3_of(const Grid& g) {
   return {static_cast<unsigned>(g.x), static_cast<unsigned>(g.y), static_cast<unsigned>(g.z)};
 }
 
-/// Lets a kernel have more shared memory than a kernel has by default. An attribute of the kernel on the
-/// current device; setting it twice does no harm.
-template <auto kKernel>
-void allow_smem(std::size_t bytes) {
-  static std::array<std::atomic<bool>, kMaxDevices> ready{};
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  std::atomic<bool>& done = ready[static_cast<std::size_t>(device)];
-  if (done.load(std::memory_order_acquire)) return;
-  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-        "cudaFuncSetAttribute");
-  done.store(true, std::memory_order_release);
-}
-
 /// f.operator()<i>(), i the index of `shape`.
 template <class F>
-auto with_shape(CombineShape shape, F&& f) {
-  return [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
-    decltype(f.template operator()<0>()) result{};
-    if (!((shape == kCombineShapes[kIndices] && (result = f.template operator()<kIndices>(), true)) || ...)) {
-      throw std::logic_error("a combine shape that is not one of kCombineShapes");
-    }
-    return result;
+void with_shape(CombineShape shape, F&& f) {
+  const auto one_of = [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
+    return ((shape == kCombineShapes[kIndices] && (f.template operator()<kIndices>(), true)) || ...);
+  };
+  if (!one_of(std::make_integer_sequence<int, static_cast<int>(kCombineShapes.size())>{})) {
+    throw std::logic_error("a combine shape that is not one of kCombineShapes");
   }
-  (std::make_integer_sequence<int, static_cast<int>(kCombineShapes.size())>{});
+}
+
+template <int kIndex>
+std::size_t combine_smem(const DecodePlan& plan) {
+  return std::max(sizeof(CombineSmem<kIndex>), plan.combine_smem);
 }
 
 /// Blocks are given so much shared memory that no multiprocessor takes more of them than its share: the first
@@ -78,11 +67,9 @@ auto with_shape(CombineShape shape, F&& f) {
 template <bool kBf16>
 void launch_combine(const DecodeParams& p, const DecodePlan& plan, void* stream) {
   with_shape(plan.combine, [&]<int kIndex>() {
-    const std::size_t bytes = std::max(sizeof(CombineSmem<kIndex>), plan.combine_smem);
-    allow_smem<combine_kernel<kBf16, kIndex>>(kMaxSmem);
-    launch(combine_kernel<kBf16, kIndex>, dim3_of(plan.combine_grid), kCombineWarps * 32, bytes, 1, stream,
-           p);
-    return 0;
+    check(allow_shared_memory<combine_kernel<kBf16, kIndex>>(kMaxSmem), "cudaFuncSetAttribute");
+    launch(combine_kernel<kBf16, kIndex>, dim3_of(plan.combine_grid), kCombineWarps * 32,
+           combine_smem<kIndex>(plan), 1, stream, p);
   });
 }
 
@@ -90,7 +77,7 @@ template <bool kBf16, int kCluster>
 void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
                    const CUtensorMap& k_piece_map, const CUtensorMap& out_map, const DecodePlan& plan,
                    void* stream) {
-  allow_smem<dense_decode_kernel<kBf16, kCluster>>(kSmemBytes);
+  check(allow_shared_memory<dense_decode_kernel<kBf16, kCluster>>(kSmemBytes), "cudaFuncSetAttribute");
   launch(dense_decode_kernel<kBf16, kCluster>, dim3_of(plan.grid), kThreads, kSmemBytes, kCluster, stream,
          q_map, k_map, k_piece_map, out_map, p);
   if (plan.combines) launch_combine<kBf16>(p, plan, stream);
@@ -129,10 +116,12 @@ KernelFacts decode_kernel_facts(const DecodePlan& plan, bool bf16) {
 }
 
 KernelFacts combine_kernel_facts(const DecodePlan& plan, bool bf16) {
-  return with_shape(plan.combine, [&]<int kIndex>() {
-    return facts_of(bf16 ? combine_kernel<true, kIndex> : combine_kernel<false, kIndex>, kCombineWarps * 32,
-                    std::max(sizeof(CombineSmem<kIndex>), plan.combine_smem));
+  KernelFacts facts{};
+  with_shape(plan.combine, [&]<int kIndex>() {
+    facts = facts_of(bf16 ? combine_kernel<true, kIndex> : combine_kernel<false, kIndex>, kCombineWarps * 32,
+                     combine_smem<kIndex>(plan));
   });
+  return facts;
 }
 
 void launch_schedule(const ScheduleParams& p, void* stream) {

@@ -56,7 +56,7 @@ constexpr bool compute_bound(const RowBlocks& blocks) { return blocks.count() * 
 
 constexpr std::size_t kSmemPerSm = 228 * 1024;  ///< of sm_90, of which each block takes
 constexpr std::size_t kSmemReserved = 1024;     ///< so much more than it asks for
-constexpr std::size_t kSmemUnit = 128;
+constexpr std::size_t kSmemUnit = 128;          ///< what shared memory is given in
 constexpr std::size_t kMaxSmem = kSmemPerSm - kSmemReserved;
 
 constexpr DecodePlan plan_decode(int batch, int sms, const RowBlocks& blocks, int h_kv, int num_parts,

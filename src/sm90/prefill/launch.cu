@@ -3,12 +3,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 
 #include "sm90/host.h"
 #include "sm90/prefill/kernel.cuh"
 #include "sm90/prefill/launch.h"
+#include "sm90/shared_memory.h"
 
 namespace flash_mla::sm90::prefill {
 namespace {
@@ -18,16 +17,7 @@ constexpr std::size_t kSmemBytes = sizeof(Smem) + 1024;
 template <bool kBf16>
 void launch_as(const Params& p, const CUtensorMap& q, const CUtensorMap& k_nope, const CUtensorMap& k_rope,
                const CUtensorMap& v, unsigned ctas, cudaStream_t stream) {
-  // An attribute of the kernel on the current device. Setting it twice does no harm.
-  static std::array<std::atomic<bool>, kMaxDevices> ready{};
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  if (!ready[static_cast<std::size_t>(device)].load(std::memory_order_acquire)) {
-    check(cudaFuncSetAttribute(prefill_kernel<kBf16>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(kSmemBytes)),
-          "cudaFuncSetAttribute");
-    ready[static_cast<std::size_t>(device)].store(true, std::memory_order_release);
-  }
+  check(allow_shared_memory<prefill_kernel<kBf16>>(kSmemBytes), "cudaFuncSetAttribute");
   prefill_kernel<kBf16><<<ctas, kThreads, kSmemBytes, stream>>>(q, k_nope, k_rope, v, p);
   check(cudaGetLastError(), "prefill_kernel");
 }
