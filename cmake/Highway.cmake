@@ -1,4 +1,4 @@
-# Google Highway 1.0 or later, as the target flash_mla_highway. Only its headers are used (src/cpu/tile_fp32.cpp does
+# Google Highway 1.0 or later, as the target flash_mla_highway. Only its headers are used (src/kernels/attention/dense_decode/cpu/tile_fp32.cpp does
 # its own dispatch), so that nothing built here needs libhwy at run time.
 #
 # In this order: Highway's own CMake package; pkg-config, for distributions that ship no CMake package; the release

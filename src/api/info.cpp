@@ -4,8 +4,8 @@
 
 #include <fstream>
 
-#include "cpu/isa.h"
-#include "sm90/dense_decode.h"
+#include "kernels/attention/dense_decode/cpu/isa.h"
+#include "kernels/attention/dense_decode/sm90/dense_decode.h"
 
 namespace flash_mla {
 namespace {

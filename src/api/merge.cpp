@@ -1,7 +1,7 @@
 #include "flash_mla/merge.h"
 
 #include "api/checks.h"
-#include "cpu/merge.h"
+#include "kernels/attention/merge/cpu/merge.h"
 
 namespace flash_mla {
 

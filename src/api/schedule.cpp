@@ -4,8 +4,8 @@
 
 #include "api/checks.h"
 #include "schedule/options.h"
-#include "sm90/decode/plan.h"
-#include "sm90/dense_decode.h"
+#include "kernels/attention/dense_decode/sm90/plan.h"
+#include "kernels/attention/dense_decode/sm90/dense_decode.h"
 
 namespace flash_mla {
 namespace {

@@ -1,4 +1,4 @@
-#include "cli/gpu/bench.h"
+#include "bench/gpu/bench.h"
 
 #include <fmt/format.h>
 
@@ -8,12 +8,12 @@
 
 #include "cli/args.h"
 #include "cli/commands.h"
-#include "cli/explain.h"
-#include "cli/gpu_bench.h"
-#include "cli/machine.h"
-#include "cli/measure.h"
-#include "cli/plot.h"
-#include "cli/table.h"
+#include "bench/explain.h"
+#include "bench/gpu_bench.h"
+#include "bench/machine.h"
+#include "bench/measure.h"
+#include "bench/plot.h"
+#include "bench/table.h"
 #include "flash_mla/info.h"
 
 namespace flash_mla::cli {

@@ -10,11 +10,11 @@
 
 #include "cli/args.h"
 #include "cli/commands.h"
-#include "cli/machine.h"
-#include "cli/table.h"
+#include "bench/machine.h"
+#include "bench/table.h"
 #include "engine/engine_core.h"
 #include "flash_mla/info.h"
-#include "model/config.h"
+#include "checkpoint/config.h"
 #include "model/model.h"
 #include "planner/read.h"
 

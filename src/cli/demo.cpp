@@ -6,12 +6,12 @@
 
 #include "cli/args.h"
 #include "cli/commands.h"
-#include "cli/compare.h"
+#include "bench/compare.h"
 #include "cli/demo_text.h"
-#include "cli/machine.h"
-#include "cli/measure.h"
-#include "cli/plot.h"
-#include "cli/table.h"
+#include "bench/machine.h"
+#include "bench/measure.h"
+#include "bench/plot.h"
+#include "bench/table.h"
 #include "flash_mla/info.h"
 #include "flash_mla/reference.h"
 

@@ -6,8 +6,8 @@
 #include <cstdlib>
 
 #include "cli/commands.h"
-#include "cli/machine.h"
-#include "cli/table.h"
+#include "bench/machine.h"
+#include "bench/table.h"
 #include "flash_mla/schedule.h"
 
 namespace flash_mla::cli {

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cli/load_client.h"
+#include "bench/load_client.h"
 #include "flash_mla/engine.h"
 
 namespace flash_mla::cli {

@@ -12,7 +12,7 @@
 #include "cli/args.h"
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
-#include "cli/load_client.h"
+#include "bench/load_client.h"
 #include "cli/load_engine.h"
 
 // `flash-mla loadtest`: a mixed load of short and long prompts on a running server, and how it took it.

@@ -8,7 +8,7 @@
 
 #include "cli/args.h"
 #include "cli/commands.h"
-#include "cli/plot.h"
+#include "bench/plot.h"
 #include "flash_mla/planner.h"
 
 // `flash-mla plan`: turns options into a planner request, prints the result, draws the pictures.

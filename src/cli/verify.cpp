@@ -3,7 +3,7 @@
 
 #include "cli/args.h"
 #include "cli/commands.h"
-#include "cli/verify_cases.h"
+#include "bench/verify_cases.h"
 
 namespace flash_mla::cli {
 

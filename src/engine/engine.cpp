@@ -13,10 +13,10 @@
 #include "engine/engine_core.h"
 #include "engine/trace.h"
 #include "flash_mla/error.h"
-#include "model/chat_template.h"
-#include "model/config.h"
+#include "text/chat_template.h"
+#include "checkpoint/config.h"
 #include "model/model.h"
-#include "model/tokenizer.h"
+#include "text/tokenizer.h"
 
 namespace flash_mla {
 namespace {

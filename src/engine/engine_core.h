@@ -11,10 +11,10 @@
 #include <unordered_map>
 #include <vector>
 
-#include "engine/block_manager.h"
+#include "kv/block_manager.h"
 #include "engine/sampler.h"
 #include "engine/scheduler.h"
-#include "engine/text_decoder.h"
+#include "text/text_decoder.h"
 #include "flash_mla/engine.h"
 #include "model/model.h"
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "flash_mla/engine.h"
-#include "model/draw.h"
+#include "kernels/sampling/cpu/draw.h"
 
 namespace flash_mla::engine {
 

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "engine/block_manager.h"
+#include "kv/block_manager.h"
 
 namespace flash_mla::engine {
 

@@ -3,8 +3,8 @@
 #include <utility>
 
 #include "flash_mla/error.h"
-#include "model/cpu_ops.h"
-#include "model/cuda/cuda_ops.h"
+#include "model/device/cpu/cpu_ops.h"
+#include "model/device/cuda/cuda_ops.h"
 #include "model/deepseek.h"
 #include "model/weights.h"
 

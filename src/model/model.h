@@ -7,7 +7,7 @@
 #include <span>
 
 #include "flash_mla/schedule.h"
-#include "model/draw.h"
+#include "kernels/sampling/cpu/draw.h"
 
 namespace flash_mla::model {
 

@@ -9,8 +9,8 @@
 
 #include "flash_mla/schedule.h"
 #include "flash_mla/tensor.h"
-#include "model/config.h"
-#include "model/draw.h"
+#include "checkpoint/config.h"
+#include "kernels/sampling/cpu/draw.h"
 
 namespace flash_mla::model {
 

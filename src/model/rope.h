@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "model/config.h"
+#include "checkpoint/config.h"
 
 namespace flash_mla::model {
 

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "flash_mla/error.h"
-#include "model/parallel.h"
+#include "base/parallel.h"
 
 namespace flash_mla::model {
 namespace {

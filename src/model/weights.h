@@ -3,8 +3,8 @@
 #include <memory>
 #include <vector>
 
-#include "model/checkpoint.h"
-#include "model/config.h"
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/config.h"
 #include "model/ops.h"
 
 namespace flash_mla::model {

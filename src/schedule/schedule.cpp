@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/dense_decode.h"
+#include "kernels/attention/dense_decode/cpu/dense_decode.h"
 #include "flash_mla/error.h"
 #include "schedule/options.h"
 #include "schedule/walk.h"

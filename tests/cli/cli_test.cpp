@@ -8,14 +8,14 @@
 #include <set>
 
 #include "cli/args.h"
-#include "cli/blas.h"
-#include "cli/compare.h"
-#include "cli/limits.h"
-#include "cli/measure.h"
-#include "cli/preset.h"
-#include "cli/problem.h"
-#include "cli/table.h"
-#include "cli/verify_cases.h"
+#include "bench/blas.h"
+#include "bench/compare.h"
+#include "bench/limits.h"
+#include "bench/measure.h"
+#include "bench/preset.h"
+#include "bench/problem.h"
+#include "bench/table.h"
+#include "bench/verify_cases.h"
 #include "flash_mla/error.h"
 
 namespace flash_mla::cli {

@@ -11,7 +11,7 @@
 #include <limits>
 #include <random>
 
-#include "cpu/element.h"
+#include "base/element.h"
 #include "flash_mla/error.h"
 #include "flash_mla/reference.h"
 #include "problem.h"

@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "cpu/dense_decode.h"
+#include "kernels/attention/dense_decode/cpu/dense_decode.h"
 
 namespace flash_mla {
 namespace {

@@ -8,7 +8,7 @@
 #include <random>
 #include <stdexcept>
 
-#include "cpu/element.h"
+#include "base/element.h"
 #include "flash_mla/reference.h"
 
 namespace flash_mla::conformance {

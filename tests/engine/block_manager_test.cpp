@@ -1,4 +1,4 @@
-#include "engine/block_manager.h"
+#include "kv/block_manager.h"
 
 #include <gtest/gtest.h>
 

@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/text_decoder.h"
+#include "text/text_decoder.h"
 #include "model/model.h"
 
 namespace flash_mla::engine {

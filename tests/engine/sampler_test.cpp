@@ -12,7 +12,7 @@
 
 #include "engine/philox.h"
 #include "flash_mla/error.h"
-#include "model/draw_weight.h"
+#include "kernels/sampling/draw_weight.h"
 
 namespace flash_mla::engine {
 namespace {

@@ -7,7 +7,7 @@
 #include <string_view>
 
 #include "flash_mla/error.h"
-#include "model/config.h"
+#include "checkpoint/config.h"
 
 namespace {
 

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "flash_mla/error.h"
-#include "model/convert.h"
-#include "model/safetensors.h"
+#include "checkpoint/convert.h"
+#include "checkpoint/safetensors.h"
 
 namespace {
 

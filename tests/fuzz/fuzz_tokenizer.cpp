@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "flash_mla/error.h"
-#include "model/tokenizer.h"
-#include "model/utf8.h"
+#include "text/tokenizer.h"
+#include "text/utf8.h"
 
 namespace {
 

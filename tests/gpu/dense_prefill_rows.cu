@@ -21,7 +21,7 @@
 
 #include "device.h"
 #include "protocol.cuh"
-#include "sm90/dense_prefill.h"
+#include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // Tokens drawn on the GPU against those that the CPU draws from the same logits.
 
-#include "model/cuda/draw_rows.h"
+#include "kernels/sampling/sm90/draw_rows.h"
 
 #include <gtest/gtest.h>
 

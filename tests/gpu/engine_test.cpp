@@ -12,7 +12,7 @@
 #include <map>
 #include <random>
 
-#include "model/config.h"
+#include "checkpoint/config.h"
 #include "model/model.h"
 #include "model/temporary_directory.h"
 #include "random_checkpoint.h"

@@ -1,13 +1,13 @@
 // Routing against the CPU's router, the experts against fp64 sums on the host.
 
-#include "model/cuda/moe.h"
+#include "kernels/moe/sm90/moe.h"
 
 #include <gtest/gtest.h>
 
 #include <numeric>
 #include <string>
 
-#include "model/cpu_router.h"
+#include "kernels/moe/cpu/router.h"
 #include "model_data.h"
 
 namespace flash_mla::gpu_test {

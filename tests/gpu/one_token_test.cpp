@@ -1,6 +1,6 @@
 // All layers for one token in one kernel, against fp64 sums on the host that round where the kernel does.
 
-#include "model/cuda/one_token.h"
+#include "kernels/fused/sm90/one_token.h"
 
 #include <gtest/gtest.h>
 
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "model/cpu_router.h"
+#include "kernels/moe/cpu/router.h"
 #include "model_data.h"
 
 namespace flash_mla::gpu_test {

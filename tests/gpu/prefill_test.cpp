@@ -13,7 +13,7 @@
 
 #include "device.h"
 #include "flash_mla/error.h"
-#include "sm90/dense_prefill.h"
+#include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 
 namespace flash_mla::gpu_test {
 namespace {

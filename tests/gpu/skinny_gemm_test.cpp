@@ -1,6 +1,6 @@
 // The weight-streaming product against fp64 sums on the host.
 
-#include "model/cuda/skinny_gemm.h"
+#include "kernels/gemm/sm90/skinny_gemm.h"
 
 #include <gtest/gtest.h>
 
@@ -8,7 +8,7 @@
 #include <string>
 #include <tuple>
 
-#include "model/cuda/weight_stream.h"
+#include "kernels/gemm/sm90/weight_stream.h"
 #include "model_data.h"
 
 namespace flash_mla::gpu_test {

@@ -22,9 +22,9 @@
 #include <string>
 #include <vector>
 
-#include "model/cuda/moe.h"
-#include "model/cuda/skinny_gemm.h"
-#include "model/cuda/weight_stream.h"
+#include "kernels/moe/sm90/moe.h"
+#include "kernels/gemm/sm90/skinny_gemm.h"
+#include "kernels/gemm/sm90/weight_stream.h"
 #include "protocol.cuh"
 
 namespace {

@@ -1,4 +1,4 @@
-#include "model/checkpoint.h"
+#include "checkpoint/checkpoint.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -11,8 +11,8 @@
 #include <random>
 
 #include "flash_mla/error.h"
-#include "model/convert.h"
-#include "model/safetensors.h"
+#include "checkpoint/convert.h"
+#include "checkpoint/safetensors.h"
 #include "safetensors_file.h"
 #include "temporary_directory.h"
 

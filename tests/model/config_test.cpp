@@ -1,4 +1,4 @@
-#include "model/config.h"
+#include "checkpoint/config.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -7,7 +7,7 @@
 #include <functional>
 
 #include "flash_mla/error.h"
-#include "model/json.h"
+#include "base/json.h"
 #include "temporary_directory.h"
 
 namespace flash_mla::model {

@@ -10,7 +10,7 @@
 #include <set>
 
 #include "flash_mla/error.h"
-#include "model/config.h"
+#include "checkpoint/config.h"
 #include "model/model.h"
 #include "safetensors_file.h"
 #include "temporary_directory.h"

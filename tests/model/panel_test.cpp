@@ -8,10 +8,10 @@
 #include <random>
 #include <vector>
 
-#include "cpu/element.h"
-#include "model/aligned.h"
-#include "model/cpu_panel_weight.h"
-#include "model/cpu_rows.h"
+#include "base/element.h"
+#include "base/aligned.h"
+#include "kernels/gemm/cpu/panel_weight.h"
+#include "kernels/rows/cpu/rows.h"
 
 namespace flash_mla::model {
 namespace {

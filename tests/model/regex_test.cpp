@@ -1,4 +1,4 @@
-#include "model/regex.h"
+#include "text/regex.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "model/cpu_router.h"
+#include "kernels/moe/cpu/router.h"
 
 namespace flash_mla::model {
 namespace {

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "model/json.h"
+#include "base/json.h"
 
 namespace flash_mla::model {
 

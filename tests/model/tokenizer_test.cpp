@@ -1,4 +1,4 @@
-#include "model/tokenizer.h"
+#include "text/tokenizer.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -6,8 +6,8 @@
 #include <functional>
 
 #include "flash_mla/error.h"
-#include "model/byte_alphabet.h"
-#include "model/json.h"
+#include "text/byte_alphabet.h"
+#include "base/json.h"
 #include "temporary_directory.h"
 
 namespace flash_mla::model {

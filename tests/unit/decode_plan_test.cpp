@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "sm90/decode/plan.h"
+#include "kernels/attention/dense_decode/sm90/plan.h"
 
 namespace flash_mla::sm90 {
 namespace {

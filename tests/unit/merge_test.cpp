@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/element.h"
+#include "base/element.h"
 #include "flash_mla/error.h"
 
 namespace flash_mla {

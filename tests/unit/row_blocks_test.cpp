@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "sm90/decode/params.h"
+#include "kernels/attention/dense_decode/sm90/params.h"
 
 namespace flash_mla::sm90 {
 namespace {

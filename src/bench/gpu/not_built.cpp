@@ -1,0 +1,22 @@
+// The GPU benchmark of a build without CUDA: it refuses every shape.
+
+#include <stdexcept>
+
+#include "bench/gpu/bench.h"
+
+namespace flash_mla::cli::gpu {
+namespace {
+
+constexpr const char* kReason = "this build has no CUDA (FLASH_MLA_CUDA=OFF)";
+
+[[noreturn]] void refuse() { throw std::runtime_error(kReason); }
+
+}  // namespace
+
+std::string why_unusable() { return kReason; }
+Device device() { refuse(); }
+FirstCall measure_first_call() { refuse(); }
+Limits measure_limits() { refuse(); }
+Row measure_row(const Shape&, const RowOptions&) { refuse(); }
+
+}  // namespace flash_mla::cli::gpu

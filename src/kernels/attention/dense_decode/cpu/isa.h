@@ -1,0 +1,14 @@
+#pragma once
+
+#include "kernels/attention/dense_decode/cpu/tile.h"
+#include "flash_mla/info.h"
+
+namespace flash_mla::cpu {
+
+/// What is selected and why. Throws InvalidArgument when FLASH_MLA_CPU_ISA names a set this machine lacks.
+CpuIsaInfo isa_info();
+
+/// The kernel for inputs of `dtype` and head dimension `d_qk` under the selected instruction set.
+const TileKernel& select_tile_kernel(DType dtype, int d_qk);
+
+}  // namespace flash_mla::cpu

@@ -1,0 +1,96 @@
+#include "flash_mla/reference.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "api/checks.h"
+#include "base/element.h"
+
+namespace flash_mla::reference {
+namespace {
+
+using cpu::to_float;
+
+// One query row against the keys j < visible of one request and latent head. `score` and `acc` are scratch.
+template <class T>
+double attend(const DenseDecodeArgs& a, std::int64_t req, const T* q, std::int64_t kv_head,
+              std::int64_t visible, double scale, std::vector<double>& score, std::vector<double>& acc) {
+  const std::int64_t page_size = a.k_cache.size(1), d_qk = a.q.size(3), d_v = a.out.size(3);
+  if (visible == 0) {
+    std::fill(acc.begin(), acc.end(), 0.0);
+    return std::numeric_limits<double>::infinity();
+  }
+  const auto* pages = a.block_table.ptr<const std::int32_t>() + req * a.block_table.stride(0);
+  const auto key = [&](std::int64_t j) {
+    return a.k_cache.ptr<const T>() + pages[j / page_size] * a.k_cache.stride(0) +
+           (j % page_size) * a.k_cache.stride(1) + kv_head * a.k_cache.stride(2);
+  };
+  score.resize(static_cast<std::size_t>(visible));
+  double highest = -std::numeric_limits<double>::infinity();
+  for (std::int64_t j = 0; j < visible; ++j) {
+    const T* k = key(j);
+    double dot = 0;
+    for (std::int64_t d = 0; d < d_qk; ++d) dot += double{to_float(q[d])} * double{to_float(k[d])};
+    score[static_cast<std::size_t>(j)] = dot * scale;
+    highest = std::max(highest, dot * scale);
+  }
+  std::fill(acc.begin(), acc.end(), 0.0);
+  double sum = 0;
+  for (std::int64_t j = 0; j < visible; ++j) {
+    const T* v = key(j);
+    const double p = std::exp(score[static_cast<std::size_t>(j)] - highest);
+    sum += p;
+    for (std::int64_t d = 0; d < d_v; ++d) acc[static_cast<std::size_t>(d)] += p * double{to_float(v[d])};
+  }
+  for (double& x : acc) x /= sum;
+  return highest + std::log(sum);
+}
+
+template <class T>
+void run(const DenseDecodeArgs& a, double scale, bool causal) {
+  const std::int64_t b = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), d_v = a.out.size(3);
+  const std::int64_t group = h_q / a.k_cache.size(2);
+  std::vector<double> score, acc(static_cast<std::size_t>(d_v));
+  for (std::int64_t r = 0; r < b; ++r) {
+    const std::int64_t length = a.cache_seqlens.ptr<const std::int32_t>()[r];
+    for (std::int64_t i = 0; i < s_q; ++i) {
+      const std::int64_t visible = causal ? std::max<std::int64_t>(length - s_q + i + 1, 0) : length;
+      for (std::int64_t h = 0; h < h_q; ++h) {
+        const T* q = a.q.ptr<const T>() + r * a.q.stride(0) + i * a.q.stride(1) + h * a.q.stride(2);
+        const double lse = attend(a, r, q, h / group, visible, scale, score, acc);
+        const std::int64_t o = r * a.out.stride(0) + i * a.out.stride(1) + h * a.out.stride(2);
+        cpu::visit_float_type(a.out.dtype, [&](auto element) {
+          using Out = decltype(element);
+          for (std::int64_t d = 0; d < d_v; ++d) {
+            a.out.ptr<Out>()[o + d] = cpu::from_double<Out>(acc[static_cast<std::size_t>(d)]);
+          }
+        });
+        if (a.lse.defined()) {
+          const std::int64_t l = r * a.lse.stride(0) + h * a.lse.stride(1) + i * a.lse.stride(2);
+          if (a.lse.dtype == DType::kFloat64) {
+            a.lse.ptr<double>()[l] = lse;
+          } else {
+            a.lse.ptr<float>()[l] = static_cast<float>(lse);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void dense_decode(const DenseDecodeArgs& args, const DenseDecodeOptions& options) {
+  api::check_dense_decode_shapes(args, options, /*allow_reference_types=*/true);
+  if (args.q.device.type != DeviceType::kCpu) {
+    api::invalid("q is {}, expected a CPU tensor", args.q.describe());
+  }
+  api::check_dense_decode_values(args);
+  const double scale = options.softmax_scale ? double{*options.softmax_scale}
+                                             : 1.0 / std::sqrt(static_cast<double>(args.q.size(3)));
+  const bool causal = options.causal && args.q.size(1) > 1;
+  cpu::visit_float_type(args.q.dtype, [&](auto element) { run<decltype(element)>(args, scale, causal); });
+}
+
+}  // namespace flash_mla::reference

@@ -1,0 +1,132 @@
+// Launches the kernels. Everything a launch depends on has been decided in dense_decode.cpp and plan.h.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "kernels/attention/dense_decode/sm90/combine.cuh"
+#include "kernels/attention/dense_decode/sm90/kernel.cuh"
+#include "kernels/attention/dense_decode/sm90/launch.h"
+#include "schedule/device_schedule.cuh"
+#include "kernels/ptx/tensor_map.h"
+#include "kernels/attention/dense_decode/sm90/kernel_facts.h"
+#include "base/cuda/shared_memory.h"
+
+namespace flash_mla::sm90 {
+namespace {
+
+constexpr std::size_t kSmemBytes = sizeof(DecodeSmem) + 1024;
+
+template <class... Args>
+void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t smem, unsigned cluster,
+            void* stream, std::type_identity_t<Args>... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem;
+  config.stream = static_cast<cudaStream_t>(stream);
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes.data();
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  check(cudaLaunchKernelEx(&config, kernel, args...), "cudaLaunchKernelEx");
+}
+
+dim3 dim3_of(const Grid& g) {
+  return {static_cast<unsigned>(g.x), static_cast<unsigned>(g.y), static_cast<unsigned>(g.z)};
+}
+
+/// f.operator()<i>(), i the index of `shape`.
+template <class F>
+void with_shape(CombineShape shape, F&& f) {
+  const auto one_of = [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
+    return ((shape == kCombineShapes[kIndices] && (f.template operator()<kIndices>(), true)) || ...);
+  };
+  if (!one_of(std::make_integer_sequence<int, static_cast<int>(kCombineShapes.size())>{})) {
+    throw std::logic_error("a combine shape that is not one of kCombineShapes");
+  }
+}
+
+template <int kIndex>
+std::size_t combine_smem(const DecodePlan& plan) {
+  return std::max(sizeof(CombineSmem<kIndex>), plan.combine_smem);
+}
+
+/// Blocks are given so much shared memory that no multiprocessor takes more of them than its share: the first
+/// ones to be free would take up to four each, and read at a fourth of the rate.
+template <bool kBf16>
+void launch_combine(const DecodeParams& p, const DecodePlan& plan, void* stream) {
+  with_shape(plan.combine, [&]<int kIndex>() {
+    check(allow_shared_memory<combine_kernel<kBf16, kIndex>>(kMaxSmem), "cudaFuncSetAttribute");
+    launch(combine_kernel<kBf16, kIndex>, dim3_of(plan.combine_grid), kCombineWarps * 32,
+           combine_smem<kIndex>(plan), 1, stream, p);
+  });
+}
+
+template <bool kBf16, int kCluster>
+void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
+                   const CUtensorMap& k_piece_map, const CUtensorMap& out_map, const DecodePlan& plan,
+                   void* stream) {
+  check(allow_shared_memory<dense_decode_kernel<kBf16, kCluster>>(kSmemBytes), "cudaFuncSetAttribute");
+  launch(dense_decode_kernel<kBf16, kCluster>, dim3_of(plan.grid), kThreads, kSmemBytes, kCluster, stream,
+         q_map, k_map, k_piece_map, out_map, p);
+  if (plan.combines) launch_combine<kBf16>(p, plan, stream);
+}
+
+template <class F>
+KernelFacts facts_of(F* kernel, int threads, std::size_t smem) {
+  KernelFacts facts{threads, smem, 0, 0};
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) {
+    facts.registers = attributes.numRegs;
+    facts.spill_bytes = attributes.localSizeBytes;
+  } else {
+    cudaGetLastError();  // no GPU: what the compiler fixed is all that is known
+  }
+  return facts;
+}
+
+}  // namespace
+
+void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
+                         const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16,
+                         const DecodePlan& plan, void* stream) {
+  const auto with_cluster = [&]<bool kBf16>() {
+    (plan.cluster == 2 ? launch_decode<kBf16, 2> : launch_decode<kBf16, 1>)(p, q_map, k_map, k_piece_map,
+                                                                            out_map, plan, stream);
+  };
+  bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
+}
+
+KernelFacts decode_kernel_facts(const DecodePlan& plan, bool bf16) {
+  const auto kernel =
+      bf16 ? (plan.cluster == 2 ? dense_decode_kernel<true, 2> : dense_decode_kernel<true, 1>)
+           : (plan.cluster == 2 ? dense_decode_kernel<false, 2> : dense_decode_kernel<false, 1>);
+  return facts_of(kernel, kThreads, kSmemBytes);
+}
+
+KernelFacts combine_kernel_facts(const DecodePlan& plan, bool bf16) {
+  KernelFacts facts{};
+  with_shape(plan.combine, [&]<int kIndex>() {
+    facts = facts_of(bf16 ? combine_kernel<true, kIndex> : combine_kernel<false, kIndex>, kCombineWarps * 32,
+                     combine_smem<kIndex>(plan));
+  });
+  return facts;
+}
+
+void launch_schedule(const ScheduleParams& p, void* stream) {
+  launch(schedule_kernel, dim3(1), kScheduleThreads,
+         static_cast<std::size_t>(schedule_words(p.batch, p.num_parts)) * sizeof(std::int32_t), 1, stream, p);
+}
+
+}  // namespace flash_mla::sm90

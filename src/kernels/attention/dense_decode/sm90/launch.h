@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cuda.h>
+
+#include "kernels/attention/dense_decode/sm90/plan.h"
+
+namespace flash_mla::sm90 {
+
+/// Decode and, with more than one part, combine.
+void launch_dense_decode(const DecodeParams& params, const CUtensorMap& q_map, const CUtensorMap& k_map,
+                         const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16,
+                         const DecodePlan& plan, void* stream);
+
+void launch_schedule(const ScheduleParams& params, void* stream);
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,33 @@
+// The Hopper backend of a build without CUDA: it has no devices and refuses every call.
+
+#include "flash_mla/error.h"
+#include "kernels/attention/dense_decode/sm90/dense_decode.h"
+#include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
+#include "kernels/attention/dense_decode/sm90/kernel_facts.h"
+
+namespace flash_mla::sm90 {
+namespace {
+
+constexpr const char* kReason = "this build has no sm90 backend (FLASH_MLA_CUDA=OFF)";
+
+[[noreturn]] void refuse() { throw Unsupported(std::string(kReason) + ": pass CPU tensors"); }
+
+}  // namespace
+
+std::vector<Gpu> gpus() { return {}; }
+std::string why_no_gpus() { return kReason; }
+std::string reject_reason(const Gpu&) { return kReason; }
+void require_device(int) { refuse(); }
+ScheduleShape schedule_shape(int, int, int, int, int) { refuse(); }
+std::size_t dense_decode_workspace_size(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }
+void dense_decode(const DenseDecodeArgs&, const DecodeScheduleView&, void*, float, bool, void*) { refuse(); }
+void check_supported(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }
+void build_schedule(const TensorView&, const ScheduleOptions&, const DecodeScheduleView&, void*) { refuse(); }
+KernelFacts decode_kernel_facts(const DecodePlan&, bool) { return {}; }
+KernelFacts combine_kernel_facts(const DecodePlan&, bool) { return {}; }
+
+std::size_t dense_prefill_workspace_size() { refuse(); }
+void check_supported(const DensePrefillArgs&) { refuse(); }
+void dense_prefill(const DensePrefillArgs&, float, bool, void*, void*) { refuse(); }
+
+}  // namespace flash_mla::sm90

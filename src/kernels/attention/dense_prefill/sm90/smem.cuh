@@ -1,0 +1,55 @@
+#pragma once
+
+// What the roles of the prefill kernel share.
+
+#include <cstdint>
+
+#include "kernels/attention/dense_prefill/sm90/params.h"
+
+namespace flash_mla::sm90::prefill {
+
+inline constexpr int kChunk = 64 * kTileRows;  // elements of 64 columns x 128 rows
+inline constexpr int kChunkBytes = kChunk * 2;
+inline constexpr int kQkChunks = kHeadDim / 64, kNopeChunks = kHeadDimNope / 64, kVChunks = kHeadDimV / 64;
+inline constexpr int kStages = 2;
+inline constexpr int kConsumerThreads = 256;
+inline constexpr int kConsumerWarps = kConsumerThreads / 32;
+inline constexpr int kThreads = kConsumerThreads + 128;
+static_assert(kTileRows == kTileKeys);
+
+/// One tile of query rows of one head, with all the keys that they see.
+struct Item {
+  int head;         ///< -1: no more items
+  int query;        ///< first row, counted over all sequences
+  int rows;         ///< 1 to kTileRows
+  int key;          ///< first key of the sequence, counted over all sequences
+  int num_keys;     ///< of the sequence
+  int first_limit;  ///< keys that row 0 sees; may be negative
+  int num_tiles;    ///< of keys that the last row sees, and so at least as many as any other
+};
+
+struct alignas(1024) Smem {
+  std::uint16_t q[kQkChunks][kChunk];
+  std::uint16_t k[kStages][kQkChunks][kChunk];
+  std::uint16_t v[kStages][kVChunks][kChunk];
+  Item items[2];
+  std::uint64_t item_full[2], item_empty[2];
+  std::uint64_t q_full, q_empty;
+  std::uint64_t k_full[kStages], k_empty[kStages];
+  std::uint64_t v_full[kStages], v_empty[kStages];
+};
+
+/// Position in a ring of kSlots slots and the parity of the phase it is in.
+template <int kSlots>
+struct Ring {
+  int slot = 0;
+  std::uint32_t parity = 0;
+  __device__ void advance() {
+    if (++slot == kSlots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace flash_mla::sm90::prefill

@@ -1,0 +1,84 @@
+#pragma once
+
+// The list of items: sequences in order; of a sequence, groups of heads whose keys and values fit in L2
+// together; of a group, row tiles from the last (which with a causal mask has most keys) to the first, each
+// for all heads of the group. CTAs take items from the front, so that the short ones fill the gaps at the
+// end.
+
+#include <cstdint>
+
+#include "kernels/attention/dense_prefill/sm90/smem.cuh"
+
+namespace flash_mla::sm90::prefill {
+
+/// L2 that a group's keys and values may take: H200 has 60 MB in two halves that may both hold a line.
+inline constexpr int kGroupBytes = 24 << 20;
+
+/// Finds items by index, in rising order, for a whole warp: each lane looks after one of 32 sequences.
+class WorkList {
+ public:
+  __device__ explicit WorkList(const Params& params)
+      : p_(params), lane_(static_cast<int>(threadIdx.x) % 32), total_(load()) {}
+
+  __device__ Item at(int index) {
+    while (index >= before_ + total_ && first_seq_ + 32 < p_.num_seqs) {
+      before_ += total_;
+      first_seq_ += 32;
+      total_ = load();
+    }
+    Item item{};
+    item.head = -1;
+    if (index >= before_ + total_) return item;
+    const std::uint32_t beyond = __ballot_sync(kAll, before_ + through_ > index);
+    const int lane = __ffs(static_cast<int>(beyond)) - 1;
+    const int q_begin = __shfl_sync(kAll, q_begin_, lane), q_length = __shfl_sync(kAll, q_length_, lane);
+    item.key = __shfl_sync(kAll, k_begin_, lane);
+    item.num_keys = __shfl_sync(kAll, k_length_, lane);
+    const int row_tiles = tiles_of(q_length);
+    const int at = index - before_ - (__shfl_sync(kAll, through_, lane) - row_tiles * p_.num_heads);
+    const int head_bytes = kHeadDimNope * 2 + kHeadDimV * 2;
+    const int group = max(min(kGroupBytes / head_bytes / max(item.num_keys, 1), p_.num_heads), 1);
+    const int first_head = at / (group * row_tiles) * group, in_group = at % (group * row_tiles);
+    const int heads = min(group, p_.num_heads - first_head);
+    const int tile = row_tiles - 1 - in_group / heads;
+    item.head = first_head + in_group % heads;
+    item.query = q_begin + tile * kTileRows;
+    item.rows = min(q_length - tile * kTileRows, kTileRows);
+    item.first_limit = p_.causal ? item.num_keys - q_length + tile * kTileRows + 1 : item.num_keys;
+    const int last_limit = p_.causal ? item.first_limit + item.rows - 1 : item.num_keys;
+    item.num_tiles = (max(last_limit, 0) + kTileKeys - 1) / kTileKeys;
+    return item;
+  }
+
+ private:
+  static constexpr std::uint32_t kAll = 0xFFFFFFFFu;
+  static __device__ int tiles_of(int length) { return (length + kTileRows - 1) / kTileRows; }
+
+  // The lane's sequence; returns the items of all 32.
+  __device__ int load() {
+    const int seq = first_seq_ + lane_;
+    q_begin_ = q_length_ = k_begin_ = k_length_ = 0;
+    if (seq < p_.num_seqs) {
+      q_begin_ = p_.cu_seqlens_q[seq];
+      q_length_ = max(p_.cu_seqlens_q[seq + 1] - q_begin_, 0);
+      k_begin_ = p_.cu_seqlens_k[seq];
+      k_length_ = max(p_.cu_seqlens_k[seq + 1] - k_begin_, 0);
+    }
+    through_ = tiles_of(q_length_) * p_.num_heads;
+    for (int i = 1; i < 32; i *= 2) {
+      const int from = __shfl_up_sync(kAll, through_, static_cast<unsigned>(i));
+      if (lane_ >= i) through_ += from;
+    }
+    return __shfl_sync(kAll, through_, 31);
+  }
+
+  const Params& p_;
+  const int lane_;
+  int first_seq_ = 0;
+  int before_ = 0;  // items of all sequences before first_seq_
+  int q_begin_, q_length_, k_begin_, k_length_;
+  int through_;  // items from first_seq_ up to and with the lane's sequence
+  int total_;    // of the 32 sequences; last, so that load() finds the others there
+};
+
+}  // namespace flash_mla::sm90::prefill

@@ -1,0 +1,74 @@
+#pragma once
+
+// All layers of a model for one token in one kernel: what a decode step at batch 1 takes.
+// docs/cuda-engine.md.
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "checkpoint/config.h"
+
+namespace flash_mla::model::cuda {
+
+/// A layer's weights, bfloat16 but for norms and router (float32), dense, aligned to 16 bytes; and its cache.
+struct OneTokenLayer {
+  const void* qkv = nullptr;   ///< (heads * (nope + 64) + 576, hidden): queries, latent, key
+  const void* w_uk = nullptr;  ///< (heads, 512, nope)
+  const void* w_uv = nullptr;  ///< (heads, v, 512)
+  const void* o = nullptr;     ///< (hidden, heads * v)
+  const float* input_norm = nullptr;
+  const float* post_attention_norm = nullptr;
+  const float* kv_norm = nullptr;
+  void* cache = nullptr;  ///< (pages, 64, 576)
+
+  const float* router = nullptr;      ///< (num_experts, hidden); null: a dense layer
+  const float* correction = nullptr;  ///< (num_experts) or null
+  /// Experts, the shared ones last: (experts, 2 * moe_intermediate, hidden) and (experts, hidden,
+  /// moe_intermediate). Of a dense layer (2 * intermediate, hidden) and (hidden, intermediate).
+  const void* gate_up = nullptr;
+  const void* down = nullptr;
+  std::int32_t* ids = nullptr;  ///< out (experts_per_token + shared): the experts that were chosen
+};
+
+inline constexpr int kMostOneTokenLayers = 64;
+
+struct OneToken {
+  int num_layers = 0, hidden = 0, heads = 0, nope = 0, v = 0;
+  int num_experts = 0, experts_per_token = 0, shared_experts = 0, moe_intermediate = 0;
+  int intermediate = 0;                 ///< of dense layers
+  int num_groups = 1, groups_kept = 1;  ///< routing as in RouteArgs
+  ScoringFunc scoring = ScoringFunc::kSoftmax;
+  TopkMethod method = TopkMethod::kGreedy;
+  bool normalise = false;
+  float routed_scale = 1.0f;
+  float eps = 0, latent_eps = 0, softmax_scale = 0;
+
+  const float* cosines = nullptr;       ///< (32), of the token's position
+  const float* sines = nullptr;         ///< (32)
+  const std::int64_t* slot = nullptr;   ///< where its key goes, page * 64 + offset: that of key len - 1
+  const std::int32_t* len = nullptr;    ///< keys that it sees, its own included; at least 1
+  const std::int32_t* table = nullptr;  ///< pages of the sequence
+  void* x = nullptr;                    ///< inout (hidden) bfloat16: embedding, then the last layer's output
+  void* workspace = nullptr;  ///< one_token_workspace_size(), aligned to 256, zeroed before its first use
+  OneTokenLayer layers[kMostOneTokenLayers];
+};
+
+/// Whether one_token() takes a model on this device: no q_lora_rank and no biases, kv_lora_rank 512 and rope
+/// 64, at most 16 heads, hidden sizes, heads * v_head_dim and the experts' intermediate size at most 2048,
+/// all divisible by 8.
+bool fits_one_token(const ModelConfig& config);
+
+/// The sizes and constants of a model that fits, but for softmax_scale; pointers are left null.
+OneToken one_token_of(const ModelConfig& config);
+
+/// Same for all models that fit.
+std::size_t one_token_workspace_size();
+
+/// Queues the kernel: one CTA on every multiprocessor, all resident at a time (cooperative launch), which
+/// wait for each other. May be captured in a CUDA graph. The same input gives the same bits. Launches that
+/// share a workspace must follow one another.
+cudaError_t one_token(const OneToken& args, cudaStream_t stream);
+
+}  // namespace flash_mla::model::cuda

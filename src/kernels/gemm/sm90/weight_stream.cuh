@@ -1,0 +1,464 @@
+#pragma once
+
+// out^T = W x^T with the weights streamed through shared memory once.
+//
+// Item:    up to kWarpsN * kTiles * 16 rows of W by all of the CTA's k, for 8 * kGroups rows of x. The
+// weights are
+//          the 16-row operand of mma.m16n8k16, so that few rows of x waste little. A CTA goes from item to
+//          item and its copies run ahead across them.
+// Threads: kWarpsN x kWarpsK warps. Warps of one k group share its x; k groups take turns at blocks of 64
+// along
+//          k and are summed in order at the end, then the CTAs of a cluster in order of rank. No atomics.
+// Memory:  a ring of kDepth stages; a stage is 32 columns of k for every k group. Its layout is that of the
+//          registers: a thread copies 16 bytes (8 columns) of a row of W to its own place and reads them back
+//          as fragments of two products. The order of k within a product is free as long as W and x agree, so
+//          thread t of a quad takes columns 8t to 8t + 7. Hence neither bank conflicts nor, where kWarpsN is
+//          1, any barrier in the main loop. Behind the ring: the sums, [plane][row of x][row of W].
+// Flight:  some 100 KB for every CTA, all of it on its way at the start. One CTA leaves room for one of the
+// next
+//          kernel, whose weights then come in while this one ends (programmatic launch): weights depend on
+//          none.
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "kernels/gemm/sm90/weight_stream.h"
+#include "kernels/ptx/cluster.cuh"
+#include "kernels/ptx/mma.cuh"
+
+namespace flash_mla::model::cuda {
+
+namespace ptx = sm90::ptx;
+
+/// Everything a launch needs besides WeightStream.
+struct StreamGrid {
+  std::int64_t row_tiles;   ///< items along n (with silu_mul: along n / 2)
+  std::int64_t row_groups;  ///< groups of rows of x where there are no experts
+  int width;                ///< outputs of an item along n
+  int cluster;
+};
+
+template <int kGroups_, int kTiles_, int kWarpsN_, int kWarpsK_, bool kFp32_>
+struct StreamShape {
+  static constexpr int kGroups = kGroups_, kTiles = kTiles_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
+  static constexpr bool kFp32 = kFp32_;
+  static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
+  static constexpr int kRows = 16 * kTiles * kWarpsN;
+  static constexpr int kChunks = kTiles * 2 * (kFp32 ? 2 : 1);  ///< 16-byte pieces of W, per thread and stage
+  static constexpr int kWarpBytes = kChunks * 512;
+  static constexpr int kGroupBytes = kWarpsN * kWarpBytes + kGroups * 512;
+  static constexpr int kStageBytes = kWarpsK * kGroupBytes;
+  static constexpr int kSumStride = kRows + 4;  ///< floats; conflict-free for the accumulators' layout
+  static constexpr int kPlane = 8 * kGroups * kSumStride;
+  static constexpr int kPlanes = kGroups <= 2 ? kWarpsK : 1;
+  static constexpr int kSumBytes = kPlanes * kPlane * 4;
+  static constexpr int kFit = ((112 << 10) - kSumBytes) / kStageBytes;
+  static constexpr int kDepth = kFit > 16 ? 16 : kFit;
+  static_assert(kDepth >= 2 && kGroups % kWarpsN == 0);
+  static constexpr int kSharedBytes = kDepth * kStageBytes + kSumBytes;
+};
+
+/// Eight float32 weights as three sets of bfloat16 whose sum they are (3 x 8 bits of mantissa).
+__device__ __forceinline__ void split_fp32(const uint4& a, const uint4& b, uint4 (&parts)[3]) {
+  float f[8] = {__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
+                __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)};
+#pragma unroll
+  for (int part = 0; part < 3; ++part) {
+    std::uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(f[2 * i], f[2 * i + 1]);
+      packed[i] = reinterpret_cast<const std::uint32_t&>(pair);
+      f[2 * i] -= __low2float(pair);
+      f[2 * i + 1] -= __high2float(pair);
+    }
+    parts[part] = {packed[0], packed[1], packed[2], packed[3]};
+  }
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+/// Four neighbouring outputs of a row, or as many as there are.
+__device__ __forceinline__ void store_outputs(const WeightStream& p, std::int64_t row, std::int64_t column,
+                                              std::int64_t columns, float (&v)[4]) {
+  const std::int64_t at = row * p.out_stride + column;
+  if (p.out_fp32) {
+    float* out = static_cast<float*>(p.out) + at;
+    if (column + 4 <= columns && reinterpret_cast<std::uintptr_t>(out) % 16 == 0) {
+      if (p.accumulate) {
+        const float4 old = *reinterpret_cast<const float4*>(out);
+        v[0] += old.x, v[1] += old.y, v[2] += old.z, v[3] += old.w;
+      }
+      *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (column + i < columns) out[i] = p.accumulate ? out[i] + v[i] : v[i];
+    }
+    return;
+  }
+  __nv_bfloat16* out = static_cast<__nv_bfloat16*>(p.out) + at;
+  if (column + 4 <= columns && reinterpret_cast<std::uintptr_t>(out) % 8 == 0) {
+    __nv_bfloat162 pair[2];
+    if (p.accumulate) {
+      *reinterpret_cast<uint2*>(pair) = *reinterpret_cast<const uint2*>(out);
+      v[0] += __low2float(pair[0]), v[1] += __high2float(pair[0]);
+      v[2] += __low2float(pair[1]), v[3] += __high2float(pair[1]);
+    }
+    pair[0] = __floats2bfloat162_rn(v[0], v[1]);
+    pair[1] = __floats2bfloat162_rn(v[2], v[3]);
+    *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(pair);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (column + i < columns)
+      out[i] = __float2bfloat16(p.accumulate ? __bfloat162float(out[i]) + v[i] : v[i]);
+  }
+}
+
+/// What an item is.
+struct StreamItem {
+  std::int64_t tile;
+  ExpertUnit unit;
+};
+
+__device__ __forceinline__ StreamItem stream_item(const WeightStream& p, const StreamGrid& grid, int rows,
+                                                  std::int64_t index) {
+  if (p.direct_ids != nullptr) {
+    const int u = static_cast<int>(index / grid.row_tiles);
+    return {index % grid.row_tiles, {__ldcg(p.direct_ids + u), u, 1}};
+  }
+  if (p.units != nullptr) {
+    // From L2: a launch that is early may find an older list in L1.
+    const int* entry = &p.units[index / grid.row_tiles].expert;
+    return {index % grid.row_tiles, {__ldcg(entry), __ldcg(entry + 1), __ldcg(entry + 2)}};
+  }
+  const std::int64_t first = index % grid.row_groups * rows;
+  return {
+      index / grid.row_groups,
+      {0, static_cast<std::int32_t>(first), static_cast<std::int32_t>(min(p.m - first, std::int64_t(rows)))}};
+}
+
+template <class Shape>
+__global__ __launch_bounds__(Shape::kThreads,
+                             2) void stream_weights(const __grid_constant__ WeightStream p,
+                                                    const __grid_constant__ StreamGrid grid) {
+  constexpr int kGroups = Shape::kGroups, kTiles = Shape::kTiles, kWarpsN = Shape::kWarpsN;
+  constexpr int kWarpsK = Shape::kWarpsK, kDepth = Shape::kDepth, kRows = Shape::kRows;
+  constexpr bool kFp32 = Shape::kFp32;
+  constexpr int kWeightSize = kFp32 ? 4 : 2;
+  constexpr int kShare = kGroups / kWarpsN;  // groups of x that a warp copies
+  extern __shared__ __align__(128) std::uint8_t shared[];
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_n = warp % kWarpsN, warp_k = warp / kWarpsN;
+  const int quad_row = lane / 4, quad = lane % 4;
+  const int cluster = grid.cluster;
+  const int rank = static_cast<int>(blockIdx.x % cluster);
+  const std::int64_t stride = gridDim.x / cluster;
+  if (!p.early_weights) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+  }
+  std::int64_t items = grid.row_tiles * (p.direct_ids != nullptr ? p.max_units : grid.row_groups);
+  if (p.units != nullptr) items = grid.row_tiles * __ldcg(p.num_units);
+
+  // This CTA's blocks of 64 along k, and this warp's share of them.
+  const int blocks = static_cast<int>((p.k + 63) / 64);
+  const int blocks_per_rank = (blocks + cluster - 1) / cluster;
+  const int first_block = rank * blocks_per_rank;
+  const int own_blocks = max(0, min(blocks - first_block, blocks_per_rank));
+  const int steps = own_blocks > warp_k ? 2 * ((own_blocks - warp_k + kWarpsK - 1) / kWarpsK) : 0;
+  const auto column_of = [&](int step) {
+    return std::int64_t(first_block + (step >> 1) * kWarpsK + warp_k) * 64 + (step & 1) * 32 + quad * 8;
+  };
+
+  // What this thread copies: the cursor is ahead of the products by up to kDepth - 1 steps.
+  std::int64_t copy_item = blockIdx.x / cluster;
+  int copy_step = 0, fill = 0;
+  const char* rows[2 * kTiles];
+  const __nv_bfloat16* x_rows[kShare];
+  std::uint32_t row_valid = 0, x_valid = 0;
+  const std::int64_t half = p.n / 2;
+  const auto pair_of = [&](const ExpertUnit& unit, int j) {
+    return p.pairs != nullptr ? __ldcg(p.pairs + unit.first + j) : unit.first + j;
+  };
+  const auto point_at_weights = [&](const StreamItem& item) {
+    const char* weight =
+        static_cast<const char*>(p.weight) + std::int64_t(item.unit.expert) * p.n * p.k * kWeightSize;
+    row_valid = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      int local = warp_n * kTiles * 16 + i * 8 + quad_row;
+      // With silu_mul gate rows are in the first half of the tile, the up rows of the same outputs in the
+      // second.
+      const bool up = p.silu_mul && local >= kRows / 2;
+      if (up) local -= kRows / 2;
+      const std::int64_t row = item.tile * grid.width + local;
+      const bool valid = local < grid.width && row < (p.silu_mul ? half : p.n);
+      if (valid) row_valid |= 1u << i;
+      rows[i] = weight + (valid ? row + (up ? half : 0) : 0) * p.k * kWeightSize;
+    }
+  };
+  const auto point_at_x = [&](const StreamItem& item) {
+    x_valid = 0;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int j = (i * kWarpsN + warp_n) * 8 + quad_row;
+      x_rows[i] = static_cast<const __nv_bfloat16*>(p.x);
+      if (j < item.unit.count) {
+        x_valid |= 1u << i;
+        x_rows[i] += std::int64_t(pair_of(item.unit, j) / p.x_divisor) * p.x_stride;
+      }
+    }
+  };
+
+  const int own_weights = warp_k * Shape::kGroupBytes + warp_n * Shape::kWarpBytes + lane * 16;
+  const int own_x = warp_k * Shape::kGroupBytes + kWarpsN * Shape::kWarpBytes + lane * 16;
+  const std::uint32_t ring = ptx::smem_address(shared);
+  const auto copy_weights = [&] {
+    const std::int64_t column = column_of(copy_step);
+    const bool inside = column < p.k;
+    const std::uint32_t to = ring + own_weights + fill * Shape::kStageBytes;
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const bool valid = inside && (row_valid >> i & 1);
+      const std::uint32_t bytes = valid ? 16 : 0;
+      const char* from = rows[i] + (valid ? column * kWeightSize : 0);
+      if constexpr (kFp32) {
+        ptx::cp_async_16(to + 2 * i * 512, from, bytes);
+        ptx::cp_async_16(to + (2 * i + 1) * 512, from + bytes, bytes);
+      } else {
+        ptx::cp_async_16(to + i * 512, from, bytes);
+      }
+    }
+  };
+  const auto copy_x = [&] {
+    const std::int64_t column = column_of(copy_step);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const bool valid = column < p.k && (x_valid >> i & 1);
+      ptx::cp_async_16(ring + own_x + fill * Shape::kStageBytes + (i * kWarpsN + warp_n) * 512,
+                       x_rows[i] + (valid ? column : 0), valid ? 16 : 0);
+    }
+  };
+  const auto advance = [&] {
+    ptx::cp_async_commit();
+    fill = fill + 1 == kDepth ? 0 : fill + 1;
+    if (++copy_step < steps) return;
+    copy_step = 0;
+    copy_item += stride;
+    if (copy_item < items) {
+      const StreamItem next = stream_item(p, grid, 8 * kGroups, copy_item);
+      point_at_weights(next);
+      point_at_x(next);
+    }
+  };
+  const auto copy = [&] {
+    if (copy_item < items) {
+      copy_weights();
+      copy_x();
+      advance();
+    } else {
+      ptx::cp_async_commit();
+    }
+  };
+
+  if (steps > 0) {
+    // The weights of the first item before anything else. Its x comes through registers: a group of copies
+    // behind those of the weights would complete only after all of them.
+    const bool any = copy_item < items;
+    StreamItem first{};
+    if (any) {
+      first = stream_item(p, grid, 8 * kGroups, copy_item);
+      point_at_weights(first);
+    }
+    const int early = any ? min(steps, kDepth - 1) : 0;
+    for (; fill < early; ++fill, ++copy_step) {
+      copy_weights();
+      ptx::cp_async_commit();
+    }
+    if (p.early_weights) {
+      ptx::grid_dependency_wait();
+      ptx::grid_dependency_launch();
+    }
+    if (any) point_at_x(first);
+    uint4 x_early[kDepth - 1][kShare];
+#pragma unroll
+    for (int s = 0; s < kDepth - 1; ++s) {
+      const std::int64_t column = column_of(s);
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) {
+        x_early[s][i] = make_uint4(0, 0, 0, 0);
+        if (s < early && column < p.k && (x_valid >> i & 1)) {
+          x_early[s][i] = __ldcg(reinterpret_cast<const uint4*>(x_rows[i] + column));
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kDepth - 1; ++s) {
+      if (s < early) {
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+          *reinterpret_cast<uint4*>(shared + own_x + s * Shape::kStageBytes + (i * kWarpsN + warp_n) * 512) =
+              x_early[s][i];
+        }
+      }
+    }
+    if (any && copy_step == steps) {
+      copy_step = 0;
+      copy_item += stride;
+      if (copy_item < items) {
+        const StreamItem next = stream_item(p, grid, 8 * kGroups, copy_item);
+        point_at_weights(next);
+        point_at_x(next);
+      }
+    }
+    for (int s = early; s < kDepth - 1; ++s) copy();
+  } else if (p.early_weights) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+  }
+  fill = kDepth - 1;  // whether or not there was something for every stage
+
+  float* const partial = reinterpret_cast<float*>(shared + kDepth * Shape::kStageBytes);
+  constexpr int kStride = Shape::kSumStride, kPlane = Shape::kPlane;
+  const int width = grid.width;
+  const std::int64_t columns = p.silu_mul ? half : p.n;
+  int slot = 0;
+  for (std::int64_t index = blockIdx.x / cluster; index < items; index += stride) {
+    float sums[kTiles][kGroups][4] = {};
+    for (int step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<kDepth - 2>();
+      if constexpr (kWarpsN > 1) {  // others' x has arrived, and nobody reads the slot that is filled next
+        asm volatile("bar.sync %0, %1;" ::"r"(warp_k + 1), "n"(kWarpsN * 32) : "memory");
+      }
+      copy();
+
+      const std::uint8_t* const stage = shared + slot * Shape::kStageBytes;
+      const auto weights_at = [&](int i) {
+        return *reinterpret_cast<const uint4*>(stage + own_weights + i * 512);
+      };
+      uint4 b[kGroups];
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) b[i] = *reinterpret_cast<const uint4*>(stage + own_x + i * 512);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        if constexpr (kFp32) {
+          uint4 low[3], high[3];
+          split_fp32(weights_at(4 * t), weights_at(4 * t + 1), low);
+          split_fp32(weights_at(4 * t + 2), weights_at(4 * t + 3), high);
+#pragma unroll
+          for (int part = 2; part >= 0; --part) {
+            const uint4 lo = low[part], hi = high[part];
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i) {
+              ptx::mma_m16n8k16_bf16(sums[t][i], lo.x, hi.x, lo.y, hi.y, b[i].x, b[i].y);
+              ptx::mma_m16n8k16_bf16(sums[t][i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
+            }
+          }
+        } else {
+          const uint4 lo = weights_at(2 * t), hi = weights_at(2 * t + 1);
+#pragma unroll
+          for (int i = 0; i < kGroups; ++i) {
+            ptx::mma_m16n8k16_bf16(sums[t][i], lo.x, hi.x, lo.y, hi.y, b[i].x, b[i].y);
+          }
+#pragma unroll
+          for (int i = 0; i < kGroups; ++i) {
+            ptx::mma_m16n8k16_bf16(sums[t][i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
+          }
+        }
+      }
+      slot = slot + 1 == kDepth ? 0 : slot + 1;
+    }
+
+    // The k groups' sums, one after the other: in planes of their own where those are small, else in turn.
+    const StreamItem item = stream_item(p, grid, 8 * kGroups, index);
+    const auto place = [&](float* plane, bool add) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          float* to = plane + (i * 8 + quad * 2) * kStride + (warp_n * kTiles + t) * 16 + quad_row;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            float& at = to[(c % 2) * kStride + c / 2 * 8];
+            at = add ? at + sums[t][i][c] : sums[t][i][c];
+          }
+        }
+      }
+    };
+    if constexpr (Shape::kPlanes > 1) {
+      place(partial + warp_k * kPlane, false);
+      __syncthreads();
+      for (int i = threadIdx.x; i < item.unit.count * (kRows / 4); i += Shape::kThreads) {
+        float* at = partial + (i / (kRows / 4)) * kStride + i % (kRows / 4) * 4;
+        float4 sum = *reinterpret_cast<float4*>(at);
+#pragma unroll
+        for (int w = 1; w < kWarpsK; ++w) {
+          const float4 v = *reinterpret_cast<float4*>(at + w * kPlane);
+          sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        }
+        *reinterpret_cast<float4*>(at) = sum;
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWarpsK; ++w) {
+        if (warp_k == w) place(partial, w > 0);
+        if (w + 1 < kWarpsK) __syncthreads();
+      }
+    }
+    if (cluster > 1) {
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+    } else {
+      __syncthreads();
+    }
+
+    // Four outputs at a time, the CTAs of the cluster in turn.
+    const auto total = [&](int row, int column) {
+      float* at = partial + row * kStride + column;
+      if (cluster == 1) return *reinterpret_cast<float4*>(at);
+      float4 sum = ptx::load_cluster_16(ptx::smem_address(at), 0);
+      for (int r = 1; r < cluster; ++r) {
+        const float4 v = ptx::load_cluster_16(ptx::smem_address(at), r);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      }
+      return sum;
+    };
+    for (int i = rank * Shape::kThreads + threadIdx.x; i < item.unit.count * (width / 4);
+         i += cluster * Shape::kThreads) {
+      const int row = i / (width / 4), local = i % (width / 4) * 4;
+      const std::int64_t column = item.tile * width + local;
+      if (column >= columns) continue;
+      const float4 sum = total(row, local);
+      float v[4] = {sum.x, sum.y, sum.z, sum.w};
+      if (p.bias != nullptr) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) v[c] += column + c < columns ? p.bias[column + c] : 0.0f;
+      }
+      if (p.silu_mul) {
+        const float4 sum_up = total(row, local + kRows / 2);
+        float up[4] = {sum_up.x, sum_up.y, sum_up.z, sum_up.w};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (p.bias != nullptr && column + c < columns) up[c] += p.bias[half + column + c];
+          v[c] = silu(v[c]) * up[c];
+        }
+      }
+      store_outputs(p, pair_of(item.unit, row), column, columns, v);
+    }
+    // Nobody overwrites or leaves while others read these sums.
+    if (cluster > 1) {
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+    } else {
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace flash_mla::model::cuda
