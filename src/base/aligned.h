@@ -5,9 +5,9 @@
 #include <memory>
 #include <new>
 
-#include "model/ops.h"
+#include "base/buffer.h"
 
-namespace flash_mla::model {
+namespace flash_mla {
 
 /// Uninitialised host memory that begins at a multiple of 64 bytes, a cache line and a vector of AVX-512.
 inline Buffer allocate_aligned(std::size_t bytes) {
@@ -19,4 +19,4 @@ inline Buffer allocate_aligned(std::size_t bytes) {
           bytes};
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla

@@ -7,56 +7,16 @@
 #include <span>
 #include <vector>
 
+#include "base/buffer.h"
+#include "base/matrix.h"
+#include "checkpoint/config.h"
 #include "flash_mla/schedule.h"
 #include "flash_mla/tensor.h"
-#include "checkpoint/config.h"
 #include "kernels/sampling/cpu/draw.h"
 
 namespace flash_mla::model {
 
 struct Weights;
-
-/// Device memory. The model passes it around and never looks inside.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(std::shared_ptr<std::byte> data, std::size_t bytes) : data_(std::move(data)), bytes_(bytes) {}
-  std::byte* data() const { return data_.get(); }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  std::shared_ptr<std::byte> data_;
-  std::size_t bytes_ = 0;
-};
-
-/// A window on device memory: rows of `columns` contiguous elements, `stride` elements apart. Not owning.
-struct Matrix {
-  std::byte* data = nullptr;
-  DType dtype = DType::kFloat32;
-  std::int64_t rows = 0, columns = 0, stride = 0;
-
-  std::byte* row(std::int64_t i) const {
-    return data + i * stride * static_cast<std::int64_t>(dtype_size(dtype));
-  }
-  Matrix row_range(std::int64_t first, std::int64_t count) const {
-    return {row(first), dtype, count, columns, stride};
-  }
-  Matrix column_range(std::int64_t first, std::int64_t count) const {
-    return {data + first * static_cast<std::int64_t>(dtype_size(dtype)), dtype, rows, count, stride};
-  }
-};
-
-/// A weight in the host's memory, row-major: float32, or bfloat16 (bits). Null: the device makes one up.
-struct HostWeight {
-  HostWeight(std::nullptr_t) {}
-  HostWeight(const float* values) : data(values) {}
-  HostWeight(const std::uint16_t* bits) : data(bits), dtype(DType::kBFloat16) {}
-
-  const float* float32() const { return static_cast<const float*>(data); }
-
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
-};
 
 /// The weights of x -> x·W^T + bias, in whatever layout the device multiplies best.
 class Linear {

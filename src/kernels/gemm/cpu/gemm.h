@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "model/ops.h"
+#include "base/matrix.h"
 
 namespace flash_mla::model {
 

@@ -3,8 +3,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/buffer.h"
+#include "base/matrix.h"
 #include "kernels/gemm/cpu/panel.h"
-#include "model/ops.h"
 
 namespace flash_mla::model {
 

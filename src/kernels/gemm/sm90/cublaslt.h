@@ -6,7 +6,7 @@
 #include <memory>
 #include <string>
 
-#include "model/ops.h"
+#include "base/matrix.h"
 
 namespace flash_mla::model::cuda {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "model/ops.h"
+#include "base/matrix.h"
 
 namespace flash_mla::model::cuda {
 

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "base/matrix.h"
 #include "kernels/sampling/cpu/draw.h"
-#include "model/ops.h"
 
 namespace flash_mla::model::cuda {
 
