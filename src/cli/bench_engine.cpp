@@ -134,7 +134,7 @@ class Bench {
   static constexpr int kChunk = 2048;
   static constexpr int kPrompt = 16;  // of generate(): those of 128 requests fit into one step
 
-  static int pages(int tokens) { return (tokens + model::kPageSize - 1) / model::kPageSize; }
+  static int pages(int tokens) { return (tokens + kPageSize - 1) / kPageSize; }
 
   std::vector<std::int32_t> random_tokens(int count) {
     std::vector<std::int32_t> out(static_cast<std::size_t>(count));
@@ -275,15 +275,14 @@ class Bench {
           for (const bool warm : {false, true}) {
             int finished = 0;
             for (int i = 0; i < b; ++i) {
-              engine::EngineCore::Submission s;
-              s.prompt = random_tokens(kPrompt);
+              Request s;
+              s.prompt_token_ids = random_tokens(kPrompt);
               s.sampling.temperature = drawn ? 0.7 : 0;
               s.sampling.top_p = 0.9;
               s.sampling.top_k = 50;
               s.sampling.max_tokens = options_.generated;
               s.sampling.ignore_eos = true;
-              s.on_event = [&](const GenerationEvent& e) { finished += e.last; };
-              core.submit(std::move(s));
+              core.submit(std::move(s), [&](const GenerationEvent& e) { finished += e.last; });
             }
             core.step();  // the prompts
             const double device_before = model->device_seconds();

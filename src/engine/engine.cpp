@@ -10,12 +10,12 @@
 #include <thread>
 #include <utility>
 
+#include "checkpoint/config.h"
 #include "engine/engine_core.h"
 #include "engine/trace.h"
 #include "flash_mla/error.h"
-#include "text/chat_template.h"
-#include "checkpoint/config.h"
 #include "model/model.h"
+#include "text/chat_template.h"
 #include "text/tokenizer.h"
 
 namespace flash_mla {
@@ -70,10 +70,10 @@ std::unique_ptr<model::Model> make_model(const std::filesystem::path& directory,
 // Completions that come in as events, from whichever thread steps.
 class Collector {
  public:
-  Collector(std::span<const engine::EngineCore::Submission> submissions, const EventHandler& on_event)
-      : on_event_(on_event), completions_(submissions.size()), open_(submissions.size()) {
-    for (std::size_t i = 0; i < submissions.size(); ++i) {
-      completions_[i].choices.resize(static_cast<std::size_t>(submissions[i].sampling.n));
+  Collector(std::span<const Request> requests, const EventHandler& on_event)
+      : on_event_(on_event), completions_(requests.size()), open_(requests.size()) {
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      completions_[i].choices.resize(static_cast<std::size_t>(requests[i].sampling.n));
     }
   }
 
@@ -158,12 +158,13 @@ struct Engine::Impl {
     return tokenizer.encode_parts(chat_template->parts(messages));
   }
 
-  engine::EngineCore::Submission submission(Request request) const {
-    engine::EngineCore::Submission s;
-    s.prompt = prompt_tokens(request);
-    s.sampling = std::move(request.sampling);
-    core.check(s);
-    return s;
+  // The request as tokens, checked.
+  Request tokenized(Request request) const {
+    Request out;
+    out.prompt_token_ids = prompt_tokens(request);
+    out.sampling = std::move(request.sampling);
+    core.check(out);
+    return out;
   }
 
   bool runs_itself() const {
@@ -184,9 +185,7 @@ Engine::Engine(const std::filesystem::path& model_directory, const EngineOptions
 Engine::~Engine() { stop(); }
 
 RequestId Engine::submit(Request request, EventHandler on_event) {
-  engine::EngineCore::Submission s = impl_->submission(std::move(request));
-  s.on_event = std::move(on_event);
-  return impl_->core.submit(std::move(s));
+  return impl_->core.submit(impl_->tokenized(std::move(request)), std::move(on_event));
 }
 
 void Engine::cancel(RequestId id) { impl_->core.cancel(id); }
@@ -218,21 +217,21 @@ void Engine::stop() {
 std::vector<Completion> Engine::generate(std::span<const Request> requests, const EventHandler& on_event,
                                          const std::function<bool()>& keep_going) {
   // All are checked before any starts.
-  std::vector<engine::EngineCore::Submission> submissions;
+  std::vector<Request> tokenized;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     try {
-      submissions.push_back(impl_->submission(requests[i]));
+      tokenized.push_back(impl_->tokenized(requests[i]));
     } catch (const InvalidArgument& e) {
       if (requests.size() == 1) throw;
       throw InvalidArgument(fmt::format("request {}: {}", i, e.what()));
     }
   }
-  if (submissions.empty()) return {};
+  if (tokenized.empty()) return {};
   std::vector<RequestId> ids;
-  const auto collector = std::make_shared<Collector>(submissions, on_event);
-  for (std::size_t i = 0; i < submissions.size(); ++i) {
-    submissions[i].on_event = [collector, i](const GenerationEvent& e) { collector->take(i, e); };
-    ids.push_back(impl_->core.submit(std::move(submissions[i]), /*bounded=*/false));
+  const auto collector = std::make_shared<Collector>(tokenized, on_event);
+  for (std::size_t i = 0; i < tokenized.size(); ++i) {
+    const auto take = [collector, i](const GenerationEvent& e) { collector->take(i, e); };
+    ids.push_back(impl_->core.submit(std::move(tokenized[i]), take, /*bounded=*/false));
   }
   while (!collector->done()) {
     if (keep_going && !ids.empty() && !keep_going()) {

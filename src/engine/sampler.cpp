@@ -118,30 +118,3 @@ Sampled Sampler::sample(const SamplingParams& params, const TokenHistory& histor
 }
 
 }  // namespace flash_mla::engine
-
-namespace flash_mla {
-
-void validate(const SamplingParams& p) {
-  const auto require = [](bool ok, const char* field, auto value, const char* expected) {
-    if (!ok) throw InvalidArgument(fmt::format("{} is {}, expected {}", field, value, expected));
-  };
-  // Comparisons are written so that NaN fails them.
-  require(p.max_tokens >= 1, "max_tokens", p.max_tokens, "at least 1");
-  require(p.n >= 1 && p.n <= 1024, "n", p.n, "1 to 1024");
-  require(p.temperature >= 0 && p.temperature <= 1e6, "temperature", p.temperature, "0 to 1e6");
-  require(p.top_p > 0 && p.top_p <= 1, "top_p", p.top_p, "a number in (0, 1]");
-  require(p.top_k >= 0, "top_k", p.top_k, "0 (all) or more");
-  require(p.min_p >= 0 && p.min_p < 1, "min_p", p.min_p, "a number in [0, 1)");
-  require(p.repetition_penalty >= 0.01 && p.repetition_penalty <= 100, "repetition_penalty",
-          p.repetition_penalty, "0.01 to 100");
-  require(p.frequency_penalty >= -2 && p.frequency_penalty <= 2, "frequency_penalty", p.frequency_penalty,
-          "-2 to 2");
-  require(p.presence_penalty >= -2 && p.presence_penalty <= 2, "presence_penalty", p.presence_penalty,
-          "-2 to 2");
-  require(p.logprobs >= -1 && p.logprobs <= kMaxLogprobs, "logprobs", p.logprobs,
-          "-1 (none) to 20 alternatives");
-  for (const std::string& s : p.stop) require(!s.empty(), "stop", "\"\"", "texts that are not empty");
-  for (const std::int32_t id : p.stop_token_ids) require(id >= 0, "stop_token_ids", id, "token ids");
-}
-
-}  // namespace flash_mla

@@ -24,8 +24,7 @@ void check(const SchedulerOptions& options) {
   }
 }
 
-Scheduler::Scheduler(const SchedulerOptions& options, BlockManager& blocks)
-    : options_(options), blocks_(blocks) {
+Scheduler::Scheduler(const SchedulerOptions& options, kv::PagePool& pool) : options_(options), pool_(pool) {
   check(options);
 }
 
@@ -40,7 +39,7 @@ void Scheduler::fork(const Sequence& parent, Sequence& child) {
   child.cached_tokens = parent.cached_tokens;
   child.admitted = true;
   if (parent.running && num_running() < options_.max_batch_size) {
-    child.pages = blocks_.fork(parent.pages);
+    child.pages = pool_.fork(parent.pages);
     start(child);
   } else {
     waiting_.insert(&child);
@@ -62,7 +61,7 @@ std::optional<StepPlan> Scheduler::plan_ahead(std::span<Sequence* const> continu
   StepPlan plan;
   for (Sequence* s : continuing) {
     // Pages that were taken when a later one finds none stay reserved for the sequence.
-    if (!blocks_.reserve(s->pages, length(*s) + 1, plan.copies)) return std::nullopt;
+    if (!pool_.reserve(s->pages, length(*s) + 1, plan.copies)) return std::nullopt;
     plan.work.push_back({s, length(*s), 1, /*decoding=*/true, /*samples=*/true});
     ++plan.num_tokens;
   }
@@ -115,7 +114,7 @@ void Scheduler::plan_prefill(StepPlan& plan) {
 
 // Makes room for the sequence's tokens, at the cost of later arrivals that are not in the plan yet.
 bool Scheduler::reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& plan) {
-  while (!blocks_.reserve(sequence.pages, num_tokens, plan.copies)) {
+  while (!pool_.reserve(sequence.pages, num_tokens, plan.copies)) {
     const auto victim = std::find_if(running_.rbegin(), running_.rend(), [&](const Sequence* s) {
       return s->order > sequence.order && !s->scheduled;
     });
@@ -128,13 +127,13 @@ bool Scheduler::reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& p
 bool Scheduler::fits(const Sequence& sequence) const {
   // Pages that running prompts still need, and one for each running sequence to grow into.
   std::int64_t promised = 0;
-  for (const Sequence* s : running_) promised += 1 + blocks_.pages_needed(s->pages, length(*s));
-  return blocks_.admission_cost(sequence.tokens) + promised <= blocks_.num_available();
+  for (const Sequence* s : running_) promised += 1 + pool_.pages_needed(s->pages, length(*s));
+  return pool_.admission_cost(sequence.tokens) + promised <= pool_.num_available();
 }
 
 bool Scheduler::try_to_join(Sequence& sequence) {
   if (!fits(sequence)) return false;
-  const std::int64_t hit = blocks_.admit(sequence.pages, sequence.tokens);
+  const std::int64_t hit = pool_.admit(sequence.pages, sequence.tokens);
   if (!sequence.admitted) {
     sequence.admitted = true;
     sequence.cached_tokens = hit;
@@ -160,13 +159,13 @@ void Scheduler::schedule(Sequence& s, int count, StepPlan& plan) {
 
 void Scheduler::commit(const ScheduledWork& work) {
   Sequence& s = *work.sequence;
-  blocks_.commit(s.pages, std::span(s.tokens).first(static_cast<std::size_t>(work.begin) +
-                                                    static_cast<std::size_t>(work.count)));
+  pool_.commit(s.pages, std::span(s.tokens).first(static_cast<std::size_t>(work.begin) +
+                                                  static_cast<std::size_t>(work.count)));
 }
 
 void Scheduler::preempt(Sequence& sequence, StepPlan& plan) {
   stop(sequence);
-  blocks_.release(sequence.pages);
+  pool_.release(sequence.pages);
   ++sequence.preemptions;
   ++counters_.preemptions;
   waiting_.insert(&sequence);
@@ -179,7 +178,7 @@ void Scheduler::finish(Sequence& sequence, bool keep) {
   } else {
     waiting_.erase(&sequence);
   }
-  blocks_.release(sequence.pages, keep);
+  pool_.release(sequence.pages, keep);
 }
 
 void Scheduler::start(Sequence& sequence) {

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "kv/block_manager.h"
+#include "kv/page_pool.h"
 
 namespace flash_mla::engine {
 
@@ -24,7 +24,7 @@ struct Sequence {
   std::int64_t num_remaining() const { return static_cast<std::int64_t>(tokens.size()) - num_computed(); }
 
   // The scheduler's own.
-  SequencePages pages;
+  kv::SequencePages pages;
   std::int64_t rank = 0;  // its place in the queue: smaller goes first
   bool admitted = false;  // at least once
   bool running = false;
@@ -50,7 +50,7 @@ struct ScheduledWork {
 
 struct StepPlan {
   std::vector<ScheduledWork> work;
-  std::vector<PageCopy> copies;  ///< to be made in this order before the model runs
+  std::vector<kv::PageCopy> copies;  ///< to be made in this order before the model runs
   std::vector<Sequence*> preempted;
   int num_tokens = 0;
 };
@@ -68,7 +68,7 @@ struct StepPlan {
 /// pages are often still in the prefix cache). The earliest arrival is never preempted, so something always
 /// finishes.
 ///
-/// Pure logic over the BlockManager's counts: no model, no clock, no thread.
+/// Pure logic over the PagePool's counts: no model, no clock, no thread.
 class Scheduler {
  public:
   struct Counters {
@@ -78,7 +78,7 @@ class Scheduler {
   };
 
   /// Throws InvalidArgument for options out of range.
-  Scheduler(const SchedulerOptions& options, BlockManager& blocks);
+  Scheduler(const SchedulerOptions& options, kv::PagePool& pool);
 
   /// Queues a sequence that has tokens. Its whole length must fit into the pool. It stays the caller's and
   /// must live until finish().
@@ -101,7 +101,7 @@ class Scheduler {
   /// The model has run `work`.
   void commit(const ScheduledWork& work);
 
-  /// The sequence leaves, running or waiting. `keep` as in BlockManager::release.
+  /// The sequence leaves, running or waiting. `keep` as in kv::PagePool::release.
   void finish(Sequence& sequence, bool keep = true);
 
   int num_running() const { return static_cast<int>(running_.size()); }
@@ -128,7 +128,7 @@ class Scheduler {
   void stop(Sequence& sequence);
 
   SchedulerOptions options_;
-  BlockManager& blocks_;
+  kv::PagePool& pool_;
   std::int64_t step_ = 0;
   std::vector<Sequence*> running_;  // earliest first
   std::set<Sequence*, ByRank> waiting_;

@@ -6,15 +6,13 @@
 #include <memory>
 #include <span>
 
+#include "base/page_size.h"
 #include "flash_mla/schedule.h"
 #include "kernels/sampling/cpu/draw.h"
 
 namespace flash_mla::model {
 
 struct ModelConfig;
-
-/// Tokens per page of the cache.
-inline constexpr int kPageSize = 64;
 
 /// One step over several sequences, each with a run of new tokens (one in decoding, a chunk in prefill). All
 /// arrays live on the host and only for the call.

@@ -28,6 +28,13 @@ struct Result {
   int events = 0;
 };
 
+Request request(const Tokens& prompt, const SamplingParams& sampling) {
+  Request out;
+  out.prompt_token_ids = prompt;
+  out.sampling = sampling;
+  return out;
+}
+
 // An engine over the fake model, and what came out of it.
 class Harness {
  public:
@@ -47,9 +54,9 @@ class Harness {
   }
 
   RequestId submit(const Tokens& prompt, const SamplingParams& sampling) {
-    EngineCore::Submission s{prompt, sampling, [this](const GenerationEvent& e) { take(e); }};
-    core->check(s);
-    return core->submit(std::move(s));
+    Request r = request(prompt, sampling);
+    core->check(r);
+    return core->submit(std::move(r), [this](const GenerationEvent& e) { take(e); });
   }
 
   void run() {
@@ -654,10 +661,10 @@ TEST_P(EngineCoreTest, AFailedRequestDoesNotDisturbItsNeighbours) {
 TEST_P(EngineCoreTest, AThrowingHandlerEndsItsRequestAlone) {
   Harness h;
   int calls = 0;
-  h.core->submit({{1}, greedy(1000), [&](const GenerationEvent&) {
-                    ++calls;
-                    throw std::runtime_error("handler");
-                  }});
+  h.core->submit(request({1}, greedy(1000)), [&](const GenerationEvent&) {
+    ++calls;
+    throw std::runtime_error("handler");
+  });
   EXPECT_EQ(h.generate({1, 2, 3}, greedy(30)).tokens, continuation({1, 2, 3}, 30));
   EXPECT_EQ(calls, 1);
   EXPECT_EQ(h.core->stats().cancelled, 1);
@@ -778,12 +785,12 @@ TEST_P(EngineCoreTest, ManyThreadsSubmitAndCancel) {
           const int count = 1 + static_cast<int>(random() % 40);
           auto tokens = std::make_shared<Tokens>();
           const RequestId id =
-              core.submit({prompt, greedy(count), [&, tokens, prompt](const GenerationEvent& e) {
-                             tokens->insert(tokens->end(), e.token_ids.begin(), e.token_ids.end());
-                             if (!e.last) return;
-                             ++ended;
-                             wrong += *tokens != continuation(prompt, static_cast<int>(tokens->size()));
-                           }});
+              core.submit(request(prompt, greedy(count)), [&, tokens, prompt](const GenerationEvent& e) {
+                tokens->insert(tokens->end(), e.token_ids.begin(), e.token_ids.end());
+                if (!e.last) return;
+                ++ended;
+                wrong += *tokens != continuation(prompt, static_cast<int>(tokens->size()));
+              });
           if (random() % 4 == 0) core.cancel(id);
           if (random() % 4 == 0) core.stats();
         }

@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "text/text_decoder.h"
 #include "model/model.h"
+#include "text/text_decoder.h"
 
 namespace flash_mla::engine {
 
@@ -40,20 +40,20 @@ class FakeModel : public model::Model {
 
   int vocab_size() const override { return kVocabSize; }
   std::int64_t max_position() const override { return max_position_; }
-  std::size_t bytes_per_page() const override { return model::kPageSize * sizeof(std::int32_t); }
+  std::size_t bytes_per_page() const override { return kPageSize * sizeof(std::int32_t); }
   std::size_t free_memory() const override { return free_bytes; }
   ScheduleOptions schedule_options(int, bool) const override {
     if (refuses_to_plan_ahead && !flights_.empty()) throw std::bad_alloc();
     return cpu_schedule_options();
   }
   void allocate_cache(int num_pages) override {
-    cache_.assign(static_cast<std::size_t>(num_pages) * model::kPageSize, -1);
+    cache_.assign(static_cast<std::size_t>(num_pages) * kPageSize, -1);
   }
   void copy_page(int source, int target) override {
     queue_.push_back([this, source, target] {
-      for (std::size_t i = 0; i < model::kPageSize; ++i) {
-        cache_.at(static_cast<std::size_t>(target) * model::kPageSize + i) =
-            cache_.at(static_cast<std::size_t>(source) * model::kPageSize + i);
+      for (std::size_t i = 0; i < kPageSize; ++i) {
+        cache_.at(static_cast<std::size_t>(target) * kPageSize + i) =
+            cache_.at(static_cast<std::size_t>(source) * kPageSize + i);
       }
     });
     if (runs_now()) run_queue();
@@ -163,10 +163,10 @@ class FakeModel : public model::Model {
     require(batch.draws.size() == batch.drawn_rows.size());
     const auto slot = [&](std::size_t seq, std::int32_t position) -> std::int32_t& {
       const std::int32_t page = batch.block_table[seq * static_cast<std::size_t>(batch.max_blocks) +
-                                                  static_cast<std::size_t>(position / model::kPageSize)];
+                                                  static_cast<std::size_t>(position / kPageSize)];
       require(page >= 0);
-      return cache_.at(static_cast<std::size_t>(page) * model::kPageSize +
-                       static_cast<std::size_t>(position % model::kPageSize));
+      return cache_.at(static_cast<std::size_t>(page) * kPageSize +
+                       static_cast<std::size_t>(position % kPageSize));
     };
     const auto first_position = [&](std::size_t seq) {
       return batch.seq_lens[seq] - (batch.query_starts[seq + 1] - batch.query_starts[seq]);

@@ -26,8 +26,8 @@ class Simulation {
  public:
   Simulation(int num_pages, int max_batch_size, int max_tokens_per_step, bool prefix_cache = true)
       : options_{max_batch_size, max_tokens_per_step},
-        blocks(num_pages, prefix_cache),
-        scheduler(options_, blocks) {}
+        pool(num_pages, prefix_cache),
+        scheduler(options_, pool) {}
 
   Job& add(int prompt, int wanted, std::int32_t first_token = -1) {
     Job& job = *jobs_.emplace_back(std::make_unique<Job>());
@@ -54,7 +54,7 @@ class Simulation {
       job.tokens.push_back(static_cast<std::int32_t>(random_()));
       if (++job.generated == job.wanted) finish(job);
     }
-    blocks.check();
+    pool.check();
     return plan;
   }
 
@@ -89,9 +89,9 @@ class Simulation {
       EXPECT_EQ(sequences(*ahead_), continuing);
       for (const ScheduledWork& w : ahead_->work) {
         EXPECT_EQ(w.begin, static_cast<std::int64_t>(w.sequence->tokens.size()));
-        EXPECT_GT(static_cast<std::int64_t>(w.sequence->pages.pages().size()) * kPageTokens, w.begin);
-        const std::int32_t page = w.sequence->pages.pages()[static_cast<std::size_t>(w.begin / kPageTokens)];
-        EXPECT_EQ(blocks.num_references(page), 1) << "writes to a page that others read";
+        EXPECT_GT(static_cast<std::int64_t>(w.sequence->pages.pages().size()) * kPageSize, w.begin);
+        const std::int32_t page = w.sequence->pages.pages()[static_cast<std::size_t>(w.begin / kPageSize)];
+        EXPECT_EQ(pool.num_references(page), 1) << "writes to a page that others read";
       }
     }
     for (const ScheduledWork& w : plan.work) {
@@ -107,7 +107,7 @@ class Simulation {
         })) {
       ahead_.reset();
     }
-    blocks.check();
+    pool.check();
   }
   int unfinished() const { return unfinished_; }
   int num_ahead() const { return num_ahead_; }
@@ -128,7 +128,7 @@ class Simulation {
     for (int i = 0; i < most_steps && unfinished_ > 0; ++i) step();
     EXPECT_EQ(unfinished_, 0) << "not finished after " << most_steps << " steps";
     EXPECT_TRUE(scheduler.idle());
-    EXPECT_EQ(blocks.num_used(), 0) << "leaked pages";
+    EXPECT_EQ(pool.num_used(), 0) << "leaked pages";
   }
 
   std::int64_t now() const { return step_; }
@@ -146,7 +146,7 @@ class Simulation {
       const auto end = w.begin + w.count, length = static_cast<std::int64_t>(w.sequence->tokens.size());
       EXPECT_LE(end, length);
       EXPECT_EQ(w.samples, end == length);
-      EXPECT_GE(static_cast<std::int64_t>(w.sequence->pages.pages().size()) * kPageTokens, end);
+      EXPECT_GE(static_cast<std::int64_t>(w.sequence->pages.pages().size()) * kPageSize, end);
     }
     EXPECT_EQ(tokens, plan.num_tokens);
     EXPECT_LE(tokens, options_.max_tokens_per_step);
@@ -167,17 +167,17 @@ class Simulation {
   std::optional<StepPlan> ahead_;
 
  public:
-  BlockManager blocks;
+  kv::PagePool pool;
   Scheduler scheduler;
 };
 
 std::vector<Sequence*> sequences(const StepPlan& plan) { return Simulation::sequences(plan); }
 
 TEST(Scheduler, RefusesBadOptions) {
-  BlockManager blocks(4);
-  EXPECT_THROW(Scheduler({0, 100}, blocks), InvalidArgument);
-  EXPECT_THROW(Scheduler({8, 7}, blocks), InvalidArgument);
-  EXPECT_NO_THROW(Scheduler({8, 8}, blocks));
+  kv::PagePool pool(4);
+  EXPECT_THROW(Scheduler({0, 100}, pool), InvalidArgument);
+  EXPECT_THROW(Scheduler({8, 7}, pool), InvalidArgument);
+  EXPECT_NO_THROW(Scheduler({8, 8}, pool));
 }
 
 TEST(Scheduler, RequestsJoinAndLeaveAtEveryStep) {
@@ -306,7 +306,7 @@ TEST(Scheduler, ForksShareOrWait) {
   ASSERT_EQ(sequences(last), (std::vector<Sequence*>{&c}));
   EXPECT_EQ(last.work[0].begin, 64) << "the shared prefix is in the cache";
   sim.scheduler.finish(c);
-  EXPECT_EQ(sim.blocks.num_used(), 0);
+  EXPECT_EQ(sim.pool.num_used(), 0);
 }
 
 TEST(Scheduler, PlansAheadWhereNobodyElseCanCome) {
@@ -338,7 +338,7 @@ TEST(Scheduler, RandomLoadsPlannedAheadFinishWithoutLeaks) {
     const auto ends = [&] { return below(20) == 0; };
     std::vector<Job*> jobs;
     for (int i = 0; i < 60; ++i) {
-      const int longest = pages * kPageTokens;
+      const int longest = pages * kPageSize;
       const int prompt = 1 + below(below(4) == 0 ? longest - 1 : 150);
       jobs.push_back(
           &sim.add(prompt, 1 + below(std::min(100, longest - prompt)), below(2) == 0 ? below(3) * 1000 : -1));
@@ -349,7 +349,7 @@ TEST(Scheduler, RandomLoadsPlannedAheadFinishWithoutLeaks) {
     for (int i = 0; i < 100000 && sim.unfinished() > 0; ++i) sim.step_ahead(ends);
     EXPECT_EQ(sim.unfinished(), 0);
     EXPECT_TRUE(sim.scheduler.idle());
-    EXPECT_EQ(sim.blocks.num_used(), 0) << "leaked pages";
+    EXPECT_EQ(sim.pool.num_used(), 0) << "leaked pages";
     ahead += sim.num_ahead();
     if (HasFailure()) return;
   }
@@ -366,7 +366,7 @@ TEST(Scheduler, RandomLoadsFinishWithoutLeaks) {
     std::vector<Job*> jobs;
     std::int64_t work = 0;
     for (int i = 0; i < 60; ++i) {
-      const int longest = pages * kPageTokens;
+      const int longest = pages * kPageSize;
       const int prompt = 1 + below(below(4) == 0 ? longest - 1 : 150);
       const int wanted = 1 + below(std::min(100, longest - prompt));
       // The last generated token never needs a place in the cache.

@@ -6,26 +6,25 @@
 #include <utility>
 #include <vector>
 
-namespace flash_mla::engine {
+#include "base/page_size.h"
 
-/// Tokens per page: that of the model's cache.
-inline constexpr int kPageTokens = 64;
+namespace flash_mla::kv {
 
-/// The pages of one sequence, in order. Held by the caller, changed by the BlockManager only. Must be given
-/// to BlockManager::release before it is dropped.
+/// The pages of one sequence, in order. Held by the caller, changed by the PagePool only. Must be given
+/// to PagePool::release before it is dropped.
 class SequencePages {
  public:
   SequencePages() = default;
   SequencePages(SequencePages&& other) noexcept { *this = std::move(other); }
   SequencePages& operator=(SequencePages&& other) noexcept;
 
-  /// Page of every kPageTokens tokens; room for num_tokens() and for what has been reserved beyond.
+  /// Page of every kPageSize tokens; room for num_tokens() and for what has been reserved beyond.
   std::span<const std::int32_t> pages() const { return pages_; }
   /// Tokens whose latents the pages hold.
   std::int64_t num_tokens() const { return num_tokens_; }
 
  private:
-  friend class BlockManager;
+  friend class PagePool;
   std::vector<std::int32_t> pages_;
   std::int64_t num_tokens_ = 0;
   int num_linked_ = 0;  // leading pages that are nodes of the prefix cache
@@ -49,7 +48,7 @@ struct PageCopy {
 /// first, so nodes are evicted leaf first and a node's parent is always in the cache.
 ///
 /// Not thread-safe. No call allocates or copies device memory.
-class BlockManager {
+class PagePool {
  public:
   /// Hash of one page of tokens that follows a prefix with hash `parent`.
   using PageHash = std::uint64_t (*)(std::uint64_t parent, std::span<const std::int32_t> tokens);
@@ -60,7 +59,7 @@ class BlockManager {
   };
 
   /// Throws InvalidArgument unless num_pages > 0.
-  explicit BlockManager(int num_pages, bool prefix_cache = true, PageHash hash = nullptr);
+  explicit PagePool(int num_pages, bool prefix_cache = true, PageHash hash = nullptr);
 
   /// Starts `sequence` (empty before) with the cached pages of the longest known prefix of `tokens`, always
   /// leaving at least one token to be computed. Returns the tokens found.
@@ -134,14 +133,14 @@ class BlockManager {
   PageHash hash_;
   std::vector<Page> pages_;
   std::vector<std::int32_t> free_;
-  std::vector<std::int32_t> tokens_;  // (num_pages, kPageTokens): of nodes
+  std::vector<std::int32_t> tokens_;  // (num_pages, kPageSize): of nodes
   std::unordered_multimap<std::uint64_t, std::int32_t> nodes_;
   std::int32_t oldest_ = -1, newest_ = -1;
   int num_cached_ = 0;
   Counters counters_;
 };
 
-/// The hash that BlockManager uses unless told otherwise.
+/// The hash that PagePool uses unless told otherwise.
 std::uint64_t hash_page(std::uint64_t parent, std::span<const std::int32_t> tokens);
 
-}  // namespace flash_mla::engine
+}  // namespace flash_mla::kv

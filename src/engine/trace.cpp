@@ -1,53 +1,8 @@
-#include <algorithm>
-#include <nlohmann/json.hpp>
-#include <stdexcept>
-
 #include "engine/trace.h"
-#include "flash_mla/engine.h"
 
-namespace flash_mla {
+#include <nlohmann/json.hpp>
 
-void Histogram::add(double value) {
-  const auto bucket = std::lower_bound(bounds.begin(), bounds.end(), value) - bounds.begin();
-  counts.resize(bounds.size() + 1);
-  ++counts[static_cast<std::size_t>(bucket)];
-  sum += value;
-  ++total;
-}
-
-double Histogram::quantile(double q) const {
-  if (total == 0) return 0;
-  const double wanted = std::clamp(q, 0.0, 1.0) * static_cast<double>(total);
-  double below = 0;
-  for (std::size_t i = 0; i < counts.size(); ++i) {
-    const auto count = static_cast<double>(counts[i]);
-    if (count > 0 && below + count >= wanted) {
-      if (i == bounds.size()) break;  // past the last bound nothing more is known
-      const double low = i == 0 ? 0 : bounds[i - 1];
-      return low + (bounds[i] - low) * (wanted - below) / count;
-    }
-    below += count;
-  }
-  return bounds.empty() ? 0 : bounds.back();
-}
-
-const char* finish_reason_name(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::kNone:
-      return "";
-    case FinishReason::kStop:
-      return "stop";
-    case FinishReason::kLength:
-      return "length";
-    case FinishReason::kCancelled:
-      return "cancelled";
-    case FinishReason::kError:
-      return "error";
-  }
-  throw std::logic_error("unknown finish reason");
-}
-
-namespace engine {
+namespace flash_mla::engine {
 
 std::string chrome_trace(std::span<const StepRecord> steps) {
   using Json = nlohmann::ordered_json;
@@ -84,5 +39,4 @@ std::string chrome_trace(std::span<const StepRecord> steps) {
   return Json{{"displayTimeUnit", "ms"}, {"traceEvents", events}}.dump();
 }
 
-}  // namespace engine
-}  // namespace flash_mla
+}  // namespace flash_mla::engine

@@ -1,4 +1,4 @@
-#include "kv/block_manager.h"
+#include "kv/page_pool.h"
 
 #include <fmt/format.h>
 
@@ -8,16 +8,16 @@
 
 #include "flash_mla/error.h"
 
-namespace flash_mla::engine {
+namespace flash_mla::kv {
 namespace {
 
 // Hash of the empty prefix: any odd constant.
 constexpr std::uint64_t kRoot = 0x9e3779b97f4a7c15u;
 
-std::int64_t pages_for(std::int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+std::int64_t pages_for(std::int64_t tokens) { return (tokens + kPageSize - 1) / kPageSize; }
 
 std::span<const std::int32_t> page_tokens(std::span<const std::int32_t> tokens, std::int64_t page) {
-  return tokens.subspan(static_cast<std::size_t>(page * kPageTokens), kPageTokens);
+  return tokens.subspan(static_cast<std::size_t>(page * kPageSize), kPageSize);
 }
 
 }  // namespace
@@ -39,7 +39,7 @@ SequencePages& SequencePages::operator=(SequencePages&& other) noexcept {
   return *this;
 }
 
-BlockManager::BlockManager(int num_pages, bool prefix_cache, PageHash hash)
+PagePool::PagePool(int num_pages, bool prefix_cache, PageHash hash)
     : prefix_cache_(prefix_cache), hash_(hash != nullptr ? hash : hash_page) {
   if (num_pages <= 0) {
     throw InvalidArgument(fmt::format("num_pages is {}, expected at least 1", num_pages));
@@ -47,16 +47,16 @@ BlockManager::BlockManager(int num_pages, bool prefix_cache, PageHash hash)
   pages_.resize(static_cast<std::size_t>(num_pages));
   free_.reserve(pages_.size());
   for (std::int32_t page = num_pages - 1; page >= 0; --page) free_.push_back(page);  // page 0 goes first
-  if (prefix_cache) tokens_.resize(pages_.size() * kPageTokens);
+  if (prefix_cache) tokens_.resize(pages_.size() * kPageSize);
 }
 
-std::span<const std::int32_t> BlockManager::tokens_of(std::int32_t page) const {
-  return std::span<const std::int32_t>(tokens_).subspan(static_cast<std::size_t>(page) * kPageTokens,
-                                                        kPageTokens);
+std::span<const std::int32_t> PagePool::tokens_of(std::int32_t page) const {
+  return std::span<const std::int32_t>(tokens_).subspan(static_cast<std::size_t>(page) * kPageSize,
+                                                        kPageSize);
 }
 
-std::int32_t BlockManager::find(std::uint64_t hash, std::int32_t parent,
-                                std::span<const std::int32_t> tokens) const {
+std::int32_t PagePool::find(std::uint64_t hash, std::int32_t parent,
+                            std::span<const std::int32_t> tokens) const {
   const auto [begin, end] = nodes_.equal_range(hash);
   for (auto it = begin; it != end; ++it) {
     const std::int32_t page = it->second;
@@ -65,11 +65,11 @@ std::int32_t BlockManager::find(std::uint64_t hash, std::int32_t parent,
   return -1;
 }
 
-std::vector<std::int32_t> BlockManager::match(std::span<const std::int32_t> tokens) const {
+std::vector<std::int32_t> PagePool::match(std::span<const std::int32_t> tokens) const {
   std::vector<std::int32_t> pages;
   if (!prefix_cache_ || tokens.empty()) return pages;
   // One token at least must go through the model: its logits are what the prompt is for.
-  const std::int64_t most = (static_cast<std::int64_t>(tokens.size()) - 1) / kPageTokens;
+  const std::int64_t most = (static_cast<std::int64_t>(tokens.size()) - 1) / kPageSize;
   std::uint64_t hash = kRoot;
   std::int32_t parent = -1;
   for (std::int64_t i = 0; i < most; ++i) {
@@ -81,46 +81,46 @@ std::vector<std::int32_t> BlockManager::match(std::span<const std::int32_t> toke
   return pages;
 }
 
-std::int64_t BlockManager::cached_prefix(std::span<const std::int32_t> tokens) const {
-  return static_cast<std::int64_t>(match(tokens).size()) * kPageTokens;
+std::int64_t PagePool::cached_prefix(std::span<const std::int32_t> tokens) const {
+  return static_cast<std::int64_t>(match(tokens).size()) * kPageSize;
 }
 
-std::int64_t BlockManager::admit(SequencePages& sequence, std::span<const std::int32_t> tokens) {
+std::int64_t PagePool::admit(SequencePages& sequence, std::span<const std::int32_t> tokens) {
   if (!sequence.pages_.empty()) throw std::logic_error("admit: the sequence already has pages");
   sequence.pages_ = match(tokens);
   for (const std::int32_t page : sequence.pages_) reference(page);
   sequence.num_linked_ = static_cast<int>(sequence.pages_.size());
-  sequence.num_tokens_ = std::int64_t{sequence.num_linked_} * kPageTokens;
+  sequence.num_tokens_ = std::int64_t{sequence.num_linked_} * kPageSize;
   return sequence.num_tokens_;
 }
 
-int BlockManager::admission_cost(std::span<const std::int32_t> tokens) const {
+int PagePool::admission_cost(std::span<const std::int32_t> tokens) const {
   const std::vector<std::int32_t> known = match(tokens);
   const auto in_use = std::ranges::count_if(known, [this](std::int32_t p) { return at(p).references > 0; });
   return static_cast<int>(pages_for(static_cast<std::int64_t>(tokens.size())) - in_use);
 }
 
-int BlockManager::pages_needed(const SequencePages& sequence, std::int64_t num_tokens) const {
+int PagePool::pages_needed(const SequencePages& sequence, std::int64_t num_tokens) const {
   if (num_tokens <= sequence.num_tokens_) return 0;
   const std::int64_t have = static_cast<std::int64_t>(sequence.pages_.size());
   std::int64_t needed = std::max<std::int64_t>(0, pages_for(num_tokens) - have);
-  const std::int64_t first = sequence.num_tokens_ / kPageTokens;  // the page the next token goes to
+  const std::int64_t first = sequence.num_tokens_ / kPageSize;  // the page the next token goes to
   for (std::int64_t i = first; i < have; ++i) {
     needed += at(sequence.pages_[static_cast<std::size_t>(i)]).references > 1;
   }
   return static_cast<int>(needed);
 }
 
-bool BlockManager::reserve(SequencePages& sequence, std::int64_t num_tokens, std::vector<PageCopy>& copies) {
+bool PagePool::reserve(SequencePages& sequence, std::int64_t num_tokens, std::vector<PageCopy>& copies) {
   if (pages_needed(sequence, num_tokens) > num_available()) return false;
   if (num_tokens <= sequence.num_tokens_) return true;
-  const auto first = static_cast<std::size_t>(sequence.num_tokens_ / kPageTokens);
+  const auto first = static_cast<std::size_t>(sequence.num_tokens_ / kPageSize);
   for (std::size_t i = first; i < sequence.pages_.size(); ++i) {
     std::int32_t& page = sequence.pages_[i];
     if (at(page).references == 1) continue;
     const std::int32_t copy = take();
     // Pages past the last token hold nothing worth copying.
-    if (i == first && sequence.num_tokens_ % kPageTokens != 0) {
+    if (i == first && sequence.num_tokens_ % kPageSize != 0) {
       copies.push_back({page, copy});
       ++counters_.pages_copied;
     }
@@ -133,7 +133,7 @@ bool BlockManager::reserve(SequencePages& sequence, std::int64_t num_tokens, std
   return true;
 }
 
-void BlockManager::commit(SequencePages& sequence, std::span<const std::int32_t> tokens) {
+void PagePool::commit(SequencePages& sequence, std::span<const std::int32_t> tokens) {
   const auto num_tokens = static_cast<std::int64_t>(tokens.size());
   if (num_tokens < sequence.num_tokens_ ||
       pages_for(num_tokens) > static_cast<std::int64_t>(sequence.pages_.size())) {
@@ -148,7 +148,7 @@ void BlockManager::commit(SequencePages& sequence, std::span<const std::int32_t>
     parent = sequence.pages_[static_cast<std::size_t>(sequence.num_linked_) - 1];
     hash = at(parent).hash;
   }
-  for (; sequence.num_linked_ < num_tokens / kPageTokens; ++sequence.num_linked_) {
+  for (; sequence.num_linked_ < num_tokens / kPageSize; ++sequence.num_linked_) {
     std::int32_t& page = sequence.pages_[static_cast<std::size_t>(sequence.num_linked_)];
     const auto own_tokens = page_tokens(tokens, sequence.num_linked_);
     hash = hash_(hash, own_tokens);
@@ -164,7 +164,7 @@ void BlockManager::commit(SequencePages& sequence, std::span<const std::int32_t>
   }
 }
 
-SequencePages BlockManager::fork(const SequencePages& sequence) {
+SequencePages PagePool::fork(const SequencePages& sequence) {
   SequencePages copy;
   copy.pages_.assign(sequence.pages_.begin(), sequence.pages_.begin() + pages_for(sequence.num_tokens_));
   copy.num_tokens_ = sequence.num_tokens_;
@@ -173,13 +173,13 @@ SequencePages BlockManager::fork(const SequencePages& sequence) {
   return copy;
 }
 
-void BlockManager::release(SequencePages& sequence, bool keep) {
+void PagePool::release(SequencePages& sequence, bool keep) {
   // Last page first, so that of a cached chain the leaf is evicted first.
   for (auto it = sequence.pages_.rbegin(); it != sequence.pages_.rend(); ++it) dereference(*it, keep);
   sequence = SequencePages();
 }
 
-std::int32_t BlockManager::take() {
+std::int32_t PagePool::take() {
   if (free_.empty()) {
     const std::int32_t victim = oldest_;
     if (victim < 0) throw std::logic_error("take: the pool is empty");
@@ -194,11 +194,11 @@ std::int32_t BlockManager::take() {
   return page;
 }
 
-void BlockManager::reference(std::int32_t page) {
+void PagePool::reference(std::int32_t page) {
   if (at(page).references++ == 0) remove_evictable(page);
 }
 
-void BlockManager::dereference(std::int32_t page, bool keep) {
+void PagePool::dereference(std::int32_t page, bool keep) {
   Page& p = at(page);
   if (p.references <= 0) throw std::logic_error(fmt::format("page {} is let go of twice", page));
   if (--p.references > 0) return;
@@ -210,18 +210,18 @@ void BlockManager::dereference(std::int32_t page, bool keep) {
   }
 }
 
-void BlockManager::link(std::int32_t page, std::int32_t parent, std::uint64_t hash,
-                        std::span<const std::int32_t> tokens) {
+void PagePool::link(std::int32_t page, std::int32_t parent, std::uint64_t hash,
+                    std::span<const std::int32_t> tokens) {
   Page& p = at(page);
   p.linked = true;
   p.parent = parent;
   p.hash = hash;
   if (parent >= 0) ++at(parent).num_children;
-  std::ranges::copy(tokens, tokens_.begin() + static_cast<std::ptrdiff_t>(page) * kPageTokens);
+  std::ranges::copy(tokens, tokens_.begin() + static_cast<std::ptrdiff_t>(page) * kPageSize);
   nodes_.emplace(hash, page);
 }
 
-void BlockManager::unlink(std::int32_t page) {
+void PagePool::unlink(std::int32_t page) {
   Page& p = at(page);
   if (p.num_children != 0)
     throw std::logic_error(fmt::format("page {} is evicted before its children", page));
@@ -233,7 +233,7 @@ void BlockManager::unlink(std::int32_t page) {
   p.hash = 0;
 }
 
-void BlockManager::append_evictable(std::int32_t page) {
+void PagePool::append_evictable(std::int32_t page) {
   Page& p = at(page);
   p.older = newest_;
   p.newer = -1;
@@ -242,7 +242,7 @@ void BlockManager::append_evictable(std::int32_t page) {
   ++num_cached_;
 }
 
-void BlockManager::remove_evictable(std::int32_t page) {
+void PagePool::remove_evictable(std::int32_t page) {
   Page& p = at(page);
   (p.older >= 0 ? at(p.older).newer : oldest_) = p.newer;
   (p.newer >= 0 ? at(p.newer).older : newest_) = p.older;
@@ -250,7 +250,7 @@ void BlockManager::remove_evictable(std::int32_t page) {
   --num_cached_;
 }
 
-void BlockManager::check() const {
+void PagePool::check() const {
   const auto require = [](bool ok, const char* what, std::int64_t page) {
     if (!ok) throw std::logic_error(fmt::format("page {}: {}", page, what));
   };
@@ -289,4 +289,4 @@ void BlockManager::check() const {
   }
 }
 
-}  // namespace flash_mla::engine
+}  // namespace flash_mla::kv

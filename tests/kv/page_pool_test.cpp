@@ -1,4 +1,4 @@
-#include "kv/block_manager.h"
+#include "kv/page_pool.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 
 #include "flash_mla/error.h"
 
-namespace flash_mla::engine {
+namespace flash_mla::kv {
 namespace {
 
 using Tokens = std::vector<std::int32_t>;
@@ -20,35 +20,35 @@ class Memory {
  public:
   static constexpr std::int32_t kPoison = -7;
 
-  explicit Memory(int num_pages) : slots_(static_cast<std::size_t>(num_pages) * kPageTokens, kPoison) {}
+  explicit Memory(int num_pages) : slots_(static_cast<std::size_t>(num_pages) * kPageSize, kPoison) {}
 
   void copy(const PageCopy& c) {
-    for (int i = 0; i < kPageTokens; ++i) slot(c.target, i) = slot(c.source, i);
+    for (int i = 0; i < kPageSize; ++i) slot(c.target, i) = slot(c.source, i);
   }
   void poison(std::int32_t page) {
-    for (int i = 0; i < kPageTokens; ++i) slot(page, i) = kPoison;
+    for (int i = 0; i < kPageSize; ++i) slot(page, i) = kPoison;
   }
   void write(const SequencePages& s, std::int64_t position, std::int32_t token) {
-    slot(s.pages()[static_cast<std::size_t>(position / kPageTokens)], position % kPageTokens) = token;
+    slot(s.pages()[static_cast<std::size_t>(position / kPageSize)], position % kPageSize) = token;
   }
   Tokens read(const SequencePages& s) const {
     Tokens tokens;
     for (std::int64_t i = 0; i < s.num_tokens(); ++i) {
-      const auto page = static_cast<std::size_t>(s.pages()[static_cast<std::size_t>(i / kPageTokens)]);
-      tokens.push_back(slots_[page * kPageTokens + static_cast<std::size_t>(i % kPageTokens)]);
+      const auto page = static_cast<std::size_t>(s.pages()[static_cast<std::size_t>(i / kPageSize)]);
+      tokens.push_back(slots_[page * kPageSize + static_cast<std::size_t>(i % kPageSize)]);
     }
     return tokens;
   }
 
  private:
   std::int32_t& slot(std::int32_t page, std::int64_t i) {
-    return slots_[static_cast<std::size_t>(page) * kPageTokens + static_cast<std::size_t>(i)];
+    return slots_[static_cast<std::size_t>(page) * kPageSize + static_cast<std::size_t>(i)];
   }
   std::vector<std::int32_t> slots_;
 };
 
 struct Pool {
-  Pool(int num_pages, bool prefix_cache = true, BlockManager::PageHash hash = nullptr)
+  Pool(int num_pages, bool prefix_cache = true, PagePool::PageHash hash = nullptr)
       : manager(num_pages, prefix_cache, hash), memory(num_pages) {}
 
   // Brings the cache of `s` to all of `tokens`, as an engine does in a step.
@@ -73,7 +73,7 @@ struct Pool {
     return true;
   }
 
-  BlockManager manager;
+  PagePool manager;
   Memory memory;
 };
 
@@ -83,12 +83,12 @@ Tokens counting(std::size_t count, std::int32_t first = 0) {
   return tokens;
 }
 
-TEST(BlockManager, RefusesNoPages) {
-  EXPECT_THROW(BlockManager(0), InvalidArgument);
-  EXPECT_THROW(BlockManager(-3), InvalidArgument);
+TEST(PagePool, RefusesNoPages) {
+  EXPECT_THROW(PagePool(0), InvalidArgument);
+  EXPECT_THROW(PagePool(-3), InvalidArgument);
 }
 
-TEST(BlockManager, PagesAreTakenAsTokensCome) {
+TEST(PagePool, PagesAreTakenAsTokensCome) {
   Pool pool(4);
   SequencePages s;
   EXPECT_EQ(pool.manager.admit(s, counting(10)), 0);
@@ -106,7 +106,7 @@ TEST(BlockManager, PagesAreTakenAsTokensCome) {
   EXPECT_EQ(pool.manager.num_available(), 4);
 }
 
-TEST(BlockManager, PrefixIsFoundAgain) {
+TEST(PagePool, PrefixIsFoundAgain) {
   Pool pool(16);
   SequencePages a, b, c, d;
   pool.manager.admit(a, counting(200));
@@ -122,7 +122,7 @@ TEST(BlockManager, PrefixIsFoundAgain) {
   for (SequencePages* s : {&b, &c, &d}) pool.manager.release(*s);
 }
 
-TEST(BlockManager, TwinsEndUpOnTheSamePages) {
+TEST(PagePool, TwinsEndUpOnTheSamePages) {
   Pool pool(16);
   SequencePages a, b;
   pool.manager.admit(a, counting(100));
@@ -137,7 +137,7 @@ TEST(BlockManager, TwinsEndUpOnTheSamePages) {
   pool.manager.release(b);
 }
 
-TEST(BlockManager, ForkCopiesTheSharedPartialPageOnWrite) {
+TEST(PagePool, ForkCopiesTheSharedPartialPageOnWrite) {
   Pool pool(16);
   SequencePages a;
   pool.manager.admit(a, counting(100));
@@ -157,7 +157,7 @@ TEST(BlockManager, ForkCopiesTheSharedPartialPageOnWrite) {
   pool.manager.release(b);
 }
 
-TEST(BlockManager, EvictsTheLeastRecentlyUsedLeafFirst) {
+TEST(PagePool, EvictsTheLeastRecentlyUsedLeafFirst) {
   Pool pool(4);
   SequencePages a, b, c;
   pool.manager.admit(a, counting(128));
@@ -176,7 +176,7 @@ TEST(BlockManager, EvictsTheLeastRecentlyUsedLeafFirst) {
   pool.manager.release(c);
 }
 
-TEST(BlockManager, UntrustedContentsAreForgotten) {
+TEST(PagePool, UntrustedContentsAreForgotten) {
   Pool pool(8);
   SequencePages a, b;
   pool.manager.admit(a, counting(100));
@@ -190,7 +190,7 @@ TEST(BlockManager, UntrustedContentsAreForgotten) {
   pool.manager.check();
 }
 
-TEST(BlockManager, WithoutPrefixCacheNothingIsKept) {
+TEST(PagePool, WithoutPrefixCacheNothingIsKept) {
   Pool pool(8, /*prefix_cache=*/false);
   SequencePages a, b;
   pool.manager.admit(a, counting(200));
@@ -201,7 +201,7 @@ TEST(BlockManager, WithoutPrefixCacheNothingIsKept) {
   pool.manager.check();
 }
 
-TEST(BlockManager, ACollidingPageOfAnotherPrefixIsNoHit) {
+TEST(PagePool, ACollidingPageOfAnotherPrefixIsNoHit) {
   Pool pool(16, true, [](std::uint64_t, std::span<const std::int32_t>) { return std::uint64_t{1}; });
   Tokens of_a = counting(200), of_b = counting(200);
   of_b[0] = 4711;  // the second and third pages have the same tokens
@@ -222,7 +222,7 @@ TEST(BlockManager, ACollidingPageOfAnotherPrefixIsNoHit) {
 // pages.
 class Interleaving {
  public:
-  Interleaving(int num_pages, bool prefix_cache, BlockManager::PageHash hash, std::uint64_t seed)
+  Interleaving(int num_pages, bool prefix_cache, PagePool::PageHash hash, std::uint64_t seed)
       : pool_(num_pages, prefix_cache, hash), random_(seed) {
     // Texts that agree for a while and then part, at page boundaries and elsewhere.
     for (int i = 0; i < 24; ++i) {
@@ -260,7 +260,7 @@ class Interleaving {
     EXPECT_GT(refused_, 0) << "the pool was never full: the test is too easy";
   }
 
-  const BlockManager::Counters& counters() const { return pool_.manager.counters(); }
+  const PagePool::Counters& counters() const { return pool_.manager.counters(); }
   std::int64_t tokens_hit() const { return hit_; }
 
  private:
@@ -360,7 +360,7 @@ class Interleaving {
   std::int64_t hit_ = 0;
 };
 
-TEST(BlockManager, RandomInterleavings) {
+TEST(PagePool, RandomInterleavings) {
   for (std::uint64_t seed = 1; seed <= 10; ++seed) {
     SCOPED_TRACE(seed);
     Interleaving test(/*num_pages=*/16 + static_cast<int>(seed), true, nullptr, seed);
@@ -372,18 +372,18 @@ TEST(BlockManager, RandomInterleavings) {
   }
 }
 
-TEST(BlockManager, RandomInterleavingsWhereEveryHashCollides) {
+TEST(PagePool, RandomInterleavingsWhereEveryHashCollides) {
   Interleaving test(
       40, true, [](std::uint64_t, std::span<const std::int32_t>) { return std::uint64_t{1}; }, 42);
   test.run(10000);
   EXPECT_GT(test.tokens_hit(), 0);
 }
 
-TEST(BlockManager, RandomInterleavingsWithoutPrefixCache) {
+TEST(PagePool, RandomInterleavingsWithoutPrefixCache) {
   Interleaving test(20, false, nullptr, 43);
   test.run(10000);
   EXPECT_EQ(test.tokens_hit(), 0);
 }
 
 }  // namespace
-}  // namespace flash_mla::engine
+}  // namespace flash_mla::kv

@@ -1,0 +1,63 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine/sampler.h"
+#include "engine/scheduler.h"
+#include "engine/stop_matcher.h"
+#include "flash_mla/engine.h"
+#include "text/text_decoder.h"
+
+namespace flash_mla::engine {
+
+using Clock = std::chrono::steady_clock;
+
+struct ActiveRequest;
+
+/// One of the n answers to a request: a sequence of the scheduler's, with what chooses its tokens and turns
+/// them into text.
+struct Continuation : Sequence {
+  Continuation(ActiveRequest& owner, int index_, std::unique_ptr<TextDecoder> text);
+
+  ActiveRequest* request;
+  int index;  // among the request's
+  TokenHistory history;
+  std::unique_ptr<TextDecoder> decoder;  // null: no text
+  StopMatcher stop;
+  std::int64_t num_generated = 0;
+  std::size_t token_index = 0;  // of its token among those that the last step launched with it chooses
+  bool ended = false;
+  Clock::time_point first_token{}, last_token{};
+};
+
+/// A request from submission to its last event.
+struct ActiveRequest {
+  RequestId id = 0;
+  std::vector<std::int32_t> prompt;
+  SamplingParams sampling;
+  EventHandler on_event;
+  std::uint64_t seed = 0;
+  Clock::time_point submitted{};
+  bool started = false;   // part of it has been in a step
+  bool forked = false;    // all n continuations exist
+  int open = 1;           // continuations that have not ended
+  int num_in_flight = 0;  // of its continuations in steps that the model has been given
+  std::vector<std::unique_ptr<Continuation>> continuations;
+};
+
+/// Continuations of one request are consecutive in Sequence::order; validate() allows no more than this.
+inline constexpr std::uint64_t kMaxContinuations = 1024;
+
+inline Continuation::Continuation(ActiveRequest& owner, int index_, std::unique_ptr<TextDecoder> text)
+    : request(&owner),
+      index(index_),
+      history(owner.sampling, owner.prompt),
+      decoder(std::move(text)),
+      stop(owner.sampling.stop, owner.sampling.include_stop) {
+  order = owner.id * kMaxContinuations + static_cast<std::uint64_t>(index);
+}
+
+}  // namespace flash_mla::engine

@@ -1,0 +1,107 @@
+#include "engine/statistics.h"
+
+namespace flash_mla::engine {
+namespace {
+
+constexpr std::size_t kTimelineSteps = 4096;
+
+std::vector<double> latency_bounds() {
+  return {0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100};
+}
+
+double seconds_between(Clock::time_point from, Clock::time_point to) {
+  return std::chrono::duration<double>(to - from).count();
+}
+
+}  // namespace
+
+Statistics::Statistics(int max_batch_size, int num_pages, std::size_t bytes_per_page) {
+  stats_.max_batch_size = max_batch_size;
+  stats_.pages_total = num_pages;
+  stats_.bytes_per_page = bytes_per_page;
+  for (Histogram* h : {&stats_.ttft_seconds, &stats_.tpot_seconds, &stats_.e2e_seconds}) {
+    h->bounds = latency_bounds();
+    h->counts.resize(h->bounds.size() + 1);
+  }
+}
+
+void Statistics::submitted(std::int64_t prompt_tokens) {
+  const std::lock_guard lock(mutex_);
+  ++in_inbox_;
+  ++stats_.requests_submitted;
+  stats_.prompt_tokens += prompt_tokens;
+}
+
+void Statistics::taken(int requests) {
+  const std::lock_guard lock(mutex_);
+  in_inbox_ -= requests;
+  stats_.waiting += requests;
+}
+
+void Statistics::generated(const Continuation& c) {
+  const std::lock_guard lock(mutex_);
+  ++stats_.generated_tokens;
+  if (c.num_generated == 1) stats_.ttft_seconds.add(seconds_between(c.request->submitted, c.first_token));
+}
+
+void Statistics::ended(const Continuation& c, FinishReason reason, std::int64_t continuations) {
+  const std::lock_guard lock(mutex_);
+  switch (reason) {
+    case FinishReason::kStop:
+      stats_.finished_stop += continuations;
+      break;
+    case FinishReason::kLength:
+      stats_.finished_length += continuations;
+      break;
+    case FinishReason::kCancelled:
+      stats_.cancelled += continuations;
+      break;
+    default:
+      stats_.failed += continuations;
+  }
+  if (reason != FinishReason::kStop && reason != FinishReason::kLength) return;
+  stats_.e2e_seconds.add(seconds_between(c.request->submitted, c.last_token));
+  if (c.num_generated > 1) {
+    stats_.tpot_seconds.add(seconds_between(c.first_token, c.last_token) /
+                            static_cast<double>(c.num_generated - 1));
+  }
+}
+
+void Statistics::set_load(const Load& load) {
+  const std::lock_guard lock(mutex_);
+  stats_.running = load.running;
+  stats_.waiting = load.waiting;
+  stats_.pages_used = load.pages_used;
+  stats_.pages_cached = load.pages_cached;
+}
+
+void Statistics::step_ended(StepRecord record, double utilisation, const Scheduler::Counters& scheduled,
+                            const kv::PagePool::Counters& pages) {
+  const std::lock_guard lock(mutex_);
+  record.step = stats_.steps++;
+  stats_.step_seconds += record.end - record.begin;
+  stats_.computed_tokens += record.decode_tokens + record.prefill_tokens;
+  stats_.prefix_tokens_looked_up = scheduled.tokens_looked_up;
+  stats_.prefix_tokens_hit = scheduled.tokens_hit;
+  stats_.preemptions = scheduled.preemptions;
+  stats_.pages_evicted = pages.pages_evicted;
+  stats_.pages_copied = pages.pages_copied;
+  if (utilisation > 0) stats_.schedule_utilisation = utilisation;
+  timeline_.push_back(record);
+  if (timeline_.size() > kTimelineSteps) timeline_.pop_front();
+}
+
+EngineStats Statistics::snapshot() const {
+  const std::lock_guard lock(mutex_);
+  EngineStats out = stats_;
+  out.waiting += in_inbox_;
+  out.seconds = seconds(Clock::now());
+  return out;
+}
+
+std::vector<StepRecord> Statistics::timeline() const {
+  const std::lock_guard lock(mutex_);
+  return {timeline_.begin(), timeline_.end()};
+}
+
+}  // namespace flash_mla::engine

@@ -1,0 +1,134 @@
+#include "engine/step_pipeline.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <exception>
+#include <optional>
+#include <utility>
+
+#include "engine/utilisation.h"
+
+namespace flash_mla::engine {
+namespace {
+
+// Whether the model can choose tokens on its own.
+bool leaves_choice_to_model(const SamplingParams& p) {
+  return p.repetition_penalty == 1 && p.frequency_penalty == 0 && p.presence_penalty == 0 && p.logprobs < 0;
+}
+
+// The continuation's request has yet to fork: several tokens come of its prompt's last row.
+bool forks_here(const Continuation& c) { return c.request->sampling.n > 1 && !c.request->forked; }
+
+Wanted wanted(const ScheduledWork& w, model::Draw& draw) {
+  const auto& c = static_cast<const Continuation&>(*w.sequence);
+  const SamplingParams& sampling = c.request->sampling;
+  if (!leaves_choice_to_model(sampling)) return Wanted::kLogits;
+  if (sampling.temperature == 0) return Wanted::kLikeliest;
+  if (forks_here(c)) return Wanted::kLogits;
+  // A token that is still on its way counts as generated.
+  const std::int64_t on_its_way = w.begin - (static_cast<std::int64_t>(c.tokens.size()) - w.count);
+  draw = draw_of(sampling, {c.request->seed, static_cast<std::uint32_t>(c.index),
+                            static_cast<std::uint64_t>(c.num_generated + on_its_way)});
+  return Wanted::kDrawn;
+}
+
+std::size_t token_index(const Sequence& s) { return static_cast<const Continuation&>(s).token_index; }
+
+}  // namespace
+
+bool LaunchedStep::all_ended() const {
+  return std::ranges::all_of(
+      plan.work, [](const ScheduledWork& w) { return static_cast<Continuation*>(w.sequence)->ended; });
+}
+
+StepPipeline::StepPipeline(model::Model& model, Scheduler& scheduler, const kv::PagePool& pool,
+                           Requests& requests, const Statistics& statistics, const EngineOptions& options,
+                           std::int64_t max_length)
+    : model_(model),
+      scheduler_(scheduler),
+      pool_(pool),
+      requests_(requests),
+      statistics_(statistics),
+      options_(options),
+      max_length_(max_length) {}
+
+std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_point begin) {
+  auto step = std::make_unique<LaunchedStep>();
+  step->plan = std::move(plan);
+  step->utilisation = utilisation(step->plan);
+  StepRecord& record = step->record;
+  record.begin = statistics_.seconds(begin);
+  record.preempted = static_cast<int>(step->plan.preempted.size());
+  record.waiting = scheduler_.num_waiting();
+  record.pages_used = pool_.num_used();
+  for (std::size_t i = 0; i < step->plan.work.size(); ++i) {
+    ActiveRequest& request = *step->continuation(i).request;
+    requests_.started(request);
+    ++request.num_in_flight;
+  }
+  record.planned = statistics_.seconds(Clock::now());
+  try {
+    for (const kv::PageCopy& copy : step->plan.copies) model_.copy_page(copy.source, copy.target);
+    StepBatch batch = make_batch(step->plan, wanted, token_index);
+    step->results = std::move(batch.results);
+    step->num_logit_rows = batch.logit_rows.size();
+    step->num_tokens = batch.num_tokens;
+    // collect() cannot fail for want of memory.
+    logits_.reserve(num_logits(*step));
+    tokens_.reserve(step->num_tokens);
+    model_.launch(batch.view(options_.batch_invariant));
+    step->launched = true;
+  } catch (const std::exception& e) {
+    step->failure = fmt::format("the model failed: {}", e.what());
+  }
+  return step;
+}
+
+std::unique_ptr<LaunchedStep> StepPipeline::launch_ahead(const LaunchedStep& step) {
+  if (!options_.overlap_steps || !model_.launches_ahead() || !step.failure.empty()) return nullptr;
+  std::vector<Sequence*> continuing;
+  int unfinished = 0;
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    Continuation& c = step.continuation(i);
+    if (c.ended) continue;  // cancelled on its way
+    ++unfinished;
+    if (!step.results[i].is_token() || forks_here(c)) return nullptr;
+    c.token_index = step.results[i].index;
+    const bool goes_on = c.num_generated + 1 < c.request->sampling.max_tokens &&
+                         static_cast<std::int64_t>(c.tokens.size()) + 1 < max_length_;
+    if (goes_on) continuing.push_back(&c);
+  }
+  if (continuing.empty() || unfinished != scheduler_.num_running()) return nullptr;
+  std::optional<StepPlan> plan = scheduler_.plan_ahead(continuing);
+  return plan ? launch(std::move(*plan), Clock::now()) : nullptr;
+}
+
+void StepPipeline::collect(LaunchedStep& step) {
+  if (step.launched) {
+    logits_.resize(num_logits(step));
+    tokens_.resize(step.num_tokens);
+    try {
+      model_.collect(logits_.data(), tokens_.data());
+    } catch (const std::exception& e) {
+      step.failure = fmt::format("the model failed: {}", e.what());
+    }
+  }
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) --step.continuation(i).request->num_in_flight;
+}
+
+std::size_t StepPipeline::num_logits(const LaunchedStep& step) const {
+  return step.num_logit_rows * static_cast<std::size_t>(model_.vocab_size());
+}
+
+double StepPipeline::utilisation(const StepPlan& plan) const {
+  std::vector<std::int32_t> lengths;
+  for (const ScheduledWork& w : plan.work) {
+    if (w.decoding) lengths.push_back(static_cast<std::int32_t>(w.begin + w.count));
+  }
+  if (lengths.empty()) return 0;
+  return schedule_utilisation(
+      lengths, model_.schedule_options(static_cast<int>(lengths.size()), options_.batch_invariant));
+}
+
+}  // namespace flash_mla::engine

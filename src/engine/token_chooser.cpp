@@ -1,0 +1,105 @@
+#include "engine/token_chooser.h"
+
+#include <algorithm>
+#include <exception>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace flash_mla::engine {
+namespace {
+
+int max_threads(int num_threads) {
+#ifdef _OPENMP
+  return num_threads > 0 ? num_threads : omp_get_max_threads();
+#else
+  static_cast<void>(num_threads);
+  return 1;
+#endif
+}
+
+std::size_t this_thread() {
+#ifdef _OPENMP
+  return static_cast<std::size_t>(omp_get_thread_num());
+#else
+  return 0;
+#endif
+}
+
+// Where each token comes from.
+std::vector<TokenChoice> sources(const LaunchedStep& step, StepPipeline& pipeline, std::size_t vocab_size,
+                                 Requests& requests) {
+  std::vector<TokenChoice> choices;
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    Continuation& c = step.continuation(i);
+    const StepBatch::Result& result = step.results[i];
+    if (c.ended || result.wanted == Wanted::kNothing) continue;
+    TokenChoice choice;
+    if (result.is_token()) {
+      choice.token = pipeline.tokens()[result.index];
+    } else {
+      choice.logits = pipeline.logits().subspan(result.index * vocab_size, vocab_size);
+    }
+    choice.continuation = &c;
+    ActiveRequest& request = *c.request;
+    if (request.forked || request.sampling.n == 1) {
+      choices.push_back(choice);
+      continue;
+    }
+    // The prompt is done: all continuations take their first token from here.
+    requests.fork(request);
+    choice.shared = true;
+    for (const auto& each : request.continuations) {
+      choice.continuation = each.get();
+      choices.push_back(choice);
+    }
+  }
+  return choices;
+}
+
+}  // namespace
+
+TokenChooser::TokenChooser(int num_threads) : samplers_(static_cast<std::size_t>(max_threads(num_threads))) {}
+
+std::vector<TokenChoice> TokenChooser::choose(const LaunchedStep& step, StepPipeline& pipeline,
+                                              int vocab_size, Requests& requests) {
+  std::vector<TokenChoice> choices = sources(step, pipeline, static_cast<std::size_t>(vocab_size), requests);
+  const std::ptrdiff_t count = std::ssize(choices);
+  // Below some ten microseconds of work, waking threads costs more than they bring.
+  constexpr std::ptrdiff_t kLogitsWorthThreads = 1 << 16;
+  const bool threads = count > 1 && std::ssize(pipeline.logits()) >= kLogitsWorthThreads;
+  const int num_threads = threads ? static_cast<int>(std::min(std::ssize(samplers_), count)) : 1;
+  static_cast<void>(num_threads);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
+#endif
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    sample(choices[static_cast<std::size_t>(i)], samplers_[this_thread()]);
+  }
+  return choices;
+}
+
+void TokenChooser::sample(TokenChoice& choice, Sampler& sampler) {
+  if (choice.logits.empty()) {
+    choice.sampled.token = choice.token;
+    if (choice.token < 0) {
+      choice.error =
+          "the model's logits hold NaN or infinity, or exclude every token; weights or cache may be damaged";
+    }
+    return;
+  }
+  const Continuation& c = *choice.continuation;
+  try {
+    std::vector<float> own;
+    if (choice.shared) own.assign(choice.logits.begin(), choice.logits.end());
+    const DrawKey key{c.request->seed, static_cast<std::uint32_t>(c.index),
+                      static_cast<std::uint64_t>(c.num_generated)};
+    choice.sampled = sampler.sample(c.request->sampling, c.history, key,
+                                    choice.shared ? std::span<float>(own) : choice.logits);
+  } catch (const std::exception& e) {
+    choice.error = e.what();
+  }
+}
+
+}  // namespace flash_mla::engine

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/requests.h"
+#include "engine/step_pipeline.h"
+
+namespace flash_mla::engine {
+
+/// The next token of one continuation.
+struct TokenChoice {
+  Continuation* continuation = nullptr;
+  std::span<float> logits;  // empty: the model chose `token`
+  std::int32_t token = -1;
+  bool shared = false;  // the row belongs to other continuations of the same prompt as well
+  Sampled sampled;
+  std::string error;  // not empty: no token could be chosen
+};
+
+/// Chooses the tokens of a step: takes the model's choice, or samples from rows of logits, several at once.
+class TokenChooser {
+ public:
+  /// `num_threads`: 0 for as many as OpenMP would use.
+  explicit TokenChooser(int num_threads);
+
+  /// One choice for each continuation of `step`, whose results `pipeline` has collected, that gets a token.
+  /// Requests whose prompt is done are forked.
+  std::vector<TokenChoice> choose(const LaunchedStep& step, StepPipeline& pipeline, int vocab_size,
+                                  Requests& requests);
+
+ private:
+  static void sample(TokenChoice& choice, Sampler& sampler);
+
+  std::vector<Sampler> samplers_;  // one per thread
+};
+
+}  // namespace flash_mla::engine
