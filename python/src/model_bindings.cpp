@@ -13,11 +13,11 @@ using namespace nb::literals;
 namespace flash_mla::python {
 namespace {
 
-using model::ChatMessage;
-using model::ChatTemplate;
-using model::StreamDecoder;
-using model::TokenId;
-using model::Tokenizer;
+using text::ChatMessage;
+using text::ChatTemplate;
+using text::StreamDecoder;
+using text::TokenId;
+using text::Tokenizer;
 
 std::string_view view(const nb::bytes& text) { return {text.c_str(), text.size()}; }
 

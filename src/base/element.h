@@ -9,7 +9,7 @@
 
 #include "flash_mla/tensor.h"
 
-namespace flash_mla::cpu {
+namespace flash_mla {
 
 struct Bf16 {
   std::uint16_t bits;
@@ -27,7 +27,7 @@ inline float to_float(Fp16 x) {
   const std::uint32_t mantissa = x.bits & 0x3FFu;
   if (exponent == 0x1F) return std::bit_cast<float>(sign | 0x7F800000u | (mantissa << 13));
   if (exponent == 0) {
-    const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
     return sign != 0 ? -magnitude : magnitude;
   }
   return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
@@ -80,4 +80,4 @@ decltype(auto) visit_float_type(DType dtype, F&& f) {
   }
 }
 
-}  // namespace flash_mla::cpu
+}  // namespace flash_mla

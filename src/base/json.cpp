@@ -9,7 +9,7 @@
 
 #include "flash_mla/error.h"
 
-namespace flash_mla::model {
+namespace flash_mla {
 namespace {
 constexpr int kMaxDepth = 64;
 }
@@ -148,4 +148,4 @@ std::string JsonObject::string_or(const char* name, const std::string& fallback)
   return has(name) ? string(name) : fallback;
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla

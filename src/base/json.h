@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-namespace flash_mla::model {
+namespace flash_mla {
 
 using Json = nlohmann::json;
 
@@ -64,4 +64,4 @@ class JsonObject {
   std::string where_;
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla

@@ -8,7 +8,7 @@
 #include <omp.h>
 #endif
 
-namespace flash_mla::model {
+namespace flash_mla {
 
 /// As many as OpenMP would use.
 inline int default_threads() {
@@ -39,7 +39,7 @@ void parallel_for(std::int64_t n, [[maybe_unused]] int threads, F&& f) {
       try {
         f(i);
       } catch (...) {
-#pragma omp critical(flash_mla_model_parallel_for)
+#pragma omp critical(flash_mla_parallel_for)
         if (!error) error = std::current_exception();
       }
     }
@@ -50,4 +50,4 @@ void parallel_for(std::int64_t n, [[maybe_unused]] int threads, F&& f) {
   for (std::int64_t i = 0; i < n; ++i) f(i);
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla

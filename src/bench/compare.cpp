@@ -12,9 +12,9 @@ namespace flash_mla::cli {
 namespace {
 
 double element(const TensorView& view, std::int64_t offset) {
-  return cpu::visit_float_type(view.dtype, [&](auto tag) {
+  return visit_float_type(view.dtype, [&](auto tag) {
     using T = decltype(tag);
-    return static_cast<double>(cpu::to_float(view.ptr<const T>()[offset]));
+    return static_cast<double>(to_float(view.ptr<const T>()[offset]));
   });
 }
 

@@ -21,16 +21,16 @@ void fill_with(void* data, std::int64_t count, T value) {
 }
 
 void fill_nan(void* data, DType dtype, std::int64_t count) {
-  cpu::visit_float_type(dtype, [&](auto element) {
+  visit_float_type(dtype, [&](auto element) {
     using T = decltype(element);
-    fill_with(data, count, cpu::from_double<T>(kNaN));
+    fill_with(data, count, from_double<T>(kNaN));
   });
 }
 
 template <class T>
 void fill_random(T* data, std::int64_t count, Random& random) {
   for (std::int64_t i = 0; i < count; ++i) {
-    data[i] = cpu::from_double<T>(std::clamp(random.normal() / 10.0f, -1.0f, 1.0f));
+    data[i] = from_double<T>(std::clamp(random.normal() / 10.0f, -1.0f, 1.0f));
   }
 }
 
@@ -152,7 +152,7 @@ Problem::Problem(const ProblemSpec& spec) : spec_(spec) {
   std::copy(spec.cache_seqlens.begin(), spec.cache_seqlens.end(), args_.cache_seqlens.ptr<std::int32_t>());
   fill_block_table(random, max_blocks, num_blocks);
   fill_nan(q_.data(), spec.dtype, q_count);
-  cpu::visit_float_type(spec.dtype, [&](auto element) {
+  visit_float_type(spec.dtype, [&](auto element) {
     using T = decltype(element);
     for (std::int64_t row = 0; row < b * spec.s_q * spec.h_q; ++row) {
       fill_random(args_.q.ptr<T>() + row * q_head, d_qk, random);
@@ -183,10 +183,10 @@ void Problem::fill_block_table(Random& random, std::int64_t max_blocks, std::int
 void Problem::fill_cache(Random& random) {
   const std::int64_t page = spec_.page_size, row = std::int64_t{spec_.h_kv} * spec_.d_qk();
   const std::int64_t stride = args_.k_cache.stride(0);
-  cpu::visit_float_type(spec_.dtype, [&](auto element) {
+  visit_float_type(spec_.dtype, [&](auto element) {
     using T = decltype(element);
     T* cache = args_.k_cache.ptr<T>();
-    const T nan = cpu::from_double<T>(kNaN);
+    const T nan = from_double<T>(kNaN);
     std::vector<char> written(static_cast<std::size_t>(args_.k_cache.size(0)), 0);
     for (std::int64_t r = 0; r < spec_.batch(); ++r) {
       const std::int64_t length = spec_.cache_seqlens[static_cast<std::size_t>(r)];

@@ -9,15 +9,15 @@
 #include <mutex>
 #include <set>
 
-#include "flash_mla/error.h"
-#include "checkpoint/convert.h"
-#include "kernels/rows/cpu/rows.h"
+#include "base/element.h"
 #include "base/json.h"
-#include "checkpoint/mapped_file.h"
 #include "base/parallel.h"
+#include "checkpoint/convert.h"
+#include "checkpoint/mapped_file.h"
 #include "checkpoint/safetensors.h"
+#include "flash_mla/error.h"
 
-namespace flash_mla::model {
+namespace flash_mla::checkpoint {
 namespace {
 
 namespace fs = std::filesystem;
@@ -271,8 +271,8 @@ void Checkpoint::read_bfloat16(std::string_view name, std::int64_t rows, std::in
     thread_local std::vector<float> values;
     values.resize(static_cast<std::size_t>(count));
     stored.read(begin, end, values.data());
-    rows::narrow(values.data(), to, DType::kBFloat16, count);
+    for (std::int64_t i = 0; i < count; ++i) to[i] = to_bf16(values[static_cast<std::size_t>(i)]).bits;
   });
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-namespace flash_mla::model {
+namespace flash_mla::checkpoint {
 
 enum class WeightType { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
 
@@ -58,4 +58,4 @@ class Checkpoint {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

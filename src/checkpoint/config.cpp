@@ -4,10 +4,10 @@
 
 #include <cmath>
 
-#include "flash_mla/error.h"
 #include "base/json.h"
+#include "flash_mla/error.h"
 
-namespace flash_mla::model {
+namespace flash_mla::checkpoint {
 namespace {
 
 constexpr std::int64_t kMaxDim = 1 << 24;     // widths, ranks, vocabularies
@@ -204,4 +204,4 @@ ModelConfig read_config(const std::filesystem::path& directory) {
   return config;
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

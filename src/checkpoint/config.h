@@ -6,16 +6,9 @@
 #include <string_view>
 #include <vector>
 
-namespace flash_mla::model {
+#include "base/routing.h"
 
-enum class ScoringFunc { kSoftmax, kSigmoid };
-
-/// How a token's experts are chosen from its scores.
-enum class TopkMethod {
-  kGreedy,              ///< V2-Lite: the top num_experts_per_tok of all
-  kGroupLimitedGreedy,  ///< V2: the best topk_group groups by their best expert, then the top of those
-  kNoAuxTc,             ///< V3: bias-corrected scores choose; groups by the sum of their two best
-};
+namespace flash_mla::checkpoint {
 
 /// YaRN (arXiv 2309.00071) in the form of DeepSeek's configuration. factor == 1: plain RoPE.
 struct RopeScaling {
@@ -86,4 +79,4 @@ ModelConfig parse_config(std::string_view text, std::string_view origin);
 /// Reads DIR/config.json, and eos/bos from DIR/generation_config.json where that exists.
 ModelConfig read_config(const std::filesystem::path& directory);
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

@@ -1,26 +1,14 @@
 #include "checkpoint/convert.h"
 
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-namespace flash_mla::model {
+#include "base/element.h"
+
+namespace flash_mla::checkpoint {
 namespace {
-
-float from_bfloat16(std::uint16_t bits) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
-}
-
-float from_float16(std::uint16_t bits) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(bits & 0x7fffu) << 13;
-  if ((bits & 0x7c00u) == 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | magnitude);  // inf, NaN
-  // Exponents are biased by 15 there and by 127 here; the product also normalises subnormals.
-  const float value = std::bit_cast<float>(magnitude) * 0x1p112f;
-  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(value));
-}
 
 /// E4M3 as OCP's 8-bit floating point specification has it: bias 7, no infinities, NaN where all bits are
 /// set.
@@ -42,9 +30,9 @@ void convert_all(const std::byte* data, std::int64_t first, std::int64_t count, 
                  const Convert& convert) {
   data += first * static_cast<std::int64_t>(sizeof(Element));
   for (std::int64_t i = 0; i < count; ++i) {
-    Element bits;
-    std::memcpy(&bits, data + i * static_cast<std::int64_t>(sizeof(Element)), sizeof(Element));
-    out[i] = convert(bits);
+    Element x;
+    std::memcpy(&x, data + i * static_cast<std::int64_t>(sizeof(Element)), sizeof(Element));
+    out[i] = convert(x);
   }
 }
 
@@ -58,13 +46,13 @@ void to_float32(const WeightView& view, std::int64_t first, std::int64_t count, 
     case WeightType::kFloat32:
       return convert_all<float>(view.data, first, count, out, [](float x) { return x; });
     case WeightType::kFloat16:
-      return convert_all<std::uint16_t>(view.data, first, count, out, from_float16);
+      return convert_all<Fp16>(view.data, first, count, out, [](Fp16 x) { return to_float(x); });
     case WeightType::kBFloat16:
-      return convert_all<std::uint16_t>(view.data, first, count, out, from_bfloat16);
+      return convert_all<Bf16>(view.data, first, count, out, [](Bf16 x) { return to_float(x); });
     case WeightType::kFloat8E4M3:
       return convert_all<std::uint8_t>(view.data, first, count, out,
                                        [](std::uint8_t x) { return float8[x]; });
   }
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

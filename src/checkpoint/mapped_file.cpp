@@ -11,7 +11,7 @@
 
 #include "flash_mla/error.h"
 
-namespace flash_mla::model {
+namespace flash_mla::checkpoint {
 
 MappedFile::MappedFile(std::filesystem::path path) : path_(std::move(path)) {
   const auto fail = [&](const char* what) {
@@ -37,4 +37,4 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(data_, size_);
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <span>
 
-namespace flash_mla::model {
+namespace flash_mla::checkpoint {
 
 /// A file's bytes, mapped read-only. The file must not be shortened while it is mapped.
 class MappedFile {
@@ -24,4 +24,4 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

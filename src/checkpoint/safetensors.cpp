@@ -6,10 +6,10 @@
 #include <limits>
 #include <tuple>
 
-#include "flash_mla/error.h"
 #include "base/json.h"
+#include "flash_mla/error.h"
 
-namespace flash_mla::model {
+namespace flash_mla::checkpoint {
 namespace {
 
 // The reference implementation's limit. DeepSeek-V3's largest shard has 0.2 MB.
@@ -154,4 +154,4 @@ std::vector<SafetensorsEntry> parse_safetensors(std::span<const std::byte> file,
   return out;
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

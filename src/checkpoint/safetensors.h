@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-namespace flash_mla::model {
+namespace flash_mla::checkpoint {
 
 /// One entry of the header. `data` lies within the file and has the size that shape and dtype say.
 struct SafetensorsEntry {
@@ -23,4 +23,4 @@ struct SafetensorsEntry {
 /// InvalidArgument unless every byte after the header belongs to exactly one tensor.
 std::vector<SafetensorsEntry> parse_safetensors(std::span<const std::byte> file, std::string_view origin);
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

@@ -8,13 +8,13 @@
 #include <random>
 #include <string_view>
 
-#include "cli/args.h"
-#include "cli/commands.h"
 #include "bench/machine.h"
 #include "bench/table.h"
+#include "checkpoint/config.h"
+#include "cli/args.h"
+#include "cli/commands.h"
 #include "engine/engine_core.h"
 #include "flash_mla/info.h"
-#include "checkpoint/config.h"
 #include "model/model.h"
 #include "planner/read.h"
 
@@ -24,10 +24,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // 15.7 billion parameters; one of the planner's models.
-model::ModelConfig v2_lite() {
+checkpoint::ModelConfig v2_lite() {
   constexpr std::string_view kPath = "models/deepseek-v2-lite.json";
   const auto files = planner::data_files();
-  return model::parse_config(std::ranges::find(files, kPath, &planner::DataFile::path)->text, kPath);
+  return checkpoint::parse_config(std::ranges::find(files, kPath, &planner::DataFile::path)->text, kPath);
 }
 
 struct BenchEngineOptions {
@@ -47,7 +47,7 @@ double median(std::vector<double> x) {
 }
 
 /// Bytes of weights that a decoding step reads, `experts` of them (over all layers) taken.
-double weight_bytes(const model::ModelConfig& c, std::int64_t experts) {
+double weight_bytes(const checkpoint::ModelConfig& c, std::int64_t experts) {
   const double hidden = c.hidden_size, heads = c.num_attention_heads, rank = c.kv_lora_rank;
   const double nope = c.qk_nope_head_dim, rope = c.qk_rope_head_dim, v = c.v_head_dim;
   const double q =
@@ -67,7 +67,7 @@ double weight_bytes(const model::ModelConfig& c, std::int64_t experts) {
   return 2 * total;  // bfloat16; the router's float32 counts twice above
 }
 
-double parameters(const model::ModelConfig& c) {
+double parameters(const checkpoint::ModelConfig& c) {
   std::int64_t layers = 0;
   for (int i = 0; i < c.num_hidden_layers; ++i) layers += c.is_moe_layer(i);
   return weight_bytes(c, layers * c.n_routed_experts) / 2 + double{1} * c.hidden_size * c.vocab_size;
@@ -98,7 +98,8 @@ class Borrowed : public model::Model {
 class Bench {
  public:
   explicit Bench(const BenchEngineOptions& options)
-      : options_(options), config_(options.config.empty() ? v2_lite() : model::read_config(options.config)) {}
+      : options_(options),
+        config_(options.config.empty() ? v2_lite() : checkpoint::read_config(options.config)) {}
 
   int run() {
     const Clock::time_point begin = Clock::now();
@@ -312,7 +313,7 @@ class Bench {
   }
 
   const BenchEngineOptions& options_;
-  model::ModelConfig config_;
+  checkpoint::ModelConfig config_;
   std::unique_ptr<model::Model> model_;
   int pages_per_sequence_ = 0;
   std::mt19937 random_{11};

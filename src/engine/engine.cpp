@@ -21,14 +21,14 @@
 namespace flash_mla {
 namespace {
 
-class Decoder : public engine::TextDecoder {
+class Decoder : public text::TextDecoder {
  public:
-  explicit Decoder(const model::Tokenizer& tokenizer) : stream_(tokenizer) {}
+  explicit Decoder(const text::Tokenizer& tokenizer) : stream_(tokenizer) {}
   std::string push(std::int32_t token) override { return stream_.push(token); }
   std::string flush() override { return stream_.flush(); }
 
  private:
-  model::StreamDecoder stream_;
+  text::StreamDecoder stream_;
 };
 
 model::ModelOptions model_options(const EngineOptions& o) {
@@ -63,7 +63,7 @@ model::ModelOptions model_options(const EngineOptions& o) {
 
 std::unique_ptr<model::Model> make_model(const std::filesystem::path& directory, const EngineOptions& o) {
   return o.load_format == EngineOptions::LoadFormat::kDummy
-             ? model::make_random_model(model::read_config(directory), model_options(o))
+             ? model::make_random_model(checkpoint::read_config(directory), model_options(o))
              : model::load_model(directory, model_options(o));
 }
 
@@ -120,12 +120,12 @@ class Collector {
 
 struct Engine::Impl {
   Impl(const std::filesystem::path& directory, const EngineOptions& options)
-      : tokenizer(model::Tokenizer::open(directory)),
+      : tokenizer(text::Tokenizer::open(directory)),
         core(
             make_model(directory, options), [this] { return std::make_unique<Decoder>(tokenizer); },
-            model::read_config(directory).eos_token_ids, options) {
+            checkpoint::read_config(directory).eos_token_ids, options) {
     try {
-      chat_template.emplace(model::ChatTemplate::open(directory));
+      chat_template.emplace(text::ChatTemplate::open(directory));
     } catch (const std::exception&) {
       // Matters only to requests with messages. The reason names a path, which a server must not tell.
     }
@@ -133,7 +133,7 @@ struct Engine::Impl {
 
   std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens, bool allow_special) const {
     if (allow_special) return tokenizer.encode(text, add_special_tokens);
-    const model::TextPart part{std::string(text), /*control=*/false};
+    const text::TextPart part{std::string(text), /*control=*/false};
     return tokenizer.encode_parts(std::span(&part, 1), add_special_tokens);
   }
 
@@ -153,7 +153,7 @@ struct Engine::Impl {
           "or "
           "chat_template in tokenizer_config.json); use prompt");
     }
-    std::vector<model::ChatMessage> messages;
+    std::vector<text::ChatMessage> messages;
     for (ChatMessage& m : request.messages) messages.push_back({std::move(m.role), std::move(m.content)});
     return tokenizer.encode_parts(chat_template->parts(messages));
   }
@@ -172,8 +172,8 @@ struct Engine::Impl {
     return thread.joinable();
   }
 
-  model::Tokenizer tokenizer;
-  std::optional<model::ChatTemplate> chat_template;
+  text::Tokenizer tokenizer;
+  std::optional<text::ChatTemplate> chat_template;
   engine::EngineCore core;
   mutable std::mutex thread_mutex;
   std::jthread thread;

@@ -13,6 +13,9 @@
 
 namespace flash_mla::engine {
 
+using text::TextDecoder;
+using text::TextDecoderFactory;
+
 using Clock = std::chrono::steady_clock;
 
 struct ActiveRequest;

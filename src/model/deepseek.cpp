@@ -89,7 +89,7 @@ Matrix DeepSeek::layer_by_layer(const Step& step, Matrix x, Step& rest) {
     const Buffer* next_norm = i + 1 < weights_.layers.size() ? &weights_.layers[i + 1].input_norm : nullptr;
     Projected projected = project(layer.attention, h);
     if (narrows && next_norm == nullptr) {
-      ops_->rope_and_append(projected.q, projected.kv, 0, layer.attention.kv_norm, kLatentNormEps,
+      ops_->rope_and_append(projected.q, projected.kv, 0, layer.attention.kv_norm, checkpoint::kLatentNormEps,
                             caches_[i]);
       const auto wanted = static_cast<std::int64_t>(step.logit_rows.size());
       if (wanted == 0) return x;
@@ -134,7 +134,7 @@ DeepSeek::Projected DeepSeek::project(const Attention& weights, Matrix h) {
   Matrix q = qkv_a.column_range(0, q_a_width);
   if (config_.q_lora_rank > 0) {
     const Matrix q_a = activations(q_a_, tokens, q_a_width);
-    ops_->rms_norm(q, weights.q_norm, kLatentNormEps, q_a);
+    ops_->rms_norm(q, weights.q_norm, checkpoint::kLatentNormEps, q_a);
     q = activations(q_, tokens, q_width);
     ops_->linear(q_a, *weights.q_b, q);
   }
@@ -154,8 +154,8 @@ void DeepSeek::attend(const Attention& weights, const Buffer& cache, Matrix q, c
     const Matrix q_latent = activations(q_latent_, absorbed, heads * (rank + rope));
     const Matrix out_latent = activations(out_latent_, absorbed, heads * rank);
     if (kv != nullptr) {
-      ops_->append_and_absorb(absorbed_q, kv->row_range(0, absorbed), weights.kv_norm, kLatentNormEps, cache,
-                              *weights.w_uk, q_latent);
+      ops_->append_and_absorb(absorbed_q, kv->row_range(0, absorbed), weights.kv_norm,
+                              checkpoint::kLatentNormEps, cache, *weights.w_uk, q_latent);
     } else {
       ops_->absorb_queries(absorbed_q, *weights.w_uk, q_latent);
     }
@@ -166,7 +166,7 @@ void DeepSeek::attend(const Attention& weights, const Buffer& cache, Matrix q, c
     const Matrix chunk_q = q.row_range(absorbed, expanded);
     if (kv != nullptr) {
       ops_->rope_and_append(chunk_q, kv->row_range(absorbed, expanded), absorbed, weights.kv_norm,
-                            kLatentNormEps, cache);
+                            checkpoint::kLatentNormEps, cache);
     }
     ops_->prefill_attention(chunk_q, cache, *weights.kv_b, attended.row_range(absorbed, expanded));
   }

@@ -3,9 +3,9 @@
 #include <utility>
 
 #include "flash_mla/error.h"
+#include "model/deepseek.h"
 #include "model/device/cpu/cpu_ops.h"
 #include "model/device/cuda/cuda_ops.h"
-#include "model/deepseek.h"
 #include "model/weights.h"
 
 namespace flash_mla::model {
@@ -60,7 +60,7 @@ void check(const ModelOptions& options) {
 
 std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const ModelOptions& options) {
   check(options);
-  const ModelConfig config = read_config(directory);
+  const ModelConfig config = checkpoint::read_config(directory);
   const Checkpoint checkpoint = Checkpoint::open(directory);
   std::unique_ptr<Ops> ops = make_ops(config, options);
   Weights weights = load_weights(config, checkpoint, *ops);

@@ -10,9 +10,13 @@
 #include "flash_mla/schedule.h"
 #include "kernels/sampling/cpu/draw.h"
 
+namespace flash_mla::checkpoint {
+struct ModelConfig;
+}
+
 namespace flash_mla::model {
 
-struct ModelConfig;
+using checkpoint::ModelConfig;
 
 /// One step over several sequences, each with a run of new tokens (one in decoding, a chunk in prefill). All
 /// arrays live on the host and only for the call.

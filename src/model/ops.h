@@ -17,6 +17,7 @@
 namespace flash_mla::model {
 
 struct Weights;
+using checkpoint::ModelConfig;
 
 /// The weights of x -> x·W^T + bias, in whatever layout the device multiplies best.
 class Linear {

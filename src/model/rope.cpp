@@ -23,7 +23,7 @@ double pair_of_rotations(double rotations, double dim, double theta, double cont
 Rope make_rope(const ModelConfig& config) {
   const int dim = config.qk_rope_head_dim;
   const auto theta = static_cast<float>(config.rope_theta);
-  const RopeScaling& yarn = config.rope_scaling;
+  const checkpoint::RopeScaling& yarn = config.rope_scaling;
   Rope rope;
   // In float32 throughout, as models are trained with.
   for (int i = 0; i < dim; i += 2) {

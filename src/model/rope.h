@@ -6,6 +6,8 @@
 
 namespace flash_mla::model {
 
+using checkpoint::ModelConfig;
+
 /// Rotary embedding of a configuration: pair i at position p turns by p * inv_freq[i]; cos and sin are
 /// multiplied by `scale`.
 struct Rope {

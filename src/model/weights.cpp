@@ -3,12 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <string>
 
-#include "flash_mla/error.h"
+#include "base/element.h"
 #include "base/parallel.h"
+#include "flash_mla/error.h"
 
 namespace flash_mla::model {
 namespace {
@@ -46,9 +46,7 @@ class Loader {
   static bool finite(float x) { return std::isfinite(x); }
   static bool finite(std::uint16_t bits) { return (bits & 0x7f80u) != 0x7f80u; }
   static float value(float x) { return x; }
-  static float value(std::uint16_t bits) {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
-  }
+  static float value(std::uint16_t bits) { return to_float(Bf16{bits}); }
 
   void read_as(const std::string& name, std::int64_t rows, std::int64_t columns, float* out) const {
     checkpoint_.read_float32(name, rows, columns, config_.fp8_block_rows, config_.fp8_block_columns, out);

@@ -9,6 +9,8 @@
 
 namespace flash_mla::model {
 
+using checkpoint::Checkpoint;
+
 /// Two products with a gate between: down(silu(gate(x)) * up(x)).
 struct FeedForward {
   std::int64_t intermediate = 0;

@@ -1,6 +1,6 @@
 #include "text/added_tokens.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 void AddedTokens::add(std::string_view content, std::int32_t token) {
   std::size_t node = 0;
@@ -27,4 +27,4 @@ AddedTokens::Match AddedTokens::find(std::string_view text, std::size_t from) co
   return {text.size(), text.size(), -1};
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -5,7 +5,7 @@
 #include <string_view>
 #include <vector>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 /// Finds tokens that were added to a vocabulary in a text: leftmost, and of those that begin there the
 /// longest.
@@ -29,4 +29,4 @@ class AddedTokens {
   std::vector<Node> nodes_{1};  // a trie; the first is the root
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

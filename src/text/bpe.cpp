@@ -4,7 +4,7 @@
 #include <queue>
 #include <tuple>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
@@ -89,4 +89,4 @@ void Bpe::encode(std::string_view word, std::vector<std::int32_t>& out) const {
   }
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -6,7 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 /// Byte pair encoding of one word: tokens of its bytes, merged pair by pair in the order of the merges'
 /// ranks.
@@ -37,4 +37,4 @@ class Bpe {
   std::uint32_t next_rank_ = 0;
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

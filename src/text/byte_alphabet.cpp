@@ -4,7 +4,7 @@
 
 #include "text/utf8.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 bool prints(unsigned byte) {
@@ -47,4 +47,4 @@ std::optional<std::string> letters_to_bytes(std::string_view word) {
   return out;
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -4,7 +4,7 @@
 #include <string>
 #include <string_view>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 // GPT-2's alphabet of bytes, in which byte-level tokenizers spell their tokens: bytes that print in Latin-1
 // stand for themselves, the others for U+0100 and up in their order.
@@ -15,4 +15,4 @@ std::string byte_letter(unsigned char byte);
 /// The bytes that a word of such letters stands for; nothing if any character of `word` is no letter.
 std::optional<std::string> letters_to_bytes(std::string_view word);
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

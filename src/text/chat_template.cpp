@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
-#include "flash_mla/error.h"
 #include "base/json.h"
+#include "flash_mla/error.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 constexpr std::string_view kUser = "<｜User｜>";
@@ -149,4 +149,4 @@ std::vector<TextPart> ChatTemplate::parts_v3(std::span<const ChatMessage> messag
   return out;
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -8,7 +8,7 @@
 
 #include "text/tokenizer.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 struct ChatMessage {
   std::string role;  ///< "system", "user" or "assistant"
@@ -58,4 +58,4 @@ class ChatTemplate {
   bool begins_with_think_ = false;
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -4,7 +4,7 @@
 
 #include "text/unicode_additions.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 // GPT-2's words, which ByteLevel cuts by itself unless use_regex is false.
@@ -75,4 +75,4 @@ std::vector<std::string_view> PreTokenizer::split(std::string_view text) const {
   return words;
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -7,7 +7,7 @@
 #include "base/json.h"
 #include "text/regex.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 /// Cuts a text into the words that BPE sees: one regular expression after another, each on the pieces that
 /// the one before has left. The bytes of a text are those of its words.
@@ -26,4 +26,4 @@ class PreTokenizer {
   std::vector<Regex> expressions_;
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -8,7 +8,7 @@
 
 #include "flash_mla/error.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 struct Deleter {
@@ -107,4 +107,4 @@ void Regex::split(std::string_view text, std::vector<std::string_view>& pieces) 
   if (from < text.size()) pieces.push_back(text.substr(from));
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

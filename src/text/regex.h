@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 /// A regular expression of a tokenizer.json, which is in Oniguruma's dialect, run by PCRE2 (compiled to
 /// machine code where PCRE2 can). Immutable; any number of threads may use one object.
@@ -31,4 +31,4 @@ class Regex {
 /// `pattern` in PCRE2's dialect. Throws Unsupported, naming the construct.
 std::string oniguruma_to_pcre2(std::string_view pattern, std::string_view where);
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -9,7 +9,7 @@
 #include "text/regex.h"
 #include "text/unicode_additions.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 // \s in Oniguruma: Unicode's White_Space. PCRE2's has U+180E besides.
@@ -175,4 +175,4 @@ std::string oniguruma_to_pcre2(std::string_view pattern, std::string_view where)
   return Translator(pattern, where).run();
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

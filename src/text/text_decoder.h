@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-namespace flash_mla::engine {
+namespace flash_mla::text {
 
 /// Turns the tokens of one continuation into text, piece by piece.
 class TextDecoder {
@@ -20,4 +20,4 @@ class TextDecoder {
 /// A new decoder for each continuation. Empty: there is no text.
 using TextDecoderFactory = std::function<std::unique_ptr<TextDecoder>()>;
 
-}  // namespace flash_mla::engine
+}  // namespace flash_mla::text

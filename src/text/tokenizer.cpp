@@ -5,15 +5,15 @@
 #include <limits>
 #include <unordered_map>
 
+#include "base/json.h"
 #include "flash_mla/error.h"
 #include "text/added_tokens.h"
 #include "text/bpe.h"
 #include "text/byte_alphabet.h"
-#include "base/json.h"
 #include "text/pre_tokenizer.h"
 #include "text/utf8.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 constexpr TokenId kMaxToken = 1 << 24;
@@ -392,4 +392,4 @@ std::string StreamDecoder::flush() {
   return out;
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 using TokenId = std::int32_t;
 
@@ -96,4 +96,4 @@ class StreamDecoder {
   std::string pending_;  // at most 3 bytes: the beginning of a sequence
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -2,7 +2,7 @@
 
 #include <string_view>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 struct UnicodeAddition {
   std::string_view category;
@@ -46,4 +46,4 @@ inline constexpr UnicodeAddition kUnicodeAdditions[] = {
 /// Digits that Unicode 17 assigned, besides those above. Only "Digits" pre-tokenizers are that new.
 inline constexpr std::string_view kUnicode17Digits = "\\x{11de0}-\\x{11de9}\\x{16ff4}-\\x{16ff6}";
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

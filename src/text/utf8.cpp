@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 constexpr std::string_view kReplacement = "\xef\xbf\xbd";  // U+FFFD
@@ -97,4 +97,4 @@ std::u32string utf8_to_code_points(std::string_view text) {
   return out;
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -4,7 +4,7 @@
 #include <string>
 #include <string_view>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 
 /// `text` if it is UTF-8; else a copy, in `storage`, with U+FFFD for every maximal invalid part (Unicode
 /// standard, section 3.9, "U+FFFD Substitution of Maximal Subparts", as Python and Rust do it).
@@ -19,4 +19,4 @@ void append_utf8(char32_t code_point, std::string& out);
 /// The code points of valid UTF-8.
 std::u32string utf8_to_code_points(std::string_view text);
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -125,8 +125,8 @@ TEST_P(Conformance, ARowWithoutKeysIsZeroAndInfinite) {
 
 // Sets one element of a bf16, fp16 or fp32 vector of bytes.
 void set_element(std::vector<std::uint8_t>& bytes, DType dtype, std::size_t index, float value) {
-  cpu::visit_float_type(dtype, [&](auto element) {
-    const auto x = cpu::from_double<decltype(element)>(value);
+  visit_float_type(dtype, [&](auto element) {
+    const auto x = from_double<decltype(element)>(value);
     std::memcpy(&bytes[index * sizeof(x)], &x, sizeof(x));
   });
 }
@@ -258,10 +258,10 @@ TEST_P(Conformance, OffsetsBeyondTwoToThe31) {
   // `out` is dense here.
   Result got;
   got.lse = lse;
-  for (std::size_t i = 0; i < out.size(); i += sizeof(cpu::Bf16)) {
-    cpu::Bf16 x;
+  for (std::size_t i = 0; i < out.size(); i += sizeof(Bf16)) {
+    Bf16 x;
     std::memcpy(&x, &out[i], sizeof(x));
-    got.out.push_back(cpu::to_float(x));
+    got.out.push_back(to_float(x));
   }
   EXPECT_EQ(difference(got, expected, DType::kBFloat16), "");
 }

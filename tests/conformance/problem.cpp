@@ -18,19 +18,19 @@ constexpr std::size_t kGuard = 256;
 constexpr std::uint8_t kGuardByte = 0xA5;
 
 void store(std::uint8_t* to, DType dtype, float x) {
-  cpu::visit_float_type(dtype, [&](auto element) {
+  visit_float_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const T value = cpu::from_double<T>(x);
+    const T value = from_double<T>(x);
     std::memcpy(to, &value, sizeof(T));
   });
 }
 
 float load(const std::uint8_t* from, DType dtype) {
-  return cpu::visit_float_type(dtype, [&](auto element) {
+  return visit_float_type(dtype, [&](auto element) {
     using T = decltype(element);
     T value;
     std::memcpy(&value, from, sizeof(T));
-    return static_cast<float>(cpu::to_float(value));
+    return static_cast<float>(to_float(value));
   });
 }
 

@@ -6,12 +6,12 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "flash_mla/error.h"
 #include "checkpoint/config.h"
+#include "flash_mla/error.h"
 
 namespace {
 
-using namespace flash_mla::model;
+using namespace flash_mla::checkpoint;
 
 void require(bool condition) {
   if (!condition) std::abort();

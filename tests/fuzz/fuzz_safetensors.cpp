@@ -8,13 +8,13 @@
 #include <string_view>
 #include <vector>
 
-#include "flash_mla/error.h"
 #include "checkpoint/convert.h"
 #include "checkpoint/safetensors.h"
+#include "flash_mla/error.h"
 
 namespace {
 
-using namespace flash_mla::model;
+using namespace flash_mla::checkpoint;
 
 void require(bool condition) {
   if (!condition) std::abort();

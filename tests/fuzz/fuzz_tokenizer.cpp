@@ -15,7 +15,7 @@
 
 namespace {
 
-using namespace flash_mla::model;
+using namespace flash_mla::text;
 
 void require(bool condition) {
   if (!condition) std::abort();

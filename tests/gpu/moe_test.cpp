@@ -13,9 +13,7 @@
 namespace flash_mla::gpu_test {
 namespace {
 
-using model::ModelConfig;
-using model::ScoringFunc;
-using model::TopkMethod;
+using checkpoint::ModelConfig;
 using model::cuda::ExpertFfn;
 using model::cuda::RouteArgs;
 

@@ -17,9 +17,7 @@
 namespace flash_mla::gpu_test {
 namespace {
 
-using model::ModelConfig;
-using model::ScoringFunc;
-using model::TopkMethod;
+using checkpoint::ModelConfig;
 using model::cuda::OneToken;
 using model::cuda::OneTokenLayer;
 
@@ -232,7 +230,7 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
       return double(round_bf16(i % 2 == 0 ? a * c - b * s : b * c + a * s));
     };
     const std::size_t kv = heads * (nope + kRope);
-    Row own = normalised(qkv, kv, kRank, l.kv_norm, model::kLatentNormEps);
+    Row own = normalised(qkv, kv, kRank, l.kv_norm, checkpoint::kLatentNormEps);
     for (std::size_t i = 0; i < kRope; ++i) own.push_back(turned(kv + kRank, i));
     key.resize(kKey);
     for (std::size_t i = 0; i < kKey; ++i) key[i] = to_bf16(float(own[i]));

@@ -22,9 +22,9 @@
 #include <string>
 #include <vector>
 
-#include "kernels/moe/sm90/moe.h"
 #include "kernels/gemm/sm90/skinny_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
+#include "kernels/moe/sm90/moe.h"
 #include "protocol.cuh"
 
 namespace {
@@ -322,10 +322,8 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
       r.experts_per_token = l.chosen;
       r.num_groups = l.groups;
       r.groups_kept = l.kept;
-      r.scoring =
-          l.groups > 1 ? flash_mla::model::ScoringFunc::kSigmoid : flash_mla::model::ScoringFunc::kSoftmax;
-      r.method =
-          l.groups > 1 ? flash_mla::model::TopkMethod::kNoAuxTc : flash_mla::model::TopkMethod::kGreedy;
+      r.scoring = l.groups > 1 ? flash_mla::ScoringFunc::kSigmoid : flash_mla::ScoringFunc::kSoftmax;
+      r.method = l.groups > 1 ? flash_mla::TopkMethod::kNoAuxTc : flash_mla::TopkMethod::kGreedy;
       r.programmatic_launch = true;
       if (sweep && tokens <= 128) {
         auto* act = random_array(pairs * static_cast<std::size_t>(l.intermediate), 1.0f);

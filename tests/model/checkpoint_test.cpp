@@ -10,13 +10,13 @@
 #include <limits>
 #include <random>
 
-#include "flash_mla/error.h"
 #include "checkpoint/convert.h"
 #include "checkpoint/safetensors.h"
+#include "flash_mla/error.h"
 #include "safetensors_file.h"
 #include "temporary_directory.h"
 
-namespace flash_mla::model {
+namespace flash_mla::checkpoint {
 namespace {
 
 using ::testing::AllOf;
@@ -373,4 +373,4 @@ TEST(Shards, NothingThere) {
 }
 
 }  // namespace
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

@@ -6,11 +6,11 @@
 #include <cmath>
 #include <functional>
 
-#include "flash_mla/error.h"
 #include "base/json.h"
+#include "flash_mla/error.h"
 #include "temporary_directory.h"
 
-namespace flash_mla::model {
+namespace flash_mla::checkpoint {
 namespace {
 
 using ::testing::HasSubstr;
@@ -229,4 +229,4 @@ TEST(Config, NotJson) {
 }
 
 }  // namespace
-}  // namespace flash_mla::model
+}  // namespace flash_mla::checkpoint

@@ -9,8 +9,8 @@
 #include <random>
 #include <set>
 
-#include "flash_mla/error.h"
 #include "checkpoint/config.h"
+#include "flash_mla/error.h"
 #include "model/model.h"
 #include "safetensors_file.h"
 #include "temporary_directory.h"
@@ -223,7 +223,7 @@ TEST_F(Forward, NamesTheTensorThatHoldsNan) {
 TEST_F(Forward, RandomWeightsAreTheSameEveryTimeAndFiniteAndDependOnTheTokens) {
   const std::vector<float> loaded = step(20, 20, {0});
   const auto make = [&](const ModelOptions& options) {
-    model_ = make_random_model(parse_config(kConfig, "test"), options);
+    model_ = make_random_model(checkpoint::parse_config(kConfig, "test"), options);
     model_->allocate_cache(8);
   };
   make(model_options());

@@ -8,8 +8,8 @@
 #include <random>
 #include <vector>
 
-#include "base/element.h"
 #include "base/aligned.h"
+#include "base/element.h"
 #include "kernels/gemm/cpu/panel_weight.h"
 #include "kernels/rows/cpu/rows.h"
 
@@ -63,7 +63,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << (c.wide_result ? "_wide" : "");
 }
 
-float rounded(float x, DType dtype) { return dtype == DType::kBFloat16 ? cpu::to_float(cpu::to_bf16(x)) : x; }
+float rounded(float x, DType dtype) { return dtype == DType::kBFloat16 ? to_float(to_bf16(x)) : x; }
 
 class PanelProduct : public testing::TestWithParam<Case> {};
 

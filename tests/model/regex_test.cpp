@@ -6,7 +6,7 @@
 #include "flash_mla/error.h"
 #include "temporary_directory.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 using ::testing::AllOf;
@@ -80,4 +80,4 @@ TEST(Regex, GivesUpWithAMessage) {
 }
 
 }  // namespace
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

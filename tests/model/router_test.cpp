@@ -1,12 +1,14 @@
+#include "kernels/moe/cpu/router.h"
+
 #include <gmock/gmock.h>
 
 #include <cmath>
 #include <vector>
 
-#include "kernels/moe/cpu/router.h"
-
 namespace flash_mla::model {
 namespace {
+
+using checkpoint::ModelConfig;
 
 using testing::ElementsAre;
 using testing::FloatNear;

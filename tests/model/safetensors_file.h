@@ -7,7 +7,7 @@
 
 #include "base/json.h"
 
-namespace flash_mla::model {
+namespace flash_mla {
 
 /// The bytes of a safetensors file with this header text, whatever it says.
 inline std::string safetensors_bytes(const std::string& header, const std::string& data) {
@@ -41,4 +41,4 @@ class SafetensorsFile {
   std::string data_;
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla

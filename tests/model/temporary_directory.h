@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-namespace flash_mla::model {
+namespace flash_mla {
 
 /// A folder that lives as long as the object.
 class TemporaryDirectory {
@@ -48,4 +48,4 @@ std::string message_of(const Run& run) {
   return "";
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla

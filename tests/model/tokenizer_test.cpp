@@ -5,12 +5,12 @@
 
 #include <functional>
 
-#include "flash_mla/error.h"
-#include "text/byte_alphabet.h"
 #include "base/json.h"
+#include "flash_mla/error.h"
 #include "temporary_directory.h"
+#include "text/byte_alphabet.h"
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 using ::testing::ElementsAre;
@@ -223,4 +223,4 @@ TEST(Tokenizer, NotJson) {
 }
 
 }  // namespace
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

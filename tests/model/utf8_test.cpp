@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-namespace flash_mla::model {
+namespace flash_mla::text {
 namespace {
 
 std::string replaced(std::string_view text) {
@@ -49,4 +49,4 @@ TEST(Utf8, CodePoints) {
 }
 
 }  // namespace
-}  // namespace flash_mla::model
+}  // namespace flash_mla::text

@@ -90,13 +90,13 @@ TEST(Merge, InPlaceAndAssociative) {
 
 TEST(Merge, HalfTypesAndOtherLayouts) {
   // (tokens, heads) order for out and a transposed lse.
-  std::vector<cpu::Bf16> a(2 * 3 * 4), b(a.size()), out(a.size());
+  std::vector<Bf16> a(2 * 3 * 4), b(a.size()), out(a.size());
   for (std::size_t i = 0; i < a.size(); ++i) {
-    a[i] = cpu::to_bf16(static_cast<float>(i));
-    b[i] = cpu::to_bf16(static_cast<float>(i) + 2);
+    a[i] = to_bf16(static_cast<float>(i));
+    b[i] = to_bf16(static_cast<float>(i) + 2);
   }
   std::vector<float> lse_a(6, 1.0f), lse_b(6, 1.0f), lse(6);
-  const auto out_view = [](std::vector<cpu::Bf16>& x) {
+  const auto out_view = [](std::vector<Bf16>& x) {
     TensorView v = TensorView::contiguous(x.data(), DType::kBFloat16, {1, 2, 3, 4});
     v.strides = {24, 4, 8, 1};  // heads outermost
     return v;
@@ -107,7 +107,7 @@ TEST(Merge, HalfTypesAndOtherLayouts) {
     return v;
   };
   merge_states(out_view(a), lse_view(lse_a), out_view(b), lse_view(lse_b), out_view(out), lse_view(lse));
-  for (std::size_t i = 0; i < out.size(); ++i) EXPECT_EQ(cpu::to_float(out[i]), static_cast<float>(i) + 1);
+  for (std::size_t i = 0; i < out.size(); ++i) EXPECT_EQ(to_float(out[i]), static_cast<float>(i) + 1);
   for (const float x : lse) EXPECT_FLOAT_EQ(x, 1 + std::log(2.0f));
 }
 

@@ -23,17 +23,17 @@
 
 #include <algorithm>
 
-#include "kernels/sampling/sm90/choose.cuh"
-#include "kernels/fused/sm90/grid_barrier.cuh"
 #include "base/cuda/launch.h"
-#include "kernels/moe/sm90/moe.h"
+#include "kernels/fused/sm90/grid_barrier.cuh"
 #include "kernels/fused/sm90/one_token.h"
 #include "kernels/fused/sm90/one_token_attention.cuh"
 #include "kernels/fused/sm90/one_token_ring.cuh"
 #include "kernels/fused/sm90/one_token_work.cuh"
-#include "kernels/rows/sm90/row_math.cuh"
 #include "kernels/fused/sm90/tagged.cuh"
+#include "kernels/moe/sm90/moe.h"
 #include "kernels/ptx/cluster.cuh"
+#include "kernels/rows/sm90/row_math.cuh"
+#include "kernels/sampling/sm90/choose.cuh"
 
 namespace flash_mla::model::cuda {
 namespace one_token_kernel {
@@ -459,7 +459,7 @@ bool fits_device(int sms, int heads, int hidden) {
 
 using namespace one_token_kernel;
 
-bool fits_one_token(const ModelConfig& c) {
+bool fits_one_token(const checkpoint::ModelConfig& c) {
   const auto fits = [](int size) { return size > 0 && size <= kMostK && size % 8 == 0; };
   if (c.q_lora_rank > 0 || c.attention_bias || c.kv_lora_rank != kRank || c.qk_rope_head_dim != kRope)
     return false;
@@ -481,7 +481,7 @@ bool fits_one_token(const ModelConfig& c) {
          cooperative != 0;
 }
 
-OneToken one_token_of(const ModelConfig& c) {
+OneToken one_token_of(const checkpoint::ModelConfig& c) {
   OneToken p;
   p.num_layers = c.num_hidden_layers;
   p.hidden = c.hidden_size;
@@ -500,7 +500,7 @@ OneToken one_token_of(const ModelConfig& c) {
   p.normalise = c.norm_topk_prob;
   p.routed_scale = static_cast<float>(c.routed_scaling_factor);
   p.eps = static_cast<float>(c.rms_norm_eps);
-  p.latent_eps = static_cast<float>(kLatentNormEps);
+  p.latent_eps = static_cast<float>(checkpoint::kLatentNormEps);
   return p;
 }
 

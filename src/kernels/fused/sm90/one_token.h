@@ -58,10 +58,10 @@ struct OneToken {
 /// Whether one_token() takes a model on this device: no q_lora_rank and no biases, kv_lora_rank 512 and rope
 /// 64, at most 16 heads, hidden sizes, heads * v_head_dim and the experts' intermediate size at most 2048,
 /// all divisible by 8.
-bool fits_one_token(const ModelConfig& config);
+bool fits_one_token(const checkpoint::ModelConfig& config);
 
 /// The sizes and constants of a model that fits, but for softmax_scale; pointers are left null.
-OneToken one_token_of(const ModelConfig& config);
+OneToken one_token_of(const checkpoint::ModelConfig& config);
 
 /// Same for all models that fit.
 std::size_t one_token_workspace_size();

@@ -16,8 +16,8 @@
 #include <omp.h>
 #endif
 
-#include "kernels/gemm/cpu/panel_weight.h"
 #include "base/parallel.h"
+#include "kernels/gemm/cpu/panel_weight.h"
 
 // Tile heights, measured on an AVX-512 machine with bf16 weights of 2048 x 2048 that fit its L3: 1 to 4 rows
 // take the same 40 us, 64 rows run at the peak rate, and more rows at once are slower again. So tiles are at
@@ -113,7 +113,7 @@ PackedWeight& PackedWeight::operator=(PackedWeight&&) noexcept = default;
 PackedWeight::~PackedWeight() = default;
 
 bool PackedWeight::worth_threads(std::int64_t rows) const {
-  return model::worth_threads(out_features_ * in_features_, rows);
+  return flash_mla::worth_threads(out_features_ * in_features_, rows);
 }
 
 struct Gemm::Impl {

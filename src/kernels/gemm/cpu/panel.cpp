@@ -57,8 +57,8 @@ void Finish(const Block& b, std::int64_t row) {
     float value = b.sums[row * kColumns + i];
     if (b.scale != nullptr) value *= b.scale[i];
     if (b.bias != nullptr) value += b.bias[i];
-    if (b.accumulate) value += cpu::to_float(y[i]);
-    y[i] = cpu::from_double<T>(value);
+    if (b.accumulate) value += to_float(y[i]);
+    y[i] = from_double<T>(value);
   }
 }
 
@@ -77,7 +77,7 @@ void MultiplyRows(const Block& b, const float* plain, std::int64_t row) {
       Vec w[kVectors];
       for (std::int64_t v = 0; v < kVectors; ++v) w[v] = hn::LoadU(d, plain + k * kColumns + c + v * kLanes);
       for (std::int64_t r = 0; r < R; ++r) {
-        const Vec value = hn::Set(d, cpu::to_float(reinterpret_cast<const T*>(x + r * b.x_stride)[k]));
+        const Vec value = hn::Set(d, to_float(reinterpret_cast<const T*>(x + r * b.x_stride)[k]));
         for (std::int64_t v = 0; v < kVectors; ++v) {
           acc[r * kVectors + v] = hn::MulAdd(value, w[v], acc[r * kVectors + v]);
         }
@@ -89,7 +89,7 @@ void MultiplyRows(const Block& b, const float* plain, std::int64_t row) {
   }
   if (!b.last) return;
   for (std::int64_t r = row; r < row + R; ++r) {
-    b.y_dtype == DType::kBFloat16 ? Finish<cpu::Bf16>(b, r) : Finish<float>(b, r);
+    b.y_dtype == DType::kBFloat16 ? Finish<Bf16>(b, r) : Finish<float>(b, r);
   }
 }
 
@@ -117,7 +117,7 @@ consteval Kernel kernel_of(auto multiply) {
 // Made by the compiler: nothing of another instruction set runs before main.
 extern const Kernel kFloat32Kernel, kBFloat16Kernel;
 constinit const Kernel kFloat32Kernel = kernel_of(Multiply<float>);
-constinit const Kernel kBFloat16Kernel = kernel_of(Multiply<cpu::Bf16>);
+constinit const Kernel kBFloat16Kernel = kernel_of(Multiply<Bf16>);
 
 }  // namespace HWY_NAMESPACE
 }  // namespace flash_mla::model::panel

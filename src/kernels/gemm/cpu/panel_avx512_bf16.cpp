@@ -104,10 +104,10 @@ void pack_int8(const std::int8_t* values, std::int64_t stride, std::int64_t dept
 }
 
 void pack_plain(const float* values, std::int64_t stride, std::int64_t depth, void* plain) {
-  auto* out = static_cast<cpu::Bf16*>(plain);
+  auto* out = static_cast<Bf16*>(plain);
   for (std::int64_t k = 0; k < depth; ++k) {
     for (std::int64_t c = 0; c < kColumns; ++c) {
-      out[(k / 2 * kColumns + c) * 2 + k % 2] = cpu::to_bf16(values[c * stride + k]);
+      out[(k / 2 * kColumns + c) * 2 + k % 2] = to_bf16(values[c * stride + k]);
     }
   }
 }

@@ -53,7 +53,7 @@ float group_score(const float* scores, std::size_t size, bool best_two) {
 }
 
 /// Leaves only the experts of the topk_group best groups in the running.
-void limit_to_groups(const ModelConfig& config, Workspace& w) {
+void limit_to_groups(const checkpoint::ModelConfig& config, Workspace& w) {
   const std::size_t size = w.choice.size() / static_cast<std::size_t>(config.n_group);
   w.groups.clear();
   for (int g = 0; g < config.n_group; ++g) {
@@ -72,8 +72,8 @@ void limit_to_groups(const ModelConfig& config, Workspace& w) {
 
 }  // namespace
 
-void choose_experts(const ModelConfig& config, const float* logits, const float* bias, std::int32_t* ids,
-                    float* weights) {
+void choose_experts(const checkpoint::ModelConfig& config, const float* logits, const float* bias,
+                    std::int32_t* ids, float* weights) {
   thread_local Workspace w;
   std::vector<float>& scores = w.scores;
   scores.resize(static_cast<std::size_t>(config.n_routed_experts));

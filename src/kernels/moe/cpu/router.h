@@ -12,7 +12,7 @@ namespace flash_mla::model {
 /// Softmax or sigmoid scores; greedy, group-limited (DeepSeek-V2, arXiv 2405.04434, section 2.2.2) or
 /// bias-corrected selection (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). The bias chooses and never
 /// weighs.
-void choose_experts(const ModelConfig& config, const float* logits, const float* bias, std::int32_t* ids,
-                    float* weights);
+void choose_experts(const checkpoint::ModelConfig& config, const float* logits, const float* bias,
+                    std::int32_t* ids, float* weights);
 
 }  // namespace flash_mla::model

@@ -5,12 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "checkpoint/config.h"
+#include "base/routing.h"
 
 namespace flash_mla::model::cuda {
 
-/// The choice of experts: what kernels/moe/cpu/router.h does, one warp for each token. Two kernels: the router's
-/// product (fp32 weights, every bit kept, fp32 accumulation) and the choice.
+/// The choice of experts: what kernels/moe/cpu/router.h does, one warp for each token. Two kernels: the
+/// router's product (fp32 weights, every bit kept, fp32 accumulation) and the choice.
 struct RouteArgs {
   const void* x = nullptr;            ///< (tokens, hidden) bfloat16, aligned to 16 bytes
   std::int64_t x_stride = 0;          ///< elements, divisible by 8 for the fast path

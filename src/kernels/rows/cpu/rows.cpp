@@ -89,10 +89,8 @@ struct BFloat16 {
     const auto sum = hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7FFFu)));
     return hn::IfThenElse(hn::RebindMask(d, hn::IsNaN(v)), hn::Set(d, 0x7FC00000u), sum);
   }
-  static float get(const void* x, std::int64_t i) {
-    return cpu::to_float(static_cast<const cpu::Bf16*>(x)[i]);
-  }
-  static void set(float v, void* x, std::int64_t i) { static_cast<cpu::Bf16*>(x)[i] = cpu::to_bf16(v); }
+  static float get(const void* x, std::int64_t i) { return to_float(static_cast<const Bf16*>(x)[i]); }
+  static void set(float v, void* x, std::int64_t i) { static_cast<Bf16*>(x)[i] = to_bf16(v); }
 };
 
 std::int64_t lanes() { return static_cast<std::int64_t>(hn::Lanes(Floats())); }

@@ -1,16 +1,13 @@
-#include "flash_mla/reference.h"
-
 #include <algorithm>
 #include <limits>
 #include <vector>
 
 #include "api/checks.h"
 #include "base/element.h"
+#include "flash_mla/reference.h"
 
 namespace flash_mla::reference {
 namespace {
-
-using cpu::to_float;
 
 // One query row against the keys j < visible of one request and latent head. `score` and `acc` are scratch.
 template <class T>
@@ -60,10 +57,10 @@ void run(const DenseDecodeArgs& a, double scale, bool causal) {
         const T* q = a.q.ptr<const T>() + r * a.q.stride(0) + i * a.q.stride(1) + h * a.q.stride(2);
         const double lse = attend(a, r, q, h / group, visible, scale, score, acc);
         const std::int64_t o = r * a.out.stride(0) + i * a.out.stride(1) + h * a.out.stride(2);
-        cpu::visit_float_type(a.out.dtype, [&](auto element) {
+        visit_float_type(a.out.dtype, [&](auto element) {
           using Out = decltype(element);
           for (std::int64_t d = 0; d < d_v; ++d) {
-            a.out.ptr<Out>()[o + d] = cpu::from_double<Out>(acc[static_cast<std::size_t>(d)]);
+            a.out.ptr<Out>()[o + d] = from_double<Out>(acc[static_cast<std::size_t>(d)]);
           }
         });
         if (a.lse.defined()) {
@@ -90,7 +87,7 @@ void dense_decode(const DenseDecodeArgs& args, const DenseDecodeOptions& options
   const double scale = options.softmax_scale ? double{*options.softmax_scale}
                                              : 1.0 / std::sqrt(static_cast<double>(args.q.size(3)));
   const bool causal = options.causal && args.q.size(1) > 1;
-  cpu::visit_float_type(args.q.dtype, [&](auto element) { run<decltype(element)>(args, scale, causal); });
+  visit_float_type(args.q.dtype, [&](auto element) { run<decltype(element)>(args, scale, causal); });
 }
 
 }  // namespace flash_mla::reference

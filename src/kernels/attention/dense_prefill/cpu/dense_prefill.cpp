@@ -6,9 +6,9 @@
 #include <limits>
 #include <vector>
 
+#include "base/parallel.h"
 #include "kernels/rows/cpu/rows.h"
 #include "model/model.h"
-#include "base/parallel.h"
 
 // Keys are expanded kSpanKeys at a time, for all heads in one product; then every (head, tile of queries)
 // walks the span in tiles of keys with an online softmax. All tile shapes are fixed and their borders are
@@ -42,8 +42,8 @@ struct State {
 
 class Prefill {
  public:
-  Prefill(const ModelConfig& config, const Chunk& chunk, const Matrix& q, const Buffer& cache, Matrix out,
-          Workspace& workspace)
+  Prefill(const checkpoint::ModelConfig& config, const Chunk& chunk, const Matrix& q, const Buffer& cache,
+          Matrix out, Workspace& workspace)
       : heads_(config.num_attention_heads),
         nope_(config.qk_nope_head_dim),
         rope_(config.qk_rope_head_dim),
@@ -189,9 +189,9 @@ class Prefill {
 
 }  // namespace
 
-void prefill_attention(const ModelConfig& config, Gemm& gemm, int num_threads, bool batch_invariant,
-                       const Chunk& chunk, const Matrix& q, const Buffer& cache, const PackedWeight& kv_b,
-                       const Matrix& out) {
+void prefill_attention(const checkpoint::ModelConfig& config, Gemm& gemm, int num_threads,
+                       bool batch_invariant, const Chunk& chunk, const Matrix& q, const Buffer& cache,
+                       const PackedWeight& kv_b, const Matrix& out) {
   thread_local Workspace workspace;
   Prefill(config, chunk, q, cache, out, workspace).run(gemm, kv_b, num_threads, batch_invariant);
 }

@@ -12,8 +12,8 @@ namespace flash_mla::model {
 ///
 /// q (num_tokens, heads * (nope + rope)) rotated; `cache` is one layer's (pages, kPageSize, rank + rope);
 /// `kv_b` (heads * (nope + v), rank); out (num_tokens, heads * v).
-void prefill_attention(const ModelConfig& config, Gemm& gemm, int num_threads, bool batch_invariant,
-                       const Chunk& chunk, const Matrix& q, const Buffer& cache, const PackedWeight& kv_b,
-                       const Matrix& out);
+void prefill_attention(const checkpoint::ModelConfig& config, Gemm& gemm, int num_threads,
+                       bool batch_invariant, const Chunk& chunk, const Matrix& q, const Buffer& cache,
+                       const PackedWeight& kv_b, const Matrix& out);
 
 }  // namespace flash_mla::model
