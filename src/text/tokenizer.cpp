@@ -243,12 +243,27 @@ struct Tokenizer::Impl {
     if (done < text.size()) rest(text.substr(done));
   }
 
-  /// The first added token of either kind; those that are not normalized win where both begin.
-  AddedTokens::Match find_any(std::string_view text, std::size_t from) const {
-    const AddedTokens::Match exact = added.find(text, from);
-    const AddedTokens::Match other = added_normalized.find(text, from);
-    return exact.token < 0 || (other.token >= 0 && other.begin < exact.begin) ? other : exact;
-  }
+  /// Walks the added tokens of either kind in a text, from left to right. Each kind's next match is kept
+  /// until the walk has passed it, so that a text full of one kind is not searched again and again for the
+  /// other: the whole walk is linear.
+  class Walk {
+   public:
+    Walk(const Impl& impl, std::string_view text) : impl_(impl), text_(text) {}
+    /// The first at `from` or later, where no earlier call asked for more; those that are not normalized win
+    /// where both begin.
+    AddedTokens::Match next(std::size_t from) {
+      if (!begun_ || exact_.begin < from) exact_ = impl_.added.find(text_, from);
+      if (!begun_ || other_.begin < from) other_ = impl_.added_normalized.find(text_, from);
+      begun_ = true;
+      return exact_.token < 0 || (other_.token >= 0 && other_.begin < exact_.begin) ? other_ : exact_;
+    }
+
+   private:
+    const Impl& impl_;
+    std::string_view text_;
+    bool begun_ = false;
+    AddedTokens::Match exact_{}, other_{};
+  };
 
   const Entry* entry(TokenId id) const {
     if (id < 0) throw InvalidArgument(fmt::format("token id = {}: expected at least 0", id));
@@ -332,8 +347,9 @@ std::vector<TokenId> Tokenizer::encode_parts(std::span<const TextPart> parts, bo
         std::find(control.begin() + static_cast<std::ptrdiff_t>(from), control.end(), false) -
         control.begin());
     at = to;
+    Impl::Walk walk(*impl_, std::string_view(text).substr(0, to));
     for (std::size_t place = from; place < to;) {
-      const AddedTokens::Match match = impl_->find_any(std::string_view(text).substr(0, to), place);
+      const AddedTokens::Match match = walk.next(place);
       if (match.token < 0) break;
       words_until(match.begin);
       out.push_back(match.token);

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <chrono>
 #include <functional>
 
 #include "base/json.h"
@@ -64,6 +66,25 @@ TEST(Tokenizer, FindsAddedTokensInControlPartsOnly) {
   // Words go on from part to part.
   EXPECT_THAT(encode({{"a", true}, {"b", false}, {"c", true}}), ElementsAre(257));
   EXPECT_TRUE(encode({}).empty());
+}
+
+double seconds_of(const std::function<void()>& f) {
+  const auto begin = std::chrono::steady_clock::now();
+  f();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+TEST(Tokenizer, TakesTimeInProportionToControlTokens) {
+  // A conversation of empty messages is one long run of tokens of one kind and none of the other.
+  const Tokenizer t = parse(small());
+  const auto run = [&](std::size_t messages) {
+    const std::vector<TextPart> parts(messages, TextPart{"<s>", true});
+    return seconds_of([&] { EXPECT_EQ(t.encode_parts(parts).size(), messages); });
+  };
+  run(1000);
+  const double once = run(50'000), four_times = run(200'000);
+  EXPECT_LT(four_times, std::max(8 * once, 0.1));
+  EXPECT_LT(four_times, 5);  // measured: 0.02
 }
 
 TEST(Tokenizer, MergesInOrderOfRank) {
