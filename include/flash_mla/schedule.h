@@ -50,6 +50,16 @@ struct ScheduleOptions {
   int whole_requests_percent = 0;
 };
 
+/// A member of ScheduleOptions, for code that handles all of them alike, as bindings and command lines do.
+struct ScheduleOptionField {
+  const char* name;
+  int ScheduleOptions::*value;
+  int least, most;  ///< inclusive
+};
+
+/// All members of ScheduleOptions. ScheduleOptions{} says what each is by default.
+FLASH_MLA_API std::span<const ScheduleOptionField> schedule_option_fields();
+
 /// What columns 1 and 3 of a schedule's rows count: blocks (DecodePart), or tokens, as FlashMLA's metadata
 /// did until September 2025.
 enum class PartUnit { kBlocks, kTokens };
@@ -86,6 +96,10 @@ class DecodeSchedule {
 
   /// A view on this object's storage; valid as long as the object is.
   FLASH_MLA_API DecodeScheduleView view() const;
+
+  /// How evenly the parts share the work: blocks of all parts over num_parts times those of the busiest, 1 if
+  /// all have as many, 0 if there are none. `cache_seqlens` are those the plan was made for.
+  FLASH_MLA_API double balance(std::span<const std::int32_t> cache_seqlens) const;
 
   /// The same plan in the form FlashMLA wrote until September 2025: rows of eight int32 (begin_req,
   /// begin_token, end_req, end_token, begin_split, 0, 0, 0) with end_req inclusive.

@@ -12,6 +12,7 @@
 #include "flash_mla/info.h"
 #include "flash_mla/merge.h"
 #include "flash_mla/schedule.h"
+#include "schedule/options.h"
 
 namespace {
 
@@ -101,12 +102,9 @@ const char* flash_mla_version(void) { return version(); }
 void flash_mla_schedule_options_init(flash_mla_schedule_options* options) {
   if (options == nullptr) return;
   const ScheduleOptions defaults;
-  options->block_size = defaults.block_size;
-  options->fixed_overhead_blocks = defaults.fixed_overhead_blocks;
-  options->min_blocks_per_request = defaults.min_blocks_per_request;
-  options->fixed_split_blocks = defaults.fixed_split_blocks;
-  options->min_blocks_per_part = defaults.min_blocks_per_part;
-  options->whole_requests_percent = defaults.whole_requests_percent;
+#define FLASH_MLA_COPY(name, ...) options->name = defaults.name;
+  FLASH_MLA_SCHEDULE_OPTIONS(FLASH_MLA_COPY)
+#undef FLASH_MLA_COPY
   options->stream = nullptr;
 }
 
@@ -142,12 +140,9 @@ flash_mla_status flash_mla_build_decode_schedule(const DLTensor* cache_seqlens,
     ScheduleOptions o;
     o.num_parts = static_cast<int>(rows.size(0));
     if (options != nullptr) {
-      o.block_size = options->block_size;
-      o.fixed_overhead_blocks = options->fixed_overhead_blocks;
-      o.min_blocks_per_request = options->min_blocks_per_request;
-      o.fixed_split_blocks = options->fixed_split_blocks;
-      o.min_blocks_per_part = options->min_blocks_per_part;
-      o.whole_requests_percent = options->whole_requests_percent;
+#define FLASH_MLA_COPY(name, ...) o.name = options->name;
+      FLASH_MLA_SCHEDULE_OPTIONS(FLASH_MLA_COPY)
+#undef FLASH_MLA_COPY
     }
     DecodeScheduleView schedule;
     schedule.parts = rows;

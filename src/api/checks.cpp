@@ -257,33 +257,32 @@ void check_schedule_values(const DecodeScheduleView& s, const TensorView& cache_
       invalid("schedule.parts[{}] ends with request {}, expected below b = {} {}", p, part.end_req, batch,
               kHint);
     }
-    for (; req <= part.end_req; ++req) {
-      const std::int64_t blocks = schedule_blocks(lengths[req], s.block_size);
-      const std::int64_t end = req == part.end_req ? part.end_block : blocks;
-      const bool complete = end >= blocks;
-      if (end < block || end > std::max<std::int64_t>(blocks, 1) || (end == block && !complete)) {
-        invalid("schedule.parts[{}] covers blocks {} to {} of request {}, which has {} {}", p, block, end,
-                req, blocks, kHint);
+    const auto check_blocks = [&](bool ok, std::int64_t r, std::int64_t begin, std::int64_t end) {
+      if (ok) return;
+      invalid("schedule.parts[{}] covers blocks {} to {} of request {}, which has {} {}", p, begin, end, r,
+              schedule_blocks(lengths[r], s.block_size), kHint);
+    };
+    // The walk stops at a request's end whatever the row says.
+    check_blocks(
+        part.end_block <= std::max<std::int64_t>(schedule_blocks(lengths[part.end_req], s.block_size), 1),
+        part.end_req, part.end_req == part.begin_req ? part.begin_block : 0, part.end_block);
+    const auto walk = walk_part(part, lengths, num_splits, s.block_size, s.fixed_split_blocks);
+    for (auto item = walk.first(); walk.holds(item); item = walk.next(item)) {
+      const bool complete = item.end_block >= schedule_blocks(item.length, s.block_size);
+      check_blocks(item.end_block > item.begin_block || (item.end_block == item.begin_block && complete),
+                   item.req, item.begin_block, item.end_block);
+      if (!complete && s.fixed_split_blocks > 0 && item.end_block % s.fixed_split_blocks != 0) {
+        invalid("schedule.parts[{}] cuts request {} at block {}, expected a multiple of {}", p, item.req,
+                item.end_block, s.fixed_split_blocks);
       }
-      if (s.fixed_split_blocks > 0) {
-        if (!complete && end % s.fixed_split_blocks != 0) {
-          invalid("schedule.parts[{}] cuts request {} at block {}, expected a multiple of {}", p, req, end,
-                  s.fixed_split_blocks);
-        }
-        split += std::max<std::int64_t>((end - block + s.fixed_split_blocks - 1) / s.fixed_split_blocks, 1);
-      } else {
-        ++split;
+      ++split;
+      if (complete && num_splits[item.req + 1] - num_splits[item.req] != split) {
+        invalid("schedule.num_splits gives request {} {} splits, expected {} {}", item.req,
+                num_splits[item.req + 1] - num_splits[item.req], split, kHint);
       }
-      if (!complete) {
-        block = end;
-        break;
-      }
-      if (num_splits[req + 1] - num_splits[req] != split) {
-        invalid("schedule.num_splits gives request {} {} splits, expected {} {}", req,
-                num_splits[req + 1] - num_splits[req], split, kHint);
-      }
-      block = 0;
-      split = 0;
+      req = complete ? item.req + 1 : item.req;
+      block = complete ? 0 : item.end_block;
+      if (complete) split = 0;
     }
   }
   if (req != batch || block != 0) {

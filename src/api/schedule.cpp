@@ -3,9 +3,9 @@
 #include <algorithm>
 
 #include "api/checks.h"
-#include "schedule/options.h"
-#include "kernels/attention/dense_decode/sm90/plan.h"
+#include "kernels/attention/dense_decode/cpu/dense_decode.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
+#include "schedule/options.h"
 
 namespace flash_mla {
 namespace {
@@ -60,6 +60,14 @@ void build_decode_schedule(const TensorView& cache_seqlens, const ScheduleOption
   std::copy(plan.num_splits().begin(), plan.num_splits().end(), splits.begin());
 }
 
+ScheduleOptions cpu_schedule_options(int num_threads) {
+  if (num_threads < 0) api::invalid("num_threads is {}, expected >= 0", num_threads);
+  ScheduleOptions options;
+  options.num_parts = num_threads > 0 ? num_threads : cpu::default_num_threads();
+  options.fixed_overhead_blocks = 1;  // a request costs a CPU worker little beside its tokens
+  return options;
+}
+
 ScheduleOptions cuda_schedule_options(int device_index, int s_q, int num_heads_q, int num_heads_k,
                                       int batch) {
   const auto require = [](bool ok, const char* name, int value, const char* expected) {
@@ -71,13 +79,7 @@ ScheduleOptions cuda_schedule_options(int device_index, int s_q, int num_heads_q
           "a positive multiple of num_heads_k");
   require(batch >= 0, "batch", batch, ">= 0");
   sm90::require_device(device_index);
-  ScheduleOptions options;
-  const sm90::ScheduleShape shape = sm90::schedule_shape(device_index, s_q, num_heads_q, num_heads_k, batch);
-  options.num_parts = shape.num_parts;
-  options.fixed_overhead_blocks = shape.fixed_overhead_blocks;
-  options.min_blocks_per_part = shape.min_blocks_per_part;
-  options.whole_requests_percent = shape.whole_requests_percent;
-  return options;
+  return sm90::schedule_options(device_index, s_q, num_heads_q, num_heads_k, batch);
 }
 
 }  // namespace flash_mla

@@ -17,18 +17,18 @@ std::string known(std::size_t value) { return value > 0 ? fmt::format("{}", valu
 
 std::vector<std::string> explain_row(const Shape& s, int sms) {
   const sm90::RowBlocks blocks = sm90::row_blocks(s.s_q, s.h_q / s.h_kv);
-  const sm90::ScheduleShape shape = sm90::schedule_shape(s.b, sms, blocks, s.h_kv);
-  const sm90::DecodePlan plan = sm90::plan_decode(s.b, sms, blocks, s.h_kv, shape.num_parts, false);
+  const ScheduleOptions options = sm90::schedule_options(s.b, sms, blocks, s.h_kv);
+  const sm90::DecodePlan plan = sm90::plan_decode(s.b, sms, blocks, s.h_kv, options.num_parts, false);
   const bool bf16 = s.dtype == DType::kBFloat16;
   const sm90::KernelFacts decode = sm90::decode_kernel_facts(plan, bf16);
   const sm90::KernelFacts combine = sm90::combine_kernel_facts(plan, bf16);
   return {s.name,
           fmt::format("{} of {}x{}", blocks.count(), blocks.tokens, blocks.heads),
           fmt::format("{}", plan.cluster),
-          fmt::format("{}", shape.num_parts),
-          fmt::format("{}", shape.fixed_overhead_blocks),
-          fmt::format("{}", shape.min_blocks_per_part),
-          shape.whole_requests_percent > 0 ? fmt::format("{}%", shape.whole_requests_percent) : "-",
+          fmt::format("{}", options.num_parts),
+          fmt::format("{}", options.fixed_overhead_blocks),
+          fmt::format("{}", options.min_blocks_per_part),
+          options.whole_requests_percent > 0 ? fmt::format("{}%", options.whole_requests_percent) : "-",
           sm90::compute_bound(blocks) ? "compute" : "memory",
           grid_text(plan.grid),
           plan.combines ? grid_text(plan.combine_grid) : "none",

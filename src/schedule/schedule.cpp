@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "kernels/attention/dense_decode/cpu/dense_decode.h"
 #include "flash_mla/error.h"
 #include "schedule/options.h"
 #include "schedule/walk.h"
@@ -14,26 +13,6 @@ namespace flash_mla {
 namespace {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace
-
-void check_schedule_options(const ScheduleOptions& o) {
-  const auto require = [](bool ok, const char* name, int value, const char* expected) {
-    if (!ok) throw InvalidArgument(fmt::format("{} is {}, expected {}", name, value, expected));
-  };
-  require(o.num_parts >= 1, "num_parts", o.num_parts, ">= 1");
-  require(o.block_size >= 1, "block_size", o.block_size, ">= 1");
-  require(o.fixed_overhead_blocks >= 0, "fixed_overhead_blocks", o.fixed_overhead_blocks, ">= 0");
-  require(o.min_blocks_per_request == 0 || o.min_blocks_per_request == 1, "min_blocks_per_request",
-          o.min_blocks_per_request, "0 or 1");
-  // The device counts num_parts times as many in 32 bits.
-  require(o.min_blocks_per_part >= 1 && o.min_blocks_per_part <= 1 << 16, "min_blocks_per_part",
-          o.min_blocks_per_part, "1 to 65536");
-  require(o.whole_requests_percent >= 0, "whole_requests_percent", o.whole_requests_percent, ">= 0");
-  require(o.fixed_split_blocks >= 0, "fixed_split_blocks", o.fixed_split_blocks, ">= 0");
-}
-
-namespace {
 
 std::int64_t blocks_of(std::int32_t length, const ScheduleOptions& o) {
   return std::max<std::int64_t>(ceil_div(length, o.block_size), o.min_blocks_per_request);
@@ -228,14 +207,6 @@ DecodeSchedule DecodeSchedule::build(std::span<const std::int32_t> cache_seqlens
   return s;
 }
 
-ScheduleOptions cpu_schedule_options(int num_threads) {
-  if (num_threads < 0) throw InvalidArgument(fmt::format("num_threads is {}, expected >= 0", num_threads));
-  ScheduleOptions options;
-  options.num_parts = num_threads > 0 ? num_threads : cpu::default_num_threads();
-  options.fixed_overhead_blocks = 1;  // a request costs a CPU worker little beside its tokens
-  return options;
-}
-
 DecodeScheduleView DecodeSchedule::view() const {
   DecodeScheduleView v;
   v.parts = TensorView::contiguous(const_cast<DecodePart*>(parts_.data()), DType::kInt32,
@@ -247,11 +218,35 @@ DecodeScheduleView DecodeSchedule::view() const {
   return v;
 }
 
-std::vector<std::int32_t> DecodeSchedule::to_token_rows(std::span<const std::int32_t> cache_seqlens) const {
-  if (cache_seqlens.size() + 1 != num_splits_.size()) {
+namespace {
+
+void check_same_batch(std::span<const std::int32_t> lengths, std::span<const std::int32_t> num_splits) {
+  if (lengths.size() + 1 != num_splits.size()) {
     throw InvalidArgument(fmt::format("cache_seqlens has {} elements, expected the {} of the schedule",
-                                      cache_seqlens.size(), num_splits_.size() - 1));
+                                      lengths.size(), num_splits.size() - 1));
   }
+}
+
+}  // namespace
+
+double DecodeSchedule::balance(std::span<const std::int32_t> cache_seqlens) const {
+  check_same_batch(cache_seqlens, num_splits_);
+  std::int64_t busiest = 0, all = 0;
+  for (const DecodePart& part : parts_) {
+    const auto walk = walk_part(part, cache_seqlens.data(), num_splits_.data(), options_.block_size,
+                                options_.fixed_split_blocks);
+    std::int64_t blocks = 0;
+    for (auto item = walk.first(); walk.holds(item); item = walk.next(item)) {
+      blocks += item.end_block - item.begin_block;
+    }
+    busiest = std::max(busiest, blocks);
+    all += blocks;
+  }
+  return busiest == 0 ? 0 : static_cast<double>(all) / static_cast<double>(busiest * std::ssize(parts_));
+}
+
+std::vector<std::int32_t> DecodeSchedule::to_token_rows(std::span<const std::int32_t> cache_seqlens) const {
+  check_same_batch(cache_seqlens, num_splits_);
   std::vector<std::int32_t> rows(parts_.size() * 8, 0);
   for (std::size_t p = 0; p < parts_.size(); ++p) {
     const DecodePart& part = parts_[p];

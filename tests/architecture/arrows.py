@@ -57,16 +57,12 @@ KNOWN_EXCEPTIONS = {
     ("src/cli/bench_engine.cpp", "model/model.h"),
     ("src/engine/engine.cpp", "checkpoint/config.h"),
     ("src/engine/sampler.h", "kernels/sampling/cpu/draw.h"),
-    ("src/kernels/attention/dense_decode/reference/dense_decode.cpp", "api/checks.h"),
     ("src/kernels/attention/dense_prefill/cpu/dense_prefill.cpp", "model/model.h"),
     ("src/kernels/attention/dense_prefill/cpu/dense_prefill.h", "model/ops.h"),
     ("src/kernels/attention/plain/sm90/plain_attention.cu", "model/model.h"),
     ("src/kernels/fused/sm90/one_token.h", "checkpoint/config.h"),
     ("src/kernels/moe/cpu/router.h", "checkpoint/config.h"),
     ("src/kernels/rows/sm90/rows.cu", "model/model.h"),
-    ("src/schedule/device_schedule.cuh", "kernels/attention/dense_decode/sm90/params.h"),
-    ("src/schedule/device_schedule.cuh", "kernels/ptx/cluster.cuh"),
-    ("src/schedule/schedule.cpp", "kernels/attention/dense_decode/cpu/dense_decode.h"),
 }
 
 # Headers that CMake writes.

@@ -38,7 +38,7 @@ TEST(DecodePlan, WorkOfTwoRowBlocksPerKeyIsComputeBound) {
 TEST(DecodePlan, ASmallBatchPaysNothingForARequest) {
   const RowBlocks blocks = row_blocks(1, 128);
   const auto overhead = [&](int batch) {
-    return schedule_shape(batch, 132, blocks, 1).fixed_overhead_blocks;
+    return schedule_options(batch, 132, blocks, 1).fixed_overhead_blocks;
   };
   EXPECT_EQ(overhead(0), 4) << "not known";
   EXPECT_EQ(overhead(1), 0);
@@ -50,22 +50,23 @@ TEST(DecodePlan, AScheduleHasAsManyPartsWhateverTheBatch) {
   for (const int h_q : {16, 128}) {
     const RowBlocks blocks = row_blocks(1, h_q);
     for (const int batch : {1, 2, 33, 34, 128}) {
-      EXPECT_EQ(schedule_shape(batch, 132, blocks, 1).num_parts, schedule_shape(0, 132, blocks, 1).num_parts);
+      EXPECT_EQ(schedule_options(batch, 132, blocks, 1).num_parts,
+                schedule_options(0, 132, blocks, 1).num_parts);
     }
   }
 }
 
 TEST(DecodePlan, AGroupOfCtasForEveryPartRunsAtATime) {
-  EXPECT_EQ(schedule_shape(2, 132, row_blocks(1, 16), 1).num_parts, 132);
-  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 128), 1).num_parts, 66);
-  EXPECT_EQ(schedule_shape(1, 132, row_blocks(1, 16), 8).num_parts, 16);
-  EXPECT_EQ(schedule_shape(1, 1, row_blocks(1, 16), 1).num_parts, 1) << "never none";
+  EXPECT_EQ(schedule_options(2, 132, row_blocks(1, 16), 1).num_parts, 132);
+  EXPECT_EQ(schedule_options(1, 132, row_blocks(1, 128), 1).num_parts, 66);
+  EXPECT_EQ(schedule_options(1, 132, row_blocks(1, 16), 8).num_parts, 16);
+  EXPECT_EQ(schedule_options(1, 1, row_blocks(1, 16), 1).num_parts, 1) << "never none";
 }
 
 TEST(DecodePlan, ClustersTakePairsOfTilesWhereTheBatchIsSmall) {
-  EXPECT_EQ(schedule_shape(4, 132, row_blocks(1, 128), 1).min_blocks_per_part, 2);
-  EXPECT_EQ(schedule_shape(4, 132, row_blocks(1, 64), 1).min_blocks_per_part, 1);
-  EXPECT_EQ(schedule_shape(128, 132, row_blocks(1, 128), 1).min_blocks_per_part, 1);
+  EXPECT_EQ(schedule_options(4, 132, row_blocks(1, 128), 1).min_blocks_per_part, 2);
+  EXPECT_EQ(schedule_options(4, 132, row_blocks(1, 64), 1).min_blocks_per_part, 1);
+  EXPECT_EQ(schedule_options(128, 132, row_blocks(1, 128), 1).min_blocks_per_part, 1);
 }
 
 TEST(DecodePlan, CombineIsAsFineAsItsBlocksRunAtOnce) {

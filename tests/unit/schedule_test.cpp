@@ -222,5 +222,33 @@ TEST(Schedule, BadInputIsNamed) {
       std::string::npos);
 }
 
+TEST(Schedule, BalanceIsTheShareOfWorkThatTheBusiestPartLeavesToOthers) {
+  ScheduleOptions o = with_parts(2);
+  o.fixed_overhead_blocks = 0;
+  const std::vector<std::int32_t> even{640}, odd{64 * 3}, none{0, 0};
+  EXPECT_EQ(DecodeSchedule::build(even, o).balance(even), 1.0);
+  EXPECT_EQ(DecodeSchedule::build(odd, o).balance(odd), 0.75) << "two blocks and one";
+  EXPECT_EQ(DecodeSchedule::build(none, o).balance(none), 0.0);
+  o.fixed_split_blocks = 2;
+  EXPECT_EQ(DecodeSchedule::build(even, o).balance(even), 10.0 / (2 * 6)) << "cut at multiples of two";
+  EXPECT_THROW(DecodeSchedule::build(even, o).balance(none), InvalidArgument);
+}
+
+TEST(Schedule, EveryOptionHasBoundsAndIsNamedWhenOutOfThem) {
+  for (const ScheduleOptionField& field : schedule_option_fields()) {
+    const int by_default = ScheduleOptions{}.*field.value;
+    EXPECT_GE(by_default, field.least) << field.name;
+    EXPECT_LE(by_default, field.most) << field.name;
+    ScheduleOptions o;
+    o.*field.value = field.least - 1;
+    try {
+      DecodeSchedule::build(std::vector<std::int32_t>{1}, o);
+      ADD_FAILURE() << field.name;
+    } catch (const InvalidArgument& e) {
+      EXPECT_EQ(std::string(e.what()).find(field.name), 0U) << e.what();
+    }
+  }
+}
+
 }  // namespace
 }  // namespace flash_mla

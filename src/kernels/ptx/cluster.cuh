@@ -1,8 +1,10 @@
 #pragma once
 
-// Thread-block clusters, register allotment and programmatic dependent launch.
+// Thread-block clusters, register allotment and, through its include, programmatic dependent launch.
 
 #include <cstdint>
+
+#include "base/cuda/grid_dependency.cuh"
 
 namespace flash_mla::sm90::ptx {
 
@@ -40,14 +42,6 @@ __device__ __forceinline__ void set_max_registers_down() {
 template <int kCount>
 __device__ __forceinline__ void set_max_registers_up() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-
-/// Waits until the kernel this one was launched behind has finished (or triggered) and its writes are
-/// visible.
-__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-/// Lets the kernel behind this one start.
-__device__ __forceinline__ void grid_dependency_launch() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 }  // namespace flash_mla::sm90::ptx

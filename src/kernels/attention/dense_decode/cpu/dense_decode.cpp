@@ -11,9 +11,9 @@
 #include <utility>
 
 #include "base/element.h"
+#include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/cpu/isa.h"
 #include "kernels/attention/dense_decode/cpu/tile.h"
-#include "flash_mla/error.h"
 #include "schedule/walk.h"
 
 #if defined(_OPENMP)
@@ -145,22 +145,16 @@ class Worker {
     if (part.begin_req >= p_.batch || part.begin_req > part.end_req) return;
     std::int64_t slot = 0;  // of the request's first split, when it has several
     for (std::int64_t r = 0; r < part.begin_req; ++r) slot += p_.splits(r) > 1 ? p_.splits(r) : 0;
-    const std::int64_t step = p_.schedule.fixed_split_blocks;
-    for (std::int64_t req = part.begin_req; req <= part.end_req; ++req) {
-      const std::int64_t blocks = schedule_blocks(p_.length(req), p_.schedule.block_size);
-      std::int64_t block = req == part.begin_req ? part.begin_block : 0;
-      const std::int64_t end = req == part.end_req ? std::min<std::int64_t>(part.end_block, blocks) : blocks;
-      std::int64_t split = req == part.begin_req ? part.begin_split : 0;
-      const bool whole = p_.splits(req) == 1;
-      do {
-        const std::int64_t stop = step > 0 ? std::min(block + step, end) : end;
-        float* slot_at = whole ? nullptr : slots_ + static_cast<std::size_t>(slot + split) * p_.slot_floats();
-        run_split(req, block * p_.schedule.block_size,
-                  std::min<std::int64_t>(stop * p_.schedule.block_size, p_.length(req)), slot_at);
-        block = stop;
-        ++split;
-      } while (block < end);
-      if (!whole) slot += p_.splits(req);
+    const std::int64_t block_size = p_.schedule.block_size;
+    const auto walk = walk_part(part, p_.args.cache_seqlens.ptr<const std::int32_t>(),
+                                p_.schedule.num_splits.ptr<const std::int32_t>(), p_.schedule.block_size,
+                                p_.schedule.fixed_split_blocks);
+    std::int64_t req = part.begin_req;
+    for (auto item = walk.first(); walk.holds(item); item = walk.next(item)) {
+      for (; req < item.req; ++req) slot += p_.splits(req) > 1 ? p_.splits(req) : 0;
+      run_split(
+          item.req, item.begin_block * block_size, std::min(item.end_block * block_size, item.length),
+          item.is_split ? slots_ + static_cast<std::size_t>(slot + item.slot) * p_.slot_floats() : nullptr);
     }
   }
 

@@ -1,10 +1,11 @@
+#include "kernels/attention/dense_decode/reference/dense_decode.h"
+
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
-#include "api/checks.h"
 #include "base/element.h"
-#include "flash_mla/reference.h"
 
 namespace flash_mla::reference {
 namespace {
@@ -78,16 +79,8 @@ void run(const DenseDecodeArgs& a, double scale, bool causal) {
 
 }  // namespace
 
-void dense_decode(const DenseDecodeArgs& args, const DenseDecodeOptions& options) {
-  api::check_dense_decode_shapes(args, options, /*allow_reference_types=*/true);
-  if (args.q.device.type != DeviceType::kCpu) {
-    api::invalid("q is {}, expected a CPU tensor", args.q.describe());
-  }
-  api::check_dense_decode_values(args);
-  const double scale = options.softmax_scale ? double{*options.softmax_scale}
-                                             : 1.0 / std::sqrt(static_cast<double>(args.q.size(3)));
-  const bool causal = options.causal && args.q.size(1) > 1;
-  visit_float_type(args.q.dtype, [&](auto element) { run<decltype(element)>(args, scale, causal); });
+void dense_decode(const DenseDecodeArgs& args, double softmax_scale, bool causal) {
+  visit_float_type(args.q.dtype, [&](auto element) { run<decltype(element)>(args, softmax_scale, causal); });
 }
 
 }  // namespace flash_mla::reference

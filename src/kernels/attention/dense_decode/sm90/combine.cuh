@@ -52,8 +52,11 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   // this one start.
   int req = static_cast<int>(blockIdx.z), splits = 0;
   if (p.split_tiles == 0 && p.batch > p.num_parts) {
-    const int4 part = part_of(p, req);
-    req = part.x < p.batch && (part.x < part.y || (part.x == part.y && part.z == 0)) ? part.y : p.batch;
+    const PartRange part = part_of(p, req);
+    req = part.begin_req < p.batch &&
+                  (part.begin_req < part.end_req || (part.begin_req == part.end_req && part.begin_block == 0))
+              ? part.end_req
+              : p.batch;
   }
   int first_slot = 0, next_slot = 0;
   if (req < p.batch) {

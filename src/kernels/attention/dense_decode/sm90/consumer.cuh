@@ -280,11 +280,12 @@ struct ConsumerBase {
   // Walks the items of a part; `tiles(o, item, sum)` does the work on one. O is not cleared: the first
   // product of an item overwrites it.
   template <class Tiles>
-  __device__ void for_each_item(const int4& part, Tiles&& tiles) {
+  __device__ void for_each_item(const PartRange& part, Tiles&& tiles) {
     float o[128];
     int items = 0;
-    for (Item item = first_item(p, part); item.req <= part.y; item = next_item(p, part, item)) {
-      if (item.begin_tile >= item.end_tile) {
+    const auto walk = walk_of(p, part);
+    for (Item item = walk.first(); walk.holds(item); item = walk.next(item)) {
+      if (item.begin_block >= item.end_block) {
         store_empty(item);
         continue;
       }

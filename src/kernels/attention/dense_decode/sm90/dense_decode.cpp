@@ -15,6 +15,7 @@
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/sm90/launch.h"
 #include "kernels/ptx/tensor_map.h"
+#include "schedule/device_schedule.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -116,8 +117,8 @@ void require_device(int index) {
   if (!reason.empty()) throw Unsupported(reason);
 }
 
-ScheduleShape schedule_shape(int device, int s_q, int h_q, int h_kv, int batch) {
-  return schedule_shape(batch, gpu(device).sms, row_blocks(s_q, h_q / h_kv), h_kv);
+ScheduleOptions schedule_options(int device, int s_q, int h_q, int h_kv, int batch) {
+  return schedule_options(batch, gpu(device).sms, row_blocks(s_q, h_q / h_kv), h_kv);
 }
 
 void check_schedule_layout(const DecodeScheduleView& s) {
@@ -265,13 +266,7 @@ void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& opti
   ScheduleParams p{};
   p.cache_seqlens = cache_seqlens.ptr<const std::int32_t>();
   p.batch = static_cast<int>(cache_seqlens.size(0));
-  p.num_parts = options.num_parts;
-  p.block_size = options.block_size;
-  p.fixed_overhead_blocks = options.fixed_overhead_blocks;
-  p.min_blocks_per_request = options.min_blocks_per_request;
-  p.min_blocks_per_part = options.min_blocks_per_part;
-  p.whole_requests_percent = options.whole_requests_percent;
-  p.fixed_split_blocks = options.fixed_split_blocks;
+  set_options(p, options);
   p.token_rows = s.unit == PartUnit::kTokens;
   p.parts = s.parts.ptr<std::int32_t>();
   p.num_splits = s.num_splits.ptr<std::int32_t>();

@@ -31,7 +31,7 @@ std::string reject_reason(const Gpu& gpu);
 void require_device(int index);
 
 /// How a schedule should cut a batch of these shapes; `batch` 0: not known.
-ScheduleShape schedule_shape(int device, int s_q, int h_q, int h_kv, int batch);
+ScheduleOptions schedule_options(int device, int s_q, int h_q, int h_kv, int batch);
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args, const DecodeScheduleView& schedule);
 

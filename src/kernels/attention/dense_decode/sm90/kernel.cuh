@@ -75,11 +75,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   ptx::cluster_arrive();
   ptx::grid_dependency_wait();
-  const int4 part = part_of(p, static_cast<int>(blockIdx.z));  // on its way while the barriers are made known
+  const PartRange part =
+      part_of(p, static_cast<int>(blockIdx.z));  // on its way while the barriers are made known
   ptx::cluster_wait();
   // The combine kernel may be set up from now on; it waits for this grid to finish before it reads anything.
   ptx::grid_dependency_launch();
-  if (part.x < p.batch) {
+  if (part.begin_req < p.batch) {
     if (warp >= kConsumerThreads / 32) {
       ptx::set_max_registers_down<40>();
       if (ptx::elect_one()) {

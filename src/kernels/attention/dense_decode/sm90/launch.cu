@@ -9,13 +9,12 @@
 #include <type_traits>
 #include <utility>
 
+#include "base/cuda/shared_memory.h"
 #include "kernels/attention/dense_decode/sm90/combine.cuh"
 #include "kernels/attention/dense_decode/sm90/kernel.cuh"
-#include "kernels/attention/dense_decode/sm90/launch.h"
-#include "schedule/device_schedule.cuh"
-#include "kernels/ptx/tensor_map.h"
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
-#include "base/cuda/shared_memory.h"
+#include "kernels/attention/dense_decode/sm90/launch.h"
+#include "kernels/ptx/tensor_map.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -122,11 +121,6 @@ KernelFacts combine_kernel_facts(const DecodePlan& plan, bool bf16) {
                      combine_smem<kIndex>(plan));
   });
   return facts;
-}
-
-void launch_schedule(const ScheduleParams& p, void* stream) {
-  launch(schedule_kernel, dim3(1), kScheduleThreads,
-         static_cast<std::size_t>(schedule_words(p.batch, p.num_parts)) * sizeof(std::int32_t), 1, stream, p);
 }
 
 }  // namespace flash_mla::sm90

@@ -11,6 +11,4 @@ void launch_dense_decode(const DecodeParams& params, const CUtensorMap& q_map, c
                          const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16,
                          const DecodePlan& plan, void* stream);
 
-void launch_schedule(const ScheduleParams& params, void* stream);
-
 }  // namespace flash_mla::sm90

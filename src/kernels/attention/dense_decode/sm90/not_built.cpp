@@ -2,8 +2,8 @@
 
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
-#include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
+#include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -18,7 +18,7 @@ std::vector<Gpu> gpus() { return {}; }
 std::string why_no_gpus() { return kReason; }
 std::string reject_reason(const Gpu&) { return kReason; }
 void require_device(int) { refuse(); }
-ScheduleShape schedule_shape(int, int, int, int, int) { refuse(); }
+ScheduleOptions schedule_options(int, int, int, int, int) { refuse(); }
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }
 void dense_decode(const DenseDecodeArgs&, const DecodeScheduleView&, void*, float, bool, void*) { refuse(); }
 void check_supported(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse(); }

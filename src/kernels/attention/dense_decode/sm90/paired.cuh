@@ -27,7 +27,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
   using Base::row;
   using Base::s;
 
-  __device__ void run(const int4& part) {
+  __device__ void run(const PartRange& part) {
     int uses = 0;  // of this warpgroup's slot so far
     this->for_each_item(part, [&](float(&o)[128], const Item& item, float(&sum)[2]) {
       if constexpr (kWg == 0) {
@@ -135,17 +135,17 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     float alpha[2], base[2];
     FirstQ first;
     load_first(first);
-    for (int tile = item.begin_tile; tile < item.end_tile; tile += 2) {
-      const bool paired = tile + 1 < item.end_tile;
+    for (int tile = item.begin_block; tile < item.end_block; tile += 2) {
+      const bool paired = tile + 1 < item.end_block;
       issue_tile(scores, first, item, tile, 0, uses);
       if (paired) ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
       ptx::wgmma_wait<0>();
-      if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+      if (tile + 2 >= item.end_block && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
       const bool scaled = find_reference(scores, item, tile, sum, alpha, base);
       this->template exponentiate<0, 4>(scores, base, sum, 0, weights);
       ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
       if (scaled) this->rescale(o, alpha[0], alpha[1]);
-      issue_pv_own(o, weights, 0, tile > item.begin_tile);
+      issue_pv_own(o, weights, 0, tile > item.begin_block);
       ptx::wgmma_wait<0>();
       this->release(0);
       if (!paired) break;
@@ -155,7 +155,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
       this->template issue_pv_shared<2, 4>(o, 1, true);
       ptx::wgmma_wait<0>();
-      this->release_odd(item, tile + 3 >= item.end_tile);
+      this->release_odd(item, tile + 3 >= item.end_block);
     }
   }
 
@@ -166,16 +166,16 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     float alpha[2], base[2];
     FirstQ first;
     load_first(first);
-    int tile = item.begin_tile + 1;
-    if (tile >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
-    for (; tile < item.end_tile; tile += 2) {
+    int tile = item.begin_block + 1;
+    if (tile >= item.end_block && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+    for (; tile < item.end_block; tile += 2) {
       ptx::named_barrier_sync<kOrder, kConsumerThreads>();
       issue_tile(scores, first, item, tile, 1, uses);
       ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
       take_reference(o, sum);
-      this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
+      this->issue_pv_shared(o, 0, tile > item.begin_block + 1);
       ptx::wgmma_wait<1>();
-      if (tile + 2 >= item.end_tile && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+      if (tile + 2 >= item.end_block && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
       // In halves: the first product with V1 starts while the second half of P1 is being computed.
       const bool scaled = find_reference(scores, item, tile, sum, alpha, base);
       this->template exponentiate<0, 2>(scores, base, sum, 1, weights);
@@ -188,13 +188,13 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
       ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
       issue_pv_own<2, 4>(o, weights, 1, true);
       ptx::wgmma_wait<0>();
-      this->release_odd(item, tile + 2 >= item.end_tile);
+      this->release_odd(item, tile + 2 >= item.end_block);
     }
-    if (tile == item.end_tile) {
+    if (tile == item.end_block) {
       // The last even tile has no partner.
       ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
       take_reference(o, sum);
-      this->issue_pv_shared(o, 0, tile > item.begin_tile + 1);
+      this->issue_pv_shared(o, 0, tile > item.begin_block + 1);
       ptx::wgmma_wait<0>();
       this->release(0);
     }

@@ -110,22 +110,4 @@ struct DecodeParams {
   float* partial_stats;
 };
 
-/// What the device schedule keeps in 48 KB of shared memory: see ScheduleMemory.
-inline constexpr int kMaxScheduleWords = 12200;
-inline constexpr int kMaxStops = 256;
-constexpr std::int64_t schedule_words(std::int64_t batch, std::int64_t num_parts) {
-  return batch + 1 + 3 * num_parts + 1 + std::int64_t{3} * kMaxStops;
-}
-
-struct ScheduleParams {
-  const std::int32_t* cache_seqlens;
-  int batch;
-  int num_parts;
-  int block_size, fixed_overhead_blocks, min_blocks_per_request, min_blocks_per_part, whole_requests_percent,
-      fixed_split_blocks;
-  bool token_rows;
-  std::int32_t* parts;       ///< (num_parts, 8)
-  std::int32_t* num_splits;  ///< (batch + 1)
-};
-
 }  // namespace flash_mla::sm90

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "flash_mla/schedule.h"
 #include "kernels/attention/dense_decode/sm90/combine_shape.h"
 #include "kernels/attention/dense_decode/sm90/params.h"
 
@@ -32,11 +33,8 @@ constexpr int num_parts(int sms, const RowBlocks& blocks, int h_kv) {
   return std::max(sms / h_kv / blocks.count(), 1);
 }
 
-/// How a schedule should cut a batch: see ScheduleOptions.
-struct ScheduleShape {
-  int num_parts, fixed_overhead_blocks, min_blocks_per_part, whole_requests_percent;
-};
-
+/// How a schedule should cut a batch.
+///
 /// `batch` 0: not known, as if it were large. num_parts does not depend on it: FlashMLA's callers copy the
 /// metadata of one batch over another's. Measured (docs/kernels/dense-decode-sm90.md):
 /// - What starting a request costs, in tiles: 4 is best for varying lengths, by 1 to 2.5% over 8. Where
@@ -44,10 +42,17 @@ struct ScheduleShape {
 /// - 128 equal requests are 3% more work for the busiest part when left whole, and yet 2 to 6% faster.
 /// - Clusters take tiles in pairs and are slow with one: b=1, s_k=4096 takes 19 us in parts of two tiles,
 ///   23 in parts of one.
-constexpr ScheduleShape schedule_shape(int batch, int sms, const RowBlocks& blocks, int h_kv) {
-  const int parts = num_parts(sms, blocks, h_kv);
-  if (batch == 0 || 2 * std::int64_t{batch} > parts) return {parts, 4, 1, 5};
-  return {parts, 0, blocks.count() % 2 == 0 ? 2 : 1, 0};
+constexpr ScheduleOptions schedule_options(int batch, int sms, const RowBlocks& blocks, int h_kv) {
+  ScheduleOptions options;
+  options.num_parts = num_parts(sms, blocks, h_kv);
+  if (batch == 0 || 2 * std::int64_t{batch} > options.num_parts) {
+    options.fixed_overhead_blocks = 4;
+    options.whole_requests_percent = 5;
+  } else {
+    options.fixed_overhead_blocks = 0;
+    options.min_blocks_per_part = blocks.count() % 2 == 0 ? 2 : 1;
+  }
+  return options;
 }
 
 /// Does the tensor unit or the memory take longer over a tile of keys? A row block costs an SM 2176 clocks;

@@ -124,19 +124,20 @@ struct Producer {
   }
 
   // All of Q, for every item.
-  __device__ void bring_q(const int4& part) const {
+  __device__ void bring_q(const PartRange& part) const {
     const RowPlace first = place_of(p.blocks, static_cast<int>(blockIdx.x), 0);
     const int first_head = static_cast<int>(blockIdx.y) * p.group + first.head;
     std::uint32_t free = 1;
-    for (Item item = first_item(p, part); item.req <= part.y; item = next_item(p, part, item)) {
-      if (item.begin_tile >= item.end_tile) continue;
+    const auto walk = walk_of(p, part);
+    for (Item item = walk.first(); walk.holds(item); item = walk.next(item)) {
+      if (item.begin_block >= item.end_block) continue;
       ptx::mbarrier_wait(&s.q_empty, free);
       free ^= 1;
       for (int half = 0; half < 2; ++half) load_q(half, item, first.token, first_head);
     }
   }
 
-  __device__ void run(const int4& part) const {
+  __device__ void run(const PartRange& part) const {
     constexpr bool kThreadPerHalf = kCluster > 1;
     constexpr int kTileStep = kThreadPerHalf ? 2 : 1;
     if (!kThreadPerHalf && thread > 0) {
@@ -152,10 +153,11 @@ struct Producer {
     const int first_head = static_cast<int>(blockIdx.y) * p.group + first.head;
     const auto pages_of = [&](int req) { return p.block_table + req * p.block_table_stride; };
     // The first page is asked for ahead of the request's length: both come from memory.
-    int tile = part.z + my_slot, page = page_of(pages_of(part.x), tile, tiles_per_page);
-    for (Item item = first_item(p, part); item.req <= part.y;) {
+    int tile = part.begin_block + my_slot, page = page_of(pages_of(part.begin_req), tile, tiles_per_page);
+    const auto walk = walk_of(p, part);
+    for (Item item = walk.first(); walk.holds(item);) {
       const std::int32_t* pages = pages_of(item.req);
-      if (item.begin_tile < item.end_tile) {
+      if (item.begin_block < item.end_block) {
         if (kThreadPerHalf && my_slot == 0) {
           ptx::mbarrier_wait(&s.q_empty, (items & 1) ^ 1);
           load_q(first_half, item, first.token, first_head);
@@ -164,7 +166,7 @@ struct Producer {
         if (my_slot == 1 && items == 0) ptx::mbarrier_wait(&s.first_issued, 0);
         ++items;
         int slot = my_slot;
-        for (; tile < item.end_tile; tile += kTileStep) {
+        for (; tile < item.end_block; tile += kTileStep) {
           const std::uint32_t free = kThreadPerHalf ? (uses++ & 1) ^ 1 : (uses >> slot & 1) ^ 1;
           const int token = tiles_per_page <= 1 ? 0 : tile % tiles_per_page * kTileTokens;
           for (int half = first_half; half <= last_half; ++half) {
@@ -181,7 +183,7 @@ struct Producer {
             uses ^= 1 << slot;
             slot ^= 1;
           }
-          if (tile + kTileStep >= item.end_tile) break;
+          if (tile + kTileStep >= item.end_block) break;
           page = page_of(pages, tile + kTileStep, tiles_per_page);
           if (kThreadPerHalf && tiles_per_page == 1) {
             // At the start everything waits for the first tiles: the next ones ask for nothing until those
@@ -193,15 +195,14 @@ struct Producer {
       }
       const bool staged = my_slot == 1 && is_staged<kCluster>(p, item);
       const int req = item.req;
-      item = next_item(p, part, item);
-      if (item.req <= part.y) {
-        tile = item.begin_tile + my_slot;
+      item = walk.next(item);
+      if (walk.holds(item)) {
+        tile = item.begin_block + my_slot;
         page = page_of(pages_of(item.req), tile, tiles_per_page);
       }
       if constexpr (kThreadPerHalf) {
-        if (tiles_per_page == 1 && item.req <= part.y && tile < item.end_tile)
-          prefetch_half(first_half, page);
-        if (my_slot == 0 && item.req <= part.y && item.req != req)
+        if (tiles_per_page == 1 && walk.holds(item) && tile < item.end_block) prefetch_half(first_half, page);
+        if (my_slot == 0 && walk.holds(item) && item.req != req)
           prefetch_q(first_half, item, first.token, first_head);
         if (staged) store_out(first_half, req, first.token, first_head, stores++);
       }

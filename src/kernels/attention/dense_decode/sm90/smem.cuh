@@ -8,6 +8,7 @@
 #include "kernels/attention/dense_decode/sm90/params.h"
 #include "kernels/ptx/fragment.cuh"
 #include "kernels/ptx/mbarrier.cuh"
+#include "schedule/walk.h"
 
 namespace flash_mla::sm90 {
 
@@ -35,57 +36,31 @@ struct alignas(1024) DecodeSmem {
 
 enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1, kP1HalfReady };
 
-/// The work of a part on one request.
-struct Item {
-  int req;
-  int length;
-  int begin_tile, end_tile;
-  bool is_split;  // other parts work on this request too
-  int slot;       // of the partial result
+using Item = PartItem<int>;
+
+/// The requests and blocks of part `index`, whichever unit the schedule's rows are in.
+__device__ __forceinline__ PartRange part_of(const DecodeParams& p, int index) {
+  const int4 row = reinterpret_cast<const int4*>(p.parts)[2 * static_cast<std::int64_t>(index)];
+  return part_range<int>(row.x, row.y, row.z, row.w, p.token_rows, kTileTokens);
+}
+
+/// What the walk reads, of the part that this CTA works on. Where partial results lie: see DecodeParams.
+struct DecodeTables {
+  const DecodeParams& p;
+
+  __device__ static constexpr int block_size() { return kTileTokens; }
+  __device__ int fixed_split_blocks() const { return p.split_tiles; }
+  __device__ int length(int req) const { return p.cache_seqlens[req]; }
+  __device__ int splits_before(int req) const { return p.num_splits[req]; }
+  __device__ int begin_split() const { return p.parts[static_cast<std::int64_t>(blockIdx.z) * 8 + 4]; }
+  __device__ int slot(int req, int before, int split, bool fixed) const {
+    return fixed ? before + split : before - req + (split == 0 ? p.num_parts : split - 1);
+  }
 };
 
-/// The requests and tiles of part `index`, whichever unit the schedule's rows are in.
-__device__ __forceinline__ int4 part_of(const DecodeParams& p, int index) {
-  const int4 row = reinterpret_cast<const int4*>(p.parts)[2 * static_cast<std::int64_t>(index)];
-  if (!p.token_rows) return row;  // begin_req, end_req, begin_block, end_block
-  return {row.x, row.z, row.y / kTileTokens, (row.w + kTileTokens - 1) / kTileTokens};
-}
-
-/// Where a part stops working on a request.
-__device__ __forceinline__ int stop_tile(const int4& part, int req, int length) {
-  const int tiles = (length + kTileTokens - 1) / kTileTokens;
-  return req == part.y ? min(part.w, tiles) : tiles;
-}
-
-/// The work of a part on request `req` from `begin_tile` on.
-__device__ __forceinline__ Item item_at(const DecodeParams& p, const int4& part, int req, int begin_tile) {
-  Item item;
-  item.req = req;
-  if (req > part.y) return item;
-  item.length = p.cache_seqlens[req];
-  item.begin_tile = begin_tile;
-  item.end_tile = stop_tile(part, req, item.length);
-  const int before = p.num_splits[req];
-  item.is_split = p.num_splits[req + 1] - before > 1;
-  if (p.split_tiles > 0) {
-    item.end_tile = min(item.end_tile, begin_tile + p.split_tiles);
-    item.slot = before + begin_tile / p.split_tiles;
-  } else {
-    const int split =
-        req != part.x || begin_tile == 0 ? 0 : p.parts[static_cast<std::int64_t>(blockIdx.z) * 8 + 4];
-    item.slot = before - req + (split == 0 ? p.num_parts : split - 1);
-  }
-  return item;
-}
-
-/// The items of a part: first_item, then next_item while item.req <= part.y. One per request, or one per
-/// split where split points are fixed.
-__device__ __forceinline__ Item first_item(const DecodeParams& p, const int4& part) {
-  return item_at(p, part, part.x, part.z);
-}
-__device__ __forceinline__ Item next_item(const DecodeParams& p, const int4& part, const Item& item) {
-  const bool more = p.split_tiles > 0 && item.end_tile < stop_tile(part, item.req, item.length);
-  return item_at(p, part, more ? item.req : item.req + 1, more ? item.end_tile : 0);
+/// The walk over a part's items.
+__device__ __forceinline__ PartWalk<int, DecodeTables> walk_of(const DecodeParams& p, const PartRange& part) {
+  return {part, {p}};
 }
 
 /// Does the copy engine store the item's output, from the halves of slot 1? Those of the item's last tile
@@ -93,7 +68,7 @@ __device__ __forceinline__ Item next_item(const DecodeParams& p, const int4& par
 /// work is compute-bound.
 template <int kCluster>
 __device__ __forceinline__ bool is_staged(const DecodeParams& p, const Item& item) {
-  return kCluster > 1 && p.out_box_chunks > 0 && !item.is_split && item.end_tile - item.begin_tile > 1;
+  return kCluster > 1 && p.out_box_chunks > 0 && !item.is_split && item.end_block - item.begin_block > 1;
 }
 
 }  // namespace flash_mla::sm90

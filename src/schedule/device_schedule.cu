@@ -1,6 +1,4 @@
-#pragma once
-
-// The decode schedule on the device: the plan of src/schedule, word for word, by one block.
+// The decode schedule on the device: the plan of schedule.cpp, word for word, by one block.
 //
 // Requests are laid on a line, each as long as its blocks and the fixed overhead behind them; parts are cut
 // out of the line. With fixed split points every cut stands for itself. Without, a part begins where the one
@@ -10,12 +8,14 @@
 
 #include <cstdint>
 
-#include "kernels/attention/dense_decode/sm90/params.h"
-#include "kernels/ptx/cluster.cuh"
+#include "base/cuda/grid_dependency.cuh"
+#include "base/cuda/launch.cuh"
+#include "schedule/device_schedule.h"
 
 namespace flash_mla::sm90 {
+namespace {
 
-inline constexpr int kScheduleThreads = 512;
+constexpr int kScheduleThreads = 512;
 
 static_assert(kMaxScheduleWords * 4 + 5 * kScheduleThreads / 32 * 4 <= 48 * 1024,
               "with what scans and the longest request take");
@@ -89,7 +89,7 @@ struct ScheduleMemory {
         stop_at(rests + 2 * kMaxStops) {}
 };
 static_assert(kMaxStops <= kScheduleThreads);
-inline constexpr std::uint32_t kNoJump = 0xFFFFFFFFu;
+constexpr std::uint32_t kNoJump = 0xFFFFFFFFu;
 
 /// How far apart parts begin, at least, where nothing but the balance says where.
 __device__ __forceinline__ int step_of(const ScheduleParams& p, int total) {
@@ -220,7 +220,7 @@ __device__ __forceinline__ void place_fixed(const ScheduleParams& p, const Sched
   }
 }
 
-static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const ScheduleParams p) {
+__global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const ScheduleParams p) {
   extern __shared__ std::int32_t memory[];
   const ScheduleMemory s(memory, p);
   std::int32_t* const starts = s.starts;
@@ -328,6 +328,14 @@ static __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const
     }
   }
   ptx::grid_dependency_launch();
+}
+
+}  // namespace
+
+void launch_schedule(const ScheduleParams& p, void* stream) {
+  const auto words = static_cast<std::size_t>(schedule_words(p.batch, p.num_parts));
+  model::cuda::launch(schedule_kernel, dim3(1), kScheduleThreads, words * sizeof(std::int32_t),
+                      static_cast<cudaStream_t>(stream), p);
 }
 
 }  // namespace flash_mla::sm90
