@@ -18,7 +18,6 @@ using model::cuda::ExpertFfn;
 using model::cuda::RouteArgs;
 
 // ---- Routing
-// -------------------------------------------------------------------------------------------------
 
 struct Kind {
   const char* name;
@@ -173,7 +172,6 @@ TEST(Router, LogitsKeepFp32Weights) {
 }
 
 // ---- Experts
-// -------------------------------------------------------------------------------------------------
 
 struct Layer {
   int hidden, intermediate, experts, chosen;

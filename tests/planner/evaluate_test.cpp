@@ -12,7 +12,6 @@ namespace flash_mla::planner {
 namespace {
 
 // --- models
-// -------------------------------------------------------------------------------------------------------
 
 struct ModelCase {
   const char* name;
@@ -41,7 +40,6 @@ TEST(Models, ParameterCounts) {
 }
 
 // --- exact mode against the reference's corrected tables
-// ----------------------------------------------------------
 
 TEST(Exact, DecodeAt32RequestsPerCard) {
   const struct {
@@ -190,7 +188,6 @@ TEST(Exact, MeasuredExpertLoad) {
 }
 
 // --- article mode
-// -------------------------------------------------------------------------------------------------
 
 TEST(Article, PlansLandOnTables8And9) {
   // The tables round their intermediate results (0.11 GB of cache, 65.1 GFLOP), so a plan is within a few
@@ -238,7 +235,6 @@ TEST(Article, RefusesWhatItHasNoFormulaFor) {
 }
 
 // --- properties
-// ---------------------------------------------------------------------------------------------------
 
 void check_phase(const Phase& p) {
   for (const auto& [kinds, total] :
@@ -386,7 +382,6 @@ TEST(Properties, ChunkKneeBalancesWeightsAndArithmetic) {
 }
 
 // --- summary figures
-// ----------------------------------------------------------------------------------------------
 
 TEST(Summary, RatioRatesAndPrices) {
   Request q = reference_request(8);
@@ -441,7 +436,6 @@ TEST(Summary, ServiceLevels) {
 }
 
 // --- wrong input
-// --------------------------------------------------------------------------------------------------
 
 TEST(Errors, NameTheKeyTheValueAndWhatIsAllowed) {
   const std::vector<std::tuple<std::function<void(Request&)>, const char*, const char*, const char*>> cases =
@@ -494,7 +488,6 @@ TEST(Errors, AModelThatDoesNotFitIsExplained) {
 }
 
 // --- speed
-// --------------------------------------------------------------------------------------------------------
 
 TEST(Speed, TenThousandPlans) {
   std::vector<Request> requests;

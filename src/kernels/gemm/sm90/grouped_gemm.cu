@@ -1,15 +1,16 @@
 // out[pair] = x[pair / x_divisor] · weight[expert]^T over units of pairs that share an expert.
 //
 // Tile:      128 pairs x 256 rows of W (with silu_mul: 128 gate rows and the 128 up rows of the same
-// outputs),
-//            64 columns of k a stage.
+//            outputs), 64 columns of k a stage.
 // Threads:   warpgroups 0 and 1 multiply, 64 pairs each (wgmma m64n256k16, 128 accumulators a thread; with
-// silu_mul
-//            a thread holds gate and up of the same outputs). Warpgroup 2 copies: rows of x are gathered, so
-//            it uses cp.async, 16 bytes a thread, eight threads for 128 contiguous bytes.
-// Memory:    4 stages of A (128 x 128 bytes) and B (256 x 128 bytes), in the 128-byte swizzle of wgmma: 192
-// KB. Registers: 65536 / 384 threads = 170 each, enough for the accumulators without setmaxnreg. A CTA takes
-// tiles in turn; copies run ahead across them, so that results are stored under the next tile's copies.
+//            silu_mul a thread holds gate and up of the same outputs). Warpgroup 2 copies: rows of x are
+//            gathered, so it uses cp.async, 16 bytes a thread, eight threads for 128 contiguous bytes.
+// Memory:    4 stages of A (128 x 128 bytes) and B (256 x 128 bytes), in the 128-byte swizzle of wgmma:
+//            192 KB.
+// Registers: 65536 / 384 threads = 170 each, enough for the accumulators without setmaxnreg.
+//
+// A CTA takes tiles in turn; copies run ahead across them, so that results are stored under the next tile's
+// copies.
 
 #include <cuda_bf16.h>
 

@@ -3,21 +3,19 @@
 // out^T = W x^T with the weights streamed through shared memory once.
 //
 // Item:    up to kWarpsN * kTiles * 16 rows of W by all of the CTA's k, for 8 * kGroups rows of x. The
-// weights are
-//          the 16-row operand of mma.m16n8k16, so that few rows of x waste little. A CTA goes from item to
-//          item and its copies run ahead across them.
+//          weights are the 16-row operand of mma.m16n8k16, so that few rows of x waste little. A CTA goes
+//          from item to item and its copies run ahead across them.
 // Threads: kWarpsN x kWarpsK warps. Warps of one k group share its x; k groups take turns at blocks of 64
-// along
-//          k and are summed in order at the end, then the CTAs of a cluster in order of rank. No atomics.
+//          along k and are summed in order at the end, then the CTAs of a cluster in order of rank. No
+//          atomics.
 // Memory:  a ring of kDepth stages; a stage is 32 columns of k for every k group. Its layout is that of the
 //          registers: a thread copies 16 bytes (8 columns) of a row of W to its own place and reads them back
 //          as fragments of two products. The order of k within a product is free as long as W and x agree, so
 //          thread t of a quad takes columns 8t to 8t + 7. Hence neither bank conflicts nor, where kWarpsN is
 //          1, any barrier in the main loop. Behind the ring: the sums, [plane][row of x][row of W].
 // Flight:  some 100 KB for every CTA, all of it on its way at the start. One CTA leaves room for one of the
-// next
-//          kernel, whose weights then come in while this one ends (programmatic launch): weights depend on
-//          none.
+//          next kernel, whose weights then come in while this one ends (programmatic launch): weights depend
+//          on none.
 
 #include <cuda_bf16.h>
 

@@ -25,7 +25,6 @@ constexpr std::int64_t kMostNormColumns = 12288;  // 48 KB of floats
 constexpr double kMostStreamedRows = 22;          // pairs of an expert, on average
 
 // ---- Sorting
-// -------------------------------------------------------------------------------------------------
 
 struct SortArgs {
   const std::int32_t* ids;  // (pairs)
@@ -105,7 +104,6 @@ __global__ __launch_bounds__(kSortThreads) void sort_pairs(const SortArgs p) {
 }
 
 // ---- Combination
-// ---------------------------------------------------------------------------------------------
 
 struct CombineArgs {
   const float* results;  // (pairs, hidden)
@@ -203,7 +201,6 @@ __global__ __launch_bounds__(kNormThreads) void combine_and_norm(const CombineAr
 }
 
 // ---- The plain way
-// -------------------------------------------------------------------------------------------
 
 struct PlainArgs {
   ExpertFfn ffn;
@@ -250,7 +247,6 @@ __global__ __launch_bounds__(kRowThreads) void plain_experts(const PlainArgs p) 
 }
 
 // ---- Host
-// ----------------------------------------------------------------------------------------------------
 
 struct Workspace {
   ExpertUnit* units;
