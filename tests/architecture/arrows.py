@@ -17,8 +17,9 @@ ARROWS = {
     "include": (),
     "base": (),
     "schedule": (),
-    "kernels": ("schedule",),
-    "api": ("schedule", "kernels"),
+    # Kernels know what a cache page looks like.
+    "kernels": ("schedule", "kv"),
+    "api": ("schedule", "kernels", "kv"),
     "kv": (),
     "checkpoint": (),
     "text": (),

@@ -357,11 +357,7 @@ class Call {
 };
 
 #if defined(_OPENMP)
-// fork() copies a process without OpenMP's threads, and GCC's runtime then waits for them for ever. Whether
-// there were any is the runtime's secret, so that every child of the process that loaded the library runs on
-// one thread.
 const pid_t loaded_by = getpid();
-bool is_forked_child() { return getpid() != loaded_by; }
 
 int useful_threads(const Problem& p) {
   if (is_forked_child()) return 1;
@@ -373,6 +369,14 @@ int useful_threads(const Problem& p) {
 #endif
 
 }  // namespace
+
+bool is_forked_child() {
+#if defined(_OPENMP)
+  return getpid() != loaded_by;
+#else
+  return false;
+#endif
+}
 
 int default_num_threads() {
 #if defined(_OPENMP)

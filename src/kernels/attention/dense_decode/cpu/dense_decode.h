@@ -23,4 +23,9 @@ void dense_decode(const DenseDecodeArgs& args, const DecodeScheduleView& schedul
 /// Threads OpenMP would use for a parallel region here.
 int default_num_threads();
 
+/// fork() copies a process without OpenMP's threads, and GCC's runtime then waits for them for ever. Whether
+/// there were any is the runtime's secret, so that every child of the process that loaded the library runs on
+/// one thread.
+bool is_forked_child();
+
 }  // namespace flash_mla::cpu

@@ -29,6 +29,7 @@ struct TileProblem {
   int d_qk = 0;
   int d_v = 0;
   float scale_log2 = 0;  ///< softmax_scale * log2(e): the softmax works in base 2
+  int key_bytes = 0;     ///< of a row of the cache, to prefetch, where it is not d_qk elements of `dtype`
 };
 
 /// Memory of one thread, 64-byte aligned. Sizes are TileKernel's business.
@@ -54,7 +55,8 @@ class Prefetcher {
   Prefetcher(const TileProblem& problem, const TileScratch& scratch)
       : keys_(scratch.next_keys),
         end_(scratch.next_keys + scratch.next_count),
-        row_bytes_(problem.d_qk * static_cast<int>(dtype_size(problem.dtype))) {}
+        row_bytes_(problem.key_bytes > 0 ? problem.key_bytes
+                                         : problem.d_qk * static_cast<int>(dtype_size(problem.dtype))) {}
 
   __attribute__((always_inline)) void next() {
     if (keys_ == end_) return;

@@ -65,6 +65,7 @@ HWY_INLINE V exp2_nonpositive(V x) {
 }
 
 HWY_INLINE void widen_row(const float* from, float* to, int n) {
+  if (from == to) return;  // a key that was made in its place
   std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
 }
 
