@@ -35,13 +35,13 @@ inline void dequantise(const kv::Pool& pool, std::int64_t slot, double* out) {
   const auto halves = [&](const std::byte* from, double* to, int n) {
     for (int i = 0; i < n; ++i) {
       if (pool.format == KvFormat::kFloat16) {
-        cpu::Fp16 x{};
+        Fp16 x{};
         load(from + 2 * i, x);
-        to[i] = cpu::to_float(x);
+        to[i] = to_float(x);
       } else {
-        cpu::Bf16 x{};
+        Bf16 x{};
         load(from + 2 * i, x);
-        to[i] = cpu::to_float(x);
+        to[i] = to_float(x);
       }
     }
   };

@@ -20,7 +20,7 @@ void dense_fp8_decode_unchecked(const DenseFp8DecodeArgs& a, double softmax_scal
     for (std::int64_t i = 0; i < s_q; ++i) {
       keys.count = causal ? std::max<std::int64_t>(length - s_q + i + 1, 0) : length;
       for (std::int64_t h = 0; h < h_q; ++h) {
-        const Row row = cpu::visit_float_type(a.q.dtype, [&](auto element) {
+        const Row row = visit_float_type(a.q.dtype, [&](auto element) {
           const auto* q =
               a.q.ptr<const decltype(element)>() + r * a.q.stride(0) + i * a.q.stride(1) + h * a.q.stride(2);
           return attend(q, d_qk, a.out.size(3), keys, softmax_scale,

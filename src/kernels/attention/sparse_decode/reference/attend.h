@@ -36,7 +36,7 @@ Row attend(const T* q, std::int64_t d_qk, std::int64_t d_v, const Keys& keys, do
   for (std::int64_t j = 0; j < keys.count; ++j) {
     const double* k = keys.elements.data() + j * d_qk;
     double dot = 0;
-    for (std::int64_t d = 0; d < d_qk; ++d) dot += double{cpu::to_float(q[d])} * k[d];
+    for (std::int64_t d = 0; d < d_qk; ++d) dot += double{to_float(q[d])} * k[d];
     score[static_cast<std::size_t>(j)] = dot * scale;
     row.max_logit = std::max(row.max_logit, dot * scale);
   }
@@ -63,10 +63,10 @@ inline void store(const TensorView& t, std::int64_t at, double x) {
 
 /// Writes a row of out, of any floating type.
 inline void store_row(const TensorView& t, std::int64_t at, const std::vector<double>& row) {
-  cpu::visit_float_type(t.dtype, [&](auto element) {
+  visit_float_type(t.dtype, [&](auto element) {
     using Out = decltype(element);
     for (std::size_t d = 0; d < row.size(); ++d) {
-      t.ptr<Out>()[at + static_cast<std::int64_t>(d)] = cpu::from_double<Out>(row[d]);
+      t.ptr<Out>()[at + static_cast<std::int64_t>(d)] = from_double<Out>(row[d]);
     }
   });
 }

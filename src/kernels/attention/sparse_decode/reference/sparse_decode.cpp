@@ -37,7 +37,7 @@ void sparse_decode_unchecked(const SparseDecodeArgs& a, double softmax_scale) {
       for (std::int64_t h = 0; h < h_q; ++h) {
         const double sink = a.attn_sink.defined() ? a.attn_sink.ptr<const float>()[h * a.attn_sink.stride(0)]
                                                   : -std::numeric_limits<double>::infinity();
-        const Row row = cpu::visit_float_type(a.q.dtype, [&](auto element) {
+        const Row row = visit_float_type(a.q.dtype, [&](auto element) {
           const auto* q =
               a.q.ptr<const decltype(element)>() + r * a.q.stride(0) + i * a.q.stride(1) + h * a.q.stride(2);
           return attend(q, d_qk, a.out.size(3), keys, softmax_scale, sink);

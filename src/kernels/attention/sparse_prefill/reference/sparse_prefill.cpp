@@ -24,7 +24,7 @@ void sparse_prefill_unchecked(const SparsePrefillArgs& a, double softmax_scale) 
     for (std::int64_t h = 0; h < h_q; ++h) {
       const double sink = a.attn_sink.defined() ? a.attn_sink.ptr<const float>()[h * a.attn_sink.stride(0)]
                                                 : -std::numeric_limits<double>::infinity();
-      const Row row = cpu::visit_float_type(a.q.dtype, [&](auto element) {
+      const Row row = visit_float_type(a.q.dtype, [&](auto element) {
         const auto* q = a.q.ptr<const decltype(element)>() + i * a.q.stride(0) + h * a.q.stride(1);
         return attend(q, d_qk, a.out.size(2), keys, softmax_scale, sink);
       });
