@@ -127,7 +127,7 @@ __device__ void multiply_tiles(const WeightStream& p, const Grid& grid, std::int
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kStepK / 16; ++k) {
-        ptx::wgmma_m64n256k16_ss_k_major(sums, ptx::swizzled_descriptor(a + k * 32, 0, 8 * kRowBytes),
+        ptx::wgmma_ss<true, false>(sums, ptx::swizzled_descriptor(a + k * 32, 0, 8 * kRowBytes),
                                          ptx::swizzled_descriptor(b + k * 32, 0, 8 * kRowBytes),
                                          step + k > 0);
       }

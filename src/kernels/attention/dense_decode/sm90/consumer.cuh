@@ -15,13 +15,13 @@ namespace flash_mla::sm90 {
 template <bool kBf16, int kCluster, int kWg>
 struct ConsumerBase {
   const DecodeParams& p;
-  DecodeSmem& s;
+  DecodeSmem<ptx::Element<kBf16>>& s;
   const int warp, lane;       // in the warpgroup
   const int row;              // this thread's rows are `row` and `row + 8`
   std::uint32_t item_parity;  // of q_full
   float reference[2];         // of the softmax, per row, base 2; -inf until a key has been seen
 
-  __device__ ConsumerBase(const DecodeParams& params, DecodeSmem& smem)
+  __device__ ConsumerBase(const DecodeParams& params, DecodeSmem<ptx::Element<kBf16>>& smem)
       : p(params),
         s(smem),
         warp(static_cast<int>(threadIdx.x) / 32 % 4),
@@ -49,7 +49,7 @@ struct ConsumerBase {
     const int thread = static_cast<int>(threadIdx.x) % 128;
     const int words = (kTileTokens - count) * 8;  // 16-byte words of a chunk
     for (int i = thread; i < words * (end - begin); i += 128) {
-      reinterpret_cast<uint4*>(&s.kv[slot][begin + i / words][count * 64])[i % words] = uint4{0, 0, 0, 0};
+      reinterpret_cast<uint4*>(s.kv[slot].at(begin + i / words, count))[i % words] = uint4{0, 0, 0, 0};
     }
     ptx::fence_async_proxy();
     ptx::named_barrier_sync<(kWg == 0 ? kFillWg0 : kFillWg1), 128>();
@@ -111,14 +111,13 @@ struct ConsumerBase {
     }
     sum[0] += part[0][0] + part[0][1];
     sum[1] += part[1][0] + part[1][1];
-    const std::uint32_t chunk = ptx::smem_address(s.kv[slot][kRopeChunk]);
+    const std::uint32_t chunk = ptx::smem_address(&s.weights(slot));
     const int r = warp * 16 + lane % 16;  // row whose address this lane gives
 #pragma unroll
     for (int i = kBegin; i < kEnd; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) weights[i][j] = pack2<kBf16>(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]);
-      const std::uint32_t to = chunk + r * 128 + (((2 * i + lane / 16) ^ (r % 8)) * 16);
-      stmatrix_x4(to, weights[i][0], weights[i][1], weights[i][2], weights[i][3]);
+      stmatrix_x4(ptx::swizzled_word(chunk, r, 2 * i + lane / 16), weights[i][0], weights[i][1], weights[i][2], weights[i][3]);
     }
     ptx::fence_async_proxy();
   }
@@ -126,12 +125,12 @@ struct ConsumerBase {
   // O half (+)= P V of keys 16 kBegin to 16 kEnd - 1 of the tile in `slot`, P from the slot's rope chunk.
   template <int kBegin = 0, int kEnd = 4>
   __device__ void issue_pv_shared(float (&o)[128], int slot, bool accumulate) {
-    const std::uint64_t weights = ptx::swizzled_descriptor(s.kv[slot][kRopeChunk], 0, 1024);
-    const std::uint64_t v = ptx::swizzled_descriptor(s.kv[slot][kWg * 4], 8192, 1024);
+    const auto weights = s.weights(slot).k_major();
+    const auto v = s.values(slot, kWg).mn_major();
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = kBegin; i < kEnd; ++i) {
-      ptx::wgmma_m64n256k16_ss<kBf16>(o, weights + i * 2, v + i * 128, i > 0 || accumulate);
+      ptx::wgmma(o, weights.step(i), v.step(i), i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
@@ -231,11 +230,11 @@ struct ConsumerBase {
     const int first = epilogue_row(), r = first / 16 * 16 + lane % 16;  // row whose address this lane gives
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const std::uint32_t chunk = ptx::smem_address(s.kv[1][kWg * 4 + c]) + r * 128;
+      const std::uint32_t chunk = ptx::smem_address(s.values(1, kWg).at(c));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* x = &o[32 * c + 8 * i];
-        stmatrix_x4(chunk + ((2 * i + lane / 16) ^ (r % 8)) * 16,
+        stmatrix_x4(ptx::swizzled_word(chunk, r, 2 * i + lane / 16),
                     pack2<kBf16>(x[0] * factor[0], x[1] * factor[0]),
                     pack2<kBf16>(x[2] * factor[1], x[3] * factor[1]),
                     pack2<kBf16>(x[4] * factor[0], x[5] * factor[0]),

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                         const __grid_constant__ CUtensorMap out_map, const DecodeParams p) {
   extern __shared__ std::byte dynamic_smem[];
   auto& s =
-      *reinterpret_cast<DecodeSmem*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
+      *reinterpret_cast<DecodeSmem<ptx::Element<kBf16>>*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   prefetch_metadata(p, warp);
   if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= kConsumerThreads / 32) {
       ptx::set_max_registers_down<40>();
       if (ptx::elect_one()) {
-        Producer<kCluster>{p,
+        Producer<ptx::Element<kBf16>, kCluster>{p,
                            s,
                            &q_map,
                            &k_map,

@@ -19,7 +19,7 @@
 namespace flash_mla::sm90 {
 namespace {
 
-constexpr std::size_t kSmemBytes = sizeof(DecodeSmem) + 1024;
+constexpr std::size_t kSmemBytes = sizeof(DecodeSmem<ptx::Element<true>>) + 1024;
 
 template <class... Args>
 void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t smem, unsigned cluster,

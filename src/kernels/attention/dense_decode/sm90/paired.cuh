@@ -43,19 +43,18 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
   using FirstQ = std::uint32_t[4][4];
   __device__ void load_first(FirstQ& first) const {
     const int r = this->warp * 16 + lane % 16;
-    const std::uint32_t from = ptx::smem_address(s.q[0]) + r * 128;
+    const std::uint32_t chunk = ptx::smem_address(s.q.at(0));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(first[i][0]), "=r"(first[i][1]), "=r"(first[i][2]), "=r"(first[i][3])
-                   : "r"(from + ((2 * i + lane / 16) ^ (r % 8)) * 16));
+                   : "r"(ptx::swizzled_word(chunk, r, 2 * i + lane / 16)));
     }
   }
 
   // S = Q K^T of the tile in `slot`, as its chunks arrive.
   __device__ void issue_qk(float (&scores)[32], const FirstQ& first, int slot, std::uint32_t parity) {
-    const std::uint64_t q = ptx::swizzled_descriptor(s.q[0], 0, 1024);
-    const std::uint64_t k = ptx::swizzled_descriptor(s.kv[slot][0], 0, 1024);
+    const auto q = s.q.k_major(), k = s.kv[slot].k_major();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       // (WG1 does not come here in an item of one tile. The next item's Q is loaded after this one's was
@@ -66,9 +65,9 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (c == 0) {
-          ptx::wgmma_m64n64k16_rs<kBf16>(scores, first[i], k + i * 2, i > 0);
+          ptx::wgmma(scores, first[i], k.step(i), i > 0);
         } else {
-          ptx::wgmma_m64n64k16_ss<kBf16>(scores, q + c * 512 + i * 2, k + c * 512 + i * 2, true);
+          ptx::wgmma(scores, q.step(4 * c + i), k.step(4 * c + i), true);
         }
       }
     }
@@ -80,11 +79,11 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
   template <int kBegin = 0, int kEnd = 4>
   __device__ void issue_pv_own(float (&o)[128], const std::uint32_t (&weights)[4][4], int slot,
                                bool accumulate) {
-    const std::uint64_t v = ptx::swizzled_descriptor(s.kv[slot][kWg * 4], 8192, 1024);
+    const auto v = s.values(slot, kWg).mn_major();
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = kBegin; i < kEnd; ++i) {
-      ptx::wgmma_m64n256k16_rs<kBf16>(o, weights[i], v + i * 128, i > 0 || accumulate);
+      ptx::wgmma(o, weights[i], v.step(i), i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }

@@ -20,10 +20,10 @@
 
 namespace flash_mla::sm90 {
 
-template <int kCluster>
+template <class T, int kCluster>
 struct Producer {
   const DecodeParams& p;
-  DecodeSmem& s;
+  DecodeSmem<T>& s;
   const CUtensorMap* q_map;
   const CUtensorMap* k_map;        // boxes of 64 tokens x kBoxChunks chunks
   const CUtensorMap* k_piece_map;  // boxes of min(page_size, 64) tokens x 1 chunk
@@ -52,12 +52,12 @@ struct Producer {
   __device__ void load_half(int slot, int half, int tile, int page, int token) const {
     std::uint64_t* full = s.kv_full[slot];
     const int chunk = half * 4 + rank * kBoxChunks;
-    ptx::mbarrier_arrive_expect_tx(&full[half], 4 * kChunkElements * 2);
-    load(s.kv[slot][chunk], k_map, &full[half], token, chunk, page);
+    ptx::mbarrier_arrive_expect_tx(&full[half], 4 * kChunkBytes);
+    load(s.kv[slot].at(chunk), k_map, &full[half], token, chunk, page);
     if (!brings_rope(slot, half)) return;
-    ptx::mbarrier_arrive_expect_tx(&full[2], kChunkElements * 2);
+    ptx::mbarrier_arrive_expect_tx(&full[2], kChunkBytes);
     if (kCluster == 1 || (tile & 1) == rank)
-      load(s.kv[slot][kRopeChunk], k_piece_map, &full[2], token, kRopeChunk, page);
+      load(&s.weights(slot), k_piece_map, &full[2], token, kRopeChunk, page);
   }
 
   // The same of a tile made of several pages; the CTAs of a cluster share its tokens. Not unrolled: it would
@@ -76,9 +76,9 @@ struct Producer {
       const int page = pages[(tile * kTileTokens + t) / box];
 #pragma unroll 1
       for (int c = half * 4; c < half * 4 + 4; ++c)
-        load(&s.kv[slot][c][t * 64], k_piece_map, &full[half], 0, c, page);
+        load(s.kv[slot].at(c, t), k_piece_map, &full[half], 0, c, page);
       if (brings_rope(slot, half))
-        load(&s.kv[slot][kRopeChunk][t * 64], k_piece_map, &full[2], 0, kRopeChunk, page);
+        load(s.kv[slot].at(kRopeChunk, t), k_piece_map, &full[2], 0, kRopeChunk, page);
     }
   }
 
@@ -86,7 +86,7 @@ struct Producer {
   __device__ void store_out(int half, int req, int token, int head, int stores) const {
     ptx::mbarrier_wait(&s.out_full[half], stores & 1);
     for (int c = half * 4; c < half * 4 + 4; c += p.out_box_chunks) {
-      ptx::tma_store_5d(out_map, s.kv[1][c], 0, head, token, c, req);
+      ptx::tma_store_5d(out_map, s.kv[1].at(c), 0, head, token, c, req);
     }
     ptx::tma_store_wait_read();
     for (int cta = 0; cta < kCluster; ++cta) ptx::mbarrier_arrive_cluster(&s.kv_empty[1][half], cta, 4);
@@ -100,7 +100,7 @@ struct Producer {
         &s.q_full[half],
         static_cast<std::uint32_t>(p.blocks.tokens * p.blocks.heads * (q_end(half) - q_begin(half))) * 128);
     for (int c = q_begin(half); c < q_end(half); c += p.q_box_chunks) {
-      ptx::tma_load_5d(s.q[c], q_map, &s.q_full[half], 0, first_head, first_token, c, item.req);
+      ptx::tma_load_5d(s.q.at(c), q_map, &s.q_full[half], 0, first_head, first_token, c, item.req);
     }
   }
   // The same into L2.

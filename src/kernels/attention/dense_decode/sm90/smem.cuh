@@ -8,6 +8,7 @@
 #include "kernels/attention/dense_decode/sm90/params.h"
 #include "kernels/ptx/fragment.cuh"
 #include "kernels/ptx/mbarrier.cuh"
+#include "kernels/ptx/tile.cuh"
 #include "schedule/walk.h"
 
 namespace flash_mla::sm90 {
@@ -15,14 +16,15 @@ namespace flash_mla::sm90 {
 inline constexpr int kChunks = kHeadDim / 64;  // of 64 columns
 inline constexpr int kRopeChunk = kChunks - 1;
 inline constexpr int kFirstQChunks = 3;  // what the first products wait for
-inline constexpr int kChunkElements = 64 * 64;
+inline constexpr int kChunkBytes = kTileTokens * 64 * 2;
 inline constexpr int kConsumerThreads = 256;
 inline constexpr int kThreads = kConsumerThreads + 128;
 inline constexpr float kMaxGrowth = 8.0f;  // base 2
 
+template <class T>
 struct alignas(1024) DecodeSmem {
-  std::uint16_t q[kChunks][kChunkElements];
-  std::uint16_t kv[2][kChunks][kChunkElements];
+  ptx::Tile<T, kTileRows, kHeadDim> q;
+  ptx::Tile<T, kTileTokens, kHeadDim> kv[2];
   float exchange[2][kTileRows];    // by warpgroup: the softmax reference it has moved to
   float row_sum[2][2][kTileRows];  // by parity of the item, so that one may be written while the last is read
   std::uint64_t q_full[2], q_empty;  // chunks of Q up to kFirstQChunks, and the rest
@@ -32,6 +34,13 @@ struct alignas(1024) DecodeSmem {
                                  // its half: 1 - slot.
   std::uint64_t first_issued;    // the first tile's two halves are under way
   std::uint64_t out_full[2];     // by warpgroup: its half of O lies in slot 1, ready to be copied out
+
+  /// Half of V's columns, and of O's.
+  __device__ auto& values(int slot, int half) {
+    return kv[slot].template columns<kHeadDimV / 2>(half * kHeadDimV / 2);
+  }
+  /// P takes the place of the rope part.
+  __device__ auto& weights(int slot) { return kv[slot].template columns<kTileTokens>(kHeadDimV); }
 };
 
 enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1, kP1HalfReady };

@@ -179,9 +179,9 @@ class Consumer {
     for (int i = 0; i < kHeadDim / 16; ++i) {
       const std::uint32_t at = i / 4 * (kChunkBytes / 16) + i % 4 * 2;
       if (i < kRegisterSteps) {
-        ptx::wgmma_m64n128k16_rs<kBf16, false>(x, q_[i], ptx::advance(k, at), i > 0);
+        ptx::wgmma_rs<kBf16, false>(x, q_[i], ptx::advance(k, at), i > 0);
       } else {
-        ptx::wgmma_m64n128k16_ss<kBf16>(x, ptx::advance(q, at), ptx::advance(k, at), i > 0);
+        ptx::wgmma_ss<kBf16, false>(x, ptx::advance(q, at), ptx::advance(k, at), i > 0);
       }
     }
     ptx::wgmma_commit();
@@ -193,7 +193,7 @@ class Consumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      ptx::wgmma_m64n128k16_rs<kBf16, true>(o, weights[i], ptx::advance(v, i * 128), i > 0 || accumulate);
+      ptx::wgmma_rs<kBf16, true>(o, weights[i], ptx::advance(v, i * 128), i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
