@@ -1,13 +1,14 @@
 #pragma once
 
-// Tiles of 16-bit elements in shared memory, as types, and products of them. A tile knows its element type, its
-// shape and how it lies: chunks of 64 columns, one behind the other, each of kRows rows of 128 bytes with
-// 128-byte swizzle, as the copy engine writes and wgmma reads it. As an operand a tile is K-major (its columns
-// are summed over: both factors of S = Q K^T) or MN-major (its rows are: V of O = P V); step(i) is the slice of
-// 16 of them that one instruction takes.
+// Tiles of 16-bit elements in shared memory, as types, and products of them. A tile knows its element type,
+// its shape and how it lies: chunks of 64 columns, one behind the other, each of kRows rows of 128 bytes with
+// 128-byte swizzle, as the copy engine writes and wgmma reads it. As an operand a tile is K-major (its
+// columns are summed over: both factors of S = Q K^T) or MN-major (its rows are: V of O = P V); step(i) is
+// the slice of 16 of them that one instruction takes.
 //
 //   wgmma(scores, q.k_major().step(i), k.k_major().step(i), i > 0);  // S (+)= Q K^T, i to kColumns / 16
-//   wgmma(out, weights[i], v.mn_major().step(i), true);              // O += P V, i to kRows / 16, P in registers
+//   wgmma(out, weights[i], v.mn_major().step(i), true);              // O += P V, i to kRows / 16, P in
+//   registers
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -34,19 +35,23 @@ struct Slice {
 
 inline constexpr int kChunkColumns = 64;
 
+/// In how many bits step(i) is added to a descriptor. The result is the same, the compiler's register
+/// allotment is not: with 32 the dense decode kernel gets 48 instructions longer, with 64 prefill gets 104.
+enum class StepBits { k32, k64 };
+
 /// An operand in shared memory; kRows is the tile's.
-template <class T, Major kMajor, int kRows>
+template <class T, Major kMajor, int kRows, StepBits kBits>
 struct Operand {
   std::uint64_t first;
 
   __device__ __forceinline__ Slice<T, kMajor> step(int i) const {
     // In units of 16 bytes: 2 to 16 columns, or 8 to a row.
     const std::uint32_t at = kMajor == Major::kK ? i / 4 * (kRows * 8) + i % 4 * 2 : i * 16 * 8;
-    return {first + at};
+    return {kBits == StepBits::k32 ? advance(first, at) : first + at};
   }
 };
 
-template <class T, int kRows, int kColumns>
+template <class T, int kRows, int kColumns, StepBits kBits = StepBits::k32>
 struct alignas(1024) Tile {
   static_assert(sizeof(T) == 2 && kRows % 8 == 0 && kColumns % kChunkColumns == 0);
   static constexpr int kChunks = kColumns / kChunkColumns;
@@ -61,16 +66,16 @@ struct alignas(1024) Tile {
 
   /// The columns from `first` on, a multiple of 64.
   template <int kCount>
-  __device__ __forceinline__ Tile<T, kRows, kCount>& columns(int first) {
-    return reinterpret_cast<Tile<T, kRows, kCount>&>(elements[first / kChunkColumns]);
+  __device__ __forceinline__ Tile<T, kRows, kCount, kBits>& columns(int first) {
+    return reinterpret_cast<Tile<T, kRows, kCount, kBits>&>(elements[first / kChunkColumns]);
   }
 
   /// The rows from `first_row` on with k along the columns.
-  __device__ __forceinline__ Operand<T, Major::kK, kRows> k_major(int first_row = 0) {
+  __device__ __forceinline__ Operand<T, Major::kK, kRows, kBits> k_major(int first_row = 0) {
     return {swizzled_descriptor(at(0, first_row), 0, kAtom)};
   }
   /// All columns with k along the rows.
-  __device__ __forceinline__ Operand<T, Major::kMn, kRows> mn_major() {
+  __device__ __forceinline__ Operand<T, Major::kMn, kRows, kBits> mn_major() {
     return {swizzled_descriptor(at(0), kChunkBytes, kAtom)};
   }
 };

@@ -117,7 +117,8 @@ struct ConsumerBase {
     for (int i = kBegin; i < kEnd; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) weights[i][j] = pack2<kBf16>(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]);
-      stmatrix_x4(ptx::swizzled_word(chunk, r, 2 * i + lane / 16), weights[i][0], weights[i][1], weights[i][2], weights[i][3]);
+      stmatrix_x4(ptx::swizzled_word(chunk, r, 2 * i + lane / 16), weights[i][0], weights[i][1],
+                  weights[i][2], weights[i][3]);
     }
     ptx::fence_async_proxy();
   }

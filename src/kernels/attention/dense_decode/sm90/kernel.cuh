@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                         const __grid_constant__ CUtensorMap k_piece_map,
                         const __grid_constant__ CUtensorMap out_map, const DecodeParams p) {
   extern __shared__ std::byte dynamic_smem[];
-  auto& s =
-      *reinterpret_cast<DecodeSmem<ptx::Element<kBf16>>*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
+  auto& s = *reinterpret_cast<DecodeSmem<ptx::Element<kBf16>>*>(
+      (reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   prefetch_metadata(p, warp);
   if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
@@ -85,13 +85,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::set_max_registers_down<40>();
       if (ptx::elect_one()) {
         Producer<ptx::Element<kBf16>, kCluster>{p,
-                           s,
-                           &q_map,
-                           &k_map,
-                           &k_piece_map,
-                           &out_map,
-                           kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0,
-                           static_cast<unsigned>(warp) % 4}
+                                                s,
+                                                &q_map,
+                                                &k_map,
+                                                &k_piece_map,
+                                                &out_map,
+                                                kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0,
+                                                static_cast<unsigned>(warp) % 4}
             .run(part);
       }
     } else if (warp < 4) {

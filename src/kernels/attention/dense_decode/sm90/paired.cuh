@@ -45,11 +45,7 @@ struct Consumer : ConsumerBase<kBf16, kCluster, kWg> {
     const int r = this->warp * 16 + lane % 16;
     const std::uint32_t chunk = ptx::smem_address(s.q.at(0));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(first[i][0]), "=r"(first[i][1]), "=r"(first[i][2]), "=r"(first[i][3])
-                   : "r"(ptx::swizzled_word(chunk, r, 2 * i + lane / 16)));
-    }
+    for (int i = 0; i < 4; ++i) ldmatrix_x4(first[i], ptx::swizzled_word(chunk, r, 2 * i + lane / 16));
   }
 
   // S = Q K^T of the tile in `slot`, as its chunks arrive.

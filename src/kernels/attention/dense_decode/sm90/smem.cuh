@@ -23,8 +23,8 @@ inline constexpr float kMaxGrowth = 8.0f;  // base 2
 
 template <class T>
 struct alignas(1024) DecodeSmem {
-  ptx::Tile<T, kTileRows, kHeadDim> q;
-  ptx::Tile<T, kTileTokens, kHeadDim> kv[2];
+  ptx::Tile<T, kTileRows, kHeadDim, ptx::StepBits::k64> q;
+  ptx::Tile<T, kTileTokens, kHeadDim, ptx::StepBits::k64> kv[2];
   float exchange[2][kTileRows];    // by warpgroup: the softmax reference it has moved to
   float row_sum[2][2][kTileRows];  // by parity of the item, so that one may be written while the last is read
   std::uint64_t q_full[2], q_empty;  // chunks of Q up to kFirstQChunks, and the rest

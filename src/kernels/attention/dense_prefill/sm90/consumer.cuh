@@ -18,8 +18,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels/ptx/fragment.cuh"
 #include "kernels/attention/dense_prefill/sm90/smem.cuh"
+#include "kernels/ptx/fragment.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "kernels/ptx/wgmma.cuh"
 
@@ -36,8 +36,10 @@ enum NamedBarrier : int { kTurn = 1, kFill = 3 };  // of warpgroup 0 and 1
 
 template <bool kBf16>
 class Consumer {
+  using T = ptx::Element<kBf16>;
+
  public:
-  __device__ Consumer(const Params& params, Smem& smem)
+  __device__ Consumer(const Params& params, Smem<T>& smem)
       : p_(params),
         s_(smem),
         wg_(static_cast<int>(threadIdx.x) / 128),
@@ -160,28 +162,20 @@ class Consumer {
     const int r = static_cast<int>(threadIdx.x) / 32 * 16 + lane_ % 16;  // row whose address this lane gives
 #pragma unroll
     for (int i = 0; i < kRegisterSteps; ++i) {
-      const std::uint32_t from =
-          ptx::smem_address(s_.q[i / 4]) +
-          static_cast<std::uint32_t>(r * 128 + (((i % 4 * 2 + lane_ / 16) ^ (r % 8)) * 16));
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(q_[i][0]), "=r"(q_[i][1]), "=r"(q_[i][2]), "=r"(q_[i][3])
-                   : "r"(from)
-                   : "memory");
+      ldmatrix_x4(q_[i], ptx::swizzled_word(ptx::smem_address(s_.q.at(i / 4)), r, i % 4 * 2 + lane_ / 16));
     }
   }
 
   // S = Q K^T of the tile in slot k_.
   __device__ void issue_qk(float (&x)[64]) {
-    const std::uint64_t q = ptx::swizzled_descriptor(s_.q[0] + wg_ * 64 * 64, 0, 1024);
-    const std::uint64_t k = ptx::swizzled_descriptor(s_.k[k_.slot][0], 0, 1024);
+    const auto q = s_.q.k_major(wg_ * 64), k = s_.k[k_.slot].k_major();
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-      const std::uint32_t at = i / 4 * (kChunkBytes / 16) + i % 4 * 2;
       if (i < kRegisterSteps) {
-        ptx::wgmma_rs<kBf16, false>(x, q_[i], ptx::advance(k, at), i > 0);
+        ptx::wgmma(x, q_[i], k.step(i), i > 0);
       } else {
-        ptx::wgmma_ss<kBf16, false>(x, ptx::advance(q, at), ptx::advance(k, at), i > 0);
+        ptx::wgmma(x, q.step(i), k.step(i), i > 0);
       }
     }
     ptx::wgmma_commit();
@@ -189,11 +183,11 @@ class Consumer {
 
   // O (+)= P V of the tile in slot v_.
   __device__ void issue_pv(float (&o)[64], const std::uint32_t (&weights)[8][4], bool accumulate) {
-    const std::uint64_t v = ptx::swizzled_descriptor(s_.v[v_.slot][0], kChunkBytes, 1024);
+    const auto v = s_.v[v_.slot].mn_major();
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      ptx::wgmma_rs<kBf16, true>(o, weights[i], ptx::advance(v, i * 128), i > 0 || accumulate);
+      ptx::wgmma(o, weights[i], v.step(i), i > 0 || accumulate);
     }
     ptx::wgmma_commit();
   }
@@ -215,8 +209,8 @@ class Consumer {
     const int words = (kTileKeys - count) * 8;  // 16-byte words of a chunk
     for (int i = static_cast<int>(threadIdx.x) % 128; i < words; i += 128) {
 #pragma unroll
-      for (int c = 0; c < kVChunks; ++c)
-        reinterpret_cast<uint4*>(&s_.v[v_.slot][c][count * 64])[i] = uint4{0, 0, 0, 0};
+      for (int c = 0; c < kHeadDimV / 64; ++c)
+        reinterpret_cast<uint4*>(s_.v[v_.slot].at(c, count))[i] = uint4{0, 0, 0, 0};
     }
     ptx::fence_async_proxy();
     ptx::named_barrier_sync<128>(kFill + wg_);
@@ -324,7 +318,7 @@ class Consumer {
   }
 
   const Params& p_;
-  Smem& s_;
+  Smem<T>& s_;
   const int wg_, lane_;
   const int row_;  // this thread's rows of the item are row_ and row_ + 8
   Ring<2> items_;

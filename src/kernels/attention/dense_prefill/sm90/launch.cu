@@ -4,15 +4,15 @@
 
 #include <algorithm>
 
-#include "kernels/ptx/tensor_map.h"
+#include "base/cuda/shared_memory.h"
 #include "kernels/attention/dense_prefill/sm90/kernel.cuh"
 #include "kernels/attention/dense_prefill/sm90/launch.h"
-#include "base/cuda/shared_memory.h"
+#include "kernels/ptx/tensor_map.h"
 
 namespace flash_mla::sm90::prefill {
 namespace {
 
-constexpr std::size_t kSmemBytes = sizeof(Smem) + 1024;
+constexpr std::size_t kSmemBytes = sizeof(Smem<ptx::Element<true>>) + 1024;
 
 template <bool kBf16>
 void launch_as(const Params& p, const CUtensorMap& q, const CUtensorMap& k_nope, const CUtensorMap& k_rope,

@@ -20,9 +20,10 @@ struct Maps {
   const CUtensorMap *q, *k_nope, *k_rope, *v;
 };
 
+template <class T>
 class Producer {
  public:
-  __device__ Producer(const Params& params, Smem& smem, const Maps& maps)
+  __device__ Producer(const Params& params, Smem<T>& smem, const Maps& maps)
       : p_(params), s_(smem), maps_(maps), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ void run() {
@@ -61,8 +62,8 @@ class Producer {
     ptx::tma_prefetch_4d(maps_.q, 0, item.query, 0, item.head);
     ptx::mbarrier_wait(&s_.q_empty, q_parity_ ^ 1);
     q_parity_ ^= 1;
-    ptx::mbarrier_arrive_expect_tx(&s_.q_full, kQkChunks * kChunkBytes);
-    ptx::tma_load_4d(s_.q, maps_.q, &s_.q_full, 0, item.query, 0, item.head);
+    ptx::mbarrier_arrive_expect_tx(&s_.q_full, sizeof(s_.q));
+    ptx::tma_load_4d(&s_.q, maps_.q, &s_.q_full, 0, item.query, 0, item.head);
     // From the last tile to the first: the one that needs a mask comes first.
     for (int i = 0; i <= item.num_tiles; ++i) {
       // Not before: the next item is to go to a CTA that is about to be free.
@@ -75,22 +76,22 @@ class Producer {
   __device__ void load_k(const Item& item, int key) {
     std::uint64_t* full = &s_.k_full[k_.slot];
     ptx::mbarrier_wait(&s_.k_empty[k_.slot], k_.parity ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full, kQkChunks * kChunkBytes);
-    ptx::tma_load_4d(s_.k[k_.slot][0], maps_.k_nope, full, 0, key, 0, item.head);
-    ptx::tma_load_4d(s_.k[k_.slot][kNopeChunks], maps_.k_rope, full, 0, key, 0, 0);
+    ptx::mbarrier_arrive_expect_tx(full, sizeof(s_.k[0]));
+    ptx::tma_load_4d(&s_.k[k_.slot], maps_.k_nope, full, 0, key, 0, item.head);
+    ptx::tma_load_4d(s_.k[k_.slot].at(kNopeChunks), maps_.k_rope, full, 0, key, 0, 0);
     k_.advance();
   }
 
   __device__ void load_v(const Item& item, int key) {
     std::uint64_t* full = &s_.v_full[v_.slot];
     ptx::mbarrier_wait(&s_.v_empty[v_.slot], v_.parity ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full, kVChunks * kChunkBytes);
-    ptx::tma_load_4d(s_.v[v_.slot], maps_.v, full, 0, key, 0, item.head);
+    ptx::mbarrier_arrive_expect_tx(full, sizeof(s_.v[0]));
+    ptx::tma_load_4d(&s_.v[v_.slot], maps_.v, full, 0, key, 0, item.head);
     v_.advance();
   }
 
   const Params& p_;
-  Smem& s_;
+  Smem<T>& s_;
   const Maps maps_;
   const int lane_;
   Ring<2> items_;

@@ -5,12 +5,11 @@
 #include <cstdint>
 
 #include "kernels/attention/dense_prefill/sm90/params.h"
+#include "kernels/ptx/tile.cuh"
 
 namespace flash_mla::sm90::prefill {
 
-inline constexpr int kChunk = 64 * kTileRows;  // elements of 64 columns x 128 rows
-inline constexpr int kChunkBytes = kChunk * 2;
-inline constexpr int kQkChunks = kHeadDim / 64, kNopeChunks = kHeadDimNope / 64, kVChunks = kHeadDimV / 64;
+inline constexpr int kNopeChunks = kHeadDimNope / 64;
 inline constexpr int kStages = 2;
 inline constexpr int kConsumerThreads = 256;
 inline constexpr int kConsumerWarps = kConsumerThreads / 32;
@@ -28,10 +27,11 @@ struct Item {
   int num_tiles;    ///< of keys that the last row sees, and so at least as many as any other
 };
 
+template <class T>
 struct alignas(1024) Smem {
-  std::uint16_t q[kQkChunks][kChunk];
-  std::uint16_t k[kStages][kQkChunks][kChunk];
-  std::uint16_t v[kStages][kVChunks][kChunk];
+  ptx::Tile<T, kTileRows, kHeadDim> q;
+  ptx::Tile<T, kTileKeys, kHeadDim> k[kStages];
+  ptx::Tile<T, kTileKeys, kHeadDimV> v[kStages];
   Item items[2];
   std::uint64_t item_full[2], item_empty[2];
   std::uint64_t q_full, q_empty;
