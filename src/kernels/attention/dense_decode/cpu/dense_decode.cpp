@@ -14,6 +14,7 @@
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/cpu/isa.h"
 #include "kernels/attention/dense_decode/cpu/tile.h"
+#include "kernels/cache/cpu/dequantise.h"
 #include "schedule/walk.h"
 
 #if defined(_OPENMP)
@@ -24,6 +25,9 @@
 // The schedule's parts are handed to threads; each part walks its requests, and within a request its splits.
 // A split that is all of its request writes `out` itself. Otherwise it leaves (O normalised, lse) of every
 // row in a slot of the workspace, and after a barrier the slots of each split request are combined.
+//
+// Keys of an FP8 cache become rows of the tile kernel's own arithmetic, one tile at a time: bf16 with AVX512_BF16,
+// else fp32, with the queries in fp32 too.
 //
 // Workspace: num_threads x scratch (tile buffers, see TileScratch), then the slots. Without fixed split
 // points at most two requests per part are split, so there are at most 2 * num_parts slots however long the
@@ -50,6 +54,7 @@ struct Problem {
   const TileKernel& kernel;
   std::int64_t batch, s_q, h_q, h_kv, group, page_size;
   int d_qk, d_v;
+  bool widened;    // queries and keys in fp32, whatever their dtype
   int rows;        // query rows that share one latent head
   int block_rows;  // rows of a full block
 
@@ -66,6 +71,7 @@ struct Problem {
         page_size(a.k_cache.size(1)),
         d_qk(static_cast<int>(a.q.size(3))),
         d_v(static_cast<int>(a.out.size(3))),
+        widened(p.pool != nullptr && kernel.element_bytes == sizeof(float)),
         rows(static_cast<int>(s_q * group)),
         block_rows(std::min(rows, kMaxRows)) {}
 
@@ -81,14 +87,15 @@ struct Problem {
 
 /// The workspace of one thread, as offsets into it.
 struct ScratchLayout {
-  std::size_t q, kv, scores, p, out, row_max, row_sum, alpha, limit, keys, next_keys, q_rows, bytes;
+  std::size_t q, kv, scores, p, out, row_max, row_sum, alpha, limit, keys, next_keys, q_rows, tokens,
+      next_tokens, key_rows, wide_q, bytes;
 
   explicit ScratchLayout(const Problem& problem) {
     const TileKernel& k = problem.kernel;
     const auto rows = static_cast<std::size_t>(round_up(problem.block_rows, k.row_lanes));
     const auto d_qk = static_cast<std::size_t>(round_up(problem.d_qk, k.panel));
     const auto d_v = static_cast<std::size_t>(round_up(problem.d_v, k.panel));
-    const auto tokens = static_cast<std::size_t>(k.tile_tokens);
+    const auto n_tokens = static_cast<std::size_t>(k.tile_tokens);
     const auto element = static_cast<std::size_t>(k.element_bytes);
     bytes = 0;
     const auto take = [this](std::size_t n) {
@@ -97,17 +104,23 @@ struct ScratchLayout {
       return at;
     };
     q = take(rows * d_qk * element);
-    kv = take(tokens * d_qk * element);
-    scores = take(tokens * rows * sizeof(float));
-    p = take(tokens * rows * element);
+    kv = take(n_tokens * d_qk * element);
+    scores = take(n_tokens * rows * sizeof(float));
+    p = take(n_tokens * rows * element);
     out = take(rows * d_v * sizeof(float));
     row_max = take(rows * sizeof(float));
     row_sum = take(rows * sizeof(float));
     alpha = take(rows * sizeof(float));
     limit = take(rows * sizeof(std::int32_t));
-    keys = take(tokens * sizeof(void*));
-    next_keys = take(tokens * sizeof(void*));
+    keys = take(n_tokens * sizeof(void*));
+    next_keys = take(n_tokens * sizeof(void*));
     q_rows = take(rows * sizeof(void*));
+    const bool fp8 = problem.params.pool != nullptr;
+    tokens = take(fp8 ? n_tokens * sizeof(kv::Token) : 0);
+    next_tokens = take(fp8 ? n_tokens * sizeof(kv::Token) : 0);
+    // In fp32 the dequantised keys are where the kernel would copy them to.
+    key_rows = problem.widened ? kv : take(fp8 ? n_tokens * d_qk * element : 0);
+    wide_q = take(problem.widened ? rows * d_qk * sizeof(float) : 0);
   }
 
   TileScratch at(std::byte* base) const {
@@ -139,6 +152,10 @@ class Worker {
       : p_(problem),
         scratch_(layout.at(scratch)),
         q_rows_(reinterpret_cast<const void**>(scratch + layout.q_rows)),
+        tokens_(reinterpret_cast<kv::Token*>(scratch + layout.tokens)),
+        next_tokens_(reinterpret_cast<kv::Token*>(scratch + layout.next_tokens)),
+        key_rows_(scratch + layout.key_rows),
+        wide_q_(reinterpret_cast<float*>(scratch + layout.wide_q)),
         slots_(slots) {}
 
   void run_part(const DecodePart& part) {
@@ -203,7 +220,8 @@ class Worker {
   void run_block(std::int64_t req, std::int64_t head, int first_row, int rows, std::int64_t begin,
                  std::int64_t end, float* slot) {
     TileProblem tile;
-    tile.dtype = p_.args.q.dtype;
+    tile.dtype = p_.widened ? DType::kFloat32 : p_.args.q.dtype;
+    if (p_.params.pool != nullptr) tile.key_bytes = kv::token_bytes(p_.params.pool->format, p_.d_qk);
     tile.rows = rows;
     tile.rows_padded = round_up(rows, p_.kernel.row_lanes);
     tile.d_qk = p_.d_qk;
@@ -221,6 +239,7 @@ class Worker {
         const std::int64_t i = (first_row + r) / p_.group, g = (first_row + r) % p_.group;
         q_rows_[r] = address(p_.args.q, req, i, head * p_.group + g);
       }
+      if (p_.widened) widen_queries(rows);
       p_.kernel.pack_q(tile, q_rows_, scratch_);
     }
     const auto locate = [&](std::int64_t t) {
@@ -232,6 +251,10 @@ class Worker {
     for (std::int64_t t = begin; t < stop; t += p_.kernel.tile_tokens) {
       const int count = scratch_.next_count;
       std::swap(scratch_.keys, scratch_.next_keys);
+      if (p_.params.pool != nullptr) {
+        std::swap(tokens_, next_tokens_);
+        dequantise_keys(count);
+      }
       scratch_.next_count = locate(t + count);
       for (int r = 0; r < tile.rows_padded; ++r) {
         scratch_.limit[r] = static_cast<std::int32_t>(std::clamp<std::int64_t>(visible_to(r) - t, 0, count));
@@ -262,6 +285,32 @@ class Worker {
     }
   }
 
+  /// Copies of the block's query rows in fp32 take their place.
+  void widen_queries(int rows) {
+    visit_float_type(p_.args.q.dtype, [&](auto element) {
+      for (int r = 0; r < rows; ++r) {
+        const auto* from = static_cast<const decltype(element)*>(q_rows_[r]);
+        float* to = wide_q_ + static_cast<std::ptrdiff_t>(r) * p_.d_qk;
+        for (int d = 0; d < p_.d_qk; ++d) to[d] = static_cast<float>(to_float(from[d]));
+        q_rows_[r] = to;
+      }
+    });
+  }
+
+  /// Rows of the kernel's arithmetic take the place of the keys' addresses in the cache.
+  void dequantise_keys(int count) {
+    const std::ptrdiff_t row_bytes = static_cast<std::ptrdiff_t>(p_.d_qk) * p_.kernel.element_bytes;
+    for (int i = 0; i < count; ++i) {
+      std::byte* row = key_rows_ + i * row_bytes;
+      if (p_.widened) {
+        dequantise(*p_.params.pool, tokens_[i], reinterpret_cast<float*>(row));
+      } else {
+        dequantise_avx512_bf16(*p_.params.pool, tokens_[i], reinterpret_cast<Bf16*>(row));
+      }
+      scratch_.keys[i] = row;
+    }
+  }
+
   /// First token of a request that query token i does not see: bottom-right aligned causal mask.
   std::int64_t visible(std::int64_t req, std::int64_t i) const {
     const std::int64_t length = p_.length(req);
@@ -287,6 +336,15 @@ class Worker {
     const std::int64_t row_stride = p_.page_size > 1 ? p_.args.k_cache.stride(1) : 0;
     const std::int64_t row_bytes = row_stride * static_cast<std::int64_t>(dtype_size(p_.args.k_cache.dtype));
     std::int64_t page = token / p_.page_size, offset = token % p_.page_size;
+    if (p_.params.pool != nullptr) {
+      for (int i = 0; i < count; ++page, offset = 0) {
+        for (; offset < p_.page_size && i < count; ++offset, ++i) {
+          next_tokens_[i] = kv::locate(*p_.params.pool, pages[page], offset);
+          keys[i] = next_tokens_[i].latent;
+        }
+      }
+      return;
+    }
     for (int i = 0; i < count; ++page, offset = 0) {
       const std::byte* key = address(p_.args.k_cache, pages[page], offset, head);
       for (; offset < p_.page_size && i < count; ++offset, ++i, key += row_bytes) keys[i] = key;
@@ -303,6 +361,10 @@ class Worker {
   const Problem& p_;
   TileScratch scratch_;
   const void** q_rows_;
+  kv::Token* tokens_;  // of this tile and the next, where the cache is FP8
+  kv::Token* next_tokens_;
+  std::byte* key_rows_;  // this tile's keys, dequantised
+  float* wide_q_;
   float* slots_;
 };
 

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "flash_mla/decode.h"
+#include "kv/format.h"
 
 namespace flash_mla::cpu {
 
@@ -12,6 +13,8 @@ struct DenseDecodeParams {
   float softmax_scale = 1.0f;
   bool causal = false;
   int num_threads = 1;
+  /// An FP8 cache, whose bytes args.k_cache then is.
+  const kv::Pool* pool = nullptr;
 };
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs& args, const DecodeScheduleView& schedule,
