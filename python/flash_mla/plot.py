@@ -1,7 +1,10 @@
-"""Pictures of a planner result: a roofline and time bars for one plan, curves for a sweep, bars for a comparison.
+"""Pictures of results.
 
-Usage: plot.py RESULT.json DIRECTORY. The result is what ``flash_mla.planner`` returns and
-``flash-mla plan --format json`` prints. Needs matplotlib and nothing else.
+    python -m flash_mla.plot RESULT.json TARGET
+
+Of a benchmark (``flash-mla bench`` or ``demo`` on a CPU) a roofline, TARGET being the picture's file. Of a planner's
+result (what ``flash_mla.planner`` returns and ``flash-mla plan --format json`` prints) a roofline and time bars for one
+plan, curves for a sweep, bars for a comparison, TARGET being their folder. Needs matplotlib and nothing else.
 """
 
 import json
@@ -94,6 +97,65 @@ def times(result, directory):
     return _save(pyplot, figure, directory / "times.png")
 
 
+def _roofs(limits, dtypes):
+    """(label, GFLOP/s) of each arithmetic roof that applies to one of `dtypes`, highest first."""
+    found = [("fp32 FMA", limits["fp32_gflops"])]
+    if "bfloat16" in dtypes and limits["bf16_gflops"] > limits["fp32_gflops"]:
+        found.insert(0, ("bf16 dot products", limits["bf16_gflops"]))
+    return found
+
+
+def _benchmark_panel(axes, limits, rows):
+    """One thread count: its roofs, a point per shape, hollow for OpenBLAS on the shape's two matrix products."""
+    bandwidth = limits["read_gbps"]
+    tops = _roofs(limits, {row["dtype"] for row in rows})
+    highest = max(value for _, value in tops)
+    intensities = [row["intensity"] for row in rows]
+    ridge = highest / bandwidth
+    left = min([ridge / 8] + [x / 2 for x in intensities])
+    right = max([ridge * 8] + [x * 2 for x in intensities])
+    stream = f"streaming read {bandwidth:.1f} GB/s"
+    axes.plot([left, ridge], [left * bandwidth, highest], color="black", label=stream)
+    for (label, value), style in zip(tops, ("-", "--")):
+        roof = f"{label} {value:.0f} GFLOP/s"
+        axes.plot([value / bandwidth, right], [value, value], style, color="black", label=roof)
+    for index, row in enumerate(rows):
+        color = f"C{index % 10}"
+        share = f"{row['gflops']:.0f} GFLOP/s, {100 * row['limit_fraction']:.0f}% of the limit"
+        axes.plot(row["intensity"], row["gflops"], "o", color=color, label=f"{row['name']}: {share}")
+        if row.get("sgemm_gflops"):
+            axes.plot(row["intensity"], row["sgemm_gflops"], "o", color=color, fillstyle="none")
+    if any(row.get("sgemm_gflops") for row in rows):
+        axes.plot([], [], "o", color="grey", fillstyle="none", label="hollow: sgemm of the same products")
+    lowest = min([left * bandwidth] + [row["gflops"] for row in rows])
+    axes.set(xscale="log", yscale="log", ylim=(lowest / 2, highest * 1.5))
+    axes.set(xlabel="arithmetic intensity [FLOP per byte of q, KV once and out]", ylabel="GFLOP/s")
+    count = limits["threads"]
+    axes.set_title(f"{count} thread{'s' if count != 1 else ''}")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(fontsize=7, loc="lower right")
+
+
+def benchmark(result, path):
+    """The roofline of a benchmark on a CPU, a panel per thread count, into the file ``path``; returns it.
+
+    The roofs were measured in the process that measured the shapes.
+    """
+    if not isinstance(result["limits"], list):
+        raise ValueError("limits is not a list; expected the result of a benchmark on a CPU")
+    panels = [(limits, [r for r in result["rows"] if r["threads"] == limits["threads"]]) for limits in result["limits"]]
+    panels = [(limits, rows) for limits, rows in panels if rows]
+    if not panels:
+        raise ValueError("rows is empty, so there is nothing to draw")
+    pyplot = _pyplot()
+    figure, grid = pyplot.subplots(1, len(panels), figsize=(8 * len(panels), 6), squeeze=False)
+    for axes, (limits, rows) in zip(grid[0], panels):
+        _benchmark_panel(axes, limits, rows)
+    machine = result["machine"]
+    figure.suptitle(f"flash-mla decode, {machine['cpu']}, {machine['isa']}, commit {result['commit'][:12]}")
+    return _save(pyplot, figure, Path(path))
+
+
 def _label(row, names):
     return row["name"] if "name" in row else " ".join(f"{name}={row[name]}" for name in names)
 
@@ -150,11 +212,17 @@ def sweep(result, directory):
     return _save(pyplot, figure, directory / "sweep.png")
 
 
-def draw(result, directory):
-    """Draws every picture that fits the kind of result into ``directory``; returns their paths."""
-    directory = Path(directory)
+def draw(result, target):
+    """Draws every picture that fits the kind of result; returns their paths.
+
+    ``target`` is the folder for a planner's result, and the picture's file for a benchmark's. Raises ``ValueError`` for
+    a result that has no picture.
+    """
+    if "limits" in result and "machine" in result:
+        return [benchmark(result, target)]
+    directory = Path(target)
     directory.mkdir(parents=True, exist_ok=True)
-    command = result["command"]
+    command = result.get("command")
     if command == "plan":
         return [roofline(result, directory), times(result, directory)]
     if command in ("sweep", "compare") and not any(row.get("fits") for row in result["rows"]):
@@ -163,12 +231,12 @@ def draw(result, directory):
         return [sweep(result, directory)]
     if command == "compare":
         return [comparison(result, directory)]
-    raise ValueError(f"no picture for command {command!r}; expected plan, sweep or compare")
+    raise ValueError(f"no picture for command {command!r}; expected plan, sweep, compare or a benchmark's result")
 
 
 def main(arguments):
     if len(arguments) != 2:
-        raise SystemExit("usage: plot.py RESULT.json DIRECTORY")
+        raise SystemExit("usage: python -m flash_mla.plot RESULT.json TARGET")
     with open(arguments[0], encoding="utf-8") as file:
         result = json.load(file)
     try:

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 // OpenBLAS reads these when it is loaded. An environment that pins older kernels or another cache size (some
@@ -54,4 +54,4 @@ void Blas::sgemm(bool trans_b, int m, int n, int k, float alpha, const float* a,
   sgemm_(kRowMajor, kNoTrans, trans_b ? kTrans : kNoTrans, m, n, k, alpha, a, lda, b, ldb, 0.0f, c, ldc);
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -6,7 +6,7 @@
 #include <optional>
 #include <string>
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 class Blas {
  public:
@@ -33,4 +33,4 @@ class Blas {
   std::string description_;
 };
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

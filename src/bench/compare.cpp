@@ -8,7 +8,7 @@
 #include "base/element.h"
 #include "flash_mla/error.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 double element(const TensorView& view, std::int64_t offset) {
@@ -90,4 +90,4 @@ Comparison compare_outputs(const TensorView& out, const TensorView& lse, const T
   return c;
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -6,7 +6,7 @@
 
 #include "flash_mla/decode.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 /// An element passes when it is within `*_abs` of the reference or within `*_rel` of its magnitude; `out` as
 /// a whole passes when its cosine difference 1 - 2 sum(xy) / sum(x^2 + y^2) is below `out_cosine`.
@@ -33,4 +33,4 @@ struct Comparison {
 Comparison compare_outputs(const TensorView& out, const TensorView& lse, const TensorView& ref_out,
                            const TensorView& ref_lse, const Tolerance& tolerance);
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -6,7 +6,7 @@
 #include "bench/table.h"
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 constexpr int kH200Sms = 132;
@@ -79,4 +79,4 @@ std::string explain(const std::vector<Shape>& shapes) {
   return text + table.str() + "\n" + refused + kLegend;
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -7,7 +7,7 @@
 
 #include "bench/preset.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 /// Why the sm90 backend does not take a shape, or "".
 std::string why_not_sm90(const Shape& shape);
@@ -16,4 +16,4 @@ std::string why_not_sm90(const Shape& shape);
 /// multiprocessors for granted and says so.
 std::string explain(const std::vector<Shape>& shapes);
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

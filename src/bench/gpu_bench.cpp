@@ -3,14 +3,16 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <nlohmann/json.hpp>
 
-#include "cli/args.h"
+#include "bench/dtype.h"
+#include "bench/explain.h"
 #include "bench/gpu/bench.h"
 #include "bench/machine.h"
 #include "bench/table.h"
 #include "flash_mla/info.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -161,6 +163,15 @@ void print_summary(const Summary& s) {
 
 }  // namespace
 
+std::string why_no_gpu(const std::vector<Shape>& shapes) {
+  std::string why = gpu::why_unusable();
+  for (const Shape& shape : shapes) {
+    const std::string reason = why_not_sm90(shape);
+    if (why.empty() && !reason.empty()) why = fmt::format("shape {}: {}", shape.name, reason);
+  }
+  return why;
+}
+
 int run_gpu_bench(const GpuBenchOptions& o) {
   const auto progress = [&](const std::string& line) {
     if (!o.quiet) fmt::print(stderr, "bench: {}\n", line);
@@ -212,4 +223,4 @@ int run_gpu_bench(const GpuBenchOptions& o) {
   return summary.failed == 0 ? 0 : 1;
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

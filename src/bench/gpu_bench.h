@@ -5,7 +5,7 @@
 
 #include "bench/preset.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 struct GpuBenchOptions {
   std::vector<Shape> shapes;
@@ -15,7 +15,10 @@ struct GpuBenchOptions {
   bool quiet = false;
 };
 
+/// Why these shapes cannot be measured on a GPU here, or "".
+std::string why_no_gpu(const std::vector<Shape>& shapes);
+
 /// Measures the shapes on the GPU and prints them. Returns the process's exit code: 1 if a check failed.
 int run_gpu_bench(const GpuBenchOptions& options);
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

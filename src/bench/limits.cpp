@@ -7,13 +7,14 @@
 #include <chrono>
 #include <cstring>
 #include <functional>
+#include <nlohmann/json.hpp>
 #include <thread>
 #include <vector>
 
 #include "bench/machine.h"
 #include "bench/problem.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -188,4 +189,4 @@ nlohmann::ordered_json to_json(const Limits& limits) {
           {"bf16_gflops", limits.bf16_gflops}};
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -3,11 +3,11 @@
 // The machine's limits for a roofline, measured rather than looked up: clocks and memory channels differ
 // from the data sheet on shared and virtual machines.
 
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 
 #include "flash_mla/tensor.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 struct Limits {
   int threads = 1;
@@ -26,4 +26,4 @@ Limits measure_limits(int threads, double seconds = 0.2);
 
 nlohmann::ordered_json to_json(const Limits& limits);
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -8,17 +8,19 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <ctime>
 #include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
 #include <stdexcept>
 
-#include "cli/args.h"
 #include "flash_mla/info.h"
 #include "flash_mla_commit.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 std::string first_line(const std::string& path) {
@@ -99,6 +101,24 @@ nlohmann::ordered_json machine_json() {
           {"highway", highway_version()}};
 }
 
+std::string command_line() {
+  std::ifstream in("/proc/self/cmdline", std::ios::binary);
+  const std::string raw((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  std::string line;
+  for (std::size_t at = 0; at < raw.size();) {
+    const std::size_t end = std::min(raw.find('\0', at), raw.size());
+    std::string word = raw.substr(at, end - at);
+    if (line.empty()) {
+      word = word.substr(word.find_last_of('/') + 1);
+    } else {
+      line += ' ';
+    }
+    line += word;
+    at = end + 1;
+  }
+  return line;
+}
+
 nlohmann::ordered_json report_head() {
   return {{"machine", machine_json()},
           {"commit", commit()},
@@ -133,4 +153,4 @@ void write_json(const std::string& path, const nlohmann::ordered_json& json) {
   if (!out.flush()) throw std::runtime_error(fmt::format("cannot write {}: {}", path, std::strerror(errno)));
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

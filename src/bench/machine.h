@@ -3,10 +3,10 @@
 // What a result was measured on.
 
 #include <cstddef>
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 struct Machine {
   std::string cpu;
@@ -25,6 +25,9 @@ const char* highway_version();
 
 nlohmann::ordered_json machine_json();
 
+/// The command line of this process, its first word reduced to the program's name.
+std::string command_line();
+
 /// {"machine", "commit", "command", "date"}: the head of every result file.
 nlohmann::ordered_json report_head();
 
@@ -39,4 +42,4 @@ std::string format_bytes(double bytes);
 /// Writes pretty-printed JSON and a newline; throws std::runtime_error naming the file.
 void write_json(const std::string& path, const nlohmann::ordered_json& json);
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -7,13 +7,13 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <thread>
 
-#include "cli/args.h"
 #include "bench/machine.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -191,4 +191,4 @@ Row measure_shape(const Shape& shape, const Problem& problem, const Limits& limi
   return row;
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -2,7 +2,7 @@
 
 // Timing of one shape, shared by bench and demo.
 
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
@@ -11,7 +11,7 @@
 #include "bench/preset.h"
 #include "bench/problem.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 struct Timing {
   double median = 0, best = 0;  ///< seconds
@@ -50,4 +50,4 @@ nlohmann::ordered_json to_json(const Row& row);
 Row measure_shape(const Shape& shape, const Problem& problem, const Limits& limits, const Blas* blas,
                   const MeasureOptions& options);
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -10,10 +10,11 @@
 #include <iterator>
 #include <nlohmann/json.hpp>
 
-#include "cli/args.h"
+#include "bench/dtype.h"
+#include "flash_mla/error.h"
 #include "flash_mla_presets.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 using Json = nlohmann::json;
@@ -25,8 +26,8 @@ void take_integer(const Json& shape, const char* key, int lowest, int highest, c
   if (found == shape.end()) return;
   if (!found->is_number_integer() || found->get<std::int64_t>() < lowest ||
       found->get<std::int64_t>() > highest) {
-    throw UsageError(fmt::format("{}: \"{}\" is {}, expected an integer from {} to {}", where, key,
-                                 found->dump(), lowest, highest));
+    throw InvalidArgument(fmt::format("{}: \"{}\" is {}, expected an integer from {} to {}", where, key,
+                                      found->dump(), lowest, highest));
   }
   value = found->get<int>();
 }
@@ -35,14 +36,15 @@ void take_bool(const Json& shape, const char* key, const std::string& where, boo
   const auto found = shape.find(key);
   if (found == shape.end()) return;
   if (!found->is_boolean()) {
-    throw UsageError(fmt::format("{}: \"{}\" is {}, expected true or false", where, key, found->dump()));
+    throw InvalidArgument(fmt::format("{}: \"{}\" is {}, expected true or false", where, key, found->dump()));
   }
   value = found->get<bool>();
 }
 
 double positive_number(const Json& value, const std::string& key, const std::string& where) {
   if (!value.is_number() || !(value.get<double>() > 0)) {
-    throw UsageError(fmt::format("{}: \"{}\" is {}, expected a positive number", where, key, value.dump()));
+    throw InvalidArgument(
+        fmt::format("{}: \"{}\" is {}, expected a positive number", where, key, value.dump()));
   }
   return value.get<double>();
 }
@@ -57,7 +59,7 @@ void take_peers(const Json& shape, const std::string& where, std::map<std::strin
   const auto found = shape.find("peers_ms");
   if (found == shape.end()) return;
   if (!found->is_object()) {
-    throw UsageError(
+    throw InvalidArgument(
         fmt::format("{}: \"peers_ms\" is {}, expected an object of milliseconds", where, found->dump()));
   }
   for (const auto& [name, ms] : found->items()) {
@@ -69,14 +71,15 @@ void refuse_unknown_keys(const Json& object, std::initializer_list<const char*> 
                          const std::string& where) {
   for (const auto& [key, value] : object.items()) {
     if (std::find(known.begin(), known.end(), key) == known.end()) {
-      throw UsageError(
+      throw InvalidArgument(
           fmt::format("{}: unknown key \"{}\", expected one of: {}", where, key, fmt::join(known, ", ")));
     }
   }
 }
 
 Shape read_shape(const Json& json, std::string where) {
-  if (!json.is_object()) throw UsageError(fmt::format("{} is {}, expected an object", where, json.dump()));
+  if (!json.is_object())
+    throw InvalidArgument(fmt::format("{} is {}, expected an object", where, json.dump()));
   refuse_unknown_keys(json,
                       {"name", "b", "s_q", "h_q", "h_kv", "s_k", "varlen", "causal", "dtype", "page_size",
                        "best_ms", "floor_ms", "peers_ms"},
@@ -98,12 +101,12 @@ Shape read_shape(const Json& json, std::string where) {
     const auto found = json.find(key);
     if (found == json.end()) continue;
     if (!found->is_string()) {
-      throw UsageError(fmt::format("{}: \"{}\" is {}, expected a string", where, key, found->dump()));
+      throw InvalidArgument(fmt::format("{}: \"{}\" is {}, expected a string", where, key, found->dump()));
     }
     try {
       if (std::strcmp(key, "dtype") == 0) s.dtype = parse_dtype(found->get<std::string>());
-    } catch (const UsageError& e) {
-      throw UsageError(fmt::format("{}: {}", where, e.what()));
+    } catch (const InvalidArgument& e) {
+      throw InvalidArgument(fmt::format("{}: {}", where, e.what()));
     }
     if (std::strcmp(key, "name") == 0) s.name = found->get<std::string>();
   }
@@ -115,10 +118,10 @@ Preset parse_preset(std::string_view text, const std::string& where) {
   try {
     json = Json::parse(text);
   } catch (const Json::parse_error& e) {
-    throw UsageError(fmt::format("{} is not JSON: {}", where, e.what()));
+    throw InvalidArgument(fmt::format("{} is not JSON: {}", where, e.what()));
   }
   if (!json.is_object() || !json.contains("shapes") || !json["shapes"].is_array() || json["shapes"].empty()) {
-    throw UsageError(fmt::format("{}: expected an object with a non-empty array \"shapes\"", where));
+    throw InvalidArgument(fmt::format("{}: expected an object with a non-empty array \"shapes\"", where));
   }
   refuse_unknown_keys(json, {"description", "device", "threads", "shapes"}, where);
   Preset preset;
@@ -126,8 +129,8 @@ Preset parse_preset(std::string_view text, const std::string& where) {
     preset.shapes.push_back(read_shape(json["shapes"][i], fmt::format("{}, shapes[{}]", where, i)));
     try {
       check_shape(preset.shapes.back());
-    } catch (const UsageError& e) {
-      throw UsageError(fmt::format("{}, shapes[{}]: {}", where, i, e.what()));
+    } catch (const InvalidArgument& e) {
+      throw InvalidArgument(fmt::format("{}, shapes[{}]: {}", where, i, e.what()));
     }
   }
   if (json.contains("threads")) {
@@ -137,15 +140,15 @@ Preset parse_preset(std::string_view text, const std::string& where) {
              t.get<std::int64_t>() <= ShapeLimits::kMaxThreads;
     };
     if (!threads.is_array() || threads.empty() || !std::all_of(threads.begin(), threads.end(), good)) {
-      throw UsageError(fmt::format("{}: \"threads\" is {}, expected an array of integers from 1 to {}", where,
-                                   threads.dump(), ShapeLimits::kMaxThreads));
+      throw InvalidArgument(fmt::format("{}: \"threads\" is {}, expected an array of integers from 1 to {}",
+                                        where, threads.dump(), ShapeLimits::kMaxThreads));
     }
     preset.threads = threads.get<std::vector<int>>();
   }
   if (json.contains("device")) {
     const Json& device = json["device"];
     if (device != "cpu" && device != "cuda") {
-      throw UsageError(
+      throw InvalidArgument(
           fmt::format("{}: \"device\" is {}, expected \"cpu\" or \"cuda\"", where, device.dump()));
     }
     preset.device = device.get<std::string>();
@@ -170,7 +173,7 @@ ProblemSpec Shape::problem(std::uint64_t seed) const {
 
 void check_shape(const Shape& shape) {
   if (shape.h_q % shape.h_kv != 0) {
-    throw UsageError(fmt::format("h_q is {}, expected a multiple of h_kv = {}", shape.h_q, shape.h_kv));
+    throw InvalidArgument(fmt::format("h_q is {}, expected a multiple of h_kv = {}", shape.h_q, shape.h_kv));
   }
 }
 
@@ -184,10 +187,20 @@ Preset read_preset(const std::string& name_or_path) {
     std::vector<std::string_view> names;
     names.reserve(kBuiltInPresets.size());
     for (const BuiltInPreset& preset : kBuiltInPresets) names.push_back(preset.name);
-    throw UsageError(fmt::format("{}; built-in presets are {}", message, fmt::join(names, ", ")));
+    throw InvalidArgument(fmt::format("{}; built-in presets are {}", message, fmt::join(names, ", ")));
   }
   const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
   return parse_preset(text, fmt::format("preset {}", name_or_path));
 }
 
-}  // namespace flash_mla::cli
+std::string default_name(const Shape& s) {
+  std::string name = fmt::format("b{} h{} s{} {}", s.b, s.h_q, s.s_k, short_dtype(s.dtype));
+  if (s.s_q != 1) name += fmt::format(" sq{}", s.s_q);
+  if (s.h_kv != 1) name += fmt::format(" hkv{}", s.h_kv);
+  if (s.page_size != 64) name += fmt::format(" page{}", s.page_size);
+  if (s.varlen) name += " varlen";
+  if (s.causal) name += " causal";
+  return name;
+}
+
+}  // namespace flash_mla::bench

@@ -9,7 +9,7 @@
 
 #include "bench/problem.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 /// A line of the benchmark: a shape, before any data exists.
 struct Shape {
@@ -44,10 +44,13 @@ struct Preset {
 };
 
 /// Reads a preset file (bench/presets/*.json has the format's examples), or the built-in preset of that name:
-/// those files without their ".json". Throws UsageError naming the file, the shape and the key.
+/// those files without their ".json". Throws InvalidArgument naming the file, the shape and the key.
 Preset read_preset(const std::string& name_or_path);
 
-/// Throws UsageError when h_q is not a multiple of h_kv.
+/// "b4 h128 s4096 bf16": what a shape without a name is called.
+std::string default_name(const Shape& shape);
+
+/// Throws InvalidArgument when h_q is not a multiple of h_kv.
 void check_shape(const Shape& shape);
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

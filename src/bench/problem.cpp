@@ -10,7 +10,7 @@
 #include "base/element.h"
 #include "flash_mla/schedule.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -234,4 +234,4 @@ DecodeRun::DecodeRun(const Problem& problem, int num_threads, int fixed_split_bl
   workspace_ = Buffer(dense_decode_workspace_size(args_, schedule_.view(), options_));
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -11,7 +11,7 @@
 
 #include "flash_mla/decode.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 /// Reproducible on every machine and standard library, unlike <random>'s distributions.
 class Random {
@@ -126,4 +126,4 @@ class DecodeRun {
   Buffer workspace_;
 };
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

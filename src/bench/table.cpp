@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 std::string Table::str() const {
   std::vector<std::size_t> width(rows_.front().size(), 0);
@@ -20,4 +20,4 @@ std::string Table::str() const {
   return text;
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 /// A plain-text table: columns as wide as their widest cell, the first left-aligned, the others right.
 class Table {
@@ -16,4 +16,4 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

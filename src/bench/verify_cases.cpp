@@ -7,10 +7,10 @@
 #include <chrono>
 #include <exception>
 
-#include "cli/args.h"
+#include "bench/dtype.h"
 #include "flash_mla/reference.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 // Multiply-adds of a case at most: the scalar reference takes about 50 ms for it.
@@ -155,4 +155,4 @@ std::int64_t run_verify(const VerifyOptions& options, const DecodeFunction& deco
   return failures;
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

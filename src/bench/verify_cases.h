@@ -9,7 +9,7 @@
 #include "bench/compare.h"
 #include "bench/problem.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 
 struct VerifyCase {
   ProblemSpec problem;
@@ -43,4 +43,4 @@ struct VerifyOptions {
 /// number of failures.
 std::int64_t run_verify(const VerifyOptions& options, const DecodeFunction& decode);
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -1,20 +1,21 @@
-#include "bench/gpu/bench.h"
-
 #include <fmt/format.h>
 
 #include <limits>
-#include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 
-#include "cli/args.h"
-#include "cli/commands.h"
+#include "bench/cpu_bench.h"
+#include "bench/dtype.h"
 #include "bench/explain.h"
 #include "bench/gpu_bench.h"
 #include "bench/machine.h"
-#include "bench/measure.h"
-#include "bench/plot.h"
-#include "bench/table.h"
-#include "flash_mla/info.h"
+#include "bench/preset.h"
+#include "cli/args.h"
+#include "cli/commands.h"
+#include "cli/plot.h"
+#include "flash_mla/error.h"
+
+// `flash-mla bench`: which shapes, on which device; the measuring is src/bench's.
 
 namespace flash_mla::cli {
 namespace {
@@ -25,15 +26,15 @@ struct BenchOptions {
   std::vector<std::string> dtype{"bf16"};
   bool varlen = false, causal = false, no_blas = false, quiet = false, explain = false;
   std::uint64_t seed = 0;
-  MeasureOptions measure;
+  bench::MeasureOptions measure;
   /// The first flag given that only the CPU benchmark takes, or "".
   std::string cpu_flag;
   bool reps_given = false;
 };
 
 // Every combination of the lists.
-std::vector<Shape> shapes_of_flags(const BenchOptions& o) {
-  std::vector<Shape> shapes;
+std::vector<bench::Shape> shapes_of_flags(const BenchOptions& o) {
+  std::vector<bench::Shape> shapes;
   for (const int b : o.b)
     for (const int s_q : o.s_q)
       for (const int h_q : o.h_q)
@@ -41,174 +42,92 @@ std::vector<Shape> shapes_of_flags(const BenchOptions& o) {
           for (const int s_k : o.s_k)
             for (const int page_size : o.page_size)
               for (const std::string& dtype : o.dtype) {
-                Shape s{"", b, s_q, h_q, h_kv, s_k, o.varlen, o.causal, parse_dtype(dtype), page_size};
-                check_shape(s);
+                bench::Shape s{
+                    "", b, s_q, h_q, h_kv, s_k, o.varlen, o.causal, bench::parse_dtype(dtype), page_size};
+                bench::check_shape(s);
                 shapes.push_back(std::move(s));
               }
   return shapes;
 }
 
-std::string default_name(const Shape& s) {
-  std::string name = fmt::format("b{} h{} s{} {}", s.b, s.h_q, s.s_k, short_dtype(s.dtype));
-  if (s.s_q != 1) name += fmt::format(" sq{}", s.s_q);
-  if (s.h_kv != 1) name += fmt::format(" hkv{}", s.h_kv);
-  if (s.page_size != 64) name += fmt::format(" page{}", s.page_size);
-  if (s.varlen) name += " varlen";
-  if (s.causal) name += " causal";
-  return name;
-}
-
-std::vector<std::string> table_row(const Row& r) {
-  const bool blas = r.sgemm.reps > 0;
-  return {r.shape.name,
-          fmt::format("{}", r.shape.b),
-          fmt::format("{}", r.shape.s_q),
-          fmt::format("{}", r.shape.h_q),
-          fmt::format("{}", r.shape.s_k),
-          short_dtype(r.shape.dtype),
-          fmt::format("{}", r.threads),
-          fmt::format("{:.3f}", r.time.median * 1e3),
-          fmt::format("{:.1f}", r.gflops()),
-          fmt::format("{:.2f}", r.gbps()),
-          blas ? fmt::format("{:.1f}", r.sgemm_gflops()) : "-",
-          blas ? fmt::format("{:.2f}", r.gflops() / r.sgemm_gflops()) : "-",
-          fmt::format("{:.0f}% {}", 100 * r.limit_fraction(), r.memory_bound() ? "mem" : "flop"),
-          format_bytes(static_cast<double>(r.workspace_bytes)),
-          format_bytes(static_cast<double>(r.peak_rss_bytes))};
-}
-
-Preset preset_of(const BenchOptions& o) {
-  Preset preset;
+bench::Preset preset_of(const BenchOptions& o) {
+  bench::Preset preset;
   if (!o.preset.empty()) {
-    preset = read_preset(o.preset);
+    preset = bench::read_preset(o.preset);
   } else {
     preset.shapes = shapes_of_flags(o);
   }
-  for (Shape& shape : preset.shapes) {
-    if (shape.name.empty()) shape.name = default_name(shape);
+  for (bench::Shape& shape : preset.shapes) {
+    if (shape.name.empty()) shape.name = bench::default_name(shape);
   }
-  const auto other = [&](const Shape& s) { return s.name.find(o.only) == std::string::npos; };
+  const auto other = [&](const bench::Shape& s) { return s.name.find(o.only) == std::string::npos; };
   std::erase_if(preset.shapes, other);
   if (preset.shapes.empty()) {
-    throw UsageError(fmt::format("--only is \"{}\", which no shape's name contains", o.only));
+    throw InvalidArgument(fmt::format("--only is \"{}\", which no shape's name contains", o.only));
   }
   return preset;
 }
 
-// Why these shapes cannot be measured on a GPU here, or "".
-std::string why_no_gpu(const Preset& preset) {
-  std::string why = gpu::why_unusable();
-  for (const Shape& shape : preset.shapes) {
-    const std::string reason = why_not_sm90(shape);
-    if (why.empty() && !reason.empty()) why = fmt::format("shape {}: {}", shape.name, reason);
-  }
-  return why;
-}
-
-bool takes_gpu(const BenchOptions& o, const Preset& preset) {
+bool takes_gpu(const BenchOptions& o, const bench::Preset& preset) {
   if (o.device == "cpu") return false;
   if (o.device == "cuda") {
     if (!o.cpu_flag.empty()) {
-      throw UsageError(fmt::format("{} is for --device cpu, but --device is cuda", o.cpu_flag));
+      throw InvalidArgument(fmt::format("{} is for --device cpu, but --device is cuda", o.cpu_flag));
     }
-    const std::string why = why_no_gpu(preset);
-    if (!why.empty()) throw UsageError(fmt::format("--device cuda: {}", why));
+    const std::string why = bench::why_no_gpu(preset.shapes);
+    if (!why.empty()) throw InvalidArgument(fmt::format("--device cuda: {}", why));
     return true;
   }
   // A preset that names threads is made for CPUs.
   if (!o.cpu_flag.empty() || !preset.threads.empty() || preset.device == "cpu") return false;
-  const std::string why = why_no_gpu(preset);
+  const std::string why = bench::why_no_gpu(preset.shapes);
   if (!why.empty() && preset.device == "cuda") {
-    throw UsageError(fmt::format(
+    throw InvalidArgument(fmt::format(
         "preset {} is made for a GPU: {}; --device cpu measures its shapes on the CPU", o.preset, why));
   }
   return why.empty();
 }
 
-void run_cpu_bench(const BenchOptions& o, Preset preset) {
-  std::vector<int> threads = !o.threads.empty() ? o.threads : preset.threads;
-  if (threads.empty()) threads = {machine().usable_cpus};
-  if (!o.plot.empty()) require_plotting(o.python);
-  const auto progress = [&](const std::string& line) {
-    if (!o.quiet) fmt::print(stderr, "bench: {}\n", line);
-  };
-
-  std::string why = "switched off by --no-blas";
-  std::optional<Blas> blas;
-  if (!o.no_blas) blas = Blas::load(o.blas_library, o.blas_core, why);
-  if (!blas && !o.blas_library.empty()) throw UsageError(fmt::format("--blas: {}", why));
-
-  std::map<int, Limits> limits;
-  for (const int t : threads) {
-    if (limits.count(t) != 0) continue;
-    progress(fmt::format("measuring the machine's limits with {} thread{}", t, t == 1 ? "" : "s"));
-    limits[t] = measure_limits(t);
-  }
-  std::vector<Row> rows;
-  const std::size_t total = preset.shapes.size() * threads.size();
-  for (Shape& shape : preset.shapes) {
-    const Problem problem(shape.problem(o.seed));
-    for (const int t : threads) {
-      progress(
-          fmt::format("{} of {}: {}, {} thread{}", rows.size() + 1, total, shape.name, t, t == 1 ? "" : "s"));
-      rows.push_back(measure_shape(shape, problem, limits[t], blas ? &*blas : nullptr, o.measure));
-    }
-  }
-
-  fmt::print("{}, {}; {}, commit {}\n", machine().cpu, cpu_isa().selected, o.measure.cold ? "cold" : "warm",
-             commit());
-  Table table({"shape", "b", "s_q", "h_q", "s_k", "dtype", "threads", "ms", "GFLOP/s", "GB/s", "sgemm",
-               "ratio", "of limit", "workspace", "peak RSS"});
-  for (const Row& row : rows) table.add(table_row(row));
-  fmt::print("\n{}\n", table.str());
-  for (const auto& [t, l] : limits) {
-    fmt::print("machine limit, {} thread{}: read {:.1f} GB/s, fp32 {:.0f} GFLOP/s{}\n", t, t == 1 ? "" : "s",
-               l.read_gbps, l.fp32_gflops,
-               l.bf16_gflops > 0 ? fmt::format(", bf16 dot products {:.0f} GFLOP/s", l.bf16_gflops) : "");
-  }
-  fmt::print("sgemm: {}\n", blas ? "GFLOP/s of " + blas->description() + " on the two matrix products"
-                                 : "not measured: " + why);
-  fmt::print("{} caches: {}\n", o.measure.cold ? "cold" : "warm",
-             o.measure.cold
-                 ? "evicted before every repetition"
-                 : "repetitions follow each other, so a KV cache smaller than the last-level cache "
-                   "stays there");
-
-  nlohmann::ordered_json report = report_head();
-  report["seed"] = o.seed;
-  report["blas"] = blas ? nlohmann::ordered_json(blas->description()) : nlohmann::ordered_json(nullptr);
-  report["limits"] = nlohmann::ordered_json::array();
-  for (const int t : threads) report["limits"].push_back(to_json(limits[t]));
-  report["rows"] = nlohmann::ordered_json::array();
-  for (const Row& row : rows) report["rows"].push_back(to_json(row));
+void measure_on_cpu(const BenchOptions& o, bench::Preset preset) {
+  if (!o.plot.empty()) require_plotting(o.python, "the roofline picture");
+  bench::CpuBenchOptions options;
+  options.shapes = std::move(preset.shapes);
+  options.threads = !o.threads.empty() ? o.threads : preset.threads;
+  options.blas = !o.no_blas;
+  options.blas_library = o.blas_library;
+  options.blas_core = o.blas_core;
+  options.seed = o.seed;
+  options.measure = o.measure;
+  options.quiet = o.quiet;
+  const nlohmann::ordered_json report = bench::run_cpu_bench(options);
+  if (o.json.empty() && o.plot.empty()) return;
   const std::string json = !o.json.empty() ? o.json : o.plot + ".json";
-  if (!o.json.empty() || !o.plot.empty()) {
-    write_json(json, report);
-    fmt::print("wrote {}\n", json);
-  }
-  if (!o.plot.empty()) {
-    plot_roofline(o.python, json, o.plot);
-    fmt::print("wrote {}\n", o.plot);
-  }
+  bench::write_json(json, report);
+  fmt::print("wrote {}\n", json);
+  if (o.plot.empty()) return;
+  plot(o.python, json, o.plot);
+  fmt::print("wrote {}\n", o.plot);
 }
 
-int run_bench(const BenchOptions& o) {
-  Preset preset = preset_of(o);
-  if (o.explain) {
-    fmt::print("{}", explain(preset.shapes));
-    return 0;
-  }
-  if (!takes_gpu(o, preset)) {
-    run_cpu_bench(o, std::move(preset));
-    return 0;
-  }
-  GpuBenchOptions options;
+int measure_on_gpu(const BenchOptions& o, bench::Preset preset) {
+  bench::GpuBenchOptions options;
   options.shapes = std::move(preset.shapes);
   if (o.reps_given) options.reps = o.measure.reps;
   options.seed = o.seed;
   options.json = o.json;
   options.quiet = o.quiet;
-  return run_gpu_bench(options);
+  return bench::run_gpu_bench(options);
+}
+
+int run_bench(const BenchOptions& o) {
+  bench::Preset preset = preset_of(o);
+  if (o.explain) {
+    fmt::print("{}", bench::explain(preset.shapes));
+    return 0;
+  }
+  if (takes_gpu(o, preset)) return measure_on_gpu(o, std::move(preset));
+  measure_on_cpu(o, std::move(preset));
+  return 0;
 }
 
 }  // namespace
@@ -219,7 +138,7 @@ void register_bench(CLI::App& app, int& exit_code) {
       app.add_subcommand("bench",
                          "Speed on random data, beside the machine's limits; on a CPU also beside OpenBLAS, "
                          "on a GPU checked against a reference");
-  using L = ShapeLimits;
+  using L = bench::ShapeLimits;
   const auto list = [&](const char* flag, std::vector<int>& values, int highest, const char* help) {
     return sub->add_option(flag, values, help)
         ->delimiter(',')

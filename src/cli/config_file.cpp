@@ -5,14 +5,14 @@
 #include <fstream>
 #include <string>
 
-#include "cli/args.h"
+#include "flash_mla/error.h"
 
 namespace flash_mla::cli {
 namespace {
 
 void read_config(CLI::App& app, const std::string& path) {
   std::ifstream file(path);
-  if (!file) throw UsageError(fmt::format("--config {}: cannot be read", path));
+  if (!file) throw InvalidArgument(fmt::format("--config {}: cannot be read", path));
   const CLI::ConfigBase toml;
   for (const CLI::ConfigItem& item : toml.from_config(file)) {
     if (item.name == "++" || item.name == "--") continue;  // a section begins or ends
@@ -20,7 +20,7 @@ void read_config(CLI::App& app, const std::string& path) {
     const bool own_section = item.parents.empty() || item.parents == std::vector{app.get_name()};
     CLI::Option* option = own_section ? app.get_option_no_throw("--" + item.name) : nullptr;
     if (option == nullptr || item.name == "config" || item.name == "help") {
-      throw UsageError(fmt::format("--config {}: \"{}\" is no flag of {}", path, key, app.get_name()));
+      throw InvalidArgument(fmt::format("--config {}: \"{}\" is no flag of {}", path, key, app.get_name()));
     }
     if (option->count() > 0) continue;
     if (option->get_expected_min() == 0) {

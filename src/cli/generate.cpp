@@ -7,11 +7,11 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
-#include "cli/args.h"
+#include "bench/generation_report.h"
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
-#include "cli/generation_report.h"
 #include "flash_mla/engine.h"
+#include "flash_mla/error.h"
 
 // `flash-mla generate`: prompts in, text out as it comes, figures to stderr.
 
@@ -96,7 +96,7 @@ int run_generate(const GenerateOptions& o) {
   const auto since = [](Clock::time_point t) {
     return std::chrono::duration<double>(Clock::now() - t).count();
   };
-  if (!o.system.empty() && !o.chat) throw UsageError("--system: expected together with --chat");
+  if (!o.system.empty() && !o.chat) throw InvalidArgument("--system: expected together with --chat");
   const std::vector<Request> requests = make_requests(o);
 
   const Clock::time_point loading = Clock::now();
@@ -105,10 +105,10 @@ int run_generate(const GenerateOptions& o) {
 
   const bool stream = !o.json && requests.size() == 1 && o.sampling.n == 1;
   EventHandler print_text;
-  if (stream) print_text = print_text_of;
+  if (stream) print_text = bench::print_text_of;
   const Clock::time_point begin = Clock::now();
   const std::vector<Completion> completions = engine.generate(requests, print_text);
-  const Json figures = generation_report(engine, load_seconds, since(begin));
+  const Json figures = bench::generation_report(engine, load_seconds, since(begin));
 
   if (o.json) {
     Json out = {{"model", o.model}, {"completions", Json::array()}, {"report", figures}};
@@ -119,12 +119,12 @@ int run_generate(const GenerateOptions& o) {
   } else {
     print_completions(completions);
   }
-  if (!o.quiet) fmt::print(stderr, "{}\n", generation_summary(figures));
+  if (!o.quiet) fmt::print(stderr, "{}\n", bench::generation_summary(figures));
   if (!o.trace.empty()) {
     std::ofstream file(o.trace, std::ios::binary);
     file << engine.chrome_trace();
     file.close();
-    if (!file) throw UsageError(fmt::format("--trace {}: cannot be written", o.trace));
+    if (!file) throw InvalidArgument(fmt::format("--trace {}: cannot be written", o.trace));
   }
   return count_failures(completions) == 0 ? 0 : 1;
 }

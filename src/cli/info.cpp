@@ -5,18 +5,18 @@
 
 #include <cstdlib>
 
-#include "cli/commands.h"
 #include "bench/machine.h"
 #include "bench/table.h"
+#include "cli/commands.h"
 #include "flash_mla/schedule.h"
 
 namespace flash_mla::cli {
 namespace {
 
 void print_info() {
-  fmt::print("flash-mla {}, commit {}\n", version(), commit());
-  const Machine& m = machine();
-  fmt::print("built with {}, Highway {}\n\nbackends\n", m.compiler, highway_version());
+  fmt::print("flash-mla {}, commit {}\n", version(), bench::commit());
+  const bench::Machine& m = bench::machine();
+  fmt::print("built with {}, Highway {}\n\nbackends\n", m.compiler, bench::highway_version());
   for (const BackendInfo& b : backends()) {
     fmt::print("  {:<6}{:<13}{}{}{}\n", backend_name(b.backend), b.available ? "available" : "unavailable",
                b.device, b.device.empty() ? "" : "; ", b.detail);
@@ -32,7 +32,7 @@ void print_info() {
   fmt::print("  threads            {} by default ({} processors usable of {})\n",
              cpu_schedule_options().num_parts, m.usable_cpus, m.online_cpus);
   const auto size = [](std::size_t bytes) {
-    return bytes == 0 ? std::string("unknown") : format_bytes(static_cast<double>(bytes));
+    return bytes == 0 ? std::string("unknown") : bench::format_bytes(static_cast<double>(bytes));
   };
   fmt::print("  caches             L1d {}, L2 {}, L3 {}\n", size(m.l1d_bytes), size(m.l2_bytes),
              size(m.l3_bytes));

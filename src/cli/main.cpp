@@ -3,7 +3,6 @@
 #include <exception>
 #include <string>
 
-#include "cli/args.h"
 #include "cli/commands.h"
 #include "flash_mla/error.h"
 #include "flash_mla/info.h"
@@ -47,9 +46,6 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : kBadUsage;
-  } catch (const flash_mla::cli::UsageError& e) {
-    fmt::print(stderr, "flash-mla: {}\n", e.what());
-    return kBadUsage;
   } catch (const flash_mla::InvalidArgument& e) {
     fmt::print(stderr, "flash-mla: {}\n", e.what());
     return kBadUsage;

@@ -6,9 +6,9 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "cli/args.h"
 #include "cli/commands.h"
-#include "bench/plot.h"
+#include "cli/plot.h"
+#include "flash_mla/error.h"
 #include "flash_mla/planner.h"
 
 // `flash-mla plan`: turns options into a planner request, prints the result, draws the pictures.
@@ -80,7 +80,7 @@ Json scalar(const std::string& text) {
 std::pair<std::string, std::string> split_assignment(const std::string& text, const char* option) {
   const std::size_t at = text.find('=');
   if (at == std::string::npos || at == 0 || at + 1 == text.size()) {
-    throw UsageError(fmt::format("{} {}: expected key=value", option, text));
+    throw InvalidArgument(fmt::format("{} {}: expected key=value", option, text));
   }
   return {text.substr(0, at), text.substr(at + 1)};
 }
@@ -109,14 +109,14 @@ Json axis_values(const std::string& text, const std::string& option) {
     const bool usable = from.is_number() && to.is_number() && from.get<double>() <= to.get<double>() &&
                         (op == '+' ? step > 0 : step > 1 && from.get<double>() > 0);
     if (!usable) {
-      throw UsageError(fmt::format(
+      throw InvalidArgument(fmt::format(
           "--sweep {}={}: expected first..last, first..last+step or first..last*factor", option, part));
     }
     constexpr std::size_t kMost = 200000;
     for (double x = from.get<double>(); x <= to.get<double>() * (1 + 1e-12);
          x = op == '+' ? x + step : x * step) {
       if (values.size() == kMost)
-        throw UsageError(fmt::format("--sweep {}={}: more than {} values", option, part, kMost));
+        throw InvalidArgument(fmt::format("--sweep {}={}: more than {} values", option, part, kMost));
       values.push_back(x == std::floor(x) && std::abs(x) < 1e15 ? Json(static_cast<std::int64_t>(x))
                                                                 : Json(x));
     }
@@ -128,10 +128,10 @@ Json read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
   if (!file || !(text << file.rdbuf()))
-    throw UsageError(fmt::format("{}: cannot be read; expected a JSON request", path));
+    throw InvalidArgument(fmt::format("{}: cannot be read; expected a JSON request", path));
   const Json json = Json::parse(text.str(), nullptr, false);
   if (!json.is_object())
-    throw UsageError(fmt::format("{}: not a JSON object; expected a plan request", path));
+    throw InvalidArgument(fmt::format("{}: not a JSON object; expected a plan request", path));
   return json;
 }
 
@@ -154,17 +154,18 @@ void write_file(const std::filesystem::path& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);
   file << text;
   file.close();
-  if (!file) throw UsageError(fmt::format("{}: cannot be written", path.string()));
+  if (!file) throw InvalidArgument(fmt::format("{}: cannot be written", path.string()));
 }
 
-/// Runs the plotting script on the result; it writes PNG files beside the JSON.
+/// Draws the result; the pictures lie beside the JSON.
 void draw(const Options& o, const std::string& result) {
   std::error_code error;
   std::filesystem::create_directories(o.plot, error);
-  if (error) throw UsageError(fmt::format("--plot {}: {}; expected a directory", o.plot, error.message()));
+  if (error)
+    throw InvalidArgument(fmt::format("--plot {}: {}; expected a directory", o.plot, error.message()));
   const std::filesystem::path json = std::filesystem::path(o.plot) / "plan.json";
   write_file(json, result);
-  plot_plan(o.python, json.string(), o.plot);
+  plot(o.python, json.string(), o.plot);
 }
 
 int finish(const Options& o, const std::string& result) {
@@ -191,7 +192,7 @@ int run_plan(const Options& o) {
   if (!o.plot.empty()) require_plotting(o.python, "--plot");
   Json request = base_request(o);
   if (!o.sweep.empty()) {
-    if (o.explain) throw UsageError("--explain: expected a single plan, not a sweep");
+    if (o.explain) throw InvalidArgument("--explain: expected a single plan, not a sweep");
     Json axes = Json::object();
     for (const std::string& text : o.sweep) {
       const auto [key, values] = split_assignment(text, "--sweep");
@@ -224,7 +225,7 @@ int run_compare(const Options& o) {
     cases.push_back(one);
   }
   if (cases.empty())
-    throw UsageError("plan compare: expected request files, or --case \"hardware=h20 ep=8\" options");
+    throw InvalidArgument("plan compare: expected request files, or --case \"hardware=h20 ep=8\" options");
   return finish(o, planner::run_json(Json{{"command", "compare"}, {"cases", cases}}.dump()));
 }
 
@@ -296,7 +297,7 @@ void register_plan(CLI::App& app, int& exit_code) {
     if (const auto used = plan->get_subcommands(); !used.empty()) {
       for (const CLI::Option* option : plan->get_options()) {
         if (option->count() == 0) continue;
-        throw UsageError(
+        throw InvalidArgument(
             fmt::format("{0} stands before {1}, which would not see it; expected plan {1} {0} ...",
                         option->get_name(), used.front()->get_name()));
       }

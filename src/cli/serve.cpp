@@ -10,6 +10,7 @@
 #include "cli/config_file.h"
 #include "cli/engine_flags.h"
 #include "flash_mla/engine.h"
+#include "flash_mla/error.h"
 #include "server/server.h"
 
 // `flash-mla serve`: an OpenAI-compatible server over one model.
@@ -39,7 +40,7 @@ void allow_files(int connections) {
 
 int run_serve(ServeOptions o) {
   for (const std::string& key : o.server.api_keys) {
-    if (key.empty()) throw UsageError("--api-key is empty, expected a key");
+    if (key.empty()) throw InvalidArgument("--api-key is empty, expected a key");
   }
   allow_files(o.server.max_connections);
   if (o.server.model_name.empty()) {

@@ -5,14 +5,13 @@
 #include <chrono>
 #include <fstream>
 
-#include "cli/args.h"
 #include "bench/gpu/kernels.h"
 #include "bench/gpu/matmul.h"
 #include "bench/gpu/timing.h"
 #include "bench/gpu/verify.h"
 #include "flash_mla/info.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 namespace {
 
 constexpr int kGraphCalls = 20;
@@ -154,4 +153,4 @@ Row measure_row(const Shape& shape, const RowOptions& options) {
   return row;
 }
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

@@ -9,7 +9,7 @@
 
 #include "bench/preset.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 
 /// Why this program cannot run the sm90 backend here, or "".
 std::string why_unusable();
@@ -70,4 +70,4 @@ struct Row {
 /// takes the times, whatever the check said. Throws std::runtime_error where the GPU has too little memory.
 Row measure_row(const Shape& shape, const RowOptions& options);
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

@@ -5,7 +5,7 @@
 #include "bench/gpu/check.h"
 #include "bench/gpu/kernels.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 namespace {
 
 constexpr int kDim = 576, kDimV = 512;
@@ -194,4 +194,4 @@ void reference_rows(const ReferenceProblem& problem, const OutputRow* rows, int 
   check(cudaGetLastError(), "reference_rows");
 }
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

@@ -9,7 +9,7 @@
 
 #include "flash_mla/tensor.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 
 /// clamp(N(0, 1) / 2, -1, 1), each element a function of its index and `seed`. `dtype` bfloat16 or float16.
 void fill_normal(void* data, DType dtype, std::int64_t count, std::uint64_t seed, cudaStream_t stream);
@@ -45,4 +45,4 @@ struct ReferenceProblem {
 void reference_rows(const ReferenceProblem& problem, const OutputRow* rows, int count, float* scores,
                     std::int64_t score_stride, float* out, float* lse, cudaStream_t stream);
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

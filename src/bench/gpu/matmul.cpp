@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 namespace {
 
 // The few declarations of cublasLt.h that a product needs. They are part of the library's binary interface.
@@ -102,4 +102,4 @@ void Matmul::run(const void* a, const void* b, void* out, const Stream& stream) 
       "cublasLtMatmul");
 }
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

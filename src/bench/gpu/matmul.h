@@ -5,7 +5,7 @@
 
 #include "bench/gpu/resources.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 
 /// A bf16 matrix product by cuBLASLt, to measure against. Its library (libcublasLt.so of the CUDA runtime's
 /// major version) is opened at run time, from the path in the environment variable FLASH_MLA_CUBLASLT if it
@@ -30,4 +30,4 @@ class Matmul {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

@@ -4,7 +4,7 @@
 
 #include "bench/gpu/bench.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 namespace {
 
 constexpr const char* kReason = "this build has no CUDA (FLASH_MLA_CUDA=OFF)";
@@ -19,4 +19,4 @@ FirstCall measure_first_call() { refuse(); }
 Limits measure_limits() { refuse(); }
 Row measure_row(const Shape&, const RowOptions&) { refuse(); }
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

@@ -9,7 +9,7 @@
 #include "bench/gpu/kernels.h"
 #include "bench/machine.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 namespace {
 
 constexpr int kDim = 576, kDimV = 512;
@@ -139,4 +139,4 @@ void Problem::empty_requests(const Stream& stream) {
   stream.wait();
 }
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

@@ -6,7 +6,7 @@
 #include "bench/preset.h"
 #include "flash_mla/decode.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 
 /// Lengths as draw_lengths says, then scaled so that their mean is s_k to the token: the time then compares
 /// with that of equal lengths.
@@ -14,7 +14,7 @@ std::vector<std::int32_t> lengths_of(const Shape& shape, std::uint64_t seed);
 
 /// Allocates and fills a problem. q and cache are clamp(N(0, 1) / 2, -1, 1), so that the softmax is far
 /// from uniform and a wrong weight shows, and few elements are the clamp's, whose bits would save power.
-/// Whatever the library must not look at is poison, as in cli::Problem; so are outputs and workspace. Pages
+/// Whatever the library must not look at is poison, as in bench::Problem; so are outputs and workspace. Pages
 /// are dealt out in random order. Returns with everything in place.
 class Problem {
  public:
@@ -51,4 +51,4 @@ class Problem {
   DecodeScheduleView schedule_;
 };
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

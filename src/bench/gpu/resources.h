@@ -10,7 +10,7 @@
 
 #include "bench/gpu/check.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 
 /// Device memory of `count` elements.
 template <class T>
@@ -77,4 +77,4 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

@@ -4,7 +4,7 @@
 
 #include "bench/gpu/kernels.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 namespace {
 
 constexpr std::size_t kFlushBytes = std::size_t{256} << 20;
@@ -90,4 +90,4 @@ double host_time(const std::function<void()>& call, const Stream& stream) {
   return median(std::move(us));
 }
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

@@ -6,7 +6,7 @@
 
 #include "bench/gpu/resources.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 
 double median(std::vector<double> values);
 
@@ -48,4 +48,4 @@ double graph_time(const std::function<void()>& call, int calls, const Stream& st
 /// Microseconds that a call takes the host, over 1000 calls in batches that the GPU's queue has room for.
 double host_time(const std::function<void()>& call, const Stream& stream);
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

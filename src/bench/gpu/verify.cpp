@@ -4,7 +4,7 @@
 
 #include "bench/gpu/kernels.h"
 
-namespace flash_mla::cli::gpu {
+namespace flash_mla::bench::gpu {
 namespace {
 
 constexpr int kDimV = 512;
@@ -110,4 +110,4 @@ Comparison check_output(const Problem& problem, std::uint64_t seed, const Stream
   return all;
 }
 
-}  // namespace flash_mla::cli::gpu
+}  // namespace flash_mla::bench::gpu

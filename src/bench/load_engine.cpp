@@ -1,25 +1,27 @@
-#include "cli/load_engine.h"
+#include "bench/load_engine.h"
 
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
 
-#include "server/api.h"
-
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
+// What a server would read from run_load's body.
+Request request_of(const LoadRequest& r) {
+  Request out;
+  out.prompt_token_ids = r.prompt;
+  out.sampling.max_tokens = r.max_tokens;
+  out.sampling.temperature = 0;
+  out.sampling.ignore_eos = true;
+  return out;
+}
+
 class Run {
  public:
-  Run(Engine& engine, const std::string& model_name, std::vector<LoadRequest>& requests)
-      : engine_(engine), requests_(requests) {
-    // Taken apart beforehand: HTTP and JSON are what is left out here.
-    for (const LoadRequest& r : requests) {
-      parsed_.push_back(std::move(server::parse_call(r.body, /*chat=*/false, model_name).requests.at(0)));
-    }
-  }
+  Run(Engine& engine, std::vector<LoadRequest>& requests) : engine_(engine), requests_(requests) {}
 
   double run(int clients, const std::function<void(std::size_t)>& progress) {
     begin_ = Clock::now();
@@ -45,7 +47,7 @@ class Run {
       i = next_++;
     }
     requests_[i].begin = now();
-    engine_.submit(std::move(parsed_[i]), [this, i](const GenerationEvent& e) { take(requests_[i], e); });
+    engine_.submit(request_of(requests_[i]), [this, i](const GenerationEvent& e) { take(requests_[i], e); });
   }
 
   void take(LoadRequest& r, const GenerationEvent& e) {
@@ -66,7 +68,6 @@ class Run {
 
   Engine& engine_;
   std::vector<LoadRequest>& requests_;
-  std::vector<Request> parsed_;
   Clock::time_point begin_;
   std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
@@ -76,10 +77,9 @@ class Run {
 
 }  // namespace
 
-double run_load_in_process(Engine& engine, const std::string& model_name, int clients,
-                           std::vector<LoadRequest>& requests,
+double run_load_in_process(Engine& engine, int clients, std::vector<LoadRequest>& requests,
                            const std::function<void(std::size_t)>& progress) {
-  return requests.empty() ? 0 : Run(engine, model_name, requests).run(clients, progress);
+  return requests.empty() ? 0 : Run(engine, requests).run(clients, progress);
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -1,16 +1,17 @@
-#include "cli/demo_text.h"
+#include "bench/demo_text.h"
 
 #include <fmt/format.h>
 
 #include <chrono>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <vector>
 
-#include "cli/generation_report.h"
+#include "bench/generation_report.h"
 #include "flash_mla/engine.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -56,4 +57,4 @@ bool demo_text(const std::filesystem::path& model_directory, const std::filesyst
   return choice.finish == FinishReason::kLength;
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -1,10 +1,11 @@
-#include "cli/generation_report.h"
+#include "bench/generation_report.h"
 
 #include <fmt/format.h>
 
 #include <cstdio>
+#include <nlohmann/json.hpp>
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 double mean(const Histogram& h) { return h.total == 0 ? 0 : h.sum / static_cast<double>(h.total); }
@@ -47,4 +48,4 @@ void print_text_of(const GenerationEvent& event) {
   std::fflush(stdout);
 }
 
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

@@ -7,7 +7,6 @@
 #include <limits>
 #include <set>
 
-#include "cli/args.h"
 #include "bench/blas.h"
 #include "bench/compare.h"
 #include "bench/limits.h"
@@ -18,7 +17,7 @@
 #include "bench/verify_cases.h"
 #include "flash_mla/error.h"
 
-namespace flash_mla::cli {
+namespace flash_mla::bench {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -283,7 +282,7 @@ std::string preset_error(const std::string& text) {
   std::ofstream(path) << text;
   try {
     read_preset(path);
-  } catch (const UsageError& e) {
+  } catch (const InvalidArgument& e) {
     return e.what();
   }
   return "";
@@ -307,7 +306,7 @@ TEST(Preset, IsBuiltIntoTheProgramByName) {
   try {
     read_preset("h200");
     FAIL() << "read a preset that does not exist";
-  } catch (const UsageError& e) {
+  } catch (const InvalidArgument& e) {
     EXPECT_NE(std::string(e.what()).find("built-in presets are cpu-house, h200-dense, smoke"),
               std::string::npos)
         << e.what();
@@ -358,4 +357,4 @@ TEST(Table, AlignsItsColumns) {
 }
 
 }  // namespace
-}  // namespace flash_mla::cli
+}  // namespace flash_mla::bench

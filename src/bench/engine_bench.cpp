@@ -1,0 +1,321 @@
+#include "bench/engine_bench.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string_view>
+
+#include "bench/machine.h"
+#include "bench/table.h"
+#include "checkpoint/config.h"
+#include "engine/engine_core.h"
+#include "flash_mla/info.h"
+#include "model/model.h"
+#include "planner/read.h"
+
+namespace flash_mla::bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// 15.7 billion parameters; one of the planner's models.
+checkpoint::ModelConfig v2_lite() {
+  constexpr std::string_view kPath = "models/deepseek-v2-lite.json";
+  const auto files = planner::data_files();
+  return checkpoint::parse_config(std::ranges::find(files, kPath, &planner::DataFile::path)->text, kPath);
+}
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+double median(std::vector<double> x) {
+  std::nth_element(x.begin(), x.begin() + std::ssize(x) / 2, x.end());
+  return x[x.size() / 2];
+}
+
+/// Bytes of weights that a decoding step reads, `experts` of them (over all layers) taken.
+double weight_bytes(const checkpoint::ModelConfig& c, std::int64_t experts) {
+  const double hidden = c.hidden_size, heads = c.num_attention_heads, rank = c.kv_lora_rank;
+  const double nope = c.qk_nope_head_dim, rope = c.qk_rope_head_dim, v = c.v_head_dim;
+  const double q =
+      c.q_lora_rank > 0 ? c.q_lora_rank * (hidden + heads * (nope + rope)) : hidden * heads * (nope + rope);
+  const double attention = q + (rank + rope) * hidden + heads * rank * (nope + v) + heads * v * hidden;
+  double total = hidden * c.vocab_size;
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    total += attention;
+    if (c.is_moe_layer(i)) {
+      total +=
+          3.0 * hidden * c.moe_intermediate_size * c.n_shared_experts + 2.0 * hidden * c.n_routed_experts;
+    } else {
+      total += 3.0 * hidden * c.intermediate_size;
+    }
+  }
+  total += 3.0 * hidden * c.moe_intermediate_size * static_cast<double>(experts);
+  return 2 * total;  // bfloat16; the router's float32 counts twice above
+}
+
+double parameters(const checkpoint::ModelConfig& c) {
+  std::int64_t layers = 0;
+  for (int i = 0; i < c.num_hidden_layers; ++i) layers += c.is_moe_layer(i);
+  return weight_bytes(c, layers * c.n_routed_experts) / 2 + double{1} * c.hidden_size * c.vocab_size;
+}
+
+/// A model that outlives the engine it is given to.
+class Borrowed : public model::Model {
+ public:
+  explicit Borrowed(model::Model& model) : model_(model) {}
+  int vocab_size() const override { return model_.vocab_size(); }
+  std::int64_t max_position() const override { return model_.max_position(); }
+  std::size_t bytes_per_page() const override { return model_.bytes_per_page(); }
+  std::size_t free_memory() const override { return model_.free_memory(); }
+  ScheduleOptions schedule_options(int sequences, bool batch_invariant) const override {
+    return model_.schedule_options(sequences, batch_invariant);
+  }
+  void allocate_cache(int num_pages) override { model_.allocate_cache(num_pages); }
+  void copy_page(int source, int target) override { model_.copy_page(source, target); }
+  void reserve(int num_tokens, int num_rows) override { model_.reserve(num_tokens, num_rows); }
+  void launch(const model::ForwardBatch& batch) override { model_.launch(batch); }
+  void collect(float* logits, std::int32_t* tokens) override { model_.collect(logits, tokens); }
+  bool launches_ahead() const override { return model_.launches_ahead(); }
+
+ private:
+  model::Model& model_;
+};
+
+class EngineBench {
+ public:
+  explicit EngineBench(const EngineBenchOptions& options)
+      : options_(options),
+        config_(options.config.empty() ? v2_lite() : checkpoint::read_config(options.config)) {}
+
+  int run() {
+    const Clock::time_point begin = Clock::now();
+    model::ModelOptions model_options;
+    model_options.device = model::ModelDevice::kCuda;
+    model_options.time_steps = true;
+    model_ = model::make_random_model(config_, model_options);
+    const int most_batch = *std::ranges::max_element(options_.batch);
+    const int most_context = *std::ranges::max_element(options_.context);
+    const int most_prefill = *std::ranges::max_element(options_.prefill);
+    pages_per_sequence_ = pages(std::max(most_context + options_.steps + 16, most_prefill));
+    model_->allocate_cache(most_batch * pages_per_sequence_);
+    model_->reserve(kChunk, most_batch);
+    out_ = report_head();
+    for (const BackendInfo& b : backends()) {
+      if (b.backend == Backend::kSm90) out_["gpu"] = b.device;
+    }
+    out_["parameters"] = parameters(config_);
+    out_["bandwidth_of_floor"] = options_.bandwidth;
+    out_["load_seconds"] = seconds_since(begin);
+    fmt::print("{:.2f} billion parameters, made in {:.1f} s\n", parameters(config_) / 1e9,
+               seconds_since(begin));
+
+    prefill();
+    fill_cache();
+    decode();
+    generate();
+    if (!options_.json.empty()) write_json(options_.json, out_);
+    return 0;
+  }
+
+ private:
+  static constexpr int kChunk = 2048;
+  static constexpr int kPrompt = 16;  // of generate(): those of 128 requests fit into one step
+
+  static int pages(int tokens) { return (tokens + kPageSize - 1) / kPageSize; }
+
+  std::vector<std::int32_t> random_tokens(int count) {
+    std::vector<std::int32_t> out(static_cast<std::size_t>(count));
+    for (std::int32_t& t : out)
+      t = static_cast<std::int32_t>(random_() % static_cast<unsigned>(config_.vocab_size));
+    return out;
+  }
+
+  // Of sequence s: the pages behind those of the sequences before.
+  std::vector<std::int32_t> table(int batch, int width) const {
+    std::vector<std::int32_t> out;
+    for (int s = 0; s < batch; ++s) {
+      for (int i = 0; i < width; ++i) out.push_back(s * pages_per_sequence_ + i);
+    }
+    return out;
+  }
+
+  // A prompt of sequence 0 in chunks; its wall time.
+  double process_prompt(int length) {
+    const std::vector<std::int32_t> tokens = random_tokens(length);
+    const Clock::time_point begin = Clock::now();
+    for (int at = 0; at < length; at += kChunk) {
+      const int end = std::min(length, at + kChunk);
+      const std::vector<std::int32_t> starts{0, end - at}, lens{end}, rows{end - at - 1};
+      const std::vector<std::int32_t> block_table = table(1, pages(end));
+      model::ForwardBatch batch;
+      batch.token_ids =
+          std::span(tokens).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(end - at));
+      batch.query_starts = starts;
+      batch.seq_lens = lens;
+      batch.block_table = block_table;
+      batch.max_blocks = pages(end);
+      if (end == length) batch.greedy_rows = rows;
+      std::int32_t token = 0;
+      model_->forward(batch, nullptr, &token);
+    }
+    return seconds_since(begin);
+  }
+
+  void prefill() {
+    Table rows({"prompt", "ms", "tokens/s"});
+    for (const int length : options_.prefill) {
+      process_prompt(length);
+      std::vector<double> times(3);
+      for (double& time : times) time = process_prompt(length);
+      const double time = median(times);
+      rows.add({fmt::format("{}", length), fmt::format("{:.2f}", time * 1e3),
+                fmt::format("{:.0f}", length / time)});
+      out_["prefill"].push_back({{"prompt_tokens", length},
+                                 {"chunk", kChunk},
+                                 {"seconds", time},
+                                 {"tokens_per_second", length / time}});
+    }
+    fmt::print("{}\n", rows.str());
+  }
+
+  // Every sequence's pages with those of sequence 0, so that caches hold what a model writes.
+  void fill_cache() {
+    process_prompt(*std::ranges::max_element(options_.context));
+    const int most = *std::ranges::max_element(options_.batch);
+    for (int s = 1; s < most; ++s) {
+      for (int i = 0; i < pages_per_sequence_; ++i) model_->copy_page(i, s * pages_per_sequence_ + i);
+    }
+  }
+
+  void decode() {
+    Table rows(
+        {"batch", "context", "step ms", "device ms", "idle", "floor ms", "x floor", "experts", "tokens/s"});
+    for (const int context : options_.context) {
+      for (const int b : options_.batch) {
+        const auto size = static_cast<std::size_t>(b);
+        std::vector<std::int32_t> tokens = random_tokens(b), starts(size + 1), lens(size), wanted(size);
+        const int width = pages(context + options_.steps + 8);
+        const std::vector<std::int32_t> block_table = table(b, width);
+        for (std::size_t i = 0; i <= size; ++i) starts[i] = static_cast<std::int32_t>(i);
+        for (std::size_t i = 0; i < size; ++i) wanted[i] = static_cast<std::int32_t>(i);
+        std::vector<double> wall, device;
+        double experts = 0;
+        for (int step = -5; step < options_.steps; ++step) {
+          std::ranges::fill(lens, context + 6 + step);
+          model::ForwardBatch batch;
+          batch.token_ids = tokens;
+          batch.query_starts = starts;
+          batch.seq_lens = lens;
+          batch.block_table = block_table;
+          batch.max_blocks = width;
+          batch.greedy_rows = wanted;
+          const double device_before = model_->device_seconds();
+          const Clock::time_point begin = Clock::now();
+          std::vector<std::int32_t> next(size);
+          model_->forward(batch, nullptr, next.data());
+          if (step >= 0) {
+            wall.push_back(seconds_since(begin));
+            device.push_back(model_->device_seconds() - device_before);
+            experts += static_cast<double>(model_->experts_hit(b)) / options_.steps;
+          }
+          // Not the greedy continuation, which a random model repeats: all rows would share their experts.
+          tokens = random_tokens(b);
+        }
+        const double bytes = weight_bytes(config_, std::llround(experts)) +
+                             double{1} * b * context * (config_.kv_lora_rank + config_.qk_rope_head_dim) * 2 *
+                                 config_.num_hidden_layers;
+        const double floor = bytes / options_.bandwidth, time = median(wall), busy = median(device);
+        rows.add({fmt::format("{}", b), fmt::format("{}", context), fmt::format("{:.3f}", time * 1e3),
+                  fmt::format("{:.3f}", busy * 1e3), fmt::format("{:.1f}%", 100 * (1 - busy / time)),
+                  fmt::format("{:.3f}", floor * 1e3), fmt::format("{:.2f}", time / floor),
+                  fmt::format("{:.0f}", experts), fmt::format("{:.0f}", b / time)});
+        out_["decode"].push_back({{"batch", b},
+                                  {"context", context},
+                                  {"step_seconds", time},
+                                  {"device_seconds", busy},
+                                  {"idle_share", 1 - busy / time},
+                                  {"floor_seconds", floor},
+                                  {"times_floor", time / floor},
+                                  {"floor_bytes", bytes},
+                                  {"experts_hit", experts},
+                                  {"tokens_per_second", b / time}});
+      }
+    }
+    fmt::print("{}\n", rows.str());
+  }
+
+  // The whole engine, scheduler and all, with short prompts: greedy requests and ones that are drawn, each
+  // with and without steps that are queued while the one before runs.
+  void generate() {
+    const int most = *std::ranges::max_element(options_.batch);
+    Table rows({"batch (engine)", "tokens", "queued", "step ms", "device ms", "idle", "tokens/s"});
+    for (const bool ahead : {true, false}) {
+      model::Model* model = model_.get();
+      EngineOptions engine_options;
+      engine_options.num_pages = most * pages(kPrompt + options_.generated + 1);
+      engine_options.max_batch_size = most;
+      engine_options.max_tokens_per_step = kChunk;
+      engine_options.overlap_steps = ahead;
+      engine::EngineCore core(std::make_unique<Borrowed>(*model), {}, {}, engine_options);
+      for (const bool drawn : {false, true}) {
+        for (const int b : options_.batch) {
+          for (const bool warm : {false, true}) {
+            int finished = 0;
+            for (int i = 0; i < b; ++i) {
+              Request s;
+              s.prompt_token_ids = random_tokens(kPrompt);
+              s.sampling.temperature = drawn ? 0.7 : 0;
+              s.sampling.top_p = 0.9;
+              s.sampling.top_k = 50;
+              s.sampling.max_tokens = options_.generated;
+              s.sampling.ignore_eos = true;
+              core.submit(std::move(s), [&](const GenerationEvent& e) { finished += e.last; });
+            }
+            core.step();  // the prompts
+            const double device_before = model->device_seconds();
+            const Clock::time_point begin = Clock::now();
+            int steps = 0;
+            while (finished < b && core.step()) ++steps;
+            const double time = seconds_since(begin) / steps,
+                         busy = (model->device_seconds() - device_before) / steps;
+            if (!warm) continue;
+            rows.add({fmt::format("{}", b), drawn ? "drawn" : "greedy", ahead ? "ahead" : "after",
+                      fmt::format("{:.3f}", time * 1e3), fmt::format("{:.3f}", busy * 1e3),
+                      fmt::format("{:.1f}%", 100 * (1 - busy / time)), fmt::format("{:.0f}", b / time)});
+            out_["generation"].push_back({{"batch", b},
+                                          {"drawn", drawn},
+                                          {"overlap_steps", ahead},
+                                          {"prompt_tokens", kPrompt},
+                                          {"generated", options_.generated},
+                                          {"step_seconds", time},
+                                          {"device_seconds", busy},
+                                          {"idle_share", 1 - busy / time},
+                                          {"tokens_per_second", b / time}});
+          }
+        }
+      }
+    }
+    fmt::print("{}\n", rows.str());
+  }
+
+  const EngineBenchOptions& options_;
+  checkpoint::ModelConfig config_;
+  std::unique_ptr<model::Model> model_;
+  int pages_per_sequence_ = 0;
+  std::mt19937 random_{11};
+  nlohmann::ordered_json out_;
+};
+
+}  // namespace
+
+int run_engine_bench(const EngineBenchOptions& options) { return EngineBench(options).run(); }
+
+}  // namespace flash_mla::bench

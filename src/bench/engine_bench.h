@@ -1,0 +1,23 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace flash_mla::bench {
+
+struct EngineBenchOptions {
+  std::string config;                     ///< folder with a config.json; empty: the shape of DeepSeek-V2-Lite
+  std::string json;                       ///< file to write, or ""
+  std::vector<int> batch{1, 8, 32, 128};  ///< sequences per step
+  std::vector<int> context{1024, 8192};   ///< cached tokens of each
+  std::vector<int> prefill{1024, 8192};   ///< prompt lengths
+  int steps = 30;                         ///< decode steps of which the median is taken
+  int generated = 64;                     ///< tokens per request of the engine
+  double bandwidth = 4.65e12;             ///< bytes per second of the floor
+};
+
+/// Measures decode steps, prefill and generation of a model with random weights on the GPU and prints them
+/// beside the floor. Returns the process's exit code.
+int run_engine_bench(const EngineBenchOptions& options);
+
+}  // namespace flash_mla::bench
