@@ -1,6 +1,7 @@
 """Multi-head latent attention (MLA) on CPUs and Hopper GPUs; a drop-in for FlashMLA's interface."""
 
 from ._arrays import Array
+from ._C import version as _version
 from ._interface import (
     FlashMLASchedMeta,
     flash_attn_varlen_func,
@@ -18,9 +19,8 @@ from ._library import (
     merge_states,
     reference_dense_decode,
 )
-from .tokenizer import ChatTemplate, Tokenizer
-from ._C import version as _version
 from .llm import LLM, SamplingParams
+from .tokenizer import ChatTemplate, Tokenizer
 
 __version__ = _version()
 

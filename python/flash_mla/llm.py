@@ -3,8 +3,9 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Dict, List, Sequence, Union
+from typing import Dict, List, Union
 
 from . import _C
 from ._C import SamplingParams

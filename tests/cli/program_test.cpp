@@ -66,11 +66,32 @@ TEST(Program, BadFlagsExplainThemselves) {
   expect_usage_error("info", "FLASH_MLA_CPU_ISA is \"mmx\"", "FLASH_MLA_CPU_ISA=mmx");
 }
 
-TEST(Program, PlotWithoutMatplotlibSaysSo) {
-  const std::string fake = ::testing::TempDir() + "python_without_matplotlib";
-  std::ofstream(fake) << "#!/bin/sh\nexit 1\n";
-  std::filesystem::permissions(fake, std::filesystem::perms::owner_all);
-  expect_usage_error("bench --plot x.png --python " + fake, "the roofline picture needs matplotlib");
+// A "Python" that is a shell script.
+std::string fake_python(const std::string& name, const std::string& script) {
+  const std::string path = ::testing::TempDir() + name;
+  std::ofstream(path) << "#!/bin/sh\n" << script;
+  std::filesystem::permissions(path, std::filesystem::perms::owner_all);
+  return path;
+}
+
+TEST(Program, PlotSaysWhatThePythonLacks) {
+  const std::string nothing = fake_python("python_without_matplotlib", "exit 1\n");
+  expect_usage_error("bench --plot x.png --python " + nothing, "the roofline picture needs matplotlib");
+  expect_usage_error("bench --plot x.png --python " + nothing, "cannot import matplotlib; install it there");
+  const std::string no_package =
+      fake_python("python_without_package", "case $2 in *flash_mla*) exit 1 ;; esac\n");
+  expect_usage_error("bench --plot x.png --python " + no_package,
+                     "cannot import flash_mla.plot; install the package flash_mla there");
+}
+
+TEST(Program, PlotCallsThePackage) {
+  const std::string picture = ::testing::TempDir() + "plot_test.png";
+  const std::string python = fake_python("python_that_tells", "[ $1 = -c ] || echo \"called with $*\"\n");
+  const std::string bench = "bench --b 1 --h-q 1 --s-k 8 --reps 1 --min-time 0 --no-blas -q";
+  const Outcome o = run(bench + " --python " + python + " --plot " + picture);
+  EXPECT_EQ(o.exit_code, 0) << o.output;
+  EXPECT_NE(o.output.find("called with -m flash_mla.plot " + picture + ".json " + picture), std::string::npos)
+      << o.output;
 }
 
 TEST(Program, InfoNamesBackendsAndInstructionSet) {

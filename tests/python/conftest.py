@@ -73,10 +73,10 @@ class Problem:
             k = self.keys(i).repeat_interleave(self.h_q // self.h_kv, dim=1)
             s = torch.einsum("shd,khd->hsk", self.q[i].double(), k) * scale
             s = s.masked_fill(~self.visible(i)[None], float("-inf"))
-            l = torch.logsumexp(s, dim=-1)
-            p = torch.exp(s - torch.where(l == float("-inf"), 0.0, l)[..., None])
+            lse_i = torch.logsumexp(s, dim=-1)
+            p = torch.exp(s - torch.where(lse_i == float("-inf"), 0.0, lse_i)[..., None])
             out[i] = torch.einsum("hsk,khd->shd", p, k[..., : self.d_v])
-            lse[i] = torch.where(l == float("-inf"), float("inf"), l)
+            lse[i] = torch.where(lse_i == float("-inf"), float("inf"), lse_i)
         return out, lse
 
     def args(self):

@@ -46,10 +46,10 @@ class Server:
             time.sleep(0.02)
         raise AssertionError(f"nothing is logged for {request_id}")
 
-    def call(self, path, body=None, headers={}, method=None):
+    def call(self, path, body=None, headers=None, method=None):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
-        connection.request(method or ("GET" if body is None else "POST"), path, data, headers)
+        connection.request(method or ("GET" if body is None else "POST"), path, data, headers or {})
         response = connection.getresponse()
         text = response.read().decode()
         connection.close()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import edit_weights, expected_greedy, expected_logits, write_checkpoint
 from flash_mla import LLM, SamplingParams
-from letters import EOS, VOCAB_SIZE, write_tokenizer
+from letters import write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,11 @@ def test_logprobs_are_the_models(model, llm):
     prompt = prompts(1, seed=5)[0]
     choice = llm.generate([prompt], greedy(4, logprobs=5), progress=False)[0].choices[0]
     tokens = list(prompt)
-    for token, l in zip(choice.token_ids, choice.logprobs):
+    for token, logprob in zip(choice.token_ids, choice.logprobs):
         expected = torch.log_softmax(torch.tensor(expected_logits(oracle, tokens)[-1]), -1)
-        assert l["token"] == token and abs(l["logprob"] - expected[token].item()) < 1e-3
-        assert list(l["top"])[0] == token and len(l["top"]) == 5
-        for other, value in l["top"].items():
+        assert logprob["token"] == token and abs(logprob["logprob"] - expected[token].item()) < 1e-3
+        assert list(logprob["top"])[0] == token and len(logprob["top"]) == 5
+        for other, value in logprob["top"].items():
             assert abs(value - expected[other].item()) < 1e-3
         tokens.append(token)
 

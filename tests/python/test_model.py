@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-
 from checkpoints import (
     CONFIGS,
     edit_config,

@@ -3,10 +3,9 @@ import io
 import json
 
 import pytest
+from flash_mla import planner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from flash_mla import planner
 
 
 def test_plan_is_a_plain_dictionary():
@@ -97,16 +96,3 @@ def test_any_request_gives_numbers_or_an_explanation(model, hardware, tp, ep, ba
     for phase in ("prefill", "decode"):
         assert all(0 <= x < float("inf") for x in result[phase]["time_s"].values())
     assert result["fits"] or result["problem"]
-
-
-def test_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
-    from flash_mla import plot
-
-    made = plot.draw(planner.plan(ep=16), tmp_path / "plan")
-    made += plot.draw(planner.sweep({"ep": [16, 32], "batch": [8, 16]}, tpot_ms=50), tmp_path / "sweep")
-    made += plot.draw(planner.compare({"set": {"ep": 16}}, {"set": {"ep": 32}}), tmp_path / "compare")
-    assert [path.name for path in made] == ["roofline.png", "times.png", "sweep.png", "times.png"]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made)
-    with pytest.raises(ValueError, match="no picture"):
-        plot.draw(planner.tables(), tmp_path)

@@ -1,9 +1,8 @@
 import pytest
 import torch
+from flash_mla import build_decode_schedule, get_mla_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from flash_mla import build_decode_schedule, get_mla_metadata
 
 
 def ints(x):

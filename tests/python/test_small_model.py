@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from transformers import DeepseekV3ForCausalLM
-
 from checkpoints import expected_greedy, expected_logits
 from flash_mla.model import Model
+from tokenizers import Tokenizer
+from transformers import DeepseekV3ForCausalLM
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "small"
 PROMPTS = [

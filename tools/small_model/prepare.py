@@ -11,10 +11,9 @@ import random
 import sys
 from pathlib import Path
 
+import corpus
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-import corpus
 
 VOCAB_SIZE = 4096
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
