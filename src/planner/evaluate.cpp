@@ -6,100 +6,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "planner/check.h"
 #include "planner/equations.h"
+#include "planner/experts.h"
 
 namespace flash_mla::planner {
 namespace {
-
-[[noreturn]] void bad(const std::string& key, const std::string& value, const std::string& expected) {
-  throw InvalidArgument(fmt::format("{} = {}: expected {}", key, value, expected));
-}
-
-[[noreturn]] void not_in_article(const std::string& key, const std::string& value) {
-  bad(key, value, "nothing: the article has no formula for it; use mode exact");
-}
-
-/// Fills in dp and checks the plan against the model.
-Plan check_plan(Plan p, const Model& m, const std::string& key) {
-  if (p.tp > m.num_heads || m.num_heads % p.tp != 0) {
-    bad(key + ".tp", fmt::format("{}", p.tp),
-        fmt::format("a divisor of the {} attention heads", m.num_heads));
-  }
-  if (p.ep > m.num_routed_experts || m.num_routed_experts % p.ep != 0) {
-    bad(key + ".ep", fmt::format("{}", p.ep),
-        fmt::format("a divisor of the {} routed experts", m.num_routed_experts));
-  }
-  if (p.pp > m.num_layers) {
-    bad(key + ".pp", fmt::format("{}", p.pp), fmt::format("at most the {} layers", m.num_layers));
-  }
-  if (p.dp == 0) p.dp = std::max<std::int64_t>(1, p.ep / (p.tp * p.cp));
-  const std::int64_t cards = p.tp * p.cp * p.dp;
-  if (cards % p.ep != 0) {
-    bad(key + ".ep", fmt::format("{}", p.ep),
-        fmt::format("a divisor of the stage's {} cards (tp {} x cp {} x dp {})", cards, p.tp, p.cp, p.dp));
-  }
-  return p;
-}
-
-void check(const Request& q) {
-  const Workload& w = q.workload;
-  const Model& m = q.model;
-  if (w.batch < 1) bad("workload.batch", fmt::format("{}", w.batch), "1 or more");
-  if (w.prefill_batch < 1) bad("workload.prefill_batch", fmt::format("{}", w.prefill_batch), "1 or more");
-  if (w.input < 1) bad("workload.input", fmt::format("{}", w.input), "1 or more");
-  if (w.output < 1) bad("workload.output", fmt::format("{}", w.output), "1 or more");
-  if (!(w.prefix_hit >= 0 && w.prefix_hit < 1)) {
-    bad("workload.prefix_hit", fmt::format("{}", w.prefix_hit), "a share from 0 up to, not including, 1");
-  }
-  if (!(w.mtp_acceptance >= 0 && w.mtp_acceptance <= 1)) {
-    bad("workload.mtp_acceptance", fmt::format("{}", w.mtp_acceptance), "a chance from 0 to 1");
-  }
-  if (w.input + w.output > m.max_position_embeddings) {
-    bad("workload.input + workload.output", fmt::format("{}", w.input + w.output),
-        fmt::format("at most max_position_embeddings = {}", m.max_position_embeddings));
-  }
-  if (w.mtp_draft > 0 && m.num_mtp_layers == 0) {
-    bad("workload.mtp_draft", fmt::format("{}", w.mtp_draft),
-        fmt::format("0: {} has no MTP module (num_nextn_predict_layers)", m.name));
-  }
-  if (!w.expert_load.empty()) {
-    if (static_cast<std::int64_t>(w.expert_load.size()) != m.num_routed_experts) {
-      bad("workload.expert_load", fmt::format("{} entries", w.expert_load.size()),
-          fmt::format("{}, one per routed expert", m.num_routed_experts));
-    }
-    double sum = 0;
-    for (double count : w.expert_load) sum += count;
-    if (!(sum > 0)) bad("workload.expert_load", "all zero", "a positive sum");
-  }
-  if (q.precision.attention == "fp8" && q.hardware.peak_fp8 == 0) {
-    bad("precision.attention", "fp8", fmt::format("bf16: {} has no FP8 units", q.hardware.name));
-  }
-  if (q.mode != Mode::kArticle) return;
-  for (const Plan& p : {q.prefill_plan, q.decode_plan}) {
-    if (p.pp != 1) not_in_article("plan.pp", fmt::format("{}", p.pp));
-    if (p.cp != 1) not_in_article("plan.cp", fmt::format("{}", p.cp));
-  }
-  if (w.chunk > 0) not_in_article("workload.chunk", fmt::format("{}", w.chunk));
-  if (w.prefix_hit > 0) not_in_article("workload.prefix_hit", fmt::format("{}", w.prefix_hit));
-  if (w.mtp_draft > 0) not_in_article("workload.mtp_draft", fmt::format("{}", w.mtp_draft));
-  if (!w.expert_load.empty()) not_in_article("workload.expert_load", "a histogram");
-  if (w.placement != "uniform") not_in_article("workload.placement", w.placement);
-  if (m.index_num_heads > 0) not_in_article("model", m.name + " (sparse attention)");
-  if (m.hc_mult > 0) not_in_article("model", m.name + " (mHC)");
-  if (q.overlap == "operators") bad("overlap", "operators", "none, memory or full in mode article");
-  if (q.hardware.peak_fp8 == 0)
-    bad("hardware", q.hardware.name, "a card with FP8 units: the article computes in FP8");
-}
-
-/// C(pool - marked, draws) / C(pool, draws).
-double miss(double pool, double marked, std::int64_t draws) {
-  double p = 1;
-  for (std::int64_t i = 0; i < draws; ++i) {
-    const double d = static_cast<double>(i);
-    p *= std::max(0.0, pool - marked - d) / (pool - d);
-  }
-  return p;
-}
 
 double weight_bytes(const std::string& format, std::int64_t scale_group) {
   if (format == "bf16") return 2;
@@ -375,58 +287,6 @@ void add_problem(Result& r, const Request& q, const Values& pv, const Values& dv
 
 }  // namespace
 
-ExpertTraffic expert_traffic(const std::vector<double>& load, std::int64_t k, std::int64_t ep,
-                             double tokens) {
-  double sum = 0;
-  for (double count : load) sum += count;
-  ExpertTraffic worst{0, 0};
-  const std::size_t local = load.size() / static_cast<std::size_t>(ep);
-  for (std::size_t card = 0; card < static_cast<std::size_t>(ep); ++card) {
-    double touched = 0, share = 0;
-    for (std::size_t i = card * local; i < (card + 1) * local; ++i) {
-      const double p = std::min(1.0, num(k) * load[i] / sum);
-      touched += 1 - std::pow(1 - p, tokens);
-      share += load[i] / sum;
-    }
-    worst.touched = std::max(worst.touched, touched);
-    worst.load = std::max(worst.load, share * num(ep));
-  }
-  return worst;
-}
-
-double expected_ranks(const Model& m, std::int64_t ep, const std::string& placement) {
-  const double experts = num(m.num_routed_experts), k_experts = experts / num(ep);
-  const std::int64_t k = m.num_experts_per_token;
-  if (placement == "uniform" || m.n_group == 1) return num(ep) * (1 - miss(experts, k_experts, k));
-  const double chosen =
-      experts / num(m.n_group) * num(m.topk_group);  // experts of the groups a token may use
-  if (placement == "round_robin") return num(ep) * (1 - miss(chosen, chosen / num(ep), k));
-  if (ep >= m.n_group) {
-    if (ep % m.n_group != 0) {
-      bad("workload.placement", "linear",
-          fmt::format("ep = {} to be a multiple of n_group = {}", ep, m.n_group));
-    }
-    return num(m.topk_group * (ep / m.n_group)) * (1 - miss(chosen, k_experts, k));
-  }
-  if (m.n_group % ep != 0) {
-    bad("workload.placement", "linear", fmt::format("ep = {} to divide n_group = {}", ep, m.n_group));
-  }
-  // Each rank holds several groups, j of which are among the chosen ones (hypergeometric).
-  const std::int64_t held = m.n_group / ep;
-  auto choose = [](std::int64_t a, std::int64_t b) {
-    double c = b <= a ? 1 : 0;
-    for (std::int64_t i = 0; i < b && c > 0; ++i) c *= num(a - i) / num(i + 1);
-    return c;
-  };
-  double untouched = 0;
-  for (std::int64_t j = 0; j <= std::min(held, m.topk_group); ++j) {
-    const double p =
-        choose(held, j) * choose(m.n_group - held, m.topk_group - j) / choose(m.n_group, m.topk_group);
-    untouched += p * miss(chosen, num(j) * experts / num(m.n_group), k);
-  }
-  return num(ep) * (1 - untouched);
-}
-
 Values evaluate_sheet(const Request& q, PhaseKind kind) {
   Values v(sheet(q.mode, kind));
   set_inputs(v, q, kind, kind == PhaseKind::kPrefill ? q.prefill_plan : q.decode_plan);
@@ -450,7 +310,7 @@ double price_per_card_hour(const Prices& p) {
 }
 
 Result evaluate(const Request& q, bool with_steps) {
-  check(q);
+  check_request(q);
   check_plan(q.decode_plan, q.model, "plan");  // before prefill's, which repeats it unless given
   Result r;
   Values pv(sheet(q.mode, PhaseKind::kPrefill)), dv(sheet(q.mode, PhaseKind::kDecode));

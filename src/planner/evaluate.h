@@ -32,17 +32,6 @@ struct Parameters {
 /// outside attention (output head included), MLA projections.
 Parameters count_parameters(const Model& model);
 
-struct ExpertTraffic {
-  double touched;  ///< distinct experts with a token, on the card that has most of them
-  double load;     ///< the fullest card's tokens over the mean
-};
-/// From a measured histogram of tokens per routed expert, placed in order over `ep` cards.
-ExpertTraffic expert_traffic(const std::vector<double>& load, std::int64_t k, std::int64_t ep, double tokens);
-
-/// Expected number of distinct EP ranks that one token's experts lie on. "uniform" draws k of all experts;
-/// "linear" and "round_robin" draw them from topk_group of n_group groups, as DeepSeek's router does.
-double expected_ranks(const Model& model, std::int64_t ep, const std::string& placement);
-
 double price_per_card_hour(const Prices& prices);
 
 }  // namespace flash_mla::planner

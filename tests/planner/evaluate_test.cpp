@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 
+#include "planner/experts.h"
 #include "requests.h"
 
 namespace flash_mla::planner {
