@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "flash_mla/decode.h"
+#include "flash_mla/export.h"
 #include "flash_mla/schedule.h"
 #include "kernels/attention/dense_decode/sm90/plan.h"
 
@@ -20,10 +21,12 @@ struct Gpu {
   std::size_t memory_bytes = 0;
 };
 
+// These two are exported for the engine, which is a library of its own.
+
 /// The CUDA devices of this machine, by index. Never fails: without a GPU or a driver there are none.
-std::vector<Gpu> gpus();
+FLASH_MLA_API std::vector<Gpu> gpus();
 /// Why there are none, or "".
-std::string why_no_gpus();
+FLASH_MLA_API std::string why_no_gpus();
 /// Why a device cannot run this backend, or "" if it can.
 std::string reject_reason(const Gpu& gpu);
 /// Throws Unsupported if there is no such device or it cannot run this backend, InvalidArgument for a device
