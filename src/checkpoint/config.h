@@ -67,6 +67,12 @@ struct ModelConfig {
   bool is_moe_layer(int layer) const {
     return n_routed_experts > 0 && layer >= first_k_dense_replace && layer % moe_layer_freq == 0;
   }
+  /// The choice of experts.
+  Routing routing() const {
+    return {n_routed_experts, num_experts_per_tok, n_shared_experts,
+            n_group,          topk_group,          scoring_func,
+            topk_method,      norm_topk_prob,      static_cast<float>(routed_scaling_factor)};
+  }
   /// Factor on q·k: (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 times the square of YaRN's mscale.
   double softmax_scale() const;
 };

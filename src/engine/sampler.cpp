@@ -90,9 +90,9 @@ void TokenHistory::apply(const SamplingParams& params, std::span<float> logits) 
   }
 }
 
-model::Draw draw_of(const SamplingParams& params, const DrawKey& key) {
-  return model::make_draw(uniform(key.seed, key.index, key.position), params.temperature, params.top_k,
-                          params.top_p, params.min_p);
+Draw draw_of(const SamplingParams& params, const DrawKey& key) {
+  return cpu::make_draw(uniform(key.seed, key.index, key.position), params.temperature, params.top_k,
+                        params.top_p, params.min_p);
 }
 
 Sampled Sampler::sample(const SamplingParams& params, const TokenHistory& history, const DrawKey& key,
@@ -108,7 +108,7 @@ Sampled Sampler::sample(const SamplingParams& params, const TokenHistory& histor
   out.token = checked_argmax(logits);
   if (params.temperature > 0) {
     const float largest = logits[static_cast<std::size_t>(out.token)];
-    out.token = model::draw_token(logits, largest, draw_of(params, key), scratch_);
+    out.token = cpu::draw_token(logits, largest, draw_of(params, key), scratch_);
   }
   if (params.logprobs >= 0) {
     const double norm = out.logprobs.chosen.logprob;

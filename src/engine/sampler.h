@@ -39,7 +39,7 @@ struct DrawKey {
 };
 
 /// What is drawn at `key` with `params`, whose temperature is > 0.
-model::Draw draw_of(const SamplingParams& params, const DrawKey& key);
+Draw draw_of(const SamplingParams& params, const DrawKey& key);
 
 struct Sampled {
   std::int32_t token = -1;
@@ -55,7 +55,7 @@ class Sampler {
 
  private:
   std::vector<std::int32_t> order_;
-  model::DrawScratch scratch_;
+  cpu::DrawScratch scratch_;
 };
 
 }  // namespace flash_mla::engine

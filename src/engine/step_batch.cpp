@@ -36,7 +36,7 @@ StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const Toke
 
     StepBatch::Result& result = out.results.emplace_back();
     if (!w.samples) continue;
-    model::Draw draw;
+    Draw draw;
     result.wanted = wanted_of(w, draw);
     if (result.wanted == Wanted::kDrawn) out.draws.push_back(draw);
     std::vector<std::int32_t>& rows = result.wanted == Wanted::kLogits  ? out.logit_rows

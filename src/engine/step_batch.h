@@ -32,14 +32,14 @@ struct StepBatch {
 
   std::vector<std::int32_t> token_ids, query_starts{0}, seq_lens, block_table;
   std::vector<std::int32_t> logit_rows, drawn_rows, greedy_rows;
-  std::vector<model::Draw> draws;
+  std::vector<Draw> draws;
   int max_blocks = 0;
 
   model::ForwardBatch view(bool batch_invariant) const;
 };
 
 /// Says what is wanted of a work that samples; fills the draw if that is kDrawn.
-using WantedOf = std::function<Wanted(const ScheduledWork&, model::Draw&)>;
+using WantedOf = std::function<Wanted(const ScheduledWork&, Draw&)>;
 /// The index, among the tokens that the step before chooses, of the token that a sequence does not have yet.
 using TokenIndexOf = std::function<std::size_t(const Sequence&)>;
 

@@ -20,7 +20,7 @@ bool leaves_choice_to_model(const SamplingParams& p) {
 // The continuation's request has yet to fork: several tokens come of its prompt's last row.
 bool forks_here(const Continuation& c) { return c.request->sampling.n > 1 && !c.request->forked; }
 
-Wanted wanted(const ScheduledWork& w, model::Draw& draw) {
+Wanted wanted(const ScheduledWork& w, Draw& draw) {
   const auto& c = static_cast<const Continuation&>(*w.sequence);
   const SamplingParams& sampling = c.request->sampling;
   if (!leaves_choice_to_model(sampling)) return Wanted::kLogits;

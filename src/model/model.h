@@ -8,7 +8,7 @@
 
 #include "base/page_size.h"
 #include "flash_mla/schedule.h"
-#include "kernels/sampling/cpu/draw.h"
+#include "kernels/sampling/draw.h"
 
 namespace flash_mla::checkpoint {
 struct ModelConfig;

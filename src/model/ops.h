@@ -12,7 +12,7 @@
 #include "checkpoint/config.h"
 #include "flash_mla/schedule.h"
 #include "flash_mla/tensor.h"
-#include "kernels/sampling/cpu/draw.h"
+#include "kernels/sampling/draw.h"
 
 namespace flash_mla::model {
 

@@ -8,8 +8,9 @@
 
 #include <cstdint>
 
+#include "base/cuda/check.h"
 #include "base/cuda/grid_dependency.cuh"
-#include "base/cuda/launch.cuh"
+#include "base/cuda/launch.h"
 #include "schedule/device_schedule.h"
 
 namespace flash_mla::sm90 {
@@ -334,8 +335,8 @@ __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const Schedu
 
 void launch_schedule(const ScheduleParams& p, void* stream) {
   const auto words = static_cast<std::size_t>(schedule_words(p.batch, p.num_parts));
-  model::cuda::launch(schedule_kernel, dim3(1), kScheduleThreads, words * sizeof(std::int32_t),
-                      static_cast<cudaStream_t>(stream), p);
+  LaunchConfig config(1, kScheduleThreads, words * sizeof(std::int32_t), static_cast<cudaStream_t>(stream));
+  check(launch(config.programmatic(), schedule_kernel, p), "schedule_kernel");
 }
 
 }  // namespace flash_mla::sm90

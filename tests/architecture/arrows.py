@@ -50,10 +50,6 @@ KNOWN_EXCEPTIONS = {
     ("src/engine/sampler.h", "kernels/sampling/cpu/draw.h"),
     ("src/kernels/attention/dense_prefill/cpu/dense_prefill.cpp", "model/model.h"),
     ("src/kernels/attention/dense_prefill/cpu/dense_prefill.h", "model/ops.h"),
-    ("src/kernels/attention/plain/sm90/plain_attention.cu", "model/model.h"),
-    ("src/kernels/fused/sm90/one_token.h", "checkpoint/config.h"),
-    ("src/kernels/moe/cpu/router.h", "checkpoint/config.h"),
-    ("src/kernels/rows/sm90/rows.cu", "model/model.h"),
 }
 
 # Headers that CMake writes.

@@ -122,7 +122,7 @@ class FakeModel : public model::Model {
       batch.draws = draws;
     }
     Tokens token_ids, query_starts, seq_lens, block_table, logit_rows, drawn_rows, greedy_rows;
-    std::vector<model::Draw> draws;
+    std::vector<Draw> draws;
     model::ForwardBatch batch;  // of these
     std::vector<float> logits;
     Tokens tokens;
@@ -206,14 +206,14 @@ class FakeModel : public model::Model {
       logits_of(batch.logit_rows[i], step.logits.data() + i * kVocabSize);
     }
     std::vector<float> own(kVocabSize);
-    model::DrawScratch scratch;
+    cpu::DrawScratch scratch;
     for (std::size_t i = 0; i < batch.drawn_rows.size() + batch.greedy_rows.size(); ++i) {
       const bool drawn = i < batch.drawn_rows.size();
       const bool good =
           logits_of(drawn ? batch.drawn_rows[i] : batch.greedy_rows[i - batch.drawn_rows.size()], own.data());
       const auto best = std::ranges::max_element(own);
       step.tokens.push_back(!good   ? -1
-                            : drawn ? model::draw_token(own, *best, batch.draws[i], scratch)
+                            : drawn ? cpu::draw_token(own, *best, batch.draws[i], scratch)
                                     : static_cast<std::int32_t>(best - own.begin()));
     }
     if (batch.logit_rows.empty()) last_tokens_ = step.tokens;

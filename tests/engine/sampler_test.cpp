@@ -180,16 +180,16 @@ TEST(Sampler, DrawsFollowTheExactDistribution) {
 }
 
 TEST(Draw, WeightsAreThoseOfTheExponential) {
-  EXPECT_EQ(model::draw_weight(0, 1), model::kDrawOne);
-  EXPECT_EQ(model::draw_weight(-0.0f, 1e30f), model::kDrawOne);
-  EXPECT_EQ(model::draw_weight(-kInf, 1), 0u);
-  EXPECT_EQ(model::draw_weight(-1, 1e30f), 0u);
-  EXPECT_EQ(model::draw_weight(-32, 1), 0u);
+  EXPECT_EQ(draw_weight(0, 1), kDrawOne);
+  EXPECT_EQ(draw_weight(-0.0f, 1e30f), kDrawOne);
+  EXPECT_EQ(draw_weight(-kInf, 1), 0u);
+  EXPECT_EQ(draw_weight(-1, 1e30f), 0u);
+  EXPECT_EQ(draw_weight(-32, 1), 0u);
   double worst = 0;
-  std::uint64_t before = model::kDrawOne;
+  std::uint64_t before = kDrawOne;
   for (float x = 0; x < 31; x += 1.0f / 4096) {
-    const std::uint64_t w = model::draw_weight(-x, 1);
-    const double expected = std::exp(-static_cast<double>(x)) * static_cast<double>(model::kDrawOne);
+    const std::uint64_t w = draw_weight(-x, 1);
+    const double expected = std::exp(-static_cast<double>(x)) * static_cast<double>(kDrawOne);
     // One unit is lost where weights are so small that they have fewer than 24 bits.
     worst = std::max(worst, (std::abs(static_cast<double>(w) - expected) - 1) / expected);
     EXPECT_LE(w, before);
@@ -199,13 +199,13 @@ TEST(Draw, WeightsAreThoseOfTheExponential) {
 }
 
 TEST(Draw, EqualLogitsAreDrawnByTheSmallerId) {
-  model::DrawScratch scratch;
+  cpu::DrawScratch scratch;
   const std::vector<float> logits = {1, 2, 2, 2, 1};
-  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.99, 1, 2, 1, 0), scratch), 2);
-  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.0, 1, 2, 1, 0), scratch), 1);
-  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.99, 1, 0, 1, 0.5), scratch), 3);
-  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.99, 1, 0, 1, 0), scratch), 4);
-  EXPECT_EQ(model::draw_token(logits, 2, model::make_draw(0.99, 1, 0, 1e-9, 0), scratch), 1);
+  EXPECT_EQ(cpu::draw_token(logits, 2, cpu::make_draw(0.99, 1, 2, 1, 0), scratch), 2);
+  EXPECT_EQ(cpu::draw_token(logits, 2, cpu::make_draw(0.0, 1, 2, 1, 0), scratch), 1);
+  EXPECT_EQ(cpu::draw_token(logits, 2, cpu::make_draw(0.99, 1, 0, 1, 0.5), scratch), 3);
+  EXPECT_EQ(cpu::draw_token(logits, 2, cpu::make_draw(0.99, 1, 0, 1, 0), scratch), 4);
+  EXPECT_EQ(cpu::draw_token(logits, 2, cpu::make_draw(0.99, 1, 0, 1e-9, 0), scratch), 1);
 }
 
 TEST(Sampler, TheTestAboveSeesAWrongDistribution) {

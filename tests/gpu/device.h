@@ -6,15 +6,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
-namespace flash_mla::gpu_test {
+#include "base/cuda/check.h"
 
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
+namespace flash_mla::gpu_test {
 
 /// Device memory from the default pool, which keeps what is freed: thousands of cases reuse it.
 class DeviceMemory {

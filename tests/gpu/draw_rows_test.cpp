@@ -14,8 +14,9 @@
 #include <vector>
 
 #include "device.h"
+#include "kernels/sampling/cpu/draw.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 template <class T>
@@ -48,8 +49,8 @@ Draw random_draw(std::mt19937& random) {
   const int k[] = {0, 0, 1, 40, 1000, 2048, 2049, 50000};
   const double p[] = {1, 1, 0.9, 0.99, 0.5, 1e-6, 0.99999};
   const double min_p[] = {0, 0, 0.05, 0.9};
-  return make_draw(chance(), temperature[random() % 6], k[random() % 8], p[random() % 7],
-                   min_p[random() % 4]);
+  return cpu::make_draw(chance(), temperature[random() % 6], k[random() % 8], p[random() % 7],
+                        min_p[random() % 4]);
 }
 
 TEST(DrawRows, AreTheTokensThatTheCpuDraws) {
@@ -69,7 +70,7 @@ TEST(DrawRows, AreTheTokensThatTheCpuDraws) {
     std::vector<float> logits;
     std::vector<Draw> draws(count);
     std::vector<std::int32_t> likeliest(count), expected(count);
-    DrawScratch scratch;
+    cpu::DrawScratch scratch;
     for (int i = 0; i < rows; ++i) {
       const std::vector<float> row = make_row(columns, i, random);
       logits.insert(logits.end(), row.begin(), row.end());
@@ -80,7 +81,7 @@ TEST(DrawRows, AreTheTokensThatTheCpuDraws) {
       if (i % 10 == 7) draws[at] = Draw();  // stays the likeliest
       if (i % 20 == 13) likeliest[at] = expected[at] = -1;
       if (draws[at].scale > 0 && likeliest[at] >= 0)
-        expected[at] = draw_token(row, *best, draws[at], scratch);
+        expected[at] = cpu::draw_token(row, *best, draws[at], scratch);
     }
     const OnDevice device_logits(logits);
     const OnDevice device_draws(draws);
@@ -105,11 +106,11 @@ TEST(DrawRows, TakeLittleTime) {
     Draw draw;
     int row;
   };
-  for (const Kind& kind :
-       {Kind{"temperature", make_draw(0.5, 1, 0, 1, 0), 2}, Kind{"top_k 50", make_draw(0.5, 1, 50, 1, 0), 2},
-        Kind{"top_k 50, top_p", make_draw(0.5, 0.7, 50, 0.9, 0), 2},
-        Kind{"top_p of a peaked row", make_draw(0.5, 1, 0, 0.9, 0), 2},
-        Kind{"top_p of a flat row", make_draw(0.5, 1, 0, 0.9, 0), 0}}) {
+  for (const Kind& kind : {Kind{"temperature", cpu::make_draw(0.5, 1, 0, 1, 0), 2},
+                           Kind{"top_k 50", cpu::make_draw(0.5, 1, 50, 1, 0), 2},
+                           Kind{"top_k 50, top_p", cpu::make_draw(0.5, 0.7, 50, 0.9, 0), 2},
+                           Kind{"top_p of a peaked row", cpu::make_draw(0.5, 1, 0, 0.9, 0), 2},
+                           Kind{"top_p of a flat row", cpu::make_draw(0.5, 1, 0, 0.9, 0), 0}}) {
     for (const int rows : {1, 32, 128}) {
       std::vector<float> logits;
       const std::vector<float> row = make_row(kColumns, kind.row, random);
@@ -141,4 +142,4 @@ TEST(DrawRows, TakeLittleTime) {
 }
 
 }  // namespace
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

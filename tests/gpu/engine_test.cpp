@@ -13,6 +13,7 @@
 #include <random>
 
 #include "checkpoint/config.h"
+#include "kernels/sampling/cpu/draw.h"
 #include "model/model.h"
 #include "model/temporary_directory.h"
 #include "random_checkpoint.h"
@@ -180,7 +181,7 @@ class CudaEngine : public testing::TestWithParam<Case> {
  protected:
   void SetUp() override {
     directory_.write("config.json", config_text(GetParam()));
-    directory_.write("model.safetensors", RandomCheckpoint(read_config(directory_.path())).bytes());
+    directory_.write("model.safetensors", RandomCheckpoint(checkpoint::read_config(directory_.path())).bytes());
     gpu_ = load(ModelDevice::kCuda);
     long_ = {random_tokens(300, 1), {3, 0, 7, 5, 1}};
     again_ = {long_.tokens, {10, 11, 12, 13, 14}};
@@ -317,14 +318,15 @@ TEST_P(CudaEngine, DrawsWhatTheCpuDraws) {
     std::vector<Draw> draws(parts.size());
     for (Draw& d : draws) {
       const auto chance = [&] { return static_cast<double>(random() % 1000) / 1000; };
-      d = make_draw(chance(), 0.1 + 2 * chance(), random() % 2 == 0 ? static_cast<int>(random() % 200) : 0,
-                    random() % 2 == 0 ? 0.05 + 0.95 * chance() : 1, random() % 3 == 0 ? chance() / 2 : 0);
+      d = cpu::make_draw(
+          chance(), 0.1 + 2 * chance(), random() % 2 == 0 ? static_cast<int>(random() % 200) : 0,
+          random() % 2 == 0 ? 0.05 + 0.95 * chance() : 1, random() % 3 == 0 ? chance() / 2 : 0);
     }
     const std::vector<std::int32_t> drawn = forward(*gpu_, parts, false, false, draws).greedy;
-    DrawScratch scratch;
+    cpu::DrawScratch scratch;
     for (std::size_t i = 0; i < parts.size(); ++i) {
       const std::span row(logits.data() + i * kVocab, kVocab);
-      EXPECT_EQ(drawn[i], draw_token(row, *std::ranges::max_element(row), draws[i], scratch)) << i;
+      EXPECT_EQ(drawn[i], cpu::draw_token(row, *std::ranges::max_element(row), draws[i], scratch)) << i;
     }
   }
 }
@@ -344,7 +346,7 @@ TEST_P(CudaEngine, StepsLaunchedAheadChooseTheSameTokens) {
         const std::int32_t starts[] = {0, 1, 2}, lengths[] = {41 + i, 51 + i};
         const std::int32_t pages[] = {long_.pages[0], long_.pages[1], other.pages[0], other.pages[1]};
         const std::int32_t drawn[] = {0}, greedy[] = {1};
-        const Draw draws[] = {make_draw(0.03 + 0.045 * i, 1.5, i % 3 == 0 ? 7 : 0, 0.9, 0)};
+        const Draw draws[] = {cpu::make_draw(0.03 + 0.045 * i, 1.5, i % 3 == 0 ? 7 : 0, 0.9, 0)};
         ForwardBatch batch;
         batch.token_ids = ahead && i > 0 ? before : last;
         batch.query_starts = starts;

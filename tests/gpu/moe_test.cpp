@@ -13,9 +13,8 @@
 namespace flash_mla::gpu_test {
 namespace {
 
-using checkpoint::ModelConfig;
-using model::cuda::ExpertFfn;
-using model::cuda::RouteArgs;
+using sm90::ExpertFfn;
+using sm90::RouteArgs;
 
 // ---- Routing
 
@@ -41,27 +40,8 @@ const Kind kKinds[] = {
 
 RouteArgs arguments(const Kind& k) {
   RouteArgs a;
-  a.num_experts = k.experts;
-  a.experts_per_token = k.chosen;
-  a.num_groups = k.groups;
-  a.groups_kept = k.kept;
-  a.scoring = k.scoring;
-  a.method = k.method;
-  a.normalise = k.normalise;
-  a.scale = float(k.scale);
+  a.routing = {k.experts, k.chosen, 0, k.groups, k.kept, k.scoring, k.method, k.normalise, float(k.scale)};
   return a;
-}
-ModelConfig configuration(const Kind& k) {
-  ModelConfig c;
-  c.n_routed_experts = k.experts;
-  c.num_experts_per_tok = k.chosen;
-  c.n_group = k.groups;
-  c.topk_group = k.kept;
-  c.scoring_func = k.scoring;
-  c.topk_method = k.method;
-  c.norm_topk_prob = k.normalise;
-  c.routed_scaling_factor = k.scale;
-  return c;
 }
 
 class Routing : public testing::TestWithParam<Kind> {};
@@ -69,7 +49,6 @@ class Routing : public testing::TestWithParam<Kind> {};
 TEST_P(Routing, ChoosesAsTheCpuDoes) {
   const Kind& kind = GetParam();
   Random random(23);
-  const ModelConfig config = configuration(kind);
   for (const bool ties : {false, true}) {
     for (const int tokens : {1, 3, 200}) {
       std::vector<float> logits = random.fp32(std::size_t(tokens) * kind.experts, 1.0f);
@@ -88,14 +67,14 @@ TEST_P(Routing, ChoosesAsTheCpuDoes) {
       a.ids = ids.get();
       a.weights = weights.get();
       a.tokens = tokens;
-      check(model::cuda::choose_experts(a, nullptr), "choose_experts");
+      check(sm90::choose_experts(a, nullptr), "choose_experts");
       const std::vector<std::int32_t> got_ids = ids.host();
       const std::vector<float> got = weights.host();
       for (int t = 0; t < tokens; ++t) {
         std::vector<std::int32_t> want_ids(std::size_t(kind.chosen));
         std::vector<float> want(std::size_t(kind.chosen));
-        model::choose_experts(config, logits.data() + std::size_t(t) * kind.experts,
-                              kind.correction ? bias.data() : nullptr, want_ids.data(), want.data());
+        cpu::choose_experts(a.routing, logits.data() + std::size_t(t) * kind.experts,
+                            kind.correction ? bias.data() : nullptr, want_ids.data(), want.data());
         for (int i = 0; i < kind.chosen; ++i) {
           const std::size_t at = std::size_t(t) * kind.chosen + i;
           ASSERT_EQ(got_ids[at], want_ids[std::size_t(i)])
@@ -119,7 +98,7 @@ TEST_P(Routing, NanNeverLeavesTheRange) {
   a.ids = ids.get();
   a.weights = weights.get();
   a.tokens = 3;
-  check(model::cuda::choose_experts(a, nullptr), "choose_experts");
+  check(sm90::choose_experts(a, nullptr), "choose_experts");
   const std::vector<std::int32_t> got = ids.host();
   for (int t = 0; t < 3; ++t) {
     std::vector<bool> seen(std::size_t(kind.experts), false);
@@ -145,7 +124,7 @@ TEST(Router, LogitsKeepFp32Weights) {
     OnDevice<float> logits(std::size_t(tokens) * kExperts), weights(std::size_t(tokens) * 6);
     OnDevice<std::int32_t> ids(std::size_t(tokens) * 6);
     RouteArgs a = arguments(kKinds[0]);
-    a.num_experts = kExperts;
+    a.routing.num_experts = kExperts;
     a.x = x_device.get();
     a.x_stride = a.hidden = kHidden;
     a.router = router_device.get();
@@ -154,7 +133,7 @@ TEST(Router, LogitsKeepFp32Weights) {
     a.weights = weights.get();
     a.tokens = tokens;
     a.programmatic_launch = true;
-    check(model::cuda::route(a, nullptr), "route");
+    check(sm90::route(a, nullptr), "route");
     const std::vector<float> got = logits.host();
     const std::vector<std::int32_t> got_ids = ids.host();
     for (int t = 0; t < tokens; ++t) {
@@ -195,8 +174,7 @@ struct Experts {
         weights_device(weights),
         ids(choose(random, l, tokens, favourite)),
         ids_device(ids),
-        workspace(
-            model::cuda::expert_ffn_workspace_size(tokens, l.hidden, l.intermediate, l.experts, l.chosen)) {
+        workspace(sm90::expert_ffn_workspace_size(tokens, l.hidden, l.intermediate, l.experts, l.chosen)) {
     args.x = x_device.get();
     args.x_stride = args.inout_stride = l.hidden + pad;
     args.gate_up = gate_up_device.get();
@@ -231,7 +209,7 @@ struct Experts {
   std::vector<std::uint16_t> run(const ExpertFfn& a) {
     inout.upload(before);
     workspace.poison();
-    check(model::cuda::expert_ffn(a, nullptr), "expert_ffn");
+    check(sm90::expert_ffn(a, nullptr), "expert_ffn");
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     return inout.host();
   }

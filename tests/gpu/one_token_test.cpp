@@ -12,14 +12,15 @@
 #include <vector>
 
 #include "kernels/moe/cpu/router.h"
+#include "model/device/cuda/one_token_config.h"
 #include "model_data.h"
 
 namespace flash_mla::gpu_test {
 namespace {
 
 using checkpoint::ModelConfig;
-using model::cuda::OneToken;
-using model::cuda::OneTokenLayer;
+using sm90::OneToken;
+using sm90::OneTokenLayer;
 
 constexpr int kRank = 512, kRope = 64, kKey = kRank + kRope, kPage = 64;
 using Bits = std::vector<std::uint16_t>;
@@ -146,7 +147,7 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
         sines_(random_.fp32(kRope / 2, 0.7f)),
         cosines_device_(cosines_),
         sines_device_(sines_),
-        workspace_(model::cuda::one_token_workspace_size()) {
+        workspace_(sm90::one_token_workspace_size()) {
     const int len = GetParam().len;
     table_.resize(std::size_t(pages_));
     std::iota(table_.begin(), table_.end(), 0);
@@ -169,7 +170,7 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
     table_device_ = std::make_unique<OnDevice<std::int32_t>>(table_);
     len_device_ = std::make_unique<OnDevice<std::int32_t>>(std::vector<std::int32_t>{len});
     slot_device_ = std::make_unique<OnDevice<std::int64_t>>(std::vector<std::int64_t>{slot_});
-    check(cudaMemset(workspace_.get(), 0, model::cuda::one_token_workspace_size()), "cudaMemset");
+    check(cudaMemset(workspace_.get(), 0, sm90::one_token_workspace_size()), "cudaMemset");
   }
 
   std::int64_t slot_of(int key) const {
@@ -177,7 +178,7 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
   }
 
   OneToken arguments() const {
-    OneToken a = model::cuda::one_token_of(config_);
+    OneToken a = model::one_token_of(config_);
     a.softmax_scale = kScale;
     a.cosines = cosines_device_.get();
     a.sines = sines_device_.get();
@@ -209,7 +210,7 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
 
   Bits run(const OneToken& a) {
     x_.upload(x_before_);
-    check(model::cuda::one_token(a, nullptr), "one_token");
+    check(sm90::one_token(a, nullptr), "one_token");
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     return x_.host();
   }
@@ -282,9 +283,9 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
       }
       ids.resize(std::size_t(config_.num_experts_per_tok));
       weights.resize(ids.size());
-      model::choose_experts(config_, logits.data(),
-                            config_.topk_method == TopkMethod::kNoAuxTc ? l.correction.data() : nullptr,
-                            ids.data(), weights.data());
+      cpu::choose_experts(config_.routing(), logits.data(),
+                          config_.topk_method == TopkMethod::kNoAuxTc ? l.correction.data() : nullptr,
+                          ids.data(), weights.data());
       for (int i = 0; i < config_.n_shared_experts; ++i) {
         ids.push_back(config_.n_routed_experts + i);
         weights.push_back(1.0f);
@@ -334,7 +335,7 @@ double distance(const Bits& got, const Row& want) {
 }
 
 TEST_P(OneTokenTest, MatchesFp64Sums) {
-  ASSERT_TRUE(model::cuda::fits_one_token(config_));
+  ASSERT_TRUE(model::fits_one_token(config_));
   const Bits got = run(arguments());
   Row x;
   for (const std::uint16_t bits : x_before_) x.push_back(double(from_bf16(bits)));
@@ -368,7 +369,7 @@ TEST_P(OneTokenTest, SameBitsEveryTimeAndInAGraph) {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  check(model::cuda::one_token(args, stream), "one_token");
+  check(sm90::one_token(args, stream), "one_token");
   cudaGraph_t graph = nullptr;
   check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
   cudaGraphExec_t exec = nullptr;
@@ -389,11 +390,11 @@ INSTANTIATE_TEST_SUITE_P(Kernels, OneTokenTest, testing::ValuesIn(kShapes),
 
 TEST(OneToken, RefusesOtherModels) {
   const ModelConfig fits = configuration(kShapes[0], false);
-  ASSERT_TRUE(model::cuda::fits_one_token(fits));
+  ASSERT_TRUE(model::fits_one_token(fits));
   const auto refused = [&](auto&& change) {
     ModelConfig c = fits;
     change(c);
-    return !model::cuda::fits_one_token(c);
+    return !model::fits_one_token(c);
   };
   EXPECT_TRUE(refused([](ModelConfig& c) { c.q_lora_rank = 1536; }));
   EXPECT_TRUE(refused([](ModelConfig& c) { c.attention_bias = true; }));
@@ -408,7 +409,7 @@ TEST(OneToken, RefusesOtherModels) {
   EXPECT_TRUE(refused([](ModelConfig& c) { c.intermediate_size = 10946; }));
   EXPECT_TRUE(refused([](ModelConfig& c) { c.num_experts_per_tok = 15; }));
   EXPECT_TRUE(refused([](ModelConfig& c) { c.num_hidden_layers = 65; }));
-  EXPECT_EQ(model::cuda::one_token(OneToken(), nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(sm90::one_token(OneToken(), nullptr), cudaErrorInvalidValue);
 }
 
 }  // namespace

@@ -14,8 +14,8 @@
 namespace flash_mla::gpu_test {
 namespace {
 
-using model::cuda::skinny_gemm;
-using model::cuda::SkinnyGemm;
+using sm90::skinny_gemm;
+using sm90::SkinnyGemm;
 
 struct Shape {
   int n, k;
@@ -191,7 +191,7 @@ TEST(SkinnyGemm, EveryDivisionOfTheWork) {
       flags.silu_mul = kind == 1;
       flags.weight_fp32 = flags.out_fp32 = kind == 2;
       Problem p(random, m, {kind == 1 ? 1208 : 612, 2120}, flags, true, 8, 4);
-      model::cuda::WeightStream s;
+      sm90::WeightStream s;
       s.weight = p.args.weight;
       s.bias = p.args.bias;
       s.x = p.args.x;
@@ -204,11 +204,11 @@ TEST(SkinnyGemm, EveryDivisionOfTheWork) {
       s.out_fp32 = flags.out_fp32;
       s.weight_fp32 = flags.weight_fp32;
       s.silu_mul = flags.silu_mul;
-      const std::vector<model::cuda::StreamPlan> plans = model::cuda::stream_plans(s, 132);
+      const std::vector<sm90::StreamPlan> plans = sm90::stream_plans(s, 132);
       ASSERT_GE(plans.size(), 8u);
-      for (const model::cuda::StreamPlan& plan : plans) {
+      for (const sm90::StreamPlan& plan : plans) {
         p.reset();
-        check(model::cuda::launch_stream(s, plan, nullptr), "launch_stream");
+        check(sm90::launch_stream(s, plan, nullptr), "launch_stream");
         check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
         p.verify(random, (testing::Message() << "m" << m << " kind " << kind << " tiles " << plan.tiles
                                              << " warps_n " << plan.warps_n << " cluster " << plan.cluster

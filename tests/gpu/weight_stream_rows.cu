@@ -29,7 +29,7 @@
 
 namespace {
 
-using namespace flash_mla::model::cuda;
+using namespace flash_mla::sm90;
 
 #define CHECK(x)                                                                              \
   do {                                                                                        \
@@ -318,12 +318,11 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
       r.ids = scratch<std::int32_t>(pairs);
       r.weights = weights;
       r.tokens = tokens;
-      r.num_experts = l.experts;
-      r.experts_per_token = l.chosen;
-      r.num_groups = l.groups;
-      r.groups_kept = l.kept;
-      r.scoring = l.groups > 1 ? flash_mla::ScoringFunc::kSigmoid : flash_mla::ScoringFunc::kSoftmax;
-      r.method = l.groups > 1 ? flash_mla::TopkMethod::kNoAuxTc : flash_mla::TopkMethod::kGreedy;
+      r.routing = {l.experts, l.chosen, 0, l.groups, l.kept};
+      if (l.groups > 1) {
+        r.routing.scoring = flash_mla::ScoringFunc::kSigmoid;
+        r.routing.method = flash_mla::TopkMethod::kNoAuxTc;
+      }
       r.programmatic_launch = true;
       if (sweep && tokens <= 128) {
         auto* act = random_array(pairs * static_cast<std::size_t>(l.intermediate), 1.0f);

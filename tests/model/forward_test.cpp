@@ -11,6 +11,7 @@
 
 #include "checkpoint/config.h"
 #include "flash_mla/error.h"
+#include "kernels/sampling/cpu/draw.h"
 #include "model/model.h"
 #include "safetensors_file.h"
 #include "temporary_directory.h"
@@ -167,7 +168,7 @@ TEST_F(Forward, StepsLaunchedAheadChooseTheSameTokens) {
         const std::vector<std::int32_t> before = {-1, -2};
         const std::int32_t starts[] = {0, 1, 2}, lengths[] = {21 + i, 31 + i}, pages[] = {0, 1};
         const std::int32_t drawn[] = {0}, greedy[] = {1};
-        const Draw draws[] = {make_draw(0.05 + 0.07 * i, 2.0, i % 2 == 0 ? 5 : 0, 0.9, 0)};
+        const Draw draws[] = {cpu::make_draw(0.05 + 0.07 * i, 2.0, i % 2 == 0 ? 5 : 0, 0.9, 0)};
         ForwardBatch batch;
         batch.token_ids = ahead && i > 0 ? before : last;
         batch.query_starts = starts;

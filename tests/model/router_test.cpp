@@ -5,10 +5,8 @@
 #include <cmath>
 #include <vector>
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 namespace {
-
-using checkpoint::ModelConfig;
 
 using testing::ElementsAre;
 using testing::FloatNear;
@@ -18,49 +16,48 @@ struct Choice {
   std::vector<float> weights;
 };
 
-Choice choose(const ModelConfig& config, const std::vector<float>& logits,
-              const std::vector<float>& bias = {}) {
+Choice choose(const Routing& config, const std::vector<float>& logits, const std::vector<float>& bias = {}) {
   Choice out;
-  out.ids.resize(static_cast<std::size_t>(config.num_experts_per_tok));
+  out.ids.resize(static_cast<std::size_t>(config.experts_per_token));
   out.weights.resize(out.ids.size());
   choose_experts(config, logits.data(), bias.empty() ? nullptr : bias.data(), out.ids.data(),
                  out.weights.data());
   return out;
 }
 
-ModelConfig routing(TopkMethod method, ScoringFunc scoring, int experts, int chosen) {
-  ModelConfig config;
-  config.topk_method = method;
-  config.scoring_func = scoring;
-  config.n_routed_experts = experts;
-  config.num_experts_per_tok = chosen;
+Routing routing(TopkMethod method, ScoringFunc scoring, int experts, int chosen) {
+  Routing config;
+  config.method = method;
+  config.scoring = scoring;
+  config.num_experts = experts;
+  config.experts_per_token = chosen;
   return config;
 }
 
 auto near(double x) { return FloatNear(static_cast<float>(x), 1e-6f); }
 
 TEST(Router, GreedyTakesTheBestOfTheSoftmax) {
-  const ModelConfig config = routing(TopkMethod::kGreedy, ScoringFunc::kSoftmax, 4, 2);
+  const Routing config = routing(TopkMethod::kGreedy, ScoringFunc::kSoftmax, 4, 2);
   const Choice choice = choose(config, {std::log(1.0f), std::log(4.0f), std::log(2.0f), std::log(3.0f)});
   EXPECT_THAT(choice.ids, ElementsAre(1, 3));
   EXPECT_THAT(choice.weights, ElementsAre(near(0.4), near(0.3)));
 }
 
 TEST(Router, LargeLogitsDoNotOverflow) {
-  const ModelConfig config = routing(TopkMethod::kGreedy, ScoringFunc::kSoftmax, 2, 1);
+  const Routing config = routing(TopkMethod::kGreedy, ScoringFunc::kSoftmax, 2, 1);
   EXPECT_THAT(choose(config, {1000.0f, 900.0f}).weights, ElementsAre(near(1)));
 }
 
 TEST(Router, EqualScoresGoToTheLowerIndex) {
-  const ModelConfig config = routing(TopkMethod::kGreedy, ScoringFunc::kSoftmax, 4, 2);
+  const Routing config = routing(TopkMethod::kGreedy, ScoringFunc::kSoftmax, 4, 2);
   EXPECT_THAT(choose(config, {0, 0, 0, 0}).ids, ElementsAre(0, 1));
 }
 
 TEST(Router, GroupsAreLimitedByTheirBestExpert) {
-  ModelConfig config = routing(TopkMethod::kGroupLimitedGreedy, ScoringFunc::kSoftmax, 6, 2);
-  config.n_group = 3;
-  config.topk_group = 1;
-  config.routed_scaling_factor = 16;
+  Routing config = routing(TopkMethod::kGroupLimitedGreedy, ScoringFunc::kSoftmax, 6, 2);
+  config.num_groups = 3;
+  config.groups_kept = 1;
+  config.scale = 16;
   // Group 1 holds the best expert; the second best of all, in group 0, is out.
   const Choice choice = choose(config, {3, 3, 4, 0, 2, 2});
   EXPECT_THAT(choice.ids, ElementsAre(2, 3));
@@ -70,11 +67,11 @@ TEST(Router, GroupsAreLimitedByTheirBestExpert) {
 }
 
 TEST(Router, BiasChoosesAndDoesNotWeigh) {
-  ModelConfig config = routing(TopkMethod::kNoAuxTc, ScoringFunc::kSigmoid, 4, 2);
-  config.n_group = 2;
-  config.topk_group = 1;
-  config.norm_topk_prob = true;
-  config.routed_scaling_factor = 2.5;
+  Routing config = routing(TopkMethod::kNoAuxTc, ScoringFunc::kSigmoid, 4, 2);
+  config.num_groups = 2;
+  config.groups_kept = 1;
+  config.normalise = true;
+  config.scale = 2.5;
   const std::vector<float> logits = {2, 0, 1, 0.5f};
   const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
   // Sums of two: 0.881 + 0.5 against 0.731 + 0.622.
@@ -86,4 +83,4 @@ TEST(Router, BiasChoosesAndDoesNotWeigh) {
 }
 
 }  // namespace
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu

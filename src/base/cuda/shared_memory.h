@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace flash_mla::sm90 {
+namespace flash_mla {
 
 /// Lets kKernel use this much dynamic shared memory on the current device. Asks the driver once per device.
 template <auto kKernel>
@@ -26,4 +26,4 @@ cudaError_t allow_shared_memory(std::size_t bytes) {
   return cudaSuccess;
 }
 
-}  // namespace flash_mla::sm90
+}  // namespace flash_mla

@@ -2,7 +2,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "bench/gpu/check.h"
+#include "base/cuda/check.h"
 #include "bench/gpu/kernels.h"
 
 namespace flash_mla::bench::gpu {

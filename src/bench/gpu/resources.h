@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <utility>
 
-#include "bench/gpu/check.h"
+#include "base/cuda/check.h"
 
 namespace flash_mla::bench::gpu {
 

@@ -1,7 +1,9 @@
 #include "kernels/ptx/tensor_map.h"
 
+#include <cuda_runtime.h>
 #include <fmt/format.h>
 
+#include "base/cuda/check.h"
 #include "flash_mla/error.h"
 
 namespace flash_mla::sm90 {

@@ -11,7 +11,7 @@
 #define FLASH_MLA_HOST_DEVICE
 #endif
 
-namespace flash_mla::model {
+namespace flash_mla {
 
 /// Weight of the likeliest token.
 inline constexpr std::uint64_t kDrawOne = std::uint64_t{1} << 44;
@@ -69,4 +69,4 @@ FLASH_MLA_HOST_DEVICE inline std::uint64_t draw_target(double u, std::uint64_t t
   return target < total ? target : total - 1;
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla

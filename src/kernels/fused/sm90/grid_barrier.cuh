@@ -4,7 +4,7 @@
 
 #include "kernels/ptx/mbarrier.cuh"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// Counts arrivals since the kernel began. The counter is 0 before the kernel and after finish(). kThreads
 /// threads of each CTA take part, the first of them and all of their warps; kId is a named barrier of theirs.
@@ -18,7 +18,7 @@ class GridBarrier {
   __device__ void arrive(unsigned ctas, bool takes_part = true) {
     target_ += ctas;
     if (!takes_part) return;
-    sm90::ptx::named_barrier_sync<kId, kThreads>();
+    ptx::named_barrier_sync<kId, kThreads>();
     if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter_) : "memory");
   }
   /// Counts a barrier in without taking part.
@@ -26,7 +26,7 @@ class GridBarrier {
   /// For the arrivals so far. Data is then read from L2 (__ldcg): this orders one thread alone.
   __device__ void wait() {
     if (threadIdx.x == 0) poll();
-    sm90::ptx::named_barrier_sync<kId, kThreads>();
+    ptx::named_barrier_sync<kId, kThreads>();
   }
   /// The same for one warp.
   __device__ void wait_in_warp() {
@@ -53,4 +53,4 @@ class GridBarrier {
   unsigned target_ = 0;
 };
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -23,19 +23,21 @@
 
 #include <algorithm>
 
+#include "base/cuda/device.h"
 #include "base/cuda/launch.h"
+#include "base/cuda/shared_memory.h"
 #include "kernels/fused/sm90/grid_barrier.cuh"
 #include "kernels/fused/sm90/one_token.h"
 #include "kernels/fused/sm90/one_token_attention.cuh"
 #include "kernels/fused/sm90/one_token_ring.cuh"
 #include "kernels/fused/sm90/one_token_work.cuh"
 #include "kernels/fused/sm90/tagged.cuh"
+#include "kernels/moe/sm90/choose.cuh"
 #include "kernels/moe/sm90/moe.h"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/rows/sm90/row_math.cuh"
-#include "kernels/sampling/sm90/choose.cuh"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace one_token_kernel {
 
 constexpr int kFillThreads = 128, kFillers = 3;  // a warpgroup: three warps that copy, one that chooses
@@ -62,7 +64,7 @@ using Barrier = GridBarrier<1, kThreads>;
 
 /// CTAs that have rows of the router: they arrive when their logits are there.
 __device__ __forceinline__ unsigned router_ctas(const OneToken& p) {
-  return min(gridDim.x, static_cast<unsigned>(p.num_experts));
+  return min(gridDim.x, static_cast<unsigned>(p.routing.num_experts));
 }
 
 struct Smem {
@@ -203,16 +205,8 @@ __device__ __forceinline__ void choose(const OneToken& p, const OneTokenLayer& l
   a.logits = logits;
   a.ids = choice.ids;
   a.weights = choice.weights;
-  a.num_experts = p.num_experts;
-  a.experts_per_token = p.experts_per_token;
-  a.shared_experts = p.shared_experts;
-  a.num_groups = p.num_groups;
-  a.groups_kept = p.groups_kept;
-  a.scoring = p.scoring;
-  a.method = p.method;
-  a.normalise = p.normalise;
-  a.scale = p.routed_scale;
-  if (p.num_experts <= 64) {
+  a.routing = p.routing;
+  if (p.routing.num_experts <= 64) {
     choice::choose_token<2>(a, 0, scratch[0], scratch[1]);
   } else {
     choice::choose_token<8>(a, 0, scratch[0], scratch[1]);
@@ -241,9 +235,9 @@ __device__ __forceinline__ void prefetch_down(const OneToken& p, const OneTokenL
   const Ffn ffn = ffn_of(p, true, 0);
   for (int i = share.lane; i < ffn.shared * share.down_rows; i += 32) {
     const int slot = i / share.down_rows, row = share.down_first + i - slot * share.down_rows;
-    prefetch_bulk(
-        static_cast<const bf16*>(l.down) + (p.num_experts + slot) * ffn.down_slot + row * ffn.down_pitch,
-        static_cast<std::uint32_t>(ffn.width) * 2);
+    prefetch_bulk(static_cast<const bf16*>(l.down) + (p.routing.num_experts + slot) * ffn.down_slot +
+                      row * ffn.down_pitch,
+                  static_cast<std::uint32_t>(ffn.width) * 2);
   }
 }
 
@@ -264,7 +258,8 @@ __device__ __forceinline__ void choose_experts(const OneToken& p, Smem& s, int l
       choose(p, l, e.logits, s.choice, s.attention.routing);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(&s.chosen);
-      if (share.cta == 0 && lane < p.experts_per_token + p.shared_experts) l.ids[lane] = s.choice.ids[lane];
+      if (share.cta == 0 && lane < p.routing.experts_per_token + p.routing.shared_experts)
+        l.ids[lane] = s.choice.ids[lane];
     }
     grid.expect(share.ctas);
   }
@@ -362,11 +357,11 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem& s, int warp,
                      [&](int i) { return await_8(e.x_attended + i, round); });
     if (mixture) {
 #pragma unroll 1
-      for (int row = share.index; row < p.num_experts; row += share.stride) {
+      for (int row = share.index; row < p.routing.num_experts; row += share.stride) {
         const float logit = route_row(p, ring, v, lane);
         if (lane == 0) e.logits[row] = logit;
       }
-      grid.arrive(router_ctas(p), share.cta < p.num_experts);
+      grid.arrive(router_ctas(p), share.cta < p.routing.num_experts);
     }
     const int shared = ffn.shared * ffn.width, routed = (ffn.slots - ffn.shared) * ffn.width;
     int pair = share.begin_of(shared);
@@ -459,49 +454,22 @@ bool fits_device(int sms, int heads, int hidden) {
 
 using namespace one_token_kernel;
 
-bool fits_one_token(const checkpoint::ModelConfig& c) {
+bool fits_one_token(const OneToken& p, bool dense, bool mixture) {
   const auto fits = [](int size) { return size > 0 && size <= kMostK && size % 8 == 0; };
-  if (c.q_lora_rank > 0 || c.attention_bias || c.kv_lora_rank != kRank || c.qk_rope_head_dim != kRope)
-    return false;
-  if (c.num_hidden_layers > kMostOneTokenLayers || c.num_attention_heads > kHeads) return false;
-  if (c.qk_nope_head_dim != 32 && c.qk_nope_head_dim != 64 && c.qk_nope_head_dim != 128) return false;
-  if (!fits(c.hidden_size) || !fits(c.num_attention_heads * c.v_head_dim)) return false;
-  bool dense = false, mixture = false;
-  for (int i = 0; i < c.num_hidden_layers; ++i) (c.is_moe_layer(i) ? mixture : dense) = true;
-  if (dense && (c.intermediate_size <= 0 || dense_slices(c.intermediate_size) > kMostSlots)) return false;
-  const int slots = c.num_experts_per_tok + c.n_shared_experts;
-  if (mixture &&
-      (!fits(c.moe_intermediate_size) || slots > kMostSlots || c.n_routed_experts > kMostExperts)) {
+  if (p.num_layers > kMostOneTokenLayers || p.heads > kHeads) return false;
+  if (p.nope != 32 && p.nope != 64 && p.nope != 128) return false;
+  if (!fits(p.hidden) || !fits(p.heads * p.v)) return false;
+  if (dense && (p.intermediate <= 0 || dense_slices(p.intermediate) > kMostSlots)) return false;
+  const Routing& r = p.routing;
+  if (mixture && (!fits(p.moe_intermediate) || r.experts_per_token + r.shared_experts > kMostSlots ||
+                  r.num_experts > kMostExperts)) {
     return false;
   }
   int sms = 0, device = 0, cooperative = 0;
-  return multiprocessors(sms) == cudaSuccess && fits_device(sms, c.num_attention_heads, c.hidden_size) &&
+  return multiprocessors(sms) == cudaSuccess && fits_device(sms, p.heads, p.hidden) &&
          cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
          cooperative != 0;
-}
-
-OneToken one_token_of(const checkpoint::ModelConfig& c) {
-  OneToken p;
-  p.num_layers = c.num_hidden_layers;
-  p.hidden = c.hidden_size;
-  p.heads = c.num_attention_heads;
-  p.nope = c.qk_nope_head_dim;
-  p.v = c.v_head_dim;
-  p.num_experts = c.n_routed_experts;
-  p.experts_per_token = c.num_experts_per_tok;
-  p.shared_experts = c.n_shared_experts;
-  p.moe_intermediate = c.moe_intermediate_size;
-  p.intermediate = c.intermediate_size;
-  p.num_groups = c.n_group;
-  p.groups_kept = c.topk_group;
-  p.scoring = c.scoring_func;
-  p.method = c.topk_method;
-  p.normalise = c.norm_topk_prob;
-  p.routed_scale = static_cast<float>(c.routed_scaling_factor);
-  p.eps = static_cast<float>(c.rms_norm_eps);
-  p.latent_eps = static_cast<float>(checkpoint::kLatentNormEps);
-  return p;
 }
 
 std::size_t one_token_workspace_size() { return sizeof(Exchange); }
@@ -513,8 +481,7 @@ cudaError_t one_token(const OneToken& p, cudaStream_t stream) {
   if (!fits_device(num_sms, p.heads, p.hidden)) return cudaErrorInvalidValue;
   if (const cudaError_t e = allow_shared_memory<one_token_kernel::one_token_kernel>(sizeof(Smem))) return e;
   LaunchConfig config(static_cast<unsigned>(num_sms), kThreads + kFillThreads, sizeof(Smem), stream);
-  config.cooperative();
-  return cudaLaunchKernelEx(config.get(), one_token_kernel::one_token_kernel, p);
+  return launch(config.cooperative(), one_token_kernel::one_token_kernel, p);
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

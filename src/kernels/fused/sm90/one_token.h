@@ -8,9 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "checkpoint/config.h"
+#include "base/routing.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// A layer's weights, bfloat16 but for norms and router (float32), dense, aligned to 16 bytes; and its cache.
 struct OneTokenLayer {
@@ -33,16 +33,12 @@ struct OneTokenLayer {
 };
 
 inline constexpr int kMostOneTokenLayers = 64;
+inline constexpr int kOneTokenRank = 512, kOneTokenRope = 64;  ///< of the cache's rows
 
 struct OneToken {
   int num_layers = 0, hidden = 0, heads = 0, nope = 0, v = 0;
-  int num_experts = 0, experts_per_token = 0, shared_experts = 0, moe_intermediate = 0;
-  int intermediate = 0;                 ///< of dense layers
-  int num_groups = 1, groups_kept = 1;  ///< routing as in RouteArgs
-  ScoringFunc scoring = ScoringFunc::kSoftmax;
-  TopkMethod method = TopkMethod::kGreedy;
-  bool normalise = false;
-  float routed_scale = 1.0f;
+  int moe_intermediate = 0, intermediate = 0;  ///< of an expert, and of a dense layer
+  Routing routing;                             ///< of mixture layers
   float eps = 0, latent_eps = 0, softmax_scale = 0;
 
   const float* cosines = nullptr;       ///< (32), of the token's position
@@ -55,13 +51,10 @@ struct OneToken {
   OneTokenLayer layers[kMostOneTokenLayers];
 };
 
-/// Whether one_token() takes a model on this device: no q_lora_rank and no biases, kv_lora_rank 512 and rope
-/// 64, at most 16 heads, hidden sizes, heads * v_head_dim and the experts' intermediate size at most 2048,
-/// all divisible by 8.
-bool fits_one_token(const checkpoint::ModelConfig& config);
-
-/// The sizes and constants of a model that fits, but for softmax_scale; pointers are left null.
-OneToken one_token_of(const checkpoint::ModelConfig& config);
+/// Whether one_token() takes a model of these sizes on this device; pointers and constants are not looked at.
+/// At most 16 heads, a nope of 32, 64 or 128, hidden sizes, heads * v and the experts' intermediate size at
+/// most 2048, all divisible by 8. `dense`, `mixture`: whether the model has such layers.
+bool fits_one_token(const OneToken& sizes, bool dense, bool mixture);
 
 /// Same for all models that fit.
 std::size_t one_token_workspace_size();
@@ -71,4 +64,4 @@ std::size_t one_token_workspace_size();
 /// share a workspace must follow one another.
 cudaError_t one_token(const OneToken& args, cudaStream_t stream);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -18,7 +18,7 @@
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/tma.cuh"
 
-namespace flash_mla::model::cuda::one_token_kernel {
+namespace flash_mla::sm90::one_token_kernel {
 
 inline constexpr int kHeads = 16, kTileKeys = 32, kPageKeys = 64;
 inline constexpr int kPitch = kKey + 8;
@@ -246,8 +246,8 @@ class Attention {
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2)
         highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, offset));
-      const bf16 rounded = __float2bfloat16(sm90::exp2_fast(s - highest));
-      const float rescale = sm90::exp2_fast(maximum[r] - highest);
+      const bf16 rounded = __float2bfloat16(exp2_fast(s - highest));
+      const float rescale = exp2_fast(maximum[r] - highest);
       sum[r] = sum[r] * rescale + warp_total(__bfloat162float(rounded));
       maximum[r] = highest;
       s_.p[row][lane] = rounded;
@@ -315,7 +315,7 @@ __device__ __forceinline__ void combine_splits(const float* out, const float2* s
   float weight[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    weight[i] = sm90::exp2_fast(own[i].x - highest);
+    weight[i] = exp2_fast(own[i].x - highest);
     total = fmaf(weight[i], own[i].y, total);
   }
   const float factor = 1.0f / warp_total(total);
@@ -336,4 +336,4 @@ __device__ __forceinline__ void combine_splits(const float* out, const float2* s
   *reinterpret_cast<float4*>(&latent[half][column]) = sum;
 }
 
-}  // namespace flash_mla::model::cuda::one_token_kernel
+}  // namespace flash_mla::sm90::one_token_kernel

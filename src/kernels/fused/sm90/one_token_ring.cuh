@@ -18,9 +18,7 @@
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/mma.cuh"
 
-namespace flash_mla::model::cuda::one_token_kernel {
-
-namespace ptx = sm90::ptx;
+namespace flash_mla::sm90::one_token_kernel {
 
 inline constexpr int kDepth = 5;  // pieces of a warp's ring
 
@@ -247,11 +245,11 @@ __device__ __forceinline__ void share_normalised(const NormWeights& norm, float 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       pairs[i] =
-          sm90::pack2<true>(row[2 * i] * factor * norm.w[2 * i], row[2 * i + 1] * factor * norm.w[2 * i + 1]);
+          pack2<true>(row[2 * i] * factor * norm.w[2 * i], row[2 * i + 1] * factor * norm.w[2 * i + 1]);
     }
     *reinterpret_cast<uint4*>(s.x + own) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
   sync_warps();
 }
 
-}  // namespace flash_mla::model::cuda::one_token_kernel
+}  // namespace flash_mla::sm90::one_token_kernel

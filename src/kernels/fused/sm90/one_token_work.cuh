@@ -9,12 +9,12 @@
 
 #include "kernels/fused/sm90/one_token.h"
 
-namespace flash_mla::model::cuda::one_token_kernel {
+namespace flash_mla::sm90::one_token_kernel {
 
 using bf16 = __nv_bfloat16;
 
 inline constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that multiply; one warp more copies
-inline constexpr int kRank = 512, kRope = 64, kKey = kRank + kRope;
+inline constexpr int kRank = kOneTokenRank, kRope = kOneTokenRope, kKey = kRank + kRope;
 inline constexpr int kMostK = 2048;       // of a product: a lane holds 64 of x
 inline constexpr int kPieceBytes = 4096;  // of a copy
 inline constexpr int kUkRows = 16;        // rows of W_UK in a copy
@@ -46,8 +46,8 @@ __device__ __forceinline__ Ffn ffn_of(const OneToken& p, bool mixture, int slice
   const std::int64_t hidden = p.hidden;
   if (mixture) {
     const std::int64_t width = p.moe_intermediate;
-    return {p.experts_per_token + p.shared_experts,
-            p.shared_experts,
+    return {p.routing.experts_per_token + p.routing.shared_experts,
+            p.routing.shared_experts,
             p.moe_intermediate,
             2 * width * hidden,
             width * hidden,
@@ -189,7 +189,7 @@ class Walk {
     if (slot >= ffn_.shared && chosen_ != layer_) return false;
     const int row = at_ - slot * size, count = min(end_ - at_, size - row);
     const std::int64_t expert = p_.layers[layer_].router == nullptr ? slot
-                                : slot < ffn_.shared                ? p_.num_experts + slot
+                                : slot < ffn_.shared                ? p_.routing.num_experts + slot
                                                                     : choice_.ids[slot - ffn_.shared];
     if (stage_ != kDown) {
       set(l.gate_up, expert * ffn_.gate_slot + std::int64_t(row) * p_.hidden, p_.hidden, 2 * count, 0);
@@ -226,7 +226,7 @@ class Walk {
         end_ = share_.of(p_.hidden);
         break;
       case kRouter:
-        end_ = mixture ? share_.of(p_.num_experts) * router_parts() : 0;
+        end_ = mixture ? share_.of(p_.routing.num_experts) * router_parts() : 0;
         break;
       case kSharedPairs:
         at_ = share_.begin_of(ffn_.shared * ffn_.width);
@@ -257,4 +257,4 @@ class Walk {
   bool other_ = false;
 };
 
-}  // namespace flash_mla::model::cuda::one_token_kernel
+}  // namespace flash_mla::sm90::one_token_kernel

@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// A bfloat16 in the lower half, the round in the upper.
 using Tagged = std::uint32_t;
@@ -78,4 +78,4 @@ __device__ __forceinline__ uint4 await_8(const Tagged* from, unsigned round) {
   return out[0];
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

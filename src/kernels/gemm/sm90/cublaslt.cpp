@@ -9,10 +9,10 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "flash_mla/error.h"
 #include "base/cuda/check.h"
+#include "flash_mla/error.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 // What NVIDIA recommends for Hopper.
@@ -200,4 +200,4 @@ void CublasLt::gemm(Matrix x, const std::byte* weight, Matrix out, bool accumula
 
 std::string why_no_cublaslt() { return library().error; }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

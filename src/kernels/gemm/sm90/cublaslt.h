@@ -8,7 +8,7 @@
 
 #include "base/matrix.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// Products of many rows by cuBLASLt, whose library (libcublasLt.so.13) is opened at run time: from the path
 /// in the environment variable FLASH_MLA_CUBLASLT if it is set, else from where the system finds libraries.
@@ -32,4 +32,4 @@ class CublasLt {
 /// Why the library cannot be used, or "".
 std::string why_no_cublaslt();
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -16,17 +16,17 @@
 
 #include <algorithm>
 
-#include "kernels/gemm/sm90/grouped_gemm.h"
+#include "base/cuda/device.h"
 #include "base/cuda/launch.h"
+#include "base/cuda/shared_memory.h"
+#include "kernels/gemm/sm90/grouped_gemm.h"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "kernels/ptx/wgmma.cuh"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
-
-namespace ptx = sm90::ptx;
 
 constexpr int kRows = kGroupedRows, kColumns = 256, kStepK = 64, kStages = 4;
 constexpr int kRowBytes = kStepK * 2;
@@ -215,8 +215,7 @@ cudaError_t launch_grouped_gemm(const WeightStream& args, cudaStream_t stream) {
   const std::int64_t most = grid.column_tiles * args.max_units;
   LaunchConfig config(static_cast<unsigned>(std::min<std::int64_t>(most, num_sms)), kThreads, kSharedBytes,
                       stream);
-  config.programmatic(args.programmatic_launch);
-  return cudaLaunchKernelEx(config.get(), grouped_gemm, args, grid);
+  return launch(config.programmatic(args.programmatic_launch), grouped_gemm, args, grid);
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -4,7 +4,7 @@
 
 #include "kernels/gemm/sm90/weight_stream.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// Rows of x in a unit of launch_grouped_gemm().
 inline constexpr int kGroupedRows = 128;
@@ -15,4 +15,4 @@ inline constexpr int kGroupedRows = 128;
 /// launch_stream() requires.
 cudaError_t launch_grouped_gemm(const WeightStream& args, cudaStream_t stream);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -2,9 +2,11 @@
 
 #include <cstdint>
 
-#include "kernels/gemm/sm90/head_gemm.h"
-#include "base/cuda/launch.cuh"
+#include "base/cuda/check.h"
 #include "base/cuda/launch.h"
+#include "base/cuda/shared_memory.h"
+#include "kernels/gemm/sm90/head_gemm.h"
+#include "kernels/ptx/cluster.cuh"
 #include "kernels/rows/sm90/row_math.cuh"
 
 // Tile: kRows tokens x 32 outputs of one head, the whole depth in steps of 64. 128 threads: 4 warps, each
@@ -13,7 +15,7 @@
 // matrices is zero. Weights do not depend on the kernel before, so their first stages are fetched before it
 // is waited for.
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 constexpr int kThreads = 128;
@@ -127,8 +129,8 @@ __global__ void __launch_bounds__(kThreads) head_gemm_kernel(Params p) {
   const int rows = min(kRows, p.rows - first_row), columns = min(kColumns, p.out_features - first);
   const int steps = (p.in_features + kDepth - 1) / kDepth;
   if (head == p.heads) {
-    wait_for_previous();
-    let_next_start();
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
     append(p, first_row, rows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
     return;
   }
@@ -141,8 +143,8 @@ __global__ void __launch_bounds__(kThreads) head_gemm_kernel(Params p) {
     fetch<kWide>(x, p.x_stride, rows, step * kDepth, p.in_features, kRows, &xs[step % kStages][0][0]);
   };
   for (int s = 0; s < kStages - 1 && s < steps; ++s) fetch_weight(s);
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < steps) fetch_x(s);
     commit();
@@ -217,10 +219,14 @@ void launch_tile(const Params& p, bool wide, bool with_append, cudaStream_t stre
   constexpr int kBytes = kSharedBytes<kRows, kStages>;
   if (wide) {
     check(allow_shared_memory<head_gemm_kernel<kRows, kStages, true>>(kBytes), "cudaFuncSetAttribute");
-    launch(head_gemm_kernel<kRows, kStages, true>, grid, kThreads, kBytes, stream, p);
+    check(launch(LaunchConfig(grid, kThreads, kBytes, stream).programmatic(),
+                 head_gemm_kernel<kRows, kStages, true>, p),
+          "head_gemm");
   } else {
     check(allow_shared_memory<head_gemm_kernel<kRows, kStages, false>>(kBytes), "cudaFuncSetAttribute");
-    launch(head_gemm_kernel<kRows, kStages, false>, grid, kThreads, kBytes, stream, p);
+    check(launch(LaunchConfig(grid, kThreads, kBytes, stream).programmatic(),
+                 head_gemm_kernel<kRows, kStages, false>, p),
+          "head_gemm");
   }
 }
 
@@ -267,4 +273,4 @@ void head_gemm(const HeadGemm& a, cudaStream_t stream) {
   }
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

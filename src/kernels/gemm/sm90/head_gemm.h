@@ -6,7 +6,7 @@
 
 #include "base/matrix.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// One product per attention head, of bfloat16 matrices in fp32 accumulation:
 ///
@@ -37,4 +37,4 @@ struct HeadGemm {
 };
 void head_gemm(const HeadGemm& args, cudaStream_t stream);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

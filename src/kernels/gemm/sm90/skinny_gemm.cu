@@ -5,7 +5,7 @@
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/ptx/cluster.cuh"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 constexpr int kPlainThreads = 256;
@@ -28,8 +28,8 @@ __device__ float dot(const SkinnyGemm& p, std::int64_t row, std::int64_t n) {
 
 /// For shapes and pointers that the fast path does not take: a warp for each output.
 __global__ __launch_bounds__(kPlainThreads) void plain_gemm(const SkinnyGemm p) {
-  sm90::ptx::grid_dependency_wait();
-  sm90::ptx::grid_dependency_launch();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t columns = p.silu_mul ? p.n / 2 : p.n;
   const std::int64_t stride = std::int64_t(gridDim.x) * (kPlainThreads / 32);
   for (std::int64_t i = std::int64_t(blockIdx.x) * (kPlainThreads / 32) + threadIdx.x / 32; i < p.m * columns;
@@ -62,9 +62,8 @@ cudaError_t skinny_gemm(const SkinnyGemm& p, cudaStream_t stream) {
   if (!valid(p)) return cudaErrorInvalidValue;
   if (p.m == 0 || p.n == 0) return cudaSuccess;
   if (!fits_stream(p.x, p.m == 1 ? 0 : p.x_stride, p.weight, p.k)) {
-    LaunchConfig config(8 * 132, kPlainThreads, 0, stream);
-    config.programmatic(p.programmatic_launch);
-    return cudaLaunchKernelEx(config.get(), plain_gemm, p);
+    return launch(LaunchConfig(8 * 132, kPlainThreads, 0, stream).programmatic(p.programmatic_launch),
+                  plain_gemm, p);
   }
   WeightStream s;
   s.weight = p.weight;
@@ -85,4 +84,4 @@ cudaError_t skinny_gemm(const SkinnyGemm& p, cudaStream_t stream) {
   return launch_stream(s, stream);
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

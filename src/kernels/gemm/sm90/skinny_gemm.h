@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// out[m, n] (= or +=) sum over k of x[m, k] * weight[n, k], plus bias[n]; fp32 accumulation.
 ///
@@ -44,4 +44,4 @@ struct SkinnyGemm {
 /// sizes, missing pointers, strides below the row length or an odd n with silu_mul.
 cudaError_t skinny_gemm(const SkinnyGemm& args, cudaStream_t stream);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -2,10 +2,12 @@
 #include <cmath>
 #include <limits>
 
+#include "base/cuda/device.h"
 #include "base/cuda/launch.h"
+#include "base/cuda/shared_memory.h"
 #include "kernels/gemm/sm90/weight_stream.cuh"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 // What a multiprocessor's share of a product costs. Fitted to the times of all divisions of V2-Lite's and
@@ -40,9 +42,8 @@ cudaError_t launch_shape(const WeightStream& args, const StreamPlan& plan, int n
       std::min<std::int64_t>(items, std::max(1, num_sms * plan.ctas_per_sm / plan.cluster));
   LaunchConfig config(static_cast<unsigned>(clusters * plan.cluster), Shape::kThreads, Shape::kSharedBytes,
                       stream);
-  config.cluster(static_cast<unsigned>(plan.cluster));
-  config.programmatic(args.programmatic_launch);
-  return cudaLaunchKernelEx(config.get(), stream_weights<Shape>, args, grid);
+  config.cluster(static_cast<unsigned>(plan.cluster)).programmatic(args.programmatic_launch);
+  return launch(config, stream_weights<Shape>, args, grid);
 }
 
 struct TableEntry {
@@ -186,4 +187,4 @@ cudaError_t launch_stream(const WeightStream& args, cudaStream_t stream) {
   return launch_stream(args, plan_stream(args, num_sms), stream);
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

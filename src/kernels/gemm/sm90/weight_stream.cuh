@@ -25,9 +25,7 @@
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/mma.cuh"
 
-namespace flash_mla::model::cuda {
-
-namespace ptx = sm90::ptx;
+namespace flash_mla::sm90 {
 
 /// Everything a launch needs besides WeightStream.
 struct StreamGrid {
@@ -459,4 +457,4 @@ __global__ __launch_bounds__(Shape::kThreads,
   }
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// Rows that share one expert's weights.
 struct ExpertUnit {
@@ -64,4 +64,4 @@ cudaError_t launch_stream(const WeightStream& args, cudaStream_t stream);
 /// Whether x and the weights can be read 16 bytes at a time.
 bool fits_stream(const void* x, std::int64_t x_stride, const void* weight, std::int64_t k);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 namespace {
 
 void score(ScoringFunc function, const float* logits, std::vector<float>& scores) {
@@ -52,16 +52,16 @@ float group_score(const float* scores, std::size_t size, bool best_two) {
   return best_two ? first + second : first;
 }
 
-/// Leaves only the experts of the topk_group best groups in the running.
-void limit_to_groups(const checkpoint::ModelConfig& config, Workspace& w) {
-  const std::size_t size = w.choice.size() / static_cast<std::size_t>(config.n_group);
+/// Leaves only the experts of the groups_kept best groups in the running.
+void limit_to_groups(const Routing& routing, Workspace& w) {
+  const std::size_t size = w.choice.size() / static_cast<std::size_t>(routing.num_groups);
   w.groups.clear();
-  for (int g = 0; g < config.n_group; ++g) {
+  for (int g = 0; g < routing.num_groups; ++g) {
     w.groups.push_back(group_score(w.choice.data() + static_cast<std::size_t>(g) * size, size,
-                                   config.topk_method == TopkMethod::kNoAuxTc));
+                                   routing.method == TopkMethod::kNoAuxTc));
   }
   w.kept.assign(w.choice.size(), -std::numeric_limits<float>::infinity());
-  top(w.groups, config.topk_group, w.order);
+  top(w.groups, routing.groups_kept, w.order);
   for (const std::int32_t g : w.order) {
     const std::size_t first = static_cast<std::size_t>(g) * size;
     std::copy_n(w.choice.begin() + static_cast<std::ptrdiff_t>(first), size,
@@ -72,28 +72,27 @@ void limit_to_groups(const checkpoint::ModelConfig& config, Workspace& w) {
 
 }  // namespace
 
-void choose_experts(const checkpoint::ModelConfig& config, const float* logits, const float* bias,
-                    std::int32_t* ids, float* weights) {
+void choose_experts(const Routing& routing, const float* logits, const float* bias, std::int32_t* ids,
+                    float* weights) {
   thread_local Workspace w;
   std::vector<float>& scores = w.scores;
-  scores.resize(static_cast<std::size_t>(config.n_routed_experts));
-  score(config.scoring_func, logits, scores);
+  scores.resize(static_cast<std::size_t>(routing.num_experts));
+  score(routing.scoring, logits, scores);
   w.choice = scores;
   if (bias != nullptr) {
     for (std::size_t e = 0; e < w.choice.size(); ++e) w.choice[e] += bias[e];
   }
-  if (config.topk_method != TopkMethod::kGreedy) limit_to_groups(config, w);
+  if (routing.method != TopkMethod::kGreedy) limit_to_groups(routing, w);
 
-  top(w.choice, config.num_experts_per_tok, w.order);
+  top(w.choice, routing.experts_per_token, w.order);
   const std::vector<std::int32_t>& chosen = w.order;
   float sum = 0;
   for (const std::int32_t e : chosen) sum += scores[static_cast<std::size_t>(e)];
-  const auto factor = static_cast<float>(config.routed_scaling_factor);
   for (std::size_t i = 0; i < chosen.size(); ++i) {
     const float weight = scores[static_cast<std::size_t>(chosen[i])];
     ids[i] = chosen[i];
-    weights[i] = (config.norm_topk_prob ? weight / (sum + 1e-20f) : weight) * factor;
+    weights[i] = (routing.normalise ? weight / (sum + 1e-20f) : weight) * routing.scale;
   }
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu

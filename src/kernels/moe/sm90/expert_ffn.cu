@@ -8,13 +8,15 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/gemm/sm90/grouped_gemm.h"
+#include "base/cuda/device.h"
 #include "base/cuda/launch.h"
-#include "kernels/moe/sm90/moe.h"
+#include "base/cuda/shared_memory.h"
+#include "kernels/gemm/sm90/grouped_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
+#include "kernels/moe/sm90/moe.h"
 #include "kernels/ptx/cluster.cuh"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / 32;
@@ -56,8 +58,8 @@ __global__ __launch_bounds__(kSortThreads) void sort_pairs(const SortArgs p) {
   extern __shared__ int counts[];  // [warp][expert]: then where the warp's next pair of that expert goes
   __shared__ int warp_sums[kSortWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, e = threadIdx.x;
-  sm90::ptx::grid_dependency_wait();
-  sm90::ptx::grid_dependency_launch();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   for (int i = threadIdx.x; i < kSortWarps * p.num_experts; i += kSortThreads) counts[i] = 0;
   __syncthreads();
 
@@ -123,8 +125,8 @@ struct NormArgs {
 /// kWidth neighbouring columns of a token for each thread.
 template <int kWidth>
 __global__ __launch_bounds__(kRowThreads) void combine(const CombineArgs p) {
-  sm90::ptx::grid_dependency_wait();
-  sm90::ptx::grid_dependency_launch();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t pieces = p.hidden / kWidth;
   const std::int64_t i = std::int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
   if (i >= p.tokens * pieces) return;
@@ -159,8 +161,8 @@ template <int kWidth>
 __global__ __launch_bounds__(kNormThreads) void combine_and_norm(const CombineArgs p, const NormArgs norm) {
   extern __shared__ float row[];
   __shared__ float squares[kNormThreads / 32];
-  sm90::ptx::grid_dependency_wait();
-  sm90::ptx::grid_dependency_launch();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t token = blockIdx.x;
   __nv_bfloat16* const out = p.inout + token * p.inout_stride;
   const float* from = p.results + token * p.experts_per_token * p.hidden;
@@ -220,8 +222,8 @@ __device__ float plain_dot(const __nv_bfloat16* a, const __nv_bfloat16* b, std::
 /// A warp for each output of gate and up (kDown false) or of down.
 template <bool kDown>
 __global__ __launch_bounds__(kRowThreads) void plain_experts(const PlainArgs p) {
-  sm90::ptx::grid_dependency_wait();
-  sm90::ptx::grid_dependency_launch();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const ExpertFfn& f = p.ffn;
   const std::int64_t columns = kDown ? f.hidden : f.intermediate;
   const std::int64_t count = f.tokens * f.experts_per_token * columns;
@@ -293,8 +295,7 @@ cudaError_t launch_sort(const SortArgs& args, bool programmatic, cudaStream_t st
   constexpr int kMost = kSortWarps * kMaxExperts * static_cast<int>(sizeof(int));
   if (const cudaError_t e = allow_shared_memory<sort_pairs>(kMost)) return e;
   LaunchConfig config(1, kSortThreads, static_cast<std::size_t>(bytes), stream);
-  config.programmatic(programmatic);
-  return cudaLaunchKernelEx(config.get(), sort_pairs, args);
+  return launch(config.programmatic(programmatic), sort_pairs, args);
 }
 
 cudaError_t launch_combine(const ExpertFfn& p, const float* results, cudaStream_t stream) {
@@ -308,21 +309,21 @@ cudaError_t launch_combine(const ExpertFfn& p, const float* results, cudaStream_
     LaunchConfig rows(static_cast<unsigned>(p.tokens), kNormThreads,
                       static_cast<std::size_t>(p.hidden) * sizeof(float), stream);
     rows.programmatic(p.programmatic_launch);
-    return cudaLaunchKernelEx(rows.get(), wide ? combine_and_norm<4> : combine_and_norm<1>, args, norm);
+    return launch(rows, wide ? combine_and_norm<4> : combine_and_norm<1>, args, norm);
   }
   const std::int64_t threads = p.tokens * p.hidden / (wide ? 4 : 1);
   LaunchConfig config(static_cast<unsigned>((threads + kRowThreads - 1) / kRowThreads), kRowThreads, 0,
                       stream);
   config.programmatic(p.programmatic_launch);
-  return cudaLaunchKernelEx(config.get(), wide ? combine<4> : combine<1>, args);
+  return launch(config, wide ? combine<4> : combine<1>, args);
 }
 
 cudaError_t run_plain(const ExpertFfn& p, const Workspace& w, int num_sms, cudaStream_t stream) {
   const PlainArgs args{p, w.act, w.results};
   LaunchConfig config(static_cast<unsigned>(8 * num_sms), kRowThreads, 0, stream);
   config.programmatic(p.programmatic_launch);
-  if (const cudaError_t e = cudaLaunchKernelEx(config.get(), plain_experts<false>, args)) return e;
-  return cudaLaunchKernelEx(config.get(), plain_experts<true>, args);
+  if (const cudaError_t e = launch(config, plain_experts<false>, args)) return e;
+  return launch(config, plain_experts<true>, args);
 }
 
 cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream) {
@@ -358,11 +359,11 @@ cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream
   gate_up.out_stride = p.intermediate;
   gate_up.silu_mul = true;
   gate_up.early_weights = false;  // the kernel directly before says which
-  const auto launch = [&](const WeightStream& product) {
+  const auto multiply = [&](const WeightStream& product) {
     return s.rows_per_unit == kGroupedRows ? launch_grouped_gemm(product, stream)
                                            : launch_stream(product, stream);
   };
-  if (const cudaError_t e = launch(gate_up)) return e;
+  if (const cudaError_t e = multiply(gate_up)) return e;
 
   WeightStream down = s;
   down.weight = p.down;
@@ -373,7 +374,7 @@ cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream
   down.out = w.results;
   down.out_stride = p.hidden;
   down.out_fp32 = true;
-  return launch(down);
+  return multiply(down);
 }
 
 bool valid(const ExpertFfn& p) {
@@ -409,4 +410,4 @@ cudaError_t expert_ffn(const ExpertFfn& p, cudaStream_t stream) {
   return launch_combine(p, w.results, stream);
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

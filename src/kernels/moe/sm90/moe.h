@@ -7,7 +7,7 @@
 
 #include "base/routing.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// The choice of experts: what kernels/moe/cpu/router.h does, one warp for each token. Two kernels: the
 /// router's product (fp32 weights, every bit kept, fp32 accumulation) and the choice.
@@ -22,14 +22,8 @@ struct RouteArgs {
   std::int32_t* ids = nullptr;
   float* weights = nullptr;  ///< out, of the same shape; 1 for the shared ones
   std::int64_t tokens = 0, hidden = 0;
-  int num_experts = 0;                  ///< at most kMaxExperts, divisible by num_groups
-  int experts_per_token = 0;            ///< with the shared ones at most kMaxExpertsPerToken
-  int shared_experts = 0;               ///< that every token takes
-  int num_groups = 1, groups_kept = 1;  ///< n_group (at most 32) and topk_group; unused when greedy
-  ScoringFunc scoring = ScoringFunc::kSoftmax;
-  TopkMethod method = TopkMethod::kGreedy;
-  bool normalise = false;  ///< norm_topk_prob
-  float scale = 1.0f;      ///< routed_scaling_factor
+  /// At most kMaxExperts experts, kMaxExpertsPerToken of a token, the shared ones counted in, 32 groups.
+  Routing routing;
   bool batch_invariant = false;
   bool programmatic_launch = false;  ///< see SkinnyGemm; `router` and `correction` may be read early
 };
@@ -79,4 +73,4 @@ std::size_t expert_ffn_workspace_size(std::int64_t tokens, std::int64_t hidden, 
 /// divisible by 8.
 cudaError_t expert_ffn(const ExpertFfn& args, cudaStream_t stream);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -1,15 +1,15 @@
-#include "kernels/sampling/sm90/choose.cuh"
-#include "base/cuda/launch.cuh"
+#include "base/cuda/check.h"
 #include "base/cuda/launch.h"
+#include "kernels/moe/sm90/choose.cuh"
 #include "kernels/moe/sm90/norm_route.h"
-#include "kernels/rows/sm90/row_math.cuh"
 #include "kernels/ptx/cluster.cuh"
+#include "kernels/rows/sm90/row_math.cuh"
 
 // A cluster of 8 CTAs for each token. All normalise the token's row, the first writes it. Of the experts
 // every CTA has an eighth, a warp's turn each; the router's rows of the first turn are fetched before the
 // kernel in front has finished. The first CTA then chooses.
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 constexpr int kCluster = 8;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) norm_and_route_kernel(const Params p
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const std::int64_t token = blockIdx.x / kCluster;
   const int rank = static_cast<int>(blockIdx.x % kCluster);
-  const int hidden = static_cast<int>(p.route.hidden), experts = p.route.num_experts;
+  const int hidden = static_cast<int>(p.route.hidden), experts = p.route.routing.num_experts;
   const auto weights = [&](int e) {
     return reinterpret_cast<const float4*>(p.route.router + static_cast<std::int64_t>(e) * hidden);
   };
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kThreads) norm_and_route_kernel(const Params p
     const int at = i * kWarp + lane;
     early[i] = first < experts && at < hidden / 4 ? __ldg(weights(first) + at) : make_float4(0, 0, 0, 0);
   }
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
 
   const bf16* in = p.in + token * p.in_stride;
   float squares = 0;
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kThreads) norm_and_route_kernel(const Params p
     sum = warp_sum(sum);
     if (lane == 0) p.route.logits[token * experts + e] = sum;
   }
-  sm90::ptx::cluster_arrive();
-  sm90::ptx::cluster_wait();
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
   if (rank == 0 && warp == 0) choice::choose_token<kPerLane>(p.route, token, scores, choices);
 }
 
@@ -99,17 +99,16 @@ bool fits_norm_and_route(const NormAndRoute& a) {
   const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   const RouteArgs& r = a.route;
   return r.tokens <= 64 && !r.batch_invariant && r.hidden % 8 == 0 && r.hidden <= kMostHidden &&
-         r.num_experts <= 256 && r.num_experts * r.hidden * 4 <= kMostRouterBytes && aligned(a.in) &&
-         aligned(r.x) && aligned(r.router) && a.in_stride % 8 == 0 && r.x_stride % 8 == 0;
+         r.routing.num_experts <= 256 && r.routing.num_experts * r.hidden * 4 <= kMostRouterBytes &&
+         aligned(a.in) && aligned(r.x) && aligned(r.router) && a.in_stride % 8 == 0 && r.x_stride % 8 == 0;
 }
 
 void norm_and_route(const NormAndRoute& a, cudaStream_t stream) {
   const Params p{a.route, static_cast<const bf16*>(a.in), a.in_stride, a.norm, a.eps};
   LaunchConfig config(static_cast<unsigned>(a.route.tokens * kCluster), kThreads, 0, stream);
-  config.cluster(kCluster);
-  config.programmatic(true);
-  const auto kernel = a.route.num_experts <= 64 ? norm_and_route_kernel<2> : norm_and_route_kernel<8>;
-  check(cudaLaunchKernelEx(config.get(), kernel, p), "norm_and_route");
+  config.cluster(kCluster).programmatic();
+  const auto kernel = a.route.routing.num_experts <= 64 ? norm_and_route_kernel<2> : norm_and_route_kernel<8>;
+  check(launch(config, kernel, p), "norm_and_route");
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

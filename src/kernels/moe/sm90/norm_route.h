@@ -2,7 +2,7 @@
 
 #include "kernels/moe/sm90/moe.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// A norm and the routing of its result in one kernel, for few tokens: what rms_norm() and route() do.
 struct NormAndRoute {
@@ -18,4 +18,4 @@ struct NormAndRoute {
 bool fits_norm_and_route(const NormAndRoute& args);
 void norm_and_route(const NormAndRoute& args, cudaStream_t stream);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -4,7 +4,7 @@
 
 #include <cuda_bf16.h>
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 using bf16 = __nv_bfloat16;
 
@@ -67,4 +67,4 @@ __device__ inline void rotate(const bf16* from, bf16* to, float cosine, float si
   to[1] = __float2bfloat16(b * cosine + a * sine);
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

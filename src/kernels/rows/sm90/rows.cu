@@ -1,15 +1,17 @@
 #include <algorithm>
 #include <cmath>
 
-#include "base/cuda/launch.cuh"
+#include "base/cuda/check.h"
+#include "base/cuda/launch.h"
+#include "base/page_size.h"
+#include "kernels/ptx/cluster.cuh"
 #include "kernels/rows/sm90/row_math.cuh"
 #include "kernels/rows/sm90/rows.h"
-#include "model/model.h"
 
 // One block per row (or part of a row). Rows are walked kVec elements at a time, 8 (16 bytes) where lengths,
 // strides and addresses allow it, else 1.
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 constexpr int kThreads = 256;
@@ -17,8 +19,8 @@ constexpr int kThreads = 256;
 __global__ void embed_kernel(const bf16* table, const std::int32_t* ids, const std::int32_t* tokens,
                              const std::int32_t* positions, RotationTable rotations, bf16* out,
                              std::int64_t stride, int columns) {
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t t = blockIdx.x;
   std::int32_t id = ids[t];
   if (id < 0) id = max(tokens[-1 - id], 0);
@@ -37,8 +39,8 @@ template <int kVec>
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(const bf16* x, std::int64_t x_stride, const float* weight, float eps, bf16* out,
                     std::int64_t out_stride, int columns) {
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t t = blockIdx.x;
   norm_row<kVec>(x + t * x_stride, weight, eps, columns, out + t * out_stride);
 }
@@ -46,8 +48,8 @@ __global__ void __launch_bounds__(kThreads)
 template <int kVec>
 __global__ void silu_mul_kernel(const bf16* gate_up, std::int64_t in_stride, bf16* out,
                                 std::int64_t out_stride, int columns) {
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t t = blockIdx.y;
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * kVec;
   if (i >= columns) return;
@@ -78,8 +80,8 @@ struct RopeParams {
 /// Block (t, 0) appends token t's latent and key to the cache, the blocks (t, 1 ...) rotate its queries.
 template <int kVec>
 __global__ void __launch_bounds__(kThreads) rope_and_append_kernel(RopeParams p) {
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t t = blockIdx.x;
   const int pairs = p.rope / 2;
   const float* cosines = p.cosines + t * pairs;
@@ -104,8 +106,8 @@ __global__ void __launch_bounds__(kThreads) rope_and_append_kernel(RopeParams p)
 
 __global__ void gather_kernel(const bf16* x, std::int64_t x_stride, const std::int32_t* rows, bf16* out,
                               std::int64_t out_stride, int columns) {
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t t = blockIdx.x;
   const bf16* from = x + rows[t] * x_stride;
   for (int i = threadIdx.x; i < columns; i += blockDim.x) out[t * out_stride + i] = from[i];
@@ -113,8 +115,8 @@ __global__ void gather_kernel(const bf16* x, std::int64_t x_stride, const std::i
 
 __global__ void add_bias_kernel(const float* bias, bool replace, bf16* inout, std::int64_t stride,
                                 int columns) {
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   bf16* row = inout + blockIdx.x * stride;
   for (int i = threadIdx.x; i < columns; i += blockDim.x) {
     row[i] = __float2bfloat16(bias[i] + (replace ? 0.0f : __bfloat162float(row[i])));
@@ -143,8 +145,8 @@ struct LikeliestScratch {
 __global__ void __launch_bounds__(kLikeliestThreads)
     likeliest_kernel(const float* x, int columns, LikeliestScratch* scratch, std::int32_t* tokens) {
   __shared__ unsigned long long bests[kLikeliestThreads / kWarp];
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const float* row = x + static_cast<std::int64_t>(blockIdx.y) * columns;
   const int part = (columns + kLikeliestParts - 1) / kLikeliestParts;
   const int begin = static_cast<int>(blockIdx.x) * part, end = min(columns, begin + part);
@@ -170,8 +172,8 @@ __global__ void __launch_bounds__(kLikeliestThreads)
 /// One warp per key.
 template <int kVec>
 __global__ void __launch_bounds__(kThreads) gather_keys_kernel(GatherKeys p) {
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t key = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (key >= p.num_keys) return;
   int low = 0, high = p.num_seqs;  // the sequence is in [low, high)
@@ -236,18 +238,22 @@ unsigned row_threads(std::int64_t vectors) {
 
 void embed(const std::byte* table, const std::int32_t* ids, const std::int32_t* tokens,
            const std::int32_t* positions, const RotationTable& rotations, Matrix out, cudaStream_t stream) {
-  launch(embed_kernel, grid_of(out.rows), kThreads, 0, stream, reinterpret_cast<const bf16*>(table), ids,
-         tokens, positions, rotations, elements(out), out.stride, static_cast<int>(out.columns));
+  check(launch(LaunchConfig(grid_of(out.rows), kThreads, 0, stream).programmatic(), embed_kernel,
+               reinterpret_cast<const bf16*>(table), ids, tokens, positions, rotations, elements(out),
+               out.stride, static_cast<int>(out.columns)),
+        "embed");
 }
 
 void rms_norm(Matrix x, const float* weight, float eps, Matrix out, cudaStream_t stream) {
   const int n = static_cast<int>(x.columns);
   if (wide(x) && wide(out)) {
-    launch(rms_norm_kernel<8>, grid_of(x.rows), row_threads(n / 8), 0, stream, elements(x), x.stride, weight,
-           eps, elements(out), out.stride, n);
+    check(launch(LaunchConfig(grid_of(x.rows), row_threads(n / 8), 0, stream).programmatic(),
+                 rms_norm_kernel<8>, elements(x), x.stride, weight, eps, elements(out), out.stride, n),
+          "rms_norm");
   } else {
-    launch(rms_norm_kernel<1>, grid_of(x.rows), row_threads(n), 0, stream, elements(x), x.stride, weight, eps,
-           elements(out), out.stride, n);
+    check(launch(LaunchConfig(grid_of(x.rows), row_threads(n), 0, stream).programmatic(), rms_norm_kernel<1>,
+                 elements(x), x.stride, weight, eps, elements(out), out.stride, n),
+          "rms_norm");
   }
 }
 
@@ -255,11 +261,14 @@ void silu_mul(Matrix gate_up, Matrix out, cudaStream_t stream) {
   const int n = static_cast<int>(out.columns);
   constexpr unsigned kBlock = 128;
   if (wide(gate_up) && wide(out)) {
-    launch(silu_mul_kernel<8>, dim3(blocks(n, kBlock * 8), grid_of(out.rows)), kBlock, 0, stream,
-           elements(gate_up), gate_up.stride, elements(out), out.stride, n);
+    check(
+        launch(LaunchConfig(dim3(blocks(n, kBlock * 8), grid_of(out.rows)), kBlock, 0, stream).programmatic(),
+               silu_mul_kernel<8>, elements(gate_up), gate_up.stride, elements(out), out.stride, n),
+        "silu_mul");
   } else {
-    launch(silu_mul_kernel<1>, dim3(blocks(n, kBlock), grid_of(out.rows)), kBlock, 0, stream,
-           elements(gate_up), gate_up.stride, elements(out), out.stride, n);
+    check(launch(LaunchConfig(dim3(blocks(n, kBlock), grid_of(out.rows)), kBlock, 0, stream).programmatic(),
+                 silu_mul_kernel<1>, elements(gate_up), gate_up.stride, elements(out), out.stride, n),
+          "silu_mul");
   }
 }
 
@@ -280,17 +289,21 @@ void rope_and_append(const RopeAndAppend& a, cudaStream_t stream) {
                      a.rank};
   const dim3 grid(grid_of(a.q.rows), 1 + blocks(a.heads, kRopeHeads));
   const bool vectors = wide(a.kv.data, a.kv.stride) && a.rank % 8 == 0 && a.rope % 8 == 0;
-  launch(vectors ? rope_and_append_kernel<8> : rope_and_append_kernel<1>, grid, kThreads, 0, stream, p);
+  check(launch(LaunchConfig(grid, kThreads, 0, stream).programmatic(),
+               vectors ? rope_and_append_kernel<8> : rope_and_append_kernel<1>, p),
+        "rope_and_append");
 }
 
 void gather(Matrix x, const std::int32_t* rows, Matrix out, cudaStream_t stream) {
-  launch(gather_kernel, grid_of(out.rows), kThreads, 0, stream, elements(x), x.stride, rows, elements(out),
-         out.stride, static_cast<int>(x.columns));
+  check(launch(LaunchConfig(grid_of(out.rows), kThreads, 0, stream).programmatic(), gather_kernel,
+               elements(x), x.stride, rows, elements(out), out.stride, static_cast<int>(x.columns)),
+        "gather");
 }
 
 void add_bias(const float* bias, bool replace, Matrix inout, cudaStream_t stream) {
-  launch(add_bias_kernel, grid_of(inout.rows), kThreads, 0, stream, bias, replace, elements(inout),
-         inout.stride, static_cast<int>(inout.columns));
+  check(launch(LaunchConfig(grid_of(inout.rows), kThreads, 0, stream).programmatic(), add_bias_kernel, bias,
+               replace, elements(inout), inout.stride, static_cast<int>(inout.columns)),
+        "add_bias");
 }
 
 std::size_t likeliest_scratch_bytes(std::int64_t rows) {
@@ -298,15 +311,18 @@ std::size_t likeliest_scratch_bytes(std::int64_t rows) {
 }
 
 void likeliest(Matrix x, std::int32_t* tokens, std::byte* scratch, cudaStream_t stream) {
-  launch(likeliest_kernel, dim3(kLikeliestParts, grid_of(x.rows)), kLikeliestThreads, 0, stream,
-         reinterpret_cast<const float*>(x.data), static_cast<int>(x.columns),
-         reinterpret_cast<LikeliestScratch*>(scratch), tokens);
+  check(launch(
+            LaunchConfig(dim3(kLikeliestParts, grid_of(x.rows)), kLikeliestThreads, 0, stream).programmatic(),
+            likeliest_kernel, reinterpret_cast<const float*>(x.data), static_cast<int>(x.columns),
+            reinterpret_cast<LikeliestScratch*>(scratch), tokens),
+        "likeliest");
 }
 
 void gather_keys(const GatherKeys& a, cudaStream_t stream) {
   const bool vectors = a.rank % 8 == 0 && a.rope % 8 == 0;
-  launch(vectors ? gather_keys_kernel<8> : gather_keys_kernel<1>, blocks(a.num_keys, kThreads / kWarp),
-         kThreads, 0, stream, a);
+  check(launch(LaunchConfig(blocks(a.num_keys, kThreads / kWarp), kThreads, 0, stream).programmatic(),
+               vectors ? gather_keys_kernel<8> : gather_keys_kernel<1>, a),
+        "gather_keys");
 }
 
 void fill_random(std::byte* out, DType dtype, std::int64_t count, std::uint64_t seed, float deviation,
@@ -320,4 +336,4 @@ void fill_random(std::byte* out, DType dtype, std::int64_t count, std::uint64_t 
   check(cudaGetLastError(), "fill_random");
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -6,7 +6,7 @@
 
 #include "base/matrix.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 // Kernels that work on the rows of bfloat16 matrices, one token each. All are queued on `stream`, allocate
 // nothing and may be captured in a CUDA graph. Pointers are the device's.
@@ -77,4 +77,4 @@ void gather_keys(const GatherKeys& args, cudaStream_t stream);
 void fill_random(std::byte* out, DType dtype, std::int64_t count, std::uint64_t seed, float deviation,
                  cudaStream_t stream);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -5,7 +5,7 @@
 
 #include "kernels/sampling/draw_weight.h"
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 namespace {
 
 // The token of `count` ones, token_of(0) to token_of(count - 1), at which the sum of weights passes `target`.
@@ -92,4 +92,4 @@ std::int32_t draw_token(std::span<const float> logits, float largest, const Draw
               [&](std::size_t i) { return candidates[i]; });
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu

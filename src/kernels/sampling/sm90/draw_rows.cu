@@ -1,8 +1,11 @@
 #include <cooperative_groups.h>
 
-#include "kernels/sampling/sm90/draw_rows.h"
-#include "base/cuda/launch.cuh"
+#include "base/cuda/check.h"
+#include "base/cuda/device.h"
+#include "base/cuda/launch.h"
+#include "kernels/ptx/cluster.cuh"
 #include "kernels/sampling/draw_weight.h"
+#include "kernels/sampling/sm90/draw_rows.h"
 
 // A cluster of blocks per row, which lies in the L2 cache: what takes time is not reading it but its
 // exponentials. Every warp of the cluster owns the ids of one segment of the row.
@@ -17,7 +20,7 @@
 //
 // Weights are integers (draw_weight.h), so that no order of summation matters.
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 using u64 = unsigned long long;
@@ -348,8 +351,8 @@ class Row {
 __global__ void __launch_bounds__(kThreads)
     draw_rows_kernel(const float* logits, int columns, const Draw* draws, std::int32_t* tokens) {
   __shared__ Shared shared;
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const unsigned i = blockIdx.y;
   const Draw draw = draws[i];
   const std::int32_t likeliest = tokens[i];
@@ -364,28 +367,17 @@ __global__ void __launch_bounds__(kThreads)
 void draw_rows(Matrix logits, const Draw* draws, std::int32_t* tokens, cudaStream_t stream) {
   if (logits.rows == 0) return;
   // As many blocks as run at a time: more would only wait for each other.
-  int device = 0, sms = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  int sms = 0;
+  check(multiprocessors(sms), "cudaDeviceGetAttribute");
   int blocks = kMostBlocks;
   while (blocks > 1 && logits.rows * blocks > sms) blocks /= 2;
 
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(logits.rows));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = static_cast<unsigned>(blocks);
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  check(cudaLaunchKernelEx(&config, draw_rows_kernel, reinterpret_cast<const float*>(logits.data),
-                           static_cast<int>(logits.columns), draws, tokens),
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(logits.rows));
+  LaunchConfig config(grid, kThreads, 0, stream);
+  config.cluster(static_cast<unsigned>(blocks)).programmatic();
+  check(launch(config, draw_rows_kernel, reinterpret_cast<const float*>(logits.data),
+               static_cast<int>(logits.columns), draws, tokens),
         "draw_rows");
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "base/matrix.h"
-#include "kernels/sampling/cpu/draw.h"
+#include "kernels/sampling/draw.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 /// tokens[i] (int32) of every row i of `logits` (float32, dense) whose draw has a scale: the token that
 /// draw_token draws from it, to the bit of its arithmetic. On entry tokens[i] is the row's likeliest token,
@@ -15,4 +15,4 @@ namespace flash_mla::model::cuda {
 /// allocates nothing.
 void draw_rows(Matrix logits, const Draw* draws, std::int32_t* tokens, cudaStream_t stream);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -9,15 +9,16 @@
 #include <limits>
 #include <utility>
 
+#include "base/aligned.h"
+#include "base/parallel.h"
 #include "flash_mla/decode.h"
 #include "flash_mla/error.h"
-#include "base/aligned.h"
-#include "kernels/gemm/cpu/gemm.h"
 #include "kernels/attention/dense_prefill/cpu/dense_prefill.h"
+#include "kernels/gemm/cpu/gemm.h"
 #include "kernels/moe/cpu/router.h"
 #include "kernels/rows/cpu/rows.h"
+#include "kernels/sampling/cpu/draw.h"
 #include "model/model.h"
-#include "base/parallel.h"
 #include "model/rope.h"
 
 namespace flash_mla::model {
@@ -296,11 +297,12 @@ class CpuOps : public Ops {
       }
       gemm_.run(input, static_cast<const CpuLinear&>(router).weight, nullptr, logits,
                 {1, step_->batch_invariant, false});
+      const Routing routing = config_.routing();
       for (std::int64_t i = 0; i < count; ++i) {
-        choose_experts(config_, reinterpret_cast<const float*>(logits.row(i)),
-                       bias.bytes() > 0 ? floats(bias) : nullptr,
-                       reinterpret_cast<std::int32_t*>(ids.data()) + (first + i) * chosen,
-                       reinterpret_cast<float*>(weights.data()) + (first + i) * chosen);
+        cpu::choose_experts(routing, reinterpret_cast<const float*>(logits.row(i)),
+                            bias.bytes() > 0 ? floats(bias) : nullptr,
+                            reinterpret_cast<std::int32_t*>(ids.data()) + (first + i) * chosen,
+                            reinterpret_cast<float*>(weights.data()) + (first + i) * chosen);
       }
     });
   }
@@ -356,8 +358,8 @@ class CpuOps : public Ops {
       token = model::likeliest(row, logits.columns);
       const Draw draw = step_->draws.empty() ? Draw() : step_->draws[static_cast<std::size_t>(first + i)];
       if (token < 0 || draw.scale == 0) return;
-      thread_local DrawScratch scratch;
-      token = draw_token({row, static_cast<std::size_t>(logits.columns)}, row[token], draw, scratch);
+      thread_local cpu::DrawScratch scratch;
+      token = cpu::draw_token({row, static_cast<std::size_t>(logits.columns)}, row[token], draw, scratch);
     });
   }
 

@@ -10,33 +10,35 @@
 #include <utility>
 #include <vector>
 
+#include "base/cuda/check.h"
+#include "base/parallel.h"
 #include "flash_mla/decode.h"
 #include "flash_mla/error.h"
 #include "flash_mla/info.h"
 #include "flash_mla/schedule.h"
-#include "base/cuda/check.h"
-#include "kernels/gemm/sm90/cublaslt.h"
-#include "kernels/sampling/sm90/draw_rows.h"
-#include "kernels/gemm/sm90/head_gemm.h"
-#include "model/device/cuda/memory.h"
-#include "kernels/moe/sm90/moe.h"
-#include "kernels/moe/sm90/norm_route.h"
-#include "kernels/fused/sm90/one_token.h"
-#include "kernels/attention/plain/sm90/plain_attention.h"
-#include "kernels/rows/sm90/rows.h"
-#include "kernels/gemm/sm90/skinny_gemm.h"
-#include "model/device/cuda/step_data.h"
-#include "model/model.h"
-#include "base/parallel.h"
-#include "model/rope.h"
-#include "model/weights.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
+#include "kernels/attention/plain/sm90/plain_attention.h"
+#include "kernels/fused/sm90/one_token.h"
+#include "kernels/gemm/sm90/cublaslt.h"
+#include "kernels/gemm/sm90/head_gemm.h"
+#include "kernels/gemm/sm90/skinny_gemm.h"
+#include "kernels/moe/sm90/moe.h"
+#include "kernels/moe/sm90/norm_route.h"
+#include "kernels/rows/sm90/rows.h"
+#include "kernels/sampling/sm90/draw_rows.h"
+#include "model/device/cuda/memory.h"
+#include "model/device/cuda/one_token_config.h"
+#include "model/device/cuda/step_data.h"
+#include "model/model.h"
+#include "model/rope.h"
+#include "model/weights.h"
 
 namespace flash_mla::model {
 namespace {
 
 using namespace cuda;
+using namespace sm90;
 
 constexpr DType kType = DType::kBFloat16;
 constexpr std::size_t kElement = 2;
@@ -406,12 +408,12 @@ class CudaOps : public Ops {
   }
 
   void embed(const Buffer& table, const Buffer& tokens, Matrix out) override {
-    cuda::embed(table.data(), data_.token_ids, reinterpret_cast<const std::int32_t*>(tokens.data()),
+    sm90::embed(table.data(), data_.token_ids, reinterpret_cast<const std::int32_t*>(tokens.data()),
                 data_.positions, rotations_, out, stream_);
   }
 
   void rms_norm(Matrix x, const Buffer& weight, double eps, Matrix out) override {
-    cuda::rms_norm(x, floats(weight), static_cast<float>(eps), out, stream_);
+    sm90::rms_norm(x, floats(weight), static_cast<float>(eps), out, stream_);
   }
 
   void linear(Matrix x, const Linear& weight, Matrix out) override { multiply(x, weight, out, false); }
@@ -428,7 +430,7 @@ class CudaOps : public Ops {
     grow(gate_up_, static_cast<std::size_t>(x.rows * linear.out_features) * kElement);
     const Matrix gate_up = dense(gate_up_, x.rows, linear.out_features);
     multiply(x, weight, gate_up, false);
-    cuda::silu_mul(gate_up, out, stream_);
+    sm90::silu_mul(gate_up, out, stream_);
   }
 
   void rope_and_append(Matrix q, Matrix kv, std::int64_t first_token, const Buffer& kv_norm, double eps,
@@ -447,7 +449,7 @@ class CudaOps : public Ops {
     args.nope = config_.qk_nope_head_dim;
     args.rope = config_.qk_rope_head_dim;
     args.rank = config_.kv_lora_rank;
-    cuda::rope_and_append(args, stream_);
+    sm90::rope_and_append(args, stream_);
   }
 
   void absorb_queries(Matrix q, const HeadLinear& w_uk, Matrix q_latent) override {
@@ -561,7 +563,7 @@ class CudaOps : public Ops {
 
   void route(Matrix x, const Linear& router, const Buffer& bias, const Buffer& ids,
              const Buffer& weights) override {
-    check(cuda::route(route_args(x, router, bias, ids, weights), stream_), "route");
+    check(sm90::route(route_args(x, router, bias, ids, weights), stream_), "route");
   }
 
   void norm_and_route(Matrix x, const Buffer& norm, double eps, Matrix h, const Linear& router,
@@ -573,11 +575,11 @@ class CudaOps : public Ops {
     args.norm = floats(norm);
     args.eps = static_cast<float>(eps);
     if (fits_norm_and_route(args)) {
-      cuda::norm_and_route(args, stream_);
+      sm90::norm_and_route(args, stream_);
       return;
     }
     rms_norm(x, norm, eps, h);
-    check(cuda::route(args.route, stream_), "route");
+    check(sm90::route(args.route, stream_), "route");
   }
 
   bool folds_shared_experts() const override { return true; }
@@ -710,15 +712,7 @@ class CudaOps : public Ops {
     args.weights = reinterpret_cast<float*>(weights.data());
     args.tokens = x.rows;
     args.hidden = x.columns;
-    args.num_experts = config_.n_routed_experts;
-    args.experts_per_token = config_.num_experts_per_tok;
-    args.shared_experts = config_.n_shared_experts;
-    args.num_groups = config_.n_group;
-    args.groups_kept = config_.topk_group;
-    args.scoring = config_.scoring_func;
-    args.method = config_.topk_method;
-    args.normalise = config_.norm_topk_prob;
-    args.scale = static_cast<float>(config_.routed_scaling_factor);
+    args.routing = config_.routing();
     args.batch_invariant = step_->batch_invariant;
     args.programmatic_launch = true;
     return args;

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <numbers>
 
+#include "base/cuda/check.h"
+#include "base/cuda/device.h"
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/sm90/launch.h"
 #include "kernels/ptx/tensor_map.h"

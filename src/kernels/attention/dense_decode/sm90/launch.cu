@@ -3,43 +3,21 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <array>
 #include <stdexcept>
-#include <string>
-#include <type_traits>
 #include <utility>
 
+#include "base/cuda/check.h"
+#include "base/cuda/launch.h"
 #include "base/cuda/shared_memory.h"
 #include "kernels/attention/dense_decode/sm90/combine.cuh"
 #include "kernels/attention/dense_decode/sm90/kernel.cuh"
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
 #include "kernels/attention/dense_decode/sm90/launch.h"
-#include "kernels/ptx/tensor_map.h"
 
 namespace flash_mla::sm90 {
 namespace {
 
 constexpr std::size_t kSmemBytes = sizeof(DecodeSmem<ptx::Element<true>>) + 1024;
-
-template <class... Args>
-void launch(void (*kernel)(Args...), dim3 grid, unsigned threads, std::size_t smem, unsigned cluster,
-            void* stream, std::type_identity_t<Args>... args) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = smem;
-  config.stream = static_cast<cudaStream_t>(stream);
-  std::array<cudaLaunchAttribute, 2> attributes{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = cluster;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes.data();
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, args...), "cudaLaunchKernelEx");
-}
 
 dim3 dim3_of(const Grid& g) {
   return {static_cast<unsigned>(g.x), static_cast<unsigned>(g.y), static_cast<unsigned>(g.z)};
@@ -64,21 +42,23 @@ std::size_t combine_smem(const DecodePlan& plan) {
 /// Blocks are given so much shared memory that no multiprocessor takes more of them than its share: the first
 /// ones to be free would take up to four each, and read at a fourth of the rate.
 template <bool kBf16>
-void launch_combine(const DecodeParams& p, const DecodePlan& plan, void* stream) {
+void launch_combine(const DecodeParams& p, const DecodePlan& plan, cudaStream_t stream) {
   with_shape(plan.combine, [&]<int kIndex>() {
     check(allow_shared_memory<combine_kernel<kBf16, kIndex>>(kMaxSmem), "cudaFuncSetAttribute");
-    launch(combine_kernel<kBf16, kIndex>, dim3_of(plan.combine_grid), kCombineWarps * 32,
-           combine_smem<kIndex>(plan), 1, stream, p);
+    LaunchConfig config(dim3_of(plan.combine_grid), kCombineWarps * 32, combine_smem<kIndex>(plan), stream);
+    check(launch(config.programmatic(), combine_kernel<kBf16, kIndex>, p), "combine_kernel");
   });
 }
 
 template <bool kBf16, int kCluster>
 void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
                    const CUtensorMap& k_piece_map, const CUtensorMap& out_map, const DecodePlan& plan,
-                   void* stream) {
+                   cudaStream_t stream) {
   check(allow_shared_memory<dense_decode_kernel<kBf16, kCluster>>(kSmemBytes), "cudaFuncSetAttribute");
-  launch(dense_decode_kernel<kBf16, kCluster>, dim3_of(plan.grid), kThreads, kSmemBytes, kCluster, stream,
-         q_map, k_map, k_piece_map, out_map, p);
+  LaunchConfig config(dim3_of(plan.grid), kThreads, kSmemBytes, stream);
+  check(launch(config.cluster(kCluster).programmatic(), dense_decode_kernel<kBf16, kCluster>, q_map, k_map,
+               k_piece_map, out_map, p),
+        "dense_decode_kernel");
   if (plan.combines) launch_combine<kBf16>(p, plan, stream);
 }
 
@@ -101,8 +81,9 @@ void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const 
                          const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16,
                          const DecodePlan& plan, void* stream) {
   const auto with_cluster = [&]<bool kBf16>() {
-    (plan.cluster == 2 ? launch_decode<kBf16, 2> : launch_decode<kBf16, 1>)(p, q_map, k_map, k_piece_map,
-                                                                            out_map, plan, stream);
+    (plan.cluster == 2 ? launch_decode<kBf16, 2>
+                       : launch_decode<kBf16, 1>)(p, q_map, k_map, k_piece_map, out_map, plan,
+                                                  static_cast<cudaStream_t>(stream));
   };
   bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
 }

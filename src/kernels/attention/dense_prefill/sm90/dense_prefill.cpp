@@ -11,10 +11,12 @@
 #include <limits>
 #include <numbers>
 
+#include "base/cuda/check.h"
+#include "base/cuda/device.h"
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
-#include "kernels/ptx/tensor_map.h"
 #include "kernels/attention/dense_prefill/sm90/launch.h"
+#include "kernels/ptx/tensor_map.h"
 
 namespace flash_mla::sm90 {
 namespace {

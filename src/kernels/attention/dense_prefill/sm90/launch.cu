@@ -4,10 +4,11 @@
 
 #include <algorithm>
 
+#include "base/cuda/check.h"
+#include "base/cuda/launch.h"
 #include "base/cuda/shared_memory.h"
 #include "kernels/attention/dense_prefill/sm90/kernel.cuh"
 #include "kernels/attention/dense_prefill/sm90/launch.h"
-#include "kernels/ptx/tensor_map.h"
 
 namespace flash_mla::sm90::prefill {
 namespace {
@@ -18,8 +19,9 @@ template <bool kBf16>
 void launch_as(const Params& p, const CUtensorMap& q, const CUtensorMap& k_nope, const CUtensorMap& k_rope,
                const CUtensorMap& v, unsigned ctas, cudaStream_t stream) {
   check(allow_shared_memory<prefill_kernel<kBf16>>(kSmemBytes), "cudaFuncSetAttribute");
-  prefill_kernel<kBf16><<<ctas, kThreads, kSmemBytes, stream>>>(q, k_nope, k_rope, v, p);
-  check(cudaGetLastError(), "prefill_kernel");
+  check(launch(LaunchConfig(ctas, kThreads, kSmemBytes, stream), prefill_kernel<kBf16>, q, k_nope, k_rope, v,
+               p),
+        "prefill_kernel");
 }
 
 }  // namespace

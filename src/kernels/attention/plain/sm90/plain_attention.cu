@@ -2,11 +2,13 @@
 
 #include <cmath>
 
-#include "base/cuda/launch.cuh"
+#include "base/cuda/check.h"
+#include "base/cuda/launch.h"
+#include "base/page_size.h"
 #include "kernels/attention/plain/sm90/plain_attention.h"
-#include "model/model.h"
+#include "kernels/ptx/cluster.cuh"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 namespace {
 
 using bf16 = __nv_bfloat16;
@@ -63,8 +65,8 @@ bf16* elements(std::byte* p) { return reinterpret_cast<bf16*>(p); }
 
 __global__ void __launch_bounds__(kThreads)
     plain_decode_kernel(PlainDecode p, const bf16* q, const bf16* cache, bf16* out) {
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const std::int64_t t = blockIdx.x;
   const int head = static_cast<int>(blockIdx.y), width = p.rank + p.rope;
   const std::int32_t* pages = p.table + t * p.max_blocks;
@@ -79,8 +81,8 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     plain_prefill_kernel(PlainPrefill p, const bf16* q, const bf16* expanded, const bf16* k_rope, bf16* out) {
-  wait_for_previous();
-  let_next_start();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const int t = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
   int seq = 0;
   while (t >= p.query_starts[seq + 1]) ++seq;
@@ -102,14 +104,20 @@ __global__ void __launch_bounds__(kThreads)
 
 void plain_decode(const PlainDecode& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(a.q.rows), static_cast<unsigned>(a.heads));
-  launch(plain_decode_kernel, grid, kThreads, static_cast<std::size_t>(a.rank) * sizeof(float), stream, a,
-         elements(a.q.data), elements(a.cache), elements(a.out.data));
+  check(launch(LaunchConfig(grid, kThreads, static_cast<std::size_t>(a.rank) * sizeof(float), stream)
+                   .programmatic(),
+               plain_decode_kernel, a, elements(a.q.data), elements(a.cache), elements(a.out.data)),
+        "plain_decode");
 }
 
 void plain_prefill(const PlainPrefill& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(a.q.rows), static_cast<unsigned>(a.heads));
-  launch(plain_prefill_kernel, grid, kThreads, static_cast<std::size_t>(a.v) * sizeof(float), stream, a,
-         elements(a.q.data), elements(a.expanded), elements(a.k_rope), elements(a.out.data));
+  check(
+      launch(
+          LaunchConfig(grid, kThreads, static_cast<std::size_t>(a.v) * sizeof(float), stream).programmatic(),
+          plain_prefill_kernel, a, elements(a.q.data), elements(a.expanded), elements(a.k_rope),
+          elements(a.out.data)),
+      "plain_prefill");
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

@@ -6,7 +6,7 @@
 
 #include "base/matrix.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::sm90 {
 
 // Attention for head dimensions that the Hopper kernels do not have: one block per query and head, correct
 // for every shape, and slow. Sums are fp32 and taken in an order that depends on the query's keys alone.
@@ -38,4 +38,4 @@ struct PlainPrefill {
 };
 void plain_prefill(const PlainPrefill& args, cudaStream_t stream);
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::sm90

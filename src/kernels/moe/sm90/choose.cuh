@@ -7,7 +7,7 @@
 
 #include "kernels/moe/sm90/moe.h"
 
-namespace flash_mla::model::cuda::choice {
+namespace flash_mla::sm90::choice {
 
 constexpr unsigned kAll = ~0u;
 constexpr int kMaxGroups = 32;
@@ -35,7 +35,7 @@ __device__ inline int warp_best(std::uint32_t key, int index) {
 
 /// The groups that stay in the running, as bits. `choice` (num_experts) lies in shared memory. A power of two
 /// of lanes looks at each group.
-__device__ inline std::uint32_t keep_groups(const RouteArgs& p, const float* choice, int lane) {
+__device__ inline std::uint32_t keep_groups(const Routing& p, const float* choice, int lane) {
   const int size = p.num_experts / p.num_groups;
   const int lanes = 1 << (31 - __clz(32 / p.num_groups));
   const int group = lane / lanes, part = lane % lanes;
@@ -74,9 +74,9 @@ __device__ void choose_token(const RouteArgs& p, std::int64_t token, float* scor
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int e = i * 32 + lane;
-    value[i] = e < p.num_experts ? __ldcg(p.logits + token * p.num_experts + e) : kLowest;
+    value[i] = e < p.routing.num_experts ? __ldcg(p.logits + token * p.routing.num_experts + e) : kLowest;
   }
-  if (p.scoring == ScoringFunc::kSigmoid) {
+  if (p.routing.scoring == ScoringFunc::kSigmoid) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) value[i] = 1.0f / (1.0f + expf(-value[i]));
   } else {
@@ -95,23 +95,23 @@ __device__ void choose_token(const RouteArgs& p, std::int64_t token, float* scor
   for (int i = 0; i < kPerLane; ++i) {
     const int e = i * 32 + lane;
     scores[e] = value[i];
-    if (p.correction != nullptr && e < p.num_experts) value[i] += p.correction[e];
+    if (p.correction != nullptr && e < p.routing.num_experts) value[i] += p.correction[e];
     choice[e] = value[i];
-    keys[i] = e < p.num_experts ? order(value[i]) : 0;
+    keys[i] = e < p.routing.num_experts ? order(value[i]) : 0;
   }
   __syncwarp();
-  if (p.method != TopkMethod::kGreedy) {
-    const std::uint32_t kept = keep_groups(p, choice, lane);
-    const int size = p.num_experts / p.num_groups;
+  if (p.routing.method != TopkMethod::kGreedy) {
+    const std::uint32_t kept = keep_groups(p.routing, choice, lane);
+    const int size = p.routing.num_experts / p.routing.num_groups;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int e = i * 32 + lane;
-      if (e < p.num_experts && !(kept >> e / size & 1)) keys[i] = order(kLowest);
+      if (e < p.routing.num_experts && !(kept >> e / size & 1)) keys[i] = order(kLowest);
     }
   }
 
   int chosen = 0;  // lane i keeps the i-th choice
-  for (int i = 0; i < p.experts_per_token; ++i) {
+  for (int i = 0; i < p.routing.experts_per_token; ++i) {
     std::uint32_t best = keys[0];
     int index = lane;
 #pragma unroll
@@ -130,14 +130,15 @@ __device__ void choose_token(const RouteArgs& p, std::int64_t token, float* scor
   }
   const float weight = scores[chosen];
   float sum = 0;
-  for (int i = 0; i < p.experts_per_token; ++i) sum += __shfl_sync(kAll, weight, i);
-  const int width = p.experts_per_token + p.shared_experts;
+  for (int i = 0; i < p.routing.experts_per_token; ++i) sum += __shfl_sync(kAll, weight, i);
+  const int width = p.routing.experts_per_token + p.routing.shared_experts;
   if (lane < width) {
-    const bool shared_one = lane >= p.experts_per_token;
+    const bool shared_one = lane >= p.routing.experts_per_token;
     const std::int64_t at = token * width + lane;
-    p.ids[at] = shared_one ? p.num_experts + lane - p.experts_per_token : chosen;
-    p.weights[at] = shared_one ? 1.0f : (p.normalise ? weight / (sum + 1e-20f) : weight) * p.scale;
+    p.ids[at] = shared_one ? p.routing.num_experts + lane - p.routing.experts_per_token : chosen;
+    p.weights[at] =
+        shared_one ? 1.0f : (p.routing.normalise ? weight / (sum + 1e-20f) : weight) * p.routing.scale;
   }
 }
 
-}  // namespace flash_mla::model::cuda::choice
+}  // namespace flash_mla::sm90::choice
