@@ -96,6 +96,138 @@ FLASH_MLA_API flash_mla_status flash_mla_merge_states(const DLTensor* out_a, con
                                                       const DLTensor* out_b, const DLTensor* lse_b,
                                                       DLTensor* out, DLTensor* lse, flash_mla_lse_base base);
 
+/* How a token lies in a cache page: flash_mla::KvFormat. Caches are (num_pages, page_size, 1, width), of bytes
+ * (uint8) in the FP8 formats: 656, 584 and 576 of them per token. */
+typedef int32_t flash_mla_kv_format;
+enum {
+  FLASH_MLA_KV_BFLOAT16 = 0,
+  FLASH_MLA_KV_FLOAT16 = 1,
+  FLASH_MLA_KV_FP8_V32 = 2,
+  FLASH_MLA_KV_FP8_V4 = 3,
+  FLASH_MLA_KV_FP8_TENSOR = 4
+};
+
+typedef struct flash_mla_kv_cache {
+  const DLTensor* data;
+  flash_mla_kv_format format;
+  float scale; /* FLASH_MLA_KV_FP8_TENSOR: value = e4m3 * scale */
+} flash_mla_kv_cache;
+
+/* flash_mla::SparseKeys. topk_length may be NULL. */
+typedef struct flash_mla_sparse_keys {
+  flash_mla_kv_cache cache;
+  const DLTensor* indices;
+  const DLTensor* topk_length;
+} flash_mla_sparse_keys;
+
+/* flash_mla::SparseDecodeArgs. attn_sink and lse may be NULL; extra.cache.data NULL: no second cache. */
+typedef struct flash_mla_sparse_decode_args {
+  const DLTensor* q;
+  flash_mla_sparse_keys keys;
+  flash_mla_sparse_keys extra;
+  const DLTensor* attn_sink;
+  DLTensor* out;
+  DLTensor* lse;
+} flash_mla_sparse_decode_args;
+
+/* Of sparse decode, sparse prefill and dense decode over FP8 caches. */
+typedef struct flash_mla_sparse_options {
+  float softmax_scale;        /* NaN: d_qk ** -0.5 (the default) */
+  int32_t fixed_split_blocks; /* sparse decode, or of the schedule of dense decode; default 0 */
+  int32_t num_threads;        /* CPU; default 0: as many as OpenMP would use */
+  void* stream;               /* cudaStream_t; default NULL */
+  int32_t causal;             /* dense decode; default 0 */
+  int32_t block_size;         /* dense decode, of the schedule; default 64 */
+  int32_t fp8_mma;            /* dense decode; default 0 */
+} flash_mla_sparse_options;
+
+/* Fills *options with the defaults. */
+FLASH_MLA_API void flash_mla_sparse_options_init(flash_mla_sparse_options* options);
+
+/* options may be NULL, here and below. */
+FLASH_MLA_API flash_mla_status flash_mla_sparse_decode_workspace_size(
+    const flash_mla_sparse_decode_args* args, const flash_mla_sparse_options* options, size_t* bytes);
+FLASH_MLA_API flash_mla_status flash_mla_sparse_decode(const flash_mla_sparse_decode_args* args,
+                                                       const flash_mla_sparse_options* options,
+                                                       void* workspace, size_t workspace_bytes);
+
+/* flash_mla::SparsePrefillArgs. All but q, cache, indices and out may be NULL. */
+typedef struct flash_mla_sparse_prefill_args {
+  const DLTensor* q;
+  flash_mla_kv_cache cache;
+  const DLTensor* indices;
+  const DLTensor* topk_length;
+  const DLTensor* attn_sink;
+  const DLTensor* cu_seqlens_q;
+  const DLTensor* cu_seqlens_k;
+  const DLTensor* block_table;
+  const DLTensor* cache_seqlens;
+  DLTensor* out;
+  DLTensor* max_logits;
+  DLTensor* lse;
+} flash_mla_sparse_prefill_args;
+
+FLASH_MLA_API flash_mla_status flash_mla_sparse_prefill_workspace_size(
+    const flash_mla_sparse_prefill_args* args, const flash_mla_sparse_options* options, size_t* bytes);
+FLASH_MLA_API flash_mla_status flash_mla_sparse_prefill(const flash_mla_sparse_prefill_args* args,
+                                                        const flash_mla_sparse_options* options,
+                                                        void* workspace, size_t workspace_bytes);
+
+/* flash_mla::DenseFp8DecodeArgs and flash_mla::DecodeScheduleView. lse may be NULL. */
+typedef struct flash_mla_dense_fp8_decode_args {
+  const DLTensor* q;
+  flash_mla_kv_cache cache;
+  const DLTensor* block_table;
+  const DLTensor* cache_seqlens;
+  DLTensor* out;
+  DLTensor* lse;
+  const DLTensor* parts;
+  const DLTensor* num_splits;
+} flash_mla_dense_fp8_decode_args;
+
+FLASH_MLA_API flash_mla_status flash_mla_dense_fp8_decode_workspace_size(
+    const flash_mla_dense_fp8_decode_args* args, const flash_mla_sparse_options* options, size_t* bytes);
+FLASH_MLA_API flash_mla_status flash_mla_dense_fp8_decode(const flash_mla_dense_fp8_decode_args* args,
+                                                          const flash_mla_sparse_options* options,
+                                                          void* workspace, size_t workspace_bytes);
+
+/* flash_mla::Fp8Recipe. */
+typedef int32_t flash_mla_fp8_recipe;
+enum {
+  FLASH_MLA_FP8_FLASH_MLA = 0,
+  FLASH_MLA_FP8_VLLM = 1,
+  FLASH_MLA_FP8_SGLANG = 2,
+  FLASH_MLA_FP8_INDEXER_POW2 = 3,
+  FLASH_MLA_FP8_INDEXER = 4,
+  FLASH_MLA_FP8_VLLM_INDEXER = 5
+};
+
+/* flash_mla::KvAppendArgs. norm_weight, positions and cos_sin may be NULL. cache.data is written. */
+typedef struct flash_mla_append_kv_args {
+  const DLTensor* latent;
+  const DLTensor* rope;
+  const DLTensor* slot_mapping;
+  flash_mla_kv_cache cache;
+  flash_mla_fp8_recipe recipe;
+  const DLTensor* norm_weight;
+  float norm_eps;
+  const DLTensor* positions;
+  const DLTensor* cos_sin;
+} flash_mla_append_kv_args;
+
+/* num_threads, stream: as in the options above. */
+FLASH_MLA_API flash_mla_status flash_mla_append_kv(const flash_mla_append_kv_args* args, int32_t num_threads,
+                                                   void* stream);
+
+/* out[i] = the token in slots[i]; see flash_mla::gather_kv. */
+FLASH_MLA_API flash_mla_status flash_mla_gather_kv(const flash_mla_kv_cache* cache, const DLTensor* slots,
+                                                   DLTensor* out, int32_t num_threads, void* stream);
+
+/* See flash_mla::quantise_fp8. */
+FLASH_MLA_API flash_mla_status flash_mla_quantise_fp8(const DLTensor* x, int32_t tile,
+                                                      flash_mla_fp8_recipe recipe, DLTensor* values,
+                                                      DLTensor* scales);
+
 #ifdef __cplusplus
 }
 #endif

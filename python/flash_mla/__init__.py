@@ -19,6 +19,7 @@ from ._library import (
     merge_states,
     reference_dense_decode,
 )
+from ._sparse import append_kv, dense_fp8_decode, gather_kv, quantise_fp8, sparse_decode, sparse_prefill
 from .llm import LLM, SamplingParams
 from .tokenizer import ChatTemplate, Tokenizer
 
@@ -31,16 +32,22 @@ __all__ = [
     "LLM",
     "SamplingParams",
     "Tokenizer",
+    "append_kv",
     "backends",
     "build_decode_schedule",
     "cpu_isa",
     "dense_decode",
+    "dense_fp8_decode",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
+    "gather_kv",
     "get_mla_metadata",
     "merge_states",
+    "quantise_fp8",
     "reference_dense_decode",
+    "sparse_decode",
+    "sparse_prefill",
 ]

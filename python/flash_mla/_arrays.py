@@ -56,8 +56,8 @@ def empty(shape, like: Array, dtype=None) -> Array:
 
     if dtype is None:
         dtype = _C.shape_and_dtype(like, "q")[1]
-        if dtype == "bfloat16":
-            dtype = _bfloat16()
+    if dtype == "bfloat16":
+        dtype = _bfloat16()
     return numpy.empty(shape, dtype=dtype)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Optional, Tuple
 from . import _C
 from ._arrays import Array, count, cuda_device, current_stream, empty, head_dim, shape_of
 from ._library import run_dense_decode
+from ._sparse import as_bytes, dense_fp8_decode, sparse_decode, sparse_prefill
 
 _BLOCK_SIZE = 64
 
@@ -65,14 +66,14 @@ def get_mla_metadata(
 
     Without arguments: returns (FlashMLASchedMeta(), None), to be filled by the first decode.
 
-    Raises ValueError for bad arguments, NotImplementedError for an FP8 cache or sparse attention.
+    is_fp8_kvcache and topk change nothing: sparse attention plans within the call, from the lists' lengths.
+
+    Raises ValueError for bad arguments.
     """
     if cache_seqlens is None:
         return FlashMLASchedMeta(), None
-    if is_fp8_kvcache:
-        raise _missing("is_fp8_kvcache (an FP8 cache)")
     if topk is not None:
-        raise _missing("topk (sparse attention)")
+        count(topk, "topk", 0)
     if num_heads_per_head_k is not None:
         if num_q_tokens_per_head_k is not None:
             raise ValueError(
@@ -135,8 +136,9 @@ def flash_mla_with_kvcache(
     topk_length: Optional[Array] = None,
     extra_topk_length: Optional[Array] = None,
 ) -> Tuple[Array, Array]:
-    """Dense MLA decode over a paged cache.
+    """MLA decode over a paged cache: dense, or with ``indices`` over the tokens on a list.
 
+    Dense:
     q: (b, s_q, h_q, d_qk) bfloat16, float16 or float32; k_cache: (num_blocks, page_size, h_kv, d_qk), q's dtype, whose
     first head_dim_v columns are V; block_table: (b, max_blocks) int32; cache_seqlens: (b,) int32. d_qk is 576 and
     head_dim_v 512 for DeepSeek models. tile_scheduler_metadata and num_splits as get_mla_metadata returned them.
@@ -148,22 +150,39 @@ def flash_mla_with_kvcache(
     cache_seqlens are not checked there. bfloat16 and float16, d_qk 576, head_dim_v 512, pages of 16, 32 or a multiple
     of 64 tokens.
 
+    is_fp8_kvcache: k_cache has one-byte elements (float8_e4m3fn, int8 or uint8) and 656 (DeepSeek V3.2) or 584 (V4) per
+    token; dequantised with float32 scales. q is bfloat16 or float16, (b, s_q, h_q, 576) or (…, 512) for V4.
+
+    Sparse: indices (b, s_q, topk) int32, page * page_size + offset, -1 for none; topk_length (b,) int32; attn_sink (h_q,)
+    float32; a second cache with its own lists in the extra_* arguments: see flash_mla.sparse_decode. Any h_q, topk and
+    page_size, either format with or without topk_length and a second cache, and caches of q's dtype too
+    (is_fp8_kvcache=False). block_table and cache_seqlens are not read, nor is the schedule; causal is False.
+
     Returns out (b, s_q, h_q, head_dim_v) in q's dtype and lse (b, h_q, s_q) float32, natural log, +inf where a query
     sees no key (out is 0 there). Results are torch tensors where q is one, NumPy arrays otherwise. Inputs may be
     read-only; nothing but a FlashMLASchedMeta that the call fills is changed. A child of fork() runs on one thread.
 
     Raises ValueError naming the argument that is wrong, NotImplementedError for a feature that is not there yet.
     """
-    if is_fp8_kvcache:
-        raise _missing("is_fp8_kvcache (an FP8 cache)")
     if indices is not None:
-        raise _missing("indices (sparse attention)")
-    if attn_sink is not None:
-        raise _missing("attn_sink")
-    if extra_k_cache is not None or extra_indices_in_kvcache is not None or extra_topk_length is not None:
-        raise _missing("extra_k_cache / extra_indices_in_kvcache / extra_topk_length (a second cache)")
-    if topk_length is not None:
-        raise _missing("topk_length (sparse attention)")
+        lists = dict(
+            topk_length=topk_length,
+            attn_sink=attn_sink,
+            extra_k_cache=extra_k_cache,
+            extra_indices_in_kvcache=extra_indices_in_kvcache,
+            extra_topk_length=extra_topk_length,
+        )
+        flags = (head_dim_v, causal, is_fp8_kvcache)
+        return _sparse(q, k_cache, indices, lists, flags, tile_scheduler_metadata, num_splits, softmax_scale)
+    for name, value in (
+        ("attn_sink", attn_sink),
+        ("extra_k_cache", extra_k_cache),
+        ("extra_indices_in_kvcache", extra_indices_in_kvcache),
+        ("topk_length", topk_length),
+        ("extra_topk_length", extra_topk_length),
+    ):
+        if value is not None:
+            raise ValueError(f"{name} is given, expected None without indices")
     q_shape = shape_of(q, "q", 4)
     device = cuda_device(q)
     head_dim_v = head_dim(head_dim_v, q_shape[3])
@@ -174,10 +193,15 @@ def flash_mla_with_kvcache(
         if num_splits is not None:
             raise ValueError("num_splits is given, expected None beside a FlashMLASchedMeta")
         token_rows = False
-        config = _config(q, k_cache, causal)
+        config = _config(q, k_cache, causal, is_fp8_kvcache)
         parts, num_splits = _metadata(tile_scheduler_metadata, config, cache_seqlens)
     inputs = (q, k_cache, block_table, cache_seqlens, parts, num_splits)
-    out, lse = run_dense_decode(q_shape, head_dim_v, device, *inputs, softmax_scale, causal, token_rows)
+    if is_fp8_kvcache:
+        _check_latent_width(head_dim_v)
+        _check_fp8(k_cache)
+        out, lse = dense_fp8_decode(*inputs, softmax_scale=softmax_scale, causal=causal, token_rows=token_rows)
+    else:
+        out, lse = run_dense_decode(q_shape, head_dim_v, device, *inputs, softmax_scale, causal, token_rows)
     if config is not None and not tile_scheduler_metadata.have_initialized:
         # Only now: a call that was refused must not bind the object to its shapes.
         tile_scheduler_metadata.tile_scheduler_metadata = parts
@@ -187,10 +211,49 @@ def flash_mla_with_kvcache(
     return out, lse
 
 
-def _config(q: Array, k_cache: Array, causal: bool) -> FlashMLASchedMeta.Config:
+def _check_latent_width(head_dim_v: Any) -> None:
+    if head_dim_v != 512:
+        raise ValueError(f"head_dim_v is {head_dim_v!r}, expected 512")
+
+
+def _check_fp8(k_cache: Array) -> None:
+    bytes_per_token = shape_of(as_bytes(k_cache), "k_cache", 4)[3]
+    if bytes_per_token not in (656, 584):
+        raise ValueError(
+            f"k_cache.shape[3] is {bytes_per_token}, expected 656 or 584 bytes per token with is_fp8_kvcache"
+        )
+
+
+def _sparse(q, k_cache, indices, lists, flags, metadata, num_splits, softmax_scale):
+    head_dim_v, causal, is_fp8_kvcache = flags
+    _check_latent_width(head_dim_v)
+    if causal:
+        raise ValueError(f"causal is {causal!r}, expected False beside indices: the list is the mask")
+    if is_fp8_kvcache:
+        _check_fp8(k_cache)
+    config = None
+    if isinstance(metadata, FlashMLASchedMeta):
+        if num_splits is not None:
+            raise ValueError("num_splits is given, expected None beside a FlashMLASchedMeta")
+        config = _config(q, k_cache, causal, is_fp8_kvcache)
+        config.topk = shape_of(indices, "indices", 3)[2]
+        if lists["extra_k_cache"] is not None:
+            config.extra_page_block_size = shape_of(as_bytes(lists["extra_k_cache"]), "extra_k_cache", 4)[1]
+            config.extra_topk = shape_of(lists["extra_indices_in_kvcache"], "extra_indices_in_kvcache", 3)[2]
+        if metadata.have_initialized and metadata.config != config:
+            raise ValueError(f"tile_scheduler_metadata was filled for {metadata.config}, expected {config}")
+    out, lse = sparse_decode(q, k_cache, indices, softmax_scale=softmax_scale, **lists)
+    if config is not None:
+        # Only now: a call that was refused must not bind the object to its shapes.
+        metadata.config = config
+        metadata.have_initialized = True
+    return out, lse
+
+
+def _config(q: Array, k_cache: Array, causal: bool, is_fp8_kvcache: bool) -> FlashMLASchedMeta.Config:
     b, s_q, h_q, _ = shape_of(q, "q", 4)
-    _, page_size, h_k, _ = shape_of(k_cache, "k_cache", 4)
-    return FlashMLASchedMeta.Config(b, s_q, h_q, page_size, h_k, bool(causal), False, None, None, None)
+    _, page_size, h_k, _ = shape_of(as_bytes(k_cache), "k_cache", 4)
+    return FlashMLASchedMeta.Config(b, s_q, h_q, page_size, h_k, bool(causal), bool(is_fp8_kvcache), None, None, None)
 
 
 def _metadata(meta: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, cache_seqlens: Array):
@@ -202,9 +265,27 @@ def _metadata(meta: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, cache_s
     return meta.tile_scheduler_metadata, meta.num_splits
 
 
-def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
-    """Sparse prefill. Not there yet: raises NotImplementedError."""
-    raise _missing("flash_mla_sparse_fwd (sparse prefill)")
+def flash_mla_sparse_fwd(
+    q: Array,
+    kv: Array,
+    indices: Array,
+    sm_scale: float,
+    d_v: int = 512,
+    attn_sink: Optional[Array] = None,
+    topk_length: Optional[Array] = None,
+) -> Tuple[Array, Array, Array]:
+    """Token-sparse prefill over flat tokens.
+
+    q: (s_q, h_q, 576 or 512) bfloat16 or float16; kv: (s_kv, 1, the same), or one-byte elements in an FP8 format of
+    flash_mla.sparse_decode; indices: (s_q, 1, topk) int32, none where negative or not below s_kv; attn_sink: (h_q,)
+    float32; topk_length: (s_q,) int32. Any h_q and topk. Several requests, and pages: flash_mla.sparse_prefill.
+
+    Returns out (s_q, h_q, 512) in q's dtype, max_logits and lse (s_q, h_q) float32, lse in natural log (FlashMLA's was in
+    base 2 until 2026); -inf and +inf where nothing is selected. Raises ValueError naming the argument.
+    """
+    if d_v != 512:
+        raise ValueError(f"d_v is {d_v!r}, expected 512")
+    return sparse_prefill(q, kv, indices, softmax_scale=sm_scale, attn_sink=attn_sink, topk_length=topk_length)
 
 
 def flash_attn_varlen_func(

@@ -5,19 +5,17 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstdlib>
-#include <limits>
-#include <new>
-#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "engine_bindings.h"
 #include "flash_mla/flash_mla.h"
 #include "forward_bindings.h"
 #include "model_bindings.h"
 #include "planner_bindings.h"
+#include "sparse_bindings.h"
 #include "tensor_argument.h"
 
 namespace nb = nanobind;
@@ -25,71 +23,6 @@ using namespace nb::literals;
 
 namespace flash_mla::python {
 namespace {
-
-/// Scratch memory of one thread: grown when a call needs more, kept until the thread ends.
-class Workspace {
- public:
-  ~Workspace() { std::free(data_); }
-  void* get(std::size_t bytes) {
-    if (bytes > bytes_) {
-      std::free(data_);
-      bytes_ = (bytes + 63) / 64 * 64;
-      data_ = std::aligned_alloc(64, bytes_);
-      if (data_ == nullptr) {
-        bytes_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  std::size_t bytes_ = 0;
-};
-
-Workspace& thread_workspace() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-
-/// An integer argument: anything with __index__ but bool.
-int int_argument(nb::handle object, const char* name, int least) {
-  int overflow = 0;
-  long long value = least - 1LL;
-  if (PyIndex_Check(object.ptr()) && !PyBool_Check(object.ptr())) {
-    const nb::object index = nb::steal<nb::object>(PyNumber_Index(object.ptr()));
-    if (!index.is_valid()) throw nb::python_error();
-    value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-  }
-  if (overflow != 0 || value < least || value > std::numeric_limits<int>::max()) {
-    throw InvalidArgument(std::string(name) + " is " + nb::cast<std::string>(nb::repr(object)) +
-                          ", expected an integer from " + std::to_string(least) + " to " +
-                          std::to_string(std::numeric_limits<int>::max()));
-  }
-  return static_cast<int>(value);
-}
-
-std::optional<float> scale_argument(nb::handle object) {
-  if (object.is_none()) return std::nullopt;
-  const double value = PyFloat_AsDouble(object.ptr());
-  if (value == -1.0 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    throw InvalidArgument("softmax_scale is " + nb::cast<std::string>(nb::repr(object)) +
-                          ", expected a positive finite number or None");
-  }
-  return static_cast<float>(value);
-}
-
-bool flag_argument(nb::handle object, const char* name) {
-  const int truth = PyObject_IsTrue(object.ptr());
-  if (truth < 0) {
-    PyErr_Clear();
-    throw InvalidArgument(std::string(name) + " is " + nb::cast<std::string>(nb::repr(object)) +
-                          ", expected True or False");
-  }
-  return truth != 0;
-}
 
 DenseDecodeArgs arguments(const TensorArgument& q, const TensorArgument& k_cache,
                           const TensorArgument& block_table, const TensorArgument& cache_seqlens,
@@ -201,6 +134,7 @@ NB_MODULE(_C, m) {
   flash_mla::python::bind_forward(m);
   flash_mla::python::bind_model(m);
   flash_mla::python::bind_planner(m);
+  flash_mla::python::bind_sparse(m);
   m.def("version", &version);
   // nanobind refuses None before the argument has a name, so every argument takes it and refuses it by name.
   m.def("dense_decode", &python::py_dense_decode, "q"_a.none(), "k_cache"_a.none(), "block_table"_a.none(),

@@ -1,10 +1,8 @@
 #include "flash_mla/c_api.h"
 
 #include <cmath>
-#include <exception>
-#include <new>
-#include <string>
 
+#include "api/c_guard.h"
 #include "api/checks.h"
 #include "flash_mla/decode.h"
 #include "flash_mla/dlpack.h"
@@ -17,47 +15,10 @@
 namespace {
 
 using namespace flash_mla;
-
-std::string& last_error() {
-  thread_local std::string message;
-  return message;
-}
-
-flash_mla_status fail(flash_mla_status status, const char* message) noexcept {
-  try {
-    last_error() = message;
-  } catch (...) {
-    // Out of memory for the message itself: the status still tells.
-  }
-  return status;
-}
-
-/// Runs f and turns what it throws into a status.
-template <class F>
-flash_mla_status guarded(F&& f) noexcept {
-  try {
-    f();
-    return FLASH_MLA_OK;
-  } catch (const InvalidArgument& e) {
-    return fail(FLASH_MLA_INVALID_ARGUMENT, e.what());
-  } catch (const Unsupported& e) {
-    return fail(FLASH_MLA_UNSUPPORTED, e.what());
-  } catch (const std::bad_alloc&) {
-    return fail(FLASH_MLA_OUT_OF_MEMORY, "out of memory");
-  } catch (const std::exception& e) {
-    return fail(FLASH_MLA_INTERNAL, e.what());
-  } catch (...) {
-    return fail(FLASH_MLA_INTERNAL, "unknown error");
-  }
-}
-
-template <class T>
-const T& required(const T* p, const char* name) {
-  if (p == nullptr) api::invalid("{} is NULL, expected a pointer", name);
-  return *p;
-}
-
-TensorView view(const DLTensor* t, const char* name) { return from_dlpack(required(t, name), name); }
+using api::guarded;
+using api::last_error;
+using api::required;
+using api::view;
 
 struct DecodeCall {
   DenseDecodeArgs args;
