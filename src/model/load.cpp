@@ -4,8 +4,8 @@
 
 #include "flash_mla/error.h"
 #include "model/deepseek.h"
-#include "model/device/cpu/cpu_ops.h"
-#include "model/device/cuda/cuda_ops.h"
+#include "model/device/cpu/cpu_device.h"
+#include "model/device/cuda/cuda_device.h"
 #include "model/weights.h"
 
 namespace flash_mla::model {
@@ -34,12 +34,12 @@ bool takes_cuda(const ModelOptions& options) {
       break;
   }
   return options.precision != ModelPrecision::kFloat32 && options.quantize == ModelQuantize::kNone &&
-         why_no_cuda_ops().empty();
+         why_no_cuda_device().empty();
 }
 
-std::unique_ptr<Ops> make_ops(const ModelConfig& config, const ModelOptions& options) {
+std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOptions& options) {
   if (!takes_cuda(options)) {
-    return make_cpu_ops(config, cpu_dtype(options.precision), options.quantize, options.num_threads);
+    return make_cpu_device(config, cpu_dtype(options.precision), options.quantize, options.num_threads);
   }
   if (options.precision == ModelPrecision::kFloat32) {
     throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");
@@ -47,7 +47,7 @@ std::unique_ptr<Ops> make_ops(const ModelConfig& config, const ModelOptions& opt
   if (options.quantize != ModelQuantize::kNone) {
     throw Unsupported("quantize: device cuda runs models in bfloat16; int8 needs device cpu");
   }
-  return make_cuda_ops(config, options.time_steps);
+  return make_cuda_device(config, options.time_steps);
 }
 
 void check(const ModelOptions& options) {
@@ -62,16 +62,16 @@ std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const 
   check(options);
   const ModelConfig config = checkpoint::read_config(directory);
   const Checkpoint checkpoint = Checkpoint::open(directory);
-  std::unique_ptr<Ops> ops = make_ops(config, options);
-  Weights weights = load_weights(config, checkpoint, *ops);
-  return std::make_unique<DeepSeek>(config, std::move(weights), std::move(ops));
+  std::unique_ptr<Device> device = make_device(config, options);
+  const auto weights = checkpoint_weights(config, checkpoint, device->weight_dtype());
+  return std::make_unique<DeepSeek>(config, std::move(device), *weights);
 }
 
 std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options) {
   check(options);
-  std::unique_ptr<Ops> ops = make_ops(config, options);
-  Weights weights = random_weights(config, *ops);
-  return std::make_unique<DeepSeek>(config, std::move(weights), std::move(ops));
+  std::unique_ptr<Device> device = make_device(config, options);
+  const auto weights = random_weights(config, device->makes_up_weights());
+  return std::make_unique<DeepSeek>(config, std::move(device), *weights);
 }
 
 }  // namespace flash_mla::model

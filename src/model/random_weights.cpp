@@ -1,6 +1,6 @@
 #include <cmath>
 #include <cstdint>
-#include <functional>
+#include <memory>
 #include <vector>
 
 #include "model/weights.h"
@@ -30,108 +30,81 @@ class Random {
   std::uint64_t state_ = 0;
 };
 
-class Maker {
+class RandomWeights : public WeightSource {
  public:
-  Maker(const ModelConfig& config, Ops& ops) : config_(config), ops_(ops) {}
+  RandomWeights(const ModelConfig& config, bool made_up_by_device)
+      : config_(config), made_up_by_device_(made_up_by_device) {}
 
-  Weights make() {
-    Weights out;
-    out.embedding = ops_.make_table(values(std::int64_t{config_.vocab_size} * config_.hidden_size),
-                                    config_.vocab_size, config_.hidden_size);
-    for (int i = 0; i < config_.num_hidden_layers; ++i) out.layers.push_back(layer(i));
-    out.norm = ones(config_.hidden_size);
-    out.lm_head = linear(config_.vocab_size, config_.hidden_size);
-    return out;
-  }
+  Weight embedding() override { return matrix(config_.vocab_size, config_.hidden_size); }
 
- private:
-  Buffer ones(std::int64_t size) {
-    return ops_.make_vector(std::vector<float>(static_cast<std::size_t>(size), 1.0f));
-  }
-  /// Random ones until the next call, or null where the device makes up its own.
-  const float* values(std::int64_t count) {
-    if (ops_.makes_up_weights()) return nullptr;
-    values_.resize(static_cast<std::size_t>(count));
-    random_.fill(values_.data(), count);
-    return values_.data();
-  }
-  std::unique_ptr<Linear> linear(std::int64_t out_features, std::int64_t in_features) {
-    return ops_.make_linear(values(out_features * in_features), out_features, in_features, {});
-  }
-
-  Layer layer(int index) {
-    Layer out;
-    out.input_norm = ones(config_.hidden_size);
-    out.attention = attention();
-    out.post_attention_norm = ones(config_.hidden_size);
-    if (config_.is_moe_layer(index)) {
-      out.moe = mixture();
-    } else {
-      out.dense = feed_forward(config_.intermediate_size);
-    }
-    return out;
-  }
-
-  Attention attention() {
+  AttentionWeights attention(int /*layer*/) override {
     const std::int64_t hidden = config_.hidden_size, heads = config_.num_attention_heads;
     const std::int64_t nope = config_.qk_nope_head_dim, rope = config_.qk_rope_head_dim;
     const std::int64_t rank = config_.kv_lora_rank, q_rank = config_.q_lora_rank, v = config_.v_head_dim;
-    Attention out;
-    out.qkv_a = linear((q_rank > 0 ? q_rank : heads * (nope + rope)) + rank + rope, hidden);
+    AttentionWeights out;
+    out.norm = ones(hidden);
+    out.qkv_a = matrix((q_rank > 0 ? q_rank : heads * (nope + rope)) + rank + rope, hidden);
     if (q_rank > 0) {
       out.q_norm = ones(q_rank);
-      out.q_b = linear(heads * (nope + rope), q_rank);
+      out.q_b = matrix(heads * (nope + rope), q_rank);
     }
     out.kv_norm = ones(rank);
-    const float* kv_b = values(heads * (nope + v) * rank);
-    out.kv_b = ops_.make_unquantized_linear(kv_b, heads * (nope + v), rank);
-    // Made up by the device they are not the halves of kv_b: the two forms of attention are different
-    // functions of such a model.
-    AbsorbedHalves<float> halves;
-    if (kv_b != nullptr) halves = split_kv_b(config_, kv_b);
-    out.w_uk = ops_.make_head_linear(kv_b == nullptr ? nullptr : halves.uk.data(), heads, rank, nope);
-    out.w_uv = ops_.make_head_linear(kv_b == nullptr ? nullptr : halves.uv.data(), heads, v, rank);
-    out.o = linear(hidden, heads * v);
+    out.kv_b = matrix(heads * (nope + v), rank);
+    out.o = matrix(hidden, heads * v);
     return out;
   }
 
-  FeedForward feed_forward(std::int64_t intermediate) {
-    FeedForward out;
-    out.intermediate = intermediate;
-    out.gate_up = linear(2 * intermediate, config_.hidden_size);
-    out.down = linear(config_.hidden_size, intermediate);
-    return out;
+  FeedForwardWeights feed_forward(int /*layer*/) override {
+    return {ones(config_.hidden_size),
+            matrix(2 * std::int64_t{config_.intermediate_size}, config_.hidden_size),
+            matrix(config_.hidden_size, config_.intermediate_size)};
   }
 
-  MixtureOfExperts mixture() {
+  MixtureWeights mixture(int /*layer*/) override {
     const std::int64_t hidden = config_.hidden_size, intermediate = config_.moe_intermediate_size;
-    MixtureOfExperts out;
-    out.router =
-        ops_.make_router(values(config_.n_routed_experts * hidden), config_.n_routed_experts, hidden);
+    MixtureWeights out;
+    out.norm = ones(hidden);
+    out.router = matrix(config_.n_routed_experts, hidden);
     if (config_.topk_method == TopkMethod::kNoAuxTc) out.correction_bias = ones(config_.n_routed_experts);
-    const bool fold = ops_.folds_shared_experts();
-    std::function<void(int, void*, void*)> read;
-    if (!ops_.makes_up_weights()) {
-      read = [&](int, void* gate_up, void* down) {
+    out.intermediate = intermediate;
+    if (!made_up_by_device_) {
+      out.read_expert = [=, this](int, void* gate_up, void* down) {
         random_.fill(static_cast<float*>(gate_up), 2 * intermediate * hidden);
         random_.fill(static_cast<float*>(down), hidden * intermediate);
       };
     }
-    out.experts = ops_.make_experts(config_.n_routed_experts + (fold ? config_.n_shared_experts : 0), hidden,
-                                    intermediate, read);
-    if (config_.n_shared_experts > 0 && !fold)
-      out.shared = feed_forward(config_.n_shared_experts * intermediate);
+    if (config_.n_shared_experts > 0) {
+      out.shared_gate_up = matrix(2 * config_.n_shared_experts * intermediate, hidden);
+      out.shared_down = matrix(hidden, config_.n_shared_experts * intermediate);
+    }
+    return out;
+  }
+
+  HeadWeights head() override {
+    return {ones(config_.hidden_size), matrix(config_.vocab_size, config_.hidden_size)};
+  }
+
+ private:
+  static std::vector<float> ones(std::int64_t size) {
+    return std::vector<float>(static_cast<std::size_t>(size), 1.0f);
+  }
+  Weight matrix(std::int64_t rows, std::int64_t columns) {
+    Weight out{rows, columns, nullptr};
+    if (!made_up_by_device_) {
+      out.read = [this, size = rows * columns](void* to) { random_.fill(static_cast<float*>(to), size); };
+    }
     return out;
   }
 
   const ModelConfig& config_;
-  Ops& ops_;
+  bool made_up_by_device_;
   Random random_;
-  std::vector<float> values_;
 };
 
 }  // namespace
 
-Weights random_weights(const ModelConfig& config, Ops& ops) { return Maker(config, ops).make(); }
+std::unique_ptr<WeightSource> random_weights(const ModelConfig& config, bool made_up_by_device) {
+  return std::make_unique<RandomWeights>(config, made_up_by_device);
+}
 
 }  // namespace flash_mla::model

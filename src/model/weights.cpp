@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include "base/element.h"
 #include "base/parallel.h"
@@ -15,33 +16,80 @@ namespace {
 
 /// Reads weights in the type that the device takes: float, or std::uint16_t for the bits of bfloat16.
 template <class Element>
-class Loader {
+class CheckpointWeights : public WeightSource {
  public:
-  Loader(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops)
-      : config_(config), checkpoint_(checkpoint), ops_(ops) {}
+  CheckpointWeights(const ModelConfig& config, const Checkpoint& checkpoint)
+      : config_(config), checkpoint_(checkpoint) {}
 
-  Weights load() {
-    Weights out;
-    const Array embedding = matrix("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size);
-    out.embedding = ops_.make_table(embedding.get(), config_.vocab_size, config_.hidden_size);
-    for (int i = 0; i < config_.num_hidden_layers; ++i) out.layers.push_back(layer(i));
-    out.norm = norm("model.norm", config_.hidden_size);
-    Array head;
-    if (!config_.tie_word_embeddings) {
-      head = matrix("lm_head.weight", config_.vocab_size, config_.hidden_size);
+  Weight embedding() override {
+    return matrix("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size);
+  }
+
+  AttentionWeights attention(int layer) override {
+    const std::string name = fmt::format("model.layers.{}", layer), self = name + ".self_attn";
+    const std::int64_t hidden = config_.hidden_size, heads = config_.num_attention_heads;
+    const std::int64_t nope = config_.qk_nope_head_dim, rank = config_.kv_lora_rank;
+    const std::int64_t q_rank = config_.q_lora_rank, v = config_.v_head_dim;
+    AttentionWeights out;
+    out.norm = norm(name + ".input_layernorm", hidden);
+    out.qkv_a = qkv_a(self);
+    if (config_.attention_bias) out.qkv_a_bias = qkv_a_bias(self);
+    if (q_rank > 0) {
+      out.q_norm = norm(self + ".q_a_layernorm", q_rank);
+      out.q_b = weight(q_width(), q_rank, [=, this](Element* to) {
+        read(self + ".q_b_proj.weight", q_width(), q_rank, to);
+        pair_rope_rows(to, q_rank, heads, nope);
+      });
     }
-    out.lm_head = ops_.make_linear(config_.tie_word_embeddings ? embedding.get() : head.get(),
-                                   config_.vocab_size, config_.hidden_size, {});
+    out.kv_norm = norm(self + ".kv_a_layernorm", rank);
+    out.kv_b = matrix(self + ".kv_b_proj.weight", heads * (nope + v), rank);
+    out.o = matrix(self + ".o_proj.weight", hidden, heads * v);
+    if (config_.attention_bias) out.o_bias = vector(self + ".o_proj.bias", hidden);
     return out;
+  }
+
+  FeedForwardWeights feed_forward(int layer) override {
+    const std::string mlp = fmt::format("model.layers.{}.mlp", layer);
+    FeedForwardWeights out;
+    out.norm = post_attention_norm(layer);
+    out.gate_up = gate_up(mlp, config_.intermediate_size);
+    out.down = down(mlp, config_.intermediate_size);
+    return out;
+  }
+
+  MixtureWeights mixture(int layer) override {
+    const std::string mlp = fmt::format("model.layers.{}.mlp", layer);
+    const std::int64_t hidden = config_.hidden_size, experts = config_.n_routed_experts;
+    const std::int64_t intermediate = config_.moe_intermediate_size;
+    MixtureWeights out;
+    out.norm = post_attention_norm(layer);
+    out.router = {experts, hidden, [=, this](void* to) {
+                    read(mlp + ".gate.weight", experts, hidden, static_cast<float*>(to));
+                  }};
+    if (config_.topk_method == TopkMethod::kNoAuxTc) {
+      out.correction_bias = vector(mlp + ".gate.e_score_correction_bias", experts);
+    }
+    out.intermediate = intermediate;
+    out.read_expert = [=, this](int e, void* gate_up_to, void* down_to) {
+      const std::string expert = fmt::format("{}.experts.{}", mlp, e);
+      gate_up(expert, intermediate).read(gate_up_to);
+      down(expert, intermediate).read(down_to);
+    };
+    if (config_.n_shared_experts > 0) {
+      out.shared_gate_up = gate_up(mlp + ".shared_experts", config_.n_shared_experts * intermediate);
+      out.shared_down = down(mlp + ".shared_experts", config_.n_shared_experts * intermediate);
+    }
+    return out;
+  }
+
+  HeadWeights head() override {
+    return {norm("model.norm", config_.hidden_size),
+            config_.tie_word_embeddings ? embedding()
+                                        : matrix("lm_head.weight", config_.vocab_size, config_.hidden_size)};
   }
 
  private:
   using Values = std::vector<float>;
-  using Array = std::unique_ptr<Element[]>;  // not set to zero before it is read into
-
-  static Array array(std::int64_t size) {
-    return std::make_unique_for_overwrite<Element[]>(static_cast<std::size_t>(size));
-  }
 
   static bool finite(float x) { return std::isfinite(x); }
   static bool finite(std::uint16_t bits) { return (bits & 0x7f80u) != 0x7f80u; }
@@ -72,84 +120,64 @@ class Loader {
     });
   }
 
-  Array matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
-    Array out = array(rows * columns);
-    read(name, rows, columns, out.get());
-    return out;
+  /// `fill` gets room for rows * columns elements.
+  template <class Fill>
+  static Weight weight(std::int64_t rows, std::int64_t columns, Fill fill) {
+    return {rows, columns, [fill = std::move(fill)](void* to) { fill(static_cast<Element*>(to)); }};
+  }
+  Weight matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
+    return weight(rows, columns, [=, this](Element* to) { read(name, rows, columns, to); });
   }
 
-  /// A parameter that stays float32: one-dimensional,
+  /// A parameter that stays float32.
   Values vector(const std::string& name, std::int64_t size) const {
     checkpoint_.get(name, {size});
-    return float_matrix(name, 1, size);
+    Values out(static_cast<std::size_t>(size));
+    read(name, 1, size, out.data());
+    return out;
   }
-  /// or not.
-  Values float_matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
-    Values out(static_cast<std::size_t>(rows * columns));
-    read(name, rows, columns, out.data());
+  Values norm(const std::string& name, std::int64_t size) const { return vector(name + ".weight", size); }
+  Values post_attention_norm(int layer) const {
+    return norm(fmt::format("model.layers.{}.post_attention_layernorm", layer), config_.hidden_size);
+  }
+
+  std::int64_t q_width() const {
+    return std::int64_t{config_.num_attention_heads} * (config_.qk_nope_head_dim + config_.qk_rope_head_dim);
+  }
+  std::int64_t q_a_rows() const { return config_.q_lora_rank > 0 ? config_.q_lora_rank : q_width(); }
+  std::int64_t kv_a_rows() const { return config_.kv_lora_rank + config_.qk_rope_head_dim; }
+
+  Weight qkv_a(const std::string& name) const {
+    const std::int64_t hidden = config_.hidden_size, q_rows = q_a_rows(), kv_rows = kv_a_rows();
+    return weight(q_rows + kv_rows, hidden, [=, this](Element* q) {
+      const bool direct = config_.q_lora_rank == 0;
+      read(name + (direct ? ".q_proj.weight" : ".q_a_proj.weight"), q_rows, hidden, q);
+      if (direct) pair_rope_rows(q, hidden, config_.num_attention_heads, config_.qk_nope_head_dim);
+      Element* const kv = q + q_rows * hidden;
+      read(name + ".kv_a_proj_with_mqa.weight", kv_rows, hidden, kv);
+      pair_rope_rows(kv, hidden, 1, config_.kv_lora_rank);
+    });
+  }
+
+  Values qkv_a_bias(const std::string& name) const {
+    // q_proj has none; q_a_proj has.
+    Values out = config_.q_lora_rank > 0 ? vector(name + ".q_a_proj.bias", config_.q_lora_rank)
+                                         : Values(static_cast<std::size_t>(q_a_rows()), 0.0f);
+    Values kv = vector(name + ".kv_a_proj_with_mqa.bias", kv_a_rows());
+    pair_rope_rows(kv.data(), 1, 1, config_.kv_lora_rank);
+    out.insert(out.end(), kv.begin(), kv.end());
     return out;
   }
 
-  Buffer norm(const std::string& name, std::int64_t size) {
-    return ops_.make_vector(vector(name + ".weight", size));
+  Weight gate_up(const std::string& name, std::int64_t intermediate) const {
+    const std::int64_t hidden = config_.hidden_size;
+    return weight(2 * intermediate, hidden, [=, this](Element* to) {
+      read(name + ".gate_proj.weight", intermediate, hidden, to);
+      read(name + ".up_proj.weight", intermediate, hidden, to + intermediate * hidden);
+    });
   }
-
-  Layer layer(int index) {
-    const std::string name = fmt::format("model.layers.{}", index);
-    Layer out;
-    out.input_norm = norm(name + ".input_layernorm", config_.hidden_size);
-    out.attention = attention(name + ".self_attn");
-    out.post_attention_norm = norm(name + ".post_attention_layernorm", config_.hidden_size);
-    if (config_.is_moe_layer(index)) {
-      out.moe = mixture(name + ".mlp");
-    } else {
-      out.dense = feed_forward(name + ".mlp", config_.intermediate_size);
-    }
-    return out;
-  }
-
-  Attention attention(const std::string& name) {
-    const std::int64_t hidden = config_.hidden_size, heads = config_.num_attention_heads;
-    const std::int64_t nope = config_.qk_nope_head_dim, rope = config_.qk_rope_head_dim;
-    const std::int64_t rank = config_.kv_lora_rank, q_rank = config_.q_lora_rank, v = config_.v_head_dim;
-    const std::int64_t q_width = heads * (nope + rope);
-    Attention out;
-
-    const std::int64_t q_rows = q_rank > 0 ? q_rank : q_width, kv_rows = rank + rope;
-    const Array qkv = array((q_rows + kv_rows) * hidden);
-    read(name + (q_rank > 0 ? ".q_a_proj.weight" : ".q_proj.weight"), q_rows, hidden, qkv.get());
-    if (q_rank == 0) pair_rope_rows(qkv.get(), hidden, heads, nope);
-    Element* const kv = qkv.get() + q_rows * hidden;
-    read(name + ".kv_a_proj_with_mqa.weight", kv_rows, hidden, kv);
-    pair_rope_rows(kv, hidden, 1, rank);
-    Values bias;
-    if (config_.attention_bias) {
-      // q_proj has none; q_a_proj has.
-      bias = q_rank > 0 ? vector(name + ".q_a_proj.bias", q_rank)
-                        : Values(static_cast<std::size_t>(q_rows), 0.0f);
-      Values kv_bias = vector(name + ".kv_a_proj_with_mqa.bias", kv_rows);
-      pair_rope_rows(kv_bias.data(), 1, 1, rank);
-      bias.insert(bias.end(), kv_bias.begin(), kv_bias.end());
-    }
-    out.qkv_a = ops_.make_linear(qkv.get(), q_rows + kv_rows, hidden, bias);
-
-    if (q_rank > 0) {
-      out.q_norm = norm(name + ".q_a_layernorm", q_rank);
-      const Array q_b = matrix(name + ".q_b_proj.weight", q_width, q_rank);
-      pair_rope_rows(q_b.get(), q_rank, heads, nope);
-      out.q_b = ops_.make_linear(q_b.get(), q_width, q_rank, {});
-    }
-    out.kv_norm = norm(name + ".kv_a_layernorm", rank);
-    const Array kv_b = matrix(name + ".kv_b_proj.weight", heads * (nope + v), rank);
-    out.kv_b = ops_.make_unquantized_linear(kv_b.get(), heads * (nope + v), rank);
-    const auto halves = split_kv_b(config_, static_cast<const Element*>(kv_b.get()));
-    out.w_uk = ops_.make_head_linear(halves.uk.data(), heads, rank, nope);
-    out.w_uv = ops_.make_head_linear(halves.uv.data(), heads, v, rank);
-
-    const Array o = matrix(name + ".o_proj.weight", hidden, heads * v);
-    const Values o_bias = config_.attention_bias ? vector(name + ".o_proj.bias", hidden) : Values();
-    out.o = ops_.make_linear(o.get(), hidden, heads * v, o_bias);
-    return out;
+  Weight down(const std::string& name, std::int64_t intermediate) const {
+    return matrix(name + ".down_proj.weight", config_.hidden_size, intermediate);
   }
 
   /// Where a model pairs rope dimension i with i + rope / 2, reorders the rope rows of every head (which
@@ -167,78 +195,10 @@ class Loader {
     }
   }
 
-  FeedForward feed_forward(const std::string& name, std::int64_t intermediate) {
-    const std::int64_t hidden = config_.hidden_size;
-    FeedForward out;
-    out.intermediate = intermediate;
-    const Array gate_up = array(2 * intermediate * hidden);
-    read(name + ".gate_proj.weight", intermediate, hidden, gate_up.get());
-    read(name + ".up_proj.weight", intermediate, hidden, gate_up.get() + intermediate * hidden);
-    out.gate_up = ops_.make_linear(gate_up.get(), 2 * intermediate, hidden, {});
-    const Array down = matrix(name + ".down_proj.weight", hidden, intermediate);
-    out.down = ops_.make_linear(down.get(), hidden, intermediate, {});
-    return out;
-  }
-
-  MixtureOfExperts mixture(const std::string& name) {
-    const std::int64_t hidden = config_.hidden_size, intermediate = config_.moe_intermediate_size;
-    MixtureOfExperts out;
-    const Values router = float_matrix(name + ".gate.weight", config_.n_routed_experts, hidden);
-    out.router = ops_.make_router(router.data(), config_.n_routed_experts, hidden);
-    if (config_.topk_method == TopkMethod::kNoAuxTc) {
-      out.correction_bias =
-          ops_.make_vector(vector(name + ".gate.e_score_correction_bias", config_.n_routed_experts));
-    }
-    const bool fold = ops_.folds_shared_experts() && config_.n_shared_experts > 0;
-    SharedExperts shared;
-    if (fold) shared = shared_experts(name + ".shared_experts");
-    const int num_experts = config_.n_routed_experts + (fold ? config_.n_shared_experts : 0);
-    out.experts =
-        ops_.make_experts(num_experts, hidden, intermediate, [&](int e, void* gate_up_out, void* down_out) {
-          auto* gate_up = static_cast<Element*>(gate_up_out);
-          auto* down = static_cast<Element*>(down_out);
-          if (e >= config_.n_routed_experts) {
-            copy_shared(shared, e - config_.n_routed_experts, gate_up, down);
-            return;
-          }
-          const std::string expert = fmt::format("{}.experts.{}", name, e);
-          read(expert + ".gate_proj.weight", intermediate, hidden, gate_up);
-          read(expert + ".up_proj.weight", intermediate, hidden, gate_up + intermediate * hidden);
-          read(expert + ".down_proj.weight", hidden, intermediate, down);
-        });
-    if (config_.n_shared_experts > 0 && !fold) {
-      out.shared = feed_forward(name + ".shared_experts", config_.n_shared_experts * intermediate);
-    }
-    return out;
-  }
-
-  struct SharedExperts {
-    Array gate, up, down;
-  };
-  SharedExperts shared_experts(const std::string& name) const {
-    const std::int64_t hidden = config_.hidden_size;
-    const std::int64_t width = std::int64_t{config_.n_shared_experts} * config_.moe_intermediate_size;
-    return {matrix(name + ".gate_proj.weight", width, hidden),
-            matrix(name + ".up_proj.weight", width, hidden),
-            matrix(name + ".down_proj.weight", hidden, width)};
-  }
-  /// The s-th part of the shared experts, which is an expert of the routed ones' size.
-  void copy_shared(const SharedExperts& shared, std::int64_t s, Element* gate_up, Element* down) const {
-    const std::int64_t hidden = config_.hidden_size, intermediate = config_.moe_intermediate_size;
-    const std::int64_t width = config_.n_shared_experts * intermediate, size = intermediate * hidden;
-    std::copy_n(shared.gate.get() + s * size, size, gate_up);
-    std::copy_n(shared.up.get() + s * size, size, gate_up + size);
-    for (std::int64_t row = 0; row < hidden; ++row) {
-      std::copy_n(shared.down.get() + row * width + s * intermediate, intermediate,
-                  down + row * intermediate);
-    }
-  }
-
   static constexpr std::int64_t kCheckedRun = 1 << 18;
 
   const ModelConfig& config_;
   const Checkpoint& checkpoint_;
-  Ops& ops_;
 };
 
 }  // namespace
@@ -263,9 +223,10 @@ AbsorbedHalves<Element> split_kv_b(const ModelConfig& config, const Element* kv_
 template AbsorbedHalves<float> split_kv_b(const ModelConfig&, const float*);
 template AbsorbedHalves<std::uint16_t> split_kv_b(const ModelConfig&, const std::uint16_t*);
 
-Weights load_weights(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops) {
-  return ops.takes_bfloat16() ? Loader<std::uint16_t>(config, checkpoint, ops).load()
-                              : Loader<float>(config, checkpoint, ops).load();
+std::unique_ptr<WeightSource> checkpoint_weights(const ModelConfig& config, const Checkpoint& checkpoint,
+                                                 DType dtype) {
+  if (dtype == DType::kFloat32) return std::make_unique<CheckpointWeights<float>>(config, checkpoint);
+  return std::make_unique<CheckpointWeights<std::uint16_t>>(config, checkpoint);
 }
 
 }  // namespace flash_mla::model

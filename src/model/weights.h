@@ -1,55 +1,86 @@
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/config.h"
-#include "model/ops.h"
+#include "flash_mla/tensor.h"
 
 namespace flash_mla::model {
 
 using checkpoint::Checkpoint;
+using checkpoint::ModelConfig;
 
-/// Two products with a gate between: down(silu(gate(x)) * up(x)).
-struct FeedForward {
-  std::int64_t intermediate = 0;
-  std::unique_ptr<Linear> gate_up;  ///< (2 * intermediate, hidden)
-  std::unique_ptr<Linear> down;     ///< (hidden, intermediate)
+// The weights of a model as a device gets them to make its layers (device.h): sizes, and how to read them
+// when there is room. Vectors (norms, biases) are always float32.
+
+/// A matrix that is read when it is asked for. rows == 0: the layer has none.
+struct Weight {
+  std::int64_t rows = 0, columns = 0;
+  /// Writes its rows * columns elements to host memory, row-major, in the type that the weights were asked
+  /// for. Empty: the device makes them up. Throws InvalidArgument, naming the tensor.
+  std::function<void(void*)> read;
+
+  std::int64_t size() const { return rows * columns; }
 };
 
-struct MixtureOfExperts {
-  std::unique_ptr<Linear> router;
-  Buffer correction_bias;  ///< empty but for V3's routing
-  std::unique_ptr<Experts> experts;
-  FeedForward shared;  ///< intermediate == 0: none
+struct AttentionWeights {
+  std::vector<float> norm;  ///< of the layer's input (hidden)
+  /// One product for all that reads it: q_a_proj (or q_proj) above kv_a_proj_with_mqa.
+  Weight qkv_a;
+  std::vector<float> qkv_a_bias;  ///< or empty
+  std::vector<float> q_norm;      ///< empty without q_lora_rank
+  Weight q_b;                     ///< (heads * (nope + rope), q_lora_rank); none without
+  std::vector<float> kv_norm;
+  Weight kv_b;                ///< (heads * (nope + v), rank)
+  Weight o;                   ///< (hidden, heads * v)
+  std::vector<float> o_bias;  ///< or empty
 };
 
-struct Attention {
-  /// One product for all that reads the layer's input: q_a_proj (or q_proj) above kv_a_proj_with_mqa.
-  std::unique_ptr<Linear> qkv_a;
-  Buffer q_norm;                ///< empty without q_lora_rank
-  std::unique_ptr<Linear> q_b;  ///< null without q_lora_rank
-  Buffer kv_norm;
-  std::unique_ptr<Linear> kv_b;      ///< (heads * (nope + v), rank), for the un-absorbed form
-  std::unique_ptr<HeadLinear> w_uk;  ///< (heads, rank, nope): its key half, transposed for queries
-  std::unique_ptr<HeadLinear> w_uv;  ///< (heads, v, rank): its value half
-  std::unique_ptr<Linear> o;
+struct FeedForwardWeights {
+  std::vector<float> norm;
+  Weight gate_up;  ///< (2 * intermediate, hidden): gate_proj above up_proj
+  Weight down;     ///< (hidden, intermediate)
 };
 
-struct Layer {
-  Buffer input_norm, post_attention_norm;
-  Attention attention;
-  FeedForward dense;     ///< of a dense layer
-  MixtureOfExperts moe;  ///< of a mixture layer
+struct MixtureWeights {
+  std::vector<float> norm;
+  Weight router;                       ///< (n_routed_experts, hidden), always float32
+  std::vector<float> correction_bias;  ///< empty but for V3's routing
+  std::int64_t intermediate = 0;       ///< of an expert
+  /// Writes expert e's (2 * intermediate, hidden) and (hidden, intermediate), as Weight::read does.
+  std::function<void(int e, void* gate_up, void* down)> read_expert;
+  Weight shared_gate_up, shared_down;  ///< the shared experts as one network; or none
 };
 
-struct Weights {
-  Buffer embedding;
-  std::vector<Layer> layers;
-  Buffer norm;
-  std::unique_ptr<Linear> lm_head;
+struct HeadWeights {
+  std::vector<float> norm;
+  Weight weight;  ///< (vocab_size, hidden)
 };
+
+/// Gives the weights of a model; it must live as long as what it gives is read.
+class WeightSource {
+ public:
+  virtual ~WeightSource() = default;
+  virtual Weight embedding() = 0;  ///< (vocab_size, hidden)
+  virtual AttentionWeights attention(int layer) = 0;
+  virtual FeedForwardWeights feed_forward(int layer) = 0;  ///< of a dense layer
+  virtual MixtureWeights mixture(int layer) = 0;           ///< of a mixture layer
+  virtual HeadWeights head() = 0;
+};
+
+/// A checkpoint's, in float32 or bfloat16. It and what it gives throw InvalidArgument for a tensor that is
+/// missing, has another shape, or holds a NaN or infinity; the message names it. Both arguments must outlive
+/// it.
+std::unique_ptr<WeightSource> checkpoint_weights(const ModelConfig& config, const Checkpoint& checkpoint,
+                                                 DType dtype);
+
+/// Random ones in float32, the same every time they are read in the same order; with `made_up_by_device` the
+/// matrices are left to the device. For benchmarks and load tests. `config` must outlive it.
+std::unique_ptr<WeightSource> random_weights(const ModelConfig& config, bool made_up_by_device);
 
 /// kv_b (heads * (nope + v), rank) as its key half, transposed for queries, and its value half: of float, or
 /// of std::uint16_t, the bits of bfloat16.
@@ -60,12 +91,5 @@ struct AbsorbedHalves {
 };
 template <class Element>
 AbsorbedHalves<Element> split_kv_b(const ModelConfig& config, const Element* kv_b);
-
-/// Reads a checkpoint's weights onto the device. Throws InvalidArgument for a tensor that is missing, has
-/// another shape, or holds a NaN or infinity; the message names it.
-Weights load_weights(const ModelConfig& config, const Checkpoint& checkpoint, Ops& ops);
-
-/// Random weights, the same ones every time: for benchmarks and load tests.
-Weights random_weights(const ModelConfig& config, Ops& ops);
 
 }  // namespace flash_mla::model

@@ -48,8 +48,6 @@ KNOWN_EXCEPTIONS = {
     ("python/src/forward_bindings.cpp", "model/model.h"),
     ("src/engine/engine.cpp", "checkpoint/config.h"),
     ("src/engine/sampler.h", "kernels/sampling/cpu/draw.h"),
-    ("src/kernels/attention/dense_prefill/cpu/dense_prefill.cpp", "model/model.h"),
-    ("src/kernels/attention/dense_prefill/cpu/dense_prefill.h", "model/ops.h"),
 }
 
 # Headers that CMake writes.

@@ -6,7 +6,7 @@
 
 #include "base/cuda/check.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::model {
 namespace {
 
 constexpr std::size_t kSmallest = 512;
@@ -113,4 +113,4 @@ std::unique_ptr<Download> Downloader::start(const std::byte* data, std::size_t b
   return std::make_unique<Copy>(*this, std::move(slot));
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::model

@@ -7,9 +7,10 @@
 #include <memory>
 #include <vector>
 
-#include "model/ops.h"
+#include "base/buffer.h"
+#include "model/device.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::model {
 
 /// Device memory that is kept when it is freed and handed out again, by size. All of it is used on one
 /// stream, so that what frees a buffer is queued before whatever its next owner does.
@@ -69,4 +70,4 @@ class Downloader {
   std::vector<std::unique_ptr<Slot>> free_;
 };
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::model

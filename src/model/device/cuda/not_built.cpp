@@ -1,14 +1,14 @@
-// make_cuda_ops of a build without the CUDA engine.
+// make_cuda_device of a build without the CUDA engine.
 
 #include "flash_mla/error.h"
-#include "model/device/cuda/cuda_ops.h"
+#include "model/device/cuda/cuda_device.h"
 
 namespace flash_mla::model {
 
-std::string why_no_cuda_ops() { return FLASH_MLA_NO_CUDA_ENGINE; }
+std::string why_no_cuda_device() { return FLASH_MLA_NO_CUDA_ENGINE; }
 
-std::unique_ptr<Ops> make_cuda_ops(const ModelConfig&, bool) {
-  throw Unsupported("device cuda: " + why_no_cuda_ops());
+std::unique_ptr<Device> make_cuda_device(const ModelConfig&, bool) {
+  throw Unsupported("device cuda: " + why_no_cuda_device());
 }
 
 }  // namespace flash_mla::model

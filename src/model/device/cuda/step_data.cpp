@@ -7,7 +7,7 @@
 
 #include "base/cuda/check.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::model {
 namespace {
 
 constexpr std::size_t kAlignment = 256;
@@ -107,4 +107,4 @@ StepData StepUploader::upload(const Step& step, std::int64_t most_keys, DevicePo
   return data;
 }
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::model

@@ -6,10 +6,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/buffer.h"
 #include "model/device/cuda/memory.h"
-#include "model/ops.h"
+#include "model/step.h"
 
-namespace flash_mla::model::cuda {
+namespace flash_mla::model {
 
 /// A step's metadata on the device. Where each array lies depends on the step's shape alone, so that a
 /// recorded step finds that of the next one of its shape in the same place.
@@ -55,4 +56,4 @@ class StepUploader {
   cudaEvent_t sent_ = nullptr;  // the last copy has read host_
 };
 
-}  // namespace flash_mla::model::cuda
+}  // namespace flash_mla::model

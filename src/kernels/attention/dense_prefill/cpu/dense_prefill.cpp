@@ -6,9 +6,9 @@
 #include <limits>
 #include <vector>
 
+#include "base/page_size.h"
 #include "base/parallel.h"
 #include "kernels/rows/cpu/rows.h"
-#include "model/model.h"
 
 // Keys are expanded kSpanKeys at a time, for all heads in one product; then every (head, tile of queries)
 // walks the span in tiles of keys with an online softmax. All tile shapes are fixed and their borders are
@@ -42,22 +42,23 @@ struct State {
 
 class Prefill {
  public:
-  Prefill(const checkpoint::ModelConfig& config, const Chunk& chunk, const Matrix& q, const Buffer& cache,
-          Matrix out, Workspace& workspace)
-      : heads_(config.num_attention_heads),
-        nope_(config.qk_nope_head_dim),
-        rope_(config.qk_rope_head_dim),
-        v_(config.v_head_dim),
-        rank_(config.kv_lora_rank),
-        scale_(static_cast<float>(config.softmax_scale())),
-        tile_(chunk.num_tokens >= 64 ? 64 : 32),
-        tiles_((chunk.num_tokens + tile_ - 1) / tile_),
-        element_(static_cast<std::int64_t>(dtype_size(q.dtype))),
-        chunk_(chunk),
-        q_(q),
-        cache_(cache),
-        out_(out),
-        span_(std::min(kSpanKeys, chunk.seq_len)),
+  Prefill(const DensePrefill& args, Workspace& workspace)
+      : heads_(args.heads),
+        nope_(args.nope),
+        rope_(args.rope),
+        v_(args.v),
+        rank_(args.rank),
+        scale_(args.scale),
+        num_tokens_(args.q.rows),
+        seq_len_(args.seq_len),
+        tile_(num_tokens_ >= 64 ? 64 : 32),
+        tiles_((num_tokens_ + tile_ - 1) / tile_),
+        element_(static_cast<std::int64_t>(dtype_size(args.q.dtype))),
+        pages_(args.pages),
+        q_(args.q),
+        cache_(args.cache),
+        out_(args.out),
+        span_(std::min(kSpanKeys, seq_len_)),
         latents_(Workspace::grown(workspace.latents, span_ * rank_ * element_)),
         k_rope_(Workspace::grown(workspace.k_rope, span_ * rope_ * element_)),
         expanded_(Workspace::grown(workspace.expanded, span_ * heads_ * (nope_ + v_) * element_)),
@@ -65,8 +66,8 @@ class Prefill {
 
   void run(Gemm& gemm, const PackedWeight& kv_b, int num_threads, bool batch_invariant) {
     const std::int64_t items = heads_ * tiles_;
-    for (std::int64_t begin = 0; begin < chunk_.seq_len; begin += span_) {
-      const std::int64_t count = std::min(span_, chunk_.seq_len - begin);
+    for (std::int64_t begin = 0; begin < seq_len_; begin += span_) {
+      const std::int64_t count = std::min(span_, seq_len_ - begin);
       gather(begin, count);
       const Matrix latents{latents_, q_.dtype, count, rank_, rank_};
       const std::int64_t width = heads_ * (nope_ + v_);
@@ -83,14 +84,14 @@ class Prefill {
     float* base = states_ + (head * tiles_ + tile) * tile_ * (v_ + 2);
     return {base, base + tile_ * v_, base + tile_ * v_ + tile_};
   }
-  std::int64_t rows_of(std::int64_t tile) const { return std::min(tile_, chunk_.num_tokens - tile * tile_); }
+  std::int64_t rows_of(std::int64_t tile) const { return std::min(tile_, num_tokens_ - tile * tile_); }
 
   // Cached tokens [begin, begin + count) into dense rows.
   void gather(std::int64_t begin, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t page = chunk_.pages[static_cast<std::size_t>((begin + i) / kPageSize)];
+      const std::int64_t page = pages_[static_cast<std::size_t>((begin + i) / kPageSize)];
       const std::byte* slot =
-          cache_.data() + (page * kPageSize + (begin + i) % kPageSize) * (rank_ + rope_) * element_;
+          cache_ + (page * kPageSize + (begin + i) % kPageSize) * (rank_ + rope_) * element_;
       std::memcpy(latents_ + i * rank_ * element_, slot, static_cast<std::size_t>(rank_ * element_));
       std::memcpy(k_rope_ + i * rope_ * element_, slot + rank_ * element_,
                   static_cast<std::size_t>(rope_ * element_));
@@ -101,7 +102,7 @@ class Prefill {
   void attend(Gemm& gemm, std::int64_t head, std::int64_t tile, std::int64_t begin, std::int64_t count) {
     const std::int64_t rows = rows_of(tile), d = nope_ + rope_;
     // Position of the tile's first query; query r sees keys up to first + r.
-    const std::int64_t first = chunk_.seq_len - chunk_.num_tokens + tile * tile_;
+    const std::int64_t first = seq_len_ - num_tokens_ + tile * tile_;
     const std::int64_t end = std::min(begin + count, first + rows);
     if (begin >= end) return;
     const State s = state(head, tile);
@@ -176,11 +177,12 @@ class Prefill {
 
   std::int64_t heads_, nope_, rope_, v_, rank_;
   float scale_;
+  std::int64_t num_tokens_, seq_len_;
   std::int64_t tile_, tiles_;  // queries per tile
   std::int64_t element_;       // bytes
-  const Chunk& chunk_;
+  std::span<const std::int32_t> pages_;
   Matrix q_;
-  const Buffer& cache_;
+  const std::byte* cache_;
   Matrix out_;
   std::int64_t span_;  // keys that are expanded at a time
   std::byte *latents_, *k_rope_, *expanded_;
@@ -189,11 +191,9 @@ class Prefill {
 
 }  // namespace
 
-void prefill_attention(const checkpoint::ModelConfig& config, Gemm& gemm, int num_threads,
-                       bool batch_invariant, const Chunk& chunk, const Matrix& q, const Buffer& cache,
-                       const PackedWeight& kv_b, const Matrix& out) {
+void dense_prefill(Gemm& gemm, const DensePrefill& args) {
   thread_local Workspace workspace;
-  Prefill(config, chunk, q, cache, out, workspace).run(gemm, kv_b, num_threads, batch_invariant);
+  Prefill(args, workspace).run(gemm, *args.kv_b, args.num_threads, args.batch_invariant);
 }
 
 }  // namespace flash_mla::model

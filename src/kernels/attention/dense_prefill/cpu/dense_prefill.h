@@ -1,7 +1,11 @@
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "base/matrix.h"
 #include "kernels/gemm/cpu/gemm.h"
-#include "model/ops.h"
 
 namespace flash_mla::model {
 
@@ -9,11 +13,18 @@ namespace flash_mla::model {
 ///
 ///   k[j, h] = [latent[j] · W_UK[h] | k_rope[j]],  v[j, h] = latent[j] · W_UV[h]^T
 ///   out[i, h] = softmax(scale * q[i, h] · k[:, h]^T) · v[:, h]
-///
-/// q (num_tokens, heads * (nope + rope)) rotated; `cache` is one layer's (pages, kPageSize, rank + rope);
-/// `kv_b` (heads * (nope + v), rank); out (num_tokens, heads * v).
-void prefill_attention(const checkpoint::ModelConfig& config, Gemm& gemm, int num_threads,
-                       bool batch_invariant, const Chunk& chunk, const Matrix& q, const Buffer& cache,
-                       const PackedWeight& kv_b, const Matrix& out);
+struct DensePrefill {
+  int heads = 0, nope = 0, rope = 0, v = 0, rank = 0;
+  float scale = 1.0f;
+  Matrix q;                             ///< (num_tokens, heads * (nope + rope)), rotated
+  Matrix out;                           ///< (num_tokens, heads * v), of q's dtype
+  const std::byte* cache = nullptr;     ///< (pages, kPageSize, rank + rope), of q's dtype
+  std::span<const std::int32_t> pages;  ///< of the sequence, at least ceil(seq_len / kPageSize)
+  std::int64_t seq_len = 0;             ///< tokens in the cache, the new ones counted in
+  const PackedWeight* kv_b = nullptr;   ///< (heads * (nope + v), rank)
+  int num_threads = 1;
+  bool batch_invariant = false;  ///< see GemmMode
+};
+void dense_prefill(Gemm& gemm, const DensePrefill& args);
 
 }  // namespace flash_mla::model

@@ -1,0 +1,95 @@
+#include "model/device/cpu/context.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "base/aligned.h"
+#include "kernels/rows/cpu/rows.h"
+
+namespace flash_mla::model {
+namespace {
+
+// Blocks of 64 keys between the fixed split points of a batch-invariant step.
+constexpr int kInvariantSplitBlocks = 16;
+
+}  // namespace
+
+ScheduleOptions CpuContext::schedule_options(bool batch_invariant) const {
+  ScheduleOptions options = cpu_schedule_options(threads);
+  if (batch_invariant) options.fixed_split_blocks = kInvariantSplitBlocks;
+  return options;
+}
+
+void CpuContext::reserve(std::int64_t num_tokens, std::int64_t num_rows) {
+  const std::int64_t hidden = config.hidden_size, heads = config.num_attention_heads;
+  const std::int64_t rank = config.kv_lora_rank, rope_width = config.qk_rope_head_dim;
+  const std::int64_t q_width = heads * (config.qk_nope_head_dim + rope_width), q_rank = config.q_lora_rank;
+  const std::int64_t intermediate =
+      std::max(config.intermediate_size, config.n_shared_experts * config.moe_intermediate_size);
+  activations(buffers.x, num_tokens, hidden);
+  activations(buffers.h, num_tokens, hidden);
+  activations(buffers.qkv_a, num_tokens, (q_rank > 0 ? q_rank : q_width) + rank + rope_width);
+  activations(buffers.q_a, num_tokens, q_rank);
+  activations(buffers.q, num_tokens, q_rank > 0 ? q_width : 0);
+  activations(buffers.q_latent, num_tokens, heads * (rank + rope_width));
+  activations(buffers.out_latent, num_tokens, heads * rank);
+  activations(buffers.attended, num_tokens, heads * config.v_head_dim);
+  activations(buffers.act, num_tokens, intermediate);
+  matrix(buffers.expert_weights, DType::kFloat32, num_tokens, config.num_experts_per_tok);
+  activations(buffers.logit_h, num_rows, hidden);
+  matrix(buffers.logits, DType::kFloat32, num_rows, config.vocab_size);
+  matrix(buffers.tokens, DType::kInt32, num_rows, 1);
+}
+
+void CpuContext::begin_step(const Step& next) {
+  step = &next;
+  const std::size_t tokens = next.token_ids.size(), pairs = rope.inv_freq.size();
+  cosines.resize(tokens * pairs);
+  sines.resize(tokens * pairs);
+  // A cosine and a sine take as long as some 16 elements of other operations.
+  for_rows(next.num_tokens(), static_cast<std::int64_t>(16 * pairs), [&](std::int64_t token) {
+    const auto t = static_cast<std::size_t>(token);
+    for (std::size_t i = 0; i < pairs; ++i) {
+      const float angle = static_cast<float>(next.positions[t]) * rope.inv_freq[i];
+      cosines[t * pairs + i] = std::cos(angle) * rope.scale;
+      sines[t * pairs + i] = std::sin(angle) * rope.scale;
+    }
+  });
+  if (next.num_absorbed > 0) {
+    schedule = DecodeSchedule::build(next.absorbed_lens, schedule_options(next.batch_invariant));
+  }
+}
+
+void CpuContext::narrow(Matrix& x, Matrix& q) {
+  const auto rows = static_cast<std::int64_t>(step->logit_rows.size());
+  const Matrix all_x = x, all_q = q;
+  x = activations(buffers.logit_x, rows, x.columns);
+  q = activations(buffers.logit_q, rows, q.columns);
+  gather_logit_rows(all_x, x);
+  gather_logit_rows(all_q, q);
+  narrowed_ = logit_step(*step);
+  begin_step(narrowed_);
+}
+
+Matrix CpuContext::matrix(Buffer& buffer, DType type, std::int64_t rows, std::int64_t columns) {
+  const std::size_t bytes = static_cast<std::size_t>(rows * columns) * dtype_size(type);
+  if (bytes > buffer.bytes()) buffer = allocate_aligned(bytes);
+  return {buffer.data(), type, rows, columns, columns};
+}
+
+void CpuContext::gather_logit_rows(const Matrix& x, const Matrix& out) const {
+  for (std::int64_t i = 0; i < out.rows; ++i) {
+    std::memcpy(out.row(i), x.row(step->logit_rows[static_cast<std::size_t>(i)]),
+                static_cast<std::size_t>(x.columns * element()));
+  }
+}
+
+void CpuContext::rms_norm(const Matrix& x, const std::vector<float>& weight, double eps,
+                          const Matrix& out) const {
+  for_rows(x.rows, x.columns, [&](std::int64_t t) {
+    rows::rms_norm(x.row(t), weight.data(), static_cast<float>(eps), out.row(t), dtype, x.columns);
+  });
+}
+
+}  // namespace flash_mla::model

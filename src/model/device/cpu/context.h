@@ -1,0 +1,77 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/matrix.h"
+#include "base/parallel.h"
+#include "checkpoint/config.h"
+#include "flash_mla/schedule.h"
+#include "kernels/gemm/cpu/gemm.h"
+#include "model/model.h"
+#include "model/rope.h"
+#include "model/step.h"
+
+namespace flash_mla::model {
+
+/// What the layers of the CPU share: how they work, the step that runs, and memory for activations that grows
+/// and stays.
+struct CpuContext {
+  CpuContext(const ModelConfig& model_config, DType type, ModelQuantize quantization, int num_threads)
+      : config(model_config),
+        dtype(type),
+        quantize(quantization),
+        threads(num_threads),
+        rope(make_rope(model_config)) {}
+
+  ScheduleOptions schedule_options(bool batch_invariant) const;
+  /// As Device::reserve; what a layer keeps for itself is not in it.
+  void reserve(std::int64_t num_tokens, std::int64_t num_rows);
+  /// `next` must live until the one after it begins.
+  void begin_step(const Step& next);
+  /// Goes on with the step's logit rows alone (logit_step): the rows of x and q, which are `x` and `q` then.
+  void narrow(Matrix& x, Matrix& q);
+
+  std::int64_t element() const { return static_cast<std::int64_t>(dtype_size(dtype)); }
+  /// (rows, columns) in a buffer that grows and stays.
+  static Matrix matrix(Buffer& buffer, DType type, std::int64_t rows, std::int64_t columns);
+  Matrix activations(Buffer& buffer, std::int64_t rows, std::int64_t columns) const {
+    return matrix(buffer, dtype, rows, columns);
+  }
+  /// out[i] = x[logit_rows[i]]
+  void gather_logit_rows(const Matrix& x, const Matrix& out) const;
+  /// out = x / sqrt(mean(x²) + eps) * weight
+  void rms_norm(const Matrix& x, const std::vector<float>& weight, double eps, const Matrix& out) const;
+
+  /// f(row), by as many threads as `rows` rows of `columns` elements are worth.
+  template <class F>
+  void for_rows(std::int64_t rows, std::int64_t columns, F&& f) const {
+    parallel_for(rows, rows * columns >= kParallelElements ? threads : 1, f);
+  }
+
+  /// Elements below which a row-wise operation is not worth waking a second thread.
+  static constexpr std::int64_t kParallelElements = 16384;
+
+  const ModelConfig config;
+  const DType dtype;  ///< of weights, activations and cache
+  const ModelQuantize quantize;
+  const int threads;
+  const Rope rope;
+  mutable Gemm gemm;
+
+  const Step* step = nullptr;
+  std::vector<float> cosines, sines;  ///< (tokens, qk_rope_head_dim / 2)
+  DecodeSchedule schedule;            ///< of the step's absorbed tokens
+
+  struct {
+    Buffer x, h, qkv_a, q_a, q, q_latent, out_latent, attended, gate_up, act;
+    Buffer decode_workspace, expert_weights, expert_out;
+    Buffer logit_x, logit_q, logit_h, logits, tokens;  ///< of the logit rows
+  } buffers;
+
+ private:
+  Step narrowed_;
+};
+
+}  // namespace flash_mla::model

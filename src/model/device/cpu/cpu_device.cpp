@@ -1,0 +1,93 @@
+#include "model/device/cpu/cpu_device.h"
+
+#include <cstring>
+#include <vector>
+
+#include "base/parallel.h"
+#include "flash_mla/error.h"
+#include "kernels/gemm/cpu/gemm.h"
+#include "model/device/cpu/attention.h"
+#include "model/device/cpu/context.h"
+#include "model/device/cpu/embedding.h"
+#include "model/device/cpu/feed_forward.h"
+#include "model/device/cpu/head.h"
+#include "model/device/cpu/mixture_of_experts.h"
+
+namespace flash_mla::model {
+namespace {
+
+class CpuDevice : public Device {
+ public:
+  CpuDevice(const ModelConfig& config, DType dtype, ModelQuantize quantize, int num_threads)
+      : context_(config, dtype, quantize, num_threads) {}
+
+  std::size_t free_memory() const override { return 0; }
+  ScheduleOptions schedule_options(int /*sequences*/, bool batch_invariant) const override {
+    return context_.schedule_options(batch_invariant);
+  }
+  bool queues() const override { return false; }
+  double device_seconds() const override { return 0; }
+
+  DType weight_dtype() const override { return DType::kFloat32; }
+  bool makes_up_weights() const override { return false; }
+  std::unique_ptr<Embedding> make_embedding(const Weight& table) override {
+    return std::make_unique<CpuEmbedding>(context_, table);
+  }
+  std::unique_ptr<Attention> make_attention(const AttentionWeights& weights) override {
+    return std::make_unique<CpuAttention>(context_, weights);
+  }
+  std::unique_ptr<FeedForward> make_feed_forward(const FeedForwardWeights& weights) override {
+    return std::make_unique<CpuFeedForward>(context_, weights);
+  }
+  std::unique_ptr<FeedForward> make_mixture_of_experts(const MixtureWeights& weights) override {
+    return std::make_unique<CpuMixtureOfExperts>(context_, weights);
+  }
+  std::unique_ptr<Head> make_head(const HeadWeights& weights) override {
+    return std::make_unique<CpuHead>(context_, weights);
+  }
+
+  void reserve(std::int64_t num_tokens, std::int64_t num_rows) override {
+    context_.reserve(num_tokens, num_rows);
+  }
+  void begin_step(Step& step) override { context_.begin_step(step); }
+  void run(const std::function<void()>& pass) override { pass(); }
+  void choose(const Matrix& logits) override {
+    if (logits.rows == 0) return;
+    const Matrix tokens = CpuContext::matrix(context_.buffers.tokens, DType::kInt32, logits.rows, 1);
+    choose_tokens(context_, logits, reinterpret_cast<std::int32_t*>(tokens.data));
+  }
+
+  void download_logits(std::int64_t rows, float* logits) override {
+    std::memcpy(logits, context_.buffers.logits.data(),
+                static_cast<std::size_t>(rows * context_.config.vocab_size) * sizeof(float));
+  }
+  std::unique_ptr<Download> start_token_download(std::int64_t first, std::int64_t count) override {
+    struct Copy : Download {
+      std::vector<std::byte> copy;
+      const std::byte* wait() override { return copy.data(); }
+    };
+    constexpr std::int64_t kId = sizeof(std::int32_t);
+    auto out = std::make_unique<Copy>();
+    const std::byte* tokens = context_.buffers.tokens.data();
+    out->copy.assign(tokens + first * kId, tokens + (first + count) * kId);
+    return out;
+  }
+
+ private:
+  CpuContext context_;
+};
+
+}  // namespace
+
+DType preferred_cpu_dtype() { return Gemm::native_bfloat16() ? DType::kBFloat16 : DType::kFloat32; }
+
+std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype, ModelQuantize quantize,
+                                        int num_threads) {
+  if (dtype == DType::kBFloat16 && !Gemm::supports_bfloat16()) {
+    throw Unsupported("precision bfloat16 needs a processor with AVX-512; use float32");
+  }
+  return std::make_unique<CpuDevice>(config, dtype, quantize,
+                                     num_threads > 0 ? num_threads : default_threads());
+}
+
+}  // namespace flash_mla::model

@@ -1,0 +1,57 @@
+#include "model/device/cpu/head.h"
+
+#include <limits>
+
+#include "kernels/sampling/cpu/draw.h"
+
+namespace flash_mla::model {
+namespace {
+
+// The token of the largest logit, the first among equals; -1 where one is NaN or +inf, or all are -inf.
+std::int32_t likeliest(const float* logits, std::int64_t size) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  float largest = -kInfinity;
+  std::int64_t best = -1;
+  bool bad = false;
+  for (std::int64_t i = 0; i < size; ++i) {
+    bad |= !(logits[i] < kInfinity);  // NaN, +inf
+    if (logits[i] > largest) {
+      largest = logits[i];
+      best = i;
+    }
+  }
+  return bad ? -1 : static_cast<std::int32_t>(best);
+}
+
+}  // namespace
+
+CpuHead::CpuHead(CpuContext& context, const HeadWeights& weights)
+    : context_(context), norm_(weights.norm), weight_(context, weights.weight) {}
+
+Matrix CpuHead::forward(const Residual& x) {
+  const ModelConfig& config = context_.config;
+  const auto rows = static_cast<std::int64_t>(context_.step->logit_rows.size());
+  if (rows == 0) return {};
+  const Matrix last = context_.activations(context_.buffers.logit_h, rows, config.hidden_size);
+  const Matrix logits = CpuContext::matrix(context_.buffers.logits, DType::kFloat32, rows, config.vocab_size);
+  context_.gather_logit_rows(x.x, last);
+  context_.rms_norm(last, norm_, config.rms_norm_eps, last);
+  weight_.multiply(context_, last, logits);
+  return logits;
+}
+
+void choose_tokens(const CpuContext& context, const Matrix& logits, std::int32_t* tokens) {
+  const Step& step = *context.step;
+  const std::int64_t first = step.first_chosen;
+  context.for_rows(logits.rows - first, logits.columns, [&](std::int64_t i) {
+    const auto* row = reinterpret_cast<const float*>(logits.row(first + i));
+    std::int32_t& token = tokens[first + i];
+    token = likeliest(row, logits.columns);
+    const Draw draw = step.draws.empty() ? Draw() : step.draws[static_cast<std::size_t>(first + i)];
+    if (token < 0 || draw.scale == 0) return;
+    thread_local cpu::DrawScratch scratch;
+    token = cpu::draw_token({row, static_cast<std::size_t>(logits.columns)}, row[token], draw, scratch);
+  });
+}
+
+}  // namespace flash_mla::model

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <vector>
+
+#include "base/matrix.h"
+#include "model/device/cpu/context.h"
+#include "model/device/cpu/linear.h"
+#include "model/layers.h"
+#include "model/weights.h"
+
+namespace flash_mla::model {
+
+class CpuHead : public Head {
+ public:
+  CpuHead(CpuContext& context, const HeadWeights& weights);
+  Matrix forward(const Residual& x) override;
+
+ private:
+  CpuContext& context_;
+  std::vector<float> norm_;
+  CpuLinear weight_;  ///< (vocab_size, hidden)
+};
+
+/// tokens[i] (int32) of logit row i from the step's first_chosen on: the likeliest or the drawn one.
+void choose_tokens(const CpuContext& context, const Matrix& logits, std::int32_t* tokens);
+
+}  // namespace flash_mla::model

@@ -1,0 +1,162 @@
+#include "model/device/cpu/mixture_of_experts.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "kernels/moe/cpu/router.h"
+#include "kernels/rows/cpu/rows.h"
+
+namespace flash_mla::model {
+namespace {
+
+// Rows that a thread takes at a time: of the router, and at most of an expert. Multiples of 64, the largest
+// tile of a product.
+constexpr std::int64_t kBlockRows = 64;
+constexpr std::int64_t kPieceRows = 128;
+
+}  // namespace
+
+CpuMixtureOfExperts::CpuMixtureOfExperts(CpuContext& context, const MixtureWeights& weights)
+    : context_(context),
+      norm_(weights.norm),
+      router_(context.gemm.pack(read_values(weights.router).data(), weights.router.rows,
+                                weights.router.columns, DType::kFloat32)),
+      correction_bias_(weights.correction_bias) {
+  const std::int64_t hidden = weights.router.columns, intermediate = weights.intermediate;
+  std::vector<float> gate_up(static_cast<std::size_t>(2 * intermediate * hidden));
+  std::vector<float> down(static_cast<std::size_t>(hidden * intermediate));
+  for (int e = 0; e < weights.router.rows; ++e) {
+    weights.read_expert(e, gate_up.data(), down.data());
+    experts_.push_back({pack(context, gate_up.data(), 2 * intermediate, hidden),
+                        pack(context, down.data(), hidden, intermediate)});
+  }
+  if (weights.shared_down.rows > 0) {
+    shared_ = std::make_unique<CpuGatedNetwork>(context, weights.shared_gate_up, weights.shared_down);
+  }
+}
+
+void CpuMixtureOfExperts::forward(Residual& x) {
+  if (x.x.rows == 0) return;
+  const Matrix h = context_.activations(context_.buffers.h, x.x.rows, x.x.columns);
+  context_.rms_norm(x.x, norm_, context_.config.rms_norm_eps, h);
+  route(h);
+  if (shared_) shared_->add(context_, h, x.x);
+  add_experts(h, x.x);
+}
+
+std::vector<std::int32_t> CpuMixtureOfExperts::experts_taken(int num_tokens) const {
+  if (num_tokens > num_tokens_) return {};
+  const auto* ids = reinterpret_cast<const std::int32_t*>(ids_.data());
+  return {ids, ids + std::int64_t{num_tokens} * context_.config.num_experts_per_tok};
+}
+
+// Experts of every row of h and their weights.
+void CpuMixtureOfExperts::route(const Matrix& h) {
+  const ModelConfig& config = context_.config;
+  const std::int64_t experts = config.n_routed_experts, chosen = config.num_experts_per_tok;
+  num_tokens_ = h.rows;
+  const Matrix ids = CpuContext::matrix(ids_, DType::kInt32, h.rows, chosen);
+  const Matrix weights = CpuContext::matrix(context_.buffers.expert_weights, DType::kFloat32, h.rows, chosen);
+  // Blocks of whole tiles, so that a row's tile does not depend on how many threads there are.
+  const std::int64_t blocks = (h.rows + kBlockRows - 1) / kBlockRows;
+  const bool threads = h.rows * h.columns >= CpuContext::kParallelElements;
+  parallel_for(blocks, threads ? context_.threads : 1, [&](std::int64_t block) {
+    thread_local Buffer wide, logits_buffer;
+    const std::int64_t first = block * kBlockRows, count = std::min(kBlockRows, h.rows - first);
+    const Matrix input = CpuContext::matrix(wide, DType::kFloat32, count, h.columns);
+    const Matrix logits = CpuContext::matrix(logits_buffer, DType::kFloat32, count, experts);
+    for (std::int64_t i = 0; i < count; ++i) {
+      rows::widen(h.row(first + i), context_.dtype, reinterpret_cast<float*>(input.row(i)), h.columns);
+    }
+    context_.gemm.run(input, router_, nullptr, logits, {1, context_.step->batch_invariant, false});
+    const Routing routing = config.routing();
+    for (std::int64_t i = 0; i < count; ++i) {
+      cpu::choose_experts(routing, reinterpret_cast<const float*>(logits.row(i)),
+                          correction_bias_.empty() ? nullptr : correction_bias_.data(),
+                          reinterpret_cast<std::int32_t*>(ids.row(first + i)),
+                          reinterpret_cast<float*>(weights.row(first + i)));
+    }
+  });
+}
+
+// x += the chosen experts of h, weighted. Every expert multiplies the rows of its tokens; the results of a
+// token's experts are then added in the order of its choice, whichever expert was done first.
+void CpuMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
+  const std::int64_t chosen = context_.config.num_experts_per_tok, hidden = h.columns;
+  const auto* weight = reinterpret_cast<const float*>(context_.buffers.expert_weights.data());
+  sort_by_expert(
+      {reinterpret_cast<const std::int32_t*>(ids_.data()), static_cast<std::size_t>(h.rows * chosen)});
+  const Matrix results =
+      CpuContext::matrix(context_.buffers.expert_out, DType::kFloat32, h.rows * chosen, hidden);
+  const std::int64_t expert_weights = 3 * hidden * experts_[0].down.in_features();
+  // Rows and weights of the average piece, for all of them.
+  const auto count = std::ssize(pieces_);
+  const bool threads =
+      worth_threads(count * expert_weights, h.rows * chosen / std::max<std::int64_t>(count, 1));
+  parallel_for(count, threads ? context_.threads : 1, [&](std::int64_t i) {
+    const Piece& piece = pieces_[static_cast<std::size_t>(i)];
+    run_expert(h, piece, results.row_range(piece.first, piece.count));
+  });
+  context_.for_rows(h.rows, hidden * chosen, [&](std::int64_t t) {
+    thread_local std::vector<float> sum;
+    sum.resize(static_cast<std::size_t>(hidden));
+    rows::widen(x.row(t), context_.dtype, sum.data(), hidden);
+    for (std::int64_t i = t * chosen; i < (t + 1) * chosen; ++i) {
+      const std::int64_t row = places_[static_cast<std::size_t>(i)];
+      rows::add_scaled(reinterpret_cast<const float*>(results.row(row)), weight[i], sum.data(), hidden);
+    }
+    rows::narrow(sum.data(), x.row(t), context_.dtype, hidden);
+  });
+}
+
+// Lists the choices (token * num_experts_per_tok + rank) expert by expert in `by_expert_`, and cuts each
+// expert's into pieces.
+void CpuMixtureOfExperts::sort_by_expert(std::span<const std::int32_t> ids) {
+  const std::size_t num_experts = experts_.size();
+  expert_ends_.assign(num_experts, 0);
+  for (const std::int32_t e : ids) ++expert_ends_[static_cast<std::size_t>(e)];
+  pieces_.clear();
+  std::int64_t first = 0;
+  for (std::size_t e = 0; e < num_experts; ++e) {
+    const std::int64_t end = first + std::exchange(expert_ends_[e], first);
+    for (; first < end; first += kPieceRows) {
+      pieces_.push_back({e, first, std::min(kPieceRows, end - first)});
+    }
+    first = end;
+  }
+  by_expert_.resize(ids.size());
+  places_.resize(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    places_[i] = expert_ends_[static_cast<std::size_t>(ids[i])]++;
+    by_expert_[static_cast<std::size_t>(places_[i])] = static_cast<std::int64_t>(i);
+  }
+  // The longest first, so that no thread is left with one at the end.
+  std::stable_sort(pieces_.begin(), pieces_.end(),
+                   [](const Piece& a, const Piece& b) { return a.count > b.count; });
+}
+
+// Multiplies the rows of a piece's choices, in their order.
+void CpuMixtureOfExperts::run_expert(const Matrix& h, const Piece& piece, const Matrix& out) const {
+  const Expert& expert = experts_[piece.expert];
+  const std::int64_t hidden = h.columns, intermediate = expert.down.in_features();
+  const std::int64_t element = context_.element();
+  thread_local Buffer in_buffer, gate_up_buffer, act_buffer;
+  const Matrix in = context_.activations(in_buffer, piece.count, hidden),
+               gate_up = context_.activations(gate_up_buffer, piece.count, 2 * intermediate),
+               act = context_.activations(act_buffer, piece.count, intermediate);
+  for (std::int64_t i = 0; i < piece.count; ++i) {
+    const std::int64_t choice = by_expert_[static_cast<std::size_t>(piece.first + i)];
+    std::memcpy(in.row(i), h.row(choice / context_.config.num_experts_per_tok),
+                static_cast<std::size_t>(hidden * element));
+  }
+  const GemmMode mode{1, context_.step->batch_invariant, false};
+  context_.gemm.run(in, expert.gate_up, nullptr, gate_up, mode);
+  for (std::int64_t i = 0; i < piece.count; ++i) {
+    rows::silu_mul(gate_up.row(i), gate_up.row(i) + intermediate * element, act.row(i), context_.dtype,
+                   intermediate);
+  }
+  context_.gemm.run(act, expert.down, nullptr, out, mode);
+}
+
+}  // namespace flash_mla::model

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/matrix.h"
+#include "model/device/cpu/context.h"
+#include "model/device/cpu/feed_forward.h"
+#include "model/device/cpu/linear.h"
+#include "model/layers.h"
+#include "model/weights.h"
+
+namespace flash_mla::model {
+
+class CpuMixtureOfExperts : public FeedForward {
+ public:
+  CpuMixtureOfExperts(CpuContext& context, const MixtureWeights& weights);
+
+  void forward(Residual& x) override;
+  std::vector<std::int32_t> experts_taken(int num_tokens) const override;
+
+ private:
+  struct Expert {
+    PackedWeight gate_up, down;
+  };
+  /// Some of the rows of one expert.
+  struct Piece {
+    std::size_t expert;
+    std::int64_t first, count;
+  };
+
+  void route(const Matrix& h);
+  void add_experts(const Matrix& h, const Matrix& x);
+  void sort_by_expert(std::span<const std::int32_t> ids);
+  void run_expert(const Matrix& h, const Piece& piece, const Matrix& out) const;
+
+  CpuContext& context_;
+  std::vector<float> norm_;
+  PackedWeight router_;  ///< (n_routed_experts, hidden) float32
+  std::vector<float> correction_bias_;
+  std::vector<Expert> experts_;
+  std::unique_ptr<CpuGatedNetwork> shared_;  ///< or null
+
+  Buffer ids_;  ///< of the last step (tokens, num_experts_per_tok) int32
+  std::int64_t num_tokens_ = 0;
+  std::vector<std::int64_t> expert_ends_, by_expert_, places_;  ///< places_: the inverse of by_expert_
+  std::vector<Piece> pieces_;
+};
+
+}  // namespace flash_mla::model

@@ -1,0 +1,189 @@
+#include "model/device/cuda/attention.h"
+
+#include "base/cuda/check.h"
+#include "flash_mla/decode.h"
+#include "kernels/attention/plain/sm90/plain_attention.h"
+#include "kernels/fused/sm90/one_token.h"
+#include "kernels/gemm/sm90/head_gemm.h"
+#include "kernels/rows/sm90/rows.h"
+#include "model/model.h"
+
+namespace flash_mla::model {
+namespace {
+
+constexpr DType kType = DType::kBFloat16;
+
+// Of values to be read; made-up ones are not the halves of kv_b: the two forms of attention are different
+// functions of such a model.
+AbsorbedHalves<std::uint16_t> halves_of(const ModelConfig& config, const std::uint16_t* kv_b) {
+  if (kv_b == nullptr) return {};
+  return split_kv_b(config, kv_b);
+}
+
+const std::uint16_t* data_or_null(const std::vector<std::uint16_t>& values) {
+  return values.empty() ? nullptr : values.data();
+}
+
+}  // namespace
+
+CudaAttention::KeyValueWeights::KeyValueWeights(CudaContext& context, const Weight& kv_b)
+    : KeyValueWeights(context, kv_b, read_bfloat16(kv_b).get()) {}
+
+CudaAttention::KeyValueWeights::KeyValueWeights(CudaContext& context, const Weight& kv_b,
+                                                const std::uint16_t* values)
+    : KeyValueWeights(context, kv_b, values, halves_of(context.config, values)) {}
+
+CudaAttention::KeyValueWeights::KeyValueWeights(CudaContext& context, const Weight& kv_b,
+                                                const std::uint16_t* values,
+                                                const AbsorbedHalves<std::uint16_t>& halves)
+    : both(context, values, kv_b.rows, kv_b.columns),
+      uk(context, data_or_null(halves.uk), context.config.num_attention_heads, context.config.kv_lora_rank,
+         context.config.qk_nope_head_dim),
+      uv(context, data_or_null(halves.uv), context.config.num_attention_heads, context.config.v_head_dim,
+         context.config.kv_lora_rank) {}
+
+CudaAttention::CudaAttention(CudaContext& context, const AttentionWeights& weights)
+    : context_(context),
+      norm_(context.weights.vector(weights.norm)),
+      qkv_a_(context, weights.qkv_a, weights.qkv_a_bias),
+      q_norm_(context.weights.vector(weights.q_norm)),
+      q_b_(weights.q_b.rows > 0 ? std::make_unique<CudaLinear>(context, weights.q_b) : nullptr),
+      kv_norm_(context.weights.vector(weights.kv_norm)),
+      kv_b_(context, weights.kv_b),
+      o_(context, weights.o, weights.o_bias) {}
+
+std::size_t CudaAttention::bytes_per_page() const {
+  return static_cast<std::size_t>(kPageSize) *
+         static_cast<std::size_t>(context_.config.kv_lora_rank + context_.config.qk_rope_head_dim) *
+         dtype_size(kType);
+}
+
+void CudaAttention::allocate_cache(int num_pages) {
+  cache_ = context_.pool->allocate(bytes_per_page() * static_cast<std::size_t>(num_pages));
+}
+
+void CudaAttention::copy_page(int source, int target) {
+  const std::size_t bytes = bytes_per_page();
+  check(cudaMemcpyAsync(cache_.data() + static_cast<std::size_t>(target) * bytes,
+                        cache_.data() + static_cast<std::size_t>(source) * bytes, bytes,
+                        cudaMemcpyDeviceToDevice, context_.stream),
+        "cudaMemcpyAsync");
+}
+
+void CudaAttention::forward(Residual& x, Rows /*rows*/) {
+  if (context_.is_one_token_step()) {
+    list(context_.one_token.add_layer());
+    return;
+  }
+  const ModelConfig& config = context_.config;
+  const std::int64_t tokens = x.x.rows, absorbed = context_.step->num_absorbed, expanded = tokens - absorbed;
+  const Matrix h = context_.activations(context_.buffers.h, tokens, config.hidden_size);
+  if (x.normed_for != this) context_.rms_norm(x.x, norm_, config.rms_norm_eps, h);
+  x.normed_for = nullptr;
+  const auto [q, kv] = project(h);
+  const Matrix attended = context_.activations(context_.buffers.attended, tokens,
+                                               std::int64_t{config.num_attention_heads} * config.v_head_dim);
+  if (absorbed > 0) {
+    absorbed_attention({q.row_range(0, absorbed), kv.row_range(0, absorbed)},
+                       attended.row_range(0, absorbed));
+  }
+  if (expanded > 0) {
+    const Matrix chunk_q = q.row_range(absorbed, expanded);
+    rope_and_append({chunk_q, kv.row_range(absorbed, expanded)}, absorbed);
+    expanded_attention(chunk_q, attended.row_range(absorbed, expanded));
+  }
+  o_.multiply_add(context_, attended, x.x);
+}
+
+// As a layer of one_token(): the first half of its weights.
+void CudaAttention::list(sm90::OneTokenLayer& layer) const {
+  layer.qkv = qkv_a_.weight();
+  layer.w_uk = kv_b_.uk.weight();
+  layer.w_uv = kv_b_.uv.weight();
+  layer.o = o_.weight();
+  layer.input_norm = norm();
+  layer.kv_norm = floats(kv_norm_);
+  layer.cache = cache_.data();
+}
+
+// Queries, latents and keys of h, before rope.
+CudaAttention::Projected CudaAttention::project(const Matrix& h) {
+  const ModelConfig& config = context_.config;
+  const std::int64_t heads = config.num_attention_heads, rope = config.qk_rope_head_dim;
+  const std::int64_t q_width = heads * (config.qk_nope_head_dim + rope),
+                     kv_width = config.kv_lora_rank + rope;
+  const std::int64_t q_a_width = q_b_ ? config.q_lora_rank : q_width;
+
+  const Matrix qkv_a = context_.activations(context_.buffers.qkv_a, h.rows, q_a_width + kv_width);
+  qkv_a_.multiply(context_, h, qkv_a);
+  const Matrix kv = qkv_a.column_range(q_a_width, kv_width);
+  Matrix q = qkv_a.column_range(0, q_a_width);
+  if (q_b_) {
+    const Matrix q_a = context_.activations(context_.buffers.q_a, h.rows, q_a_width);
+    context_.rms_norm(q, q_norm_, checkpoint::kLatentNormEps, q_a);
+    q = context_.activations(context_.buffers.q, h.rows, q_width);
+    q_b_->multiply(context_, q_a, q);
+  }
+  return {q, kv};
+}
+
+// Of the step's absorbed tokens, before rope. One kernel turns and absorbs the queries,
+// q_latent[h] = [q_nope[h] · W_UK[h] | rope(q_rope[h])], and appends latents and keys to the cache; then
+// out_latent = softmax(scale * q_latent · cache^T) · cache and out[h] = out_latent[h] · W_UV[h]^T.
+void CudaAttention::absorbed_attention(const Projected& projected, const Matrix& out) {
+  const ModelConfig& config = context_.config;
+  const std::int64_t tokens = projected.q.rows, heads = config.num_attention_heads;
+  const std::int64_t rank = config.kv_lora_rank, rope = config.qk_rope_head_dim;
+  const Matrix q_latent = context_.activations(context_.buffers.q_latent, tokens, heads * (rank + rope));
+  const Matrix out_latent = context_.activations(context_.buffers.out_latent, tokens, heads * rank);
+  sm90::HeadGemm absorb = kv_b_.uk.product(projected.q, q_latent, config.qk_rope_head_dim);
+  absorb.cosines = context_.rotations.cosines;
+  absorb.sines = context_.rotations.sines;
+  absorb.append.kv = projected.kv;
+  absorb.append.norm = floats(kv_norm_);
+  absorb.append.eps = static_cast<float>(checkpoint::kLatentNormEps);
+  absorb.append.slots = context_.data.slots;
+  absorb.append.cache = cache_.data();
+  absorb.append.rank = config.kv_lora_rank;
+  sm90::head_gemm(absorb, context_.stream);
+  decode(q_latent, out_latent);
+  sm90::head_gemm(kv_b_.uv.product(out_latent, out, 0), context_.stream);
+}
+
+// Attention of the step's absorbed tokens, each a request, over the cache.
+void CudaAttention::decode(const Matrix& q_latent, const Matrix& out_latent) {
+  const ModelConfig& config = context_.config;
+  const StepData& data = context_.data;
+  if (!has_sm90_decode(config)) {
+    sm90::PlainDecode args;
+    args.q = q_latent;
+    args.out = out_latent;
+    args.cache = cache_.data();
+    args.lens = data.lens;
+    args.table = data.table;
+    args.max_blocks = data.max_blocks;
+    args.heads = config.num_attention_heads;
+    args.rank = config.kv_lora_rank;
+    args.rope = config.qk_rope_head_dim;
+    args.scale = static_cast<float>(config.softmax_scale());
+    sm90::plain_decode(args, context_.stream);
+    return;
+  }
+  const std::int64_t n = context_.step->num_absorbed, heads = config.num_attention_heads;
+  const std::int64_t rank = config.kv_lora_rank, width = rank + config.qk_rope_head_dim;
+  const auto pages = static_cast<std::int64_t>(cache_.bytes() / bytes_per_page());
+  DenseDecodeArgs args;
+  args.q = on_device(q_latent.data, kType, {n, 1, heads, width});
+  args.k_cache = on_device(cache_.data(), kType, {pages, kPageSize, 1, width});
+  args.block_table = on_device(data.table, DType::kInt32, {n, data.max_blocks});
+  args.cache_seqlens = on_device(data.lens, DType::kInt32, {n});
+  args.out = on_device(out_latent.data, kType, {n, 1, heads, rank});
+  DenseDecodeOptions options;
+  options.softmax_scale = static_cast<float>(config.softmax_scale());
+  options.stream = context_.stream;
+  const std::size_t bytes = dense_decode_workspace_size(args, context_.schedule, options);
+  context_.grow(context_.buffers.decode_workspace, bytes);
+  dense_decode(args, context_.schedule, context_.buffers.decode_workspace.data(), bytes, options);
+}
+
+}  // namespace flash_mla::model

@@ -1,0 +1,180 @@
+#include "model/device/cuda/context.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/cuda/check.h"
+#include "kernels/moe/sm90/moe.h"
+#include "model/rope.h"
+
+namespace flash_mla::model {
+namespace {
+
+// Tokens of the largest step that is recorded.
+constexpr std::int64_t kMaxRecordedTokens = 256;
+// Blocks of 64 keys between the fixed split points of a batch-invariant step.
+constexpr int kInvariantSplitBlocks = 16;
+// Of the keys and values that prefill attention expands at a time.
+constexpr std::int64_t kMaxExpandedBytes = std::int64_t{1} << 31;
+constexpr std::int64_t kElement = 2;
+
+}  // namespace
+
+CudaContext::CudaContext(const ModelConfig& model_config)
+    : config(model_config),
+      weights(*pool, stream),
+      schedule_options_(cuda_schedule_options(0, 1, model_config.num_attention_heads, 1)) {
+  const Rope rope = make_rope(config);
+  inv_freq_ = weights.vector(rope.inv_freq);
+  rotations.inv_freq = floats(inv_freq_);
+  rotations.scale = rope.scale;
+  rotations.pairs = config.qk_rope_head_dim / 2;
+  parts_ = pool->allocate(static_cast<std::size_t>(schedule_options_.num_parts) * sizeof(DecodePart));
+  one_token = OneTokenPass(config, *pool, stream);
+}
+
+// In a batch-invariant step nothing depends on how many sequences there are.
+ScheduleOptions CudaContext::schedule_options(int sequences, bool batch_invariant) const {
+  if (!batch_invariant) return cuda_schedule_options(0, 1, config.num_attention_heads, 1, sequences);
+  ScheduleOptions options = schedule_options_;
+  options.fixed_split_blocks = kInvariantSplitBlocks;
+  return options;
+}
+
+void CudaContext::reserve(std::int64_t num_tokens, std::int64_t num_rows) {
+  const std::int64_t tokens = padded(num_tokens), rows = padded(num_rows);
+  const std::int64_t hidden = config.hidden_size, heads = config.num_attention_heads;
+  const std::int64_t latent = config.kv_lora_rank, rope = config.qk_rope_head_dim;
+  const std::int64_t q_width = heads * (config.qk_nope_head_dim + rope), q_rank = config.q_lora_rank;
+  const std::int64_t intermediate =
+      std::max(config.intermediate_size, config.n_shared_experts * config.moe_intermediate_size);
+  activations(buffers.x, tokens, hidden);
+  activations(buffers.h, tokens, hidden);
+  activations(buffers.qkv_a, tokens, (q_rank > 0 ? q_rank : q_width) + latent + rope);
+  activations(buffers.q_a, tokens, q_rank);
+  activations(buffers.q, tokens, q_rank > 0 ? q_width : 0);
+  activations(buffers.q_latent, tokens, heads * (latent + rope));
+  activations(buffers.out_latent, tokens, heads * latent);
+  activations(buffers.attended, tokens, heads * config.v_head_dim);
+  activations(buffers.act, tokens, intermediate);
+  for (Buffer& ids : buffers.expert_ids) activations(ids, tokens, experts_per_token(), DType::kInt32);
+  activations(buffers.expert_weights, tokens, experts_per_token(), DType::kFloat32);
+  activations(buffers.logit_h, rows, hidden);
+  activations(buffers.logits, rows, config.vocab_size, DType::kFloat32);
+  activations(buffers.tokens, rows, 1, DType::kInt32);
+
+  const std::int64_t recorded_tokens = std::min(tokens, kMaxRecordedTokens);
+  grow_step_buffers(tokens, recorded_tokens, recorded_tokens);
+  if (config.n_routed_experts > 0) {
+    activations(buffers.router_logits, tokens, config.n_routed_experts, DType::kFloat32);
+    grow(buffers.expert_workspace,
+         sm90::expert_ffn_workspace_size(tokens, hidden, config.moe_intermediate_size,
+                                         config.n_routed_experts + config.n_shared_experts,
+                                         experts_per_token()));
+  }
+  // Prompts that are processed whole.
+  grow_expanded(tokens);
+  weights.finish();
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+}
+
+void CudaContext::begin_step(Step& next) {
+  recorded = next.chunks.empty() && next.num_tokens() <= kMaxRecordedTokens;
+  if (recorded) pad(next);
+  step = &next;
+  grow_step_buffers(next.num_tokens(), next.num_absorbed, std::ssize(next.logit_rows));
+  const std::int64_t key_bytes =
+      std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim) * kElement;
+  data = uploader_.upload(next, kMaxExpandedBytes / key_bytes, *pool, stream);
+}
+
+void CudaContext::begin_pass() {
+  one_token.begin();
+  if (step->num_absorbed == 0 || !has_sm90_decode(config) || is_one_token_step()) return;
+  // Of the step's absorbed tokens, each a request.
+  const ScheduleOptions options =
+      schedule_options(static_cast<int>(step->num_absorbed), step->batch_invariant);
+  schedule = schedule_view(options);
+  build_decode_schedule(on_device(data.lens, DType::kInt32, {step->num_absorbed}), options, schedule, stream);
+}
+
+// Not batch-invariant ones: larger batches take other kernels.
+bool CudaContext::is_one_token_step() const {
+  return one_token.fits() && recorded && step->num_tokens() == 1 && !step->batch_invariant;
+}
+
+void CudaContext::grow(Buffer& buffer, std::size_t bytes) {
+  if (bytes > buffer.bytes()) {
+    buffer = {};
+    buffer = pool->allocate(bytes);
+  }
+}
+
+Matrix CudaContext::activations(Buffer& buffer, std::int64_t rows, std::int64_t columns, DType dtype) {
+  grow(buffer, static_cast<std::size_t>(rows * columns) * dtype_size(dtype));
+  return {buffer.data(), dtype, rows, columns, columns};
+}
+
+void CudaContext::grow_expanded(std::int64_t keys) {
+  activations(buffers.latents, keys, config.kv_lora_rank);
+  activations(buffers.k_rope, keys, config.qk_rope_head_dim);
+  activations(buffers.expanded, keys,
+              std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim));
+}
+
+void CudaContext::download(const std::byte* from, std::size_t bytes, void* to) {
+  std::byte* staging = download_.grow(bytes);
+  check(cudaMemcpyAsync(staging, from, bytes, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  std::memcpy(to, staging, bytes);
+}
+
+void CudaContext::rms_norm(const Matrix& x, const Buffer& weight, double eps, const Matrix& out) const {
+  sm90::rms_norm(x, floats(weight), static_cast<float>(eps), out, stream);
+}
+
+std::int64_t CudaContext::padded(std::int64_t num_tokens) const {
+  if (num_tokens > kMaxRecordedTokens) return num_tokens;
+  std::int64_t size = 1;
+  while (size < num_tokens && size < 8) size *= 2;
+  return std::max(size, (num_tokens + 7) / 8 * 8 * (num_tokens > 8));
+}
+
+// To a size that is recorded: with tokens that see no key and are not cached, and with logits for all.
+void CudaContext::pad(Step& next) const {
+  const auto size = static_cast<std::size_t>(padded(next.num_tokens()));
+  next.token_ids.resize(size, 0);
+  next.positions.resize(size, 0);
+  next.slots.resize(size, -1);
+  next.absorbed_lens.resize(size, 0);
+  next.absorbed_table.resize(size * static_cast<std::size_t>(next.max_blocks), 0);
+  next.num_absorbed = static_cast<std::int64_t>(size);
+  next.logit_rows.resize(size, 0);
+  next.first_chosen = 0;
+  if (!next.draws.empty()) next.draws.resize(size);
+}
+
+void CudaContext::grow_step_buffers(std::int64_t tokens, std::int64_t absorbed, std::int64_t logit_rows) {
+  const auto pairs = static_cast<std::size_t>(tokens * rotations.pairs) * sizeof(float);
+  grow(cosines_, pairs);
+  grow(sines_, pairs);
+  rotations.cosines = reinterpret_cast<float*>(cosines_.data());
+  rotations.sines = reinterpret_cast<float*>(sines_.data());
+  grow(num_splits_, static_cast<std::size_t>(absorbed + 1) * sizeof(std::int32_t));
+  const std::size_t bytes = sm90::likeliest_scratch_bytes(logit_rows);
+  if (bytes > buffers.likeliest_scratch.bytes()) {
+    grow(buffers.likeliest_scratch, bytes);
+    check(cudaMemsetAsync(buffers.likeliest_scratch.data(), 0, bytes, stream), "cudaMemsetAsync");
+  }
+}
+
+DecodeScheduleView CudaContext::schedule_view(const ScheduleOptions& options) const {
+  DecodeScheduleView view;
+  view.parts = on_device(parts_.data(), DType::kInt32, {options.num_parts, 8});
+  view.num_splits = on_device(num_splits_.data(), DType::kInt32, {step->num_absorbed + 1});
+  view.block_size = options.block_size;
+  view.fixed_split_blocks = options.fixed_split_blocks;
+  return view;
+}
+
+}  // namespace flash_mla::model

@@ -1,0 +1,100 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/matrix.h"
+#include "checkpoint/config.h"
+#include "flash_mla/decode.h"
+#include "flash_mla/schedule.h"
+#include "flash_mla/tensor.h"
+#include "kernels/gemm/sm90/cublaslt.h"
+#include "kernels/rows/sm90/rows.h"
+#include "model/device/cuda/memory.h"
+#include "model/device/cuda/one_token_pass.h"
+#include "model/device/cuda/step_data.h"
+#include "model/device/cuda/stream.h"
+#include "model/device/cuda/weight_loader.h"
+#include "model/step.h"
+
+namespace flash_mla::model {
+
+/// What the layers of a GPU share: stream and memory, the step that runs, and memory for activations that
+/// grows and stays. All activations are bfloat16 but where it says so.
+struct CudaContext {
+  explicit CudaContext(const ModelConfig& model_config);
+
+  ScheduleOptions schedule_options(int sequences, bool batch_invariant) const;
+  /// As Device::reserve.
+  void reserve(std::int64_t num_tokens, std::int64_t num_rows);
+  /// Pads the step where it is one of those that are recorded; its metadata goes to the device.
+  void begin_step(Step& next);
+  /// To be called before the layers: queues what makes the decode schedule.
+  void begin_pass();
+  /// Whether one kernel does all layers of the step.
+  bool is_one_token_step() const;
+
+  /// Of at least that many bytes: contents are lost when it grows.
+  void grow(Buffer& buffer, std::size_t bytes);
+  /// (rows, columns) in a buffer that grows and stays.
+  Matrix activations(Buffer& buffer, std::int64_t rows, std::int64_t columns, DType dtype = DType::kBFloat16);
+  /// Memory for the keys and values that prefill attention expands at a time.
+  void grow_expanded(std::int64_t keys);
+  /// Chosen experts of a token, with the shared ones.
+  int experts_per_token() const { return config.num_experts_per_tok + config.n_shared_experts; }
+  /// To the host; returns when everything queued has run.
+  void download(const std::byte* from, std::size_t bytes, void* to);
+  void rms_norm(const Matrix& x, const Buffer& weight, double eps, const Matrix& out) const;
+
+  const ModelConfig config;
+  Stream stream;
+  std::shared_ptr<DevicePool> pool = std::make_shared<DevicePool>();
+  sm90::CublasLt lt;
+  WeightLoader weights;
+
+  const Step* step = nullptr;
+  bool recorded = false;  ///< the step is one of those that are replayed
+  StepData data;
+  sm90::RotationTable rotations;
+  DecodeScheduleView schedule;  ///< of the absorbed tokens, where the sm90 kernel takes them
+  OneTokenPass one_token;
+
+  struct {
+    Buffer x, h, qkv_a, q_a, q, q_latent, out_latent, attended, gate_up, act;
+    Buffer decode_workspace, prefill_workspace;
+    Buffer latents, k_rope, expanded;  ///< grow_expanded
+    Buffer router_logits, expert_weights, expert_workspace;
+    std::vector<Buffer> expert_ids;  ///< of each mixture layer (tokens, experts_per_token()) int32
+    Buffer logit_h, logits, tokens, likeliest_scratch;  ///< of the logit rows
+  } buffers;
+
+ private:
+  std::int64_t padded(std::int64_t num_tokens) const;
+  void pad(Step& next) const;
+  void grow_step_buffers(std::int64_t tokens, std::int64_t absorbed, std::int64_t logit_rows);
+  DecodeScheduleView schedule_view(const ScheduleOptions& options) const;
+
+  ScheduleOptions schedule_options_;  // of batches of any size: no other has more parts
+  StepUploader uploader_;
+  PinnedBuffer download_;
+  Buffer inv_freq_, cosines_, sines_, parts_, num_splits_;
+};
+
+inline const float* floats(const Buffer& buffer) {
+  return buffer.bytes() > 0 ? reinterpret_cast<const float*>(buffer.data()) : nullptr;
+}
+
+/// A dense array on the GPU.
+inline TensorView on_device(const void* data, DType dtype, std::initializer_list<std::int64_t> shape) {
+  return TensorView::contiguous(const_cast<void*>(data), dtype, shape, {DeviceType::kCuda, 0});
+}
+
+/// Whether decode attention of such a model has a kernel for Hopper; else a plain one takes it.
+inline bool has_sm90_decode(const ModelConfig& config) {
+  return config.kv_lora_rank == 512 && config.qk_rope_head_dim == 64;
+}
+
+}  // namespace flash_mla::model

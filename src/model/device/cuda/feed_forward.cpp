@@ -1,0 +1,28 @@
+#include "model/device/cuda/feed_forward.h"
+
+namespace flash_mla::model {
+
+CudaFeedForward::CudaFeedForward(CudaContext& context, const FeedForwardWeights& weights)
+    : context_(context),
+      norm_(context.weights.vector(weights.norm)),
+      gate_up_(context, weights.gate_up),
+      down_(context, weights.down),
+      intermediate_(weights.down.columns) {}
+
+void CudaFeedForward::forward(Residual& x) {
+  if (context_.is_one_token_step()) {
+    sm90::OneTokenLayer& layer = context_.one_token.layer();
+    layer.post_attention_norm = floats(norm_);
+    layer.gate_up = gate_up_.weight();
+    layer.down = down_.weight();
+    return;
+  }
+  const Matrix h = context_.activations(context_.buffers.h, x.x.rows, x.x.columns);
+  const Matrix act = context_.activations(context_.buffers.act, x.x.rows, intermediate_);
+  context_.rms_norm(x.x, norm_, context_.config.rms_norm_eps, h);
+  gate_up_.multiply_silu_mul(context_, h, act);
+  down_.multiply_add(context_, act, x.x);
+  x.normed_for = nullptr;
+}
+
+}  // namespace flash_mla::model

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/matrix.h"
+#include "kernels/moe/sm90/moe.h"
+#include "model/device/cuda/attention.h"
+#include "model/device/cuda/context.h"
+#include "model/layers.h"
+#include "model/weights.h"
+
+namespace flash_mla::model {
+
+/// The shared experts are experts that every token chooses, with weight 1, behind the routed ones.
+class CudaMixtureOfExperts : public FeedForward {
+ public:
+  CudaMixtureOfExperts(CudaContext& context, const MixtureWeights& weights);
+
+  /// Leaves h = norm(x) of the next layer, if one was set, ready as well.
+  void forward(Residual& x) override;
+  void set_next(const Attention& next) override { next_ = &static_cast<const CudaAttention&>(next); }
+  std::vector<std::int32_t> experts_taken(int num_tokens) const override;
+
+ private:
+  void read_experts(const MixtureWeights& weights);
+  void make_up_experts();
+  Buffer& ids() const { return context_.buffers.expert_ids[index_]; }
+  std::int64_t expert_elements() const;
+  void norm_and_route(const Matrix& x, const Matrix& h);
+  sm90::RouteArgs route_args(const Matrix& h);
+  void add_experts(const Matrix& h, const Matrix& x);
+
+  CudaContext& context_;
+  Buffer norm_;
+  Buffer router_;           ///< (n_routed_experts, hidden) float32
+  Buffer correction_bias_;  ///< (n_routed_experts) float32, or empty
+  std::int64_t intermediate_;
+  int num_experts_;    ///< with the shared ones
+  Buffer gate_up_;     ///< (num_experts, 2 * intermediate, hidden)
+  Buffer down_;        ///< (num_experts, hidden, intermediate)
+  std::size_t index_;  ///< among the mixture layers
+  const CudaAttention* next_ = nullptr;
+};
+
+}  // namespace flash_mla::model

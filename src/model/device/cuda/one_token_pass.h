@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+
+#include "base/buffer.h"
+#include "base/matrix.h"
+#include "checkpoint/config.h"
+#include "kernels/fused/sm90/one_token.h"
+#include "kernels/rows/sm90/rows.h"
+#include "model/device/cuda/memory.h"
+#include "model/device/cuda/step_data.h"
+
+namespace flash_mla::model {
+
+/// A step of one token, all layers of which one kernel does, on models that fit it: layers list themselves as
+/// their turn comes, and the kernel is queued when the last of them is through.
+class OneTokenPass {
+ public:
+  /// For no model.
+  OneTokenPass() = default;
+  OneTokenPass(const ModelConfig& config, DevicePool& pool, cudaStream_t stream);
+
+  /// Whether the model is one of those.
+  bool fits() const { return workspace_.bytes() > 0; }
+  /// Forgets the layers.
+  void begin() { num_layers_ = 0; }
+  /// A new layer, to be filled by attention, and then by its feed-forward network.
+  sm90::OneTokenLayer& add_layer();
+  sm90::OneTokenLayer& layer() { return args_->layers[num_layers_ - 1]; }
+  /// Queues all layers over x (1, hidden).
+  void run(const StepData& data, const sm90::RotationTable& rotations, const Matrix& x, cudaStream_t stream);
+
+ private:
+  std::unique_ptr<sm90::OneToken> args_;  // null where the model does not fit
+  Buffer workspace_;
+  int num_layers_ = 0;
+};
+
+}  // namespace flash_mla::model
