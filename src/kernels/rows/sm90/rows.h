@@ -32,7 +32,9 @@ void rms_norm(Matrix x, const float* weight, float eps, Matrix out, cudaStream_t
 /// out = silu(gate) * up, where gate_up = [gate | up]
 void silu_mul(Matrix gate_up, Matrix out, cudaStream_t stream);
 
-/// Ops::rope_and_append. A slot of -1 is not written.
+/// Rotates the rope part of every head of q (tokens, heads * (nope + rope)) in place; normalises the latent in
+/// kv (tokens, rank + rope), rotates its rope part and writes both to the token's slot of the cache. A slot of
+/// -1 is not written.
 struct RopeAndAppend {
   Matrix q, kv;
   const float* kv_norm = nullptr;

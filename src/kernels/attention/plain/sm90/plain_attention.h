@@ -11,7 +11,7 @@ namespace flash_mla::sm90 {
 // Attention for head dimensions that the Hopper kernels do not have: one block per query and head, correct
 // for every shape, and slow. Sums are fp32 and taken in an order that depends on the query's keys alone.
 
-/// Ops::decode_attention: every row of q is a request of its own over the paged cache (pages, kPageSize,
+/// Decode attention: every row of q is a request of its own over the paged cache (pages, kPageSize,
 /// rank + rope).
 struct PlainDecode {
   Matrix q, out;

@@ -1,0 +1,184 @@
+// The model over a device that only writes down what it is asked.
+
+#include "model/deepseek.h"
+
+#include <gmock/gmock.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checkpoint/config.h"
+
+namespace flash_mla::model {
+namespace {
+
+using testing::ElementsAre;
+
+using Calls = std::vector<std::string>;
+
+struct RecordedEmbedding : Embedding {
+  explicit RecordedEmbedding(Calls& calls) : calls_(calls) {}
+  Residual forward() override {
+    calls_.push_back("embedding");
+    return {};
+  }
+
+ private:
+  Calls& calls_;
+};
+
+struct RecordedAttention : Attention {
+  RecordedAttention(Calls& calls, std::string name) : calls_(calls), name_(std::move(name)) {}
+  void forward(Residual&, Rows rows) override {
+    calls_.push_back(name_ + (rows == Rows::kLogits ? " of logit rows" : ""));
+  }
+  std::size_t bytes_per_page() const override { return 100; }
+  void free_cache() override { calls_.push_back(name_ + " free"); }
+  void allocate_cache(int num_pages) override {
+    calls_.push_back(name_ + " allocate " + std::to_string(num_pages));
+  }
+  void copy_page(int source, int target) override {
+    calls_.push_back(name_ + " copy " + std::to_string(source) + " " + std::to_string(target));
+  }
+  const std::string& name() const { return name_; }
+
+ private:
+  Calls& calls_;
+  std::string name_;
+};
+
+struct RecordedFeedForward : FeedForward {
+  RecordedFeedForward(Calls& calls, std::string name) : calls_(calls), name_(std::move(name)) {}
+  void forward(Residual&) override { calls_.push_back(name_ + before_); }
+  void set_next(const Attention& next) override {
+    before_ = " before " + static_cast<const RecordedAttention&>(next).name();
+  }
+  std::vector<std::int32_t> experts_taken(int num_tokens) const override {
+    if (name_ != "experts 1") return {};
+    return std::vector<std::int32_t>(static_cast<std::size_t>(num_tokens), 3);
+  }
+
+ private:
+  Calls& calls_;
+  std::string name_, before_;
+};
+
+struct RecordedHead : Head {
+  explicit RecordedHead(Calls& calls) : calls_(calls) {}
+  Matrix forward(const Residual&) override {
+    calls_.push_back("head");
+    return {};
+  }
+
+ private:
+  Calls& calls_;
+};
+
+class RecordingDevice : public Device {
+ public:
+  explicit RecordingDevice(Calls& calls) : calls_(calls) {}
+
+  std::size_t free_memory() const override { return 0; }
+  ScheduleOptions schedule_options(int, bool) const override { return {}; }
+  bool queues() const override { return true; }
+  double device_seconds() const override { return 0; }
+  DType weight_dtype() const override { return DType::kFloat32; }
+  bool makes_up_weights() const override { return true; }
+  std::unique_ptr<Embedding> make_embedding(const Weight&) override {
+    return std::make_unique<RecordedEmbedding>(calls_);
+  }
+  std::unique_ptr<Attention> make_attention(const AttentionWeights&) override {
+    return std::make_unique<RecordedAttention>(calls_, "attention " + std::to_string(attentions_++));
+  }
+  std::unique_ptr<FeedForward> make_feed_forward(const FeedForwardWeights&) override {
+    return std::make_unique<RecordedFeedForward>(calls_, "dense " + std::to_string(networks_++));
+  }
+  std::unique_ptr<FeedForward> make_mixture_of_experts(const MixtureWeights&) override {
+    return std::make_unique<RecordedFeedForward>(calls_, "experts " + std::to_string(networks_++));
+  }
+  std::unique_ptr<Head> make_head(const HeadWeights&) override {
+    return std::make_unique<RecordedHead>(calls_);
+  }
+  void reserve(std::int64_t, std::int64_t) override {}
+  void begin_step(Step& step) override {
+    calls_.push_back("begin step of " + std::to_string(step.num_tokens()));
+  }
+  void run(const std::function<void()>& pass) override { pass(); }
+  void choose(const Matrix&) override { calls_.push_back("choose"); }
+  void download_logits(std::int64_t rows, float*) override {
+    calls_.push_back("download " + std::to_string(rows) + " rows of logits");
+  }
+  std::unique_ptr<Download> start_token_download(std::int64_t first, std::int64_t count) override {
+    struct Tokens : Download {
+      std::vector<std::int32_t> values;
+      const std::byte* wait() override { return reinterpret_cast<const std::byte*>(values.data()); }
+    };
+    calls_.push_back("download tokens " + std::to_string(first) + " to " + std::to_string(first + count));
+    auto out = std::make_unique<Tokens>();
+    out->values.assign(static_cast<std::size_t>(count), 7);
+    return out;
+  }
+
+ private:
+  Calls& calls_;
+  int attentions_ = 0, networks_ = 0;
+};
+
+class DeepSeekTest : public testing::Test {
+ protected:
+  DeepSeekTest() {
+    const auto weights = random_weights(config_, /*made_up_by_device=*/true);
+    model_ = std::make_unique<DeepSeek>(config_, std::make_unique<RecordingDevice>(calls_), *weights);
+  }
+
+  const ModelConfig config_ = checkpoint::parse_config(R"({
+    "model_type": "deepseek_v2", "vocab_size": 30, "hidden_size": 24, "intermediate_size": 20,
+    "moe_intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 3, "q_lora_rank": null,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 4,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": false,
+    "max_position_embeddings": 256, "rope_theta": 10000.0})",
+                                                       "test");
+  Calls calls_;
+  std::unique_ptr<DeepSeek> model_;
+};
+
+TEST_F(DeepSeekTest, WalksTheLayersInOrderAndNarrowsInTheLast) {
+  model_->allocate_cache(2);
+  calls_.clear();
+  const std::int32_t ids[] = {1, 2, 3}, starts[] = {0, 3}, lengths[] = {3}, pages[] = {1}, rows[] = {2, 1},
+                     greedy[] = {2};
+  ForwardBatch batch;
+  batch.token_ids = ids;
+  batch.query_starts = starts;
+  batch.seq_lens = lengths;
+  batch.block_table = pages;
+  batch.max_blocks = 1;
+  batch.logit_rows = rows;
+  batch.greedy_rows = greedy;
+  std::vector<float> logits(2 * 30);
+  std::int32_t token = 0;
+  model_->forward(batch, logits.data(), &token);
+  EXPECT_EQ(token, 7);
+  EXPECT_THAT(calls_, ElementsAre("begin step of 3", "embedding", "attention 0", "dense 0 before attention 1",
+                                  "attention 1", "experts 1 before attention 2", "attention 2 of logit rows",
+                                  "experts 2", "head", "choose", "download tokens 2 to 3",
+                                  "download 2 rows of logits"));
+}
+
+TEST_F(DeepSeekTest, KeepsACacheInEveryLayer) {
+  EXPECT_EQ(model_->bytes_per_page(), 300u);
+  model_->allocate_cache(5);
+  EXPECT_THAT(calls_,
+              ElementsAre("attention 0 free", "attention 1 free", "attention 2 free",
+                          "attention 0 allocate 5", "attention 1 allocate 5", "attention 2 allocate 5"));
+  calls_.clear();
+  model_->copy_page(1, 4);
+  EXPECT_THAT(calls_, ElementsAre("attention 0 copy 1 4", "attention 1 copy 1 4", "attention 2 copy 1 4"));
+}
+
+TEST_F(DeepSeekTest, CountsDistinctRoutedExperts) { EXPECT_EQ(model_->experts_hit(2), 1); }
+
+}  // namespace
+}  // namespace flash_mla::model
