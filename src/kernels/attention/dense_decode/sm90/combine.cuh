@@ -16,7 +16,10 @@
 #include <cstdint>
 
 #include "kernels/attention/dense_decode/sm90/combine_shape.h"
-#include "kernels/attention/dense_decode/sm90/kernel.cuh"
+#include "kernels/attention/dense_decode/sm90/work.cuh"
+#include "kernels/ptx/cluster.cuh"
+#include "kernels/ptx/fragment.cuh"
+#include "kernels/ptx/mbarrier.cuh"
 
 namespace flash_mla::sm90 {
 

@@ -1,32 +1,265 @@
 #pragma once
 
-// What the consumer warpgroups have in common, however a tile is divided between them: where rows go, masks,
-// rescaling, releasing slots, storing results. kWg is 0 or 1; a warpgroup owns columns kWg * 256 to + 255 of
-// O.
+// A consumer warpgroup: kWg is 0 or 1. Tiles are taken in pairs.
+//
+// WG0 computes S and the softmax of the even tile (slot 0), WG1 of the odd one (slot 1); each accumulates
+// half of the 512 output columns over both tiles, taking its own P from registers and the other's from shared
+// memory:
+//
+//   WG0   QK0 | softmax0 -> P0 | O_left  += P0 V0 | O_left  += P1 V1 | next pair
+//   WG1         QK1 | O_right += P0 V0 | softmax1 -> P1 | O_right += P1 V1 | next pair
+//
+// WG1 issues its QK after WG0's, so that softmax0 runs under QK1 and softmax1 under the products with V0.
 
 #include <cstdint>
 
+#include "kernels/attention/dense_decode/sm90/epilogue.cuh"
 #include "kernels/attention/dense_decode/sm90/smem.cuh"
+#include "kernels/attention/dense_decode/sm90/work.cuh"
+#include "kernels/ptx/fragment.cuh"
+#include "kernels/ptx/tile.cuh"
 #include "kernels/ptx/tma.cuh"
-#include "kernels/ptx/wgmma.cuh"
 
 namespace flash_mla::sm90 {
 
 template <bool kBf16, int kCluster, int kWg>
-struct ConsumerBase {
+struct Consumer {
+  static constexpr bool kIsBf16 = kBf16;
+  static constexpr int kCtas = kCluster, kWarpgroup = kWg;
+  using T = ptx::Element<kBf16>;
+  // Q's first chunk as a first operand in registers: Q K^T reads as much of Q as of K from shared memory,
+  // which is all that shared memory delivers. Two chunks would spill.
+  using FirstQ = std::uint32_t[4][4];
+
   const DecodeParams& p;
-  DecodeSmem<ptx::Element<kBf16>>& s;
+  DecodeSmem<T>& s;
   const int warp, lane;       // in the warpgroup
   const int row;              // this thread's rows are `row` and `row + 8`
   std::uint32_t item_parity;  // of q_full
   float reference[2];         // of the softmax, per row, base 2; -inf until a key has been seen
 
-  __device__ ConsumerBase(const DecodeParams& params, DecodeSmem<ptx::Element<kBf16>>& smem)
+  __device__ Consumer(const DecodeParams& params, DecodeSmem<T>& smem)
       : p(params),
         s(smem),
         warp(static_cast<int>(threadIdx.x) / 32 % 4),
         lane(static_cast<int>(threadIdx.x) % 32),
         row(warp * 16 + lane / 4) {}
+
+  __device__ void run(const PartRange& part) {
+    int uses = 0;  // of this warpgroup's slot so far
+    for_each_item(part, [&](float(&o)[128], const Item& item, float(&sum)[2]) {
+      if constexpr (kWg == 0) {
+        even_tiles(o, item, uses, sum);
+      } else {
+        odd_tiles(o, item, uses, sum);
+      }
+    });
+  }
+
+  __device__ Epilogue<Consumer> epilogue() { return {*this}; }
+
+  // Row sums over all columns of both warpgroups' tiles, in the same order in both.
+  __device__ void add_sums(float (&sum)[2], int parity) {
+    float(&row_sum)[2][kTileRows] = s.row_sum[parity];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 1);
+      sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 2);
+      if (lane % 4 == 0) row_sum[kWg][row + 8 * h] = sum[h];
+    }
+    ptx::named_barrier_sync<kItemEnd, kConsumerThreads>();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sum[h] = row_sum[0][row + 8 * h] + row_sum[1][row + 8 * h];
+  }
+
+  // Walks the items of a part; `tiles(o, item, sum)` does the work on one. O is not cleared: the first
+  // product of an item overwrites it.
+  template <class Tiles>
+  __device__ void for_each_item(const PartRange& part, Tiles&& tiles) {
+    float o[128];
+    int items = 0;
+    const auto walk = walk_of(p, part);
+    for (Item item = walk.first(); walk.holds(item); item = walk.next(item)) {
+      if (item.begin_block >= item.end_block) {
+        epilogue().store_empty(item);
+        continue;
+      }
+      float sum[2] = {0.0f, 0.0f};
+      reference[0] = reference[1] = -INFINITY;
+      item_parity = items & 1;
+      ptx::mbarrier_wait(&s.q_full[0], item_parity);
+      ++items;
+      tiles(o, item, sum);
+      add_sums(sum, items & 1);
+      epilogue().finish(item, o, sum);
+    }
+  }
+
+  __device__ void load_first(FirstQ& first) const {
+    const int r = warp * 16 + lane % 16;
+    const std::uint32_t chunk = ptx::smem_address(s.q.at(0));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ldmatrix_x4(first[i], ptx::swizzled_word(chunk, r, 2 * i + lane / 16));
+  }
+
+  // S = Q K^T of the tile in `slot`, as its chunks arrive.
+  __device__ void issue_qk(float (&scores)[32], const FirstQ& first, int slot, std::uint32_t parity) {
+    const auto q = s.q.k_major(), k = s.kv[slot].k_major();
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      // (WG1 does not come here in an item of one tile. The next item's Q is loaded after this one's was
+      // used.)
+      if (c == kFirstQChunks) ptx::mbarrier_wait(&s.q_full[1], item_parity);
+      if (c % 4 == 0) ptx::mbarrier_wait(&s.kv_full[slot][c / 4], parity);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (c == 0) {
+          ptx::wgmma(scores, first[i], k.step(i), i > 0);
+        } else {
+          ptx::wgmma(scores, q.step(4 * c + i), k.step(4 * c + i), true);
+        }
+      }
+    }
+    ptx::wgmma_commit();
+  }
+
+  // O half (+)= P V of keys 16 kBegin to 16 kEnd - 1 of the tile in `slot`, P from this warpgroup's
+  // registers.
+  template <int kBegin = 0, int kEnd = 4>
+  __device__ void issue_pv_own(float (&o)[128], const std::uint32_t (&weights)[4][4], int slot,
+                               bool accumulate) {
+    const auto v = s.values(slot, kWg).mn_major();
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = kBegin; i < kEnd; ++i) {
+      ptx::wgmma(o, weights[i], v.step(i), i > 0 || accumulate);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // The reference of one tile's softmax: base is what to subtract. True if O has to be multiplied with alpha.
+  // Almost always none does, and then no row's maximum is needed: that no lane's exceeds the
+  // reference by much is enough, which spares the shuffles.
+  __device__ bool find_reference(float (&x)[32], const Item& item, int tile, float (&sum)[2],
+                                 float (&alpha)[2], float (&base)[2]) {
+    mask(x, item, tile);
+    const float highest[2] = {lane_max(x, 0) * p.scale_log2, lane_max(x, 1) * p.scale_log2};
+    bool scaled = false;
+    if (__any_sync(0xFFFFFFFFu,
+                   highest[0] > reference[0] + kMaxGrowth || highest[1] > reference[1] + kMaxGrowth)) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float of_row = quad_max(highest[h]);
+        alpha[h] = move_reference(h, of_row > reference[h] + kMaxGrowth ? of_row : reference[h]);
+        sum[h] *= alpha[h];
+      }
+      scaled = any_scaled(alpha[0], alpha[1]);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      base[h] = reference[h] == -INFINITY ? 0.0f : reference[h];
+      if (lane % 4 == 0) ptx::store_shared(&s.exchange[kWg][row + 8 * h], reference[h]);
+    }
+    return scaled;
+  }
+
+  __device__ void issue_tile(float (&scores)[32], const FirstQ& first, const Item& item, int tile, int slot,
+                             int& uses) {
+    const std::uint32_t parity = uses++ & 1;
+    const int count = item.length - tile * kTileTokens;
+    if (count < kTileTokens) {
+      for (auto& full : s.kv_full[slot]) ptx::mbarrier_wait(&full, parity);
+      clear_rows(slot, count, 0, kRopeChunk);
+    }
+    issue_qk(scores, first, slot, parity);
+  }
+
+  // The tiles of an item as WG0 sees them: begin, begin + 2, ... Everything is drained before the loop goes
+  // round: the slot is released without waiting for the keys that the next Q K^T may have to wait for, and
+  // ptxas serialises products whose accumulators are in flight there.
+  __device__ void even_tiles(float (&o)[128], const Item& item, int& uses, float (&sum)[2]) {
+    float scores[32];
+    std::uint32_t weights[4][4];
+    float alpha[2], base[2];
+    FirstQ first;
+    load_first(first);
+    for (int tile = item.begin_block; tile < item.end_block; tile += 2) {
+      const bool paired = tile + 1 < item.end_block;
+      issue_tile(scores, first, item, tile, 0, uses);
+      if (paired) ptx::named_barrier_arrive<kOrder, kConsumerThreads>();
+      ptx::wgmma_wait<0>();
+      if (tile + 2 >= item.end_block && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+      const bool scaled = find_reference(scores, item, tile, sum, alpha, base);
+      exponentiate<0, 4>(scores, base, sum, 0, weights);
+      ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
+      if (scaled) rescale(o, alpha[0], alpha[1]);
+      issue_pv_own(o, weights, 0, tile > item.begin_block);
+      ptx::wgmma_wait<0>();
+      release(0);
+      if (!paired) break;
+      ptx::named_barrier_sync<kP1HalfReady, kConsumerThreads>();
+      take_reference(o, sum);
+      issue_pv_shared<0, 2>(o, 1, true);
+      ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
+      issue_pv_shared<2, 4>(o, 1, true);
+      ptx::wgmma_wait<0>();
+      release_odd(item, tile + 3 >= item.end_block);
+    }
+  }
+
+  // The tiles of an item as WG1 sees them: begin + 1, begin + 3, ...
+  __device__ void odd_tiles(float (&o)[128], const Item& item, int& uses, float (&sum)[2]) {
+    float scores[32];
+    std::uint32_t weights[4][4];
+    float alpha[2], base[2];
+    FirstQ first;
+    load_first(first);
+    int tile = item.begin_block + 1;
+    if (tile >= item.end_block && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+    for (; tile < item.end_block; tile += 2) {
+      ptx::named_barrier_sync<kOrder, kConsumerThreads>();
+      issue_tile(scores, first, item, tile, 1, uses);
+      ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
+      take_reference(o, sum);
+      issue_pv_shared(o, 0, tile > item.begin_block + 1);
+      ptx::wgmma_wait<1>();
+      if (tile + 2 >= item.end_block && lane == 0) ptx::mbarrier_arrive(&s.q_empty);
+      // In halves: the first product with V1 starts while the second half of P1 is being computed.
+      const bool scaled = find_reference(scores, item, tile, sum, alpha, base);
+      exponentiate<0, 2>(scores, base, sum, 1, weights);
+      ptx::named_barrier_arrive<kP1HalfReady, kConsumerThreads>();
+      ptx::wgmma_wait<0>();
+      release(0);
+      if (scaled) rescale(o, alpha[0], alpha[1]);
+      issue_pv_own<0, 2>(o, weights, 1, true);
+      exponentiate<2, 4>(scores, base, sum, 1, weights);
+      ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
+      issue_pv_own<2, 4>(o, weights, 1, true);
+      ptx::wgmma_wait<0>();
+      release_odd(item, tile + 2 >= item.end_block);
+    }
+    if (tile == item.end_block) {
+      // The last even tile has no partner.
+      ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
+      take_reference(o, sum);
+      issue_pv_shared(o, 0, tile > item.begin_block + 1);
+      ptx::wgmma_wait<0>();
+      release(0);
+    }
+  }
+
+  // Follows a move of the reference that the other warpgroup made.
+  __device__ void take_reference(float (&o)[128], float (&sum)[2]) {
+    const float to0 = ptx::load_shared(&s.exchange[1 - kWg][row]),
+                to1 = ptx::load_shared(&s.exchange[1 - kWg][row + 8]);
+    if (!__any_sync(0xFFFFFFFFu, to0 != reference[0] || to1 != reference[1])) return;
+    const float a0 = move_reference(0, to0), a1 = move_reference(1, to1);
+    if (!any_scaled(a0, a1)) return;  // an item's first reference
+    rescale(o, a0, a1);
+    sum[0] *= a0;
+    sum[1] *= a1;
+  }
 
   // This warpgroup is done with its half of slot 1's columns; of the last tile there only if they do not take
   // O.
@@ -69,19 +302,12 @@ struct ConsumerBase {
     return __any_sync(0xFFFFFFFFu, a0 != 1.0f || a1 != 1.0f);
   }
 
-  // First key that a row does not see.
-  __device__ int limit_of(const Item& item, int r) const {
-    if (!p.causal) return item.length;
-    return min(item.length - p.s_q + place_of(p.blocks, static_cast<int>(blockIdx.x), r).token + 1,
-               item.length);
-  }
-
   // Scores that a row does not see become -inf.
   __device__ void mask(float (&x)[32], const Item& item, int tile) const {
     const int last_limit = p.causal ? item.length - p.s_q + 1 : item.length;
     if ((tile + 1) * kTileTokens <= last_limit) return;
-    const int l0 = limit_of(item, row) - tile * kTileTokens,
-              l1 = limit_of(item, row + 8) - tile * kTileTokens;
+    const int l0 = limit_of(p, item, row) - tile * kTileTokens,
+              l1 = limit_of(p, item, row + 8) - tile * kTileTokens;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -134,176 +360,6 @@ struct ConsumerBase {
       ptx::wgmma(o, weights.step(i), v.step(i), i > 0 || accumulate);
     }
     ptx::wgmma_commit();
-  }
-
-  // This thread's first row, in a form the compiler knows nothing about: it would compute an item's addresses
-  // ahead of all tiles and keep them in registers that the tiles need.
-  __device__ int epilogue_row() const {
-    int r = row;
-    asm volatile("" : "+r"(r));
-    return r;
-  }
-
-  // Where row r of this CTA's block goes; false if it is padding.
-  __device__ bool locate(int r, int& token, int& head) const {
-    const RowPlace place = place_of(p.blocks, static_cast<int>(blockIdx.x), r);
-    token = place.token;
-    head = static_cast<int>(blockIdx.y) * p.group + place.head;
-    return r < p.blocks.tokens * p.blocks.heads && token < p.s_q && place.head < p.group;
-  }
-  // This CTA's row block among those of a partial result's slot.
-  __device__ std::int64_t partial_block(const Item& item) const {
-    const int blocks = p.blocks.count();
-    return (static_cast<std::int64_t>(item.slot) * gridDim.y + blockIdx.y) * blocks + blockIdx.x;
-  }
-  __device__ std::uint16_t* out_row(const Item& item, int token, int head) const {
-    return static_cast<std::uint16_t*>(p.out) + item.req * p.out_stride_b + token * p.out_stride_s +
-           head * p.out_stride_h;
-  }
-  __device__ void store_lse(const Item& item, int token, int head, float lse) const {
-    // WG1: WG0 is the one that the next item waits for.
-    if (kWg != 1 || lane % 4 != 0 || p.lse == nullptr) return;
-    p.lse[item.req * p.lse_stride_b + head * p.lse_stride_h + token * p.lse_stride_s] = lse;
-  }
-
-  // A split's result as it stands in the registers: 512 contiguous bytes per warp and instruction, and as
-  // little code as possible, for a small batch runs it once from a cold instruction cache.
-  __device__ void store_partial(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
-    const int groups = row_groups(p.blocks);
-    if (warp >= groups) return;
-    const std::int64_t block = partial_block(item);
-    store_stats(block, sum);
-    float4* to =
-        reinterpret_cast<float4*>(p.partial_out) + ((block * groups + warp) * 2 + kWg) * kFragment + lane;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) to[i * 32] = float4{o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]};
-  }
-  __device__ void store_stats(std::int64_t block, const float (&sum)[2]) const {
-    if (kWg != 0 || lane % 4 != 0) return;
-    float2* stats = reinterpret_cast<float2*>(p.partial_stats) + block * row_groups(p.blocks) * 16 + row;
-    stats[0] = float2{reference[0], sum[0]};
-    stats[8] = float2{reference[1], sum[1]};
-  }
-
-  // What a row's O has to be multiplied with. Stores its lse.
-  __device__ float finish_row(const Item& item, int h, float sum) const {
-    const int r = epilogue_row() + 8 * h;
-    // A row that saw no key gives 0 and lse = +inf. One whose every score is -inf gives NaN, as NaN scores
-    // do.
-    const bool none = sum == 0.0f, unseen = none && limit_of(item, r) <= 0;
-    int token, head;
-    if (locate(r, token, head)) {
-      store_lse(item, token, head,
-                unseen ? INFINITY
-                : none ? NAN
-                       : (reference[h] + log2_fast(sum)) * 0.69314718056f);
-    }
-    return unseen ? 0.0f : none ? NAN : 1.0f / sum;
-  }
-
-  // Writes this warpgroup's half of O and, from WG1, the lse.
-  __device__ void store(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float factor = finish_row(item, h, sum[h]);
-      int token, head;
-      const bool valid = locate(epilogue_row() + 8 * h, token, head);
-      std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 8;
-#pragma unroll
-      for (int i = 0; i < 32; i += 4) {
-        std::uint32_t x[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          x[j] = pack2<kBf16>(o[4 * (i + j) + 2 * h] * factor, o[4 * (i + j) + 2 * h + 1] * factor);
-        }
-        quad_transpose(x);
-        if (valid) *reinterpret_cast<uint4*>(to + i * 8) = uint4{x[0], x[1], x[2], x[3]};
-      }
-    }
-  }
-
-  // Puts this warpgroup's half of O into slot 1, for a producer to copy out; the lse, from WG1, is stored
-  // here.
-  __device__ void stage(const Item& item, const float (&o)[128], const float (&sum)[2]) const {
-    float factor[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) factor[h] = finish_row(item, h, sum[h]);
-    const int first = epilogue_row(), r = first / 16 * 16 + lane % 16;  // row whose address this lane gives
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const std::uint32_t chunk = ptx::smem_address(s.values(1, kWg).at(c));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* x = &o[32 * c + 8 * i];
-        stmatrix_x4(ptx::swizzled_word(chunk, r, 2 * i + lane / 16),
-                    pack2<kBf16>(x[0] * factor[0], x[1] * factor[0]),
-                    pack2<kBf16>(x[2] * factor[1], x[3] * factor[1]),
-                    pack2<kBf16>(x[4] * factor[0], x[5] * factor[0]),
-                    pack2<kBf16>(x[6] * factor[1], x[7] * factor[1]));
-      }
-    }
-    ptx::fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&s.out_full[kWg]);
-  }
-
-  // A request without keys.
-  __device__ void store_empty(const Item& item) {
-    if (item.is_split) {
-      reference[0] = reference[1] = -INFINITY;
-      if (warp < row_groups(p.blocks)) store_stats(partial_block(item), {0.0f, 0.0f});
-      return;
-    }
-    for (int h = 0; h < 2; ++h) {
-      int token, head;
-      if (!locate(epilogue_row() + 8 * h, token, head)) continue;
-      store_lse(item, token, head, INFINITY);
-      std::uint16_t* to = out_row(item, token, head) + kWg * 256 + lane % 4 * 64;
-      for (int i = 0; i < 64; i += 8) *reinterpret_cast<uint4*>(to + i) = uint4{0, 0, 0, 0};
-    }
-  }
-
-  // Row sums over all columns of both warpgroups' tiles, in the same order in both.
-  __device__ void add_sums(float (&sum)[2], int parity) {
-    float(&row_sum)[2][kTileRows] = s.row_sum[parity];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 1);
-      sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], 2);
-      if (lane % 4 == 0) row_sum[kWg][row + 8 * h] = sum[h];
-    }
-    ptx::named_barrier_sync<kItemEnd, kConsumerThreads>();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) sum[h] = row_sum[0][row + 8 * h] + row_sum[1][row + 8 * h];
-  }
-
-  // Walks the items of a part; `tiles(o, item, sum)` does the work on one. O is not cleared: the first
-  // product of an item overwrites it.
-  template <class Tiles>
-  __device__ void for_each_item(const PartRange& part, Tiles&& tiles) {
-    float o[128];
-    int items = 0;
-    const auto walk = walk_of(p, part);
-    for (Item item = walk.first(); walk.holds(item); item = walk.next(item)) {
-      if (item.begin_block >= item.end_block) {
-        store_empty(item);
-        continue;
-      }
-      float sum[2] = {0.0f, 0.0f};
-      reference[0] = reference[1] = -INFINITY;
-      item_parity = items & 1;
-      ptx::mbarrier_wait(&s.q_full[0], item_parity);
-      ++items;
-      tiles(o, item, sum);
-      add_sums(sum, items & 1);
-      if (item.is_split) {
-        store_partial(item, o, sum);
-      } else if (is_staged<kCluster>(p, item)) {
-        stage(item, o, sum);
-      } else {
-        store(item, o, sum);
-      }
-    }
   }
 };
 

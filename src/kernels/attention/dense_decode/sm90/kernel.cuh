@@ -14,7 +14,7 @@
 //            240 and 24 the producers keep what they copy by in local memory: 3% slower where work is
 //            compute-bound.
 //
-// The consumers take tiles in pairs: see paired.cuh.
+// The consumers take tiles in pairs: see consumer.cuh.
 //
 // Softmax is taken relative to a reference that moves only when a row's maximum exceeds it by more than 2^8
 // (kMaxGrowth), so that O is almost never rescaled; P stays within range of fp16 and bf16 and the final
@@ -26,7 +26,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/attention/dense_decode/sm90/paired.cuh"
+#include "kernels/attention/dense_decode/sm90/consumer.cuh"
 #include "kernels/attention/dense_decode/sm90/producer.cuh"
 #include "kernels/attention/dense_decode/sm90/smem.cuh"
 #include "kernels/ptx/cluster.cuh"

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "kernels/attention/dense_decode/sm90/smem.cuh"
+#include "kernels/attention/dense_decode/sm90/work.cuh"
 #include "kernels/ptx/tma.cuh"
 
 namespace flash_mla::sm90 {

@@ -1,15 +1,12 @@
 #pragma once
 
-// What the roles of the decode kernel share: the shared-memory map and the work of a part.
+// What the roles of the decode kernel share: the shared-memory map (its sizes: kernel.cuh) and its barriers.
 
 #include <cstddef>
 #include <cstdint>
 
 #include "kernels/attention/dense_decode/sm90/params.h"
-#include "kernels/ptx/fragment.cuh"
-#include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/tile.cuh"
-#include "schedule/walk.h"
 
 namespace flash_mla::sm90 {
 
@@ -44,40 +41,5 @@ struct alignas(1024) DecodeSmem {
 };
 
 enum NamedBarrier : int { kP0Ready = 1, kP1Ready, kOrder, kItemEnd, kFillWg0, kFillWg1, kP1HalfReady };
-
-using Item = PartItem<int>;
-
-/// The requests and blocks of part `index`, whichever unit the schedule's rows are in.
-__device__ __forceinline__ PartRange part_of(const DecodeParams& p, int index) {
-  const int4 row = reinterpret_cast<const int4*>(p.parts)[2 * static_cast<std::int64_t>(index)];
-  return part_range<int>(row.x, row.y, row.z, row.w, p.token_rows, kTileTokens);
-}
-
-/// What the walk reads, of the part that this CTA works on. Where partial results lie: see DecodeParams.
-struct DecodeTables {
-  const DecodeParams& p;
-
-  __device__ static constexpr int block_size() { return kTileTokens; }
-  __device__ int fixed_split_blocks() const { return p.split_tiles; }
-  __device__ int length(int req) const { return p.cache_seqlens[req]; }
-  __device__ int splits_before(int req) const { return p.num_splits[req]; }
-  __device__ int begin_split() const { return p.parts[static_cast<std::int64_t>(blockIdx.z) * 8 + 4]; }
-  __device__ int slot(int req, int before, int split, bool fixed) const {
-    return fixed ? before + split : before - req + (split == 0 ? p.num_parts : split - 1);
-  }
-};
-
-/// The walk over a part's items.
-__device__ __forceinline__ PartWalk<int, DecodeTables> walk_of(const DecodeParams& p, const PartRange& part) {
-  return {part, {p}};
-}
-
-/// Does the copy engine store the item's output, from the halves of slot 1? Those of the item's last tile
-/// there are released when that has been read. With a single tile the slot is not the item's. Worth it where
-/// work is compute-bound.
-template <int kCluster>
-__device__ __forceinline__ bool is_staged(const DecodeParams& p, const Item& item) {
-  return kCluster > 1 && p.out_box_chunks > 0 && !item.is_split && item.end_block - item.begin_block > 1;
-}
 
 }  // namespace flash_mla::sm90

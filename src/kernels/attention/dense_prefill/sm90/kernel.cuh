@@ -4,8 +4,9 @@
 //
 // Item       128 query rows of one head x all keys that they see, in tiles of 128 keys. CTAs are persistent,
 //            one per SM, and take items from a list in order (work.cuh).
-// Threads    384. Warps 0-3 and 4-7: consumer warpgroups of 64 rows each (consumer.cuh); warp 8: the producer,
-//            whose lane 0 issues all copies (producer.cuh); warps 9-11 only give their registers away.
+// Threads    384. Warps 0-3 and 4-7: consumer warpgroups of 64 rows each (consumer.cuh); warp 8: the
+//            producer, whose lane 0 issues all copies (producer.cuh); warps 9-11 only give their registers
+//            away.
 // Shared     Q 48 KB | two slots of K, 48 KB each: 2 chunks of 64 columns nope, 1 rope | two slots of V,
 //            32 KB each | two items | barriers: 208 KB. Tiles as ptx/tile.cuh has them, 128 rows a chunk.
 // Registers  consumers 232 (O 64, S 64, P 32, a third of Q 16), producer 40, through setmaxnreg.

@@ -8,6 +8,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "kernels/attention/dense_prefill/sm90/smem.cuh"
 #include "kernels/attention/dense_prefill/sm90/work.cuh"
 #include "kernels/ptx/tma.cuh"
 

@@ -1,10 +1,12 @@
 #pragma once
 
-// What the roles of the prefill kernel share.
+// What the roles of the prefill kernel share: the shared-memory map (its sizes: kernel.cuh), its barriers and
+// the rings of slots.
 
 #include <cstdint>
 
 #include "kernels/attention/dense_prefill/sm90/params.h"
+#include "kernels/attention/dense_prefill/sm90/work.cuh"
 #include "kernels/ptx/tile.cuh"
 
 namespace flash_mla::sm90::prefill {
@@ -15,17 +17,6 @@ inline constexpr int kConsumerThreads = 256;
 inline constexpr int kConsumerWarps = kConsumerThreads / 32;
 inline constexpr int kThreads = kConsumerThreads + 128;
 static_assert(kTileRows == kTileKeys);
-
-/// One tile of query rows of one head, with all the keys that they see.
-struct Item {
-  int head;         ///< -1: no more items
-  int query;        ///< first row, counted over all sequences
-  int rows;         ///< 1 to kTileRows
-  int key;          ///< first key of the sequence, counted over all sequences
-  int num_keys;     ///< of the sequence
-  int first_limit;  ///< keys that row 0 sees; may be negative
-  int num_tiles;    ///< of keys that the last row sees, and so at least as many as any other
-};
 
 template <class T>
 struct alignas(1024) Smem {

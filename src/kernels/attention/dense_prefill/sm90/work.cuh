@@ -7,12 +7,23 @@
 
 #include <cstdint>
 
-#include "kernels/attention/dense_prefill/sm90/smem.cuh"
+#include "kernels/attention/dense_prefill/sm90/params.h"
 
 namespace flash_mla::sm90::prefill {
 
 /// L2 that a group's keys and values may take: H200 has 60 MB in two halves that may both hold a line.
 inline constexpr int kGroupBytes = 24 << 20;
+
+/// One tile of query rows of one head, with all the keys that they see.
+struct Item {
+  int head;         ///< -1: no more items
+  int query;        ///< first row, counted over all sequences
+  int rows;         ///< 1 to kTileRows
+  int key;          ///< first key of the sequence, counted over all sequences
+  int num_keys;     ///< of the sequence
+  int first_limit;  ///< keys that row 0 sees; may be negative
+  int num_tiles;    ///< of keys that the last row sees, and so at least as many as any other
+};
 
 /// Finds items by index, in rising order, for a whole warp: each lane looks after one of 32 sequences.
 class WorkList {
