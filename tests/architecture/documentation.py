@@ -4,12 +4,15 @@
     python3 tests/architecture/documentation.py [ROOT]
 
 Exit code 1, with file and line of each, if a page names in `backticks` a path that does not exist, if a page
-docs/life-of-*.md names a function() that no source file does, or if docs/architecture.md leaves a room out.
+docs/life-of-*.md names a function() that no source file does, or if docs/architecture.md leaves a room out or draws other
+arrows than tests/architecture/arrows.py allows.
 """
 
 import pathlib
 import re
 import sys
+
+import arrows
 
 PATH = re.compile(r"`((?:\.ci|bench|cmake|data|deploy|docs|include|models|python|requirements|src|tests|tools)/[^`\s]*)`")
 FUNCTION = re.compile(r"`((?:\w+::)*~?\w+)\(\)`")
@@ -37,6 +40,17 @@ def expand(name):
     return [path for word in match[1].split(",") for path in expand(name[: match.start()] + word + name[match.end() :])]
 
 
+def drawn_arrows(picture):
+    """The solid arrows between rooms in a flow chart: lines such as `api --> schedule & kernels`."""
+    found = set()
+    for line in picture.splitlines():
+        match = re.fullmatch(r"\s*([\w\s&]+) --> ([\w\s&]+)", line)
+        if match:
+            heads, tails = (re.split(r"\s*&\s*", side.strip()) for side in match.groups())
+            found |= {(head, tail) for head in heads for tail in tails}
+    return {(head, tail) for head, tail in found if head in arrows.ARROWS and tail in arrows.ARROWS}
+
+
 def check(root):
     complaints = []
     text = "\n".join(
@@ -56,6 +70,10 @@ def check(root):
     for room in sorted(p for p in (root / "src").iterdir() if p.is_dir()):
         if f"`src/{room.name}/`" not in architecture:
             complaints.append(f"docs/architecture.md: its table leaves out src/{room.name}/")
+    allowed = {(room, other) for room, others in arrows.ARROWS.items() for other in others}
+    drawn = drawn_arrows(architecture)
+    for room, other in sorted(allowed ^ drawn):
+        complaints.append(f"docs/architecture.md: {'draws' if (room, other) in drawn else 'leaves out'} {room} -> {other}")
     return complaints
 
 
