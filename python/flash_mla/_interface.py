@@ -12,8 +12,6 @@ from ._arrays import Array, count, cuda_device, current_stream, empty, head_dim,
 from ._library import run_dense_decode
 from ._sparse import as_bytes, dense_fp8_decode, sparse_decode, sparse_prefill
 
-_BLOCK_SIZE = 64
-
 
 def _missing(feature: str) -> NotImplementedError:
     return NotImplementedError(f"{feature} is not implemented in flash_mla {_C.version()}")
@@ -97,23 +95,13 @@ def get_mla_metadata(
 def _plan(cache_seqlens: Array, s_q: int, h_q: int, h_k: int, token_rows: bool) -> Tuple[Array, Array]:
     (b,) = shape_of(cache_seqlens, "cache_seqlens", 1)
     device = cuda_device(cache_seqlens)
-    if device is None:
-        num_parts, overhead, least, whole = _C.cpu_schedule_options()
-    else:
-        num_parts, overhead, least, whole = _C.cuda_schedule_options(device, s_q, h_q, h_k, b)
-    parts = empty((num_parts, 8), cache_seqlens, "int32")
+    options = _C.cpu_schedule_options() if device is None else _C.cuda_schedule_options(device, s_q, h_q, h_k, b)
+    if token_rows:
+        options["min_blocks_per_request"] = 0
+    parts = empty((options.pop("num_parts"), 8), cache_seqlens, "int32")
     num_splits = empty((b + 1,), cache_seqlens, "int32")
     _C.build_schedule(
-        cache_seqlens,
-        parts,
-        num_splits,
-        token_rows=token_rows,
-        block_size=_BLOCK_SIZE,
-        fixed_overhead_blocks=overhead,
-        min_blocks_per_part=least,
-        whole_requests_percent=whole,
-        min_blocks_per_request=0 if token_rows else 1,
-        stream=current_stream(device),
+        cache_seqlens, parts, num_splits, token_rows=token_rows, stream=current_stream(device), **options
     )
     return parts, num_splits
 
@@ -201,7 +189,9 @@ def flash_mla_with_kvcache(
         _check_fp8(k_cache)
         out, lse = dense_fp8_decode(*inputs, softmax_scale=softmax_scale, causal=causal, token_rows=token_rows)
     else:
-        out, lse = run_dense_decode(q_shape, head_dim_v, device, *inputs, softmax_scale, causal, token_rows)
+        out, lse = run_dense_decode(
+            q_shape, head_dim_v, device, inputs, softmax_scale=softmax_scale, causal=causal, token_rows=token_rows
+        )
     if config is not None and not tile_scheduler_metadata.have_initialized:
         # Only now: a call that was refused must not bind the object to its shapes.
         tile_scheduler_metadata.tile_scheduler_metadata = parts

@@ -90,16 +90,24 @@ def dense_decode(
     q_shape = shape_of(q, "q", 4)
     device = cuda_device(q)
     head_dim_v = head_dim(head_dim_v, q_shape[3])
-    plan = (bool(token_rows), block_size, fixed_split_blocks, num_threads)
     return run_dense_decode(
-        q_shape, head_dim_v, device, q, k_cache, block_table, cache_seqlens, parts, num_splits, softmax_scale, causal, *plan
+        q_shape,
+        head_dim_v,
+        device,
+        (q, k_cache, block_table, cache_seqlens, parts, num_splits),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        token_rows=bool(token_rows),
+        block_size=block_size,
+        fixed_split_blocks=fixed_split_blocks,
+        num_threads=num_threads,
     )
 
 
-def run_dense_decode(
-    q_shape, head_dim_v, device, q, k_cache, block_table, cache_seqlens, parts, num_splits, softmax_scale, causal, *plan
-):
-    """Allocates out and lse beside q, decodes on q's stream and returns them; plan: token_rows and what follows it."""
+def run_dense_decode(q_shape, head_dim_v, device, inputs, **options):
+    """Allocates out and lse beside q, decodes on q's stream and returns them; inputs as dense_decode takes them first,
+    parts and num_splits included, options as _C.dense_decode takes them."""
+    q, k_cache, block_table, cache_seqlens, parts, num_splits = inputs
     b, s_q, h_q, _ = q_shape
     out = empty((b, s_q, h_q, head_dim_v), q)
     lse = empty((b, h_q, s_q), q, "float32")
@@ -112,11 +120,9 @@ def run_dense_decode(
         lse,
         parts,
         num_splits,
-        softmax_scale,
-        causal,
-        *plan,
         stream=current_stream(device),
         allocate=workspace_allocator(device),
+        **options,
     )
     return out, lse
 

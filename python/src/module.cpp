@@ -2,9 +2,9 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <span>
 #include <string>
 #include <vector>
@@ -67,25 +67,37 @@ void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, n
   dense_decode(args, schedule, thread_workspace().get(bytes), bytes, options);
 }
 
+/// The options that `given` names, the others as they are by default.
+ScheduleOptions schedule_options_argument(const nb::kwargs& given, int num_parts) {
+  ScheduleOptions options;
+  const auto fields = schedule_option_fields();
+  for (const auto& [key, value] : given) {
+    const auto name = nb::cast<std::string>(key);
+    const auto field = std::ranges::find(fields, name, &ScheduleOptionField::name);
+    if (field == fields.end()) throw nb::type_error(("build_schedule() has no option " + name).c_str());
+    options.*field->value = int_argument(value, field->name, field->least);
+  }
+  options.num_parts = num_parts;
+  return options;
+}
+
+nb::dict to_dict(const ScheduleOptions& options) {
+  nb::dict all;
+  for (const ScheduleOptionField& field : schedule_option_fields()) {
+    all[field.name] = options.*field.value;
+  }
+  return all;
+}
+
 /// Plans into `parts` (num_parts, 8) and `num_splits` (b + 1), which the caller has allocated.
 void py_build_schedule(nb::handle cache_seqlens, nb::handle parts, nb::handle num_splits, bool token_rows,
-                       nb::handle block_size, nb::handle fixed_overhead_blocks,
-                       nb::handle min_blocks_per_request, nb::handle fixed_split_blocks,
-                       nb::handle min_blocks_per_part, nb::handle whole_requests_percent,
-                       std::uintptr_t stream) {
+                       std::uintptr_t stream, const nb::kwargs& given) {
   const TensorArgument t_lengths(cache_seqlens, "cache_seqlens"), t_parts(parts, "parts"),
       t_splits(num_splits, "num_splits");
   const TensorView& rows = t_parts.view();
   if (rows.rank != 2)
     throw InvalidArgument("parts is " + rows.describe() + ", expected int32 (num_parts, 8)");
-  ScheduleOptions options;
-  options.num_parts = static_cast<int>(rows.size(0));
-  options.block_size = int_argument(block_size, "block_size", 1);
-  options.fixed_overhead_blocks = int_argument(fixed_overhead_blocks, "fixed_overhead_blocks", 0);
-  options.min_blocks_per_request = int_argument(min_blocks_per_request, "min_blocks_per_request", 0);
-  options.fixed_split_blocks = int_argument(fixed_split_blocks, "fixed_split_blocks", 0);
-  options.min_blocks_per_part = int_argument(min_blocks_per_part, "min_blocks_per_part", 1);
-  options.whole_requests_percent = int_argument(whole_requests_percent, "whole_requests_percent", 0);
+  const ScheduleOptions options = schedule_options_argument(given, static_cast<int>(rows.size(0)));
   DecodeScheduleView schedule;
   schedule.parts = rows;
   schedule.num_splits = t_splits.view();
@@ -143,25 +155,17 @@ NB_MODULE(_C, m) {
         "block_size"_a.none() = 64, "fixed_split_blocks"_a.none() = 0, "num_threads"_a.none() = 0,
         "stream"_a = 0, "allocate"_a.none() = nb::none());
   m.def("build_schedule", &python::py_build_schedule, "cache_seqlens"_a.none(), "parts"_a.none(),
-        "num_splits"_a.none(), "token_rows"_a = false, "block_size"_a.none() = 64,
-        "fixed_overhead_blocks"_a.none() = 5, "min_blocks_per_request"_a.none() = 1,
-        "fixed_split_blocks"_a.none() = 0, "min_blocks_per_part"_a.none() = 1,
-        "whole_requests_percent"_a.none() = 0, "stream"_a = 0);
+        "num_splits"_a.none(), "token_rows"_a = false, "stream"_a = 0, "options"_a);
+  m.def("schedule_options", [] { return python::to_dict({}); });
   m.def(
       "cuda_schedule_options",
       [](int device_index, int s_q, int num_heads_q, int num_heads_k, int batch) {
-        const ScheduleOptions o = cuda_schedule_options(device_index, s_q, num_heads_q, num_heads_k, batch);
-        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks, o.min_blocks_per_part,
-                               o.whole_requests_percent);
+        return python::to_dict(cuda_schedule_options(device_index, s_q, num_heads_q, num_heads_k, batch));
       },
       "device_index"_a, "s_q"_a, "num_heads_q"_a, "num_heads_k"_a, "batch"_a = 0);
   m.def(
       "cpu_schedule_options",
-      [](int num_threads) {
-        const ScheduleOptions o = cpu_schedule_options(num_threads);
-        return std::make_tuple(o.num_parts, o.fixed_overhead_blocks, o.min_blocks_per_part,
-                               o.whole_requests_percent);
-      },
+      [](int num_threads) { return python::to_dict(cpu_schedule_options(num_threads)); },
       "num_threads"_a = 0);
   m.def("reference_dense_decode", &python::py_reference, "q"_a.none(), "k_cache"_a.none(),
         "block_table"_a.none(), "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(),

@@ -1,6 +1,8 @@
+import inspect
+
 import pytest
 import torch
-from flash_mla import build_decode_schedule, get_mla_metadata
+from flash_mla import _C, build_decode_schedule, get_mla_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,3 +165,15 @@ def test_metadata_shapes():
     metadata, num_splits = get_mla_metadata(ints([100, 200]), num_heads_per_head_k=4, num_heads_k=1)
     assert metadata.dtype == num_splits.dtype == torch.int32
     assert metadata.dim() == 2 and metadata.shape[1] == 8 and num_splits.shape == (3,)
+
+
+def test_options_are_by_default_what_they_are_in_cpp():
+    defaults = {name: p.default for name, p in inspect.signature(build_decode_schedule).parameters.items()}
+    options = _C.schedule_options()
+    assert options.pop("num_parts") == 1
+    assert {name: defaults.get(name) for name in options} == options
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(TypeError, match="fixed_split"):
+        _C.build_schedule(ints([10]), ints([[0] * 8]), ints([0, 0]), fixed_split=1)
