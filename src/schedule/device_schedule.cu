@@ -221,6 +221,28 @@ __device__ __forceinline__ void place_fixed(const ScheduleParams& p, const Sched
   }
 }
 
+/// Splits per request, as their exclusive prefix sum, once all parts are placed. blocks_of(req): as they count.
+/// All threads.
+template <class F>
+__device__ __forceinline__ void write_num_splits(const ScheduleParams& p, const ScheduleMemory& s,
+                                                 F blocks_of) {
+  if (threadIdx.x == 0) p.num_splits[0] = 0;
+  if (p.fixed_split_blocks > 0) {
+    __syncthreads();
+    scan<Sum>(s.starts + 1, p.batch,
+              [&](int req) { return (max(blocks_of(req), 1) - 1) / p.fixed_split_blocks + 1; });
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
+    if (p.fixed_split_blocks > 0) {
+      p.num_splits[i + 1] = s.starts[i + 1];
+    } else {
+      // Parts that begin before the next request does, and cuts among them.
+      const int parts = count_up_to(s.begins, p.num_parts, s.starts[i + 1] - 1);
+      p.num_splits[i + 1] = i + 1 + (parts > 0 ? s.cuts[parts - 1] : 0);
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const ScheduleParams p) {
   extern __shared__ std::int32_t memory[];
   const ScheduleMemory s(memory, p);
@@ -313,21 +335,7 @@ __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const Schedu
       row[1] = {split, is_split(begin_req), is_split(end_req), 0};
     }
   }
-  if (threadIdx.x == 0) p.num_splits[0] = 0;
-  if (p.fixed_split_blocks > 0) {
-    __syncthreads();
-    scan<Sum>(starts + 1, p.batch,
-              [&](int req) { return (max(blocks_of(req), 1) - 1) / p.fixed_split_blocks + 1; });
-  }
-  for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += kScheduleThreads) {
-    if (p.fixed_split_blocks > 0) {
-      p.num_splits[i + 1] = starts[i + 1];
-    } else {
-      // Parts that begin before the next request does, and cuts among them.
-      const int parts = count_up_to(begins, p.num_parts, starts[i + 1] - 1);
-      p.num_splits[i + 1] = i + 1 + (parts > 0 ? s.cuts[parts - 1] : 0);
-    }
-  }
+  write_num_splits(p, s, blocks_of);
   ptx::grid_dependency_launch();
 }
 
