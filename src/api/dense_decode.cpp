@@ -1,9 +1,9 @@
-#include "flash_mla/decode.h"
+#include "kernels/attention/dense_decode/cpu/dense_decode.h"
 
 #include <cmath>
 
 #include "api/checks.h"
-#include "kernels/attention/dense_decode/cpu/dense_decode.h"
+#include "flash_mla/decode.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
 
 namespace flash_mla {

@@ -98,10 +98,11 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   f.gauge("mla_cache_pages_cached", "Pages kept for prefix reuse only.", s.pages_cached);
   f.gauge("mla_mem_utilization", "Cache bytes of running sequences over all cache bytes.",
           share(s.pages_used, s.pages_total));
-  f.gauge("warps_active_ratio",
-          "Balance of the decode schedule of the last step that decoded: blocks of all parts over the number of "
-          "parts times those of the busiest. From the plan; not a hardware counter.",
-          s.schedule_utilisation);
+  f.gauge(
+      "warps_active_ratio",
+      "Balance of the decode schedule of the last step that decoded: blocks of all parts over the number of "
+      "parts times those of the busiest. From the plan; not a hardware counter.",
+      s.schedule_utilisation);
   f.gauge("cache_hit_rate", "Prompt tokens found in the prefix cache over those looked up.",
           share(static_cast<double>(s.prefix_tokens_hit), static_cast<double>(s.prefix_tokens_looked_up)));
   f.histogram("mla_ttft_seconds", "Submission to first token.", s.ttft_seconds);

@@ -20,8 +20,8 @@
 #include <vector>
 
 #include "device.h"
-#include "protocol.cuh"
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
+#include "protocol.cuh"
 
 namespace {
 

@@ -181,7 +181,8 @@ class CudaEngine : public testing::TestWithParam<Case> {
  protected:
   void SetUp() override {
     directory_.write("config.json", config_text(GetParam()));
-    directory_.write("model.safetensors", RandomCheckpoint(checkpoint::read_config(directory_.path())).bytes());
+    directory_.write("model.safetensors",
+                     RandomCheckpoint(checkpoint::read_config(directory_.path())).bytes());
     gpu_ = load(ModelDevice::kCuda);
     long_ = {random_tokens(300, 1), {3, 0, 7, 5, 1}};
     again_ = {long_.tokens, {10, 11, 12, 13, 14}};

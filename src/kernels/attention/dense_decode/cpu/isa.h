@@ -1,7 +1,7 @@
 #pragma once
 
-#include "kernels/attention/dense_decode/cpu/tile.h"
 #include "flash_mla/info.h"
+#include "kernels/attention/dense_decode/cpu/tile.h"
 
 namespace flash_mla::cpu {
 
