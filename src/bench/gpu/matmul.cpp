@@ -1,12 +1,12 @@
 #include "bench/gpu/matmul.h"
 
-#include <dlfcn.h>
 #include <fmt/format.h>
 #include <library_types.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <stdexcept>
+
+#include "kernels/gemm/sm90/cublaslt_library.h"
 
 namespace flash_mla::bench::gpu {
 namespace {
@@ -34,21 +34,13 @@ struct Library {
                    cudaStream_t stream) = nullptr;
 };
 
-template <class F>
-bool find(void* handle, const char* name, F& function, const std::string& path, std::string& why) {
-  function = reinterpret_cast<F>(dlsym(handle, name));
-  if (function == nullptr) why = fmt::format("{} lacks the function {}", path, name);
-  return function != nullptr;
-}
-
 void check_lt(Status status, const char* what) {
   if (status != 0) throw std::runtime_error(fmt::format("{}: cuBLAS status {}", what, status));
 }
 
 }  // namespace
 
-// The library's objects live as long as the process: its threads and device state do not survive being
-// closed.
+// The library's objects live as long as the process.
 struct Matmul::Impl {
   Library library;
   Opaque handle = nullptr, desc = nullptr, layout = nullptr;
@@ -59,24 +51,17 @@ Matmul::Matmul(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Matmul::~Matmul() = default;
 
 std::unique_ptr<Matmul> Matmul::load(int n, std::string& why) {
-  const char* given = std::getenv("FLASH_MLA_CUBLASLT");
-  const std::string path =
-      given != nullptr && *given != '\0' ? given : fmt::format("libcublasLt.so.{}", CUDART_VERSION / 1000);
-  void* so = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (so == nullptr) {
-    why = fmt::format("{} cannot be opened ({}); FLASH_MLA_CUBLASLT names another", path, dlerror());
-    return nullptr;
-  }
   auto impl = std::make_unique<Impl>();
   Library& l = impl->library;
-  if (!find(so, "cublasLtGetVersion", l.get_version, path, why) ||
-      !find(so, "cublasLtCreate", l.create, path, why) ||
-      !find(so, "cublasLtMatmulDescCreate", l.desc_create, path, why) ||
-      !find(so, "cublasLtMatmulDescSetAttribute", l.desc_set, path, why) ||
-      !find(so, "cublasLtMatrixLayoutCreate", l.layout_create, path, why) ||
-      !find(so, "cublasLtMatmul", l.matmul, path, why)) {
-    return nullptr;
-  }
+  const auto& library = sm90::CublasLtLibrary::get();
+  why.clear();
+  library.find("cublasLtGetVersion", l.get_version, why);
+  library.find("cublasLtCreate", l.create, why);
+  library.find("cublasLtMatmulDescCreate", l.desc_create, why);
+  library.find("cublasLtMatmulDescSetAttribute", l.desc_set, why);
+  library.find("cublasLtMatrixLayoutCreate", l.layout_create, why);
+  library.find("cublasLtMatmul", l.matmul, why);
+  if (!why.empty()) return nullptr;
   check_lt(l.create(&impl->handle), "cublasLtCreate");
   check_lt(l.desc_create(&impl->desc, kCompute32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
   check_lt(l.desc_set(impl->desc, kTransposeA, &kTranspose, sizeof kTranspose),

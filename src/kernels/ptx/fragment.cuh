@@ -28,6 +28,14 @@ __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_
                : "memory");
 }
 
+/// The same, each matrix transposed.
+__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&to)[4], std::uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
 /// Stores four 8 x 8 matrices held by a warp; lanes give the addresses of their rows.
 __device__ __forceinline__ void stmatrix_x4(std::uint32_t to, std::uint32_t a, std::uint32_t b,
                                             std::uint32_t c, std::uint32_t d) {

@@ -36,28 +36,29 @@
 #include "kernels/moe/sm90/moe.h"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/rows/sm90/row_math.cuh"
+#include "kernels/rows/sm90/silu.cuh"
 
 namespace flash_mla::sm90 {
 namespace one_token_kernel {
 
 constexpr int kFillThreads = 128, kFillers = 3;  // a warpgroup: three warps that copy, one that chooses
-constexpr int kMostNope = 128;
-constexpr int kMostExperts = 256;
+constexpr int kMaxNope = 128;
+constexpr int kMaxOneTokenExperts = 256;
 
 /// What CTAs leave for each other, in device memory.
 struct Exchange {
   unsigned counter;  // of the grid's barrier
   unsigned rounds;   // layers of all steps so far
-  alignas(256) Tagged qkv[kHeads * (kMostNope + kRope) + kKey];
+  alignas(256) Tagged qkv[kHeads * (kMaxNope + kRope) + kKey];
   alignas(256) Tagged q_latent[kHeads * kKey];
   alignas(256) Tagged own_key[kKey];  // as it goes to the cache
-  alignas(256) float out[kMostSplits * kHeads * kRank];
-  alignas(256) float2 stats[kMostSplits * kHeads];
-  alignas(256) Tagged attended[kMostK];
-  alignas(256) Tagged x_attended[kMostK];  // the residual behind the attention
-  alignas(256) Tagged x_layer[kMostK];     // and behind the layer
-  alignas(256) float logits[kMostExperts];
-  alignas(256) bf16 act[kMostSlots * kMostK];
+  alignas(256) float out[kMaxSplits * kHeads * kRank];
+  alignas(256) float2 stats[kMaxSplits * kHeads];
+  alignas(256) Tagged attended[kMaxK];
+  alignas(256) Tagged x_attended[kMaxK];  // the residual behind the attention
+  alignas(256) Tagged x_layer[kMaxK];     // and behind the layer
+  alignas(256) float logits[kMaxOneTokenExperts];
+  alignas(256) bf16 act[kMaxSlots * kMaxK];
 };
 
 using Barrier = GridBarrier<1, kThreads>;
@@ -374,7 +375,7 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem& s, int warp,
         continue;
       }
       ring.multiply(2, p.hidden, v, sums);
-      if (lane == 0) e.act[pair] = __float2bfloat16(sums[0] / (1.0f + __expf(-sums[0])) * sums[1]);
+      if (lane == 0) e.act[pair] = __float2bfloat16(silu(sums[0]) * sums[1]);
       ++pair;
       --left;
     }
@@ -447,7 +448,7 @@ bool valid(const OneToken& p) {
 
 bool fits_device(int sms, int heads, int hidden) {
   // Every CTA hands on some of x: whoever has all of it knows that all CTAs are done with what came before.
-  return sms >= heads && hidden >= sms && (hidden + sms - 1) / sms <= kMostDownRows;
+  return sms >= heads && hidden >= sms && (hidden + sms - 1) / sms <= kMaxDownRows;
 }
 
 }  // namespace one_token_kernel
@@ -455,14 +456,14 @@ bool fits_device(int sms, int heads, int hidden) {
 using namespace one_token_kernel;
 
 bool fits_one_token(const OneToken& p, bool dense, bool mixture) {
-  const auto fits = [](int size) { return size > 0 && size <= kMostK && size % 8 == 0; };
-  if (p.num_layers > kMostOneTokenLayers || p.heads > kHeads) return false;
+  const auto fits = [](int size) { return size > 0 && size <= kMaxK && size % 8 == 0; };
+  if (p.num_layers > kMaxOneTokenLayers || p.heads > kHeads) return false;
   if (p.nope != 32 && p.nope != 64 && p.nope != 128) return false;
   if (!fits(p.hidden) || !fits(p.heads * p.v)) return false;
-  if (dense && (p.intermediate <= 0 || dense_slices(p.intermediate) > kMostSlots)) return false;
+  if (dense && (p.intermediate <= 0 || dense_slices(p.intermediate) > kMaxSlots)) return false;
   const Routing& r = p.routing;
-  if (mixture && (!fits(p.moe_intermediate) || r.experts_per_token + r.shared_experts > kMostSlots ||
-                  r.num_experts > kMostExperts)) {
+  if (mixture && (!fits(p.moe_intermediate) || r.experts_per_token + r.shared_experts > kMaxSlots ||
+                  r.num_experts > kMaxOneTokenExperts)) {
     return false;
   }
   int sms = 0, device = 0, cooperative = 0;

@@ -32,7 +32,7 @@ struct OneTokenLayer {
   std::int32_t* ids = nullptr;  ///< out (experts_per_token + shared): the experts that were chosen
 };
 
-inline constexpr int kMostOneTokenLayers = 64;
+inline constexpr int kMaxOneTokenLayers = 64;
 inline constexpr int kOneTokenRank = 512, kOneTokenRope = 64;  ///< of the cache's rows
 
 struct OneToken {
@@ -48,7 +48,7 @@ struct OneToken {
   const std::int32_t* table = nullptr;  ///< pages of the sequence
   void* x = nullptr;                    ///< inout (hidden) bfloat16: embedding, then the last layer's output
   void* workspace = nullptr;  ///< one_token_workspace_size(), aligned to 256, zeroed before its first use
-  OneTokenLayer layers[kMostOneTokenLayers];
+  OneTokenLayer layers[kMaxOneTokenLayers];
 };
 
 /// Whether one_token() takes a model of these sizes on this device; pointers and constants are not looked at.

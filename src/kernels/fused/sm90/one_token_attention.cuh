@@ -23,7 +23,7 @@ namespace flash_mla::sm90::one_token_kernel {
 inline constexpr int kHeads = 16, kTileKeys = 32, kPageKeys = 64;
 inline constexpr int kPitch = kKey + 8;
 inline constexpr int kScorePitch = kTileKeys + 8;
-inline constexpr int kMostSplits = 128;
+inline constexpr int kMaxSplits = 128;
 inline constexpr int kVectors = kKey / 8;  // of a row of Q or a key
 
 struct alignas(16) AttentionSmem {
@@ -33,7 +33,7 @@ struct alignas(16) AttentionSmem {
   };
   union {
     bf16 keys[kTileKeys][kPitch];
-    bf16 act[kWarps][kMostK];  // while nobody has keys: an expert's activations for each warp
+    bf16 act[kWarps][kMaxK];  // while nobody has keys: an expert's activations for each warp
   };
   bf16 p[kHeads][kScorePitch];
   float rescale[kHeads];
@@ -43,29 +43,16 @@ struct alignas(16) AttentionSmem {
 union alignas(16) ScratchSmem {
   float scores[4][kHeads][kScorePitch];  // by quarter of the columns
   float latent[2][kRank];                // of a head: sums over even and odd splits
-  float down[kMostSlots][kMostDownRows];
+  float down[kMaxSlots][kMaxDownRows];
   VectorSmem vector;
 };
-
-__device__ __forceinline__ void load_matrices(const void* p, std::uint32_t (&r)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(ptx::smem_address(p))
-               : "memory");
-}
-__device__ __forceinline__ void load_matrices_transposed(const void* p, std::uint32_t (&r)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(ptx::smem_address(p))
-               : "memory");
-}
 
 /// Which keys a CTA takes: `splits` of them have some.
 struct KeyRange {
   int first, end, splits;
 
   __device__ KeyRange(int len, int cta, int ctas) {
-    const int most = min(ctas, kMostSplits) * kTileKeys;
+    const int most = min(ctas, kMaxSplits) * kTileKeys;
     const int each = (len + most - 1) / most * kTileKeys;
     splits = (len + each - 1) / each;
     first = cta * each;
@@ -215,8 +202,8 @@ class Attention {
     for (int i = 0; i < kKey / 64; ++i) {
       const int k = (quarter * (kKey / 64) + i) * 16;
       std::uint32_t a[4], b[4];
-      load_matrices(&s_.q[lane % 16][k + lane / 16 * 8], a);
-      load_matrices(&s_.keys[keys + lane % 8 + lane / 16 * 8][k + lane / 8 % 2 * 8], b);
+      ldmatrix_x4(a, ptx::smem_address(&s_.q[lane % 16][k + lane / 16 * 8]));
+      ldmatrix_x4(b, ptx::smem_address(&s_.keys[keys + lane % 8 + lane / 16 * 8][k + lane / 8 % 2 * 8]));
       ptx::mma_m16n8k16_bf16(d[0], a[0], a[1], a[2], a[3], b[0], b[1]);
       ptx::mma_m16n8k16_bf16(d[1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
@@ -263,11 +250,12 @@ class Attention {
 #pragma unroll
     for (int k = 0; k < kTileKeys; k += 16) {
       std::uint32_t a[4];
-      load_matrices(&s_.p[lane % 16][k + lane / 16 * 8], a);
+      ldmatrix_x4(a, ptx::smem_address(&s_.p[lane % 16][k + lane / 16 * 8]));
 #pragma unroll
       for (int n = 0; n < 8; n += 2) {
         std::uint32_t b[4];
-        load_matrices_transposed(&s_.keys[k + lane % 16][warp * 64 + n * 8 + lane / 16 * 8], b);
+        ldmatrix_x4_transposed(b,
+                               ptx::smem_address(&s_.keys[k + lane % 16][warp * 64 + n * 8 + lane / 16 * 8]));
         ptx::mma_m16n8k16_bf16(o[n], a[0], a[1], a[2], a[3], b[0], b[1]);
         ptx::mma_m16n8k16_bf16(o[n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
@@ -287,7 +275,7 @@ class Attention {
 /// every second split. `out` (splits, 16, 512), `stats` (splits, 16). The two halves' sums go to `latent`.
 __device__ __forceinline__ void combine_splits(const float* out, const float2* stats, int splits, int head,
                                                const Share& share, float (&latent)[2][kRank]) {
-  constexpr int kTogether = 16, kPerLane = kMostSplits / 32;
+  constexpr int kTogether = 16, kPerLane = kMaxSplits / 32;
   const int half = static_cast<int>(threadIdx.x) / 128, column = static_cast<int>(threadIdx.x) % 128 * 4;
   float2 own[kPerLane];  // of splits lane, lane + 32, ...
 #pragma unroll

@@ -186,7 +186,7 @@ __device__ __forceinline__ void sync_warps() { ptx::named_barrier_sync<1, kThrea
 __device__ __forceinline__ void load_vector(const bf16* from, int k, int lane, bf16* to) {
   __syncwarp();  // what was there has been read
 #pragma unroll
-  for (int i = 0; i < kMostK / 256; ++i) {
+  for (int i = 0; i < kMaxK / 256; ++i) {
     const int at = i * 256 + lane * 8;
     if (at < k) ptx::copy_async_16(to + at, from + at);
   }
@@ -197,7 +197,7 @@ __device__ __forceinline__ void load_vector(const bf16* from, int k, int lane, b
 /// A vector that all warps of all CTAs want, by way of shared memory: if every warp read it from L2, the few
 /// slices that have it would take a microsecond. `own(i)` waits for columns i ... i + 7.
 struct VectorSmem {
-  alignas(16) bf16 x[kMostK];
+  alignas(16) bf16 x[kMaxK];
   float squares[kWarps];
 };
 template <class Own>

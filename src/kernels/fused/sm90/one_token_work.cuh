@@ -15,13 +15,13 @@ using bf16 = __nv_bfloat16;
 
 inline constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that multiply; one warp more copies
 inline constexpr int kRank = kOneTokenRank, kRope = kOneTokenRope, kKey = kRank + kRope;
-inline constexpr int kMostK = 2048;       // of a product: a lane holds 64 of x
+inline constexpr int kMaxK = 2048;        // of a product: a lane holds 64 of x
 inline constexpr int kPieceBytes = 4096;  // of a copy
 inline constexpr int kUkRows = 16;        // rows of W_UK in a copy
 inline constexpr int kUvRows = 2;         // rows of W_UV in a copy
 inline constexpr int kRouterColumns = 1024;
-inline constexpr int kMostSlots = 16;     // experts of a token, or slices of a dense layer
-inline constexpr int kMostDownRows = 32;  // of a CTA
+inline constexpr int kMaxSlots = 16;     // experts of a token, or slices of a dense layer
+inline constexpr int kMaxDownRows = 32;  // of a CTA
 
 /// The products of a layer, in order.
 enum Stage : int { kQkv, kUk, kUv, kO, kRouter, kSharedPairs, kPairs, kDown, kStages };
@@ -37,8 +37,8 @@ struct Ffn {
 
 /// Slices of a dense layer: the fewest that are narrow enough.
 __host__ __device__ inline int dense_slices(int intermediate) {
-  int slices = intermediate > kMostK ? (intermediate + kMostK - 1) / kMostK : 1;
-  while (slices <= kMostSlots && intermediate % (8 * slices) != 0) ++slices;
+  int slices = intermediate > kMaxK ? (intermediate + kMaxK - 1) / kMaxK : 1;
+  while (slices <= kMaxSlots && intermediate % (8 * slices) != 0) ++slices;
   return slices;
 }
 

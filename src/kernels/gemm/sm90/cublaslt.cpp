@@ -1,16 +1,15 @@
 #include "kernels/gemm/sm90/cublaslt.h"
 
 #include <cublasLt.h>
-#include <dlfcn.h>
 #include <fmt/format.h>
 
-#include <cstdlib>
 #include <map>
 #include <stdexcept>
 #include <tuple>
 
 #include "base/cuda/check.h"
 #include "flash_mla/error.h"
+#include "kernels/gemm/sm90/cublaslt_library.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -39,27 +38,13 @@ struct Library {
   std::string error;
 
   Library() {
-    const std::string name = fmt::format("libcublasLt.so.{}", CUBLAS_VER_MAJOR);
-    const char* given = std::getenv("FLASH_MLA_CUBLASLT");
-    const char* path = given != nullptr && *given != '\0' ? given : name.c_str();
-    void* handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (handle == nullptr) {
-      error = fmt::format(
-          "{} cannot be opened ({}): install cuBLAS {} (Debian package libcublas-13-0 or Python package "
-          "nvidia-cublas), or set FLASH_MLA_CUBLASLT to the library's path",
-          path, dlerror(), CUBLAS_VER_MAJOR);
-      return;
-    }
-#define FLASH_MLA_FUNCTION(name)                                 \
-  name = reinterpret_cast<decltype(name)>(dlsym(handle, #name)); \
-  if (name == nullptr && error.empty()) error = fmt::format("{} lacks the function {}", path, #name);
+#define FLASH_MLA_FUNCTION(name) CublasLtLibrary::get().find(#name, name, error);
     FLASH_MLA_FUNCTIONS(FLASH_MLA_FUNCTION)
 #undef FLASH_MLA_FUNCTION
 #undef FLASH_MLA_FUNCTIONS
   }
 };
 
-// Opened once and never closed: its own threads and device state do not survive that.
 const Library& library() {
   static const Library kLibrary;
   return kLibrary;

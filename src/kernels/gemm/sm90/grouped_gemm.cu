@@ -24,6 +24,7 @@
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "kernels/ptx/wgmma.cuh"
+#include "kernels/rows/sm90/silu.cuh"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -128,8 +129,7 @@ __device__ void multiply_tiles(const WeightStream& p, const Grid& grid, std::int
 #pragma unroll
       for (int k = 0; k < kStepK / 16; ++k) {
         ptx::wgmma_ss<true, false>(sums, ptx::swizzled_descriptor(a + k * 32, 0, 8 * kRowBytes),
-                                         ptx::swizzled_descriptor(b + k * 32, 0, 8 * kRowBytes),
-                                         step + k > 0);
+                                   ptx::swizzled_descriptor(b + k * 32, 0, 8 * kRowBytes), step + k > 0);
       }
       ptx::wgmma_commit();
       if (step > 0) {
@@ -158,7 +158,7 @@ __device__ void multiply_tiles(const WeightStream& p, const Grid& grid, std::int
         }
       };
       if (p.silu_mul) {
-        const auto gated = [](float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; };
+        const auto gated = [](float gate, float up) { return silu(gate) * up; };
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
           const int at = 4 * j + 2 * half;

@@ -7,6 +7,8 @@
 #include "base/cuda/shared_memory.h"
 #include "kernels/gemm/sm90/head_gemm.h"
 #include "kernels/ptx/cluster.cuh"
+#include "kernels/ptx/fragment.cuh"
+#include "kernels/ptx/mma.cuh"
 #include "kernels/rows/sm90/row_math.cuh"
 
 // Tile: kRows tokens x 32 outputs of one head, the whole depth in steps of 64. 128 threads: 4 warps, each
@@ -63,10 +65,6 @@ __device__ void append(const Params& p, int first, int rows, int part, int parts
   }
 }
 
-__device__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-
 /// `count` rows of kDepth columns from column k on, of which `valid` rows and columns up to `depth` exist.
 template <bool kWide>
 __device__ void fetch(const bf16* from, std::int64_t stride, int valid, int k, int depth, int count,
@@ -76,10 +74,10 @@ __device__ void fetch(const bf16* from, std::int64_t stride, int valid, int k, i
       const int row = i / (kDepth / 8), column = i % (kDepth / 8) * 8;
       const bool inside = row < valid && k + column < depth;
       const bf16* source = inside ? from + row * stride + k + column : from;
-      asm volatile(
-          "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + row * kPitch + column)),
-          "l"(source), "r"(inside ? 16 : 0)
-          : "memory");
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                       ptx::smem_address(to + row * kPitch + column)),
+                   "l"(source), "r"(inside ? 16 : 0)
+                   : "memory");
     }
   } else {
     for (int i = threadIdx.x; i < count * kDepth; i += kThreads) {
@@ -88,26 +86,6 @@ __device__ void fetch(const bf16* from, std::int64_t stride, int valid, int k, i
       to[row * kPitch + column] = inside ? from[row * stride + k + column] : __float2bfloat16(0.0f);
     }
   }
-}
-
-__device__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ void await() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ void load_matrices(const bf16* p, unsigned (&r)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(p)));
-}
-
-__device__ void multiply(const unsigned (&a)[4], unsigned b0, unsigned b1, float (&c)[4]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <int kRows, int kStages, bool kWide>
@@ -147,36 +125,37 @@ __global__ void __launch_bounds__(kThreads) head_gemm_kernel(Params p) {
   ptx::grid_dependency_launch();
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < steps) fetch_x(s);
-    commit();
+    ptx::cp_async_commit();
   }
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_row = warp % kWarpRows * kTilesM * 16, warp_column = warp / kWarpRows * kTilesN * 8;
   float sums[kTilesM][kTilesN][4] = {};
   for (int step = 0; step < steps; ++step) {
-    await<kStages - 2>();
+    ptx::cp_async_wait<kStages - 2>();
     __syncthreads();
     if (step + kStages - 1 < steps) {
       fetch_weight(step + kStages - 1);
       fetch_x(step + kStages - 1);
     }
-    commit();
+    ptx::cp_async_commit();
     const auto& xt = xs[step % kStages];
     const auto& wt = ws[step % kStages];
     for (int k = 0; k < kDepth; k += 16) {
       unsigned a[kTilesM][4];
       for (int m = 0; m < kTilesM; ++m) {
-        load_matrices(&xt[warp_row + m * 16 + lane % 16][k + lane / 16 * 8], a[m]);
+        ldmatrix_x4(a[m], ptx::smem_address(&xt[warp_row + m * 16 + lane % 16][k + lane / 16 * 8]));
       }
       for (int n = 0; n < kTilesN; n += kTilesN >= 2 ? 2 : 1) {
         // Four 8x8 matrices: outputs n * 8 ... + 15, columns k ... + 15. With one tile the second pair of
         // addresses repeats the first.
         const int row = warp_column + n * 8 + lane % 8 + (kTilesN >= 2 ? lane / 16 * 8 : 0);
         unsigned b[4];
-        load_matrices(&wt[row][k + lane / 8 % 2 * 8], b);
+        ldmatrix_x4(b, ptx::smem_address(&wt[row][k + lane / 8 % 2 * 8]));
         for (int m = 0; m < kTilesM; ++m) {
-          multiply(a[m], b[0], b[1], sums[m][n]);
-          if constexpr (kTilesN >= 2) multiply(a[m], b[2], b[3], sums[m][n + 1]);
+          ptx::mma_m16n8k16_bf16(sums[m][n], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
+          if constexpr (kTilesN >= 2)
+            ptx::mma_m16n8k16_bf16(sums[m][n + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
         }
       }
     }

@@ -4,6 +4,7 @@
 #include "kernels/gemm/sm90/skinny_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/ptx/cluster.cuh"
+#include "kernels/rows/sm90/silu.cuh"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -36,7 +37,7 @@ __global__ __launch_bounds__(kPlainThreads) void plain_gemm(const SkinnyGemm p) 
        i += stride) {
     const std::int64_t row = i / columns, n = i % columns;
     float value = dot(p, row, n);
-    if (p.silu_mul) value = value / (1.0f + __expf(-value)) * dot(p, row, n + columns);
+    if (p.silu_mul) value = silu(value) * dot(p, row, n + columns);
     if (threadIdx.x % 32 != 0) continue;
     const std::int64_t at = row * p.out_stride + n;
     if (p.out_fp32) {

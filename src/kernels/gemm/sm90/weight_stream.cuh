@@ -24,6 +24,7 @@
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/mma.cuh"
+#include "kernels/rows/sm90/silu.cuh"
 
 namespace flash_mla::sm90 {
 
@@ -72,8 +73,6 @@ __device__ __forceinline__ void split_fp32(const uint4& a, const uint4& b, uint4
     parts[part] = {packed[0], packed[1], packed[2], packed[3]};
   }
 }
-
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 /// Four neighbouring outputs of a row, or as many as there are.
 __device__ __forceinline__ void store_outputs(const WeightStream& p, std::int64_t row, std::int64_t column,

@@ -15,6 +15,7 @@
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/moe/sm90/moe.h"
 #include "kernels/ptx/cluster.cuh"
+#include "kernels/rows/sm90/silu.cuh"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -23,8 +24,8 @@ constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / 32;
 constexpr int kRowThreads = 256, kNormThreads = 512;
 constexpr std::size_t kAlignment = 256;
 constexpr int kSmallestUnit = 8;
-constexpr std::int64_t kMostNormColumns = 12288;  // 48 KB of floats
-constexpr double kMostStreamedRows = 22;          // pairs of an expert, on average
+constexpr std::int64_t kMaxNormColumns = 12288;  // 48 KB of floats
+constexpr double kMaxStreamedRows = 22;          // pairs of an expert, on average
 
 // ---- Sorting
 
@@ -242,7 +243,7 @@ __global__ __launch_bounds__(kRowThreads) void plain_experts(const PlainArgs p) 
       const float gate = plain_dot(x, weight, f.hidden);
       const float up = plain_dot(x, weight + f.intermediate * f.hidden, f.hidden);
       if (threadIdx.x % 32 == 0) {
-        p.act[pair * f.intermediate + n] = __float2bfloat16(gate / (1.0f + __expf(-gate)) * up);
+        p.act[pair * f.intermediate + n] = __float2bfloat16(silu(gate) * up);
       }
     }
   }
@@ -286,14 +287,14 @@ Workspace lay_out(void* base, std::int64_t tokens, std::int64_t hidden, std::int
 /// weights are read once more, though from L2). Beyond the streaming kernel's, tiles take over.
 int rows_per_unit(const ExpertFfn& p) {
   const double mean = static_cast<double>(p.tokens * p.experts_per_token) / p.num_experts;
-  if (mean > kMostStreamedRows && !p.batch_invariant) return kGroupedRows;
+  if (mean > kMaxStreamedRows && !p.batch_invariant) return kGroupedRows;
   return mean <= 3 ? 8 : mean <= 9 ? 16 : mean <= 22 ? 32 : 64;
 }
 
 cudaError_t launch_sort(const SortArgs& args, bool programmatic, cudaStream_t stream) {
   const int bytes = kSortWarps * args.num_experts * static_cast<int>(sizeof(int));
-  constexpr int kMost = kSortWarps * kMaxExperts * static_cast<int>(sizeof(int));
-  if (const cudaError_t e = allow_shared_memory<sort_pairs>(kMost)) return e;
+  constexpr int kMaxBytes = kSortWarps * kMaxExperts * static_cast<int>(sizeof(int));
+  if (const cudaError_t e = allow_shared_memory<sort_pairs>(kMaxBytes)) return e;
   LaunchConfig config(1, kSortThreads, static_cast<std::size_t>(bytes), stream);
   return launch(config.programmatic(programmatic), sort_pairs, args);
 }
@@ -386,7 +387,7 @@ bool valid(const ExpertFfn& p) {
   return p.x != nullptr && p.gate_up != nullptr && p.down != nullptr && p.ids != nullptr &&
          p.weights != nullptr && p.inout != nullptr && p.workspace != nullptr &&
          (p.tokens == 1 || (p.x_stride >= p.hidden && p.inout_stride >= p.hidden)) &&
-         (p.norm == nullptr || (p.norm_out != nullptr && p.hidden <= kMostNormColumns)) &&
+         (p.norm == nullptr || (p.norm_out != nullptr && p.hidden <= kMaxNormColumns)) &&
          p.tokens * p.experts_per_token <= INT32_MAX;
 }
 

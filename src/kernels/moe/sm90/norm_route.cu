@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kCluster = 8;
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kMostHidden = 8192;
-constexpr std::int64_t kMostRouterBytes = 1 << 20;
+constexpr int kMaxHidden = 8192;
+constexpr std::int64_t kMaxRouterBytes = 1 << 20;
 constexpr int kEarly = 16;  // float4 of a router's row that a lane fetches early: 2048 columns
 
 struct Params {
@@ -28,7 +28,7 @@ struct Params {
 
 template <int kPerLane>
 __global__ void __launch_bounds__(kThreads) norm_and_route_kernel(const Params p) {
-  __shared__ alignas(16) float row[kMostHidden];  // normalised and rounded
+  __shared__ alignas(16) float row[kMaxHidden];  // normalised and rounded
   __shared__ float scores[32 * kPerLane], choices[32 * kPerLane];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const std::int64_t token = blockIdx.x / kCluster;
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kThreads) norm_and_route_kernel(const Params p
 bool fits_norm_and_route(const NormAndRoute& a) {
   const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   const RouteArgs& r = a.route;
-  return r.tokens <= 64 && !r.batch_invariant && r.hidden % 8 == 0 && r.hidden <= kMostHidden &&
-         r.routing.num_experts <= 256 && r.routing.num_experts * r.hidden * 4 <= kMostRouterBytes &&
+  return r.tokens <= 64 && !r.batch_invariant && r.hidden % 8 == 0 && r.hidden <= kMaxHidden &&
+         r.routing.num_experts <= 256 && r.routing.num_experts * r.hidden * 4 <= kMaxRouterBytes &&
          aligned(a.in) && aligned(r.x) && aligned(r.router) && a.in_stride % 8 == 0 && r.x_stride % 8 == 0;
 }
 

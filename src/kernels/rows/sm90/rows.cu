@@ -7,6 +7,7 @@
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/rows/sm90/row_math.cuh"
 #include "kernels/rows/sm90/rows.h"
+#include "kernels/rows/sm90/silu.cuh"
 
 // One block per row (or part of a row). Rows are walked kVec elements at a time, 8 (16 bytes) where lengths,
 // strides and addresses allow it, else 1.
@@ -57,7 +58,7 @@ __global__ void silu_mul_kernel(const bf16* gate_up, std::int64_t in_stride, bf1
   const Vector<kVec> up = load<kVec>(gate_up + t * in_stride + columns + i);
   for (int j = 0; j < kVec; ++j) {
     const float g = __bfloat162float(gate.v[j]);
-    gate.v[j] = __float2bfloat16(g / (1.0f + __expf(-g)) * __bfloat162float(up.v[j]));
+    gate.v[j] = __float2bfloat16(silu(g) * __bfloat162float(up.v[j]));
   }
   store<kVec>(out + t * out_stride + i, gate);
 }

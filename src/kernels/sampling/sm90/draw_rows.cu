@@ -27,7 +27,7 @@ using u64 = unsigned long long;
 
 namespace cg = cooperative_groups;
 
-constexpr int kMostBlocks = 8;  // of a row: what a cluster may have anywhere
+constexpr int kMaxBlocks = 8;  // of a row: what a cluster may have anywhere
 constexpr int kThreads = 1024;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
@@ -369,7 +369,7 @@ void draw_rows(Matrix logits, const Draw* draws, std::int32_t* tokens, cudaStrea
   // As many blocks as run at a time: more would only wait for each other.
   int sms = 0;
   check(multiprocessors(sms), "cudaDeviceGetAttribute");
-  int blocks = kMostBlocks;
+  int blocks = kMaxBlocks;
   while (blocks > 1 && logits.rows * blocks > sms) blocks /= 2;
 
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(logits.rows));
