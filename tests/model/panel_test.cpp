@@ -13,7 +13,7 @@
 #include "kernels/gemm/cpu/panel_weight.h"
 #include "kernels/rows/cpu/rows.h"
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 namespace {
 
 using Form = PanelWeight::Form;
@@ -211,4 +211,4 @@ TEST(Panel, KernelsOfTheMachineAgree) {
 }
 
 }  // namespace
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu

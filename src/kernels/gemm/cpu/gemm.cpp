@@ -23,7 +23,7 @@
 // take the same 40 us, 64 rows run at the peak rate, and more rows at once are slower again. So tiles are at
 // most 64 rows, and the batch-invariant mode takes tiles of 4, which costs a single row nothing.
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 namespace {
 
 using Desc = dnnl::memory::desc;
@@ -319,4 +319,4 @@ void Gemm::run_tile(const void* a, const void* b, bool transpose_b, float* y, st
   Impl::execute(kernel, a, nullptr, b, nullptr, y, 1);
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu

@@ -6,7 +6,7 @@
 
 #include "base/matrix.h"
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 
 /// A weight matrix in oneDNN's blocked layout, or in panels for our own kernels.
 class PackedWeight {
@@ -76,4 +76,4 @@ class Gemm {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu

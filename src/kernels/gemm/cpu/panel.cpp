@@ -16,7 +16,7 @@
 // Panels in fp32 arithmetic: one depth after the other, 64 columns each, in 8 bits or fp32.
 
 HWY_BEFORE_NAMESPACE();
-namespace flash_mla::model::panel {
+namespace flash_mla::cpu::panel {
 namespace HWY_NAMESPACE {
 namespace {
 
@@ -120,11 +120,11 @@ constinit const Kernel kFloat32Kernel = kernel_of(Multiply<float>);
 constinit const Kernel kBFloat16Kernel = kernel_of(Multiply<Bf16>);
 
 }  // namespace HWY_NAMESPACE
-}  // namespace flash_mla::model::panel
+}  // namespace flash_mla::cpu::panel
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-namespace flash_mla::model::panel {
+namespace flash_mla::cpu::panel {
 
 const Kernel& highway_kernel(DType dtype) {
   const bool bf16 = dtype == DType::kBFloat16;
@@ -149,5 +149,5 @@ const Kernel& select_kernel(DType dtype) {
                                                                   : highway_kernel(dtype);
 }
 
-}  // namespace flash_mla::model::panel
+}  // namespace flash_mla::cpu::panel
 #endif  // HWY_ONCE

@@ -8,7 +8,7 @@
 // Products with weights that lie in panels of 64 output features. A row's sums are taken over the depth from
 // first to last whatever its neighbours, so they do not depend on the other rows of the batch.
 
-namespace flash_mla::model::panel {
+namespace flash_mla::cpu::panel {
 
 inline constexpr std::int64_t kColumns = 64;
 /// Depth that is multiplied at a time: an expanded panel of it stays in the first-level cache.
@@ -63,4 +63,4 @@ const Kernel& avx512_bf16_kernel();
 /// In fp32 arithmetic, for every machine.
 const Kernel& highway_kernel(DType dtype);
 
-}  // namespace flash_mla::model::panel
+}  // namespace flash_mla::cpu::panel

@@ -29,7 +29,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")
 #endif
 
-namespace flash_mla::model::panel {
+namespace flash_mla::cpu::panel {
 namespace {
 
 constexpr std::int64_t kLanes = 16;
@@ -273,7 +273,7 @@ constexpr Kernel kKernel = {2, 2, kFewRows, pack_plain, pack_int8, expand, multi
 
 const Kernel& avx512_bf16_kernel() { return kKernel; }
 
-}  // namespace flash_mla::model::panel
+}  // namespace flash_mla::cpu::panel
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -10,7 +10,7 @@
 // Weights of 8 bits: a product with few rows is bound by reading them, they are expanded in registers then.
 // With more, a panel's next 256 depths are expanded into the first-level cache for a block of rows.
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 namespace {
 
 using panel::kColumns;
@@ -139,4 +139,4 @@ void PanelWeight::multiply_panel(const Matrix& x, const float* bias, const Matri
   }
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu

@@ -7,7 +7,7 @@
 #include "base/matrix.h"
 #include "kernels/gemm/cpu/panel.h"
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 
 /// A weight matrix in panels for the kernels of cpu_panel.h, in one of two forms:
 ///
@@ -43,4 +43,4 @@ class PanelWeight {
   std::vector<float> scales_;                        // (out_features), of kInt8
 };
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu

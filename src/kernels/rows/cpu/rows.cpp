@@ -10,7 +10,7 @@
 // This file is compiled once for each instruction set.
 #ifndef FLASH_MLA_MODEL_CPU_ROWS_TABLE
 #define FLASH_MLA_MODEL_CPU_ROWS_TABLE
-namespace flash_mla::model::rows {
+namespace flash_mla::cpu::rows {
 struct Table {
   void (*widen)(const void*, DType, float*, std::int64_t);
   void (*narrow)(const float*, void*, DType, std::int64_t);
@@ -22,7 +22,7 @@ struct Table {
   void (*scale)(float*, float, std::int64_t);
   void (*add_scaled)(const float*, float, float*, std::int64_t);
 };
-}  // namespace flash_mla::model::rows
+}  // namespace flash_mla::cpu::rows
 #endif
 
 #undef HWY_TARGET_INCLUDE
@@ -33,7 +33,7 @@ struct Table {
 #include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();
-namespace flash_mla::model::rows {
+namespace flash_mla::cpu::rows {
 namespace HWY_NAMESPACE {
 namespace {
 
@@ -238,11 +238,11 @@ extern const Table kTable;
 const Table kTable = {Widen, Narrow, RmsNorm, SiluMul, Rotate, Max, ExpSum, Scale, AddScaled};
 
 }  // namespace HWY_NAMESPACE
-}  // namespace flash_mla::model::rows
+}  // namespace flash_mla::cpu::rows
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-namespace flash_mla::model::rows {
+namespace flash_mla::cpu::rows {
 namespace {
 
 // Highway's own dispatch would need its library at run time; its headers are enough for this. The machine is
@@ -283,5 +283,5 @@ void add_scaled(const float* x, float factor, float* y, std::int64_t n) {
   table().add_scaled(x, factor, y, n);
 }
 
-}  // namespace flash_mla::model::rows
+}  // namespace flash_mla::cpu::rows
 #endif  // HWY_ONCE

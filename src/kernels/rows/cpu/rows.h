@@ -7,7 +7,7 @@
 // Arithmetic on one row, vectorised for the machine it runs on. Rows are float32 or bfloat16 (`dtype`), sums
 // are float32 and taken in an order that depends on the length alone.
 
-namespace flash_mla::model::rows {
+namespace flash_mla::cpu::rows {
 
 void widen(const void* x, DType dtype, float* out, std::int64_t n);
 void narrow(const float* x, void* out, DType dtype, std::int64_t n);
@@ -32,4 +32,4 @@ void scale(float* x, float factor, std::int64_t n);
 /// y += factor * x
 void add_scaled(const float* x, float factor, float* y, std::int64_t n);
 
-}  // namespace flash_mla::model::rows
+}  // namespace flash_mla::cpu::rows

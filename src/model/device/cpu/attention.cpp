@@ -99,12 +99,12 @@ void CpuAttention::rope_and_append(const Projected& projected) {
     const float* sines = context_.sines.data() + t * pairs;
     const std::int64_t slot = context_.step->slots[static_cast<std::size_t>(t)];
     std::byte* key = cache_.data() + slot * (rank + rope) * element;
-    rows::rms_norm(kv.row(t), kv_norm_.data(), static_cast<float>(checkpoint::kLatentNormEps), key, dtype,
-                   rank);
+    cpu::rows::rms_norm(kv.row(t), kv_norm_.data(), static_cast<float>(checkpoint::kLatentNormEps), key,
+                        dtype, rank);
     std::memcpy(key + rank * element, kv.row(t) + rank * element, static_cast<std::size_t>(rope * element));
-    rows::rotate(key + rank * element, cosines, sines, dtype, pairs);
+    cpu::rows::rotate(key + rank * element, cosines, sines, dtype, pairs);
     for (std::int64_t h = 0; h < config.num_attention_heads; ++h) {
-      rows::rotate(q.row(t) + (h * (nope + rope) + nope) * element, cosines, sines, dtype, pairs);
+      cpu::rows::rotate(q.row(t) + (h * (nope + rope) + nope) * element, cosines, sines, dtype, pairs);
     }
   });
 }
@@ -170,7 +170,7 @@ void CpuAttention::expanded_attention(const Matrix& q, const Matrix& out) {
   parallel_for(chunks, whole ? context_.threads : 1, [&](std::int64_t i) {
     const Chunk& chunk = step.chunks[static_cast<std::size_t>(i)];
     const std::int64_t first = chunk.first_token - step.num_absorbed;
-    DensePrefill args;
+    cpu::DensePrefill args;
     args.heads = config.num_attention_heads;
     args.nope = config.qk_nope_head_dim;
     args.rope = config.qk_rope_head_dim;
@@ -185,7 +185,7 @@ void CpuAttention::expanded_attention(const Matrix& q, const Matrix& out) {
     args.kv_b = &kv_b_.both;
     args.num_threads = whole ? 1 : context_.threads;
     args.batch_invariant = step.batch_invariant;
-    dense_prefill(context_.gemm, args);
+    cpu::dense_prefill(context_.gemm, args);
   });
 }
 

@@ -33,9 +33,9 @@ class CpuAttention : public Attention {
   /// kv_b_proj, which is never quantised, in the layouts of both forms of attention.
   struct KeyValueWeights {
     KeyValueWeights(const CpuContext& context, const std::vector<float>& kv_b);
-    PackedWeight both;  ///< (heads * (nope + v), rank)
-    CpuHeadLinear uk;   ///< (heads, rank, nope)
-    CpuHeadLinear uv;   ///< (heads, v, rank)
+    cpu::PackedWeight both;  ///< (heads * (nope + v), rank)
+    CpuHeadLinear uk;        ///< (heads, rank, nope)
+    CpuHeadLinear uv;        ///< (heads, v, rank)
 
    private:
     KeyValueWeights(const CpuContext& context, const std::vector<float>& kv_b,

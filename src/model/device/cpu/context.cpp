@@ -88,7 +88,7 @@ void CpuContext::gather_logit_rows(const Matrix& x, const Matrix& out) const {
 void CpuContext::rms_norm(const Matrix& x, const std::vector<float>& weight, double eps,
                           const Matrix& out) const {
   for_rows(x.rows, x.columns, [&](std::int64_t t) {
-    rows::rms_norm(x.row(t), weight.data(), static_cast<float>(eps), out.row(t), dtype, x.columns);
+    cpu::rows::rms_norm(x.row(t), weight.data(), static_cast<float>(eps), out.row(t), dtype, x.columns);
   });
 }
 

@@ -58,7 +58,7 @@ struct CpuContext {
   const ModelQuantize quantize;
   const int threads;
   const Rope rope;
-  mutable Gemm gemm;
+  mutable cpu::Gemm gemm;
 
   const Step* step = nullptr;
   std::vector<float> cosines, sines;  ///< (tokens, qk_rope_head_dim / 2)

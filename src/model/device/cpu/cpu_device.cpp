@@ -79,11 +79,11 @@ class CpuDevice : public Device {
 
 }  // namespace
 
-DType preferred_cpu_dtype() { return Gemm::native_bfloat16() ? DType::kBFloat16 : DType::kFloat32; }
+DType preferred_cpu_dtype() { return cpu::Gemm::native_bfloat16() ? DType::kBFloat16 : DType::kFloat32; }
 
 std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype, ModelQuantize quantize,
                                         int num_threads) {
-  if (dtype == DType::kBFloat16 && !Gemm::supports_bfloat16()) {
+  if (dtype == DType::kBFloat16 && !cpu::Gemm::supports_bfloat16()) {
     throw Unsupported("precision bfloat16 needs a processor with AVX-512; use float32");
   }
   return std::make_unique<CpuDevice>(config, dtype, quantize,

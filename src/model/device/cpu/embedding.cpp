@@ -12,7 +12,7 @@ namespace flash_mla::model {
 CpuEmbedding::CpuEmbedding(CpuContext& context, const Weight& table)
     : context_(context),
       table_(allocate_aligned(static_cast<std::size_t>(table.size()) * dtype_size(context.dtype))) {
-  rows::narrow(read_values(table).data(), table_.data(), context.dtype, table.size());
+  cpu::rows::narrow(read_values(table).data(), table_.data(), context.dtype, table.size());
 }
 
 Residual CpuEmbedding::forward() {

@@ -13,7 +13,8 @@ void CpuGatedNetwork::add(CpuContext& context, const Matrix& h, const Matrix& x)
   gate_up_.multiply(context, h, gate_up);
   context.for_rows(h.rows, intermediate_, [&](std::int64_t t) {
     const std::byte* gate = gate_up.row(t);
-    rows::silu_mul(gate, gate + intermediate_ * context.element(), act.row(t), context.dtype, intermediate_);
+    cpu::rows::silu_mul(gate, gate + intermediate_ * context.element(), act.row(t), context.dtype,
+                        intermediate_);
   });
   down_.multiply_add(context, act, x);
 }

@@ -10,8 +10,8 @@ std::vector<float> read_values(const Weight& weight) {
   return out;
 }
 
-PackedWeight pack(const CpuContext& context, const float* weight, std::int64_t out_features,
-                  std::int64_t in_features) {
+cpu::PackedWeight pack(const CpuContext& context, const float* weight, std::int64_t out_features,
+                       std::int64_t in_features) {
   return context.quantize == ModelQuantize::kInt8
              ? context.gemm.pack_int8(weight, out_features, in_features, context.dtype)
              : context.gemm.pack(weight, out_features, in_features, context.dtype);

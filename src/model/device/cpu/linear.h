@@ -25,14 +25,14 @@ class CpuLinear {
   void multiply_add(const CpuContext& context, const Matrix& x, const Matrix& inout) const;
 
  private:
-  PackedWeight weight_;
+  cpu::PackedWeight weight_;
   std::vector<float> bias_;
 };
 
 /// `weight` (out_features, in_features) in 8 bits where the context's weights are quantised, else in its
 /// dtype.
-PackedWeight pack(const CpuContext& context, const float* weight, std::int64_t out_features,
-                  std::int64_t in_features);
+cpu::PackedWeight pack(const CpuContext& context, const float* weight, std::int64_t out_features,
+                       std::int64_t in_features);
 
 /// One matrix (out_features, in_features) per attention head, never quantised.
 class CpuHeadLinear {
@@ -57,7 +57,7 @@ class CpuHeadLinear {
   }
 
  private:
-  std::vector<PackedWeight> heads_;
+  std::vector<cpu::PackedWeight> heads_;
 };
 
 }  // namespace flash_mla::model

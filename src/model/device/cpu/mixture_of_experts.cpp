@@ -67,7 +67,7 @@ void CpuMixtureOfExperts::route(const Matrix& h) {
     const Matrix input = CpuContext::matrix(wide, DType::kFloat32, count, h.columns);
     const Matrix logits = CpuContext::matrix(logits_buffer, DType::kFloat32, count, experts);
     for (std::int64_t i = 0; i < count; ++i) {
-      rows::widen(h.row(first + i), context_.dtype, reinterpret_cast<float*>(input.row(i)), h.columns);
+      cpu::rows::widen(h.row(first + i), context_.dtype, reinterpret_cast<float*>(input.row(i)), h.columns);
     }
     context_.gemm.run(input, router_, nullptr, logits, {1, context_.step->batch_invariant, false});
     const Routing routing = config.routing();
@@ -101,12 +101,12 @@ void CpuMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
   context_.for_rows(h.rows, hidden * chosen, [&](std::int64_t t) {
     thread_local std::vector<float> sum;
     sum.resize(static_cast<std::size_t>(hidden));
-    rows::widen(x.row(t), context_.dtype, sum.data(), hidden);
+    cpu::rows::widen(x.row(t), context_.dtype, sum.data(), hidden);
     for (std::int64_t i = t * chosen; i < (t + 1) * chosen; ++i) {
       const std::int64_t row = places_[static_cast<std::size_t>(i)];
-      rows::add_scaled(reinterpret_cast<const float*>(results.row(row)), weight[i], sum.data(), hidden);
+      cpu::rows::add_scaled(reinterpret_cast<const float*>(results.row(row)), weight[i], sum.data(), hidden);
     }
-    rows::narrow(sum.data(), x.row(t), context_.dtype, hidden);
+    cpu::rows::narrow(sum.data(), x.row(t), context_.dtype, hidden);
   });
 }
 
@@ -150,11 +150,11 @@ void CpuMixtureOfExperts::run_expert(const Matrix& h, const Piece& piece, const 
     std::memcpy(in.row(i), h.row(choice / context_.config.num_experts_per_tok),
                 static_cast<std::size_t>(hidden * element));
   }
-  const GemmMode mode{1, context_.step->batch_invariant, false};
+  const cpu::GemmMode mode{1, context_.step->batch_invariant, false};
   context_.gemm.run(in, expert.gate_up, nullptr, gate_up, mode);
   for (std::int64_t i = 0; i < piece.count; ++i) {
-    rows::silu_mul(gate_up.row(i), gate_up.row(i) + intermediate * element, act.row(i), context_.dtype,
-                   intermediate);
+    cpu::rows::silu_mul(gate_up.row(i), gate_up.row(i) + intermediate * element, act.row(i), context_.dtype,
+                        intermediate);
   }
   context_.gemm.run(act, expert.down, nullptr, out, mode);
 }

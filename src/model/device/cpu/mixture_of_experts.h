@@ -25,7 +25,7 @@ class CpuMixtureOfExperts : public FeedForward {
 
  private:
   struct Expert {
-    PackedWeight gate_up, down;
+    cpu::PackedWeight gate_up, down;
   };
   /// Some of the rows of one expert.
   struct Piece {
@@ -40,7 +40,7 @@ class CpuMixtureOfExperts : public FeedForward {
 
   CpuContext& context_;
   std::vector<float> norm_;
-  PackedWeight router_;  ///< (n_routed_experts, hidden) float32
+  cpu::PackedWeight router_;  ///< (n_routed_experts, hidden) float32
   std::vector<float> correction_bias_;
   std::vector<Expert> experts_;
   std::unique_ptr<CpuGatedNetwork> shared_;  ///< or null

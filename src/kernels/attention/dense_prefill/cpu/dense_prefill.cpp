@@ -14,7 +14,7 @@
 // walks the span in tiles of keys with an online softmax. All tile shapes are fixed and their borders are
 // positions in the sequence, so the bits of a sequence do not depend on its neighbours.
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 namespace {
 
 constexpr std::int64_t kSpanKeys = 512;
@@ -196,4 +196,4 @@ void dense_prefill(Gemm& gemm, const DensePrefill& args) {
   Prefill(args, workspace).run(gemm, *args.kv_b, args.num_threads, args.batch_invariant);
 }
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu

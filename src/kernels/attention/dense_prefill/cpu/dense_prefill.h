@@ -7,7 +7,7 @@
 #include "base/matrix.h"
 #include "kernels/gemm/cpu/gemm.h"
 
-namespace flash_mla::model {
+namespace flash_mla::cpu {
 
 /// Un-absorbed attention of one sequence's new tokens, causal from position seq_len - num_tokens on:
 ///
@@ -27,4 +27,4 @@ struct DensePrefill {
 };
 void dense_prefill(Gemm& gemm, const DensePrefill& args);
 
-}  // namespace flash_mla::model
+}  // namespace flash_mla::cpu
