@@ -18,9 +18,9 @@ awk -v dir="$work" '
   marked && /^```/ { file = dir "/example-" ++count "." substr($0, 4); marked = 0; inside = 1; next }
   inside && /^```$/ { inside = 0; close(file); next }
   inside { print >> file }
-' README.md
+' README.md docs/sparse.md
 for language in cpp python sh; do
-  ls "$work"/example-*."$language" >/dev/null || { echo "README.md has no $language example" >&2; exit 1; }
+  ls "$work"/example-*."$language" >/dev/null || { echo "no page has a $language example" >&2; exit 1; }
 done
 
 # quiet COMMAND...: its output only when it fails.
@@ -40,11 +40,11 @@ for example in "$work"/example-*; do
     *.python) quiet "${2:-.venv/bin/python}" "$example" ;;
     *.sh) quiet env PATH="$PWD/$work/prefix/bin:$PATH" sh -e "$example" ;;
     *)
-      echo "README.md: an example in a language that is not run: $example" >&2
+      echo "an example in a language that is not run: $example" >&2
       exit 1
       ;;
   esac
-  echo "README.md, $(basename "$example"): ok"
+  echo "$(basename "$example"): ok"
 done
 
 # [text](target), without those that name another site or a place on the same page.

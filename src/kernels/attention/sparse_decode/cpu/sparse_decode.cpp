@@ -27,6 +27,7 @@ namespace {
 constexpr int kBlock = 64;  // entries of a list, the unit in which it is cut
 constexpr int kMinBlocksPerSplit =
     4;  // 2 tiles of the largest kernel: shorter splits are mostly their combination
+constexpr std::int64_t kMaxSplits = 512;  // where batch invariance does not ask for more
 // Fewer multiply-adds than this are not worth waking a second thread for (about 10 us of one).
 constexpr double kSingleThreadWork = 1e6;
 constexpr std::size_t kAlignment = 64;
@@ -86,7 +87,8 @@ struct Problem {
                        threads = params.num_threads;
     std::int64_t best = 1;
     double best_use = 0;
-    for (std::int64_t s = 1; s <= std::min<std::int64_t>(most, 8 * threads) && best_use < 0.9; ++s) {
+    const std::int64_t limit = std::min({most, 8 * threads, kMaxSplits});
+    for (std::int64_t s = 1; s <= limit && best_use < 0.9; ++s) {
       const double rounds = static_cast<double>(ceil_div(rows() * s, threads));
       const double use = static_cast<double>(rows() * s) / (rounds * static_cast<double>(threads));
       if (use > best_use + 0.01) best = s, best_use = use;
