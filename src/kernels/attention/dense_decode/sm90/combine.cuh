@@ -9,6 +9,12 @@
 // layout is that of the consumers' registers (kFragment): one load of 16 bytes per lane, split and group of 8
 // columns.
 //
+// Threads    256: 8 warps take groups of columns and splits as CombineShape divides them; 16 threads for the
+//            statistics of each of 16 rows.
+// Shared     O on its way, 32 to 48 KB in a ring | statistics of 144 splits (the coarsest shape: 48), 18 KB |
+//            scales and addresses of the rows. More where blocks have to spread (plan.h).
+// Registers  45 to 64, as ptxas gives them.
+//
 // For a small batch what counts is the time from the last decode block's end to this kernel's end. So a block
 // asks for all it needs at once, the blocks spread over all multiprocessors (plan.h), and the code is small:
 // fetched from a cold memory it costs about 100 ns per 128 bytes.

@@ -12,8 +12,8 @@
 
 namespace flash_mla::sm90 {
 
-/// Of consumer warpgroup `wg`, which owns columns kWg * 256 to + 255 of O; `sum` is that of the weights, per row,
-/// relative to wg.reference.
+/// Of consumer warpgroup `wg`, which owns columns kWg * 256 to + 255 of O; `sum` is that of the weights, per
+/// row, relative to wg.reference.
 template <class Consumer>
 struct Epilogue {
   static constexpr bool kBf16 = Consumer::kIsBf16;

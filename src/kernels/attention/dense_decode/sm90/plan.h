@@ -13,6 +13,8 @@
 
 namespace flash_mla::sm90 {
 
+static_assert(kTileTokens == ScheduleOptions{}.block_size, "a tile of the kernel is a block of the schedule");
+
 struct Grid {
   std::int64_t x = 1, y = 1, z = 1;
 };
