@@ -15,9 +15,9 @@ import sys
 import time
 
 import torch
+from provenance import commit, machine_with_torch
 
 import flash_mla
-from provenance import commit, machine_with_torch
 
 TOPK, POOL, PAGE = 2048, 262_144, 64
 
@@ -72,8 +72,8 @@ def main():
         indices = torch.randint(0, POOL, (args.batch, 1, TOPK), dtype=torch.int32)
         scale = 576**-0.5
         contestants = {
-            "torch": lambda q=q, i=indices: torch_decode(q, flat, i, scale),
-            "torch_fp8": lambda q=q, i=indices: torch_fp8_decode(q, fp8, i, scale),
+            "torch": lambda q=q, i=indices, scale=scale: torch_decode(q, flat, i, scale),
+            "torch_fp8": lambda q=q, i=indices, scale=scale: torch_fp8_decode(q, fp8, i, scale),
             "bf16": lambda q=q, i=indices: flash_mla.sparse_decode(q, rows, i),
             "fp8": lambda q=q, i=indices: flash_mla.sparse_decode(q, fp8, i),
         }

@@ -29,8 +29,9 @@ for variable in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from flash_mla import LLM, SamplingParams  # noqa: E402
 from provenance import commit, machine_with_torch  # noqa: E402
+
+from flash_mla import LLM, SamplingParams  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 DTYPES = {"bf16": ("bfloat16", torch.bfloat16), "fp32": ("float32", torch.float32)}

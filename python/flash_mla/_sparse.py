@@ -4,7 +4,7 @@ import sys
 from typing import Optional, Tuple
 
 from . import _C
-from ._arrays import Array, current_stream, cuda_device, empty, is_torch, shape_of, workspace_allocator
+from ._arrays import Array, cuda_device, current_stream, empty, is_torch, shape_of, workspace_allocator
 
 _LATENT_WIDTH = 512
 

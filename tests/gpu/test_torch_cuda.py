@@ -4,9 +4,10 @@ import itertools
 import subprocess
 import sys
 
-import flash_mla
 import pytest
 import torch
+
+import flash_mla
 from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 
 if not torch.cuda.is_available():

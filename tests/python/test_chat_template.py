@@ -2,12 +2,13 @@
 
 import json
 
-import flash_mla
 import pytest
 import tokenizer_files as files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
+
+import flash_mla
 
 V2 = """
 {{- bos_token }}

@@ -2,14 +2,15 @@ import os
 import subprocess
 import sys
 
-import flash_mla
 import numpy as np
 import pytest
 import torch
 from conftest import Problem, assert_close
-from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import flash_mla
+from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 
 
 def decode(p, generation="2025-02"):

@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from flash_mla import LLM, SamplingParams
 from letters import VOCAB_SIZE, write_tokenizer
 from live_server import PROGRAM, ROOT, Server
+
+from flash_mla import LLM, SamplingParams
 
 LITE = json.loads((ROOT / "data/models/deepseek-v2-lite.json").read_text())
 SHAPE = dict(

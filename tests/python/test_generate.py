@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 
 import pytest
+
 from flash_mla import LLM, SamplingParams
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import edit_weights, expected_greedy, expected_logits, write_checkpoint
-from flash_mla import LLM, SamplingParams
 from letters import write_tokenizer
+
+from flash_mla import LLM, SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from checkpoints import (
     random_tokens,
     write_checkpoint,
 )
+
 from flash_mla.model import PAGE_SIZE, Model
 
 TOLERANCE = 2e-4  # on float32 logits of order 1

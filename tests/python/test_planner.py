@@ -3,9 +3,10 @@ import io
 import json
 
 import pytest
-from flash_mla import planner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from flash_mla import planner
 
 
 def test_plan_is_a_plain_dictionary():

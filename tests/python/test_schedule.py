@@ -2,9 +2,10 @@ import inspect
 
 import pytest
 import torch
-from flash_mla import _C, build_decode_schedule, get_mla_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from flash_mla import _C, build_decode_schedule, get_mla_metadata
 
 
 def ints(x):

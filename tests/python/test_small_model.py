@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import expected_greedy, expected_logits
-from flash_mla.model import Model
 from tokenizers import Tokenizer
 from transformers import DeepseekV3ForCausalLM
+
+from flash_mla.model import Model
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "small"
 PROMPTS = [

@@ -4,12 +4,13 @@ import json
 import random
 import time
 
-import flash_mla
 import pytest
 import tokenizer_files as files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import flash_mla
 
 RUN = 100_000
 
