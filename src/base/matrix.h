@@ -24,16 +24,4 @@ struct Matrix {
   }
 };
 
-/// A weight in the host's memory, row-major: float32, or bfloat16 (bits). Null: the device makes one up.
-struct HostWeight {
-  HostWeight(std::nullptr_t) {}
-  HostWeight(const float* values) : data(values) {}
-  HostWeight(const std::uint16_t* bits) : data(bits), dtype(DType::kBFloat16) {}
-
-  const float* float32() const { return static_cast<const float*>(data); }
-
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
-};
-
 }  // namespace flash_mla

@@ -74,8 +74,9 @@ class RandomWeights : public WeightSource {
       };
     }
     if (config_.n_shared_experts > 0) {
-      out.shared_gate_up = matrix(2 * config_.n_shared_experts * intermediate, hidden);
-      out.shared_down = matrix(hidden, config_.n_shared_experts * intermediate);
+      const std::int64_t width = config_.n_shared_experts * intermediate;
+      out.shared_gate_up = matrix(2 * width, hidden);
+      out.shared_down = matrix(hidden, width);
     }
     return out;
   }
