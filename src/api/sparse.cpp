@@ -7,6 +7,7 @@
 #include "kernels/attention/dense_decode/cpu/dense_decode.h"
 #include "kernels/attention/sparse_decode/cpu/sparse_decode.h"
 #include "kernels/attention/sparse_decode/reference/sparse_decode.h"
+#include "kernels/attention/sparse_decode/sm90/sparse_decode.h"
 #include "kernels/attention/sparse_prefill/cpu/sparse_prefill.h"
 #include "kernels/attention/sparse_prefill/reference/sparse_prefill.h"
 
@@ -41,7 +42,10 @@ void check_on_cpu(const TensorView& q) {
 
 std::size_t sparse_decode_workspace_size(const SparseDecodeArgs& args, const SparseDecodeOptions& options) {
   api::check_sparse_decode_shapes(args, options, /*allow_reference_types=*/false);
-  if (api::backend_of(options.backend, args.q, "q") == Backend::kSm90) no_gpu_backend("sparse_decode");
+  if (api::backend_of(options.backend, args.q, "q") == Backend::kSm90) {
+    sm90::check_supported(args, options.fixed_split_blocks);
+    return sm90::sparse_decode_workspace_size(args, options.fixed_split_blocks);
+  }
   return cpu::sparse_decode_workspace_size(args, cpu_params(scale_of(options.softmax_scale, args.q),
                                                             options.num_threads, options.fixed_split_blocks));
 }
@@ -49,7 +53,16 @@ std::size_t sparse_decode_workspace_size(const SparseDecodeArgs& args, const Spa
 void sparse_decode(const SparseDecodeArgs& args, void* workspace, std::size_t workspace_bytes,
                    const SparseDecodeOptions& options) {
   api::check_sparse_decode_shapes(args, options, /*allow_reference_types=*/false);
-  if (api::backend_of(options.backend, args.q, "q") == Backend::kSm90) no_gpu_backend("sparse_decode");
+  if (api::backend_of(options.backend, args.q, "q") == Backend::kSm90) {
+    sm90::check_supported(args, options.fixed_split_blocks);
+    api::check_workspace_bytes(workspace, workspace_bytes,
+                               sm90::sparse_decode_workspace_size(args, options.fixed_split_blocks),
+                               "sparse_decode_workspace_size");
+    if (args.q.size(0) == 0 || args.q.size(1) == 0) return;
+    sm90::sparse_decode(args, workspace, scale_of(options.softmax_scale, args.q), options.fixed_split_blocks,
+                        options.stream);
+    return;
+  }
   api::check_sparse_decode_values(args);
   const cpu::SparseParams params =
       cpu_params(scale_of(options.softmax_scale, args.q), options.num_threads, options.fixed_split_blocks);

@@ -247,6 +247,24 @@ __device__ __forceinline__ void write_num_splits(const ScheduleParams& p, const 
   }
 }
 
+/// Tokens of a request, or entries of its lists.
+template <bool kLists>
+__device__ __forceinline__ int length_of(const ScheduleParams& p, int req) {
+  if constexpr (!kLists) {
+    return p.cache_seqlens[req];
+  } else {
+    int length = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const std::int32_t* lengths = p.lists.topk_length[i];
+      const int n = lengths == nullptr ? p.lists.topk[i] : min(max(lengths[req], 0), p.lists.topk[i]);
+      length += (n + p.block_size - 1) / p.block_size * p.block_size;
+    }
+    return length;
+  }
+}
+
+template <bool kLists>
 __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const ScheduleParams p) {
   extern __shared__ std::int32_t memory[];
   const ScheduleMemory s(memory, p);
@@ -257,7 +275,7 @@ __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const Schedu
   ptx::grid_dependency_wait();
 
   const auto blocks_of = [&](int req) {
-    const int length = max(p.cache_seqlens[req], 0);
+    const int length = max(length_of<kLists>(p, req), 0);
     return max(length / p.block_size + (length % p.block_size > 0), p.min_blocks_per_request);
   };
   __shared__ int warps_longest[kScheduleThreads / 32];
@@ -310,7 +328,7 @@ __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const Schedu
     const int next_req = s.reqs[i + 1], next_block = block_at(i + 1, next_req);
     const int end_req = next_block > 0 ? next_req : next_req - 1;
     // The blocks a request has, not those it counts as: rows of an empty request end at block 0.
-    const int last_length = next_req > 0 ? max(p.cache_seqlens[next_req - 1], 0) : 0;
+    const int last_length = next_req > 0 ? max(length_of<kLists>(p, next_req - 1), 0) : 0;
     const int end_block =
         next_block > 0 ? next_block : last_length / p.block_size + (last_length % p.block_size > 0);
     const bool idle = begin_req >= p.batch || (begin_req == next_req && begin_block == next_block);
@@ -322,7 +340,7 @@ __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const Schedu
       const int last_req = idle ? p.batch - 1 : end_req;
       const int end_token = last_req < 0 ? 0
                                          : static_cast<int>(min(std::int64_t{end_block} * p.block_size,
-                                                                std::int64_t{p.cache_seqlens[last_req]}));
+                                                                std::int64_t{length_of<kLists>(p, last_req)}));
       row[0] = idle ? int4{p.batch, 0, last_req, end_token}
                     : int4{begin_req, begin_block * p.block_size, last_req, end_token};
       row[1] = {idle ? 0 : split, 0, 0, 0};
@@ -343,12 +361,16 @@ __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const Schedu
   ptx::grid_dependency_launch();
 }
 
-}  // namespace
-
-void launch_schedule(const ScheduleParams& p, void* stream) {
+template <bool kLists>
+void launch_plan(const ScheduleParams& p, void* stream) {
   const auto words = static_cast<std::size_t>(schedule_words(p.batch, p.num_parts));
   LaunchConfig config(1, kScheduleThreads, words * sizeof(std::int32_t), static_cast<cudaStream_t>(stream));
-  check(launch(config.programmatic(), schedule_kernel, p), "schedule_kernel");
+  check(launch(config.programmatic(), schedule_kernel<kLists>, p), "schedule_kernel");
 }
+
+}  // namespace
+
+void launch_schedule(const ScheduleParams& p, void* stream) { launch_plan<false>(p, stream); }
+void launch_list_schedule(const ScheduleParams& p, void* stream) { launch_plan<true>(p, stream); }
 
 }  // namespace flash_mla::sm90

@@ -16,8 +16,14 @@ constexpr std::int64_t schedule_words(std::int64_t batch, std::int64_t num_parts
   return batch + 1 + 3 * num_parts + 1 + std::int64_t{3} * kMaxStops;
 }
 
+/// The lists of sparse decode: a request is as long as both of its lists, each padded to whole blocks.
+struct ListLengths {
+  const std::int32_t* topk_length[2];  ///< (batch), or null: every list has topk entries
+  int topk[2];                         ///< entries at most
+};
+
 struct ScheduleParams {
-  const std::int32_t* cache_seqlens;
+  const std::int32_t* cache_seqlens;  ///< not of lists
   int batch;
   int num_parts;
 #define FLASH_MLA_DECLARE(name, ...) int name;  ///< see ScheduleOptions
@@ -26,6 +32,7 @@ struct ScheduleParams {
   bool token_rows;           ///< rows as FlashMLA's until September 2025
   std::int32_t* parts;       ///< (num_parts, 8)
   std::int32_t* num_splits;  ///< (batch + 1)
+  ListLengths lists;         ///< of launch_list_schedule
 };
 
 inline void set_options(ScheduleParams& params, const ScheduleOptions& options) {
@@ -38,5 +45,7 @@ inline void set_options(ScheduleParams& params, const ScheduleOptions& options) 
 /// Queues the kernel on `stream`, a cudaStream_t of the current device. schedule_words(batch, num_parts) is
 /// at most kMaxScheduleWords.
 void launch_schedule(const ScheduleParams& params, void* stream);
+/// The same over the lists of sparse decode.
+void launch_list_schedule(const ScheduleParams& params, void* stream);
 
 }  // namespace flash_mla::sm90

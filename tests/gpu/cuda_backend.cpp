@@ -18,6 +18,10 @@ class Sm90 : public BackendUnderTest {
     return dtype != DType::kFloat32 && d_qk == 576 && d_v == 512 &&
            (page_size == 16 || page_size == 32 || page_size % 64 == 0);
   }
+  bool supports(Operation operation, KvFormat format, DType dtype) const override {
+    return operation == Operation::kSparseDecode && dtype == DType::kBFloat16 &&
+           (format == KvFormat::kFp8V32 || format == KvFormat::kFp8V4);
+  }
   bool checks_values() const override { return false; }
   bool batch_invariant() const override { return true; }
   void* allocate(std::size_t bytes) override {

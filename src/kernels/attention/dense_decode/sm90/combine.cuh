@@ -44,9 +44,11 @@ struct CombineSmem {
   std::uint16_t* out_of_row[16];           ///< null: padding
 };
 
-/// kIndex: of kCombineShapes. nvcc does not take the shape itself.
-template <bool kBf16, int kIndex>
-__global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const DecodeParams p) {
+/// kIndex: of kCombineShapes. nvcc does not take the shape itself. kLists: of sparse decode, where `attn_sink`
+/// may not be null.
+template <bool kBf16, int kIndex, bool kLists>
+__global__ void __launch_bounds__(kCombineWarps * 32)
+    combine_kernel(const DecodeParams p, const float* attn_sink) {
   constexpr CombineShape kShape = kCombineShapes[kIndex];
   constexpr int kSteps = kShape.warp_groups();  // groups of 8 columns per warp
   constexpr int kSplitStep = kShape.split_step();
@@ -86,6 +88,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   const int of_row = static_cast<int>(threadIdx.x) % kThreadsPerRow;
   float* lse = nullptr;  // where this row's goes
   bool unseen = false;   // the row sees no key
+  float sink = -INFINITY;  // base 2
   if (splits > 1 && of_row == 0) {
     const int block_of_all = divide(row_group, p.groups_inverse);
     const int h_kv = divide(block_of_all, p.count_inverse);
@@ -100,8 +103,13 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
     if (valid && p.lse != nullptr && wg == 0 && blockIdx.x == 0) {
       lse = p.lse + req * p.lse_stride_b + head * p.lse_stride_h + place.token * p.lse_stride_s;
     }
-    const int length = p.cache_seqlens[req];
-    unseen = (p.causal ? min(length - p.s_q + place.token + 1, length) : length) <= 0;
+    if constexpr (kLists) {
+      unseen = true;
+      if (valid && attn_sink != nullptr) sink = attn_sink[head] * 1.44269504089f;
+    } else {
+      const int length = p.cache_seqlens[req];
+      unseen = (p.causal ? min(length - p.s_q + place.token + 1, length) : length) <= 0;
+    }
   }
   ptx::grid_dependency_wait();
   if (splits <= 1) return;
@@ -201,7 +209,8 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const Decod
   }
   if (of_row == 0) {
     const bool none = l == 0.0f;
-    s.scale[row] = !none ? 1.0f / l : unseen ? 0.0f : NAN;
+    const float whole = kLists ? l + exp2f(sink - m) : l;
+    s.scale[row] = !none ? 1.0f / whole : unseen ? 0.0f : NAN;
     if (lse != nullptr) *lse = !none ? (m + log2_fast(l)) * 0.69314718056f : unseen ? INFINITY : NAN;
   }
   if constexpr (kHalves) {

@@ -4,6 +4,7 @@
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
+#include "kernels/attention/sparse_decode/sm90/sparse_decode.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -25,6 +26,10 @@ void check_supported(const DenseDecodeArgs&, const DecodeScheduleView&) { refuse
 void build_schedule(const TensorView&, const ScheduleOptions&, const DecodeScheduleView&, void*) { refuse(); }
 KernelFacts decode_kernel_facts(const DecodePlan&, bool) { return {}; }
 KernelFacts combine_kernel_facts(const DecodePlan&, bool) { return {}; }
+
+void check_supported(const SparseDecodeArgs&, int) { refuse(); }
+std::size_t sparse_decode_workspace_size(const SparseDecodeArgs&, int) { refuse(); }
+void sparse_decode(const SparseDecodeArgs&, void*, float, int, void*) { refuse(); }
 
 std::size_t dense_prefill_workspace_size() { refuse(); }
 void check_supported(const DensePrefillArgs&) { refuse(); }

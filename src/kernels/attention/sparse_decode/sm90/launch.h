@@ -1,0 +1,15 @@
+#pragma once
+
+#include <cuda.h>
+
+#include "flash_mla/kv_cache.h"
+#include "kernels/attention/dense_decode/sm90/plan.h"
+#include "kernels/attention/sparse_decode/sm90/params.h"
+
+namespace flash_mla::sm90 {
+
+/// Decode and, where the plan says so, combine; both caches have this format, kFp8V32 or kFp8V4.
+void launch_sparse_decode(const SparseDecodeParams& params, const CUtensorMap& q_map, KvFormat format,
+                          const DecodePlan& plan, void* stream);
+
+}  // namespace flash_mla::sm90
