@@ -338,9 +338,10 @@ __global__ void __launch_bounds__(kScheduleThreads) schedule_kernel(const Schedu
     auto* row = reinterpret_cast<int4*>(p.parts + static_cast<std::int64_t>(i) * 8);
     if (p.token_rows) {
       const int last_req = idle ? p.batch - 1 : end_req;
-      const int end_token = last_req < 0 ? 0
-                                         : static_cast<int>(min(std::int64_t{end_block} * p.block_size,
-                                                                std::int64_t{length_of<kLists>(p, last_req)}));
+      const int end_token = last_req < 0
+                                ? 0
+                                : static_cast<int>(min(std::int64_t{end_block} * p.block_size,
+                                                       std::int64_t{length_of<kLists>(p, last_req)}));
       row[0] = idle ? int4{p.batch, 0, last_req, end_token}
                     : int4{begin_req, begin_block * p.block_size, last_req, end_token};
       row[1] = {idle ? 0 : split, 0, 0, 0};

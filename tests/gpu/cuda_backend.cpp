@@ -8,8 +8,6 @@
 namespace flash_mla::conformance {
 namespace {
 
-using gpu_test::check;
-
 class Sm90 : public BackendUnderTest {
  public:
   std::string name() const override { return "sm90"; }

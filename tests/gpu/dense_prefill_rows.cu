@@ -25,7 +25,7 @@
 
 namespace {
 
-using flash_mla::gpu_test::check;
+using flash_mla::check;
 using flash_mla::gpu_test::DeviceMemory;
 constexpr flash_mla::Device kGpu{flash_mla::DeviceType::kCuda, 0};
 constexpr float kScale = 0.1352338f;

@@ -27,7 +27,6 @@
 namespace {
 
 using namespace flash_mla;
-using gpu_test::check;
 using gpu_test::DeviceMemory;
 constexpr Device kGpu{DeviceType::kCuda, 0};
 
@@ -63,7 +62,8 @@ struct Layout {
   int v32, page_size;
   long long page_stride;
 };
-__device__ std::uint8_t* token_at(std::uint8_t* cache, const Layout& l, long long slot, std::uint8_t*& scales) {
+__device__ std::uint8_t* token_at(std::uint8_t* cache, const Layout& l, long long slot,
+                                  std::uint8_t*& scales) {
   std::uint8_t* page = cache + slot / l.page_size * l.page_stride;
   const long long offset = slot % l.page_size;
   scales = l.v32 ? page + offset * 656 + 512 : page + l.page_size * 576ll + offset * 8;
@@ -89,7 +89,8 @@ __global__ void fill_cache(std::uint8_t* cache, Layout l, long long slots, std::
       token[i] = e4m3(0.1f * normal(seed, slot * 1024 + i) / scale);
     }
     auto* rope = reinterpret_cast<__nv_bfloat16*>(token + (l.v32 ? 528 : 448));
-    for (int i = threadIdx.x; i < 64; i += blockDim.x) rope[i] = __float2bfloat16(0.1f * normal(seed, slot * 1024 + 600 + i));
+    for (int i = threadIdx.x; i < 64; i += blockDim.x)
+      rope[i] = __float2bfloat16(0.1f * normal(seed, slot * 1024 + 600 + i));
   }
 }
 __device__ float element(std::uint8_t* cache, const Layout& l, long long slot, int i) {
@@ -113,7 +114,7 @@ struct Problem {
   const __nv_bfloat16 *q, *out;
   const float *lse, *sink;
   Keys keys[2];
-  const int *lengths[2];
+  const int* lengths[2];
   int b, s_q, h, d;
   float scale;
 };
@@ -122,7 +123,8 @@ struct Sample {
 };
 
 /// One block per sample: worst error in units of its bound.
-__global__ void __launch_bounds__(256) check_rows(Problem p, const Sample* samples, float* scratch, float* worst) {
+__global__ void __launch_bounds__(256)
+    check_rows(Problem p, const Sample* samples, float* scratch, float* worst) {
   const Sample s = samples[blockIdx.x];
   const int total = p.keys[0].topk + p.keys[1].topk;
   float* score = scratch + std::size_t(blockIdx.x) * total;
@@ -142,7 +144,8 @@ __global__ void __launch_bounds__(256) check_rows(Problem p, const Sample* sampl
     if (slot >= 0) {
       x = 0;
       for (int d = 0; d < p.d; ++d)
-        x += double(__bfloat162float(p.q[row * p.d + d])) * element(p.keys[which].cache, p.keys[which].layout, slot, d);
+        x += double(__bfloat162float(p.q[row * p.d + d])) *
+             element(p.keys[which].cache, p.keys[which].layout, slot, d);
       x *= p.scale;
     }
     score[j] = static_cast<float>(x);
@@ -163,7 +166,8 @@ __global__ void __launch_bounds__(256) check_rows(Problem p, const Sample* sampl
     for (int j = 0; j < total; ++j) {
       int which;
       const long long slot = slot_of(j, which);
-      if (slot >= 0) y += exp(double(score[j]) - highest) * element(p.keys[which].cache, p.keys[which].layout, slot, i);
+      if (slot >= 0)
+        y += exp(double(score[j]) - highest) * element(p.keys[which].cache, p.keys[which].layout, slot, i);
     }
     y = sum > 0 ? y / (sum + sink) : 0;
     const double got = __bfloat162float(p.out[row * 512 + i]), off = fabs(got - y);
@@ -176,7 +180,8 @@ __global__ void __launch_bounds__(256) check_rows(Problem p, const Sample* sampl
     for (int i = 0; i < 256; ++i) bad = fmax(bad, error[i]);
     const float lse = p.lse[(std::size_t(s.req) * p.h + s.head) * p.s_q + s.token];
     const double want = sum > 0 ? highest + log(sum) : INFINITY;
-    double off = isinf(want) ? (lse == INFINITY ? 0 : INFINITY) : fabs(lse - want) / (8.01 / 65536 * fmax(fabs(want), 0.25));
+    double off = isinf(want) ? (lse == INFINITY ? 0 : INFINITY)
+                             : fabs(lse - want) / (8.01 / 65536 * fmax(fabs(want), 0.25));
     if (!(off >= 0)) off = INFINITY;
     worst[blockIdx.x] = static_cast<float>(fmax(bad, off));
   }
@@ -239,10 +244,13 @@ struct List {
     args.cache.data = TensorView::contiguous(cache.as<void>(), DType::kUInt8, {pages, page, 1, width}, kGpu);
     args.cache.data.strides[0] = stride;
     args.indices = TensorView::contiguous(indices.as<void>(), DType::kInt32, {row.b, row.s_q, topk}, kGpu);
-    if (row.ragged == 2) args.topk_length = TensorView::contiguous(lengths.as<void>(), DType::kInt32, {row.b}, kGpu);
+    if (row.ragged == 2)
+      args.topk_length = TensorView::contiguous(lengths.as<void>(), DType::kInt32, {row.b}, kGpu);
   }
   const int* lengths_or_null(const Row& row) const { return row.ragged == 2 ? lengths.as<int>() : nullptr; }
-  static long long page_stride(int page, bool v4) { return v4 ? (page * 584ll + 575) / 576 * 576 : (page + 1) * 656ll; }
+  static long long page_stride(int page, bool v4) {
+    return v4 ? (page * 584ll + 575) / 576 * 576 : (page + 1) * 656ll;
+  }
   static std::size_t bytes(int b, int s_kv, int page, bool v4) {
     return std::max<std::size_t>(std::size_t(s_kv + page - 1) / page * b * page_stride(page, v4), 64);
   }
@@ -313,9 +321,17 @@ int main(int argc, char** argv) {
     DeviceMemory d_samples(samples.size() * sizeof(Sample)), d_worst(kSamples * 4),
         scratch(std::size_t(kSamples) * (row.topk + row.extra_topk) * 4);
     d_samples.upload(samples.data(), samples.size() * sizeof(Sample));
-    const Problem problem{q.as<__nv_bfloat16>(), out.as<__nv_bfloat16>(), lse.as<float>(), nullptr,
-                          {base.keys, extra.keys}, {base.lengths_or_null(row), extra.lengths_or_null(row)},
-                          row.b, row.s_q, row.h, d, softmax_scale};
+    const Problem problem{q.as<__nv_bfloat16>(),
+                          out.as<__nv_bfloat16>(),
+                          lse.as<float>(),
+                          nullptr,
+                          {base.keys, extra.keys},
+                          {base.lengths_or_null(row), extra.lengths_or_null(row)},
+                          row.b,
+                          row.s_q,
+                          row.h,
+                          d,
+                          softmax_scale};
     check_rows<<<kSamples, 256>>>(problem, d_samples.as<Sample>(), scratch.as<float>(), d_worst.as<float>());
     const std::vector<float> errors = d_worst.download<float>();
     const float worst = *std::max_element(errors.begin(), errors.end());
@@ -346,15 +362,18 @@ int main(int argc, char** argv) {
       ms = times[times.size() / 2];
     }
     const double keys = double(row.b) * row.s_q * (row.topk + row.extra_topk);
-    const double flop = 2.0 * row.h * keys * (d + 512), bytes = keys * (row.v4 ? 588 : 660) + nq * (d + 512) * 2.0;
+    const double flop = 2.0 * row.h * keys * (d + 512),
+                 bytes = keys * (row.v4 ? 588 : 660) + nq * (d + 512) * 2.0;
     const double floor = std::max(flop / 813e12, bytes / 4.65e12) * 1e3;
-    std::printf("%2d %-5s b%-3d s%d h%-3d topk%-4d+%-4d %s %.2f nan %zu %s | %8.2f us floor %7.2f ratio %.2f %4.0f TFLOP/s\n", r,
-                row.name, row.b, row.s_q, row.h, row.topk, row.extra_topk, good ? "ok" : "FAIL", worst, nans,
-                same ? "same" : "DIFFERS", ms * 1e3, floor * 1e3, ms / floor, ms > 0 ? flop / ms / 1e9 : 0);
+    std::printf(
+        "%2d %-5s b%-3d s%d h%-3d topk%-4d+%-4d %s %.2f nan %zu %s | %8.2f us floor %7.2f ratio %.2f %4.0f TFLOP/s\n",
+        r, row.name, row.b, row.s_q, row.h, row.topk, row.extra_topk, good ? "ok" : "FAIL", worst, nans,
+        same ? "same" : "DIFFERS", ms * 1e3, floor * 1e3, ms / floor, ms > 0 ? flop / ms / 1e9 : 0);
     std::fflush(stdout);
-    json << (done++ > 0 ? ",\n" : "\n") << "{\"format\":\"" << row.name << "\",\"b\":" << row.b << ",\"s_q\":" << row.s_q
-         << ",\"h_q\":" << row.h << ",\"topk\":" << row.topk << ",\"extra_topk\":" << row.extra_topk << ",\"ms\":" << ms
-         << ",\"floor_ms\":" << floor << ",\"correct\":" << (good ? "true" : "false") << "}";
+    json << (done++ > 0 ? ",\n" : "\n") << "{\"format\":\"" << row.name << "\",\"b\":" << row.b
+         << ",\"s_q\":" << row.s_q << ",\"h_q\":" << row.h << ",\"topk\":" << row.topk
+         << ",\"extra_topk\":" << row.extra_topk << ",\"ms\":" << ms << ",\"floor_ms\":" << floor
+         << ",\"correct\":" << (good ? "true" : "false") << "}";
   }
   json << "\n]}\n";
   std::printf("%d passed, %d failed\n", done - failed, failed);

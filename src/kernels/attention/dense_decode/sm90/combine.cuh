@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int row = static_cast<int>(threadIdx.x) / kThreadsPerRow;
   const int of_row = static_cast<int>(threadIdx.x) % kThreadsPerRow;
-  float* lse = nullptr;  // where this row's goes
-  bool unseen = false;   // the row sees no key
+  float* lse = nullptr;    // where this row's goes
+  bool unseen = false;     // the row sees no key
   float sink = -INFINITY;  // base 2
   if (splits > 1 && of_row == 0) {
     const int block_of_all = divide(row_group, p.groups_inverse);

@@ -42,11 +42,13 @@ std::size_t combine_smem(const DecodePlan& plan) {
 /// Blocks are given so much shared memory that no multiprocessor takes more of them than its share: the first
 /// ones to be free would take up to four each, and read at a fourth of the rate.
 template <bool kBf16, bool kLists = false>
-void launch_combine(const DecodeParams& p, const float* attn_sink, const DecodePlan& plan, cudaStream_t stream) {
+void launch_combine(const DecodeParams& p, const float* attn_sink, const DecodePlan& plan,
+                    cudaStream_t stream) {
   with_shape(plan.combine, [&]<int kIndex>() {
     check(allow_shared_memory<combine_kernel<kBf16, kIndex, kLists>>(kMaxSmem), "cudaFuncSetAttribute");
     LaunchConfig config(dim3_of(plan.combine_grid), kCombineWarps * 32, combine_smem<kIndex>(plan), stream);
-    check(launch(config.programmatic(), combine_kernel<kBf16, kIndex, kLists>, p, attn_sink), "combine_kernel");
+    check(launch(config.programmatic(), combine_kernel<kBf16, kIndex, kLists>, p, attn_sink),
+          "combine_kernel");
   });
 }
 
@@ -88,7 +90,8 @@ void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const 
   bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
 }
 
-void launch_combine_lists(const DecodeParams& p, const float* attn_sink, const DecodePlan& plan, void* stream) {
+void launch_combine_lists(const DecodeParams& p, const float* attn_sink, const DecodePlan& plan,
+                          void* stream) {
   launch_combine<true, true>(p, attn_sink, plan, static_cast<cudaStream_t>(stream));
 }
 
@@ -102,8 +105,8 @@ KernelFacts decode_kernel_facts(const DecodePlan& plan, bool bf16) {
 KernelFacts combine_kernel_facts(const DecodePlan& plan, bool bf16) {
   KernelFacts facts{};
   with_shape(plan.combine, [&]<int kIndex>() {
-    facts = facts_of(bf16 ? combine_kernel<true, kIndex, false> : combine_kernel<false, kIndex, false>, kCombineWarps * 32,
-                     combine_smem<kIndex>(plan));
+    facts = facts_of(bf16 ? combine_kernel<true, kIndex, false> : combine_kernel<false, kIndex, false>,
+                     kCombineWarps * 32, combine_smem<kIndex>(plan));
   });
   return facts;
 }

@@ -83,7 +83,8 @@ struct Consumer {
 
   // O half (+)= P V of keys 16 kBegin to 16 kEnd - 1 of the tile in `slot`, P from this warpgroup's registers.
   template <int kBegin = 0, int kEnd = 4>
-  __device__ void issue_pv_own(float (&o)[2][64], const std::uint32_t (&weights)[4][4], int slot, bool accumulate) {
+  __device__ void issue_pv_own(float (&o)[2][64], const std::uint32_t (&weights)[4][4], int slot,
+                               bool accumulate) {
     const auto left = s.values(slot, 2 * kWg).mn_major(), right = s.values(slot, 2 * kWg + 1).mn_major();
     ptx::wgmma_fence();
 #pragma unroll
@@ -146,7 +147,8 @@ struct Consumer {
   }
 
   // The reference of one tile's softmax: base is what to subtract. True if O has to be multiplied with alpha.
-  __device__ bool find_reference(float (&x)[32], int slot, float (&sum)[2], float (&alpha)[2], float (&base)[2]) {
+  __device__ bool find_reference(float (&x)[32], int slot, float (&sum)[2], float (&alpha)[2],
+                                 float (&base)[2]) {
     mask(x, slot);
     const float highest[2] = {lane_max(x, 0) * p.scale_log2, lane_max(x, 1) * p.scale_log2};
     bool scaled = false;
@@ -198,8 +200,8 @@ struct Consumer {
     for (int i = kBegin; i < kEnd; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) weights[i][j] = pack2<true>(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]);
-      stmatrix_x4(ptx::swizzled_word(chunk, r, 2 * i + lane / 16), weights[i][0], weights[i][1], weights[i][2],
-                  weights[i][3]);
+      stmatrix_x4(ptx::swizzled_word(chunk, r, 2 * i + lane / 16), weights[i][0], weights[i][1],
+                  weights[i][2], weights[i][3]);
     }
     ptx::fence_async_proxy();
   }
@@ -303,8 +305,8 @@ struct Consumer {
     return head < p.h_q;
   }
   __device__ std::uint16_t* out_row(const Item& item, int head) const {
-    return static_cast<std::uint16_t*>(p.out) + item.req * p.out_stride_b + token_of_block(p) * p.out_stride_s +
-           head * p.out_stride_h;
+    return static_cast<std::uint16_t*>(p.out) + item.req * p.out_stride_b +
+           token_of_block(p) * p.out_stride_s + head * p.out_stride_h;
   }
   __device__ void store_lse(const Item& item, int head, float lse) const {
     if (kWg != 1 || lane % 4 != 0 || p.lse == nullptr) return;

@@ -25,7 +25,8 @@ namespace flash_mla::sm90::sparse {
 
 template <KvFormat kFormat>
 __global__ void __launch_bounds__(kThreads, 1)
-    sparse_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ SparseDecodeParams p) {
+    sparse_decode_kernel(const __grid_constant__ CUtensorMap q_map,
+                         const __grid_constant__ SparseDecodeParams p) {
   extern __shared__ std::byte dynamic_smem[];
   auto& s = *reinterpret_cast<Smem*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -46,7 +47,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (part.begin_req >= p.batch) return;
   if (warp >= kConsumerThreads / 32) {
     ptx::set_max_registers_down<56>();
-    Producer<kFormat>{p, s, &q_map, part, warp - kConsumerThreads / 32, static_cast<int>(threadIdx.x) % 32,
+    Producer<kFormat>{p,
+                      s,
+                      &q_map,
+                      part,
+                      warp - kConsumerThreads / 32,
+                      static_cast<int>(threadIdx.x) % 32,
                       token_of_block(p)}
         .run();
   } else if (warp < 4) {

@@ -20,14 +20,16 @@ void launch_decode(const SparseDecodeParams& p, const CUtensorMap& q_map, const 
   check(allow_shared_memory<sparse::sparse_decode_kernel<kFormat>>(kSmemBytes), "cudaFuncSetAttribute");
   const dim3 grid(static_cast<unsigned>(plan.grid.x), 1, static_cast<unsigned>(plan.grid.z));
   LaunchConfig config(grid, sparse::kThreads, kSmemBytes, stream);
-  check(launch(config.programmatic(), sparse::sparse_decode_kernel<kFormat>, q_map, p), "sparse_decode_kernel");
+  check(launch(config.programmatic(), sparse::sparse_decode_kernel<kFormat>, q_map, p),
+        "sparse_decode_kernel");
 }
 
 }  // namespace
 
 void launch_sparse_decode(const SparseDecodeParams& p, const CUtensorMap& q_map, KvFormat format,
                           const DecodePlan& plan, void* stream) {
-  const auto decode = format == KvFormat::kFp8V32 ? launch_decode<KvFormat::kFp8V32> : launch_decode<KvFormat::kFp8V4>;
+  const auto decode =
+      format == KvFormat::kFp8V32 ? launch_decode<KvFormat::kFp8V32> : launch_decode<KvFormat::kFp8V4>;
   decode(p, q_map, plan, static_cast<cudaStream_t>(stream));
   if (plan.combines) launch_combine_lists(p, p.attn_sink, plan, stream);
 }

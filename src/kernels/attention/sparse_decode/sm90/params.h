@@ -11,12 +11,12 @@ namespace flash_mla::sm90 {
 
 /// One cache and the list of its tokens that each query attends to.
 struct ListedKeys {
-  const std::byte* cache;  ///< null: there is none
+  const std::byte* cache;                 ///< null: there is none
   std::uint32_t page_units, token_units;  ///< from a page or token to the next, in units of 16 bytes
-  int page_size;             ///< tokens
+  int page_size;                          ///< tokens
   /// n / page_size is (n * page_magic >> 32) >> page_shift for n < 2^31, and n where page_magic is 0.
   std::uint32_t page_magic, page_shift;
-  int topk;                              ///< entries of a list
+  int topk;                     ///< entries of a list
   const std::int32_t* indices;  ///< (batch, s_q, topk): page * page_size + offset; negative: none
   std::int64_t indices_stride_b, indices_stride_s;
   const std::int32_t* topk_length;  ///< (batch): entries that count, or null: all

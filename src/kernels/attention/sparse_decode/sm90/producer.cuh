@@ -59,8 +59,9 @@ __device__ __forceinline__ std::uint32_t widen2(std::uint16_t x, float scale) {
   return pack2<true>(f.x * scale, f.y * scale);
 }
 __device__ __forceinline__ uint4 widen8(std::uint32_t low, std::uint32_t high, float scale) {
-  return {widen2(static_cast<std::uint16_t>(low), scale), widen2(static_cast<std::uint16_t>(low >> 16), scale),
-          widen2(static_cast<std::uint16_t>(high), scale), widen2(static_cast<std::uint16_t>(high >> 16), scale)};
+  return {
+      widen2(static_cast<std::uint16_t>(low), scale), widen2(static_cast<std::uint16_t>(low >> 16), scale),
+      widen2(static_cast<std::uint16_t>(high), scale), widen2(static_cast<std::uint16_t>(high >> 16), scale)};
 }
 
 template <KvFormat kFormat>
@@ -156,7 +157,9 @@ struct Producer {
     const std::uint32_t page = k.page_magic == 0 ? n : __umulhi(n, k.page_magic) >> k.page_shift;
     const std::uint32_t offset = n - page * k.page_size;
     return {page * k.page_units + offset * k.token_units,
-            kV32 ? 0 : page * k.page_units * 2 + k.page_size * (kv::Fp8V4::kRowBytes / kv::Fp8V4::kScaleBytes) + offset};
+            kV32 ? 0
+                 : page * k.page_units * 2 + k.page_size * (kv::Fp8V4::kRowBytes / kv::Fp8V4::kScaleBytes) +
+                       offset};
   }
   // Where this lane reads: its 16 bytes of chunks 0 to 3 of a row, and its scale there.
   struct Base {
@@ -165,7 +168,8 @@ struct Producer {
   __device__ Base base_of(TileCode code) const {
     const int lane = opaque_lane();
     const std::byte* cache = p.keys[code >> 2 & 1].cache;
-    return {cache + (lane >> 3) * 64 + (lane & 3) * 16, cache + (kV32 ? kv::Fp8V32::kScaleOffset + (lane >> 4) * 4 : lane >> 3)};
+    return {cache + (lane >> 3) * 64 + (lane & 3) * 16,
+            cache + (kV32 ? kv::Fp8V32::kScaleOffset + (lane >> 4) * 4 : lane >> 3)};
   }
   // Brings the rows into L2: six lines each, two per quarter of a warp's lanes.
   __device__ void prefetch(const Rows& rows, TileCode code) const {
@@ -234,7 +238,8 @@ struct Producer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int key = 4 * i + (lane >> 3);
-      store_shared(slot + Format::kRopeChunk * kChunkBytes + (warp * kWarpKeys + key) * 128 + (((lane & 7) ^ key) << 4),
+      store_shared(slot + Format::kRopeChunk * kChunkBytes + (warp * kWarpKeys + key) * 128 +
+                       (((lane & 7) ^ key) << 4),
                    x[i]);
     }
   }

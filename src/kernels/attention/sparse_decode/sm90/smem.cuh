@@ -37,8 +37,8 @@ struct alignas(1024) Smem {
   using Element = ptx::Element<true>;
   ptx::Tile<Element, kTileRows, kHeadDim> q;
   ptx::Tile<Element, kTileTokens, kHeadDim> kv[2];
-  float exchange[2][kTileRows];    // by warpgroup: the softmax reference it has moved to
-  float row_sum[2][2][kTileRows];  // by parity of the item
+  float exchange[2][kTileRows];                      // by warpgroup: the softmax reference it has moved to
+  float row_sum[2][2][kTileRows];                    // by parity of the item
   alignas(8) std::uint8_t valid[2][kProducerWarps];  // by slot: a bit for each key that is one
   std::uint64_t q_full, q_empty;
   std::uint64_t kv_full[2][2];   // by slot and half: chunks 0-3, the rest
@@ -85,7 +85,8 @@ struct ListTables {
 };
 
 /// The walk over a part's items.
-__device__ __forceinline__ PartWalk<int, ListTables> walk_of(const SparseDecodeParams& p, const PartRange& part) {
+__device__ __forceinline__ PartWalk<int, ListTables> walk_of(const SparseDecodeParams& p,
+                                                             const PartRange& part) {
   return {part, {p}};
 }
 

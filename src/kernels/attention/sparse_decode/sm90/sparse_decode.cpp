@@ -40,7 +40,8 @@ int tiles_of(const SparseKeys& keys) {
 struct Shape {
   RowBlocks blocks;
   ScheduleOptions options;
-  std::size_t splits_at, out_at, stats_at, bytes;  // of the workspace: num_splits, partial results; the parts are first
+  std::size_t splits_at, out_at, stats_at,
+      bytes;  // of the workspace: num_splits, partial results; the parts are first
 };
 
 Shape shape_of(const SparseDecodeArgs& a, int fixed_split_blocks) {
@@ -71,8 +72,8 @@ void check_pool(const SparseKeys& keys, const char* name) {
   const kv::Pool pool = kv::make_pool(keys.cache);
   const TensorView& t = keys.cache.data;
   if (pool.format != KvFormat::kFp8V32 && pool.format != KvFormat::kFp8V4) {
-    throw Unsupported(fmt::format("{}.cache.format is {}; sparse_decode on sm90 takes fp8_v32 and fp8_v4", name,
-                                  kv_format_name(pool.format)));
+    throw Unsupported(fmt::format("{}.cache.format is {}; sparse_decode on sm90 takes fp8_v32 and fp8_v4",
+                                  name, kv_format_name(pool.format)));
   }
   if (reinterpret_cast<std::uintptr_t>(t.data) % kUnit != 0) {
     throw InvalidArgument(fmt::format("{}.cache.data is {}, expected a pointer aligned to {} bytes", name,
@@ -80,17 +81,18 @@ void check_pool(const SparseKeys& keys, const char* name) {
   }
   for (const auto& [stride, index] : {std::pair(pool.page_stride, 0), std::pair(pool.token_stride, 1)}) {
     if (stride % kUnit != 0 || stride < 0) {
-      throw InvalidArgument(fmt::format("{}.cache.stride[{}] is {} bytes, expected a multiple of {}", name, index,
-                                        stride, kUnit));
+      throw InvalidArgument(fmt::format("{}.cache.stride[{}] is {} bytes, expected a multiple of {}", name,
+                                        index, stride, kUnit));
     }
   }
   // 32 bits count units of 16 bytes, and V4's scales in units of 8.
   const std::int64_t most = std::int64_t{pool.format == KvFormat::kFp8V4 ? 32 : 64} << 30;
-  if (const std::int64_t bytes = pool.page_stride * std::max<std::int64_t>(pool.num_pages, 1) +
-                                 pool.token_stride * pool.page_size;
+  if (const std::int64_t bytes =
+          pool.page_stride * std::max<std::int64_t>(pool.num_pages, 1) + pool.token_stride * pool.page_size;
       bytes >= most || pool.num_slots() > INT32_MAX) {
-    throw Unsupported(fmt::format("{}.cache is {}, {} bytes from end to end; sparse_decode on sm90 takes less than {}",
-                                  name, t.describe(), bytes, most));
+    throw Unsupported(
+        fmt::format("{}.cache is {}, {} bytes from end to end; sparse_decode on sm90 takes less than {}",
+                    name, t.describe(), bytes, most));
   }
 }
 
@@ -121,9 +123,10 @@ void check_supported(const SparseDecodeArgs& a, int fixed_split_blocks) {
   if (a.extra.defined()) {
     check_pool(a.extra, "extra");
     if (a.extra.cache.format != a.keys.cache.format) {
-      throw Unsupported(fmt::format("extra.cache.format is {} and keys.cache.format {}; sparse_decode on sm90 takes "
-                                    "two caches of one format",
-                                    kv_format_name(a.extra.cache.format), kv_format_name(a.keys.cache.format)));
+      throw Unsupported(
+          fmt::format("extra.cache.format is {} and keys.cache.format {}; sparse_decode on sm90 takes "
+                      "two caches of one format",
+                      kv_format_name(a.extra.cache.format), kv_format_name(a.keys.cache.format)));
     }
   }
   require_stride(a.q, "q");
@@ -133,14 +136,16 @@ void check_supported(const SparseDecodeArgs& a, int fixed_split_blocks) {
   const std::int64_t batch = a.q.size(0);
   if (!s.blocks.divides_exactly() || combine_row_groups(s.blocks, 1) > 65535 || batch > 65535 ||
       schedule_words(batch, s.options.num_parts) > kMaxScheduleWords) {
-    throw Unsupported(fmt::format("q.shape is ({}, {}, {}, {}); sparse_decode on sm90 takes fewer requests (about "
-                                  "11000) or query rows per request",
-                                  batch, a.q.size(1), a.q.size(2), a.q.size(3)));
+    throw Unsupported(
+        fmt::format("q.shape is ({}, {}, {}, {}); sparse_decode on sm90 takes fewer requests (about "
+                    "11000) or query rows per request",
+                    batch, a.q.size(1), a.q.size(2), a.q.size(3)));
   }
   if (s.stats_at - s.out_at > static_cast<std::size_t>(kMaxPartialBytes)) {
-    throw Unsupported(fmt::format("the partial results of fixed_split_blocks = {} take {} bytes; sparse_decode on sm90 "
-                                  "takes up to {}: choose longer splits",
-                                  fixed_split_blocks, s.stats_at - s.out_at, kMaxPartialBytes));
+    throw Unsupported(
+        fmt::format("the partial results of fixed_split_blocks = {} take {} bytes; sparse_decode on sm90 "
+                    "takes up to {}: choose longer splits",
+                    fixed_split_blocks, s.stats_at - s.out_at, kMaxPartialBytes));
   }
 }
 
