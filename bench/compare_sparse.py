@@ -20,6 +20,7 @@ from provenance import commit, machine_with_torch
 import flash_mla
 
 TOPK, POOL, PAGE = 2048, 262_144, 64
+SCALE = 576**-0.5
 
 
 def make_caches(tokens):
@@ -30,20 +31,20 @@ def make_caches(tokens):
     return rows, rows.view(-1, PAGE, 1, 576), fp8
 
 
-def torch_decode(q, rows, indices, scale):
+def torch_decode(q, rows, indices):
     b, _, h_q, d = q.shape
     keys = rows.index_select(0, indices.view(-1)).view(b, -1, d)
-    scores = torch.matmul(q[:, 0], keys.transpose(1, 2)).float() * scale
+    scores = torch.matmul(q[:, 0], keys.transpose(1, 2)).float() * SCALE
     return torch.matmul(torch.softmax(scores, dim=-1).bfloat16(), keys[..., :512])
 
 
-def torch_fp8_decode(q, fp8, indices, scale):
+def torch_fp8_decode(q, fp8, indices):
     b, _, h_q, d = q.shape
     tokens = fp8.view(-1, 656).index_select(0, indices.view(-1))
     latent = tokens[:, :512].view(torch.float8_e4m3fn).float().view(-1, 4, 128)
     latent = (latent * tokens[:, 512:528].contiguous().view(torch.float32)[..., None]).bfloat16().view(b, -1, 512)
     rope = tokens[:, 528:].contiguous().view(torch.bfloat16).view(b, -1, 64)
-    scores = torch.matmul(q[:, 0], torch.cat([latent, rope], dim=-1).transpose(1, 2)).float() * scale
+    scores = torch.matmul(q[:, 0], torch.cat([latent, rope], dim=-1).transpose(1, 2)).float() * SCALE
     return torch.matmul(torch.softmax(scores, dim=-1).bfloat16(), latent)
 
 
@@ -70,10 +71,9 @@ def main():
     for h_q in (1, 8, 16, 32, 64, 128):
         q = (torch.randn(args.batch, 1, h_q, 576) / 2).bfloat16()
         indices = torch.randint(0, POOL, (args.batch, 1, TOPK), dtype=torch.int32)
-        scale = 576**-0.5
         contestants = {
-            "torch": lambda q=q, i=indices, scale=scale: torch_decode(q, flat, i, scale),
-            "torch_fp8": lambda q=q, i=indices, scale=scale: torch_fp8_decode(q, fp8, i, scale),
+            "torch": lambda q=q, i=indices: torch_decode(q, flat, i),
+            "torch_fp8": lambda q=q, i=indices: torch_fp8_decode(q, fp8, i),
             "bf16": lambda q=q, i=indices: flash_mla.sparse_decode(q, rows, i),
             "fp8": lambda q=q, i=indices: flash_mla.sparse_decode(q, fp8, i),
         }

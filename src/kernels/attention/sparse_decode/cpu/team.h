@@ -3,6 +3,7 @@
 // A team of threads that takes tasks one after the other, and after the last of them tasks of a second kind.
 // Whoever takes a task, its result is the same.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -18,9 +19,11 @@ template <class First, class Second>
 void run_team(int threads, std::int64_t num_first, const First& first, std::int64_t num_second,
               const Second& second) {
 #if defined(_OPENMP)
+  threads = static_cast<int>(std::min<std::int64_t>(threads, std::max(num_first, num_second)));
   if (threads > 1) {
     // The counters also say to a race detector what OpenMP's own, uninstrumented, synchronisation guarantees.
     std::atomic<std::int64_t> next_first{0}, next_second{0};
+    next_first.fetch_add(0, std::memory_order_release);
 #pragma omp parallel num_threads(threads)
     {
       const int thread = omp_get_thread_num();
