@@ -2,10 +2,11 @@
 
 import math
 
-import flash_mla
 import numpy as np
 import pytest
 import torch
+
+import flash_mla
 from flash_mla import FlashMLASchedMeta, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 
 FORMATS = {"v32": (656, 576), "v4": (584, 512), "tensor": (576, 576), "rows": (None, 576), "rows512": (None, 512)}
