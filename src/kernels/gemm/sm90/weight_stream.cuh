@@ -137,6 +137,122 @@ __device__ __forceinline__ StreamItem stream_item(const WeightStream& p, const S
       {0, static_cast<std::int32_t>(first), static_cast<std::int32_t>(min(p.m - first, std::int64_t(rows)))}};
 }
 
+/// A thread's place in the CTA.
+template <class Shape>
+struct StreamThread {
+  int lane, warp_n, warp_k;  ///< the warp's place along n, and its k group
+  int quad_row, quad;        ///< in the fragments of a product
+
+  __device__ __forceinline__ StreamThread() {
+    const int warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    warp_n = warp % Shape::kWarpsN, warp_k = warp / Shape::kWarpsN;
+    quad_row = lane / 4, quad = lane % 4;
+  }
+};
+
+/// The sums of a warp: 16 rows of W by 8 of x for each tile and group.
+template <class Shape>
+using StreamSums = float[Shape::kTiles][Shape::kGroups][4];
+
+/// The warp's sums to their places in a plane of shared memory.
+template <class Shape>
+__device__ __forceinline__ void place_sums(const StreamThread<Shape>& thread, const StreamSums<Shape>& sums,
+                                           float* plane, bool add) {
+  constexpr int kStride = Shape::kSumStride;
+#pragma unroll
+  for (int t = 0; t < Shape::kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < Shape::kGroups; ++i) {
+      float* to = plane + (i * 8 + thread.quad * 2) * kStride + (thread.warp_n * Shape::kTiles + t) * 16 +
+                  thread.quad_row;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float& at = to[(c % 2) * kStride + c / 2 * 8];
+        at = add ? at + sums[t][i][c] : sums[t][i][c];
+      }
+    }
+  }
+}
+
+/// The k groups' sums, one after the other, to the first plane: through planes of their own where those are
+/// small, else in turn. `count`: rows of x.
+template <class Shape>
+__device__ __forceinline__ void add_up(const StreamThread<Shape>& thread, const StreamSums<Shape>& sums,
+                                       float* partial, int count) {
+  constexpr int kWarpsK = Shape::kWarpsK, kRows = Shape::kRows;
+  if constexpr (Shape::kPlanes > 1) {
+    place_sums(thread, sums, partial + thread.warp_k * Shape::kPlane, false);
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * (kRows / 4); i += Shape::kThreads) {
+      float* at = partial + (i / (kRows / 4)) * Shape::kSumStride + i % (kRows / 4) * 4;
+      float4 sum = *reinterpret_cast<float4*>(at);
+#pragma unroll
+      for (int w = 1; w < kWarpsK; ++w) {
+        const float4 v = *reinterpret_cast<float4*>(at + w * Shape::kPlane);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      }
+      *reinterpret_cast<float4*>(at) = sum;
+    }
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWarpsK; ++w) {
+      if (thread.warp_k == w) place_sums(thread, sums, partial, w > 0);
+      if (w + 1 < kWarpsK) __syncthreads();
+    }
+  }
+}
+
+/// Of all threads that share an item.
+__device__ __forceinline__ void sync_cluster(int cluster) {
+  if (cluster > 1) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
+/// Four neighbouring sums of the CTA, or of the cluster's CTAs in order of rank.
+__device__ __forceinline__ float4 total_of(float* at, const int& cluster) {
+  if (cluster == 1) return *reinterpret_cast<float4*>(at);
+  float4 sum = ptx::load_cluster_16(ptx::smem_address(at), 0);
+  for (int r = 1; r < cluster; ++r) {
+    const float4 v = ptx::load_cluster_16(ptx::smem_address(at), r);
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+  }
+  return sum;
+}
+
+/// sums += a tile of 16 rows of W by 32 columns of k, times x; lo and hi: its upper and its lower 8 rows.
+template <int kGroups>
+__device__ __forceinline__ void multiply_tile(const uint4& lo, const uint4& hi, const uint4 (&b)[kGroups],
+                                              float (&sums)[kGroups][4]) {
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    ptx::mma_m16n8k16_bf16(sums[i], lo.x, hi.x, lo.y, hi.y, b[i].x, b[i].y);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    ptx::mma_m16n8k16_bf16(sums[i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
+  }
+}
+
+/// The same of float32 weights, the smallest parts first.
+template <int kGroups>
+__device__ __forceinline__ void multiply_tile(const uint4 (&low)[3], const uint4 (&high)[3],
+                                              const uint4 (&b)[kGroups], float (&sums)[kGroups][4]) {
+#pragma unroll
+  for (int part = 2; part >= 0; --part) {
+    const uint4 lo = low[part], hi = high[part];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      ptx::mma_m16n8k16_bf16(sums[i], lo.x, hi.x, lo.y, hi.y, b[i].x, b[i].y);
+      ptx::mma_m16n8k16_bf16(sums[i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
+    }
+  }
+}
+
 template <class Shape>
 __global__ __launch_bounds__(Shape::kThreads,
                              2) void stream_weights(const __grid_constant__ WeightStream p,
@@ -148,9 +264,9 @@ __global__ __launch_bounds__(Shape::kThreads,
   constexpr int kShare = kGroups / kWarpsN;  // groups of x that a warp copies
   extern __shared__ __align__(128) std::uint8_t shared[];
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_n = warp % kWarpsN, warp_k = warp / kWarpsN;
-  const int quad_row = lane / 4, quad = lane % 4;
+  const StreamThread<Shape> thread;
+  const int lane = thread.lane, warp_n = thread.warp_n, warp_k = thread.warp_k;
+  const int quad_row = thread.quad_row, quad = thread.quad;
   const int cluster = grid.cluster;
   const int rank = static_cast<int>(blockIdx.x % cluster);
   const std::int64_t stride = gridDim.x / cluster;
@@ -320,7 +436,7 @@ __global__ __launch_bounds__(Shape::kThreads,
   fill = kDepth - 1;  // whether or not there was something for every stage
 
   float* const partial = reinterpret_cast<float*>(shared + kDepth * Shape::kStageBytes);
-  constexpr int kStride = Shape::kSumStride, kPlane = Shape::kPlane;
+  constexpr int kStride = Shape::kSumStride;
   const int width = grid.width;
   const std::int64_t columns = p.silu_mul ? half : p.n;
   int slot = 0;
@@ -346,25 +462,10 @@ __global__ __launch_bounds__(Shape::kThreads,
           uint4 low[3], high[3];
           split_fp32(weights_at(4 * t), weights_at(4 * t + 1), low);
           split_fp32(weights_at(4 * t + 2), weights_at(4 * t + 3), high);
-#pragma unroll
-          for (int part = 2; part >= 0; --part) {
-            const uint4 lo = low[part], hi = high[part];
-#pragma unroll
-            for (int i = 0; i < kGroups; ++i) {
-              ptx::mma_m16n8k16_bf16(sums[t][i], lo.x, hi.x, lo.y, hi.y, b[i].x, b[i].y);
-              ptx::mma_m16n8k16_bf16(sums[t][i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
-            }
-          }
+          multiply_tile(low, high, b, sums[t]);
         } else {
           const uint4 lo = weights_at(2 * t), hi = weights_at(2 * t + 1);
-#pragma unroll
-          for (int i = 0; i < kGroups; ++i) {
-            ptx::mma_m16n8k16_bf16(sums[t][i], lo.x, hi.x, lo.y, hi.y, b[i].x, b[i].y);
-          }
-#pragma unroll
-          for (int i = 0; i < kGroups; ++i) {
-            ptx::mma_m16n8k16_bf16(sums[t][i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
-          }
+          multiply_tile(lo, hi, b, sums[t]);
         }
       }
       slot = slot + 1 == kDepth ? 0 : slot + 1;
@@ -372,57 +473,12 @@ __global__ __launch_bounds__(Shape::kThreads,
 
     // The k groups' sums, one after the other: in planes of their own where those are small, else in turn.
     const StreamItem item = stream_item(p, grid, 8 * kGroups, index);
-    const auto place = [&](float* plane, bool add) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-          float* to = plane + (i * 8 + quad * 2) * kStride + (warp_n * kTiles + t) * 16 + quad_row;
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            float& at = to[(c % 2) * kStride + c / 2 * 8];
-            at = add ? at + sums[t][i][c] : sums[t][i][c];
-          }
-        }
-      }
-    };
-    if constexpr (Shape::kPlanes > 1) {
-      place(partial + warp_k * kPlane, false);
-      __syncthreads();
-      for (int i = threadIdx.x; i < item.unit.count * (kRows / 4); i += Shape::kThreads) {
-        float* at = partial + (i / (kRows / 4)) * kStride + i % (kRows / 4) * 4;
-        float4 sum = *reinterpret_cast<float4*>(at);
-#pragma unroll
-        for (int w = 1; w < kWarpsK; ++w) {
-          const float4 v = *reinterpret_cast<float4*>(at + w * kPlane);
-          sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-        }
-        *reinterpret_cast<float4*>(at) = sum;
-      }
-    } else {
-#pragma unroll
-      for (int w = 0; w < kWarpsK; ++w) {
-        if (warp_k == w) place(partial, w > 0);
-        if (w + 1 < kWarpsK) __syncthreads();
-      }
-    }
-    if (cluster > 1) {
-      ptx::cluster_arrive();
-      ptx::cluster_wait();
-    } else {
-      __syncthreads();
-    }
+    add_up<Shape>(thread, sums, partial, item.unit.count);
+    sync_cluster(cluster);
 
     // Four outputs at a time, the CTAs of the cluster in turn.
     const auto total = [&](int row, int column) {
-      float* at = partial + row * kStride + column;
-      if (cluster == 1) return *reinterpret_cast<float4*>(at);
-      float4 sum = ptx::load_cluster_16(ptx::smem_address(at), 0);
-      for (int r = 1; r < cluster; ++r) {
-        const float4 v = ptx::load_cluster_16(ptx::smem_address(at), r);
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-      }
-      return sum;
+      return total_of(partial + row * kStride + column, cluster);
     };
     for (int i = rank * Shape::kThreads + threadIdx.x; i < item.unit.count * (width / 4);
          i += cluster * Shape::kThreads) {
@@ -447,12 +503,7 @@ __global__ __launch_bounds__(Shape::kThreads,
       store_outputs(p, pair_of(item.unit, row), column, columns, v);
     }
     // Nobody overwrites or leaves while others read these sums.
-    if (cluster > 1) {
-      ptx::cluster_arrive();
-      ptx::cluster_wait();
-    } else {
-      __syncthreads();
-    }
+    sync_cluster(cluster);
   }
 }
 
