@@ -3,13 +3,15 @@
 #include <fmt/chrono.h>
 #include <fmt/format.h>
 
-#include "server/api.h"
+#include <cstdio>
+#include <mutex>
+#include <set>
+
+#include "server/api_error.h"
+#include "server/limits.h"
 
 namespace flash_mla::server {
 namespace {
-
-// More of a path or an error tells nothing, and a log must not grow with what strangers send.
-constexpr std::size_t kMostBytes = 200;
 
 std::string now() {
   using std::chrono::system_clock;
@@ -24,7 +26,7 @@ std::string now() {
 std::string log_line(const RequestRecord& r) {
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - r.begin;
   Json line = {{"time", now()},      {"request_id", r.id},
-               {"method", r.method}, {"path", r.path.substr(0, kMostBytes)},
+               {"method", r.method}, {"path", r.path.substr(0, kMaxLoggedBytes)},
                {"status", r.status}, {"seconds", seconds.count()}};
   if (r.generates) {
     line["stream"] = r.stream;
@@ -34,8 +36,25 @@ std::string log_line(const RequestRecord& r) {
     line["cached_tokens"] = r.usage.cached_tokens;
     line["completion_tokens"] = r.usage.completion_tokens;
   }
-  if (!r.error.empty()) line["error"] = r.error.substr(0, kMostBytes);
-  return line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+  if (!r.limited_by.empty()) line["limited_by"] = r.limited_by;
+  if (!r.error.empty()) line["error"] = r.error.substr(0, kMaxLoggedBytes);
+  return dump(line) + "\n";
+}
+
+void warn_of_unknown_fields(const std::vector<std::string>& names) {
+  static std::mutex mutex;
+  static std::set<std::string> warned;
+  for (const std::string& name : names) {
+    const std::lock_guard lock(mutex);
+    if (warned.size() == kMaxWarnings || !warned.insert(name).second) continue;
+    const std::string line =
+        dump({{"time", now()},
+              {"level", "warning"},
+              {"field", name},
+              {"message", "clients send a field that no API defines; it has no effect"}}) +
+        "\n";
+    std::fwrite(line.data(), 1, line.size(), stderr);
+  }
 }
 
 }  // namespace flash_mla::server

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "flash_mla/engine.h"
 
@@ -19,10 +20,15 @@ struct RequestRecord {
   int num_choices = 0;
   double first_event_seconds = -1;  ///< -1: there was none
   Usage usage;
-  std::string error;  ///< what the client was told
+  std::string limited_by;  ///< what ended a text early besides max_tokens: see LengthLimit
+  std::string error;       ///< what the client was told
 };
 
 /// One line of JSON, with the end of line.
 std::string log_line(const RequestRecord& record);
+
+/// Says on stderr, as JSON, that clients send a field which has no effect; once for each name, and for at
+/// most kMaxWarnings names. From any thread.
+void warn_of_unknown_fields(const std::vector<std::string>& names);
 
 }  // namespace flash_mla::server

@@ -5,7 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <utility>  // Boost 1.74's asio/awaitable.hpp uses it without including it
+#include <utility>
 #include <vector>
 
 #include "flash_mla/engine.h"
@@ -41,13 +41,12 @@ class Server {
   ~Server();
 
   int port() const;
-  /// Serves until SIGINT or SIGTERM, then refuses new work and finishes what runs; a second signal stops at
-  /// once.
+  /// Serves until SIGINT or SIGTERM, then refuses new work and finishes what runs. A second signal ends the
+  /// process (with code 0) within half a second, whatever runs.
   void run();
 
  private:
   struct Impl;
-  class Noted;
   std::unique_ptr<Impl> impl_;
 };
 

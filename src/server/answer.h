@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "flash_mla/engine.h"
+#include "server/call.h"
+
+namespace flash_mla::server {
+
+/// Builds the answers of one call from its events.
+class Answer {
+ public:
+  Answer(const Call& call, std::string id, std::string model_name, std::int64_t created,
+         const Engine& engine);
+
+  /// A streamed chunk for an event; `index` is the choice over all prompts.
+  Json chunk(int index, const GenerationEvent& event);
+  /// The last chunk with stream_options.include_usage.
+  Json usage_chunk() const;
+  /// Collects an event of an answer that is not streamed.
+  void collect(int index, const GenerationEvent& event);
+  /// Of what has ended so far.
+  const Usage& tokens() const { return usage_; }
+  /// The collected answer. Throws ApiError if a continuation failed.
+  Json complete() const;
+
+ private:
+  struct Choice {
+    std::string text, finish_reason;
+    std::optional<Json> logprobs;  // as OpenAI writes them
+    std::int64_t num_characters = 0;
+    bool begun = false;
+  };
+
+  Json head(const char* object) const;
+  void count(const GenerationEvent& event);
+  Json logprobs_json(Choice& choice, const GenerationEvent& event) const;
+  Json usage() const;
+
+  bool chat_, include_usage_, logprobs_;
+  std::string id_, model_name_, error_;
+  std::int64_t created_;
+  const Engine& engine_;
+  std::vector<Choice> choices_;
+  std::vector<RequestId> prompts_counted_;
+  Usage usage_;
+};
+
+}  // namespace flash_mla::server

@@ -1,0 +1,203 @@
+#include "server/call.h"
+
+#include <fmt/format.h>
+
+#include <limits>
+
+#include "flash_mla/error.h"
+#include "server/body.h"
+#include "server/fields.h"
+#include "server/limits.h"
+
+namespace flash_mla::server {
+namespace {
+
+void read_stops(const Body& json, SamplingParams& p) {
+  read(json, "include_stop_str_in_output", p.include_stop);
+  if (const Body* stop = find(json, "stop")) {
+    const auto add = [&](const Body& one) {
+      if (!one.is_string()) throw wrong_type("stop", one, "a string or an array of strings");
+      p.stop.push_back(one.get<std::string>());
+      if (p.stop.size() > kMaxStops || p.stop.back().size() > kMaxStopBytes) {
+        throw bad_request(fmt::format("stop has more than {} strings or one of more than {} bytes", kMaxStops,
+                                      kMaxStopBytes),
+                          "stop");
+      }
+    };
+    if (stop->is_array()) {
+      for (const Body& one : *stop) add(one);
+    } else {
+      add(*stop);
+    }
+  }
+  if (const Body* ids = find(json, "stop_token_ids")) {
+    if (!ids->is_array()) throw wrong_type("stop_token_ids", *ids, "an array of token ids");
+    p.stop_token_ids = token_ids(*ids, "stop_token_ids");
+    if (p.stop_token_ids.size() > kMaxStops) {
+      throw bad_request(fmt::format("stop_token_ids has {} tokens, expected at most {}",
+                                    p.stop_token_ids.size(), kMaxStops),
+                        "stop_token_ids");
+    }
+  }
+}
+
+SamplingParams sampling(const Body& json, bool chat) {
+  SamplingParams p;
+  // OpenAI's defaults: 16 tokens of a completion, a chat answer as long as it gets.
+  p.max_tokens = chat ? std::numeric_limits<int>::max() : 16;
+  read(json, "max_tokens", p.max_tokens);
+  read(json, "max_completion_tokens", p.max_tokens);
+  read(json, "n", p.n);
+  read(json, "temperature", p.temperature);
+  read(json, "top_p", p.top_p);
+  read(json, "top_k", p.top_k);
+  if (p.top_k == -1) p.top_k = 0;  // what other servers call "all"
+  read(json, "min_p", p.min_p);
+  read(json, "repetition_penalty", p.repetition_penalty);
+  read(json, "frequency_penalty", p.frequency_penalty);
+  read(json, "presence_penalty", p.presence_penalty);
+  read(json, "ignore_eos", p.ignore_eos);
+  if (const Body* seed = find(json, "seed")) p.seed = static_cast<std::uint64_t>(integer(*seed, "seed"));
+  read_stops(json, p);
+  return p;
+}
+
+std::string text_of(const Body& content) {
+  if (content.is_string()) return content.get<std::string>();
+  if (!content.is_array()) throw wrong_type("messages", content, "a string or text parts as content");
+  std::string text;
+  for (const Body& part : content) {
+    const Body* value = is_text(part) ? find(part, "text") : nullptr;
+    if (value == nullptr || !value->is_string()) {
+      throw bad_request("messages: a part of content is not text; this model reads text only", "messages");
+    }
+    text += value->get_ref<const std::string&>();
+  }
+  return text;
+}
+
+std::vector<ChatMessage> messages(const Body& json) {
+  const Body* list = find(json, "messages");
+  if (list == nullptr || !list->is_array() || list->empty()) {
+    throw bad_request("messages is missing or empty, expected an array of messages", "messages");
+  }
+  if (list->size() > kMaxMessages) {
+    throw bad_request(
+        fmt::format("messages has {} messages, expected at most {}", list->size(), kMaxMessages), "messages");
+  }
+  std::vector<ChatMessage> out;
+  for (std::size_t i = 0; i < list->size(); ++i) {
+    const Body& m = (*list)[i];
+    if (m.is_object()) refuse_unsupported_message(m, i);
+    if (!m.is_object() || !m.contains("role") || !m["role"].is_string() || !m.contains("content")) {
+      throw bad_request("messages: expected objects with role and content", "messages");
+    }
+    // OpenAI's newer name of the same.
+    const std::string role = m["role"] == "developer" ? "system" : m["role"].get<std::string>();
+    out.push_back({role, text_of(m["content"])});
+  }
+  return out;
+}
+
+std::vector<Request> prompts(const Body& json) {
+  const Body* prompt = find(json, "prompt");
+  if (prompt == nullptr) throw bad_request("prompt is missing, expected text or token ids", "prompt");
+  std::vector<Request> out;
+  const auto add = [&](const Body& one) {
+    Request& r = out.emplace_back();
+    if (one.is_string()) {
+      r.prompt = one.get<std::string>();
+      r.allow_special = false;
+    } else if (one.is_array()) {
+      r.prompt_token_ids = token_ids(one, "prompt");
+    } else {
+      throw wrong_type("prompt", one, "text, token ids, or an array of those");
+    }
+  };
+  const bool several =
+      prompt->is_array() && !prompt->empty() && (prompt->front().is_string() || prompt->front().is_array());
+  if (several) {
+    if (prompt->size() > kMaxPrompts) {
+      throw bad_request(
+          fmt::format("prompt has {} prompts, expected at most {}", prompt->size(), kMaxPrompts), "prompt");
+    }
+    for (const Body& one : *prompt) add(one);
+  } else {
+    add(*prompt);
+  }
+  return out;
+}
+
+void check_model(const Body& json, const std::string& model_name) {
+  const Body* model = find(json, "model");
+  if (model == nullptr)
+    throw bad_request(fmt::format("model is missing, expected \"{}\"", model_name), "model");
+  if (!model->is_string()) throw wrong_type("model", *model, "a string");
+  const std::string& name = model->get_ref<const std::string&>();
+  if (name != model_name) {
+    throw ApiError(404, "invalid_request_error",
+                   fmt::format("model \"{}\" does not exist, expected \"{}\"", name, model_name), "model",
+                   "model_not_found");
+  }
+}
+
+}  // namespace
+
+Call parse_call(std::string_view body, bool chat, const std::string& model_name) {
+  const Body json = parse_body(body);
+  check_model(json, model_name);
+  refuse_unsupported(json, chat);
+
+  Call call;
+  call.chat = chat;
+  call.unknown_fields = unknown_fields(json);
+  read(json, "stream", call.stream);
+  if (const Body* options = find(json, "stream_options")) {
+    if (!options->is_object()) throw wrong_type("stream_options", *options, "an object");
+    if (!call.stream) throw bad_request("stream_options: expected together with stream", "stream_options");
+    read(*options, "include_usage", call.include_usage);
+  }
+  SamplingParams p = sampling(json, chat);
+  if (chat) {
+    read(json, "logprobs", call.logprobs);
+    int top = 0;
+    read(json, "top_logprobs", top);
+    if (top != 0 && !call.logprobs)
+      throw bad_request("top_logprobs: expected together with logprobs", "top_logprobs");
+    if (call.logprobs) p.logprobs = top;
+    call.requests.emplace_back().messages = messages(json);
+  } else {
+    read(json, "logprobs", p.logprobs);
+    call.logprobs = p.logprobs >= 0;
+    call.requests = prompts(json);
+  }
+  try {
+    validate(p);
+  } catch (const InvalidArgument& e) {
+    const std::string message = e.what();
+    throw bad_request(message, message.substr(0, message.find(' ')));
+  }
+  const std::int64_t choices = static_cast<std::int64_t>(call.requests.size()) * p.n;
+  if (choices > kMaxChoices) {
+    throw bad_request(fmt::format("{} prompts times n = {}, expected at most {} choices",
+                                  call.requests.size(), p.n, kMaxChoices),
+                      "n");
+  }
+  call.num_choices = static_cast<int>(choices);
+  for (Request& r : call.requests) r.sampling = p;
+  return call;
+}
+
+TokenizeCall parse_tokenize(std::string_view body) {
+  const Body json = parse_body(body);
+  const Body* prompt = find(json, "prompt");
+  if (prompt == nullptr || !prompt->is_string()) {
+    throw bad_request("prompt is missing or no string, expected text", "prompt");
+  }
+  TokenizeCall call;
+  call.prompt = prompt->get<std::string>();
+  read(json, "add_special_tokens", call.add_special_tokens);
+  return call;
+}
+
+}  // namespace flash_mla::server

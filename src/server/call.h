@@ -1,0 +1,34 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "flash_mla/engine.h"
+#include "server/api_error.h"
+
+// OpenAI's wire format of what is asked for: JSON bodies to engine requests.
+
+namespace flash_mla::server {
+
+struct Call {
+  bool chat = false, stream = false, include_usage = false;
+  bool logprobs = false;
+  int num_choices = 1;            ///< over all prompts
+  std::vector<Request> requests;  ///< one per prompt
+  /// Fields of the body that no API defines: they have no effect. At most kMaxUnknownFields of them.
+  std::vector<std::string> unknown_fields;
+};
+
+/// Parses the body of /v1/completions or /v1/chat/completions. Throws ApiError.
+Call parse_call(std::string_view body, bool chat, const std::string& model_name);
+
+struct TokenizeCall {
+  std::string prompt;
+  bool add_special_tokens = true;
+};
+
+/// Parses the body of /v1/tokenize. Throws ApiError.
+TokenizeCall parse_tokenize(std::string_view body);
+
+}  // namespace flash_mla::server

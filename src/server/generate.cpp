@@ -1,0 +1,216 @@
+#include "server/generate.h"
+
+#include <fmt/format.h>
+
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "flash_mla/error.h"
+#include "server/answer.h"
+#include "server/call.h"
+#include "server/mailbox.h"
+#include "server/watcher.h"
+
+namespace flash_mla::server {
+namespace {
+
+/// The engine requests of one call; whatever has not ended when it goes is cancelled.
+class Submitted {
+ public:
+  explicit Submitted(Engine& engine) : engine_(engine) {}
+  ~Submitted() {
+    for (const RequestId id : ids_) engine_.cancel(id);  // without effect on those that have ended
+  }
+  Submitted(const Submitted&) = delete;
+  Submitted& operator=(const Submitted&) = delete;
+
+  void submit(std::vector<Request> requests, const std::shared_ptr<Mailbox>& mailbox) {
+    int first = 0;
+    for (Request& request : requests) {
+      const int n = request.sampling.n;
+      ids_.push_back(engine_.submit(std::move(request), [mailbox, first](const GenerationEvent& e) {
+        mailbox->put(first + e.index, e);
+      }));
+      first += n;
+    }
+  }
+
+ private:
+  Engine& engine_;
+  std::vector<RequestId> ids_;
+};
+
+/// Sends what the socket takes at once, which is nearly always all, without the timer and the round through
+/// the scheduler that waiting costs.
+template <typename Buffers>
+awaitable<void> send_event(beast::tcp_stream& stream, Buffers buffers, int timeout_seconds) {
+  error_code error;
+  const std::size_t sent = stream.socket().write_some(buffers, error);
+  if (error && error != asio::error::would_block) throw boost::system::system_error(error);
+  if (sent == asio::buffer_size(buffers)) co_return;
+  beast::buffers_suffix<Buffers> rest(buffers);
+  rest.consume(sent);
+  stream.expires_after(seconds(timeout_seconds));
+  co_await asio::async_write(stream, rest, use_awaitable);
+  stream.expires_never();
+}
+
+// Parses the body and hands its prompts to the engine, which tokenizes them.
+Call begin(Exchange& x, bool chat, Submitted& submitted, const std::shared_ptr<Mailbox>& mailbox) {
+  Call call = parse_call(x.request.body(), chat, x.shared.options.model_name);
+  x.request.body() = std::string();  // a stream may wait for long, with a long prompt
+  warn_of_unknown_fields(call.unknown_fields);
+  try {
+    submitted.submit(std::move(call.requests), mailbox);
+  } catch (const InvalidArgument& e) {
+    throw bad_request(e.what(), chat ? "messages" : "prompt");  // all else has been checked
+  } catch (const Unsupported& e) {
+    throw bad_request(e.what(), chat ? "messages" : "prompt");
+  } catch (const Overloaded& e) {
+    throw ApiError(429, "rate_limit_error", e.what(), "", "overloaded");
+  }
+  return call;
+}
+
+/// Sends or collects the events of one call.
+class Reply {
+ public:
+  Reply(Exchange& x, const Call& call, std::shared_ptr<Mailbox> mailbox)
+      : x_(x),
+        call_(call),
+        mailbox_(std::move(mailbox)),
+        answer_(call, id(), x.shared.options.model_name, now(), x.shared.engine),
+        // Without chunks the end of a stream is the end of the connection.
+        chunked_(x.request.version() >= 11),
+        keep_alive_(x.request.keep_alive() && !x.shared.draining && (chunked_ || !call.stream)) {}
+
+  awaitable<bool> run() { return call_.stream ? stream() : whole(); }
+
+ private:
+  std::string id() const {
+    return fmt::format("{}-{:x}-{}", call_.chat ? "chatcmpl" : "cmpl", x_.shared.created,
+                       x_.shared.next_call++);
+  }
+  static std::int64_t now() {
+    return std::chrono::duration_cast<seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  }
+
+  // News for the client; empty once it has left or its time is over.
+  awaitable<Mailbox::Events> next() {
+    Mailbox::Events events = co_await mailbox_->take();
+    if (!events.empty() && x_.record.first_event_seconds < 0) {
+      x_.record.first_event_seconds =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - x_.record.begin).count();
+    }
+    for (const auto& [index, event] : events) open_ -= event.finish != FinishReason::kNone;
+    co_return events;
+  }
+
+  awaitable<bool> whole() {
+    while (open_ > 0) {
+      const Mailbox::Events events = co_await next();
+      if (mailbox_->gone()) co_return false;
+      if (events.empty()) throw x_.too_late();
+      for (const auto& [index, event] : events) answer_.collect(index, event);
+    }
+    x_.record.usage = answer_.tokens();
+    HttpResponse response = json_response(x_.request, 200, answer_.complete());
+    co_await write(x_, response, keep_alive_);
+    co_return keep_alive_;
+  }
+
+  awaitable<bool> stream() {
+    co_await send_head();
+    while (open_ > 0) {
+      const Mailbox::Events events = co_await next();
+      if (mailbox_->gone()) co_return false;
+      const std::string out = events.empty() ? too_late() : event_text(events);
+      if (!out.empty()) co_await send(out);
+    }
+    if (chunked_) {
+      x_.stream.expires_after(seconds(x_.shared.options.write_timeout_seconds));
+      co_await asio::async_write(x_.stream, http::make_chunk_last(), use_awaitable);
+    }
+    x_.record.status = 200;
+    co_return keep_alive_;
+  }
+
+  awaitable<void> send_head() {
+    http::response<http::empty_body> head(http::status::ok, x_.request.version());
+    head.set(http::field::content_type, "text/event-stream");
+    head.set(http::field::cache_control, "no-cache");
+    head.set("x-request-id", x_.record.id);
+    head.keep_alive(keep_alive_);
+    head.chunked(chunked_);
+    http::response_serializer<http::empty_body> serializer(head);
+    co_await http::async_write_header(x_.stream, serializer, use_awaitable);
+  }
+
+  std::string too_late() {
+    const ApiError late = x_.too_late();
+    x_.record.error = late.what();
+    open_ = 0;
+    return "data: " + dump(late.body()) + "\n\ndata: [DONE]\n\n";
+  }
+
+  std::string event_text(const Mailbox::Events& events) {
+    std::string out;
+    for (const auto& [index, event] : events) {
+      if (event.finish == FinishReason::kError) {
+        x_.record.error = event.error;
+        out += "data: " + dump(ApiError(500, "server_error", event.error).body()) + "\n\n";
+      } else if (event.finish != FinishReason::kNone || !event.text.empty() || !event.logprobs.empty()) {
+        out += "data: " + dump(answer_.chunk(index, event)) + "\n\n";
+      }
+    }
+    x_.record.usage = answer_.tokens();
+    if (open_ == 0) {
+      if (call_.include_usage) out += "data: " + dump(answer_.usage_chunk()) + "\n\n";
+      out += "data: [DONE]\n\n";
+    }
+    return out;
+  }
+
+  awaitable<void> send(const std::string& out) {
+    const int timeout = x_.shared.options.write_timeout_seconds;
+    if (chunked_) {
+      co_await send_event(x_.stream, http::make_chunk(asio::buffer(out)), timeout);
+    } else {
+      co_await send_event(x_.stream, asio::const_buffers_1(asio::buffer(out)), timeout);
+    }
+  }
+
+  Exchange& x_;
+  const Call& call_;
+  std::shared_ptr<Mailbox> mailbox_;
+  Answer answer_;
+  const bool chunked_, keep_alive_;
+  int open_ = call_.num_choices;  // choices that have not ended
+};
+
+}  // namespace
+
+awaitable<bool> generate(Exchange& x, bool chat) {
+  if (x.shared.draining) throw ApiError(503, "server_error", "the server is shutting down");
+  const Counted counted(x.shared.num_calls);
+  const auto mailbox = std::make_shared<Mailbox>(x.stream.get_executor());
+  mailbox->set_deadline(x.deadline());
+  Submitted submitted(x.shared.engine);
+  Call call;
+  if (x.has_large_body()) {
+    call = co_await on_body_thread(x, [&] { return begin(x, chat, submitted, mailbox); });
+  } else {
+    call = begin(x, chat, submitted, mailbox);
+  }
+  x.record.generates = true;
+  x.record.stream = call.stream;
+  x.record.num_choices = call.num_choices;
+  x.stream.expires_never();
+  const Watcher watcher(x.stream, mailbox);
+  Reply reply(x, call, mailbox);
+  co_return co_await reply.run();
+}
+
+}  // namespace flash_mla::server

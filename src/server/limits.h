@@ -1,0 +1,29 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// What one request may be and ask for. What a server as a whole takes stands in ServerOptions.
+
+namespace flash_mla::server {
+
+inline constexpr std::uint32_t kMaxHeadBytes = 16 * 1024;  ///< request line and header fields
+
+inline constexpr int kMaxNesting = 32;  ///< of a body's JSON
+inline constexpr std::size_t kMaxPrompts = 256;
+inline constexpr int kMaxChoices = 128;
+inline constexpr std::size_t kMaxMessages = 4096;
+/// Each is looked for in every token's text, in the engine's thread.
+inline constexpr std::size_t kMaxStops = 64, kMaxStopBytes = 1024;
+
+/// Bodies up to this size are parsed and tokenized by the thread that serves the connection: a hundredth of a
+/// second. Larger ones go to threads of their own, so that they hold up nobody else.
+inline constexpr std::size_t kMaxInlineBodyBytes = 32 * 1024;
+inline constexpr int kBodyThreads = 2;
+
+/// More of a path or an error tells nothing, and a log must not grow with what strangers send.
+inline constexpr std::size_t kMaxLoggedBytes = 200;
+/// Of fields that no API defines: how many are named in the log, and how many of one request.
+inline constexpr std::size_t kMaxWarnings = 256, kMaxUnknownFields = 16;
+
+}  // namespace flash_mla::server

@@ -1,0 +1,126 @@
+#include "server/routes.h"
+
+#include <fmt/format.h>
+
+#include "flash_mla/error.h"
+#include "flash_mla_status_page.h"
+#include "server/call.h"
+#include "server/headers.h"
+
+namespace flash_mla::server {
+namespace {
+
+HttpResponse text(const Exchange& x, const char* type, std::string body) {
+  HttpResponse response(http::status::ok, x.request.version());
+  response.set(http::field::content_type, type);
+  response.body() = std::move(body);
+  return response;
+}
+
+HttpResponse health(const Exchange& x) { return json_response(x.request, 200, {{"status", "ok"}}); }
+
+HttpResponse ready(const Exchange& x) {
+  return x.shared.draining ? json_response(x.request, 503, {{"status", "draining"}})
+                           : json_response(x.request, 200, {{"status", "ready"}});
+}
+
+HttpResponse metrics(const Exchange& x) {
+  return text(x, "text/plain; version=0.0.4",
+              prometheus_text(x.shared.engine.stats(), x.shared.http_stats()));
+}
+
+HttpResponse status_page(const Exchange& x) {
+  HttpResponse page = text(x, "text/html; charset=utf-8", kStatusPage);
+  page.set("content-security-policy",
+           "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+           "img-src data:; "
+           "frame-ancestors 'none'");
+  return page;
+}
+
+HttpResponse trace(const Exchange& x) { return text(x, "application/json", x.shared.engine.chrome_trace()); }
+
+Json model_json(const Exchange& x) {
+  return {{"id", x.shared.options.model_name},
+          {"object", "model"},
+          {"created", x.shared.created},
+          {"owned_by", "flash_mla"},
+          {"max_model_len", x.shared.engine.max_length()}};
+}
+
+HttpResponse models(const Exchange& x) {
+  return json_response(x.request, 200, {{"object", "list"}, {"data", Json::array({model_json(x)})}});
+}
+
+HttpResponse model(const Exchange& x) { return json_response(x.request, 200, model_json(x)); }
+
+HttpResponse tokenize(const Exchange& x) {
+  const TokenizeCall call = parse_tokenize(x.request.body());
+  try {
+    const std::vector<std::int32_t> ids =
+        x.shared.engine.tokenize(call.prompt, call.add_special_tokens, /*allow_special=*/false);
+    return json_response(
+        x.request, 200,
+        {{"count", ids.size()}, {"max_model_len", x.shared.engine.max_length()}, {"tokens", ids}});
+  } catch (const InvalidArgument& e) {
+    throw bad_request(e.what(), "prompt");
+  }
+}
+
+constexpr Route kRoutes[] = {
+    {http::verb::get, "/health", /*open=*/true, health},
+    {http::verb::get, "/ready", /*open=*/true, ready},
+    {http::verb::get, "/metrics", /*open=*/true, metrics},
+    {http::verb::get, "/", /*open=*/true, status_page},
+    {http::verb::get, "/trace", /*open=*/false, trace},
+    {http::verb::get, "/v1/models", /*open=*/false, models},
+    {http::verb::get, "/v1/models/", /*open=*/false, model},
+    {http::verb::post, "/v1/tokenize", /*open=*/false, tokenize},
+    {http::verb::post, "/v1/completions", /*open=*/false, nullptr, Route::Generates::kCompletion},
+    {http::verb::post, "/v1/chat/completions", /*open=*/false, nullptr, Route::Generates::kChat},
+};
+
+bool leads(const Exchange& x, const Route& route) {
+  const std::string_view path = path_of(view(x.request.target()));
+  if (route.path.size() > 1 && route.path.ends_with('/')) {
+    return path.starts_with(route.path) && path.substr(route.path.size()) == x.shared.options.model_name;
+  }
+  return path == route.path;
+}
+
+void authorise(const Exchange& x) {
+  const std::vector<std::string>& keys = x.shared.options.api_keys;
+  if (keys.empty() || is_known_key(bearer_key(view(x.request[http::field::authorization])), keys)) return;
+  throw ApiError(401, "invalid_request_error", "the API key is missing or wrong", "", "invalid_api_key");
+}
+
+}  // namespace
+
+const Route& find_route(const Exchange& x) {
+  const http::verb method = x.request.method() == http::verb::head ? http::verb::get : x.request.method();
+  const Route* found = nullptr;
+  bool known = false;
+  for (const Route& route : kRoutes) {
+    if (!leads(x, route)) continue;
+    known = true;
+    if (route.method == method) found = &route;
+  }
+  if (found == nullptr || !found->open) authorise(x);
+  if (found != nullptr) return *found;
+  if (!known) throw ApiError(404, "invalid_request_error", "there is no such path");
+  throw ApiError(405, "invalid_request_error",
+                 fmt::format("{} is not a method of {}", std::string(x.request.method_string()),
+                             path_of(view(x.request.target()))));
+}
+
+std::string allowed_methods(const Exchange& x) {
+  std::string out;
+  for (const Route& route : kRoutes) {
+    if (!leads(x, route)) continue;
+    if (!out.empty()) out += ", ";
+    out += route.method == http::verb::get ? "GET, HEAD" : "POST";
+  }
+  return out;
+}
+
+}  // namespace flash_mla::server
