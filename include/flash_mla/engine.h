@@ -12,6 +12,9 @@
 #include <string_view>
 #include <vector>
 
+#include "flash_mla/chat.h"
+#include "flash_mla/model_options.h"
+
 namespace flash_mla {
 
 /// How a request's tokens are chosen. Order: repetition, frequency and presence penalties on the logits;
@@ -56,11 +59,6 @@ struct TokenLogprobs {
   std::vector<TokenLogprob> top;  ///< likeliest first
 };
 
-struct ChatMessage {
-  std::string role;  ///< "system", "user" or "assistant"
-  std::string content;
-};
-
 /// A prompt and how to continue it. Exactly one of prompt, prompt_token_ids and messages is given.
 struct Request {
   std::string prompt;  ///< tokenized with the begin-of-sentence token in front
@@ -85,6 +83,17 @@ enum class FinishReason {
 /// "", "stop", "length", "cancelled", "error".
 const char* finish_reason_name(FinishReason reason);
 
+/// What a continuation that ended with FinishReason::kLength ran into.
+enum class LengthLimit {
+  kNone,       ///< it did not end so
+  kMaxTokens,  ///< SamplingParams::max_tokens
+  kModel,      ///< the positions that the model has
+  kCache,  ///< the pages that the cache has (EngineOptions::num_pages, memory_bytes): fewer than the model
+           ///< has positions for
+};
+/// "", "max_tokens", "model", "cache".
+const char* length_limit_name(LengthLimit limit);
+
 struct Usage {
   std::int64_t prompt_tokens = 0;
   std::int64_t cached_tokens = 0;  ///< of the prompt, found in the prefix cache
@@ -100,9 +109,10 @@ struct GenerationEvent {
   std::vector<std::int32_t> token_ids;
   std::vector<TokenLogprobs> logprobs;  ///< one per token id, if asked for
   FinishReason finish = FinishReason::kNone;
-  std::string error;  ///< with kError
-  Usage usage;        ///< of this continuation so far
-  bool last = false;  ///< nothing more comes of the request
+  LengthLimit limit = LengthLimit::kNone;  ///< with kLength
+  std::string error;                       ///< with kError
+  Usage usage;                             ///< of this continuation so far
+  bool last = false;                       ///< nothing more comes of the request
 };
 
 /// Called from the thread that steps the engine, in order. Must not block, throw or call into the engine
@@ -110,9 +120,9 @@ struct GenerationEvent {
 using EventHandler = std::function<void(const GenerationEvent&)>;
 
 struct EngineOptions {
-  enum class Device { kAuto, kCpu, kCuda };
-  enum class Precision { kAuto, kFloat32, kBFloat16 };
-  enum class Quantize { kNone, kInt8 };
+  using Device = ModelDevice;
+  using Precision = ModelPrecision;
+  using Quantize = ModelQuantize;
   enum class LoadFormat { kAuto, kDummy };
   Device device = Device::kAuto;
   Precision precision = Precision::kAuto;
@@ -201,6 +211,7 @@ struct Completion {
     std::vector<std::int32_t> token_ids;
     std::vector<TokenLogprobs> logprobs;
     FinishReason finish = FinishReason::kNone;
+    LengthLimit limit = LengthLimit::kNone;
     std::string error;
   };
   std::vector<Choice> choices;  ///< n of them
@@ -215,7 +226,8 @@ struct Completion {
 class Engine {
  public:
   /// Loads a Hugging Face model directory (config.json, safetensors unless EngineOptions::load_format says
-  /// otherwise, tokenizer.json). Throws InvalidArgument, Unsupported or std::bad_alloc.
+  /// otherwise, tokenizer.json). Throws InvalidArgument, Unsupported, or OutOfMemory (a std::bad_alloc) where
+  /// model or cache do not fit.
   explicit Engine(const std::filesystem::path& model_directory, const EngineOptions& options = {});
   /// Stops; whatever still runs ends as cancelled.
   ~Engine();

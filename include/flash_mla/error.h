@@ -1,5 +1,6 @@
 #pragma once
 
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -17,6 +18,16 @@ class InvalidArgument : public std::invalid_argument {
 class Unsupported : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
+};
+
+/// The memory that a model or its cache needs cannot be had. The message says how much and what for.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(const std::string& message) : message_(message) {}
+  const char* what() const noexcept override { return message_.what(); }
+
+ private:
+  std::runtime_error message_;  // copied without an exception, as an exception must be
 };
 
 }  // namespace flash_mla

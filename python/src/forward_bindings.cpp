@@ -38,18 +38,18 @@ void forward(model::Model& self, const Ints& token_ids, const Ints& query_starts
 std::unique_ptr<model::Model> load(const std::string& directory, const std::string& precision,
                                    const std::string& quantize, int num_threads) {
   model::ModelOptions options;
-  options.device = model::ModelDevice::kCpu;
+  options.device = ModelDevice::kCpu;
   options.num_threads = num_threads;
   if (precision == "float32") {
-    options.precision = model::ModelPrecision::kFloat32;
+    options.precision = ModelPrecision::kFloat32;
   } else if (precision == "bfloat16") {
-    options.precision = model::ModelPrecision::kBFloat16;
+    options.precision = ModelPrecision::kBFloat16;
   } else if (precision != "auto") {
     throw nb::value_error(
         ("precision is '" + precision + "', expected 'auto', 'float32' or 'bfloat16'").c_str());
   }
   if (quantize == "int8") {
-    options.quantize = model::ModelQuantize::kInt8;
+    options.quantize = ModelQuantize::kInt8;
   } else if (quantize != "none") {
     throw nb::value_error(("quantize is '" + quantize + "', expected 'none' or 'int8'").c_str());
   }

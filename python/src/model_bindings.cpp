@@ -13,7 +13,6 @@ using namespace nb::literals;
 namespace flash_mla::python {
 namespace {
 
-using text::ChatMessage;
 using text::ChatTemplate;
 using text::StreamDecoder;
 using text::TokenId;

@@ -98,7 +98,7 @@ class EngineBench {
   int run() {
     const Clock::time_point begin = Clock::now();
     model::ModelOptions model_options;
-    model_options.device = model::ModelDevice::kCuda;
+    model_options.device = ModelDevice::kCuda;
     model_options.time_steps = true;
     model_ = model::make_random_model(config_, model_options);
     const int most_batch = *std::ranges::max_element(options_.batch);

@@ -1,16 +1,46 @@
 #include "engine/cache_size.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <fstream>
+#include <new>
 
 #include "base/page_size.h"
 #include "flash_mla/error.h"
 
 namespace flash_mla::engine {
 namespace {
+
+double gib(double bytes) { return bytes / (1 << 30); }
+
+// What this process may take of the machine's memory, as far as the kernel says: all of it, or what its
+// control group may have.
+std::uint64_t host_memory() {
+  const std::uint64_t machine =
+      static_cast<std::uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+  std::uint64_t group = 0;
+  for (const char* path : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    if (std::ifstream(path) >> group && group > 0) return std::min(machine, group);  // "max" is no number
+  }
+  return machine;
+}
+
+// Throws where the cache is larger than all the memory that there is. What is asked for may be `memory_bytes`
+// or `num_pages`.
+void check_fits(const model::Model& model, double num_pages, const char* name, double value) {
+  const std::size_t device = model.free_memory();
+  const double there = device > 0 ? static_cast<double>(device) : static_cast<double>(host_memory());
+  const double bytes = num_pages * static_cast<double>(model.bytes_per_page());
+  if (bytes <= there) return;
+  throw InvalidArgument(
+      fmt::format("{} is {:.0f}, a cache of {:.1f} GiB; expected at most {:.0f}: {} {:.1f} GiB", name, value,
+                  gib(bytes), value * (there / bytes),
+                  device > 0 ? "besides the model the device has" : "this machine has", gib(there)));
+}
 
 std::size_t cache_bytes(const model::Model& model, const EngineOptions& options) {
   constexpr std::size_t kHostBytes = std::size_t{2} << 30;
@@ -28,7 +58,10 @@ int num_cache_pages(const model::Model& model, const EngineOptions& options) {
     throw InvalidArgument(
         fmt::format("num_pages is {}, expected 0 (from memory_bytes) or more", options.num_pages));
   }
-  if (options.num_pages > 0) return options.num_pages;
+  if (options.num_pages > 0) {
+    check_fits(model, options.num_pages, "num_pages", options.num_pages);
+    return options.num_pages;
+  }
   const std::int64_t useful = options.max_batch_size * ((model.max_position() + kPageSize - 1) / kPageSize);
   const std::size_t bytes = cache_bytes(model, options);
   const auto fitting = static_cast<std::int64_t>(bytes / std::max<std::size_t>(1, model.bytes_per_page()));
@@ -36,8 +69,21 @@ int num_cache_pages(const model::Model& model, const EngineOptions& options) {
     throw InvalidArgument(fmt::format("memory_bytes is {}, expected at least the {} bytes of one page", bytes,
                                       model.bytes_per_page()));
   }
+  if (options.memory_bytes > 0) {
+    check_fits(model, static_cast<double>(fitting), "memory_bytes", static_cast<double>(bytes));
+  }
   const std::int64_t most = options.memory_bytes > 0 ? fitting : std::min(useful, fitting);
   return static_cast<int>(std::clamp<std::int64_t>(most, 1, std::int64_t{1} << 30));
+}
+
+void allocate_cache(model::Model& model, int num_pages) {
+  try {
+    model.allocate_cache(num_pages);
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory(
+        fmt::format("the cache of {} pages, {:.1f} GiB, cannot be allocated (num_pages, memory_bytes)",
+                    num_pages, gib(num_pages * static_cast<double>(model.bytes_per_page()))));
+  }
 }
 
 }  // namespace flash_mla::engine

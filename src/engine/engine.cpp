@@ -33,30 +33,9 @@ class Decoder : public text::TextDecoder {
 
 model::ModelOptions model_options(const EngineOptions& o) {
   model::ModelOptions out;
-  switch (o.device) {
-    case EngineOptions::Device::kAuto:
-      out.device = model::ModelDevice::kAuto;
-      break;
-    case EngineOptions::Device::kCpu:
-      out.device = model::ModelDevice::kCpu;
-      break;
-    case EngineOptions::Device::kCuda:
-      out.device = model::ModelDevice::kCuda;
-      break;
-  }
-  switch (o.precision) {
-    case EngineOptions::Precision::kAuto:
-      out.precision = model::ModelPrecision::kAuto;
-      break;
-    case EngineOptions::Precision::kFloat32:
-      out.precision = model::ModelPrecision::kFloat32;
-      break;
-    case EngineOptions::Precision::kBFloat16:
-      out.precision = model::ModelPrecision::kBFloat16;
-      break;
-  }
-  out.quantize = o.quantize == EngineOptions::Quantize::kInt8 ? model::ModelQuantize::kInt8
-                                                              : model::ModelQuantize::kNone;
+  out.device = o.device;
+  out.precision = o.precision;
+  out.quantize = o.quantize;
   out.num_threads = o.num_threads;
   return out;
 }
@@ -86,6 +65,7 @@ class Collector {
     choice.token_ids.insert(choice.token_ids.end(), e.token_ids.begin(), e.token_ids.end());
     choice.logprobs.insert(choice.logprobs.end(), e.logprobs.begin(), e.logprobs.end());
     choice.finish = e.finish;
+    choice.limit = e.limit;
     choice.error = e.error;
     if (e.finish != FinishReason::kNone) {
       completion.usage.prompt_tokens = e.usage.prompt_tokens;
@@ -153,9 +133,7 @@ struct Engine::Impl {
           "or "
           "chat_template in tokenizer_config.json); use prompt");
     }
-    std::vector<text::ChatMessage> messages;
-    for (ChatMessage& m : request.messages) messages.push_back({std::move(m.role), std::move(m.content)});
-    return tokenizer.encode_parts(chat_template->parts(messages));
+    return tokenizer.encode_parts(chat_template->parts(request.messages));
   }
 
   // The request as tokens, checked.

@@ -45,11 +45,12 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
       statistics_(options.max_batch_size, pool_.num_pages(), model_->bytes_per_page()),
       inbox_(options.max_waiting, statistics_),
       requests_(scheduler_, inbox_, statistics_, std::move(make_decoder), std::move(eos_token_ids),
-                max_length_),
+                max_length_,
+                max_length_ < model_->max_position() ? LengthLimit::kCache : LengthLimit::kModel),
       pipeline_(*model_, scheduler_, pool_, requests_, statistics_, options_, max_length_),
       chooser_(options.num_threads) {
   options_.num_pages = pool_.num_pages();
-  model_->allocate_cache(pool_.num_pages());
+  allocate_cache(*model_, pool_.num_pages());
 }
 
 EngineCore::~EngineCore() = default;

@@ -73,4 +73,18 @@ const char* finish_reason_name(FinishReason reason) {
   throw std::logic_error("unknown finish reason");
 }
 
+const char* length_limit_name(LengthLimit limit) {
+  switch (limit) {
+    case LengthLimit::kNone:
+      return "";
+    case LengthLimit::kMaxTokens:
+      return "max_tokens";
+    case LengthLimit::kModel:
+      return "model";
+    case LengthLimit::kCache:
+      return "cache";
+  }
+  throw std::logic_error("unknown limit of a length");
+}
+
 }  // namespace flash_mla

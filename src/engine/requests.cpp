@@ -7,13 +7,14 @@ namespace flash_mla::engine {
 
 Requests::Requests(Scheduler& scheduler, Inbox& inbox, Statistics& statistics,
                    TextDecoderFactory make_decoder, std::vector<std::int32_t> eos_token_ids,
-                   std::int64_t max_length)
+                   std::int64_t max_length, LengthLimit limit)
     : scheduler_(scheduler),
       inbox_(inbox),
       statistics_(statistics),
       make_decoder_(std::move(make_decoder)),
       eos_token_ids_(std::move(eos_token_ids)),
-      max_length_(max_length) {
+      max_length_(max_length),
+      limit_(limit) {
   std::random_device entropy;
   seeds_.seed((std::uint64_t{entropy()} << 32) | entropy());
 }
@@ -84,6 +85,7 @@ void Requests::accept(Continuation& c, const Sampled& sampled) {
     end(c, FinishReason::kStop, {}, std::move(event), /*keep_pages=*/true);
   } else if (c.num_generated == sampling.max_tokens ||
              static_cast<std::int64_t>(c.tokens.size()) >= max_length_) {
+    event.limit = c.num_generated == sampling.max_tokens ? LengthLimit::kMaxTokens : limit_;
     end(c, FinishReason::kLength, {}, std::move(event), /*keep_pages=*/true);
   } else {
     event.index = c.index;

@@ -17,9 +17,9 @@ namespace flash_mla::engine {
 /// them, and tells their handlers. Used by the thread that steps alone.
 class Requests {
  public:
-  /// `max_length`: tokens of prompt and continuation together.
+  /// `max_length`: tokens of prompt and continuation together; `limit` is what sets it.
   Requests(Scheduler& scheduler, Inbox& inbox, Statistics& statistics, TextDecoderFactory make_decoder,
-           std::vector<std::int32_t> eos_token_ids, std::int64_t max_length);
+           std::vector<std::int32_t> eos_token_ids, std::int64_t max_length, LengthLimit limit);
 
   void begin(std::unique_ptr<ActiveRequest> request);
   /// Without effect on a request that has ended.
@@ -51,6 +51,7 @@ class Requests {
   TextDecoderFactory make_decoder_;
   std::vector<std::int32_t> eos_token_ids_;
   std::int64_t max_length_;
+  LengthLimit limit_;
   std::mt19937_64 seeds_;  // of requests that bring none
   std::unordered_map<RequestId, std::unique_ptr<ActiveRequest>> requests_;
   std::vector<RequestId> ended_;  // but not forgotten yet

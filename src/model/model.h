@@ -7,6 +7,7 @@
 #include <span>
 
 #include "base/page_size.h"
+#include "flash_mla/model_options.h"
 #include "flash_mla/schedule.h"
 #include "kernels/sampling/draw.h"
 
@@ -85,17 +86,9 @@ class Model {
   }
 };
 
-enum class ModelDevice { kAuto, kCpu, kCuda };
-enum class ModelPrecision { kAuto, kFloat32, kBFloat16 };
-enum class ModelQuantize { kNone, kInt8 };
-
 struct ModelOptions {
   ModelDevice device = ModelDevice::kAuto;
-  /// Of weights, activations between kernels and cache. kAuto: bfloat16 where the device multiplies it
-  /// natively.
   ModelPrecision precision = ModelPrecision::kAuto;
-  /// kInt8: weights of the layers' products and of the LM head in 8 bits, one scale per output feature; CPU
-  /// only. Embedding, norms, router and kv_b keep the precision above, and so do activations and cache.
   ModelQuantize quantize = ModelQuantize::kNone;
   int num_threads = 0;      ///< CPU: 0 for as many as OpenMP would use
   bool time_steps = false;  ///< CUDA: keep count of Model::device_seconds

@@ -4,6 +4,10 @@
 
 namespace flash_mla::server {
 
+std::string limited_by(const GenerationEvent& event) {
+  return event.limit == LengthLimit::kMaxTokens ? "" : length_limit_name(event.limit);
+}
+
 Answer::Answer(const Call& call, std::string id, std::string model_name, std::int64_t created,
                const Engine& engine)
     : chat_(call.chat),
@@ -87,6 +91,7 @@ Json Answer::chunk(int index, const GenerationEvent& e) {
   choice.begun = true;
   one["logprobs"] = e.logprobs.empty() ? Json() : logprobs_json(choice, e);
   one["finish_reason"] = e.finish == FinishReason::kNone ? Json() : Json(finish_reason_name(e.finish));
+  if (const std::string limit = limited_by(e); !limit.empty()) one["limited_by"] = limit;
   Json out = head(chat_ ? "chat.completion.chunk" : "text_completion");
   out["choices"] = Json::array({one});
   if (include_usage_) out["usage"] = nullptr;
@@ -105,6 +110,7 @@ void Answer::collect(int index, const GenerationEvent& e) {
   Choice& choice = choices_[static_cast<std::size_t>(index)];
   choice.text += e.text;
   if (e.finish != FinishReason::kNone) choice.finish_reason = finish_reason_name(e.finish);
+  choice.limited_by = limited_by(e);
   const Json more = logprobs_json(choice, e);
   if (more.is_null()) return;
   if (!choice.logprobs) {
@@ -130,6 +136,7 @@ Json Answer::complete() const {
     }
     one["logprobs"] = choice.logprobs.value_or(Json());
     one["finish_reason"] = choice.finish_reason;
+    if (!choice.limited_by.empty()) one["limited_by"] = choice.limited_by;
     out["choices"].push_back(one);
   }
   out["usage"] = usage();

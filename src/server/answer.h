@@ -10,6 +10,9 @@
 
 namespace flash_mla::server {
 
+/// What ended a text besides max_tokens, which the client knows of: "model", "cache" or "".
+std::string limited_by(const GenerationEvent& event);
+
 /// Builds the answers of one call from its events.
 class Answer {
  public:
@@ -30,6 +33,7 @@ class Answer {
  private:
   struct Choice {
     std::string text, finish_reason;
+    std::string limited_by;        // beyond OpenAI: what ended the text besides max_tokens
     std::optional<Json> logprobs;  // as OpenAI writes them
     std::int64_t num_characters = 0;
     bool begun = false;

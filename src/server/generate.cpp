@@ -104,7 +104,10 @@ class Reply {
       x_.record.first_event_seconds =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - x_.record.begin).count();
     }
-    for (const auto& [index, event] : events) open_ -= event.finish != FinishReason::kNone;
+    for (const auto& [index, event] : events) {
+      open_ -= event.finish != FinishReason::kNone;
+      if (const std::string limit = limited_by(event); !limit.empty()) x_.record.limited_by = limit;
+    }
     co_return events;
   }
 

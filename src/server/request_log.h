@@ -20,7 +20,7 @@ struct RequestRecord {
   int num_choices = 0;
   double first_event_seconds = -1;  ///< -1: there was none
   Usage usage;
-  std::string limited_by;  ///< what ended a text early besides max_tokens: see LengthLimit
+  std::string limited_by;  ///< what ended a text besides max_tokens: "model", "cache" or ""
   std::string error;       ///< what the client was told
 };
 

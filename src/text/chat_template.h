@@ -6,14 +6,10 @@
 #include <string_view>
 #include <vector>
 
+#include "flash_mla/chat.h"
 #include "text/tokenizer.h"
 
 namespace flash_mla::text {
-
-struct ChatMessage {
-  std::string role;  ///< "system", "user" or "assistant"
-  std::string content;
-};
 
 /// The formats that DeepSeek's checkpoints were trained with. The published files state them as Jinja
 /// templates; here they are code, chosen by what the template contains.

@@ -24,6 +24,7 @@ struct Result {
   std::string text, error;
   std::vector<TokenLogprobs> logprobs;
   FinishReason finish = FinishReason::kNone;
+  LengthLimit limit = LengthLimit::kNone;
   Usage usage;
   int events = 0;
 };
@@ -81,6 +82,7 @@ class Harness {
     r.logprobs.insert(r.logprobs.end(), e.logprobs.begin(), e.logprobs.end());
     r.text += e.text;
     r.finish = e.finish;
+    r.limit = e.limit;
     r.error = e.error;
     r.usage = e.usage;
     ++r.events;
@@ -615,6 +617,54 @@ TEST_P(EngineCoreTest, TheCacheIsAsLargeAsUsefulAndAsTheMemoryAllows) {
   EXPECT_EQ(pages(50 * page, 200 * page, 4096), 50);
   EXPECT_EQ(pages(0, std::size_t{1} << 40, 128), 16 * 2);
   EXPECT_THROW(pages(0, page, 4096), InvalidArgument);
+}
+
+TEST_P(EngineCoreTest, ACacheLargerThanAllMemoryIsRefusedWithItsSize) {
+  const auto refusal = [](int num_pages, std::size_t memory_bytes, std::size_t free_bytes) {
+    auto model = std::make_unique<FakeModel>();
+    model->free_bytes = free_bytes;
+    EngineOptions o = Harness::defaults();
+    o.num_pages = num_pages;
+    o.memory_bytes = memory_bytes;
+    try {
+      EngineCore(std::move(model), {}, {}, o);
+    } catch (const InvalidArgument& e) {
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  const std::size_t terabytes = std::size_t{4000} << 30;
+  EXPECT_NE(refusal(0, terabytes, 0).find("memory_bytes is 4294967296000, a cache of 4000.0 GiB"),
+            std::string::npos)
+      << refusal(0, terabytes, 0);
+  EXPECT_NE(refusal(0, std::size_t{3} << 30, std::size_t{2} << 30).find("the device has 2.0 GiB"),
+            std::string::npos);
+  EXPECT_NE(refusal(101, 0, 100 * FakeModel().bytes_per_page()).find("num_pages is 101"), std::string::npos);
+  EXPECT_EQ(refusal(100, 0, 100 * FakeModel().bytes_per_page()), "");
+
+  struct NoMemory : FakeModel {
+    void allocate_cache(int) override { throw std::bad_alloc(); }
+  };
+  try {
+    EngineCore(std::make_unique<NoMemory>(), {}, {}, Harness::defaults());
+    ADD_FAILURE() << "there was no memory";
+  } catch (const OutOfMemory& e) {
+    EXPECT_NE(std::string(e.what()).find("the cache of 64 pages"), std::string::npos) << e.what();
+  }
+}
+
+TEST_P(EngineCoreTest, AnEndByLengthSaysWhatTheTextRanInto) {
+  EngineOptions o = Harness::defaults();
+  o.num_pages = 4;
+  Harness small(o), narrow(Harness::defaults(), 100);
+  EXPECT_EQ(small.generate({1}, greedy(7)).limit, LengthLimit::kMaxTokens);
+  EXPECT_EQ(small.generate(Tokens(250, 1), greedy(100)).limit, LengthLimit::kCache);
+  EXPECT_EQ(small.generate(Tokens(250, 1), greedy(6)).limit, LengthLimit::kMaxTokens) << "both at once";
+  EXPECT_EQ(narrow.generate(Tokens(90, 1), greedy(100)).limit, LengthLimit::kModel);
+  SamplingParams p = greedy(100);
+  p.stop_token_ids = continuation({1}, 3);
+  EXPECT_EQ(small.generate({1}, p).limit, LengthLimit::kNone) << "it stopped";
+  EXPECT_STREQ(length_limit_name(LengthLimit::kCache), "cache");
 }
 
 TEST_P(EngineCoreTest, StepsThatCannotBePreparedAheadAreDoneAfterwards) {

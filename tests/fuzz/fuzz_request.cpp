@@ -1,5 +1,5 @@
-// Arbitrary bytes as what a client sends: a target, an Authorization header and a request id, a line each,
-// then a body. A call that is accepted must be within the server's limits; what is refused must be an error
+// Arbitrary bytes as what a client sends: a head; and a target, an Authorization header and a request id, a
+// line each, then a body. A call that is accepted must be within the server's limits; what is refused must be an error
 // in OpenAI's shape with a status of the client's fault; no line of the log may end early.
 
 #include <algorithm>
@@ -8,8 +8,10 @@
 #include <string>
 #include <string_view>
 
-#include "server/api.h"
+#include "server/call.h"
 #include "server/headers.h"
+#include "server/http_head.h"
+#include "server/limits.h"
 #include "server/request_log.h"
 
 namespace {
@@ -42,11 +44,13 @@ std::string error_of(const Parse& parse) {
 }
 
 void check_call(const Call& call) {
-  require(call.num_choices >= 1 && call.num_choices <= 128);
-  require(!call.requests.empty() && call.requests.size() <= 256);
+  require(call.num_choices >= 1 && call.num_choices <= kMaxChoices);
+  require(!call.requests.empty() && call.requests.size() <= kMaxPrompts);
+  require(call.unknown_fields.size() <= kMaxUnknownFields);
   for (const flash_mla::Request& r : call.requests) {
     flash_mla::validate(r.sampling);
-    require(r.sampling.stop.size() <= 64 && r.sampling.stop_token_ids.size() <= 64);
+    require(r.sampling.stop.size() <= kMaxStops && r.sampling.stop_token_ids.size() <= kMaxStops);
+    require(r.messages.size() <= kMaxMessages);
     require(!r.allow_special || r.prompt.empty());
   }
 }
@@ -55,6 +59,9 @@ void check_call(const Call& call) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   std::string_view text(reinterpret_cast<const char*>(data), size);
+  const auto printable = [](char c) { return c > ' ' && c < '\x7f' && c != '"' && c != '\\'; };
+  for (const char c : head_error(text)) require(printable(c) || c == ' ' || c == '"' || c == '\\');
+
   RequestRecord record;
   const std::string_view target = take_line(text);
   record.path = std::string(path_of(target));
@@ -66,7 +73,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::string_view given = take_line(text);
   record.id = request_id(given);
   require(!record.id.empty() && record.id.size() <= 128);
-  const auto printable = [](char c) { return c > ' ' && c < '\x7f' && c != '"' && c != '\\'; };
   require(std::all_of(record.id.begin(), record.id.end(), printable));
 
   record.error += error_of([&] { check_call(parse_call(text, /*chat=*/false, "small")); });

@@ -39,7 +39,7 @@ class Server:
         """The log's line of a request; it is written after the answer."""
         for _ in range(200):
             lines = [json.loads(x) for x in self.log.read_text().splitlines() if x.startswith("{")]
-            found = [x for x in lines if x["request_id"] == request_id]
+            found = [x for x in lines if x.get("request_id") == request_id]
             if found:
                 assert len(found) == 1
                 return found[0]
@@ -78,13 +78,15 @@ class Server:
         return code
 
 
-def raw(server, data, timeout=20):
-    """What the server answers to these bytes and an end of input; b"" if it only closes."""
+def raw(server, data, timeout=20, half_close=True):
+    """What the server answers to these bytes and an end of input; b"" if it only closes. Without `half_close` it is the
+    server that must close."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=timeout) as s:
         answer = b""
         try:
             s.sendall(data)
-            s.shutdown(socket.SHUT_WR)
+            if half_close:
+                s.shutdown(socket.SHUT_WR)
             while part := s.recv(65536):
                 answer += part
         except TimeoutError:

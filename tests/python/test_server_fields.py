@@ -1,0 +1,101 @@
+"""Fields of a body: obeyed, refused by name, or let through with a warning; never ignored in silence."""
+
+import json
+import time
+
+import pytest
+from live_server import ROOT, Server
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server(ROOT / "models" / "small", "--precision", "fp32", "--batch-invariant")
+    yield server
+    server.wait_until_idle()
+    assert server.stop() == 0
+
+
+def completion(**kw):
+    return {"model": "small", "prompt": "And it came to pass", "max_tokens": 8, "temperature": 0, "ignore_eos": True, **kw}
+
+
+def chat(*messages, **kw):
+    messages = messages or ({"role": "user", "content": "The family of Dashwood"},)
+    return {"model": "small", "messages": list(messages), "max_tokens": 8, "temperature": 0, "ignore_eos": True, **kw}
+
+
+SCHEMA = {"type": "object"}
+REFUSED = {
+    "allowed_token_ids": [5], "guided_json": SCHEMA, "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "root ::= a",
+    "guided_decoding_backend": "outlines", "structured_outputs": {"regex": "a"}, "grammar": "root ::= a", "json_schema": SCHEMA,
+    "min_tokens": 4, "bad_words": ["the"], "prompt_logprobs": 0, "thinking": {"type": "enabled"}, "reasoning_effort": "high",
+    "continue_final_message": True, "prefix": True, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
+    "tool_choice": "required", "functions": [{"name": "f"}], "logit_bias": {"5": 3}, "echo": True, "suffix": "x", "best_of": 3,
+    "chat_template": "{{ 1 }}", "chat_template_kwargs": {"thinking": True}, "add_generation_prompt": False,
+    "use_beam_search": True, "length_penalty": 2.0, "truncate_prompt_tokens": 3, "skip_special_tokens": False, "regex": "a",
+    "ebnf": "root ::= a", "typical_p": 0.5, "mirostat": 2, "repeat_penalty": 1.3, "stop_sequences": ["a"], "cache_salt": "a",
+    "return_token_ids": True, "modalities": ["text", "audio"], "prediction": {"type": "content"}, "verbosity": "low",
+    "stop_regex": "a", "lora_path": "a", "enable_thinking": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_change_the_answer_is_refused_by_name(server, name):
+    for path, body in (("/v1/completions", completion), ("/v1/chat/completions", chat)):
+        error = server.json(path, body(**{name: REFUSED[name]}), expected=400)["error"]
+        assert error["param"] == name and name in error["message"] and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("name, value", [("tool_calls", [{"id": "a", "type": "function"}]), ("prefix", True), ("function_call", {"name": "f"})])
+def test_messages_too(server, name, value):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, name: value}]
+    error = server.json("/v1/chat/completions", chat(*messages), expected=400)["error"]
+    assert error["param"] == f"messages[1].{name}" and f"messages[1].{name}" in error["message"]
+
+
+def test_values_that_ask_for_nothing_pass(server):
+    plain = server.json("/v1/completions", completion())["choices"]
+    nothing = {"tools": None, "logit_bias": {}, "min_tokens": 0, "bad_words": [], "echo": False, "suffix": "", "best_of": 1,
+               "guided_json": None, "prompt_logprobs": None, "response_format": {"type": "text"}, "length_penalty": 1.0,
+               "use_beam_search": False, "skip_special_tokens": True, "tool_choice": "none", "grammar": "", "typical_p": 1,
+               "continue_final_message": False, "thinking": None, "user": "me", "metadata": {"a": 1}, "store": False}  # fmt: skip
+    assert server.json("/v1/completions", completion(**nothing))["choices"] == plain
+    # As the openai package sends back an answer that it got.
+    got = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    user = {"role": "user", "content": "a"}
+    server.json("/v1/chat/completions", chat(user, got, user, parallel_tool_calls=True, modalities=["text"], service_tier="auto"))
+
+
+def test_a_stop_string_is_included_if_asked_for(server):
+    whole = server.json("/v1/completions", completion(max_tokens=24))["choices"][0]["text"]
+    stop = whole[8:12]
+    without = server.json("/v1/completions", completion(max_tokens=24, stop=stop))["choices"][0]["text"]
+    included = server.json("/v1/completions", completion(max_tokens=24, stop=stop, include_stop_str_in_output=True))
+    assert included["choices"][0]["text"] == without + stop and whole.startswith(without + stop)
+
+
+def warnings(server):
+    lines = [json.loads(x) for x in server.log.read_text().splitlines() if x.startswith("{")]
+    return [x["field"] for x in lines if x.get("level") == "warning"]
+
+
+def test_unknown_fields_are_warned_of_once():
+    server = Server(ROOT / "models" / "small")
+    for _ in range(3):
+        server.json("/v1/completions", completion(frobnicate=1, user="me"))
+        server.json("/v1/chat/completions", chat(frobnicate=2, **{"two\nlines \u00e4": 3}))
+    assert sorted(warnings(server)) == ["frobnicate", "two\nlines \u00e4"]
+    # A log that strangers cannot fill.
+    for i in range(40):
+        server.json("/v1/completions", completion(max_tokens=1, **{f"{i}_{k}" + "x" * 500: 1 for k in range(40)}))
+    assert 100 < len(warnings(server)) <= 256 and max(map(len, warnings(server))) <= 64
+    assert server.stop() == 0
+
+
+def test_the_number_of_messages_is_bounded(server):
+    """100,000 messages are refused in under a second, and said why."""
+    many = json.dumps(chat(*[{"role": "user", "content": ""}] * 100_000))
+    begin = time.monotonic()
+    error = server.json("/v1/chat/completions", many, expected=400)["error"]
+    assert time.monotonic() - begin < 1
+    assert error["param"] == "messages" and "100000" in error["message"]
