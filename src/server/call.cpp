@@ -117,9 +117,9 @@ std::vector<Request> prompts(const Body& json) {
   const bool several =
       prompt->is_array() && !prompt->empty() && (prompt->front().is_string() || prompt->front().is_array());
   if (several) {
-    if (prompt->size() > kMaxPrompts) {
+    if (prompt->size() > std::size_t{kMaxChoices}) {
       throw bad_request(
-          fmt::format("prompt has {} prompts, expected at most {}", prompt->size(), kMaxPrompts), "prompt");
+          fmt::format("prompt has {} prompts, expected at most {}", prompt->size(), kMaxChoices), "prompt");
     }
     for (const Body& one : *prompt) add(one);
   } else {

@@ -45,7 +45,7 @@ std::string error_of(const Parse& parse) {
 
 void check_call(const Call& call) {
   require(call.num_choices >= 1 && call.num_choices <= kMaxChoices);
-  require(!call.requests.empty() && call.requests.size() <= kMaxPrompts);
+  require(!call.requests.empty() && call.requests.size() <= std::size_t{kMaxChoices});
   require(call.unknown_fields.size() <= kMaxUnknownFields);
   for (const flash_mla::Request& r : call.requests) {
     flash_mla::validate(r.sampling);
