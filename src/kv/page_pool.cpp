@@ -11,9 +11,6 @@
 namespace flash_mla::kv {
 namespace {
 
-// Hash of the empty prefix: any odd constant.
-constexpr std::uint64_t kRoot = 0x9e3779b97f4a7c15u;
-
 std::int64_t pages_for(std::int64_t tokens) { return (tokens + kPageSize - 1) / kPageSize; }
 
 std::span<const std::int32_t> page_tokens(std::span<const std::int32_t> tokens, std::int64_t page) {
@@ -21,16 +18,6 @@ std::span<const std::int32_t> page_tokens(std::span<const std::int32_t> tokens, 
 }
 
 }  // namespace
-
-std::uint64_t hash_page(std::uint64_t parent, std::span<const std::int32_t> tokens) {
-  // Multiply and xor-shift per token: every bit of a token reaches every bit of the result.
-  std::uint64_t h = parent;
-  for (const std::int32_t token : tokens) {
-    h = (h ^ static_cast<std::uint32_t>(token)) * 0xff51afd7ed558ccdu;
-    h ^= h >> 32;
-  }
-  return h;
-}
 
 SequencePages& SequencePages::operator=(SequencePages&& other) noexcept {
   pages_ = std::exchange(other.pages_, {});
@@ -40,45 +27,19 @@ SequencePages& SequencePages::operator=(SequencePages&& other) noexcept {
 }
 
 PagePool::PagePool(int num_pages, bool prefix_cache, PageHash hash)
-    : prefix_cache_(prefix_cache), hash_(hash != nullptr ? hash : hash_page) {
+    : prefix_cache_(prefix_cache), tree_(prefix_cache ? std::max(num_pages, 0) : 0, hash) {
   if (num_pages <= 0) {
     throw InvalidArgument(fmt::format("num_pages is {}, expected at least 1", num_pages));
   }
   pages_.resize(static_cast<std::size_t>(num_pages));
   free_.reserve(pages_.size());
   for (std::int32_t page = num_pages - 1; page >= 0; --page) free_.push_back(page);  // page 0 goes first
-  if (prefix_cache) tokens_.resize(pages_.size() * kPageSize);
-}
-
-std::span<const std::int32_t> PagePool::tokens_of(std::int32_t page) const {
-  return std::span<const std::int32_t>(tokens_).subspan(static_cast<std::size_t>(page) * kPageSize,
-                                                        kPageSize);
-}
-
-std::int32_t PagePool::find(std::uint64_t hash, std::int32_t parent,
-                            std::span<const std::int32_t> tokens) const {
-  const auto [begin, end] = nodes_.equal_range(hash);
-  for (auto it = begin; it != end; ++it) {
-    const std::int32_t page = it->second;
-    if (at(page).parent == parent && std::ranges::equal(tokens_of(page), tokens)) return page;
-  }
-  return -1;
 }
 
 std::vector<std::int32_t> PagePool::match(std::span<const std::int32_t> tokens) const {
-  std::vector<std::int32_t> pages;
-  if (!prefix_cache_ || tokens.empty()) return pages;
+  if (!prefix_cache_ || tokens.empty()) return {};
   // One token at least must go through the model: its logits are what the prompt is for.
-  const std::int64_t most = (static_cast<std::int64_t>(tokens.size()) - 1) / kPageSize;
-  std::uint64_t hash = kRoot;
-  std::int32_t parent = -1;
-  for (std::int64_t i = 0; i < most; ++i) {
-    hash = hash_(hash, page_tokens(tokens, i));
-    parent = find(hash, parent, page_tokens(tokens, i));
-    if (parent < 0) break;
-    pages.push_back(parent);
-  }
-  return pages;
+  return tree_.match(tokens.first(tokens.size() - 1));
 }
 
 std::int64_t PagePool::cached_prefix(std::span<const std::int32_t> tokens) const {
@@ -142,25 +103,22 @@ void PagePool::commit(SequencePages& sequence, std::span<const std::int32_t> tok
   }
   sequence.num_tokens_ = num_tokens;
   if (!prefix_cache_) return;
-  std::int32_t parent = -1;
-  std::uint64_t hash = kRoot;
+  PrefixTree::Node node;
   if (sequence.num_linked_ > 0) {
-    parent = sequence.pages_[static_cast<std::size_t>(sequence.num_linked_) - 1];
-    hash = at(parent).hash;
+    node = tree_.node(sequence.pages_[static_cast<std::size_t>(sequence.num_linked_) - 1]);
   }
   for (; sequence.num_linked_ < num_tokens / kPageSize; ++sequence.num_linked_) {
     std::int32_t& page = sequence.pages_[static_cast<std::size_t>(sequence.num_linked_)];
     const auto own_tokens = page_tokens(tokens, sequence.num_linked_);
-    hash = hash_(hash, own_tokens);
-    const std::int32_t known = find(hash, parent, own_tokens);
-    if (known < 0) {
-      link(page, parent, hash, own_tokens);
-    } else if (known != page) {
-      reference(known);
+    const PrefixTree::Node known = tree_.child(node, own_tokens);
+    if (known.page < 0) {
+      tree_.link(page, node, known.hash, own_tokens);
+    } else if (known.page != page) {
+      reference(known.page);
       dereference(page, true);
-      page = known;
+      page = known.page;
     }
-    parent = page;
+    node = {page, known.hash};
   }
 }
 
@@ -184,7 +142,7 @@ std::int32_t PagePool::take() {
     const std::int32_t victim = oldest_;
     if (victim < 0) throw std::logic_error("take: the pool is empty");
     remove_evictable(victim);
-    unlink(victim);
+    tree_.unlink(victim);
     free_.push_back(victim);
     ++counters_.pages_evicted;
   }
@@ -202,35 +160,12 @@ void PagePool::dereference(std::int32_t page, bool keep) {
   Page& p = at(page);
   if (p.references <= 0) throw std::logic_error(fmt::format("page {} is let go of twice", page));
   if (--p.references > 0) return;
-  if (p.linked && !keep && p.num_children == 0) unlink(page);
-  if (p.linked) {
+  if (tree_.contains(page) && !keep && !tree_.has_children(page)) tree_.unlink(page);
+  if (tree_.contains(page)) {
     append_evictable(page);
   } else {
     free_.push_back(page);
   }
-}
-
-void PagePool::link(std::int32_t page, std::int32_t parent, std::uint64_t hash,
-                    std::span<const std::int32_t> tokens) {
-  Page& p = at(page);
-  p.linked = true;
-  p.parent = parent;
-  p.hash = hash;
-  if (parent >= 0) ++at(parent).num_children;
-  std::ranges::copy(tokens, tokens_.begin() + static_cast<std::ptrdiff_t>(page) * kPageSize);
-  nodes_.emplace(hash, page);
-}
-
-void PagePool::unlink(std::int32_t page) {
-  Page& p = at(page);
-  if (p.num_children != 0)
-    throw std::logic_error(fmt::format("page {} is evicted before its children", page));
-  const auto [begin, end] = nodes_.equal_range(p.hash);
-  nodes_.erase(std::find_if(begin, end, [page](const auto& node) { return node.second == page; }));
-  if (p.parent >= 0) --at(p.parent).num_children;
-  p.linked = false;
-  p.parent = -1;
-  p.hash = 0;
 }
 
 void PagePool::append_evictable(std::int32_t page) {
@@ -257,36 +192,25 @@ void PagePool::check() const {
   std::vector<int> lists(pages_.size(), 0);  // lists that a page is in
   for (const std::int32_t page : free_) {
     ++lists[static_cast<std::size_t>(page)];
-    require(!at(page).linked, "free, yet in the prefix cache", page);
+    require(!tree_.contains(page), "free, yet in the prefix tree", page);
   }
   int cached = 0;
   for (std::int32_t page = oldest_, before = -1; page >= 0; before = page, page = at(page).newer) {
     ++lists[static_cast<std::size_t>(page)];
     ++cached;
     require(at(page).older == before, "broken list of evictable pages", page);
-    require(at(page).linked, "evictable, yet not in the prefix cache", page);
+    require(tree_.contains(page), "evictable, yet not in the prefix tree", page);
     require(cached <= num_pages(), "the list of evictable pages is a ring", page);
   }
   require(cached == num_cached_, "miscounted evictable pages", -1);
-  std::size_t linked = 0;
-  std::vector<int> children(pages_.size(), 0);
   for (std::size_t i = 0; i < pages_.size(); ++i) {
     const auto page = static_cast<std::int32_t>(i);
-    const Page& p = pages_[i];
-    require(lists[i] == (p.references == 0), "not in exactly one state", page);
-    if (!p.linked) continue;
-    ++linked;
-    if (p.parent >= 0) {
-      ++children[static_cast<std::size_t>(p.parent)];
-      require(at(p.parent).linked, "its parent left the prefix cache", page);
-      require(p.references == 0 || at(p.parent).references > 0, "in use, but its parent is not", page);
-    }
-    require(find(p.hash, p.parent, tokens_of(page)) == page, "not found under its own tokens", page);
+    const int references = pages_[i].references;
+    require(lists[i] == (references == 0), "not in exactly one state", page);
+    if (!tree_.contains(page) || references == 0 || tree_.parent(page) < 0) continue;
+    require(at(tree_.parent(page)).references > 0, "in use, but its parent is not", page);
   }
-  require(linked == nodes_.size(), "nodes that are no pages", -1);
-  for (std::size_t i = 0; i < pages_.size(); ++i) {
-    require(children[i] == pages_[i].num_children, "miscounted children", static_cast<std::int64_t>(i));
-  }
+  tree_.check();
 }
 
 }  // namespace flash_mla::kv

@@ -2,11 +2,11 @@
 
 #include <cstdint>
 #include <span>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "base/page_size.h"
+#include "kv/prefix_tree.h"
 
 namespace flash_mla::kv {
 
@@ -36,12 +36,8 @@ struct PageCopy {
 };
 
 /// Hands out the pages of the cache. Pages are counted: forks share them, and a shared page that is not full
-/// is copied before it is written. Full pages become nodes of the prefix cache: found again by a hash chain
-/// over their tokens, kept after the last sequence has left them, evicted in least-recently-used order when
-/// pages run out.
-///
-/// A hit is verified: the node's own tokens are compared, and its parent must be the node that the walk came
-/// from, so a hash collision costs time but never gives wrong contents.
+/// is copied before it is written. Full pages become nodes of the prefix tree: found again by their tokens,
+/// kept after the last sequence has left them, evicted in least-recently-used order when pages run out.
 ///
 /// Every page is in exactly one state: free, in use (num_references > 0), or cached (unreferenced,
 /// evictable). Whoever references a node references its parent too, and sequences let go of their last page
@@ -50,8 +46,7 @@ struct PageCopy {
 /// Not thread-safe. No call allocates or copies device memory.
 class PagePool {
  public:
-  /// Hash of one page of tokens that follows a prefix with hash `parent`.
-  using PageHash = std::uint64_t (*)(std::uint64_t parent, std::span<const std::int32_t> tokens);
+  using PageHash = PrefixTree::PageHash;
 
   struct Counters {
     std::int64_t pages_evicted = 0;
@@ -107,40 +102,27 @@ class PagePool {
  private:
   struct Page {
     int references = 0;
-    bool linked = false;       // a node of the prefix cache
-    std::int32_t parent = -1;  // of a node: the page before it, -1 for a first page
-    std::int32_t num_children = 0;
-    std::uint64_t hash = 0;               // of a node: chain hash up to and including this page
     std::int32_t older = -1, newer = -1;  // neighbours in the list of evictable pages
   };
 
   Page& at(std::int32_t page) { return pages_[static_cast<std::size_t>(page)]; }
   const Page& at(std::int32_t page) const { return pages_[static_cast<std::size_t>(page)]; }
-  std::span<const std::int32_t> tokens_of(std::int32_t page) const;
 
-  /// Nodes of the longest known prefix.
+  /// Pages of the longest known prefix that may be used.
   std::vector<std::int32_t> match(std::span<const std::int32_t> tokens) const;
-  std::int32_t find(std::uint64_t hash, std::int32_t parent, std::span<const std::int32_t> tokens) const;
   std::int32_t take();
   void reference(std::int32_t page);
   void dereference(std::int32_t page, bool keep);
-  void link(std::int32_t page, std::int32_t parent, std::uint64_t hash, std::span<const std::int32_t> tokens);
-  void unlink(std::int32_t page);
   void append_evictable(std::int32_t page);
   void remove_evictable(std::int32_t page);
 
   bool prefix_cache_;
-  PageHash hash_;
   std::vector<Page> pages_;
   std::vector<std::int32_t> free_;
-  std::vector<std::int32_t> tokens_;  // (num_pages, kPageSize): of nodes
-  std::unordered_multimap<std::uint64_t, std::int32_t> nodes_;
+  PrefixTree tree_;
   std::int32_t oldest_ = -1, newest_ = -1;
   int num_cached_ = 0;
   Counters counters_;
 };
-
-/// The hash that PagePool uses unless told otherwise.
-std::uint64_t hash_page(std::uint64_t parent, std::span<const std::int32_t> tokens);
 
 }  // namespace flash_mla::kv
