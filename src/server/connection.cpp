@@ -100,9 +100,9 @@ awaitable<void> refuse(Shared& shared, beast::tcp_stream& stream, int status, co
 awaitable<void> refuse(Shared& shared, beast::tcp_stream& stream, const Input& input, error_code error,
                        bool head) {
   const int status = error == http::error::body_limit ? 413 : error == http::error::header_limit ? 431 : 400;
-  co_await refuse(shared, stream, status,
-                  "the request cannot be read: " + (input.refused.empty() ? error.message() : input.refused),
-                  head);
+  const std::string why = input.refused.empty() ? error.message() : input.refused;
+  const std::string message = "the request cannot be read: " + why;
+  co_await refuse(shared, stream, status, message, head);
 }
 
 HttpResponse error_response(const Exchange& x, const ApiError& e) {

@@ -9,7 +9,7 @@ namespace flash_mla::server {
 
 inline constexpr std::uint32_t kMaxHeadBytes = 16 * 1024;  ///< request line and header fields
 
-inline constexpr int kMaxNesting = 32;  ///< of a body's JSON
+inline constexpr int kMaxNesting = 32;   ///< of a body's JSON
 inline constexpr int kMaxChoices = 128;  ///< continuations of all prompts together
 inline constexpr std::size_t kMaxMessages = 4096;
 /// Each is looked for in every token's text, in the engine's thread.
