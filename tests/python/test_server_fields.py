@@ -1,7 +1,8 @@
 """Fields of a body: obeyed, refused by name, or let through with a warning; never ignored in silence."""
 
 import json
-import time
+import os
+import pathlib
 
 import pytest
 from live_server import ROOT, Server
@@ -13,6 +14,11 @@ def server():
     yield server
     server.wait_until_idle()
     assert server.stop() == 0
+
+
+def cpu_seconds(server):
+    fields = pathlib.Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def completion(**kw):
@@ -93,9 +99,9 @@ def test_unknown_fields_are_warned_of_once():
 
 
 def test_the_number_of_messages_is_bounded(server):
-    """100,000 messages are refused in under a second, and said why."""
+    """100,000 messages are refused in under a second of the processor's time, and said why."""
     many = json.dumps(chat(*[{"role": "user", "content": ""}] * 100_000))
-    begin = time.monotonic()
+    begin = cpu_seconds(server)
     error = server.json("/v1/chat/completions", many, expected=400)["error"]
-    assert time.monotonic() - begin < 1
+    assert cpu_seconds(server) - begin < 1
     assert error["param"] == "messages" and "100000" in error["message"]
