@@ -1,7 +1,7 @@
 #pragma once
 
-// The one loader of cuBLASLt, for the engine's products and for those that benchmarks measure against. Needs none of
-// its headers.
+// The one loader of cuBLASLt, for the engine's products and for those that benchmarks measure against. Needs
+// none of its headers.
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -12,9 +12,9 @@
 
 namespace flash_mla::sm90 {
 
-/// libcublasLt.so of the CUDA runtime's major version, from the path in the environment variable FLASH_MLA_CUBLASLT
-/// if it is set, else from where the system finds libraries. Opened by the first who asks and never closed: its own
-/// threads and device state do not survive that.
+/// libcublasLt.so of the CUDA runtime's major version, from the path in the environment variable
+/// FLASH_MLA_CUBLASLT if it is set, else from where the system finds libraries. Opened by the first who asks
+/// and never closed: its own threads and device state do not survive that.
 class CublasLtLibrary {
  public:
   static const CublasLtLibrary& get() {

@@ -1,3 +1,14 @@
+// One product per attention head.
+//
+// Tile:      kRows (16 or 64) tokens x 32 outputs of one head, the whole depth in steps of 64. What lies
+//            outside the matrices is zero.
+// Threads:   4 warps, each with 16 rows x 8 or 16 outputs at a time (mma.m16n8k16).
+// Memory:    9 stages (16 rows) or 3 (64 rows) of both operands, rows padded by 16 bytes so that the 8 rows
+//            that ldmatrix reads lie in different banks: 61 or 41 KB.
+// Registers: 48 to 56 a thread.
+//
+// Weights do not depend on the kernel before, so their first stages are fetched before it is waited for.
+
 #include <cuda_bf16.h>
 
 #include <cstdint>
@@ -10,12 +21,6 @@
 #include "kernels/ptx/fragment.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/rows/sm90/row_math.cuh"
-
-// Tile: kRows tokens x 32 outputs of one head, the whole depth in steps of 64. 128 threads: 4 warps, each
-// with 16 rows x 8 or 16 outputs at a time (mma.m16n8k16). Shared memory: stages of both operands, rows
-// padded by 16 bytes so that the 8 rows that ldmatrix reads lie in different banks. What lies outside the
-// matrices is zero. Weights do not depend on the kernel before, so their first stages are fetched before it
-// is waited for.
 
 namespace flash_mla::sm90 {
 namespace {

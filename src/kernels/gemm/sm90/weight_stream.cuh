@@ -13,6 +13,7 @@
 //          as fragments of two products. The order of k within a product is free as long as W and x agree, so
 //          thread t of a quad takes columns 8t to 8t + 7. Hence neither bank conflicts nor, where kWarpsN is
 //          1, any barrier in the main loop. Behind the ring: the sums, [plane][row of x][row of W].
+// Registers: 95 to 242 a thread by shape; two CTAs fit on a multiprocessor.
 // Flight:  some 100 KB for every CTA, all of it on its way at the start. One CTA leaves room for one of the
 //          next kernel, whose weights then come in while this one ends (programmatic launch): weights depend
 //          on none.
@@ -287,7 +288,8 @@ __global__ __launch_bounds__(Shape::kThreads,
     return std::int64_t(first_block + (step >> 1) * kWarpsK + warp_k) * 64 + (step & 1) * 32 + quad * 8;
   };
 
-  // What this thread copies: the cursor is ahead of the products by up to kDepth - 1 steps.
+  // What this thread copies: the cursor is ahead of the products by up to kDepth - 1 steps. Lambdas, since as
+  // a class of their own they compile to up to 7% more instructions.
   std::int64_t copy_item = blockIdx.x / cluster;
   int copy_step = 0, fill = 0;
   const char* rows[2 * kTiles];

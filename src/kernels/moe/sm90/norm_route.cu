@@ -1,13 +1,20 @@
+// A norm and the choice of experts of its result.
+//
+// Tile:      one token for a cluster of 8 CTAs. All normalise its row, the first writes it.
+// Threads:   8 warps. Of the experts every CTA has an eighth, a warp's turn each; the router's rows of the
+//            first turn are fetched before the kernel in front has finished. The first warp of the first CTA
+//            chooses.
+// Memory:    the normalised row as float32 (up to 8192 columns, 32 KB), scores and biased scores of the
+//            experts.
+// Registers: 115 (up to 64 experts) or 140 (up to 256) a thread, 64 of them a lane's early part of the
+//            router.
+
 #include "base/cuda/check.h"
 #include "base/cuda/launch.h"
 #include "kernels/moe/sm90/choose.cuh"
 #include "kernels/moe/sm90/norm_route.h"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/rows/sm90/row_math.cuh"
-
-// A cluster of 8 CTAs for each token. All normalise the token's row, the first writes it. Of the experts
-// every CTA has an eighth, a warp's turn each; the router's rows of the first turn are fetched before the
-// kernel in front has finished. The first CTA then chooses.
 
 namespace flash_mla::sm90 {
 namespace {

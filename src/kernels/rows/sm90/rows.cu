@@ -1,3 +1,11 @@
+// What is done to single rows of bfloat16: embedding, norm, gate, rotation and append, gather, bias, choice.
+//
+// Tile:      one row, or part of a row, for each block, walked kVec elements at a time: 8 (16 bytes) where
+//            lengths, strides and addresses allow it, else 1.
+// Threads:   up to 256, all alike (512 for the likeliest column).
+// Memory:    a sum or a maximum of each warp.
+// Registers: up to 32 a thread: what limits these kernels is memory.
+
 #include <algorithm>
 #include <cmath>
 
@@ -8,9 +16,6 @@
 #include "kernels/rows/sm90/row_math.cuh"
 #include "kernels/rows/sm90/rows.h"
 #include "kernels/rows/sm90/silu.cuh"
-
-// One block per row (or part of a row). Rows are walked kVec elements at a time, 8 (16 bytes) where lengths,
-// strides and addresses allow it, else 1.
 
 namespace flash_mla::sm90 {
 namespace {

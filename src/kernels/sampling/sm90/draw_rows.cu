@@ -1,14 +1,10 @@
-#include <cooperative_groups.h>
-
-#include "base/cuda/check.h"
-#include "base/cuda/device.h"
-#include "base/cuda/launch.h"
-#include "kernels/ptx/cluster.cuh"
-#include "kernels/sampling/draw_weight.h"
-#include "kernels/sampling/sm90/draw_rows.h"
-
-// A cluster of blocks per row, which lies in the L2 cache: what takes time is not reading it but its
-// exponentials. Every warp of the cluster owns the ids of one segment of the row.
+// One token drawn from each row of logits.
+//
+// Tile:      one row for a cluster of up to 8 blocks. It lies in the L2 cache: what takes time is not reading
+//            it but its exponentials.
+// Threads:   1024 a block; every warp of the cluster owns the ids of one segment of the row.
+// Memory:    19 KB: sums of warps and blocks, 512 bins, a list of 2048 keys.
+// Registers: 64 a thread, which 1024 threads may have at most.
 //
 // Without top_k and top_p: one pass sums the weights of every segment; the segment that the target falls into
 // is looked at once more.
@@ -19,6 +15,15 @@
 // among them (thousands of tokens kept) it is found bit by bit, with one pass over the row for each.
 //
 // Weights are integers (draw_weight.h), so that no order of summation matters.
+
+#include <cooperative_groups.h>
+
+#include "base/cuda/check.h"
+#include "base/cuda/device.h"
+#include "base/cuda/launch.h"
+#include "kernels/ptx/cluster.cuh"
+#include "kernels/sampling/draw_weight.h"
+#include "kernels/sampling/sm90/draw_rows.h"
 
 namespace flash_mla::sm90 {
 namespace {

@@ -1,3 +1,10 @@
+// Attention of any head dimensions, correct and slow.
+//
+// Tile:      one query and head for each block; keys 128 at a time with an online softmax.
+// Threads:   128: thread i scores key i of a tile, then all add up columns of the values.
+// Memory:    the sums of the output's columns, and 1 KB for the weights of a tile and its maximum.
+// Registers: 32 to 40 a thread.
+
 #include <cuda_bf16.h>
 
 #include <cmath>
