@@ -11,7 +11,7 @@ import time
 import pytest
 from checkpoints import write_checkpoint
 from letters import write_tokenizer
-from live_server import PROGRAM, ROOT, Server, raw
+from live_server import PROGRAM, ROOT, Server
 from tokenizers import pre_tokenizers
 
 
