@@ -1,14 +1,13 @@
 #include "engine/cache_size.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <fstream>
 #include <new>
 
+#include "base/host_memory.h"
 #include "base/page_size.h"
 #include "flash_mla/error.h"
 
@@ -16,18 +15,6 @@ namespace flash_mla::engine {
 namespace {
 
 double gib(double bytes) { return bytes / (1 << 30); }
-
-// What this process may take of the machine's memory, as far as the kernel says: all of it, or what its
-// control group may have.
-std::uint64_t host_memory() {
-  const std::uint64_t machine =
-      static_cast<std::uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
-  std::uint64_t group = 0;
-  for (const char* path : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
-    if (std::ifstream(path) >> group && group > 0) return std::min(machine, group);  // "max" is no number
-  }
-  return machine;
-}
 
 // Throws where the cache is larger than all the memory that there is. What is asked for may be `memory_bytes`
 // or `num_pages`.

@@ -2,10 +2,12 @@
 
 #include <utility>
 
+#include "base/host_memory.h"
 #include "flash_mla/error.h"
 #include "model/deepseek.h"
 #include "model/device/cpu/cpu_device.h"
 #include "model/device/cuda/cuda_device.h"
+#include "model/size.h"
 #include "model/weights.h"
 
 namespace flash_mla::model {
@@ -39,7 +41,9 @@ bool takes_cuda(const ModelOptions& options) {
 
 std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOptions& options) {
   if (!takes_cuda(options)) {
-    return make_cpu_device(config, cpu_dtype(options.precision), options.quantize, options.num_threads);
+    const DType dtype = cpu_dtype(options.precision);
+    check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()));
+    return make_cpu_device(config, dtype, options.quantize, options.num_threads);
   }
   if (options.precision == ModelPrecision::kFloat32) {
     throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");

@@ -331,6 +331,19 @@ def test_more_memory_than_there_is_is_an_error_that_says_so():
         assert ("memory_bytes" if flags[0] == "--memory" else "num_pages") in done.stderr
 
 
+def test_a_model_that_does_not_fit_is_an_error_that_says_so(tmp_path):
+    """A config in the shape of V3, on a machine that has no terabyte: refused before anything is allocated."""
+    for file in SMALL.iterdir():
+        if file.name != "config.json" and file.is_file():
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((SMALL / "config.json").read_text())
+    config.update(hidden_size=7168, num_hidden_layers=61, intermediate_size=18432, moe_intermediate_size=65536)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [PROGRAM, "serve", "--model", str(tmp_path), "--port", "0", "--load-format", "dummy", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "does not fit" in done.stderr and "GiB" in done.stderr, done.stderr
+
+
 # ---------------------------------------------------------------------------------------------- slow
 
 
