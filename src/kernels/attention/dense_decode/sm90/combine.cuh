@@ -44,11 +44,11 @@ struct CombineSmem {
   std::uint16_t* out_of_row[16];           ///< null: padding
 };
 
-/// kIndex: of kCombineShapes. nvcc does not take the shape itself. kLists: of sparse decode, where `attn_sink`
-/// may not be null.
+/// kIndex: of kCombineShapes. nvcc does not take the shape itself. kLists: of sparse decode, which alone has
+/// `lists`.
 template <bool kBf16, int kIndex, bool kLists>
 __global__ void __launch_bounds__(kCombineWarps * 32)
-    combine_kernel(const DecodeParams p, const float* attn_sink) {
+    combine_kernel(const DecodeParams p, const ListsOfCombine lists) {
   constexpr CombineShape kShape = kCombineShapes[kIndex];
   constexpr int kSteps = kShape.warp_groups();  // groups of 8 columns per warp
   constexpr int kSplitStep = kShape.split_step();
@@ -61,9 +61,10 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
 
   // Up to the wait below nothing depends on the decode kernel, which waited for the schedule before it let
   // this one start.
+  const bool uniform = kLists && lists.uniform.blocks > 0;
   int req = static_cast<int>(blockIdx.z), splits = 0;
   if (p.split_tiles == 0 && p.batch > p.num_parts) {
-    const PartRange part = part_of(p, req);
+    const PartRange part = uniform ? lists.uniform.part(req, p.batch) : part_of(p, req);
     req = part.begin_req < p.batch &&
                   (part.begin_req < part.end_req || (part.begin_req == part.end_req && part.begin_block == 0))
               ? part.end_req
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
   }
   int first_slot = 0, next_slot = 0;
   if (req < p.batch) {
-    const int before = p.num_splits[req];
-    splits = p.num_splits[req + 1] - before;
+    const int before = uniform ? lists.uniform.splits_before(req) : p.num_splits[req];
+    splits = (uniform ? lists.uniform.splits_before(req + 1) : p.num_splits[req + 1]) - before;
     first_slot = p.split_tiles > 0 ? before : p.num_parts + before - req;
     next_slot = p.split_tiles > 0 ? before : before - req - 1;  // plus i for split i > 0
   }
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
     }
     if constexpr (kLists) {
       unseen = true;
-      if (valid && attn_sink != nullptr) sink = attn_sink[head] * 1.44269504089f;
+      if (valid && lists.attn_sink != nullptr) sink = lists.attn_sink[head] * 1.44269504089f;
     } else {
       const int length = p.cache_seqlens[req];
       unseen = (p.causal ? min(length - p.s_q + place.token + 1, length) : length) <= 0;

@@ -42,13 +42,12 @@ std::size_t combine_smem(const DecodePlan& plan) {
 /// Blocks are given so much shared memory that no multiprocessor takes more of them than its share: the first
 /// ones to be free would take up to four each, and read at a fourth of the rate.
 template <bool kBf16, bool kLists = false>
-void launch_combine(const DecodeParams& p, const float* attn_sink, const DecodePlan& plan,
+void launch_combine(const DecodeParams& p, const ListsOfCombine& lists, const DecodePlan& plan,
                     cudaStream_t stream) {
   with_shape(plan.combine, [&]<int kIndex>() {
     check(allow_shared_memory<combine_kernel<kBf16, kIndex, kLists>>(kMaxSmem), "cudaFuncSetAttribute");
     LaunchConfig config(dim3_of(plan.combine_grid), kCombineWarps * 32, combine_smem<kIndex>(plan), stream);
-    check(launch(config.programmatic(), combine_kernel<kBf16, kIndex, kLists>, p, attn_sink),
-          "combine_kernel");
+    check(launch(config.programmatic(), combine_kernel<kBf16, kIndex, kLists>, p, lists), "combine_kernel");
   });
 }
 
@@ -61,7 +60,7 @@ void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtens
   check(launch(config.cluster(kCluster).programmatic(), dense_decode_kernel<kBf16, kCluster>, q_map, k_map,
                k_piece_map, out_map, p),
         "dense_decode_kernel");
-  if (plan.combines) launch_combine<kBf16>(p, nullptr, plan, stream);
+  if (plan.combines) launch_combine<kBf16>(p, {}, plan, stream);
 }
 
 template <class F>
@@ -90,9 +89,9 @@ void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const 
   bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
 }
 
-void launch_combine_lists(const DecodeParams& p, const float* attn_sink, const DecodePlan& plan,
+void launch_combine_lists(const DecodeParams& p, const ListsOfCombine& lists, const DecodePlan& plan,
                           void* stream) {
-  launch_combine<true, true>(p, attn_sink, plan, static_cast<cudaStream_t>(stream));
+  launch_combine<true, true>(p, lists, plan, static_cast<cudaStream_t>(stream));
 }
 
 KernelFacts decode_kernel_facts(const DecodePlan& plan, bool bf16) {

@@ -11,9 +11,9 @@ void launch_dense_decode(const DecodeParams& params, const CUtensorMap& q_map, c
                          const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16,
                          const DecodePlan& plan, void* stream);
 
-/// Combine alone, for a kernel that leaves partial results of bfloat16 rows as dense decode does; `attn_sink`
-/// (h_q), natural log, or null. A row of no weight has seen no key: p.cache_seqlens is not read.
-void launch_combine_lists(const DecodeParams& params, const float* attn_sink, const DecodePlan& plan,
+/// Combine alone, for a kernel that leaves partial results of bfloat16 rows as dense decode does. A row of no
+/// weight has seen no key: p.cache_seqlens is not read.
+void launch_combine_lists(const DecodeParams& params, const ListsOfCombine& lists, const DecodePlan& plan,
                           void* stream);
 
 }  // namespace flash_mla::sm90

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "schedule/uniform_plan.h"
+
 namespace flash_mla::sm90 {
 
 inline constexpr int kTileTokens = 64;  ///< keys per tile, and tokens per block of the schedule
@@ -67,6 +69,12 @@ constexpr std::int64_t combine_row_groups(const RowBlocks& b, std::int64_t h_kv)
 /// float4s of one warp's share of a partial result: 16 rows x 256 columns. Lane l holds, of column group i,
 /// columns 8 i + 2 (l % 4) and the next one of rows l / 4 and l / 4 + 8.
 inline constexpr int kFragment = 32 * 32;
+
+/// What combining knows of sparse decode.
+struct ListsOfCombine {
+  const float* attn_sink = nullptr;  ///< (h_q), natural log; or null
+  UniformPlan uniform{};  ///< instead of `parts` and `num_splits`, where all lists are of one length
+};
 
 /// What the combine kernel reaches with 32 bits, in units of 16 bytes.
 inline constexpr std::int64_t kMaxPartialBytes = std::int64_t{1} << 36;

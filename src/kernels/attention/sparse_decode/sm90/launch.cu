@@ -31,7 +31,7 @@ void launch_sparse_decode(const SparseDecodeParams& p, const CUtensorMap& q_map,
   const auto decode =
       format == KvFormat::kFp8V32 ? launch_decode<KvFormat::kFp8V32> : launch_decode<KvFormat::kFp8V4>;
   decode(p, q_map, plan, static_cast<cudaStream_t>(stream));
-  if (plan.combines) launch_combine_lists(p, p.attn_sink, plan, stream);
+  if (plan.combines) launch_combine_lists(p, p, plan, stream);
 }
 
 }  // namespace flash_mla::sm90

@@ -35,9 +35,8 @@ constexpr void set_page_size(ListedKeys& k, int page_size) {
 }
 
 /// The lists lie behind each other, each padded to whole tiles.
-struct SparseDecodeParams : DecodeParams {
+struct SparseDecodeParams : DecodeParams, ListsOfCombine {
   ListedKeys keys[2];
-  const float* attn_sink;  ///< (h_q), natural log; or null
 };
 
 }  // namespace flash_mla::sm90

@@ -64,21 +64,28 @@ using Item = PartItem<int>;
 
 /// The requests and tiles of part `index`.
 __device__ __forceinline__ PartRange part_of(const SparseDecodeParams& p, int index) {
+  if (p.uniform.blocks > 0) return p.uniform.part(index, p.batch);
   const int4 row = reinterpret_cast<const int4*>(p.parts)[2 * static_cast<std::int64_t>(index)];
-  return part_range<int>(row.x, row.y, row.z, row.w, false, kTileTokens);
+  return {row.x, row.y, row.z, row.w};
 }
 
 /// What the walk reads, of the part that this CTA works on. A request's tiles are those of both lists.
 struct ListTables {
   const SparseDecodeParams& p;
+  const PartRange& part;
 
   __device__ static constexpr int block_size() { return kTileTokens; }
   __device__ int fixed_split_blocks() const { return p.split_tiles; }
   __device__ int length(int req) const {
     return (tiles_of(list_length(p.keys[0], req)) + tiles_of(list_length(p.keys[1], req))) * kTileTokens;
   }
-  __device__ int splits_before(int req) const { return p.num_splits[req]; }
-  __device__ int begin_split() const { return p.parts[static_cast<std::int64_t>(blockIdx.z) * 8 + 4]; }
+  __device__ int splits_before(int req) const {
+    return p.uniform.blocks > 0 ? p.uniform.splits_before(req) : p.num_splits[req];
+  }
+  __device__ int begin_split() const {
+    return p.uniform.blocks > 0 ? p.uniform.begin_split(part)
+                                : p.parts[static_cast<std::int64_t>(blockIdx.z) * 8 + 4];
+  }
   __device__ int slot(int req, int before, int split, bool fixed) const {
     return fixed ? before + split : before - req + (split == 0 ? p.num_parts : split - 1);
   }
@@ -87,7 +94,7 @@ struct ListTables {
 /// The walk over a part's items.
 __device__ __forceinline__ PartWalk<int, ListTables> walk_of(const SparseDecodeParams& p,
                                                              const PartRange& part) {
-  return {part, {p}};
+  return {part, {p, part}};
 }
 
 /// The query token of this CTA's rows.

@@ -17,6 +17,7 @@
 #include "kernels/ptx/tensor_map.h"
 #include "kv/format.h"
 #include "schedule/device_schedule.h"
+#include "schedule/uniform_plan.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -190,16 +191,20 @@ void sparse_decode(const SparseDecodeArgs& a, void* workspace, float softmax_sca
   p.keys[1] = listed(a.extra);
   if (a.attn_sink.defined()) p.attn_sink = a.attn_sink.ptr<const float>();
 
-  ScheduleParams schedule{};
-  schedule.batch = batch;
-  set_options(schedule, s.options);
-  schedule.parts = reinterpret_cast<std::int32_t*>(memory);
-  schedule.num_splits = reinterpret_cast<std::int32_t*>(memory + s.splits_at);
-  for (int i = 0; i < 2; ++i) {
-    schedule.lists.topk_length[i] = p.keys[i].topk_length;
-    schedule.lists.topk[i] = p.keys[i].topk;
+  if (p.keys[0].topk_length == nullptr && p.keys[1].topk_length == nullptr)
+    p.uniform = uniform_plan(batch, tiles_of(a.keys) + tiles_of(a.extra), s.options);
+  if (p.uniform.blocks == 0) {
+    ScheduleParams schedule{};
+    schedule.batch = batch;
+    set_options(schedule, s.options);
+    schedule.parts = reinterpret_cast<std::int32_t*>(memory);
+    schedule.num_splits = reinterpret_cast<std::int32_t*>(memory + s.splits_at);
+    for (int i = 0; i < 2; ++i) {
+      schedule.lists.topk_length[i] = p.keys[i].topk_length;
+      schedule.lists.topk[i] = p.keys[i].topk;
+    }
+    launch_list_schedule(schedule, stream);
   }
-  launch_list_schedule(schedule, stream);
 
   int sms = 0;
   check(multiprocessors(sms), "cudaDeviceGetAttribute");
