@@ -1,0 +1,129 @@
+#pragma once
+
+// The sums of the weight stream (weight_stream.cuh): the products of a stage, and how warps and CTAs add up
+// theirs.
+
+#include <cstdint>
+
+#include "kernels/ptx/cluster.cuh"
+#include "kernels/ptx/mma.cuh"
+
+namespace flash_mla::sm90 {
+
+/// A thread's place in the CTA.
+template <class Shape>
+struct StreamThread {
+  int lane, warp_n, warp_k;  ///< the warp's place along n, and its k group
+  int quad_row, quad;        ///< in the fragments of a product
+
+  __device__ __forceinline__ StreamThread() {
+    const int warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    warp_n = warp % Shape::kWarpsN, warp_k = warp / Shape::kWarpsN;
+    quad_row = lane / 4, quad = lane % 4;
+  }
+};
+
+/// The sums of a warp: 16 rows of W by 8 of x for each tile and group.
+template <class Shape>
+using StreamSums = float[Shape::kTiles][Shape::kGroups][4];
+
+/// The warp's sums to their places in a plane of shared memory.
+template <class Shape>
+__device__ __forceinline__ void place_sums(const StreamThread<Shape>& thread, const StreamSums<Shape>& sums,
+                                           float* plane, bool add) {
+  constexpr int kStride = Shape::kSumStride;
+#pragma unroll
+  for (int t = 0; t < Shape::kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < Shape::kGroups; ++i) {
+      float* to = plane + (i * 8 + thread.quad * 2) * kStride + (thread.warp_n * Shape::kTiles + t) * 16 +
+                  thread.quad_row;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float& at = to[(c % 2) * kStride + c / 2 * 8];
+        at = add ? at + sums[t][i][c] : sums[t][i][c];
+      }
+    }
+  }
+}
+
+/// The k groups' sums, one after the other, to the first plane: through planes of their own where those are
+/// small, else in turn. `count`: rows of x.
+template <class Shape>
+__device__ __forceinline__ void add_up(const StreamThread<Shape>& thread, const StreamSums<Shape>& sums,
+                                       float* partial, int count) {
+  constexpr int kWarpsK = Shape::kWarpsK, kRows = Shape::kRows;
+  if constexpr (Shape::kPlanes > 1) {
+    place_sums(thread, sums, partial + thread.warp_k * Shape::kPlane, false);
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * (kRows / 4); i += Shape::kThreads) {
+      float* at = partial + (i / (kRows / 4)) * Shape::kSumStride + i % (kRows / 4) * 4;
+      float4 sum = *reinterpret_cast<float4*>(at);
+#pragma unroll
+      for (int w = 1; w < kWarpsK; ++w) {
+        const float4 v = *reinterpret_cast<float4*>(at + w * Shape::kPlane);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      }
+      *reinterpret_cast<float4*>(at) = sum;
+    }
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWarpsK; ++w) {
+      if (thread.warp_k == w) place_sums(thread, sums, partial, w > 0);
+      if (w + 1 < kWarpsK) __syncthreads();
+    }
+  }
+}
+
+/// Of all threads that share an item.
+__device__ __forceinline__ void sync_cluster(int cluster) {
+  if (cluster > 1) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
+/// Four neighbouring sums of the CTA, or of the cluster's CTAs in order of rank.
+__device__ __forceinline__ float4 total_of(float* at, const int& cluster) {
+  if (cluster == 1) return *reinterpret_cast<float4*>(at);
+  float4 sum = ptx::load_cluster_16(ptx::smem_address(at), 0);
+  for (int r = 1; r < cluster; ++r) {
+    const float4 v = ptx::load_cluster_16(ptx::smem_address(at), r);
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+  }
+  return sum;
+}
+
+/// sums += a tile of 16 rows of W by 32 columns of k, times x; lo and hi: its upper and its lower 8 rows.
+template <int kGroups>
+__device__ __forceinline__ void multiply_tile(const uint4& lo, const uint4& hi, const uint4 (&b)[kGroups],
+                                              float (&sums)[kGroups][4]) {
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    ptx::mma_m16n8k16_bf16(sums[i], lo.x, hi.x, lo.y, hi.y, b[i].x, b[i].y);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    ptx::mma_m16n8k16_bf16(sums[i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
+  }
+}
+
+/// The same of float32 weights, the smallest parts first.
+template <int kGroups>
+__device__ __forceinline__ void multiply_tile(const uint4 (&low)[3], const uint4 (&high)[3],
+                                              const uint4 (&b)[kGroups], float (&sums)[kGroups][4]) {
+#pragma unroll
+  for (int part = 2; part >= 0; --part) {
+    const uint4 lo = low[part], hi = high[part];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      ptx::mma_m16n8k16_bf16(sums[i], lo.x, hi.x, lo.y, hi.y, b[i].x, b[i].y);
+      ptx::mma_m16n8k16_bf16(sums[i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
+    }
+  }
+}
+
+}  // namespace flash_mla::sm90
