@@ -65,6 +65,9 @@ struct Request {
   std::vector<std::int32_t> prompt_token_ids;
   /// Put through the model's chat template. Special tokens that a content spells out are ordinary text.
   std::vector<ChatMessage> messages;
+  /// What the chat template is to see besides the messages: a JSON object, such as {"thinking": true}. Empty:
+  /// nothing.
+  std::string chat_variables;
   /// Special tokens that `prompt` spells out become those tokens. False for text of strangers: it cannot end
   /// the sentence or begin another speaker's turn then.
   bool allow_special = true;
@@ -132,6 +135,8 @@ struct EngineOptions {
   /// kAuto: the directory's safetensors. kDummy: random weights in the shape of its config.json, for load
   /// tests without a checkpoint; the tokenizer is still the directory's.
   LoadFormat load_format = LoadFormat::kAuto;
+  /// A Jinja file that turns messages into prompts, instead of the model directory's own chat template.
+  std::filesystem::path chat_template;
   /// Pages of 64 tokens in the cache; 0: as many as fit into memory_bytes.
   int num_pages = 0;
   /// Of the cache. 0: what max_batch_size sequences of the model's longest length need, or if that is less
@@ -227,7 +232,8 @@ class Engine {
  public:
   /// Loads a Hugging Face model directory (config.json, safetensors unless EngineOptions::load_format says
   /// otherwise, tokenizer.json). Throws InvalidArgument, Unsupported, or OutOfMemory (a std::bad_alloc) where
-  /// model or cache do not fit.
+  /// model or cache do not fit. A chat template of the directory that is missing or not understood only keeps
+  /// requests from having messages: see why_no_chat.
   explicit Engine(const std::filesystem::path& model_directory, const EngineOptions& options = {});
   /// Stops; whatever still runs ends as cancelled.
   ~Engine();
@@ -262,6 +268,13 @@ class Engine {
   std::string detokenize(std::span<const std::int32_t> ids) const;
   /// The bytes of one token, not necessarily whole UTF-8.
   std::string token_bytes(std::int32_t id) const;
+
+  /// Where the chat template came from: a file, or a file and its field. Empty if there is none.
+  std::string chat_template_origin() const;
+  /// Why requests cannot have messages; empty if they can. It names files of this machine.
+  std::string why_no_chat() const;
+  /// SamplingParams' defaults, and what the model directory's generation_config.json says of them.
+  SamplingParams default_sampling() const;
 
   EngineStats stats() const;
   /// The latest steps, oldest first.

@@ -4,6 +4,7 @@ Wrong input raises ``ValueError``, files that ask for something else than DeepSe
 name the file, the field and its value.
 """
 
+import json
 import os
 
 from . import _C
@@ -67,7 +68,10 @@ class Tokenizer:
 
 
 class ChatTemplate:
-    """The chat format of a DeepSeek checkpoint, read from a model directory.
+    """The chat template of a checkpoint, in Jinja, read from a model directory.
+
+    The subset of Jinja that published templates use is run, as transformers runs it; a template with anything else
+    raises ``NotImplementedError``, with the line, when it is opened.
 
     >>> ChatTemplate(model_directory).apply([{"role": "user", "content": "Hello"}])            # doctest: +SKIP
     '<｜begin▁of▁sentence｜><｜User｜>Hello<｜Assistant｜>'
@@ -83,9 +87,23 @@ class ChatTemplate:
         self._template = _C.ChatTemplate.parse(jinja, bos_token, eos_token, origin)
         return self
 
-    def apply(self, messages, *, add_generation_prompt=True):
-        """The prompt for ``messages``, dictionaries with "role" and "content".
+    def apply(self, messages, *, add_generation_prompt=True, **variables):
+        """The prompt for ``messages``, dictionaries with "role" and "content", and whatever else the template reads.
 
-        Encode it with ``add_special_tokens=False``: it has its begin-of-sentence token in front.
+        ``variables``: what the template is to see besides, such as ``tools`` or ``thinking``; JSON's types.
+        Encode it with ``add_special_tokens=False``: it has its begin-of-sentence token in front. Raises ``ValueError``
+        for messages that the template refuses.
         """
-        return self._template.apply([(m["role"], m["content"]) for m in messages], add_generation_prompt)
+        messages = list(messages)
+        if not variables and all(m.keys() == {"role", "content"} and isinstance(m["content"], str) for m in messages):
+            return self._template.apply([(m["role"], m["content"]) for m in messages], add_generation_prompt)
+        return "".join(text for text, _ in self.parts(messages, add_generation_prompt=add_generation_prompt, **variables))
+
+    def parts(self, messages, *, add_generation_prompt=True, **variables):
+        """The same prompt as pairs of text and whether it is control.
+
+        Special tokens may be recognised in control text alone: it is the template's own, the rest came from ``messages``
+        and ``variables``.
+        """
+        messages, variables = json.dumps(list(messages)), json.dumps(variables)
+        return self._template.render(messages, variables, add_generation_prompt)

@@ -36,6 +36,18 @@ std::string apply(const ChatTemplate& chat, const std::vector<std::pair<std::str
   return chat.apply(messages, add_generation_prompt);
 }
 
+/// `messages` and `variables` as JSON. Pairs of text and whether it is control.
+std::vector<std::pair<std::string, bool>> render(const ChatTemplate& chat, const std::string& messages,
+                                                 const std::string& variables, bool add_generation_prompt) {
+  text::ChatInput input;
+  input.messages = nlohmann::ordered_json::parse(messages);
+  input.variables = nlohmann::ordered_json::parse(variables);
+  input.add_generation_prompt = add_generation_prompt;
+  std::vector<std::pair<std::string, bool>> out;
+  for (text::TextPart& part : chat.parts(input)) out.emplace_back(std::move(part.text), part.control);
+  return out;
+}
+
 }  // namespace
 
 void bind_model(nb::module_& m) {
@@ -71,7 +83,8 @@ void bind_model(nb::module_& m) {
           [](const std::string& jinja, const std::string& bos, const std::string& eos,
              const std::string& origin) { return ChatTemplate::parse(jinja, bos, eos, origin); },
           "jinja"_a, "bos_token"_a, "eos_token"_a, "origin"_a)
-      .def("apply", &apply, "messages"_a, "add_generation_prompt"_a);
+      .def("apply", &apply, "messages"_a, "add_generation_prompt"_a)
+      .def("render", &render, "messages"_a, "variables"_a, "add_generation_prompt"_a);
 }
 
 }  // namespace flash_mla::python

@@ -27,7 +27,19 @@ std::string read_file(const std::filesystem::path& path) {
   return text;
 }
 
+void refuse_lfs_pointer(std::string_view text, std::string_view origin) {
+  if (!text.starts_with("version https://git-lfs.github.com/spec/")) return;
+  const std::size_t size = text.find("\nsize ");
+  const std::string_view bytes =
+      size == text.npos ? "?" : text.substr(size + 6, text.find('\n', size + 6) - size - 6);
+  throw InvalidArgument(fmt::format(
+      "{}: a Git LFS pointer, not the file itself ({} bytes): expected the file; \"git lfs pull\" in "
+      "that folder fetches it",
+      origin, bytes));
+}
+
 Json parse_json(std::string_view text, std::string_view origin) {
+  refuse_lfs_pointer(text, origin);
   std::vector<std::unordered_set<std::string>> names;  // of the objects that are open
   const auto check = [&](int depth, Json::parse_event_t event, Json& parsed) {
     if (depth > kMaxDepth) {

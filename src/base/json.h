@@ -15,6 +15,10 @@ using Json = nlohmann::json;
 /// The bytes of a file. Throws InvalidArgument if it cannot be read.
 std::string read_file(const std::filesystem::path& path);
 
+/// Throws InvalidArgument if `text`, the beginning of a file that errors call `origin`, is a Git LFS pointer:
+/// what a clone without git-lfs has in place of a large file.
+void refuse_lfs_pointer(std::string_view text, std::string_view origin);
+
 /// Throws InvalidArgument, naming `origin`, if `text` is not JSON, names a field of an object twice or is
 /// nested more than 64 deep.
 Json parse_json(std::string_view text, std::string_view origin);

@@ -2,7 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/json.h"
 #include "flash_mla/error.h"
@@ -190,6 +192,25 @@ ModelConfig parse_config(std::string_view text, std::string_view origin) {
   read_experts(in, out);
   read_quantization(in, out);
   read_token_ids(in, out);
+  return out;
+}
+
+SamplingDefaults read_sampling_defaults(const std::filesystem::path& directory) {
+  const std::filesystem::path path = directory / "generation_config.json";
+  SamplingDefaults out;
+  if (!std::filesystem::exists(path)) return out;
+  const Json json = parse_json(read_file(path), path.string());
+  const JsonObject in(json, path.string());
+  const auto number = [&](const char* name, double low, double high) {
+    return in.has(name) ? std::optional(in.number(name, low, high)) : std::nullopt;
+  };
+  constexpr double kLeast = std::numeric_limits<double>::min();  // above 0
+  out.temperature = number("temperature", 0.0, 1e3);
+  out.top_p = number("top_p", kLeast, 1.0);
+  out.min_p = number("min_p", 0.0, std::nextafter(1.0, 0.0));
+  out.repetition_penalty = number("repetition_penalty", 0.01, 100.0);
+  if (in.has("top_k"))
+    out.top_k = static_cast<int>(std::max<std::int64_t>(in.integer("top_k", -1, 1 << 30), 0));
   return out;
 }
 

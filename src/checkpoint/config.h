@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -76,6 +77,15 @@ struct ModelConfig {
   /// Factor on q·k: (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 times the square of YaRN's mscale.
   double softmax_scale() const;
 };
+
+/// How a checkpoint asks to be sampled from, by DIR/generation_config.json; what it does not say is empty.
+struct SamplingDefaults {
+  std::optional<double> temperature, top_p, min_p, repetition_penalty;
+  std::optional<int> top_k;  ///< 0: all
+};
+
+/// Throws InvalidArgument for a value out of range. A directory without the file has no defaults.
+SamplingDefaults read_sampling_defaults(const std::filesystem::path& directory);
 
 /// Parses the text of a config.json. `origin` names it in errors. Throws InvalidArgument for a malformed or
 /// missing field, Unsupported for an architecture or option that the engine does not run; both name the

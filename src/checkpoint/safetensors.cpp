@@ -117,6 +117,8 @@ class HeaderReader {
 }  // namespace
 
 std::vector<SafetensorsEntry> parse_safetensors(std::span<const std::byte> file, std::string_view origin) {
+  refuse_lfs_pointer({reinterpret_cast<const char*>(file.data()), std::min<std::size_t>(file.size(), 1024)},
+                     origin);
   if (file.size() < 8) {
     throw InvalidArgument(fmt::format("{}: the file has {} bytes, expected a safetensors file of at least 8",
                                       origin, file.size()));

@@ -33,6 +33,9 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
          "--load-format", [&o](const std::string& name) { o.load_format = load_formats.at(name); },
          "Of the weights: auto (safetensors), or dummy for random ones in the shape of config.json")
       ->check(CLI::IsMember({"auto", "dummy"}));
+  app.add_option("--chat-template", o.chat_template,
+                 "Jinja file that turns messages into prompts (default: the model directory's own)")
+      ->check(CLI::ExistingFile);
   app.add_option("--num-pages", o.num_pages, "Pages of 64 tokens in the cache (0: what --memory holds)")
       ->capture_default_str();
   app.add_option("--memory", o.memory_bytes,
@@ -73,6 +76,15 @@ void add_sampling_flags(CLI::App& app, SamplingParams& p) {
   app.add_flag("--ignore-eos", p.ignore_eos, "Go on after the model's end of sentence");
   app.add_option("--logprobs", p.logprobs, "With --json: log-probabilities of that many alternatives")
       ->capture_default_str();
+}
+
+void use_model_defaults(const CLI::App& app, const SamplingParams& defaults, SamplingParams& p) {
+  const auto given = [&](const char* flag) { return app.count(flag) > 0; };
+  if (!given("--temperature")) p.temperature = defaults.temperature;
+  if (!given("--top-p")) p.top_p = defaults.top_p;
+  if (!given("--top-k")) p.top_k = defaults.top_k;
+  if (!given("--min-p")) p.min_p = defaults.min_p;
+  if (!given("--repetition-penalty")) p.repetition_penalty = defaults.repetition_penalty;
 }
 
 }  // namespace flash_mla::cli

@@ -11,5 +11,7 @@ void add_engine_flags(CLI::App& app, EngineOptions& options);
 
 /// Adds the flags that make SamplingParams. Values are checked by the engine.
 void add_sampling_flags(CLI::App& app, SamplingParams& params);
+/// Whatever sampling flags were not given become the model's own defaults (Engine::default_sampling).
+void use_model_defaults(const CLI::App& app, const SamplingParams& defaults, SamplingParams& params);
 
 }  // namespace flash_mla::cli

@@ -91,17 +91,17 @@ int count_failures(const std::vector<Completion>& completions) {
   return failures;
 }
 
-int run_generate(const GenerateOptions& o) {
+int run_generate(const CLI::App& app, GenerateOptions o) {
   using Clock = std::chrono::steady_clock;
   const auto since = [](Clock::time_point t) {
     return std::chrono::duration<double>(Clock::now() - t).count();
   };
   if (!o.system.empty() && !o.chat) throw InvalidArgument("--system: expected together with --chat");
-  const std::vector<Request> requests = make_requests(o);
-
   const Clock::time_point loading = Clock::now();
   Engine engine(o.model, o.engine);
   const double load_seconds = since(loading);
+  use_model_defaults(app, engine.default_sampling(), o.sampling);
+  const std::vector<Request> requests = make_requests(o);
 
   const bool stream = !o.json && requests.size() == 1 && o.sampling.n == 1;
   EventHandler print_text;
@@ -149,7 +149,7 @@ void register_generate(CLI::App& app, int& exit_code) {
   sub->add_flag("--json", o->json, "Texts, token ids and figures as JSON");
   sub->add_flag("--quiet", o->quiet, "No figures on stderr");
   sub->add_option("--trace", o->trace, "Write the steps as a Chrome trace");
-  sub->callback([o, &exit_code] { exit_code = run_generate(*o); });
+  sub->callback([o, sub, &exit_code] { exit_code = run_generate(*sub, *o); });
 }
 
 }  // namespace flash_mla::cli

@@ -55,6 +55,11 @@ int run_serve(ServeOptions o) {
   fmt::print(stderr, "flash-mla serve: {} on http://{}:{}/v1, {} pages of 64 tokens{}\n", o.server.model_name,
              o.server.host, server.port(), engine.stats().pages_total,
              o.engine.load_format == EngineOptions::LoadFormat::kDummy ? ", random weights" : "");
+  if (const std::string why = engine.why_no_chat(); !why.empty()) {
+    fmt::print(stderr, "flash-mla serve: no chat, only completions: {}\n", why);
+  } else {
+    fmt::print(stderr, "flash-mla serve: chat by the template of {}\n", engine.chat_template_origin());
+  }
   server.run();
   engine.stop();
   return 0;

@@ -104,11 +104,22 @@ struct Engine::Impl {
         core(
             make_model(directory, options), [this] { return std::make_unique<Decoder>(tokenizer); },
             checkpoint::read_config(directory).eos_token_ids, options) {
-    try {
-      chat_template.emplace(text::ChatTemplate::open(directory));
-    } catch (const std::exception&) {
-      // Matters only to requests with messages. The reason names a path, which a server must not tell.
+    if (!options.chat_template.empty()) {
+      chat_template.emplace(text::ChatTemplate::open(directory, options.chat_template));
+    } else {
+      try {
+        chat_template.emplace(text::ChatTemplate::open(directory));
+      } catch (const std::exception& e) {
+        why_no_chat = e.what();  // matters only to requests with messages
+      }
     }
+    const checkpoint::SamplingDefaults defaults = checkpoint::read_sampling_defaults(directory);
+    SamplingParams& p = default_sampling;
+    p.temperature = defaults.temperature.value_or(p.temperature);
+    p.top_p = defaults.top_p.value_or(p.top_p);
+    p.top_k = defaults.top_k.value_or(p.top_k);
+    p.min_p = defaults.min_p.value_or(p.min_p);
+    p.repetition_penalty = defaults.repetition_penalty.value_or(p.repetition_penalty);
   }
 
   std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens, bool allow_special) const {
@@ -133,7 +144,8 @@ struct Engine::Impl {
           "or "
           "chat_template in tokenizer_config.json); use prompt");
     }
-    return tokenizer.encode_parts(chat_template->parts(request.messages));
+    return tokenizer.encode_parts(chat_template->parts(request.messages, /*add_generation_prompt=*/true,
+                                                       text::parse_chat_variables(request.chat_variables)));
   }
 
   // The request as tokens, checked.
@@ -152,6 +164,8 @@ struct Engine::Impl {
 
   text::Tokenizer tokenizer;
   std::optional<text::ChatTemplate> chat_template;
+  std::string why_no_chat;
+  SamplingParams default_sampling;
   engine::EngineCore core;
   mutable std::mutex thread_mutex;
   std::jthread thread;
@@ -242,6 +256,12 @@ std::string Engine::detokenize(std::span<const std::int32_t> ids) const {
 std::string Engine::token_bytes(std::int32_t id) const {
   return std::string(impl_->tokenizer.token_bytes(id));
 }
+
+std::string Engine::chat_template_origin() const {
+  return impl_->chat_template ? impl_->chat_template->origin() : "";
+}
+std::string Engine::why_no_chat() const { return impl_->why_no_chat; }
+SamplingParams Engine::default_sampling() const { return impl_->default_sampling; }
 
 EngineStats Engine::stats() const { return impl_->core.stats(); }
 std::vector<StepRecord> Engine::timeline() const { return impl_->core.timeline(); }

@@ -6,19 +6,14 @@
 
 #include "base/json.h"
 #include "flash_mla/error.h"
+#include "text/jinja/json_text.h"
+#include "text/utf8.h"
 
 namespace flash_mla::text {
 namespace {
 
-constexpr std::string_view kUser = "<｜User｜>";
-constexpr std::string_view kAssistant = "<｜Assistant｜>";
-constexpr std::string_view kEndOfSentence = "<｜end▁of▁sentence｜>";
-constexpr std::string_view kThinkEnd = "</think>";
-
-TextPart control(std::string_view text) { return {std::string(text), true}; }
-TextPart content(std::string_view text) { return {std::string(text), false}; }
-
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != text.npos; }
+using jinja::MarkedText;
+using jinja::Value;
 
 /// "chat_template": a string, or a list of named ones of which "default" counts.
 std::string template_of(const JsonObject& config) {
@@ -34,15 +29,14 @@ std::string template_of(const JsonObject& config) {
   return config.string("chat_template");
 }
 
-/// A token is a string, or an object that describes it. Empty if there is none.
-std::string token_of(const JsonObject& config, const char* name) {
+/// A token is a string, or an object that describes it; nothing if there is none.
+std::optional<std::string> token_of(const JsonObject& config, const char* name) {
   const Json* value = config.find(name);
-  if (value != nullptr && value->is_object()) return config.object(name).string("content");
-  return config.string_or(name, "");
+  if (value == nullptr) return std::nullopt;
+  return value->is_object() ? config.object(name).string("content") : config.string(name);
 }
 
 void check_roles(std::span<const ChatMessage> messages) {
-  if (messages.empty()) throw InvalidArgument("messages is empty: expected at least one message");
   for (std::size_t i = 0; i < messages.size(); ++i) {
     const std::string& role = messages[i].role;
     if (role != "system" && role != "user" && role != "assistant") {
@@ -52,43 +46,42 @@ void check_roles(std::span<const ChatMessage> messages) {
   }
 }
 
+[[noreturn]] void fail_empty() { throw InvalidArgument("messages is empty: expected at least one message"); }
+
+Value client_text(std::string_view text) {
+  std::string storage;
+  return MarkedText(replace_invalid_utf8(text, storage), /*control=*/false);
+}
+
+Value own_text(std::string_view text) { return MarkedText::constant(text, /*control=*/true); }
+
 }  // namespace
 
-ChatTemplate ChatTemplate::open(const std::filesystem::path& directory) {
+ChatTemplate ChatTemplate::open(const std::filesystem::path& directory,
+                                const std::optional<std::filesystem::path>& file) {
   const std::filesystem::path config_path = directory / "tokenizer_config.json";
   const Json json = parse_json(read_file(config_path), config_path.string());
   const JsonObject config(json, config_path.string());
-  const std::filesystem::path jinja_path = directory / "chat_template.jinja";
-  const bool own_file = std::filesystem::exists(jinja_path);
-  const std::string jinja = own_file ? read_file(jinja_path) : template_of(config);
-  const std::string origin = own_file ? jinja_path.string() : config.path("chat_template");
-  return parse(jinja, token_of(config, "bos_token"), token_of(config, "eos_token"), origin);
+  const std::filesystem::path jinja_path = file.value_or(directory / "chat_template.jinja");
+  const bool own_file = file || std::filesystem::exists(jinja_path);
+  ChatTemplate out;
+  out.origin_ = own_file ? jinja_path.string() : config.path("chat_template");
+  out.template_ = jinja::Template::parse(own_file ? read_file(jinja_path) : template_of(config), out.origin_);
+  for (const char* name :
+       {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
+    if (std::optional<std::string> token = token_of(config, name))
+      out.tokens_.emplace_back(name, std::move(*token));
+  }
+  return out;
 }
 
 ChatTemplate ChatTemplate::parse(std::string_view jinja, std::string bos_token, std::string eos_token,
                                  std::string_view origin) {
   ChatTemplate out;
-  out.bos_token_ = std::move(bos_token);
-  out.eos_token_ = std::move(eos_token);
-  // V3.1's template has a switch for thinking; its answers begin otherwise.
-  const bool switches_thinking = contains(jinja, "thinking") || contains(jinja, "<｜Assistant｜></think>");
-  if (contains(jinja, kUser) && contains(jinja, kAssistant) && !switches_thinking) {
-    out.format_ = contains(jinja, kThinkEnd) ? ChatFormat::kR1 : ChatFormat::kV3;
-    out.joins_system_ = contains(jinja, "is_first_sp");
-    out.begins_with_think_ =
-        contains(jinja, "<｜Assistant｜><think>\\n") || contains(jinja, "<｜Assistant｜><think>\n");
-    if (contains(jinja, kEndOfSentence)) out.eos_token_ = kEndOfSentence;
-    return out;
-  }
-  if (contains(jinja, "'User: '") && contains(jinja, "'Assistant: '") && contains(jinja, "'Assistant:'")) {
-    out.format_ = ChatFormat::kV2;
-    return out;
-  }
-  throw Unsupported(
-      fmt::format("{}: the template is \"{}...\": expected one of DeepSeek-V2's, V3's or R1's. Templates in "
-                  "general are not run; "
-                  "write the prompt out and complete it as text",
-                  origin, jinja.substr(0, 60)));
+  out.origin_ = origin;
+  out.template_ = jinja::Template::parse(jinja, origin);
+  out.tokens_ = {{"bos_token", std::move(bos_token)}, {"eos_token", std::move(eos_token)}};
+  return out;
 }
 
 std::string ChatTemplate::apply(std::span<const ChatMessage> messages, bool add_generation_prompt) const {
@@ -97,54 +90,69 @@ std::string ChatTemplate::apply(std::span<const ChatMessage> messages, bool add_
   return out;
 }
 
-std::vector<TextPart> ChatTemplate::parts(std::span<const ChatMessage> messages,
-                                          bool add_generation_prompt) const {
+/// With what transformers gives a template: the messages, the special tokens, and the client's variables, which
+/// may not stand for a special token.
+std::vector<TextPart> ChatTemplate::render(Value messages, bool add_generation_prompt,
+                                           const nlohmann::ordered_json& variables) const {
+  std::vector<std::pair<std::string, Value>> all = {{"messages", std::move(messages)},
+                                                    {"add_generation_prompt", add_generation_prompt}};
+  for (const auto& [name, text] : tokens_) all.emplace_back(name, own_text(text));
+  for (const char* name : {"tools", "documents"}) {
+    if (!variables.contains(name)) all.emplace_back(name, jinja::None());
+  }
+  for (const auto& [name, value] : variables.items()) {
+    if (std::ranges::find(all, name, &std::pair<std::string, Value>::first) == all.end()) {
+      all.emplace_back(name, jinja::from_json(value));
+    }
+  }
+  return template_.render(all);
+}
+
+std::vector<TextPart> ChatTemplate::parts(std::span<const ChatMessage> messages, bool add_generation_prompt,
+                                          const nlohmann::ordered_json& variables) const {
+  if (messages.empty()) fail_empty();
   check_roles(messages);
-  return format_ == ChatFormat::kV2 ? parts_v2(messages, add_generation_prompt)
-                                    : parts_v3(messages, add_generation_prompt);
+  const Value role = own_text("role"), content = own_text("content");
+  jinja::List list;
+  list.items.reserve(messages.size());
+  for (const ChatMessage& message : messages) {
+    jinja::Dict dict;
+    dict.set(role, client_text(message.role));
+    dict.set(content, client_text(message.content));
+    list.items.push_back(std::move(dict));
+  }
+  try {
+    return render(std::move(list), add_generation_prompt, variables);
+  } catch (const jinja::Problem& problem) {
+    throw InvalidArgument(fmt::format("chat_template_kwargs: {}", problem.what));
+  }
 }
 
-std::vector<TextPart> ChatTemplate::parts_v2(std::span<const ChatMessage> messages,
-                                             bool add_generation_prompt) const {
-  std::vector<TextPart> out = {control(bos_token_)};
-  for (const ChatMessage& m : messages) {
-    if (m.role == "user") {
-      out.insert(out.end(), {control("User: "), content(m.content), control("\n\n")});
-    } else if (m.role == "assistant") {
-      out.insert(out.end(), {control("Assistant: "), content(m.content), control(eos_token_)});
-    } else {
-      out.insert(out.end(), {content(m.content), control("\n\n")});
-    }
+std::vector<TextPart> ChatTemplate::parts(const ChatInput& input) const {
+  if (!input.messages.is_array() || input.messages.empty()) fail_empty();
+  try {
+    return render(jinja::from_json(input.messages), input.add_generation_prompt, input.variables);
+  } catch (const jinja::Problem& problem) {
+    throw InvalidArgument(fmt::format("messages: {}", problem.what));
   }
-  if (add_generation_prompt) out.push_back(control("Assistant:"));
-  return out;
 }
 
-std::vector<TextPart> ChatTemplate::parts_v3(std::span<const ChatMessage> messages,
-                                             bool add_generation_prompt) const {
-  // Wherever system messages stand, they come first.
-  std::string system;
-  bool first_system = true;
-  for (const ChatMessage& m : messages) {
-    if (m.role != "system") continue;
-    system = joins_system_ && !first_system ? system + "\n\n" + m.content : m.content;
-    first_system = false;
+nlohmann::ordered_json parse_chat_variables(std::string_view text) {
+  if (text.empty()) return nlohmann::ordered_json::object();
+  constexpr int kMaxDepth = 64;
+  bool deep = false;
+  const auto check = [&](int depth, nlohmann::ordered_json::parse_event_t, nlohmann::ordered_json&) {
+    deep = deep || depth > kMaxDepth;
+    return !deep;
+  };
+  nlohmann::ordered_json out = nlohmann::ordered_json::parse(text, check, /*allow_exceptions=*/false);
+  if (deep || !out.is_object()) {
+    throw InvalidArgument("chat_template_kwargs: expected a JSON object, nested at most 64 deep");
   }
-  std::vector<TextPart> out = {control(bos_token_), content(system)};
-  for (const ChatMessage& m : messages) {
-    if (m.role == "user") {
-      out.insert(out.end(), {control(kUser), content(m.content)});
-    } else if (m.role == "assistant") {
-      std::string_view answer = m.content;
-      if (const std::size_t end = answer.rfind(kThinkEnd); format_ == ChatFormat::kR1 && end != answer.npos) {
-        answer = answer.substr(end + kThinkEnd.size());
-      }
-      out.insert(out.end(), {control(kAssistant), content(answer), control(eos_token_)});
+  for (const char* name : {"messages", "add_generation_prompt"}) {
+    if (out.contains(name)) {
+      throw InvalidArgument(fmt::format("chat_template_kwargs.{}: expected other names than this", name));
     }
-  }
-  if (add_generation_prompt) {
-    out.push_back(control(kAssistant));
-    if (begins_with_think_) out.push_back(control("<think>\n"));
   }
   return out;
 }

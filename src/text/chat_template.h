@@ -1,57 +1,73 @@
 #pragma once
 
 #include <filesystem>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "flash_mla/chat.h"
-#include "text/tokenizer.h"
+#include "text/jinja/template.h"
+#include "text/text_part.h"
 
 namespace flash_mla::text {
 
-/// The formats that DeepSeek's checkpoints were trained with. The published files state them as Jinja
-/// templates; here they are code, chosen by what the template contains.
-enum class ChatFormat {
-  kV2,  ///< "User: ...\n\nAssistant: ..." (V2, V2-Lite)
-  kV3,  ///< "<｜User｜>...<｜Assistant｜>..." (V2.5, V3)
-  kR1,  ///< as kV3, and of earlier answers only what follows the last "</think>" (R1, V3-0324)
+/// A conversation as a client sends it. `messages` is an array of objects, whatever fields they have;
+/// `variables` an object of what else the template is to see ("tools", "thinking"), none of them called
+/// "messages" or "add_generation_prompt".
+struct ChatInput {
+  nlohmann::ordered_json messages;
+  nlohmann::ordered_json variables = nlohmann::ordered_json::object();
+  bool add_generation_prompt = true;
 };
 
-/// Turns a conversation into the text of a prompt. The text has the begin-of-sentence token in front and
-/// other special tokens within. Encode `parts`: what a message's content spells out is then ordinary text.
-/// The text of `apply`, encoded with add_special_tokens = false and allow_special = true, gives what the
-/// published templates give: special tokens in a content are such tokens too.
+/// `text` as ChatInput::variables; empty: none. Throws InvalidArgument if it is no JSON object, or has one of the
+/// two names.
+nlohmann::ordered_json parse_chat_variables(std::string_view text);
+
+/// Turns a conversation into the text of a prompt, by the Jinja template that a checkpoint comes with. Encode
+/// `parts`: what comes of a client's values is then ordinary text, while the template's own text may spell
+/// special tokens. The text of `apply`, encoded with add_special_tokens = false and allow_special = true,
+/// gives what transformers gives: special tokens in a content are such tokens too.
 class ChatTemplate {
  public:
-  /// Reads DIR/chat_template.jinja, or else "chat_template" of DIR/tokenizer_config.json, and the tokens of
-  /// the latter. Throws InvalidArgument if there is none, Unsupported if it is not one of DeepSeek's.
-  static ChatTemplate open(const std::filesystem::path& directory);
+  /// `file` if it is given; else DIR/chat_template.jinja, or else "chat_template" of
+  /// DIR/tokenizer_config.json. The latter's tokens (bos_token and its like) are the template's. Throws
+  /// InvalidArgument if there is none, Unsupported, with file and line, for one that is not understood in
+  /// full.
+  static ChatTemplate open(const std::filesystem::path& directory,
+                           const std::optional<std::filesystem::path>& file = std::nullopt);
   /// From the text of the Jinja template and of the tokens it refers to. `origin` names it in errors.
   static ChatTemplate parse(std::string_view jinja, std::string bos_token, std::string eos_token,
                             std::string_view origin);
 
-  ChatFormat format() const { return format_; }
-
   /// The prompt. `add_generation_prompt` ends it with what begins an answer. Throws InvalidArgument for no
-  /// messages and for an unknown role.
+  /// messages, for an unknown role, and for messages that the template refuses.
   std::string apply(std::span<const ChatMessage> messages, bool add_generation_prompt = true) const;
   /// The same prompt in parts: the template's own text is control, contents are not.
-  std::vector<TextPart> parts(std::span<const ChatMessage> messages, bool add_generation_prompt = true) const;
+  std::vector<TextPart> parts(
+      std::span<const ChatMessage> messages, bool add_generation_prompt = true,
+      const nlohmann::ordered_json& variables = nlohmann::ordered_json::object()) const;
+  /// For conversations with more than roles and contents. Throws InvalidArgument as above; which roles there
+  /// are is for the template to say.
+  std::vector<TextPart> parts(const ChatInput& input) const;
+
+  /// Where it came from: a file, or a file and its field.
+  const std::string& origin() const { return origin_; }
+  /// Whether the template looks at a variable of this name ("tools", "thinking").
+  bool reads(std::string_view variable) const { return template_.reads(variable); }
 
  private:
   ChatTemplate() = default;
-  std::vector<TextPart> parts_v2(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
-  std::vector<TextPart> parts_v3(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
+  std::vector<TextPart> render(jinja::Value messages, bool add_generation_prompt,
+                               const nlohmann::ordered_json& variables) const;
 
-  ChatFormat format_ = ChatFormat::kV2;
-  std::string bos_token_;
-  std::string eos_token_;
-  // V3 and R1: several system messages are joined by an empty line (else the last one counts), and an answer
-  // begins with "<think>\n".
-  bool joins_system_ = false;
-  bool begins_with_think_ = false;
+  jinja::Template template_;
+  std::string origin_;
+  std::vector<std::pair<std::string, std::string>> tokens_;  // by their names: bos_token, ...
 };
 
 }  // namespace flash_mla::text

@@ -290,6 +290,11 @@ Tokenizer Tokenizer::open(const std::filesystem::path& directory) {
   if (std::filesystem::exists(config)) {
     const Json json = parse_json(read_file(config), config.string());
     out.impl_->read_tokenizer_config(JsonObject(json, config.string()));
+  } else if (out.impl_->prefix.empty()) {
+    throw InvalidArgument(
+        fmt::format("{}: cannot be read; expected it beside tokenizer.json, which does not say whether a "
+                    "begin-of-sentence token goes in front of a text",
+                    config.string()));
   }
   return out;
 }

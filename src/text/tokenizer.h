@@ -8,17 +8,11 @@
 #include <string_view>
 #include <vector>
 
+#include "text/text_part.h"
+
 namespace flash_mla::text {
 
 using TokenId = std::int32_t;
-
-/// A piece of a text that is tokenized as a whole.
-struct TextPart {
-  std::string text;
-  /// Added tokens (special or not) that it spells out become those tokens. Text of a user has this false:
-  /// what it spells out, alone or together with its surroundings, stays ordinary text.
-  bool control = false;
-};
 
 /// A byte-level BPE tokenizer, read from the tokenizer.json of a DeepSeek checkpoint. Gives the tokens that
 /// Hugging Face's `tokenizers` gives. Immutable; any number of threads may use one object.
@@ -29,7 +23,8 @@ class Tokenizer {
  public:
   /// Reads DIR/tokenizer.json and, where DIR/tokenizer_config.json has them, add_bos_token and add_eos_token:
   /// they replace what the post-processor puts around a text, as in the LlamaTokenizerFast of transformers 4
-  /// that DeepSeek's files name (the loader of transformers 5 passes over them). Throws InvalidArgument for a
+  /// that DeepSeek's files name (the loader of transformers 5 passes over them). Without that file the
+  /// post-processor must put a token in front of a text, lest one be missing unnoticed. Throws InvalidArgument for a
   /// malformed file, Unsupported for a feature that DeepSeek's tokenizers do not use; both name the file, the
   /// field and its value.
   static Tokenizer open(const std::filesystem::path& directory);

@@ -372,5 +372,13 @@ TEST(Shards, NothingThere) {
   EXPECT_THAT(message_of<InvalidArgument>([&] { open(dir); }), HasSubstr("is not a regular file"));
 }
 
+TEST(Checkpoint, ALfsPointerIsNoCheckpoint) {
+  const TemporaryDirectory directory;
+  directory.write("model.safetensors",
+                  "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4302350824\n");
+  EXPECT_THAT(message_of<InvalidArgument>([&] { Checkpoint::open(directory.path()); }),
+              HasSubstr("model.safetensors: a Git LFS pointer, not the file itself (4302350824 bytes)"));
+}
+
 }  // namespace
 }  // namespace flash_mla::checkpoint

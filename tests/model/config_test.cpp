@@ -228,5 +228,21 @@ TEST(Config, NotJson) {
               HasSubstr("nested"));
 }
 
+TEST(SamplingDefaults, OfGenerationConfig) {
+  const TemporaryDirectory directory;
+  EXPECT_FALSE(read_sampling_defaults(directory.path()).temperature);
+  directory.write("generation_config.json",
+                  R"({"do_sample": true, "temperature": 0.6, "top_p": 0.95, "top_k": -1})");
+  const SamplingDefaults defaults = read_sampling_defaults(directory.path());
+  EXPECT_EQ(defaults.temperature, 0.6);
+  EXPECT_EQ(defaults.top_p, 0.95);
+  EXPECT_EQ(defaults.top_k, 0);
+  EXPECT_FALSE(defaults.min_p);
+  EXPECT_FALSE(defaults.repetition_penalty);
+  directory.write("generation_config.json", R"({"temperature": -1})");
+  EXPECT_THAT(message_of<InvalidArgument>([&] { read_sampling_defaults(directory.path()); }),
+              HasSubstr("generation_config.json: temperature = -1: expected a number from 0 to 1000"));
+}
+
 }  // namespace
 }  // namespace flash_mla::checkpoint

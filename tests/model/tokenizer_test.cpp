@@ -238,6 +238,33 @@ INSTANTIATE_TEST_SUITE_P(
              "pre_tokenizer.pretokenizers[0].pattern.Regex = \"(a\""}),
     [](const auto& bend) { return bend.param.what; });
 
+TEST(Tokenizer, ADirectoryMustSayWhatStandsInFront) {
+  const TemporaryDirectory directory;
+  directory.write("tokenizer.json", small().dump());
+  EXPECT_THAT(message_of<InvalidArgument>([&] { Tokenizer::open(directory.path()); }),
+              HasSubstr("tokenizer_config.json: cannot be read; expected it beside tokenizer.json"));
+  directory.write("tokenizer_config.json", R"({"add_bos_token": true, "bos_token": "<s>"})");
+  EXPECT_THAT(Tokenizer::open(directory.path()).encode("a"), ElementsAre(259, 'a'));
+  // The tokenizer itself may say it.
+  const TemporaryDirectory alone;
+  Json json = small();
+  json["post_processor"] = {
+      {"type", "TemplateProcessing"},
+      {"single",
+       {{{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}}, {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}},
+      {"special_tokens", {{"<s>", {{"id", "<s>"}, {"ids", {259}}, {"tokens", {"<s>"}}}}}}};
+  alone.write("tokenizer.json", json.dump());
+  EXPECT_THAT(Tokenizer::open(alone.path()).encode("a"), ElementsAre(259, 'a'));
+}
+
+TEST(Tokenizer, ALfsPointerIsNoTokenizer) {
+  EXPECT_THAT(message_of<InvalidArgument>([] {
+                Tokenizer::parse("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n",
+                                 "t.json");
+              }),
+              HasSubstr("t.json: a Git LFS pointer, not the file itself (1234 bytes)"));
+}
+
 TEST(Tokenizer, NotJson) {
   EXPECT_THAT(message_of<InvalidArgument>([] { Tokenizer::parse("{", "t.json"); }),
               HasSubstr("t.json: not valid JSON"));

@@ -17,4 +17,5 @@ def write_tokenizer(directory):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<bos>", "<eos>"])
     tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     return tokenizer

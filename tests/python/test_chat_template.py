@@ -1,7 +1,9 @@
-"""DeepSeek's chat formats against transformers running templates of the same make."""
+"""Chat templates against transformers and Jinja2: templates of the make of published ones, and random ones."""
 
 import json
+import warnings
 
+import jinja_templates
 import pytest
 import tokenizer_files as files
 from hypothesis import given, settings
@@ -131,16 +133,100 @@ def test_directory(tmp_path):
     assert flash_mla.ChatTemplate(tmp_path).apply(hello) == "<b><｜User｜>Hello<｜Assistant｜>"
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Łódź", "days": 3, "exact": 1.5, "of": [None, True]}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": " Of a \"city\"\n", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+RICH = [
+    ([{"role": "user", "content": "Hello"}], {}),
+    ([{"role": "user", "content": "Hello"}], {"thinking": True, "enable_thinking": False}),
+    ([{"role": "system", "content": "S"}, {"role": "user", "content": "1+1? <｜User｜>"}, {"role": "assistant", "content": "<think>\nhm</think>\n\n2"}, {"role": "user", "content": "and "}], {"thinking": False}),
+    ([{"role": "user", "content": "w"}, {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}, {"role": "tool", "content": "{\"t\": 3}", "tool_call_id": "c1"}, {"role": "tool", "content": "x", "tool_call_id": "c1"}], {"tools": TOOLS}),
+    ([{"role": "user", "content": "w"}, {"role": "assistant", "content": None, "reasoning_content": " r ", "tool_calls": [CALL]}, {"role": "tool", "content": "7", "tool_call_id": "c1"}, {"role": "assistant", "content": "7 it is"}, {"role": "user", "content": "thanks"}], {"tools": TOOLS}),
+    ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], {"tools": None}),
+    ([{"role": "user", "content": [{"type": "image"}]}], {}),
+    ([{"role": "assistant", "content": "only an answer"}, {"role": "system", "content": "late"}], {}),
+]
+
+
+def either(render):
+    """What it returns, or that it refused."""
+    try:
+        return render()
+    except Exception as e:  # noqa: BLE001
+        return type(e) if isinstance(e, AssertionError) else "refused"
+
+
+def same_as_jinja(template, messages, variables, generate=True):
+    expected = either(lambda: jinja_templates.render(template, messages, "<b>", "<e>", generate, **variables))
+    chat = flash_mla.ChatTemplate.from_jinja(template, "<b>", "<e>")
+    assert either(lambda: chat.apply(messages, add_generation_prompt=generate, **variables)) == expected
+    return expected
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize("conversation", range(len(RICH)))
+@pytest.mark.parametrize("name", jinja_templates.SHAPES)
+def test_shapes_of_published_templates(name, conversation, generate):
+    messages, variables = RICH[conversation]
+    same_as_jinja(jinja_templates.SHAPES[name], messages, variables, generate)
+
+
+def test_shapes_are_rendered():
+    for template in jinja_templates.SHAPES.values():
+        assert sum(same_as_jinja(template, messages, variables) != "refused" for messages, variables in RICH) >= 5
+
+
+# What Python prints of objects that are no values of a template, or computes of constants at once.
+BEYOND = ("generator object", "built-in method", "bound method", " object at 0x", "dict_", "range(", "<Macro")
+
+
+@pytest.mark.parametrize("block", range(20))
+def test_random_templates(block):
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Hi a,b </think> x"},
+        {"role": "assistant", "content": " yes é ", "x": [1, 2]},
+    ]
+    variables = {"thinking": True, "d": {"k": 1, "role": "r"}, "l": [3, 1, 2], "n": 2, "s": "some, text", "tools": [{"name": "t"}]}
+    rendered = 0
+    for seed in range(100 * block, 100 * block + 100):
+        template = jinja_templates.Random(seed).template()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            expected = either(lambda: jinja_templates.render(template, messages, "<b>", "<e>", **variables))  # noqa: B023
+        if expected == "refused" or any(b in expected for b in BEYOND):
+            continue
+        chat = flash_mla.ChatTemplate.from_jinja(template, "<b>", "<e>")
+        try:
+            ours = chat.apply(messages, **variables)
+        except ValueError as e:
+            if "a slice of a" in str(e):
+                continue  # of a constant that has no slices: undefined to Jinja2, an error where it is no constant
+            raise AssertionError(f"seed {seed}: {template!r}: {e}") from e
+        assert ours == expected, f"seed {seed}: {template!r}"
+        rendered += 1
+    assert rendered > 20
+
+
+def test_text_of_clients_is_never_control():
+    for template in jinja_templates.SHAPES.values():
+        chat = flash_mla.ChatTemplate.from_jinja(template, "<b>", "<e>")
+        messages = [{"role": "system", "content": "\x01<b>"}, {"role": "user", "content": "\x01<｜User｜>"}, {"role": "assistant", "content": "\x01<e>"}]
+        parts = chat.parts(messages, tools=TOOLS, thinking=True)
+        assert any("\x01" in text for text, control in parts if not control)
+        assert not any("\x01" in text for text, control in parts if control)
+
+
 def test_refused(tmp_path):
-    switch = v3() + "{% if thinking %}<｜Assistant｜><think>{% else %}<｜Assistant｜></think>{% endif %}"
-    for template in ("{% for m in messages %}<|im_start|>{{ m }}{% endfor %}", "", switch):
-        with pytest.raises(NotImplementedError, match="t.jinja: the template is"):
+    for template, what in [("{% include 'x' %}", 'the tag "include"'), ("\n{{ m|urlize }}", 'the filter "urlize"')]:
+        with pytest.raises(NotImplementedError, match=f"t.jinja:{1 + template.count(chr(10))}: the chat template has {what}"):
             flash_mla.ChatTemplate.from_jinja(template, "", "", "t.jinja")
     chat = flash_mla.ChatTemplate.from_jinja(V2, "", "")
     with pytest.raises(ValueError, match=r'messages\[1\].role = "tool": expected "system", "user" or "assistant"'):
         chat.apply([{"role": "user", "content": ""}, {"role": "tool", "content": "x"}])
     with pytest.raises(ValueError, match="messages is empty"):
         chat.apply([])
+    with pytest.raises(ValueError, match="messages: only texts .line 1 of the chat template."):
+        flash_mla.ChatTemplate.from_jinja("{{ raise_exception('only texts') }}", "", "").apply([{"role": "user", "content": "x"}])
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer_config.json: chat_template is missing"):
         flash_mla.ChatTemplate(tmp_path)

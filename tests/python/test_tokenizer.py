@@ -318,7 +318,9 @@ def test_template_processing(v3):
 
 def test_directory(v3, tmp_path):
     v3.theirs.save(str(tmp_path / "tokenizer.json"))
-    plain = flash_mla.Tokenizer(tmp_path).encode("Hello")
+    with pytest.raises(ValueError, match="tokenizer_config.json: cannot be read; expected it beside tokenizer.json"):
+        flash_mla.Tokenizer(tmp_path)
+    plain = v3.ours.encode("Hello")
     config = {"add_bos_token": True, "bos_token": {"content": files.BOS}, "add_eos_token": True, "eos_token": files.EOS}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert flash_mla.Tokenizer(tmp_path).encode("Hello") == [0, *plain, 1]
