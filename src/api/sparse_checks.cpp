@@ -121,7 +121,7 @@ void check_keys_values(const SparseKeys& keys, const KeysNames& names) {
                 names.indices, topk);
       }
     }
-    for (std::int64_t i = 0; i < t.size(1); ++i) {
+    for (std::int64_t i = 0; i < t.size(1) && length > 0; ++i) {
       const auto* entries = t.ptr<const std::int32_t>() + r * t.stride(0) + i * t.stride(1);
       for (std::int64_t j = 0; j < length; ++j) {
         if (entries[j] < -1 || entries[j] >= slots) {

@@ -250,7 +250,10 @@ std::string SparseProblem::difference(const SparseResult& got, int rows, int hea
     const int r = row / s.s_q, i = row % s.s_q;
     SparseDecodeArgs a = host_args();
     const auto narrow = [&](TensorView& v, bool by_query) {
-      if (!v.defined()) return;
+      if (v.numel() == 0) {
+        if (v.defined()) v.shape[0] = v.shape[1] = 1;
+        return;
+      }
       v.data = static_cast<std::byte*>(v.data) + (r * v.stride(0) + (by_query ? i * v.stride(1) : 0)) *
                                                      static_cast<std::int64_t>(dtype_size(v.dtype));
       v.shape[0] = 1;

@@ -23,6 +23,8 @@ class PrefillSelection {
   }
 
   const std::int32_t* entries(std::int64_t i) const {
+    // Empty lists may lie nowhere.
+    if (args_.indices.size(1) == 0) return nullptr;
     return args_.indices.ptr<const std::int32_t>() + i * args_.indices.stride(0);
   }
 

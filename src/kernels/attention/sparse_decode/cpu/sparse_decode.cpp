@@ -135,9 +135,9 @@ class EntrySource {
   static void set(Part& part, const kv::Pool& pool, const SparseKeys& keys, std::int64_t req, std::int64_t i,
                   std::int64_t begin, std::int64_t end) {
     const std::int64_t n = length(keys, req);
+    if (begin * kBlock >= n || end <= begin) return;
     const auto* list =
         keys.indices.ptr<const std::int32_t>() + req * keys.indices.stride(0) + i * keys.indices.stride(1);
-    if (begin * kBlock >= n || end <= begin) return;
     part.entry = list + begin * kBlock;
     part.end = list + std::min(end * kBlock, n);
     part.pool = &pool;

@@ -15,6 +15,7 @@ void select(const SparseKeys& list, std::int64_t req, std::int64_t i, std::int64
       list.topk_length.defined()
           ? list.topk_length.ptr<const std::int32_t>()[req * list.topk_length.stride(0)]
           : t.size(2);
+  if (length == 0) return;
   const auto* entries = t.ptr<const std::int32_t>() + req * t.stride(0) + i * t.stride(1);
   for (std::int64_t j = 0; j < length; ++j) {
     if (entries[j] < 0) continue;
