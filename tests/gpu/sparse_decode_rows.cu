@@ -1,6 +1,6 @@
 // Checks and times token-sparse decode over FP8 caches on a GPU.
 //
-//   sparse_decode_rows OUT.json [--reps N] [--rows A:B] [--check-only]
+//   sparse_decode_rows OUT.json [--reps N] [--rows A:B] [--check-only] [--commit C]
 //
 // Protocol: random data; every timed call follows a read pass over 256 MiB (cold L2) and is queued behind a spin
 // kernel, so that the host is ahead; events around the call, schedule and combine included; median. A sample of rows of every
@@ -18,6 +18,7 @@
 #include <cstring>
 #include <fstream>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "device.h"
@@ -260,22 +261,33 @@ struct List {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: %s OUT.json [--reps N] [--rows A:B] [--check-only]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s OUT.json [--reps N] [--rows A:B] [--check-only] [--commit C]\n", argv[0]);
     return 2;
   }
   int reps = 30, begin = 0, end = 1 << 30;
   bool check_only = false;
+  std::string command = "sparse_decode_rows", commit = "unknown";
+  for (int i = 1; i < argc; ++i) command += std::string(" ") + argv[i];
   for (int i = 2; i < argc; ++i) {
     if (std::strcmp(argv[i], "--check-only") == 0) {
       check_only = true;
     } else if (std::strcmp(argv[i], "--reps") == 0 && i + 1 < argc) {
       reps = std::atoi(argv[++i]);
+    } else if (std::strcmp(argv[i], "--commit") == 0 && i + 1 < argc) {
+      commit = argv[++i];
     } else if (std::strcmp(argv[i], "--rows") == 0 && i + 1 < argc) {
       std::sscanf(argv[++i], "%d:%d", &begin, &end);
     }
   }
   std::ofstream json(argv[1]);
-  json << "{\"rows\": [";
+  cudaDeviceProp device{};
+  int driver = 0, runtime = 0;
+  check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  json << "{\"machine\": {\"gpu\": \"" << device.name << "\", \"cuda_driver\": " << driver
+       << ", \"cuda_runtime\": " << runtime << "},\n\"command\": \"" << command << "\",\n\"commit\": \""
+       << commit << "\",\n\"rows\": [";
   constexpr std::size_t kFlush = 256u << 20;
   DeviceMemory flush(kFlush), sink_memory(16);
   flush.poison();
