@@ -142,6 +142,7 @@ class Evaluator {
     bool completed = false;
     in_scope([&] {
       for (std::size_t i = 0; i < items->size(); ++i) {
+        spend(1);
         scopes_.back().clear();
         if (loop_ >= 0) {
           scopes_.back().emplace_back(loop_, std::make_shared<const Loop>(Loop{items, i, loops_}));
