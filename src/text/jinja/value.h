@@ -43,8 +43,8 @@ class Dict {
   const Value* find(const Value& key) const;
   const Value* find(std::string_view key) const;
   void set(const Value& key, Value value);
-  const std::vector<std::pair<Value, Value>>& items() const { return items_; }
-  std::size_t size() const { return items_.size(); }
+  const std::vector<std::pair<Value, Value>>& items() const;
+  std::size_t size() const;
   int depth() const { return depth_; }
 
  private:
@@ -123,6 +123,9 @@ class Value {
   }
   Storage storage_;
 };
+
+inline const std::vector<std::pair<Value, Value>>& Dict::items() const { return items_; }
+inline std::size_t Dict::size() const { return items_.size(); }
 
 /// The place of one iteration of a for loop.
 struct Loop {
