@@ -273,3 +273,71 @@ def test_info_lists_the_gpus():
     gpus = [b for b in flash_mla.backends() if b["name"] == "sm90"]
     assert len(gpus) == len(DEVICES) and all(b["available"] for b in gpus)
     assert torch.cuda.get_device_name(0) in gpus[0]["device"]
+
+
+def sparse_problem(v4, h_q, topk, lengths, seed=3):
+    """q, an FP8 cache and lists of its tokens, on the CPU; -1 here and there."""
+    g = torch.Generator().manual_seed(seed)
+    width, latent_width, d_qk = (584, 448, 512) if v4 else (656, 512, 576)
+    cache = torch.full((24, 64, 1, width), 255, dtype=torch.uint8)
+    n = 24 * 64 - 10
+    latent = torch.randn(n, latent_width, generator=g).bfloat16() / 10
+    rope = torch.randn(n, 64, generator=g).bfloat16() / 10
+    flash_mla.append_kv(latent, rope, torch.arange(n), cache)
+    q = torch.randn(len(lengths), 2, h_q, d_qk, generator=g).bfloat16()
+    indices = torch.randint(0, n, (len(lengths), 2, topk), generator=g, dtype=torch.int32)
+    indices[torch.rand(indices.shape, generator=g) < 0.1] = -1
+    sink = torch.randn(h_q, generator=g)
+    return q, cache, indices, torch.tensor(lengths, dtype=torch.int32), sink
+
+
+@pytest.mark.parametrize("v4", [False, True])
+@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_sparse_decode_as_on_the_cpu(v4, h_q, with_lengths):
+    """Lists of one length, whose plan is a function, and of many, which are planned on the device."""
+    q, cache, indices, lengths, sink = sparse_problem(v4, h_q, 200, [200, 0, 63, 129])
+    extra = dict(topk_length=lengths) if with_lengths else {}
+    wanted, wanted_lse = flash_mla.sparse_decode(q, cache, indices, attn_sink=sink, **extra)
+    on_gpu = {k: v.cuda() for k, v in extra.items()}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        tensors = q.cuda(), cache.cuda(), indices.cuda()
+        out, lse = flash_mla.sparse_decode(*tensors, attn_sink=sink.cuda(), **on_gpu)
+    stream.synchronize()
+    torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-3, rtol=2.01 / 128)
+    torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)
+
+
+def test_sparse_decode_in_a_graph_with_refilled_lists():
+    q, cache, indices, lengths, _ = sparse_problem(False, 64, 300, [300, 17, 250])
+    on_gpu = [x.cuda() for x in (q, cache, indices, lengths)]
+    for _ in range(2):
+        out, lse = flash_mla.sparse_decode(*on_gpu[:3], topk_length=on_gpu[3])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flash_mla.sparse_decode(*on_gpu[:3], topk_length=on_gpu[3])
+    for seed in (4, 5):
+        _, _, indices, _, _ = sparse_problem(False, 64, 300, [0, 0, 0], seed)
+        lengths = torch.tensor([seed * 30, 299, 1], dtype=torch.int32)
+        on_gpu[2].copy_(indices)
+        on_gpu[3].copy_(lengths)
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        wanted, wanted_lse = flash_mla.sparse_decode(q, cache, indices, topk_length=lengths)
+        torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-3, rtol=2.01 / 128)
+        torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)
+
+
+def test_flashmlas_name_for_sparse_decode():
+    q, cache, indices, _, sink = sparse_problem(False, 128, 128, [128, 128])
+    metadata, splits = get_mla_metadata()
+    args = [x.cuda() for x in (q, cache)]
+    out, lse = flash_mla_with_kvcache(
+        *args, None, None, 512, metadata, splits, is_fp8_kvcache=True, indices=indices.cuda(), attn_sink=sink.cuda()
+    )
+    wanted, wanted_lse = flash_mla.sparse_decode(q, cache, indices, attn_sink=sink)
+    torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-3, rtol=2.01 / 128)
+    torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)
