@@ -56,6 +56,11 @@ TEST(ChatTemplate, TextOfClientsIsNeverControl) {
             "[<x>]<s>");
 }
 
+TEST(ChatTemplate, TextAroundTags) {
+  EXPECT_EQ(marked(parse("a {{ bos_token }} b { c"), {{{"role", "user"}}}), "[a <s> b { c]");
+  EXPECT_EQ(marked(parse("a{"), {{{"role", "user"}}}), "[a{]");
+}
+
 TEST(ChatTemplate, VariablesOfClientsCannotStandForSpecialTokens) {
   const ChatTemplate chat = parse("{{ bos_token }}{{ thinking }}{{ messages|length }}");
   EXPECT_EQ(marked(chat, {{{"role", "user"}}}, {{"bos_token", "<s>x"}, {"thinking", "<s>"}, {"messages", 3}}),

@@ -170,6 +170,11 @@ def test_shapes_of_published_templates(name, conversation, generate):
     same_as_jinja(jinja_templates.SHAPES[name], messages, variables, generate)
 
 
+def test_plain_text():
+    for template in ["a", "a {{ bos_token }} b", "{", "{ {{ 1 }} {", "a{", "a{# c #}b\n", "\n\n", "{{ 1 }}\n", "a\r\nb{% set x = 1 %}\r\nc"]:
+        assert same_as_jinja(template, [{"role": "user", "content": ""}], {}) != "refused"
+
+
 def test_shapes_are_rendered():
     for template in jinja_templates.SHAPES.values():
         assert sum(same_as_jinja(template, messages, variables) != "refused" for messages, variables in RICH) >= 5
@@ -177,6 +182,11 @@ def test_shapes_are_rendered():
 
 # What Python prints of objects that are no values of a template, or computes of constants at once.
 BEYOND = ("generator object", "built-in method", "bound method", " object at 0x", "dict_", "range(", "<Macro")
+
+
+# What we refuse: formatting by "%", the case of letters outside ASCII, and slices of constants that have none (which are
+# undefined to Jinja2, and an error where they are no constants).
+LIMITS = ('has "%" behind a string', "a string %", "the case of letters outside ASCII", "a slice of a")
 
 
 @pytest.mark.parametrize("block", range(20))
@@ -188,23 +198,21 @@ def test_random_templates(block):
     ]
     variables = {"thinking": True, "d": {"k": 1, "role": "r"}, "l": [3, 1, 2], "n": 2, "s": "some, text", "tools": [{"name": "t"}]}
     rendered = 0
-    for seed in range(100 * block, 100 * block + 100):
+    for seed in range(200 * block, 200 * block + 200):
         template = jinja_templates.Random(seed).template()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             expected = either(lambda: jinja_templates.render(template, messages, "<b>", "<e>", **variables))  # noqa: B023
         if expected == "refused" or any(b in expected for b in BEYOND):
             continue
-        chat = flash_mla.ChatTemplate.from_jinja(template, "<b>", "<e>")
         try:
-            ours = chat.apply(messages, **variables)
-        except ValueError as e:
-            if "a slice of a" in str(e):
-                continue  # of a constant that has no slices: undefined to Jinja2, an error where it is no constant
-            raise AssertionError(f"seed {seed}: {template!r}: {e}") from e
+            ours = flash_mla.ChatTemplate.from_jinja(template, "<b>", "<e>").apply(messages, **variables)
+        except (ValueError, NotImplementedError) as e:
+            assert any(limit in str(e) for limit in LIMITS), f"seed {seed}: {template!r}: {e}"
+            continue
         assert ours == expected, f"seed {seed}: {template!r}"
         rendered += 1
-    assert rendered > 20
+    assert rendered > 20  # the others make no sense to Jinja2 either
 
 
 def test_text_of_clients_is_never_control():

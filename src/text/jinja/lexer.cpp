@@ -56,7 +56,7 @@ class Lexer {
   }
 
   std::size_t find_tag() const {
-    for (std::size_t i = text_.find('{', at_); i + 1 < text_.size(); i = text_.find('{', i + 1)) {
+    for (std::size_t i = text_.find('{', at_); i < text_.size() - 1; i = text_.find('{', i + 1)) {
       if (text_[i + 1] == '{' || text_[i + 1] == '%' || text_[i + 1] == '#') return i;
     }
     return text_.npos;
