@@ -5,11 +5,13 @@
 // Each of the eight brings 8 of a tile's 64 keys, in four batches and the rope part: a batch is two loads of 16 bytes
 // per lane, for two keys and four chunks (256 e4m3 columns) each, and twice as many stores; lanes 0-3 of every eight
 // take the even key, lanes 4-7 the odd one, whose swizzle differs in the lowest bit: the eight lanes of a store's phase
-// hit all banks. Two batches and the rope part are on their way at a time, across tiles and requests. (As batches: a
-// warp has six scoreboards, and loads that come and go one by one wait for the youngest of them.)
+// hit all banks. The two batches of a half are on their way together, across tiles and requests, and none is asked for
+// before the last half is stored: ptxas gives all these loads one scoreboard, so that waiting for one is waiting for
+// the youngest.
 //
 // Nothing here fences: fence.proxy.async waits for a thread's loads on their way too. The consumers fence when they
-// have waited for a half slot. A tile's rows are fetched into L2 half a tile ahead. Scales are applied in fp32.
+// have waited for a half slot. A tile's rows are fetched into L2 half a tile ahead, a list when it begins. Scales are
+// applied in fp32.
 
 #include <cuda_fp16.h>
 
@@ -108,6 +110,10 @@ struct Producer {
     const int in_list = second ? tile - base_tiles : tile;
     const int position = in_list * kTileTokens + warp * kWarpKeys + lane;
     c.at = k.indices + req * k.indices_stride_b + token * k.indices_stride_s + position;
+    // The list, up to 64 lines of it, into L2: a tile's indices are waited for before its rows can be asked for.
+    if (lane < kWarpKeys && (warp * kWarpKeys + lane) * 32 < k.topk - in_list * kTileTokens) {
+      ptx::prefetch_l2(c.at - position + in_list * kTileTokens + (warp * kWarpKeys + lane) * 32);
+    }
     c.left = lane < kWarpKeys ? list_length(k, req) - position : 0;
     c.tiles = (second ? end_tile : min(end_tile, base_tiles)) - tile;
     c.end_tile = end_tile;
@@ -285,11 +291,11 @@ struct Producer {
       ptx::mbarrier_wait(&s.kv_empty[slot][0], parity);
       if (own_lane == 0) s.valid[slot][warp] = static_cast<std::uint8_t>(valid);
       store<0, 0>(to, x);
-      load<1, 0>(base, rows, x);
       store<0, 1>(to, y);
-      signal(s.kv_full[slot][0]);
+      load<1, 0>(base, rows, x);
       load<1, 1>(base, rows, y);
       load_rope(code, rows, rope);
+      signal(s.kv_full[slot][0]);
       if (((code ^ next_code) & 4) != 0) base = base_of(next_code);
       code = next_code;
       rows = rows_of(code, index);
@@ -297,10 +303,10 @@ struct Producer {
       next_code = take(cursor, index);
       ptx::mbarrier_wait(&s.kv_empty[slot][1], parity);
       store<1, 0>(to, x);
-      load<0, 0>(base, rows, x);
       store<1, 1>(to, y);
-      load<0, 1>(base, rows, y);
       store_rope(ptx::smem_address(s.kv[slot].at(0)), rope);
+      load<0, 0>(base, rows, x);
+      load<0, 1>(base, rows, y);
       signal(s.kv_full[slot][1]);
     }
   }
