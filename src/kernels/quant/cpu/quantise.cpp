@@ -10,6 +10,7 @@ namespace flash_mla::cpu {
 void quantise_fp8(const TensorView& x, int tile, Fp8Recipe recipe, const TensorView& values,
                   const TensorView& scales) {
   const std::int64_t d = x.size(1);
+  if (d == 0) return;  // no address is made of a row that is empty
   visit_float_type(x.dtype, [&](auto element) {
     using T = decltype(element);
     for (std::int64_t row = 0; row < x.size(0); ++row) {
