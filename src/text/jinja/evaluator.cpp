@@ -13,8 +13,8 @@ namespace {
 using Kind = Expression::Kind;
 
 constexpr std::int64_t kMaxSteps = 50'000'000;  // a second or two
-constexpr int kMaxDepth = 1000;                 // of expressions and macros within each other
-constexpr std::size_t kBytesPerStep = 64;       // copied
+constexpr int kMaxDepth = 200;  // of expressions and macros within each other: the stack holds them
+constexpr std::size_t kBytesPerStep = 64;  // copied
 
 /// How a body ended.
 enum class Flow { kOn, kBreak, kContinue };
