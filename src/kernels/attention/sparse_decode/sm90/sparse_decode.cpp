@@ -39,6 +39,7 @@ int tiles_of(const SparseKeys& keys) {
 
 /// How a call is cut, from shapes alone.
 struct Shape {
+  int sms;  // of the device
   RowBlocks blocks;
   ScheduleOptions options;
   std::size_t splits_at, out_at, stats_at,
@@ -46,12 +47,11 @@ struct Shape {
 };
 
 Shape shape_of(const SparseDecodeArgs& a, int fixed_split_blocks) {
-  int sms = 0;
-  check(multiprocessors(sms), "cudaDeviceGetAttribute");
   Shape s{};
+  check(multiprocessors(s.sms), "cudaDeviceGetAttribute");
   s.blocks = blocks_of(a);
   const std::int64_t batch = a.q.size(0);
-  s.options = schedule_options(static_cast<int>(batch), sms, s.blocks, 1);
+  s.options = schedule_options(static_cast<int>(batch), s.sms, s.blocks, 1);
   s.options.block_size = kTileTokens;
   s.options.fixed_split_blocks = fixed_split_blocks;
   if (fixed_split_blocks > 0) s.options.whole_requests_percent = 0;
@@ -206,9 +206,7 @@ void sparse_decode(const SparseDecodeArgs& a, void* workspace, float softmax_sca
     launch_list_schedule(schedule, stream);
   }
 
-  int sms = 0;
-  check(multiprocessors(sms), "cudaDeviceGetAttribute");
-  const DecodePlan plan = plan_decode(batch, sms, p.blocks, 1, p.num_parts, fixed_split_blocks > 0);
+  const DecodePlan plan = plan_decode(batch, s.sms, p.blocks, 1, p.num_parts, fixed_split_blocks > 0);
   const CUtensorMap q_map = tensor_map<5>("q", a.q,
                                           {{{64, 0, 64},
                                             {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
