@@ -91,10 +91,11 @@ enum class LengthLimit {
   kNone,       ///< it did not end so
   kMaxTokens,  ///< SamplingParams::max_tokens
   kModel,      ///< the positions that the model has
+  kOption,     ///< EngineOptions::max_model_len
   kCache,  ///< the pages that the cache has (EngineOptions::num_pages, memory_bytes): fewer than the model
            ///< has positions for
 };
-/// "", "max_tokens", "model", "cache".
+/// "", "max_tokens", "model", "max_model_len", "cache".
 const char* length_limit_name(LengthLimit limit);
 
 struct Usage {
@@ -137,6 +138,8 @@ struct EngineOptions {
   LoadFormat load_format = LoadFormat::kAuto;
   /// A Jinja file that turns messages into prompts, instead of the model directory's own chat template.
   std::filesystem::path chat_template;
+  /// Tokens of prompt and continuation together; 0: the positions that the model has, at most which it may be.
+  std::int64_t max_model_len = 0;
   /// Pages of 64 tokens in the cache; 0: as many as fit into memory_bytes.
   int num_pages = 0;
   /// Of the cache. 0: what max_batch_size sequences of the model's longest length need, or if that is less
@@ -265,7 +268,9 @@ class Engine {
   /// `allow_special` as in Request.
   std::vector<std::int32_t> tokenize(std::string_view text, bool add_special_tokens = true,
                                      bool allow_special = true) const;
-  std::string detokenize(std::span<const std::int32_t> ids) const;
+  /// The text of `ids`; bytes that are no UTF-8 become U+FFFD. `skip_special` leaves special tokens out. Throws
+  /// InvalidArgument for a negative token; one that the tokenizer lacks stands for no text.
+  std::string detokenize(std::span<const std::int32_t> ids, bool skip_special = true) const;
   /// The bytes of one token, not necessarily whole UTF-8.
   std::string token_bytes(std::int32_t id) const;
 
@@ -282,6 +287,7 @@ class Engine {
   /// The same as Chrome trace events in JSON (chrome://tracing, Perfetto).
   std::string chrome_trace() const;
 
+  std::int32_t vocab_size() const;  ///< tokens are 0 to that less one
   std::int64_t max_length() const;  ///< tokens of prompt and continuation together
   const EngineOptions& options() const;
 

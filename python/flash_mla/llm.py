@@ -90,6 +90,7 @@ class LLM:
     ``device``: "auto", "cpu" or "cuda". ``precision`` of weights and cache: "auto", "float32" or "bfloat16".
     ``quantize``: "none", or "int8" for weights in 8 bits with one scale per output feature (CPU only).
     ``load_format``: "auto" for the directory's safetensors, "dummy" for random weights in the shape of its config.json.
+    ``max_model_len``: tokens of prompt and continuation together, 0 for the positions that the model has.
     ``num_pages``: pages of 64 tokens in the cache, 0 for as many as ``memory_bytes`` holds (0: what
     ``max_batch_size`` sequences of the longest length need, at most 2 GiB, on a GPU nine tenths of its free memory).
     ``max_tokens_per_step`` bounds a step;
@@ -109,6 +110,7 @@ class LLM:
         precision="auto",
         quantize="none",
         load_format="auto",
+        max_model_len=0,
         num_pages=0,
         memory_bytes=0,
         max_batch_size=128,
@@ -124,6 +126,7 @@ class LLM:
             precision=precision,
             quantize=quantize,
             load_format=load_format,
+            max_model_len=max_model_len,
             num_pages=num_pages,
             memory_bytes=memory_bytes,
             max_batch_size=max_batch_size,

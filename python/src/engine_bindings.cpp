@@ -223,13 +223,15 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](Engine* self, const std::string& directory, const std::string& device,
              const std::string& precision, const std::string& quantize, const std::string& load_format,
-             int num_pages, std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step,
-             bool prefix_cache, bool batch_invariant, bool overlap_steps, int num_threads) {
+             std::int64_t max_model_len, int num_pages, std::size_t memory_bytes, int max_batch_size,
+             int max_tokens_per_step, bool prefix_cache, bool batch_invariant, bool overlap_steps,
+             int num_threads) {
             EngineOptions o;
             o.device = device_named(device);
             o.precision = precision_named(precision);
             o.quantize = quantize_named(quantize);
             o.load_format = load_format_named(load_format);
+            o.max_model_len = max_model_len;
             o.num_pages = num_pages;
             o.memory_bytes = memory_bytes;
             o.max_batch_size = max_batch_size;
@@ -242,8 +244,8 @@ void bind_engine(nb::module_& m) {
             new (self) Engine(directory, o);
           },
           "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "load_format"_a,
-          "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a, "max_tokens_per_step"_a, "prefix_cache"_a,
-          "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a)
+          "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a, "max_tokens_per_step"_a,
+          "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(

@@ -36,6 +36,9 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   app.add_option("--chat-template", o.chat_template,
                  "Jinja file that turns messages into prompts (default: the model directory's own)")
       ->check(CLI::ExistingFile);
+  app.add_option("--max-model-len", o.max_model_len,
+                 "Tokens of prompt and continuation together at most (0: the model's positions)")
+      ->capture_default_str();
   app.add_option("--num-pages", o.num_pages, "Pages of 64 tokens in the cache (0: what --memory holds)")
       ->capture_default_str();
   app.add_option("--memory", o.memory_bytes,

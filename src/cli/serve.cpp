@@ -11,12 +11,15 @@
 #include "cli/engine_flags.h"
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
+#include "flash_mla/info.h"
 #include "server/server.h"
 
 // `flash-mla serve`: an OpenAI-compatible server over one model.
 
 namespace flash_mla::cli {
 namespace {
+
+constexpr const char* kKeyVariable = "FLASH_MLA_API_KEY";
 
 struct ServeOptions {
   std::string model;
@@ -39,21 +42,25 @@ void allow_files(int connections) {
 }
 
 int run_serve(ServeOptions o) {
-  for (const std::string& key : o.server.api_keys) {
-    if (key.empty()) throw InvalidArgument("--api-key is empty, expected a key");
-  }
   allow_files(o.server.max_connections);
-  if (o.server.model_name.empty()) {
+  if (o.server.model_names.empty()) {
     // The directory's name, not its path: that is this machine's business.
-    std::filesystem::path path = std::filesystem::weakly_canonical(o.model);
-    o.server.model_name = path.filename().string();
+    const std::filesystem::path path = std::filesystem::weakly_canonical(o.model);
+    o.server.model_names = {path.filename().string()};
   }
-  server::check_address(o.server);  // rather than when the model has been loaded
+  o.server.version = version();
+  server::check_options(o.server);  // rather than when the model has been loaded
+  if (server::is_public(o.server) && o.server.api_keys.empty()) {
+    fmt::print(stderr,
+               "flash-mla serve: warning: everybody who reaches {}:{} may use it; {} sets a key "
+               "(--api-key, or --host 127.0.0.1)\n",
+               o.server.host, o.server.port, kKeyVariable);
+  }
   Engine engine(o.model, o.engine);
   server::Server server(engine, o.server);
   engine.start();
-  fmt::print(stderr, "flash-mla serve: {} on http://{}:{}/v1, {} pages of 64 tokens{}\n", o.server.model_name,
-             o.server.host, server.port(), engine.stats().pages_total,
+  fmt::print(stderr, "flash-mla serve: {} on http://{}:{}/v1, {} pages of 64 tokens{}\n",
+             fmt::join(o.server.model_names, ", "), o.server.host, server.port(), engine.stats().pages_total,
              o.engine.load_format == EngineOptions::LoadFormat::kDummy ? ", random weights" : "");
   if (const std::string why = engine.why_no_chat(); !why.empty()) {
     fmt::print(stderr, "flash-mla serve: no chat, only completions: {}\n", why);
@@ -76,12 +83,25 @@ void register_serve(CLI::App& app, int& exit_code) {
       ->required()
       ->check(CLI::ExistingDirectory)
       ->envname("MODEL_PATH");
-  sub->add_option("--model-name", o->server.model_name, "Name in the API (default: the directory's)");
+  sub->add_option(
+         "--served-model-name,--model-name", o->server.model_names,
+         "Name in the API (default: the directory's); may be given several times: answers say the first")
+      ->allow_extra_args(false);
   sub->add_option("--host", o->server.host, "Address to listen on")->capture_default_str();
   sub->add_option("--port", o->server.port, "Port; 0 takes any free one")
       ->check(integer_between(0, 65535))
       ->capture_default_str();
   sub->add_option("--api-key", o->server.api_keys, "Key that clients must send; may be given several times")
+      ->allow_extra_args(false)
+      ->envname(kKeyVariable);
+  sub->add_option(
+         "--allowed-host", o->server.allowed_hosts,
+         "Name in a request's Host that is this server's, or *.example.com, or *; may be given several "
+         "times (default: any at a public address; at a loopback one those without a dot)")
+      ->allow_extra_args(false);
+  sub->add_option(
+         "--cors-origin", o->server.cors_origins,
+         "Origin such as https://app.example.com whose pages may call, or *; may be given several times")
       ->allow_extra_args(false);
   sub->add_option("--max-waiting", o->engine.max_waiting,
                   "Requests that wait at most; more get 429 (0: no bound)")
@@ -101,6 +121,10 @@ void register_serve(CLI::App& app, int& exit_code) {
   sub->add_option("--idle-timeout", o->server.idle_timeout_seconds,
                   "Seconds between requests of a connection")
       ->check(integer_between(1, 86400))
+      ->capture_default_str();
+  sub->add_option("--stream-keep-alive", o->server.stream_keep_alive_seconds,
+                  "Seconds without news after which a stream gets a comment (0: never)")
+      ->check(integer_between(0, 86400))
       ->capture_default_str();
   sub->add_option("--request-timeout", o->server.request_timeout_seconds,
                   "Seconds for a request and its whole answer (0: no limit)")

@@ -40,6 +40,16 @@ std::size_t cache_bytes(const model::Model& model, const EngineOptions& options)
 
 }  // namespace
 
+std::int64_t longest_sequence(const model::Model& model, const EngineOptions& options) {
+  const std::int64_t wanted = options.max_model_len;
+  if (wanted < 0 || wanted > model.max_position()) {
+    throw InvalidArgument(
+        fmt::format("max_model_len is {}, expected 0 (the model's) to the model's {} positions", wanted,
+                    model.max_position()));
+  }
+  return wanted == 0 ? model.max_position() : wanted;
+}
+
 int num_cache_pages(const model::Model& model, const EngineOptions& options) {
   if (options.num_pages < 0) {
     throw InvalidArgument(
@@ -49,7 +59,8 @@ int num_cache_pages(const model::Model& model, const EngineOptions& options) {
     check_fits(model, options.num_pages, "num_pages", options.num_pages);
     return options.num_pages;
   }
-  const std::int64_t useful = options.max_batch_size * ((model.max_position() + kPageSize - 1) / kPageSize);
+  const std::int64_t useful =
+      options.max_batch_size * ((longest_sequence(model, options) + kPageSize - 1) / kPageSize);
   const std::size_t bytes = cache_bytes(model, options);
   const auto fitting = static_cast<std::int64_t>(bytes / std::max<std::size_t>(1, model.bytes_per_page()));
   if (fitting < 1) {

@@ -249,8 +249,8 @@ std::vector<std::int32_t> Engine::tokenize(std::string_view text, bool add_speci
   return impl_->encode(text, add_special_tokens, allow_special);
 }
 
-std::string Engine::detokenize(std::span<const std::int32_t> ids) const {
-  return impl_->tokenizer.decode(ids);
+std::string Engine::detokenize(std::span<const std::int32_t> ids, bool skip_special) const {
+  return impl_->tokenizer.decode(ids, skip_special);
 }
 
 std::string Engine::token_bytes(std::int32_t id) const {
@@ -266,6 +266,7 @@ SamplingParams Engine::default_sampling() const { return impl_->default_sampling
 EngineStats Engine::stats() const { return impl_->core.stats(); }
 std::vector<StepRecord> Engine::timeline() const { return impl_->core.timeline(); }
 std::string Engine::chrome_trace() const { return engine::chrome_trace(impl_->core.timeline()); }
+std::int32_t Engine::vocab_size() const { return impl_->core.vocab_size(); }
 std::int64_t Engine::max_length() const { return impl_->core.max_length(); }
 const EngineOptions& Engine::options() const { return impl_->core.options(); }
 

@@ -32,6 +32,12 @@ std::unique_ptr<model::Model> with_room_for_steps(std::unique_ptr<model::Model> 
   return model;
 }
 
+// What keeps a sequence from growing further than min(model, option, cache).
+LengthLimit limit_of(std::int64_t max_length, const model::Model& model, const EngineOptions& options) {
+  if (max_length < longest_sequence(model, options)) return LengthLimit::kCache;
+  return max_length < model.max_position() ? LengthLimit::kOption : LengthLimit::kModel;
+}
+
 }  // namespace
 
 EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
@@ -41,12 +47,11 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
       options_(options),
       pool_(num_cache_pages(*model_, options), options.prefix_cache),
       scheduler_({options.max_batch_size, options.max_tokens_per_step}, pool_),
-      max_length_(std::min(model_->max_position(), std::int64_t{pool_.num_pages()} * kPageSize)),
+      max_length_(std::min(longest_sequence(*model_, options), std::int64_t{pool_.num_pages()} * kPageSize)),
       statistics_(options.max_batch_size, pool_.num_pages(), model_->bytes_per_page()),
       inbox_(options.max_waiting, statistics_),
       requests_(scheduler_, inbox_, statistics_, std::move(make_decoder), std::move(eos_token_ids),
-                max_length_,
-                max_length_ < model_->max_position() ? LengthLimit::kCache : LengthLimit::kModel),
+                max_length_, limit_of(max_length_, *model_, options)),
       pipeline_(*model_, scheduler_, pool_, requests_, statistics_, options_, max_length_),
       chooser_(options.num_threads) {
   options_.num_pages = pool_.num_pages();
@@ -54,6 +59,8 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
 }
 
 EngineCore::~EngineCore() = default;
+
+std::int32_t EngineCore::vocab_size() const { return model_->vocab_size(); }
 
 void EngineCore::check(const Request& request) const {
   const std::vector<std::int32_t>& prompt = request.prompt_token_ids;
@@ -65,6 +72,10 @@ void EngineCore::check(const Request& request) const {
         fmt::format("prompt has {} tokens, expected at most {}: the model's {} positions less "
                     "one to generate",
                     length, model_->max_position() - 1, model_->max_position()));
+  }
+  if (length >= longest_sequence(*model_, options_)) {
+    throw InvalidArgument(fmt::format("prompt has {} tokens, expected at most {}: max_model_len is {}",
+                                      length, options_.max_model_len - 1, options_.max_model_len));
   }
   if (length >= max_length_) {
     throw InvalidArgument(

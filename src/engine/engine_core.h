@@ -59,6 +59,7 @@ class EngineCore {
 
   EngineStats stats() const { return statistics_.snapshot(); }
   std::vector<StepRecord> timeline() const { return statistics_.timeline(); }
+  std::int32_t vocab_size() const;
   std::int64_t max_length() const { return max_length_; }
   const EngineOptions& options() const { return options_; }
 

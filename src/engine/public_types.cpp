@@ -81,6 +81,8 @@ const char* length_limit_name(LengthLimit limit) {
       return "max_tokens";
     case LengthLimit::kModel:
       return "model";
+    case LengthLimit::kOption:
+      return "max_model_len";
     case LengthLimit::kCache:
       return "cache";
   }

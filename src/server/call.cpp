@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "flash_mla/error.h"
@@ -128,24 +129,24 @@ std::vector<Request> prompts(const Body& json) {
   return out;
 }
 
-void check_model(const Body& json, const std::string& model_name) {
+void check_model(const Body& json, const std::vector<std::string>& model_names) {
   const Body* model = find(json, "model");
-  if (model == nullptr)
-    throw bad_request(fmt::format("model is missing, expected \"{}\"", model_name), "model");
+  const std::string expected = fmt::format("\"{}\"", fmt::join(model_names, "\" or \""));
+  if (model == nullptr) throw bad_request("model is missing, expected " + expected, "model");
   if (!model->is_string()) throw wrong_type("model", *model, "a string");
   const std::string& name = model->get_ref<const std::string&>();
-  if (name != model_name) {
+  if (std::ranges::find(model_names, name) == model_names.end()) {
     throw ApiError(404, "invalid_request_error",
-                   fmt::format("model \"{}\" does not exist, expected \"{}\"", name, model_name), "model",
+                   fmt::format("model \"{}\" does not exist, expected {}", name, expected), "model",
                    "model_not_found");
   }
 }
 
 }  // namespace
 
-Call parse_call(std::string_view body, bool chat, const std::string& model_name) {
+Call parse_call(std::string_view body, bool chat, const std::vector<std::string>& model_names) {
   const Body json = parse_body(body);
-  check_model(json, model_name);
+  check_model(json, model_names);
   refuse_unsupported(json, chat);
 
   Call call;
@@ -197,6 +198,23 @@ TokenizeCall parse_tokenize(std::string_view body) {
   TokenizeCall call;
   call.prompt = prompt->get<std::string>();
   read(json, "add_special_tokens", call.add_special_tokens);
+  return call;
+}
+
+DetokenizeCall parse_detokenize(std::string_view body, std::int32_t vocab_size) {
+  const Body json = parse_body(body);
+  const Body* tokens = find(json, "tokens");
+  if (tokens == nullptr || !tokens->is_array()) {
+    throw bad_request("tokens is missing or no array, expected token ids", "tokens");
+  }
+  for (std::size_t i = 0; i < tokens->size(); ++i) {
+    const std::int64_t id = integer((*tokens)[i], "tokens");
+    if (id >= 0 && id < vocab_size) continue;
+    throw bad_request(fmt::format("tokens[{}] is {}, expected 0 to {}", i, id, vocab_size - 1), "tokens");
+  }
+  DetokenizeCall call;
+  call.tokens = token_ids(*tokens, "tokens");
+  read(json, "skip_special_tokens", call.skip_special_tokens);
   return call;
 }
 

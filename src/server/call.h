@@ -21,7 +21,8 @@ struct Call {
 };
 
 /// Parses the body of /v1/completions or /v1/chat/completions. Throws ApiError.
-Call parse_call(std::string_view body, bool chat, const std::string& model_name);
+/// `model_names`: what the one model may be called.
+Call parse_call(std::string_view body, bool chat, const std::vector<std::string>& model_names);
 
 struct TokenizeCall {
   std::string prompt;
@@ -30,5 +31,13 @@ struct TokenizeCall {
 
 /// Parses the body of /v1/tokenize. Throws ApiError.
 TokenizeCall parse_tokenize(std::string_view body);
+
+struct DetokenizeCall {
+  std::vector<std::int32_t> tokens;
+  bool skip_special_tokens = false;
+};
+
+/// Parses the body of /v1/detokenize. Throws ApiError, also for what is no token of the vocabulary.
+DetokenizeCall parse_detokenize(std::string_view body, std::int32_t vocab_size);
 
 }  // namespace flash_mla::server

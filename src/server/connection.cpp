@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "server/browser.h"
 #include "server/exchange.h"
 #include "server/generate.h"
 #include "server/headers.h"
@@ -110,6 +111,7 @@ HttpResponse error_response(const Exchange& x, const ApiError& e) {
   // Done again it would only take as long again.
   if (e.status() == 504) response.set("x-should-retry", "false");
   if (e.status() == 429) response.set(http::field::retry_after, "1");
+  if (e.status() == 401) response.set(http::field::www_authenticate, "Bearer realm=\"flash-mla\"");
   if (e.status() == 405) response.set(http::field::allow, allowed_methods(x));
   return response;
 }
@@ -118,6 +120,11 @@ HttpResponse error_response(const Exchange& x, const ApiError& e) {
 awaitable<bool> answer(Exchange& x) {
   HttpResponse response;
   try {
+    check_site(x);
+    if (std::optional<HttpResponse> permission = preflight(x)) {
+      co_await write(x, *permission, x.request.keep_alive());
+      co_return x.request.keep_alive();
+    }
     const Route& route = find_route(x);
     if (route.generates != Route::Generates::kNothing) {
       co_return co_await generate(x, route.generates == Route::Generates::kChat);

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "server/browser.h"
 #include "server/watcher.h"
 
 namespace flash_mla::server {
@@ -19,6 +20,11 @@ ApiError Exchange::too_late() const {
           "", "timeout"};
 }
 
+void add_common_fields(const Exchange& x, http::fields& head) {
+  head.set("x-request-id", x.record.id);
+  add_cors_fields(x, head);
+}
+
 HttpResponse json_response(const HttpRequest& request, int status, const Json& body) {
   HttpResponse response(static_cast<http::status>(status), request.version());
   response.set(http::field::content_type, "application/json");
@@ -27,9 +33,9 @@ HttpResponse json_response(const HttpRequest& request, int status, const Json& b
 }
 
 awaitable<void> write(Exchange& x, HttpResponse& response, bool keep_alive) {
-  response.set("x-request-id", x.record.id);
+  add_common_fields(x, response);
   response.keep_alive(keep_alive);
-  response.prepare_payload();
+  if (response.result() != http::status::no_content) response.prepare_payload();
   x.stream.expires_after(seconds(x.shared.options.write_timeout_seconds));
   if (x.request.method() == http::verb::head) {
     http::response_serializer<http::string_body> head(response);

@@ -21,6 +21,9 @@ struct Exchange {
   ApiError too_late() const;
 };
 
+/// Sets what every answer carries: the request's id, and what a browser must know (CORS).
+void add_common_fields(const Exchange& x, http::fields& head);
+
 HttpResponse json_response(const HttpRequest& request, int status, const Json& body);
 
 /// Sends an answer; of one to HEAD only its head.

@@ -59,7 +59,7 @@ awaitable<void> send_event(beast::tcp_stream& stream, Buffers buffers, int timeo
 
 // Parses the body and hands its prompts to the engine, which tokenizes them.
 Call begin(Exchange& x, bool chat, Submitted& submitted, const std::shared_ptr<Mailbox>& mailbox) {
-  Call call = parse_call(x.request.body(), chat, x.shared.options.model_name);
+  Call call = parse_call(x.request.body(), chat, x.shared.options.model_names);
   x.request.body() = std::string();  // a stream may wait for long, with a long prompt
   warn_of_unknown_fields(call.unknown_fields);
   try {
@@ -81,7 +81,7 @@ class Reply {
       : x_(x),
         call_(call),
         mailbox_(std::move(mailbox)),
-        answer_(call, id(), x.shared.options.model_name, now(), x.shared.engine),
+        answer_(call, id(), x.shared.model_name(), now(), x.shared.engine),
         // Without chunks the end of a stream is the end of the connection.
         chunked_(x.request.version() >= 11),
         keep_alive_(x.request.keep_alive() && !x.shared.draining && (chunked_ || !call.stream)) {}
@@ -97,9 +97,9 @@ class Reply {
     return std::chrono::duration_cast<seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
   }
 
-  // News for the client; empty once it has left or its time is over.
-  awaitable<Mailbox::Events> next() {
-    Mailbox::Events events = co_await mailbox_->take();
+  // News for the client; empty once it has left or its time is over, or when there is none `until` then.
+  awaitable<Mailbox::Events> next(TimePoint until = TimePoint::max()) {
+    Mailbox::Events events = co_await mailbox_->take(until);
     if (!events.empty() && x_.record.first_event_seconds < 0) {
       x_.record.first_event_seconds =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - x_.record.begin).count();
@@ -127,9 +127,11 @@ class Reply {
   awaitable<bool> stream() {
     co_await send_head();
     while (open_ > 0) {
-      const Mailbox::Events events = co_await next();
+      const Mailbox::Events events = co_await next(next_comment());
       if (mailbox_->gone()) co_return false;
-      const std::string out = events.empty() ? too_late() : event_text(events);
+      const std::string out = !events.empty()    ? event_text(events)
+                              : mailbox_->late() ? too_late()
+                                                 : ": still waiting\n\n";
       if (!out.empty()) co_await send(out);
     }
     if (chunked_) {
@@ -140,11 +142,17 @@ class Reply {
     co_return keep_alive_;
   }
 
+  // Proxies and clients give up connections on which nothing moves.
+  TimePoint next_comment() const {
+    const int silence = x_.shared.options.stream_keep_alive_seconds;
+    return silence == 0 ? TimePoint::max() : std::chrono::steady_clock::now() + seconds(silence);
+  }
+
   awaitable<void> send_head() {
     http::response<http::empty_body> head(http::status::ok, x_.request.version());
     head.set(http::field::content_type, "text/event-stream");
     head.set(http::field::cache_control, "no-cache");
-    head.set("x-request-id", x_.record.id);
+    add_common_fields(x_, head);
     head.keep_alive(keep_alive_);
     head.chunked(chunked_);
     http::response_serializer<http::empty_body> serializer(head);

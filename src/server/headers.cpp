@@ -29,8 +29,11 @@ bool allowed_in_id(char c) {
 std::string_view path_of(std::string_view target) { return target.substr(0, target.find('?')); }
 
 std::string_view bearer_key(std::string_view authorization) {
-  constexpr std::string_view kBearer = "Bearer ";
-  if (authorization.starts_with(kBearer)) authorization.remove_prefix(kBearer.size());
+  constexpr std::string_view kBearer = "bearer ";
+  const auto lower = [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; };
+  if (!std::ranges::equal(authorization.substr(0, kBearer.size()), kBearer, {}, lower)) return authorization;
+  authorization.remove_prefix(kBearer.size());
+  authorization.remove_prefix(std::min(authorization.find_first_not_of(' '), authorization.size()));
   return authorization;
 }
 

@@ -11,7 +11,7 @@ namespace flash_mla::server {
 /// The target without its query: that is the client's business, and stays out of the log.
 std::string_view path_of(std::string_view target);
 
-/// The key in an Authorization header: what follows "Bearer ", or all of it.
+/// The key in an Authorization header: what follows "Bearer ", in any case, or all of it.
 std::string_view bearer_key(std::string_view authorization);
 
 /// Whether `given` is one of `keys`, in a time that does not tell where the first difference is.

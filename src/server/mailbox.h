@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <boost/asio/any_io_executor.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
@@ -46,15 +47,16 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   void close() { closed_ = true; }
   bool closed() const { return closed_; }
 
-  /// Waits for events; empty if the client went away or the deadline has passed.
-  awaitable<Events> take() {
+  /// Waits for events; empty if the client went away, the deadline has passed, or nothing came before `until`.
+  awaitable<Events> take(TimePoint until) {
     for (;;) {
       {
         const std::lock_guard lock(mutex_);
         if (gone_ || late()) co_return Events();
         if (!events_.empty()) co_return std::exchange(events_, {});
       }
-      bell_.expires_at(deadline_);
+      if (std::chrono::steady_clock::now() >= until) co_return Events();
+      bell_.expires_at(std::min(deadline_, until));
       error_code rung;
       co_await bell_.async_wait(redirect_error(use_awaitable, rung));
     }

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "flash_mla/error.h"
 #include "flash_mla_status_page.h"
 #include "server/call.h"
@@ -9,6 +11,8 @@
 
 namespace flash_mla::server {
 namespace {
+
+constexpr std::string_view kModelPath = "/v1/models/";
 
 HttpResponse text(const Exchange& x, const char* type, std::string body) {
   HttpResponse response(http::status::ok, x.request.version());
@@ -40,8 +44,12 @@ HttpResponse status_page(const Exchange& x) {
 
 HttpResponse trace(const Exchange& x) { return text(x, "application/json", x.shared.engine.chrome_trace()); }
 
-Json model_json(const Exchange& x) {
-  return {{"id", x.shared.options.model_name},
+HttpResponse version(const Exchange& x) {
+  return json_response(x.request, 200, {{"version", x.shared.options.version}});
+}
+
+Json model_json(const Exchange& x, const std::string& name) {
+  return {{"id", name},
           {"object", "model"},
           {"created", x.shared.created},
           {"owned_by", "flash_mla"},
@@ -49,10 +57,15 @@ Json model_json(const Exchange& x) {
 }
 
 HttpResponse models(const Exchange& x) {
-  return json_response(x.request, 200, {{"object", "list"}, {"data", Json::array({model_json(x)})}});
+  Json list = Json::array();
+  for (const std::string& name : x.shared.options.model_names) list.push_back(model_json(x, name));
+  return json_response(x.request, 200, {{"object", "list"}, {"data", list}});
 }
 
-HttpResponse model(const Exchange& x) { return json_response(x.request, 200, model_json(x)); }
+HttpResponse model(const Exchange& x) {
+  const std::string_view path = path_of(view(x.request.target()));
+  return json_response(x.request, 200, model_json(x, std::string(path.substr(kModelPath.size()))));
+}
 
 HttpResponse tokenize(const Exchange& x) {
   const TokenizeCall call = parse_tokenize(x.request.body());
@@ -67,15 +80,25 @@ HttpResponse tokenize(const Exchange& x) {
   }
 }
 
+HttpResponse detokenize(const Exchange& x) {
+  const DetokenizeCall call = parse_detokenize(x.request.body(), x.shared.engine.vocab_size());
+  return json_response(x.request, 200,
+                       {{"prompt", x.shared.engine.detokenize(call.tokens, call.skip_special_tokens)}});
+}
+
 constexpr Route kRoutes[] = {
     {http::verb::get, "/health", /*open=*/true, health},
     {http::verb::get, "/ready", /*open=*/true, ready},
     {http::verb::get, "/metrics", /*open=*/true, metrics},
+    {http::verb::get, "/version", /*open=*/true, version},
     {http::verb::get, "/", /*open=*/true, status_page},
     {http::verb::get, "/trace", /*open=*/false, trace},
     {http::verb::get, "/v1/models", /*open=*/false, models},
-    {http::verb::get, "/v1/models/", /*open=*/false, model},
+    {http::verb::get, kModelPath, /*open=*/false, model},
     {http::verb::post, "/v1/tokenize", /*open=*/false, tokenize},
+    {http::verb::post, "/tokenize", /*open=*/false, tokenize},  // vLLM's name for it
+    {http::verb::post, "/v1/detokenize", /*open=*/false, detokenize},
+    {http::verb::post, "/detokenize", /*open=*/false, detokenize},
     {http::verb::post, "/v1/completions", /*open=*/false, nullptr, Route::Generates::kCompletion},
     {http::verb::post, "/v1/chat/completions", /*open=*/false, nullptr, Route::Generates::kChat},
 };
@@ -83,7 +106,9 @@ constexpr Route kRoutes[] = {
 bool leads(const Exchange& x, const Route& route) {
   const std::string_view path = path_of(view(x.request.target()));
   if (route.path.size() > 1 && route.path.ends_with('/')) {
-    return path.starts_with(route.path) && path.substr(route.path.size()) == x.shared.options.model_name;
+    if (!path.starts_with(route.path)) return false;
+    return std::ranges::find(x.shared.options.model_names, path.substr(route.path.size())) !=
+           x.shared.options.model_names.end();
   }
   return path == route.path;
 }

@@ -15,10 +15,23 @@
 #include "flash_mla/error.h"
 #include "server/connection.h"
 #include "server/http_types.h"
+#include "server/origin.h"
 #include "server/shared.h"
 
 namespace flash_mla::server {
 namespace {
+
+void check_names(const ServerOptions& options) {
+  if (options.model_names.empty()) throw InvalidArgument("model_names is empty, expected a name");
+  for (const std::string& name : options.model_names) {
+    if (name.empty()) throw InvalidArgument("--served-model-name is empty, expected a name");
+  }
+  for (const std::string& key : options.api_keys) {
+    if (key.empty()) throw InvalidArgument("--api-key is empty, expected a key");
+  }
+  for (const std::string& host : options.allowed_hosts) check_allowed_host(host);
+  for (const std::string& origin : options.cors_origins) check_cors_origin(origin);
+}
 
 void bind_to_address(tcp::acceptor& acceptor, const ServerOptions& options) {
   error_code error;
@@ -60,7 +73,14 @@ HttpStats Shared::http_stats() {
   return {responses_, num_connections};
 }
 
-void check_address(const ServerOptions& options) {
+bool is_public(const ServerOptions& options) {
+  error_code error;
+  const auto address = asio::ip::make_address(options.host, error);
+  return error || !address.is_loopback();
+}
+
+void check_options(const ServerOptions& options) {
+  check_names(options);
   asio::io_context context;
   tcp::acceptor acceptor(context);
   bind_to_address(acceptor, options);
@@ -69,6 +89,7 @@ void check_address(const ServerOptions& options) {
 struct Server::Impl {
   Impl(Engine& engine, const ServerOptions& options)
       : shared(engine, options), control(asio::make_strand(context)), acceptor(control) {
+    check_names(options);
     bind_to_address(acceptor, options);
     acceptor.listen(asio::socket_base::max_listen_connections);
   }

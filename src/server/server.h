@@ -14,28 +14,39 @@ namespace flash_mla::server {
 
 struct ServerOptions {
   std::string host = "127.0.0.1";
-  int port = 8000;  ///< 0: any free one
-  std::string model_name;
-  std::vector<std::string> api_keys;  ///< empty: everybody may call
+  int port = 8000;      ///< 0: any free one
+  std::string version;  ///< of the program, for who asks
+  /// The model goes by any of them; answers say the first. At least one.
+  std::vector<std::string> model_names;
+  std::vector<std::string> api_keys;       ///< empty: everybody may call
+  std::vector<std::string> allowed_hosts;  ///< names in Host; see is_allowed_host (server/origin.h)
+  std::vector<std::string> cors_origins;   ///< whose pages may call; empty: none, "*": any
   std::size_t max_body_bytes = std::size_t{8} << 20;
   int max_connections = 2048;
   int read_timeout_seconds = 30;   ///< for a whole request once it has begun
   int write_timeout_seconds = 30;  ///< for a client that does not read
   int idle_timeout_seconds = 120;  ///< between requests of a connection
+  /// After that long without news a stream gets a comment, lest something in between close it. 0: never.
+  int stream_keep_alive_seconds = 15;
   /// From a request's arrival to the end of its answer; what is not done then is cancelled. 0: no limit.
   double request_timeout_seconds = 600;
   bool log_requests = true;  ///< a line of JSON to stderr for each
   int num_threads = 2;
 };
 
-/// Throws as Server does if host and port cannot be bound: worth knowing before a model is loaded.
-void check_address(const ServerOptions& options);
+/// Throws as Server does for options that are wrong and if host and port cannot be bound: worth knowing before
+/// a model is loaded.
+void check_options(const ServerOptions& options);
+
+/// Whether other machines can reach a server with this address.
+bool is_public(const ServerOptions& options);
 
 /// OpenAI-compatible HTTP over an engine that runs in its own thread; the engine never waits for a socket. A
 /// client that goes away has its requests cancelled.
 class Server {
  public:
-  /// Binds. Throws InvalidArgument for a host that is no address, std::runtime_error if it cannot be bound.
+  /// Binds. Throws InvalidArgument for a host that is no address and for names and origins that no request
+  /// could have, std::runtime_error if the address cannot be bound.
   /// `engine` must outlive the server; it runs in its own thread when run() is called.
   Server(Engine& engine, const ServerOptions& options);
   ~Server();

@@ -17,14 +17,16 @@ namespace flash_mla::server {
 
 /// What all connections of a server share.
 struct Shared {
-  Shared(Engine& served, const ServerOptions& o) : engine(served), options(o) {}
+  Shared(Engine& served, const ServerOptions& o) : engine(served), options(o), loopback(!is_public(o)) {}
 
   /// Counts a request and logs it.
   void note(const RequestRecord& record);
   HttpStats http_stats();
+  const std::string& model_name() const { return options.model_names.front(); }
 
   Engine& engine;
   const ServerOptions options;
+  const bool loopback;  ///< nobody but this machine can call
   const std::int64_t created =
       std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch())
           .count();

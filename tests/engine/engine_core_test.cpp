@@ -592,6 +592,8 @@ TEST_P(EngineCoreTest, BadOptionsNameTheField) {
   };
   expect_refused("num_pages", [](auto& o) { o.num_pages = -1; });
   expect_refused("memory_bytes", [](auto& o) { o.num_pages = 0, o.memory_bytes = 10; });
+  expect_refused("max_model_len", [](auto& o) { o.max_model_len = -1; });
+  expect_refused("max_model_len", [](auto& o) { o.max_model_len = std::int64_t{1} << 40; });
   expect_refused("max_batch_size", [](auto& o) { o.max_batch_size = 0; });
   expect_refused("max_tokens_per_step", [](auto& o) { o.max_tokens_per_step = 5; });
   expect_refused("max_waiting", [](auto& o) { o.max_waiting = -1; });
@@ -661,6 +663,12 @@ TEST_P(EngineCoreTest, AnEndByLengthSaysWhatTheTextRanInto) {
   EXPECT_EQ(small.generate(Tokens(250, 1), greedy(100)).limit, LengthLimit::kCache);
   EXPECT_EQ(small.generate(Tokens(250, 1), greedy(6)).limit, LengthLimit::kMaxTokens) << "both at once";
   EXPECT_EQ(narrow.generate(Tokens(90, 1), greedy(100)).limit, LengthLimit::kModel);
+  o.max_model_len = 90;
+  Harness shorter(o);
+  EXPECT_EQ(shorter.generate(Tokens(80, 1), greedy(100)).tokens.size(), 10u);
+  EXPECT_EQ(shorter.generate(Tokens(80, 1), greedy(100)).limit, LengthLimit::kOption);
+  EXPECT_THROW(shorter.submit(Tokens(90, 1), greedy()), InvalidArgument);
+  EXPECT_STREQ(length_limit_name(LengthLimit::kOption), "max_model_len");
   SamplingParams p = greedy(100);
   p.stop_token_ids = continuation({1}, 3);
   EXPECT_EQ(small.generate({1}, p).limit, LengthLimit::kNone) << "it stopped";

@@ -12,6 +12,7 @@
 #include "server/headers.h"
 #include "server/http_head.h"
 #include "server/limits.h"
+#include "server/origin.h"
 #include "server/request_log.h"
 
 namespace {
@@ -70,14 +71,21 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::string_view key = bearer_key(take_line(text));
   require(is_known_key(key, {"a key", "k"}) == (key == "a key" || key == "k"));
 
+  // Nothing is let in that ends with a stranger's name.
+  require(!is_allowed_host(std::string(key) + ".evil.example", {"a.b"}, /*loopback=*/true) ||
+          key.starts_with('[') || key.find(':') != key.npos);
+  require(!is_allowed_origin(key, {"https://a.b"}) || key.size() == 11);
   const std::string_view given = take_line(text);
   record.id = request_id(given);
   require(!record.id.empty() && record.id.size() <= 128);
   require(std::all_of(record.id.begin(), record.id.end(), printable));
 
-  record.error += error_of([&] { check_call(parse_call(text, /*chat=*/false, "small")); });
-  record.error += error_of([&] { check_call(parse_call(text, /*chat=*/true, "small")); });
+  record.error += error_of([&] { check_call(parse_call(text, /*chat=*/false, {"small"})); });
+  record.error += error_of([&] { check_call(parse_call(text, /*chat=*/true, {"small"})); });
   record.error += error_of([&] { parse_tokenize(text); });
+  record.error += error_of([&] {
+    for (const std::int32_t id : parse_detokenize(text, 100).tokens) require(id >= 0 && id < 100);
+  });
   const std::string line = log_line(record);
   require(line.find('\n') == line.size() - 1);
   require(Json::parse(line).at("request_id") == record.id);
