@@ -35,6 +35,18 @@ def plan(request=None, /, *, explain=False, **settings):
     return run({**_flat(request, settings), "command": "plan", "explain": explain})
 
 
+def deployment(users, tokens_per_s=0, request=None, /, **settings):
+    """The fewest cards, and their plan, on which ``users`` generate at a time, each at least ``tokens_per_s`` fast.
+
+    ``request`` and ``settings`` are those of ``plan``; ``tp`` and ``ep`` are searched unless given. "best" is None
+    where no plan will do, and "problem" says why.
+
+    >>> deployment(128, 50, model="deepseek-r1", hardware="h200", input=4096)["best"]["cards"]
+    24.0
+    """
+    return run({"command": "deployment", "base": _flat(request, settings), "users": users, "tokens_per_s": tokens_per_s})
+
+
 def sweep(axes, request=None, /, **settings):
     """Evaluates every combination of ``axes`` (key to list of values) on top of ``request`` and ``settings``."""
     axes = {key: list(values) for key, values in axes.items()}

@@ -9,6 +9,7 @@ plan, curves for a sweep, bars for a comparison, TARGET being their folder. Need
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 RESOURCES = (("compute", "tab:blue"), ("memory", "tab:orange"), ("communication", "tab:green"))
@@ -32,6 +33,11 @@ def _save(pyplot, figure, path):
     return path
 
 
+def _legend_beside(axes, **kw):
+    """To the right of the axes, where it hides nothing."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **kw)
+
+
 def roofline(result, directory):
     """Attainable arithmetic over arithmetic intensity, with every operator of both phases. Returns the path."""
     pyplot = _pyplot()
@@ -45,7 +51,7 @@ def roofline(result, directory):
     ]
     intensities = [op["flop_per_byte"] for _, op in points]
     low, high = min(intensities + [1.0]) / 3, max(intensities + [1000.0]) * 3
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    figure, axes = pyplot.subplots(figsize=(9.5, 5.5))
     for name, peak in (("BF16", hardware["peak_bf16_flop_s"]), ("FP8", hardware["peak_fp8_flop_s"])):
         if peak > 0:
             ridge = peak / bandwidth
@@ -75,14 +81,14 @@ def roofline(result, directory):
         title=f"{result['model']} on {hardware['name']}, mode {result['mode']}",
     )
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(loc="lower right", fontsize=7)
+    _legend_beside(axes, fontsize=8)
     return _save(pyplot, figure, directory / "roofline.png")
 
 
 def times(result, directory):
     """Compute, memory and communication time of both phases, stacked. Returns the path."""
     pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, 2, figsize=(8, 4.5))
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.5, 4.5))
     for axes, phase in zip(panels, ("prefill", "decode")):
         seconds = result[phase]["time_s"]
         bottom = 0.0
@@ -92,8 +98,7 @@ def times(result, directory):
             bottom += height
         axes.bar("step", seconds["step"] * 1e3, color="tab:gray", label="predicted step")
         axes.set(ylabel="ms", title=f"{phase}: {result[phase]['bottleneck']}")
-        axes.margins(y=0.35)  # room for the legend
-        axes.legend(fontsize=8, loc="upper right")
+    _legend_beside(panels[-1], fontsize=8)
     return _save(pyplot, figure, directory / "times.png")
 
 
@@ -161,20 +166,22 @@ def _label(row, names):
 
 
 def comparison(result, directory):
-    """Decode time by resource, one stacked bar per plan that fits. Returns the path."""
+    """Decode time by resource, one bar per plan that fits, its name beside it. Returns the path."""
     pyplot = _pyplot()
     rows = [row for row in result["rows"] if row.get("fits")]
-    names = [_label(row, result.get("axes", ())) for row in rows]
-    figure, axes = pyplot.subplots(figsize=(max(6, 0.7 * len(rows)), 5))
-    bottom = [0.0] * len(rows)
+    names = [textwrap.fill(_label(row, result.get("axes", ())), 32) for row in rows]
+    lines = sum(name.count("\n") + 2 for name in names)
+    figure, axes = pyplot.subplots(figsize=(9.5, min(200, 1.5 + 0.16 * lines)))
+    left = [0.0] * len(rows)
     for resource, color in RESOURCES:
-        heights = [row[f"{resource}_ms"] for row in rows]
-        axes.bar(range(len(rows)), heights, bottom=bottom, color=color, label=resource)
-        bottom = [a + b for a, b in zip(bottom, heights)]
-    axes.plot(range(len(rows)), [row["tpot_ms"] for row in rows], "k_", markersize=18, label="TPOT")
-    axes.set_xticks(range(len(rows)), names, rotation=45, ha="right", fontsize=7)
-    axes.set(ylabel="ms per decode step", title="Where a decode step goes")
-    axes.legend()
+        widths = [row[f"{resource}_ms"] for row in rows]
+        axes.barh(range(len(rows)), widths, left=left, color=color, label=resource)
+        left = [a + b for a, b in zip(left, widths)]
+    axes.plot([row["tpot_ms"] for row in rows], range(len(rows)), "k|", markersize=14, label="TPOT")
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms per decode step", title="Where a decode step goes")
+    _legend_beside(axes, fontsize=8)
     return _save(pyplot, figure, directory / "times.png")
 
 
@@ -191,12 +198,15 @@ def sweep(result, directory):
     curves = {}
     for row in rows:
         curves.setdefault(" ".join(f"{name}={row[name]}" for name in others), []).append(row)
-    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 7))
-    for name, curve in curves.items():
+    shown = len(curves) <= 40  # so many names fit beside the curves
+    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(9.5, max(7, 0.2 * len(curves) if shown else 7)))
+    for index, (name, curve) in enumerate(curves.items()):
         curve.sort(key=lambda row: row[along])
         xs = [row[along] for row in curve]
-        top.plot(xs, [row["output_tokens_per_s_card"] for row in curve], ".-", label=name or None)
-        bottom.plot(xs, [row["tpot_ms"] for row in curve], ".-", label=name or None)
+        style = {"marker": ".", "linestyle": ("-", "--", ":", "-.")[index // 10 % 4]}  # there are ten colours
+        label = textwrap.fill(name, 32) if name and shown else None
+        top.plot(xs, [row["output_tokens_per_s_card"] for row in curve], label=label, **style)
+        bottom.plot(xs, [row["tpot_ms"] for row in curve], **style)
     limit = result["slo"]["tpot_ms"]
     if limit > 0:
         bottom.axhline(limit, color="k", linestyle="--", label=f"SLO {limit:g} ms")
@@ -207,8 +217,8 @@ def sweep(result, directory):
     bottom.set(ylabel="TPOT (ms)", xlabel=along)
     for axes in (top, bottom):
         axes.grid(True, alpha=0.25)
-        if axes.get_legend_handles_labels()[0] and len(curves) <= 20:
-            axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            _legend_beside(axes, fontsize=8)
     return _save(pyplot, figure, directory / "sweep.png")
 
 

@@ -68,6 +68,7 @@ struct Options {
   std::vector<std::string> sweep, cases, files, bench, set;
   std::string calibrate_hardware = "h200", dtype = "bf16";
   bool explain = false;
+  std::string users, tokens_per_s;
 };
 
 /// A number where the text is one, else the text; the planner says what it expected.
@@ -177,8 +178,13 @@ int finish(const Options& o, const std::string& result) {
   }
   if (!o.plot.empty()) draw(o, result);
   const Json json = Json::parse(result);
-  if (json.contains("fits") && !json["fits"].get<bool>()) {
+  const bool misfit = json.contains("fits") && !json["fits"].get<bool>();
+  if (misfit || (json.contains("best") && json["best"].is_null() && json.contains("problem"))) {
     fmt::print(stderr, "flash-mla plan: {}\n", json["problem"].get<std::string>());
+    return 1;
+  }
+  if (json.contains("meets_slo") && !json["meets_slo"].get<bool>()) {
+    fmt::print(stderr, "flash-mla plan: the service levels are not met\n");
     return 1;
   }
   if (json.contains("best") && json["best"].is_null()) {
@@ -191,7 +197,19 @@ int finish(const Options& o, const std::string& result) {
 int run_plan(const Options& o) {
   if (!o.plot.empty()) require_plotting(o.python, "--plot");
   Json request = base_request(o);
-  if (!o.sweep.empty()) {
+  if (!o.users.empty()) {
+    for (const auto& [flag, used] :
+         {std::pair{"--sweep", !o.sweep.empty()}, std::pair{"--explain", o.explain},
+          std::pair{"--plot", !o.plot.empty()}}) {
+      if (used)
+        throw InvalidArgument(fmt::format("--users: expected without {}: it asks for one plan", flag));
+    }
+    request = {{"command", "deployment"}, {"base", request}, {"users", scalar(o.users)}};
+    if (!o.tokens_per_s.empty()) request["tokens_per_s"] = scalar(o.tokens_per_s);
+  } else if (!o.tokens_per_s.empty()) {
+    throw InvalidArgument(
+        "--tokens-per-s: expected together with --users; of one plan --slo-tpot-ms is the same");
+  } else if (!o.sweep.empty()) {
     if (o.explain) throw InvalidArgument("--explain: expected a single plan, not a sweep");
     Json axes = Json::object();
     for (const std::string& text : o.sweep) {
@@ -264,6 +282,9 @@ void register_plan(CLI::App& app, int& exit_code) {
       "plan", "What a model needs of compute, memory, bandwidth and links, and what limits it");
   plan->require_subcommand(0, 1);
   add_settings(plan, *options);
+  plan->add_option("--users", options->users,
+                   "Answer in one line: the cards and the plan for that many users who generate at a time");
+  plan->add_option("--tokens-per-s", options->tokens_per_s, "What each of them gets at least");
   plan->add_flag("--explain", options->explain, "Print every equation with its numbers");
   plan->add_option("--sweep", options->sweep,
                    "key=values to vary: ep=8,16,32 batch=1..128 input=1024..65536*2")

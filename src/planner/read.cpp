@@ -4,8 +4,10 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <fstream>
+#include <map>
 #include <sstream>
 
 namespace flash_mla::planner {
@@ -34,6 +36,40 @@ std::string base_name(const std::string& path) {
   return name;
 }
 
+/// The shipped file's name for what people call a model or a card, in any case; others come back in lower case.
+std::string shipped_name(std::string name) {
+  for (char& c : name)
+    c = c == ' ' || c == '_' ? '-' : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  for (const std::string_view prefix : {"deepseek-ai/", "nvidia-", "nvidia/"}) {
+    if (name.starts_with(prefix)) name.erase(0, prefix.size());
+  }
+  for (const std::string_view suffix : {"-sxm", "-sxm5", "-hgx"}) {
+    if (name.ends_with(suffix)) name.resize(name.size() - suffix.size());
+  }
+  // Checkpoints of the same architecture.
+  static const std::map<std::string, std::string, std::less<>> kAliases = {
+      {"v2", "deepseek-v2"},
+      {"deepseek-v2-chat", "deepseek-v2"},
+      {"deepseek-v2.5", "deepseek-v2"},
+      {"deepseek-coder-v2", "deepseek-v2"},
+      {"v2-lite", "deepseek-v2-lite"},
+      {"deepseek-v2-lite-chat", "deepseek-v2-lite"},
+      {"deepseek-coder-v2-lite", "deepseek-v2-lite"},
+      {"v3", "deepseek-v3"},
+      {"deepseek-v3-base", "deepseek-v3"},
+      {"deepseek-v3-0324", "deepseek-v3"},
+      {"deepseek-v3.1", "deepseek-v3"},
+      {"deepseek-v3.1-terminus", "deepseek-v3"},
+      {"r1", "deepseek-v3"},
+      {"deepseek-r1", "deepseek-v3"},
+      {"deepseek-r1-0528", "deepseek-v3"},
+      {"v3.2", "deepseek-v3.2"},
+      {"deepseek-v3.2-exp", "deepseek-v3.2"},
+  };
+  const auto found = kAliases.find(name);
+  return found == kAliases.end() ? name : found->second;
+}
+
 /// The JSON that `value` stands for: itself if an object, else a shipped file or one on disk.
 Json resolve(const Json& value, const std::string& key, const std::string& folder, std::string& source) {
   if (value.is_object()) {
@@ -50,15 +86,17 @@ Json resolve(const Json& value, const std::string& key, const std::string& folde
                     shown(value), fmt::join(names, ", ")));
   }
   const std::string name = value.get<std::string>();
+  const std::string shipped = shipped_name(name);
   for (const DataFile& file : data_files()) {
-    if (file.path == folder + "/" + name + ".json") {
+    if (file.path == folder + "/" + shipped + ".json") {
       source = "data/" + std::string(file.path);
       return parse_json(file.text, source);
     }
   }
   if (name.find('/') == std::string::npos && !name.ends_with(".json")) {
-    throw InvalidArgument(fmt::format("request: {} = \"{}\": expected one of {}, or a path to a .json file",
-                                      key, name, fmt::join(names, ", ")));
+    throw InvalidArgument(
+        fmt::format("request: {} = \"{}\": expected one of {} (in any case), or a path to a .json file", key,
+                    name, fmt::join(names, ", ")));
   }
   source = name;
   return load_json(name);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "planner/number.h"
 #include "planner/read.h"
 
 namespace flash_mla::planner {
@@ -67,7 +68,7 @@ std::string csv(const std::vector<Row>& rows) {
 std::string plain(const Json& v) {
   if (v.is_string()) return v.get<std::string>();
   if (v.is_null()) return "";
-  if (v.is_number_float()) return fmt::format("{}", v.get<double>());
+  if (v.is_number_float()) return shortest(v.get<double>());
   return v.dump();
 }
 
@@ -77,7 +78,7 @@ std::string shown(const Json& v) {
   if (!v.is_number_float()) return plain(v);
   const double x = v.get<double>();
   if (x == std::round(x) && std::abs(x) < 1e7) return fmt::format("{:.0f}", x);
-  return fmt::format("{:.4g}", x);
+  return significant(x, 4);
 }
 
 double value(const Json& v) { return v.get<double>(); }
@@ -94,7 +95,7 @@ void kinds_table(std::string& out, const char* title, const char* unit, double s
   }
   names.emplace_back("total");
   auto cell = [&](const Json& side, const std::string& name) {
-    return side.contains(name) ? fmt::format("{:.4g}", value(side[name]) / scale) : std::string("-");
+    return side.contains(name) ? significant(value(side[name]) / scale, 4) : std::string("-");
   };
   for (const std::string& name : names)
     rows.push_back({fmt::format("  {}", name), cell(prefill, name), cell(decode, name)});
@@ -126,8 +127,8 @@ std::string plan_table(const Json& r) {
   kinds_table(out, "sent", "GB", 1e9, p["bytes_sent"], d["bytes_sent"]);
   std::vector<Row> times = {{"time (ms)", "prefill", "decode"}};
   for (const auto& [name, v] : p["time_s"].items()) {
-    times.push_back({fmt::format("  {}", name), fmt::format("{:.4g}", value(v) * 1e3),
-                     fmt::format("{:.4g}", value(d["time_s"][name]) * 1e3)});
+    times.push_back({fmt::format("  {}", name), significant(value(v) * 1e3, 4),
+                     significant(value(d["time_s"][name]) * 1e3, 4)});
   }
   out += columns(times) + "\n";
   auto percent = [](const Json& v) { return fmt::format("{:.1f} %", 100 * value(v)); };
@@ -158,10 +159,10 @@ std::string plan_table(const Json& r) {
     out += "\nWhat to change\n";
     for (const Json& a : r["advice"]) {
       out += fmt::format(
-          "  {}: {:.4g} output tokens/s per card{}, TTFT {:.4g} s, TPOT {:.4g} ms\n", plain(a["change"]),
-          value(a["output_tokens_per_s_card"]),
+          "  {}: {} output tokens/s per card{}, TTFT {} s, TPOT {} ms\n", plain(a["change"]),
+          significant(value(a["output_tokens_per_s_card"]), 4),
           a["gain"].is_null() ? std::string() : fmt::format(" ({:+.1f} %)", 100 * value(a["gain"])),
-          value(a["ttft_s"]), value(a["tpot_s"]) * 1e3);
+          significant(value(a["ttft_s"]), 4), significant(value(a["tpot_s"]) * 1e3, 4));
     }
   }
   for (const Json& note : r["notes"]) out += fmt::format("note: {}\n", plain(note));
@@ -175,7 +176,7 @@ std::string plan_table(const Json& r) {
       const int number = s["formula"].get<int>();
       out +=
           fmt::format("{} = {}\n    = {}\n    = {} {}   {}{}\n", plain(s["name"]), plain(s["equation"]),
-                      plain(s["substituted"]), fmt::format("{:.10g}", value(s["value"])), plain(s["unit"]),
+                      plain(s["substituted"]), significant(value(s["value"]), 10), plain(s["unit"]),
                       plain(s["meaning"]), number > 0 ? fmt::format(" [formula {}]", number) : std::string());
     }
   }
@@ -219,8 +220,8 @@ std::string rows_table(const Json& r) {
   } else {
     keys = {"name", "hardware", "plan", "batch"};
   }
-  for (const char* key : {"ttft_ms", "tpot_ms", "output_tokens_per_s_card", "memory_share", "max_sequences",
-                          "mfu", "prefill_bottleneck", "bottleneck"}) {
+  for (const char* key : {"cards", "users", "ttft_ms", "tpot_ms", "output_tokens_per_s_card", "memory_share",
+                          "max_sequences", "mfu", "prefill_bottleneck", "bottleneck"}) {
     keys.emplace_back(key);
   }
   for (const Json& row : r["rows"]) {
@@ -253,10 +254,34 @@ std::string rows_table(const Json& r) {
         name += fmt::format("{}{}={}", name.empty() ? "" : " ", plain(axis), plain(best[plain(axis)]));
     }
     out +=
-        fmt::format("\nBest: {}, {:.4g} output tokens/s per card, TTFT {:.4g} ms, TPOT {:.4g} ms\n", name,
-                    value(best["output_tokens_per_s_card"]), value(best["ttft_ms"]), value(best["tpot_ms"]));
+        fmt::format("\nBest: {}, {} output tokens/s per card, TTFT {} ms, TPOT {} ms\n", name,
+                    shown(best["output_tokens_per_s_card"]), shown(best["ttft_ms"]), shown(best["tpot_ms"]));
   }
   return out;
+}
+
+/// The whole answer in a line.
+std::string deployment_line(const Json& r) {
+  const std::string asked = fmt::format("{} users of {}, {} tokens in and {} out", plain(r["users"]),
+                                        plain(r["model"]), plain(r["input"]), plain(r["output"]));
+  if (r["best"].is_null()) return fmt::format("{}: {}\n", asked, plain(r["problem"]));
+  const Json& best = r["best"];
+  const auto side = [](const Json& s) {
+    const Json& p = s["plan"];
+    std::string plan = fmt::format("tp {} ep {} dp {}", plain(p["tp"]), plain(p["ep"]), plain(p["dp"]));
+    for (const char* key : {"pp", "cp"}) {
+      if (p[key] != 1) plan += fmt::format(" {} {}", key, plain(p[key]));
+    }
+    const std::int64_t instances = s["instances"].get<std::int64_t>();
+    return fmt::format("{} ({}{}, batch {})", shown(s["cards"]),
+                       instances == 1 ? "" : fmt::format("{} x ", instances), plan, plain(s["batch"]));
+  };
+  const std::string price =
+      best.contains("per_hour") ? fmt::format(", {} per hour", shown(best["per_hour"])) : std::string();
+  return fmt::format("{}: {} {} cards, {} for decode and {} for prefill: {} tokens/s each, TTFT {} ms{}\n",
+                     asked, shown(best["cards"]), plain(r["hardware"]), side(best["decode"]),
+                     side(best["prefill"]), shown(best["tokens_per_s_user"]),
+                     significant(value(best["ttft_s"]) * 1e3, 4), price);
 }
 
 std::string tables_table(const Json& r) {
@@ -265,9 +290,7 @@ std::string tables_table(const Json& r) {
   for (const Json& c : r["cells"]) {
     const std::string v = plain(c["verdict"]);
     ++counts[v == "match" ? 0 : v == "near" ? 1 : v == "MISMATCH" ? 2 : 3];
-    auto number = [](const Json& x) {
-      return x.is_null() ? std::string("-") : fmt::format("{:.6g}", value(x));
-    };
+    auto number = [](const Json& x) { return x.is_null() ? std::string("-") : significant(value(x), 6); };
     rows.push_back({plain(c["section"]), plain(c["cell"]), plain(c["printed"]), plain(c["unit"]),
                     number(c["article"]), v, number(c["exact"]), plain(c["note"])});
   }
@@ -334,6 +357,7 @@ std::string render(std::string_view result_json, std::string_view format) {
     throw InvalidArgument(fmt::format("format = \"{}\": expected one of table, csv, json", format));
   }
   if (command == "plan") return plan_table(r);
+  if (command == "deployment") return deployment_line(r);
   if (command == "tables") return tables_table(r);
   if (command == "calibrate") return calibrate_table(r);
   if (command == "list") return list_table(r);

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "planner/calibrate.h"
+#include "planner/deployment.h"
 #include "planner/read.h"
 #include "planner/tables.h"
 
@@ -159,9 +160,11 @@ struct Lookup {
   }
 };
 
-Json row_json(const Result& r) {
+Json row_json(const Request& q, const Result& r) {
   Json row = {{"fits", r.fits},
               {"meets_slo", r.meets_slo},
+              {"cards", r.decode.cards},
+              {"users", q.workload.batch * r.decode.plan.dp},
               {"ttft_ms", r.ttft_s * 1e3},
               {"tpot_ms", r.tpot_s * 1e3},
               {"output_tokens_per_s_card", r.tokens_per_s_card},
@@ -377,7 +380,7 @@ Json run_sweep(const Json& request) {
     try {
       const Request q = lookup.read(std::move(one), "request");
       slo = q.slo;
-      row.update(row_json(evaluate(q)));
+      row.update(row_json(q, evaluate(q)));
     } catch (const InvalidArgument& e) {
       row["error"] = e.what();
     }
@@ -415,7 +418,7 @@ Json run_compare(const Json& request) {
       row["plan"] =
           fmt::format("tp{} ep{} dp{}", result.decode.plan.tp, result.decode.plan.ep, result.decode.plan.dp);
       row["batch"] = q.workload.batch;
-      row.update(row_json(result));
+      row.update(row_json(q, result));
     } catch (const InvalidArgument& e) {
       row["error"] = e.what();
     }
@@ -463,7 +466,12 @@ std::string run_json(std::string_view text) {
   if (!request.is_object()) throw InvalidArgument("request: top level: expected a JSON object");
   ObjectReader r(request, "request");
   const std::string command =
-      r.choice("command", "plan", {"plan", "sweep", "compare", "calibrate", "tables", "list"});
+      r.choice("command", "plan", {"plan", "sweep", "compare", "deployment", "calibrate", "tables", "list"});
+  if (command == "deployment") {
+    Json one = request;
+    if (one.contains("base") && one["base"].is_object()) apply_set(one["base"], "request: base");
+    return run_deployment(one).dump();
+  }
   if (command == "sweep") return run_sweep(request).dump();
   if (command == "compare") return run_compare(request).dump();
   if (command == "calibrate") return run_calibrate(request).dump();

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "flash_mla/error.h"
+#include "planner/number.h"
 
 namespace flash_mla::planner {
 namespace {
@@ -304,7 +305,7 @@ std::string Sheet::substitute(std::string_view text, const std::vector<double>& 
       const auto found = slots_.find(name);
       if (found != slots_.end()) {
         const double v = values[found->second];
-        out += v < 0 ? fmt::format("({})", v) : fmt::format("{}", v);
+        out += v < 0 ? fmt::format("({})", shortest(v)) : shortest(v);
       } else {
         out += name;
       }

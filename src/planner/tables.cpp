@@ -39,7 +39,7 @@ const Cell kCells[] = {
     {"P", "18432/d", "2.57", "", "XD8", "d_ff/d", "", "", ""},
 
     {"T2", "prefill non-attn", "166912", "GFLOP", "AP1", "F_nonattn/10^9", "XP8", "2*N_active*b*s/10^9",
-     "counts 1e9, not the 1024^3 of the printed formula"},
+     "counts 10^9, not the 1024^3 of the printed formula"},
     {"T2", "prefill MHA", "26569", "GFLOP", "AP1", "F_mha/10^9", "", "", "26569 needs s' = 1631"},
     {"T2", "prefill subtotal", "193481", "GFLOP", "AP1", "166912 + 26569", "AP1", "166912 + F_mha/10^9", ""},
     {"T2", "prefill non-attn %", "86.3%", "", "AP1", "166912/193481*100", "", "", ""},

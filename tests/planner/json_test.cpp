@@ -1,3 +1,4 @@
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -38,6 +39,55 @@ TEST(Json, PlanHasEveryOutput) {
     EXPECT_GT(r["summary"][key].get<double>(), 0) << key;
   }
   EXPECT_TRUE(r["fits"].get<bool>());
+}
+
+TEST(Json, ADeploymentIsTheFewestCardsThatWillDo) {
+  const char* asked = R"({"command": "deployment", "users": 500, "tokens_per_s": 40,
+                          "base": {"hardware": "h200", "set": {"input": 2000, "output": 500}}})";
+  const Json best = run(asked)["best"];
+  EXPECT_EQ(best["cards"].get<double>(),
+            best["decode"]["cards"].get<double>() + best["prefill"]["cards"].get<double>());
+  EXPECT_GE(best["tokens_per_s_user"].get<double>(), 40);
+  const Json& d = best["decode"];
+  EXPECT_GE(d["instances"].get<int>() * d["plan"]["dp"].get<int>() * d["batch"].get<int>(), 500);
+  EXPECT_LE(d["memory_share"].get<double>(), 1);
+  // The plan that it names says the same of itself.
+  Json one = Json::parse(R"({"hardware": "h200", "set": {"input": 2000, "output": 500}})");
+  for (const char* key : {"tp", "ep", "dp", "pp", "cp"}) one["plan"][key] = d["plan"][key];
+  one["set"]["batch"] = d["batch"];
+  EXPECT_DOUBLE_EQ(run(one.dump().c_str())["summary"]["tpot_s"].get<double>(), best["tpot_s"].get<double>());
+  // No other plan of one copy does it on fewer cards.
+  for (int tp = 1; tp <= 8; tp *= 2) {
+    for (int ep = 1; ep * tp / std::min(ep, tp) < d["cards"].get<double>(); ep *= 2) {
+      one["plan"] = {{"tp", tp}, {"ep", ep}};
+      const int dp = std::max(1, ep / tp);
+      if (tp * dp % ep != 0) continue;
+      one["set"]["batch"] = (500 + dp - 1) / dp;
+      const Json r = run(one.dump().c_str());
+      EXPECT_TRUE(r["summary"]["tpot_s"].get<double>() > 1.0 / 40 ||
+                  r["decode"]["memory_share"].get<double>() > 1)
+          << tp << " " << ep;
+    }
+  }
+  // What is given is kept.
+  const Json given =
+      run(R"({"command": "deployment", "users": 500, "base": {"plan": {"ep": 64, "tp": 2}}})")["best"];
+  EXPECT_EQ(given["decode"]["plan"]["ep"], 64);
+  EXPECT_EQ(given["prefill"]["plan"]["tp"], 2);
+  // A first token by that time takes more cards, or none will do.
+  const auto by = [](double ms) {
+    return run(
+        fmt::format(R"({{"command": "deployment", "users": 500, "base": {{"slo": {{"ttft_ms": {}}}}}}})", ms)
+            .c_str())["best"];
+  };
+  EXPECT_LE(by(0)["cards"].get<double>(), by(300)["cards"].get<double>());
+  EXPECT_LE(by(300)["ttft_s"].get<double>(), 0.3);
+  EXPECT_TRUE(by(0.01).is_null());
+  expect_error(R"({"command": "deployment"})", {"users"});
+  expect_error(R"({"command": "deployment", "users": 1, "base": 5})", {"base", "5"});
+  expect_error(
+      R"({"command": "deployment", "users": 1, "base": {"hardware": "a100", "precision": {"attention": "fp8"}}})",
+      {"precision.attention"});
 }
 
 TEST(Json, ExplainedEquationsReadBack) {

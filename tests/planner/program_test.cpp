@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
+#include <regex>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -69,7 +70,80 @@ TEST(PlanProgram, ExitCodes) {
   const Output big = run("plan --ep 1", true);
   EXPECT_EQ(big.code, 1);
   EXPECT_NE(big.text.find("does not fit"), std::string::npos) << big.text;
-  EXPECT_EQ(run("plan --sweep ep=16,32 --slo-tpot-ms 0.001", false).code, 1);
+  // Missed levels, however they are asked for.
+  for (const char* missed : {"plan --ep 16 --slo-tpot-ms 0.001", "plan --sweep ep=16,32 --slo-tpot-ms 0.001",
+                             "plan compare --slo-tpot-ms 0.001 --case ep=16",
+                             "plan --users 8 --tokens-per-s 1000000", "plan --users 8 --slo-ttft-ms 0.001"}) {
+    const Output out = run(missed, true);
+    EXPECT_EQ(out.code, 1) << missed;
+    EXPECT_FALSE(out.text.empty()) << missed;
+  }
+}
+
+TEST(PlanProgram, UsersAreAnsweredInOneLine) {
+  const Output out =
+      run("plan --users 128 --tokens-per-s 50 --input 4096 --model deepseek-v3 --hardware h200", false);
+  EXPECT_EQ(out.code, 0);
+  EXPECT_EQ(std::count(out.text.begin(), out.text.end(), '\n'), 1) << out.text;
+  EXPECT_NE(out.text.find("24 H200 SXM cards"), std::string::npos) << out.text;
+  for (const char* wrong :
+       {"plan --users 0", "plan --users many", "plan --users 1 --tokens-per-s -1", "plan --tokens-per-s 5",
+        "plan --users 5 --sweep ep=8", "plan --users 5 --explain", "plan --users 5 --ep 3"}) {
+    const Output refused = run(wrong, true);
+    EXPECT_EQ(refused.code, 2) << wrong;
+    EXPECT_FALSE(refused.text.empty()) << wrong;
+  }
+}
+
+TEST(PlanProgram, NamesInAnyCaseAndOfEveryCheckpoint) {
+  const std::string v3 = run("plan --model deepseek-v3 --hardware h200 --ep 16", false).text;
+  for (const char* names :
+       {"--model DeepSeek-V3 --hardware H200", "--model deepseek-r1 --hardware \"H200 SXM\"",
+        "--model deepseek-ai/DeepSeek-R1-0528 --hardware \"NVIDIA H200\"",
+        "--model r1 --hardware nvidia/h200"}) {
+    EXPECT_EQ(run(std::string("plan --ep 16 ") + names, false).text, v3) << names;
+  }
+  for (const char* card : {"h20", "H100", "h800", "A100"}) {
+    EXPECT_NE(run(std::string("plan --ep 64 --dense bf16 --moe bf16 --hardware ") + card, true).code, 2)
+        << card;
+  }
+  EXPECT_EQ(run("plan --model deepseek-v9", true).code, 2);
+}
+
+TEST(PlanProgram, TablesHaveTheCardsAndTheUsers) {
+  const std::string sweep = run("plan --sweep ep=16,32 batch=8 --format csv", false).text;
+  std::stringstream lines(sweep);
+  std::string head, first, second;
+  std::getline(lines, head);
+  std::getline(lines, first);
+  std::getline(lines, second);
+  const auto column = [&](const std::string& line, const std::string& name) {
+    std::stringstream names(head), cells(line);
+    std::string key, cell;
+    while (std::getline(names, key, ',') && std::getline(cells, cell, ',')) {
+      if (key == name) return cell;
+    }
+    return std::string("no such column");
+  };
+  EXPECT_EQ(column(first, "cards"), "16");
+  EXPECT_EQ(column(first, "users"), "128");
+  EXPECT_EQ(column(second, "cards"), "32");
+  EXPECT_EQ(column(second, "users"), "256");
+  EXPECT_NE(run("plan compare --case ep=16", false).text.find("cards  users"), std::string::npos);
+}
+
+// What a program reads as JSON may have them.
+TEST(PlanProgram, NumbersHaveNoExponents) {
+  const std::regex exponent("[0-9]e[+-]?[0-9]");
+  for (const char* command : {"plan --model deepseek-v3.2 --input 100000 --ep 32", "plan --explain --ep 16",
+                              "plan --format csv --ep 16", "plan tables", "plan tables --format csv",
+                              "plan --sweep ep=16,32 --format csv"}) {
+    const std::string text = run(command, false).text;
+    EXPECT_GT(text.size(), 300u);
+    EXPECT_FALSE(std::regex_search(text, exponent)) << command;
+  }
+  EXPECT_NE(run("plan --model deepseek-v3.2 --input 100000 --ep 32", false).text.find("64850"),
+            std::string::npos);
 }
 
 TEST(PlanProgram, SweepRanges) {

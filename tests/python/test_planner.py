@@ -23,6 +23,13 @@ def test_settings_go_on_top_of_a_request():
     assert request["workload"]["batch"] == 4
 
 
+def test_a_deployment_is_searched():
+    found = planner.deployment(128, 50, model="DeepSeek-R1", hardware="H200", input=4096)
+    assert found["best"]["cards"] == 24 and found["best"]["tokens_per_s_user"] >= 50
+    assert planner.render(found).count("\n") == 1
+    assert planner.deployment(128, 1e5)["best"] is None
+
+
 def test_explain_substitutes_numbers():
     steps = {s["name"]: s for s in planner.plan(ep=16, explain=True)["explain"] if s["phase"] == "decode"}
     assert eval(steps["F_attn"]["substituted"]) == steps["F_attn"]["value"]

@@ -30,6 +30,39 @@ def test_planner_pictures(tmp_path):
         plot.draw(planner.tables(), tmp_path)
 
 
+def inside(figure):
+    """Fails where a label lies outside its picture, or a legend over what it explains."""
+    from matplotlib.legend import Legend
+
+    figure.canvas.draw()
+    drawn, (width, height) = figure.get_tightbbox(figure.canvas.get_renderer()), figure.get_size_inches()
+    assert drawn.x0 > -0.02 and drawn.y0 > -0.02 and drawn.x1 < width + 0.02 and drawn.y1 < height + 0.02, "a label is cut off"
+    for legend in figure.findobj(Legend):
+        assert not any(legend.get_window_extent().overlaps(axes.bbox) for axes in figure.axes), "a legend hides its picture"
+
+
+def test_labels_fit_their_plots(tmp_path, monkeypatch):
+    drawn = []
+    save = plot._save
+
+    def checked(pyplot, figure, path):
+        figure.tight_layout()
+        inside(figure)
+        drawn.append(path)
+        return save(pyplot, figure, path)
+
+    monkeypatch.setattr(plot, "_save", checked)
+    long = "hardware=h20 ep=16 moe=w4a8 kv=fp8_656 attention=bf16 batch=64 input=4096 output=1100"
+    cases = [{"name": f"{long} {i}", "set": {"ep": 16, "moe": "w4a8"}} for i in range(6)]
+    plot.draw(planner.plan(model="deepseek-v3.2", hardware="h200", ep=32, input=60000), tmp_path)
+    plot.draw(planner.compare(*cases), tmp_path)
+    plot.draw(planner.compare(cases[0]), tmp_path)
+    axes = {"ep": [16, 32, 64, 128, 256], "tp": [1, 2, 4], "batch": [8, 16, 32]}
+    plot.draw(planner.sweep(axes, hardware="h200", tpot_ms=30), tmp_path)
+    plot.draw(planner.sweep({"model": ["deepseek-v3", "deepseek-v3.2"], "moe": ["fp8", "w4a8"]}, hardware="h200", ep=32), tmp_path)
+    assert len(drawn) == 6
+
+
 def test_roofline_of_a_benchmark(tmp_path):
     picture = tmp_path / "roofline.png"
     assert plot.draw(bench_result(), picture) == [picture]
