@@ -91,10 +91,11 @@ FLASH_MLA_API flash_mla_status flash_mla_dense_decode(const flash_mla_dense_deco
 typedef int32_t flash_mla_lse_base;
 enum { FLASH_MLA_LSE_BASE_E = 0, FLASH_MLA_LSE_BASE_2 = 1 };
 
-/* See flash_mla::merge_states. */
+/* See flash_mla::merge_states. stream: cudaStream_t, of tensors of a GPU. */
 FLASH_MLA_API flash_mla_status flash_mla_merge_states(const DLTensor* out_a, const DLTensor* lse_a,
                                                       const DLTensor* out_b, const DLTensor* lse_b,
-                                                      DLTensor* out, DLTensor* lse, flash_mla_lse_base base);
+                                                      DLTensor* out, DLTensor* lse, flash_mla_lse_base base,
+                                                      void* stream);
 
 /* How a token lies in a cache page: flash_mla::KvFormat. Caches are (num_pages, page_size, 1, width), of bytes
  * (uint8) in the FP8 formats: 656, 584 and 576 of them per token. */

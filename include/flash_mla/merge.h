@@ -18,11 +18,15 @@ enum class LseBase { kE, kTwo };
 /// contributes nothing whatever its `out` holds. Two empty states give out = 0, lse = +inf.
 ///
 /// Shapes: out_a, out_b, out (b, s_q, h_q, d) float32 | float16 | bfloat16, one dtype;
-/// lse_a, lse_b, lse (b, h_q, s_q) float32. Strides are free but for out's last dimension, which is
-/// contiguous: a (tokens, heads) layout is a permuted view. `out`/`lse` may be out_a/lse_a or out_b/lse_b
-/// themselves (in place). CPU tensors. Throws InvalidArgument.
+/// lse_a, lse_b, lse (b, h_q, s_q) float32. Strides are free but for the last dimension of out_a, out_b and out,
+/// which is contiguous: a (tokens, heads) layout is a permuted view. `out`/`lse` may be out_a/lse_a or
+/// out_b/lse_b themselves (in place).
+///
+/// Tensors of the CPU, or of one CUDA device: there the work is queued on `stream`, a cudaStream_t, and may be
+/// captured. Never allocates and never synchronises. Throws InvalidArgument, and Unsupported for a device
+/// that no backend runs on.
 FLASH_MLA_API void merge_states(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b,
                                 const TensorView& lse_b, const TensorView& out, const TensorView& lse,
-                                LseBase base = LseBase::kE);
+                                LseBase base = LseBase::kE, void* stream = nullptr);
 
 }  // namespace flash_mla

@@ -154,11 +154,13 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array, base: s
 
     out_a, out_b: (b, s_q, h_q, d) float32, float16 or bfloat16; lse_a, lse_b: (b, h_q, s_q) float32, in ``base`` "e"
     (this library, FlashAttention) or "2" (FlashInfer). An empty state has lse +inf or -inf and contributes nothing.
-    Returns (out, lse) of the same shapes, lse +inf where both are empty. Raises ValueError for anything else.
+    Returns (out, lse) of the same shapes, lse +inf where both are empty. CPU tensors, or CUDA tensors of one device, on
+    torch's current stream. Raises ValueError for anything else.
     """
     if base not in ("e", "2"):
         raise ValueError(f'base is {base!r}, expected "e" or "2"')
     out = empty(shape_of(out_a, "out_a", 4), out_a)
     lse = empty(shape_of(lse_a, "lse_a", 3), lse_a, "float32")
-    _C.merge_states(out_a, lse_a, out_b, lse_b, out, lse, base == "2")
+    stream = current_stream(cuda_device(out_a))
+    _C.merge_states(out_a, lse_a, out_b, lse_b, out, lse, base == "2", stream=stream)
     return out, lse

@@ -119,12 +119,12 @@ void py_reference(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::
 }
 
 void py_merge_states(nb::handle out_a, nb::handle lse_a, nb::handle out_b, nb::handle lse_b, nb::handle out,
-                     nb::handle lse, bool base2) {
+                     nb::handle lse, bool base2, std::uintptr_t stream) {
   const TensorArgument a(out_a, "out_a"), la(lse_a, "lse_a"), b(out_b, "out_b"), lb(lse_b, "lse_b"),
       o(out, "out"), l(lse, "lse");
   nb::gil_scoped_release release;
   merge_states(a.view(), la.view(), b.view(), lb.view(), o.view(), l.view(),
-               base2 ? LseBase::kTwo : LseBase::kE);
+               base2 ? LseBase::kTwo : LseBase::kE, reinterpret_cast<void*>(stream));
 }
 
 }  // namespace
@@ -171,7 +171,7 @@ NB_MODULE(_C, m) {
         "block_table"_a.none(), "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(),
         "softmax_scale"_a.none() = nb::none(), "causal"_a.none() = false);
   m.def("merge_states", &python::py_merge_states, "out_a"_a.none(), "lse_a"_a.none(), "out_b"_a.none(),
-        "lse_b"_a.none(), "out"_a.none(), "lse"_a.none(), "base2"_a = false);
+        "lse_b"_a.none(), "out"_a.none(), "lse"_a.none(), "base2"_a = false, "stream"_a = 0);
   m.def(
       "shape_and_dtype",
       [](nb::handle tensor, const char* name) {

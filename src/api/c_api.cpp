@@ -146,7 +146,7 @@ flash_mla_status flash_mla_dense_decode(const flash_mla_dense_decode_args* args,
 
 flash_mla_status flash_mla_merge_states(const DLTensor* out_a, const DLTensor* lse_a, const DLTensor* out_b,
                                         const DLTensor* lse_b, DLTensor* out, DLTensor* lse,
-                                        flash_mla_lse_base base) {
+                                        flash_mla_lse_base base, void* stream) {
   return guarded([&] {
     if (base != FLASH_MLA_LSE_BASE_E && base != FLASH_MLA_LSE_BASE_2) {
       api::invalid("base is {}, expected FLASH_MLA_LSE_BASE_E or FLASH_MLA_LSE_BASE_2",
@@ -154,6 +154,6 @@ flash_mla_status flash_mla_merge_states(const DLTensor* out_a, const DLTensor* l
     }
     merge_states(view(out_a, "out_a"), view(lse_a, "lse_a"), view(out_b, "out_b"), view(lse_b, "lse_b"),
                  view(out, "out"), view(lse, "lse"),
-                 base == FLASH_MLA_LSE_BASE_E ? LseBase::kE : LseBase::kTwo);
+                 base == FLASH_MLA_LSE_BASE_E ? LseBase::kE : LseBase::kTwo, stream);
   });
 }

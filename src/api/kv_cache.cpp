@@ -4,6 +4,8 @@
 #include "api/sparse_checks.h"
 #include "kernels/cache/cpu/append.h"
 #include "kernels/cache/cpu/gather.h"
+#include "kernels/cache/sm90/append.h"
+#include "kernels/cache/sm90/gather.h"
 #include "kernels/quant/cpu/quantise.h"
 
 namespace flash_mla {
@@ -45,7 +47,7 @@ const char* fp8_recipe_name(Fp8Recipe recipe) {
 void append_kv(const KvAppendArgs& args, const KvCacheOptions& options) {
   api::check_append_shapes(args, options);
   if (api::backend_of(options.backend, args.latent, "latent") == Backend::kSm90) {
-    throw Unsupported("append_kv has no sm90 backend yet; pass CPU tensors");
+    return sm90::append_kv(args, options.stream);
   }
   api::check_append_values(args);
   cpu::append_kv(args, options.num_threads);
@@ -54,7 +56,7 @@ void append_kv(const KvAppendArgs& args, const KvCacheOptions& options) {
 void gather_kv(const KvGatherArgs& args, const KvCacheOptions& options) {
   api::check_gather_shapes(args, options);
   if (api::backend_of(options.backend, args.out, "out") == Backend::kSm90) {
-    throw Unsupported("gather_kv has no sm90 backend yet; pass CPU tensors");
+    return sm90::gather_kv(args, options.stream);
   }
   api::check_gather_values(args);
   cpu::gather_kv(args, options.num_threads);

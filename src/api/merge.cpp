@@ -1,12 +1,14 @@
 #include "flash_mla/merge.h"
 
-#include "api/checks.h"
+#include "api/call.h"
 #include "kernels/attention/merge/cpu/merge.h"
+#include "kernels/attention/merge/sm90/merge.h"
 
 namespace flash_mla {
 
 void merge_states(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b,
-                  const TensorView& lse_b, const TensorView& out, const TensorView& lse, LseBase base) {
+                  const TensorView& lse_b, const TensorView& out, const TensorView& lse, LseBase base,
+                  void* stream) {
   using api::check_last_dim_contiguous;
   using api::check_no_overlap;
   using api::check_same_device;
@@ -37,9 +39,6 @@ void merge_states(const TensorView& out_a, const TensorView& lse_a, const Tensor
   check_last_dim_contiguous(out, "out");
   check_no_overlap(out, "out");
   check_no_overlap(lse, "lse");
-  if (out_a.device.type != DeviceType::kCpu) {
-    throw Unsupported("merge_states takes CPU tensors; out_a is " + out_a.describe());
-  }
   check_same_device(lse_a, "lse_a", out_a, "out_a");
   check_same_device(out_b, "out_b", out_a, "out_a");
   check_same_device(lse_b, "lse_b", out_a, "out_a");
@@ -48,7 +47,9 @@ void merge_states(const TensorView& out_a, const TensorView& lse_a, const Tensor
   if (base != LseBase::kE && base != LseBase::kTwo) {
     api::invalid("base is {}, expected kE or kTwo", static_cast<int>(base));
   }
+  const bool on_gpu = api::backend_of(Backend::kAuto, out_a, "out_a") == Backend::kSm90;
   if (out.numel() == 0) return;
+  if (on_gpu) return sm90::merge_states(out_a, lse_a, out_b, lse_b, out, lse, base, stream);
   cpu::merge_states(out_a, lse_a, out_b, lse_b, out, lse, base);
 }
 

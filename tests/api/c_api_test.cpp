@@ -81,9 +81,9 @@ TEST(CApi, NullIsAnErrorEverywhere) {
   args.lse = nullptr;
   EXPECT_EQ(flash_mla_dense_decode_workspace_size(&args, nullptr, &bytes), FLASH_MLA_OK)
       << flash_mla_last_error();
-  EXPECT_EQ(
-      flash_mla_merge_states(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, FLASH_MLA_LSE_BASE_E),
-      FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_EQ(flash_mla_merge_states(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, FLASH_MLA_LSE_BASE_E,
+                                   nullptr),
+            FLASH_MLA_INVALID_ARGUMENT);
 }
 
 TEST(CApi, MergesInPlace) {
@@ -96,15 +96,15 @@ TEST(CApi, MergesInPlace) {
   b.views[5].data = b.lse.data();
   a.t[5] = to_dlpack(a.views[5]);
   b.t[5] = to_dlpack(b.views[5]);
-  ASSERT_EQ(
-      flash_mla_merge_states(&a.t[4], &a.t[5], &b.t[4], &b.t[5], &a.t[4], &a.t[5], FLASH_MLA_LSE_BASE_2),
-      FLASH_MLA_OK)
+  ASSERT_EQ(flash_mla_merge_states(&a.t[4], &a.t[5], &b.t[4], &b.t[5], &a.t[4], &a.t[5], FLASH_MLA_LSE_BASE_2,
+                                   nullptr),
+            FLASH_MLA_OK)
       << flash_mla_last_error();
   EXPECT_FLOAT_EQ(a.out[0], 2);
   EXPECT_FLOAT_EQ(a.lse[0], 1);
   EXPECT_FLOAT_EQ(a.out[512], 1);
   EXPECT_EQ(flash_mla_merge_states(&a.t[4], &a.t[5], &b.t[4], &b.t[5], &a.t[4], &a.t[5],
-                                   static_cast<flash_mla_lse_base>(7)),
+                                   static_cast<flash_mla_lse_base>(7), nullptr),
             FLASH_MLA_INVALID_ARGUMENT);
 }
 

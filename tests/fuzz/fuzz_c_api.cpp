@@ -115,7 +115,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
   if (real_results) {
     require_message(flash_mla_merge_states(&out.t, &lse.t, &out.t, &lse.t, &out.t, &lse.t,
-                                           in.ConsumeBool() ? FLASH_MLA_LSE_BASE_E : FLASH_MLA_LSE_BASE_2));
+                                           in.ConsumeBool() ? FLASH_MLA_LSE_BASE_E : FLASH_MLA_LSE_BASE_2,
+                                           nullptr));
   }
   return 0;
 }

@@ -1,12 +1,12 @@
 #include "kernels/cache/cpu/append.h"
 
 #include <array>
-#include <cmath>
 #include <cstring>
 
 #include "base/element.h"
 #include "base/fp8.h"
 #include "kernels/cache/cpu/tokens.h"
+#include "kernels/cache/row.h"
 #include "kernels/quant/cpu/quantise.h"
 #include "kv/format.h"
 
@@ -22,23 +22,24 @@ float rounded(float x, DType dtype) {
   return x;
 }
 
-void rms_norm(float* x, const float* weight, float eps, int n, DType dtype) {
-  // Sums that do not wait for each other, in an order that depends on nothing.
-  std::array<float, 16> squares{};
-  for (int i = 0; i < n; i += 16) {
-    for (int j = 0; j < 16; ++j) squares[static_cast<std::size_t>(j)] += x[i + j] * x[i + j];
+void rms_norm(float* x, const float* weight, float eps, int n, int latent, DType dtype) {
+  std::array<float, cache::kLanes> sums{};
+  for (std::size_t lane = 0; lane < sums.size(); ++lane) {
+    const int at = static_cast<int>(lane) * cache::kLaneElements;
+    if (at < latent) sums[lane] = cache::lane_squares(x + at);
+    if (n > latent) sums[lane] = cache::with_pair_squares(sums[lane], x + latent + 2 * lane);
   }
-  float sum = 0;
-  for (const float s : squares) sum += s;
-  const float factor = 1.0f / std::sqrt(sum / static_cast<float>(n) + eps);
+  for (std::size_t half = sums.size() / 2; half > 0; half /= 2) {
+    for (std::size_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  const float factor = cache::norm_factor(sums[0], 1.0f / static_cast<float>(n), eps);
   for (int i = 0; i < n; ++i) x[i] = rounded(x[i] * factor * weight[i], dtype);
 }
 
 void rotate(float* x, const float* cosines, const float* sines, DType dtype) {
   for (int i = 0; i < kv::kRopeWidth / 2; ++i) {
-    const float a = x[2 * i], b = x[2 * i + 1];
-    x[2 * i] = rounded(a * cosines[i] - b * sines[i], dtype);
-    x[2 * i + 1] = rounded(a * sines[i] + b * cosines[i], dtype);
+    cache::rotate(x + 2 * static_cast<std::ptrdiff_t>(i), cosines[i], sines[i]);
+    for (int j = 2 * i; j < 2 * i + 2; ++j) x[j] = rounded(x[j], dtype);
   }
 }
 
@@ -99,7 +100,7 @@ void append_kv(const KvAppendArgs& args, int num_threads) {
     });
     if (args.norm_weight.defined()) {
       rms_norm(row.data(), args.norm_weight.ptr<const float>(), args.norm_eps,
-               static_cast<int>(args.norm_weight.size(0)), dtype);
+               static_cast<int>(args.norm_weight.size(0)), latent, dtype);
     }
     if (args.positions.defined()) {
       const float* cosines =

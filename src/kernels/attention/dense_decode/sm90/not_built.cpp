@@ -4,7 +4,10 @@
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
+#include "kernels/attention/merge/sm90/merge.h"
 #include "kernels/attention/sparse_decode/sm90/sparse_decode.h"
+#include "kernels/cache/sm90/append.h"
+#include "kernels/cache/sm90/gather.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -30,6 +33,13 @@ KernelFacts combine_kernel_facts(const DecodePlan&, bool) { return {}; }
 void check_supported(const SparseDecodeArgs&, int) { refuse(); }
 std::size_t sparse_decode_workspace_size(const SparseDecodeArgs&, int) { refuse(); }
 void sparse_decode(const SparseDecodeArgs&, void*, float, int, void*) { refuse(); }
+
+void merge_states(const TensorView&, const TensorView&, const TensorView&, const TensorView&,
+                  const TensorView&, const TensorView&, LseBase, void*) {
+  refuse();
+}
+void append_kv(const KvAppendArgs&, void*) { refuse(); }
+void gather_kv(const KvGatherArgs&, void*) { refuse(); }
 
 std::size_t dense_prefill_workspace_size() { refuse(); }
 void check_supported(const DensePrefillArgs&) { refuse(); }
