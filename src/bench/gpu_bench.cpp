@@ -8,6 +8,7 @@
 #include "bench/dtype.h"
 #include "bench/explain.h"
 #include "bench/gpu/bench.h"
+#include "bench/gpu_report.h"
 #include "bench/machine.h"
 #include "bench/table.h"
 #include "flash_mla/info.h"
@@ -104,20 +105,6 @@ Json to_json(const gpu::Row& r) {
           {"correct", r.correct}};
 }
 
-Json to_json(const gpu::Limits& l) {
-  Json json = {{"read_gbps", l.read_gbps}, {"read_bytes", l.read_bytes}};
-  if (l.why_no_matmul.empty()) {
-    json["matmul_gflops"] = l.matmul_gflops;
-    json["matmul_graph_gflops"] = l.matmul_graph_gflops;
-    json["matmul"] = fmt::format("8192 x 8192 x 8192 bf16 by {}", l.matmul_library);
-  } else {
-    json["matmul_gflops"] = nullptr;
-    json["matmul_graph_gflops"] = nullptr;
-    json["matmul"] = "not measured: " + l.why_no_matmul;
-  }
-  return json;
-}
-
 Json to_json(const gpu::FirstCall& f) {
   return {{"context_ms", f.context_ms},
           {"schedule_ms", f.schedule_ms},
@@ -137,18 +124,6 @@ Json to_json(const Summary& s) {
     json["rows_over_best"] = s.over_best;
   }
   if (s.compared_with_floor > 0) json["geometric_mean_over_floor"] = s.over_floor_mean();
-  return json;
-}
-
-Json report(const gpu::Device& device) {
-  Json json = report_head();
-  json["device"] = "cuda";
-  json["machine"]["gpu"] = device.name;
-  json["machine"]["driver"] = device.driver;
-  json["machine"]["cuda"] = device.cuda;
-  json["machine"]["gpu_multiprocessors"] = device.sms;
-  json["machine"]["gpu_memory_bytes"] = device.memory_bytes;
-  json["protocol"] = kProtocol;
   return json;
 }
 
@@ -200,17 +175,13 @@ int run_gpu_bench(const GpuBenchOptions& o) {
     if (!row.correct) fmt::print("WRONG: {}: {}\n", row.shape.name, row.failure);
   }
   print_summary(summary);
-  fmt::print("limits of this process: read {:.0f} GB/s, matmul {}\n", limits.read_gbps,
-             limits.why_no_matmul.empty()
-                 ? fmt::format("{:.1f} TFLOP/s, {:.1f} in a graph of 20 ({})", limits.matmul_gflops / 1e3,
-                               limits.matmul_graph_gflops / 1e3, limits.matmul_library)
-                 : "not measured: " + limits.why_no_matmul);
+  fmt::print("{}\n", limits_line(limits));
   fmt::print(
       "first call: context {:.0f} ms, schedule {:.2f} ms, decode {:.2f} ms; second: {:.3f} and {:.3f} ms\n",
       first.context_ms, first.schedule_ms, first.decode_ms, first.second_schedule_ms, first.second_decode_ms);
 
   if (!o.json.empty()) {
-    Json json = report(device);
+    Json json = gpu_report(device, kProtocol);
     json["seed"] = o.seed;
     json["limits"] = to_json(limits);
     json["first_call"] = to_json(first);

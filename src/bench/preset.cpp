@@ -1,81 +1,17 @@
 #include "bench/preset.h"
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <fstream>
-#include <iterator>
-#include <nlohmann/json.hpp>
 
 #include "bench/dtype.h"
+#include "bench/preset_json.h"
 #include "flash_mla/error.h"
-#include "flash_mla_presets.h"
 
 namespace flash_mla::bench {
 namespace {
 
 using Json = nlohmann::json;
-
-// Fetches `key` of a preset's shape into `value`, which keeps its default when there is none.
-void take_integer(const Json& shape, const char* key, int lowest, int highest, const std::string& where,
-                  int& value) {
-  const auto found = shape.find(key);
-  if (found == shape.end()) return;
-  if (!found->is_number_integer() || found->get<std::int64_t>() < lowest ||
-      found->get<std::int64_t>() > highest) {
-    throw InvalidArgument(fmt::format("{}: \"{}\" is {}, expected an integer from {} to {}", where, key,
-                                      found->dump(), lowest, highest));
-  }
-  value = found->get<int>();
-}
-
-void take_bool(const Json& shape, const char* key, const std::string& where, bool& value) {
-  const auto found = shape.find(key);
-  if (found == shape.end()) return;
-  if (!found->is_boolean()) {
-    throw InvalidArgument(fmt::format("{}: \"{}\" is {}, expected true or false", where, key, found->dump()));
-  }
-  value = found->get<bool>();
-}
-
-double positive_number(const Json& value, const std::string& key, const std::string& where) {
-  if (!value.is_number() || !(value.get<double>() > 0)) {
-    throw InvalidArgument(
-        fmt::format("{}: \"{}\" is {}, expected a positive number", where, key, value.dump()));
-  }
-  return value.get<double>();
-}
-
-void take_number(const Json& shape, const char* key, const std::string& where, std::optional<double>& value) {
-  const auto found = shape.find(key);
-  if (found != shape.end()) value = positive_number(*found, key, where);
-}
-
-// {"a peer": milliseconds, ...}
-void take_peers(const Json& shape, const std::string& where, std::map<std::string, double>& peers) {
-  const auto found = shape.find("peers_ms");
-  if (found == shape.end()) return;
-  if (!found->is_object()) {
-    throw InvalidArgument(
-        fmt::format("{}: \"peers_ms\" is {}, expected an object of milliseconds", where, found->dump()));
-  }
-  for (const auto& [name, ms] : found->items()) {
-    peers[name] = positive_number(ms, "peers_ms." + name, where);
-  }
-}
-
-void refuse_unknown_keys(const Json& object, std::initializer_list<const char*> known,
-                         const std::string& where) {
-  for (const auto& [key, value] : object.items()) {
-    if (std::find(known.begin(), known.end(), key) == known.end()) {
-      throw InvalidArgument(
-          fmt::format("{}: unknown key \"{}\", expected one of: {}", where, key, fmt::join(known, ", ")));
-    }
-  }
-}
 
 Shape read_shape(const Json& json, std::string where) {
   if (!json.is_object())
@@ -96,30 +32,19 @@ Shape read_shape(const Json& json, std::string where) {
   take_bool(json, "causal", where, s.causal);
   take_number(json, "best_ms", where, s.best_ms);
   take_number(json, "floor_ms", where, s.floor_ms);
-  take_peers(json, where, s.peers_ms);
-  for (const char* key : {"name", "dtype"}) {
-    const auto found = json.find(key);
-    if (found == json.end()) continue;
-    if (!found->is_string()) {
-      throw InvalidArgument(fmt::format("{}: \"{}\" is {}, expected a string", where, key, found->dump()));
-    }
-    try {
-      if (std::strcmp(key, "dtype") == 0) s.dtype = parse_dtype(found->get<std::string>());
-    } catch (const InvalidArgument& e) {
-      throw InvalidArgument(fmt::format("{}: {}", where, e.what()));
-    }
-    if (std::strcmp(key, "name") == 0) s.name = found->get<std::string>();
+  take_times(json, "peers_ms", where, s.peers_ms);
+  take_string(json, "name", where, s.name);
+  std::string dtype;
+  take_string(json, "dtype", where, dtype);
+  try {
+    if (!dtype.empty()) s.dtype = parse_dtype(dtype);
+  } catch (const InvalidArgument& e) {
+    throw InvalidArgument(fmt::format("{}: {}", where, e.what()));
   }
   return s;
 }
 
-Preset parse_preset(std::string_view text, const std::string& where) {
-  Json json;
-  try {
-    json = Json::parse(text);
-  } catch (const Json::parse_error& e) {
-    throw InvalidArgument(fmt::format("{} is not JSON: {}", where, e.what()));
-  }
+Preset parse_preset(const Json& json, const std::string& where) {
   if (!json.is_object() || !json.contains("shapes") || !json["shapes"].is_array() || json["shapes"].empty()) {
     throw InvalidArgument(fmt::format("{}: expected an object with a non-empty array \"shapes\"", where));
   }
@@ -178,19 +103,9 @@ void check_shape(const Shape& shape) {
 }
 
 Preset read_preset(const std::string& name_or_path) {
-  for (const BuiltInPreset& preset : kBuiltInPresets) {
-    if (preset.name == name_or_path) return parse_preset(preset.json, fmt::format("preset {}", preset.name));
-  }
-  std::ifstream in(name_or_path);
-  if (!in) {
-    std::string message = fmt::format("preset {}: {}", name_or_path, std::strerror(errno));
-    std::vector<std::string_view> names;
-    names.reserve(kBuiltInPresets.size());
-    for (const BuiltInPreset& preset : kBuiltInPresets) names.push_back(preset.name);
-    throw InvalidArgument(fmt::format("{}; built-in presets are {}", message, fmt::join(names, ", ")));
-  }
-  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  return parse_preset(text, fmt::format("preset {}", name_or_path));
+  std::string where;
+  const Json json = load_preset(name_or_path, where);
+  return parse_preset(json, where);
 }
 
 std::string default_name(const Shape& s) {

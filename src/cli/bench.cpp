@@ -10,6 +10,7 @@
 #include "bench/gpu_bench.h"
 #include "bench/machine.h"
 #include "bench/preset.h"
+#include "bench/sparse_bench.h"
 #include "cli/args.h"
 #include "cli/commands.h"
 #include "cli/plot.h"
@@ -119,7 +120,33 @@ int measure_on_gpu(const BenchOptions& o, bench::Preset preset) {
   return bench::run_gpu_bench(options);
 }
 
+/// A preset of cases of sparse attention, which a GPU alone measures.
+int measure_sparse(const BenchOptions& o) {
+  bench::SparseBenchOptions options;
+  options.preset = bench::read_sparse_preset(o.preset);
+  std::erase_if(options.preset.cases,
+                [&](const bench::SparseCase& c) { return c.name.find(o.only) == std::string::npos; });
+  if (options.preset.cases.empty()) {
+    throw InvalidArgument(fmt::format("--only is \"{}\", which no case's name contains", o.only));
+  }
+  if (o.explain)
+    throw InvalidArgument(fmt::format("--explain takes shapes, but preset {} has cases", o.preset));
+  const std::string flag = o.device == "cpu" ? "--device cpu" : o.cpu_flag;
+  if (!flag.empty()) {
+    throw InvalidArgument(fmt::format("{} is for the CPU, but preset {} is made for a GPU", flag, o.preset));
+  }
+  if (const std::string why = bench::why_no_gpu({}); !why.empty()) {
+    throw InvalidArgument(fmt::format("preset {} is made for a GPU: {}", o.preset, why));
+  }
+  if (o.reps_given) options.reps = o.measure.reps;
+  options.seed = o.seed;
+  options.json = o.json;
+  options.quiet = o.quiet;
+  return bench::run_sparse_bench(options);
+}
+
 int run_bench(const BenchOptions& o) {
+  if (!o.preset.empty() && bench::is_sparse_preset(o.preset)) return measure_sparse(o);
   bench::Preset preset = preset_of(o);
   if (o.explain) {
     fmt::print("{}", bench::explain(preset.shapes));
@@ -169,7 +196,7 @@ void register_bench(CLI::App& app, int& exit_code) {
   CLI::Option* preset = sub->add_option(
       "--preset", o->preset,
       "Take the shapes from this JSON file, or from the built-in preset of that name: cpu-house, "
-      "h200-dense, smoke");
+      "h200-dense, h200-sparse (sparse attention and FP8 caches), smoke");
   for (CLI::Option* option : shape) preset->excludes(option);
   sub->add_option("--only", o->only,
                   "Take the shapes whose names, as the table prints them, contain this text");

@@ -28,8 +28,8 @@ ARROWS = {
     "server": (),
     "planner": (),
     # The harness measures what the public headers do not show: kernels, and the steps of a model in a shape that the
-    # planner ships.
-    "bench": ("kernels", "checkpoint", "model", "engine", "planner"),
+    # planner ships. It fills pages of caches and reads them back without the library.
+    "bench": ("kernels", "kv", "checkpoint", "model", "engine", "planner"),
     "cli": ("bench", "server", "planner"),
     # The door binds the public headers; a model's text is part of its own interface.
     "python": ("text",),

@@ -15,7 +15,13 @@ namespace flash_mla::sm90 {
 __device__ __forceinline__ float as_float(Bf16 x) {
   return __uint_as_float(static_cast<std::uint32_t>(x.bits) << 16);
 }
-__device__ __forceinline__ float as_float(Fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float as_float(Fp16 x) {
+  const float value = __half2float(__ushort_as_half(x.bits));
+  // The instruction has one NaN for all.
+  const std::uint32_t nan = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16 | 0x7F800000u |
+                            static_cast<std::uint32_t>(x.bits & 0x3FFu) << 13;
+  return value != value ? __uint_as_float(nan) : value;
+}
 __device__ __forceinline__ float as_float(float x) { return x; }
 
 /// Rounded to nearest, ties to even; a NaN keeps its sign and becomes quiet, as on the host.

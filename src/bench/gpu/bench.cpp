@@ -46,6 +46,15 @@ double measure_read(std::size_t bytes) {
   return static_cast<double>(bytes) / ms / 1e6;
 }
 
+double measure_copy(std::size_t bytes) {
+  const Stream stream;
+  const DeviceArray<std::byte> from(bytes), to(bytes);
+  fill_normal(from.data(), DType::kBFloat16, static_cast<std::int64_t>(bytes / 2), 1, stream.get());
+  const double ms =
+      graph_time([&] { copy_all(from.data(), to.data(), bytes, stream.get()); }, kLimitReps, stream);
+  return 2 * static_cast<double>(bytes) / ms / 1e6;
+}
+
 void measure_matmul(Limits& limits) {
   constexpr int kSize = 8192;
   const std::unique_ptr<Matmul> matmul = Matmul::load(kSize, limits.why_no_matmul);
@@ -114,6 +123,7 @@ Limits measure_limits() {
   Limits limits;
   limits.read_bytes = std::size_t{4} << 30;
   limits.read_gbps = measure_read(limits.read_bytes);
+  limits.copy_gbps = measure_copy(limits.read_bytes / 2);
   measure_matmul(limits);
   return limits;
 }

@@ -35,6 +35,7 @@ FirstCall measure_first_call();
 struct Limits {
   double read_gbps = 0;  ///< reading `read_bytes`
   std::size_t read_bytes = 0;
+  double copy_gbps = 0;            ///< copying half of them; bytes read and bytes written
   double matmul_gflops = 0;        ///< bf16, 8192 x 8192 x 8192, timed as Row::ms is; 0: not measured
   double matmul_graph_gflops = 0;  ///< the same timed as Row::graph_us, which the power limit slows down
   std::string why_no_matmul;       ///< "" if measured

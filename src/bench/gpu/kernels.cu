@@ -66,6 +66,21 @@ __global__ void read_all_kernel(const uint4* data, std::int64_t count, std::uint
   if (x == 0x12345678u) *sink = x;
 }
 
+__global__ void copy_all_kernel(const uint4* from, uint4* to, std::int64_t count) {
+  constexpr int kInFlight = 4;
+  const std::int64_t step = blockDim.x;
+  std::int64_t i = std::int64_t{blockIdx.x} * kInFlight * step + threadIdx.x;
+  uint4 v[kInFlight];
+#pragma unroll
+  for (int j = 0; j < kInFlight; ++j) {
+    if (i + j * step < count) v[j] = from[i + j * step];
+  }
+#pragma unroll
+  for (int j = 0; j < kInFlight; ++j) {
+    if (i + j * step < count) to[i + j * step] = v[j];
+  }
+}
+
 __global__ void spin_kernel(long long clocks) {
   const long long start = clock64();
   while (clock64() - start < clocks) {
@@ -161,6 +176,15 @@ void read_all(const void* data, std::size_t bytes, std::uint32_t* sink, cudaStre
   read_all_kernel<<<132 * 64, 1024, 0, stream>>>(static_cast<const uint4*>(data),
                                                  static_cast<std::int64_t>(bytes / sizeof(uint4)), sink);
   check(cudaGetLastError(), "read_all");
+}
+
+void copy_all(const void* from, void* to, std::size_t bytes, cudaStream_t stream) {
+  constexpr unsigned kThreads = 256, kInFlight = 4;
+  const auto count = static_cast<std::int64_t>(bytes / sizeof(uint4));
+  const std::int64_t blocks = (count + kThreads * kInFlight - 1) / (kThreads * kInFlight);
+  copy_all_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(static_cast<const uint4*>(from),
+                                                                          static_cast<uint4*>(to), count);
+  check(cudaGetLastError(), "copy_all");
 }
 
 void spin(long long clocks, cudaStream_t stream) {

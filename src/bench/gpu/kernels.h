@@ -17,6 +17,9 @@ void fill_normal(void* data, DType dtype, std::int64_t count, std::uint64_t seed
 /// Reads `bytes` (a multiple of 16); `sink` is an uint32 that keeps the compiler from leaving that out.
 void read_all(const void* data, std::size_t bytes, std::uint32_t* sink, cudaStream_t stream);
 
+/// Copies `bytes` (a multiple of 16) as fast as a kernel can.
+void copy_all(const void* from, void* to, std::size_t bytes, cudaStream_t stream);
+
 /// Keeps the stream busy for that many clocks, so that what is queued behind starts with the host ahead.
 void spin(long long clocks, cudaStream_t stream);
 

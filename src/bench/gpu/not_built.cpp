@@ -2,7 +2,7 @@
 
 #include <stdexcept>
 
-#include "bench/gpu/bench.h"
+#include "bench/gpu/sparse.h"
 
 namespace flash_mla::bench::gpu {
 namespace {
@@ -18,5 +18,6 @@ Device device() { refuse(); }
 FirstCall measure_first_call() { refuse(); }
 Limits measure_limits() { refuse(); }
 Row measure_row(const Shape&, const RowOptions&) { refuse(); }
+SparseRow measure_sparse(const SparseCase&, const RowOptions&) { refuse(); }
 
 }  // namespace flash_mla::bench::gpu
