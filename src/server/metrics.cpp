@@ -43,6 +43,14 @@ class Families {
       metric.counter.value = static_cast<double>(value);
     }
   }
+  /// Text, as labels of a gauge that is 1.
+  void info(const char* name, const char* help,
+            const std::vector<std::pair<std::string, std::string>>& labels) {
+    begin(name, help, MetricType::Gauge);
+    ClientMetric& metric = sample();
+    for (const auto& [key, value] : labels) metric.label.push_back({key, value});
+    metric.gauge.value = 1;
+  }
   void histogram(const char* name, const char* help, const Histogram& h) {
     begin(name, help, MetricType::Histogram);
     ClientMetric::Histogram& out = sample().histogram;
@@ -72,6 +80,9 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   Families f;
   std::vector<std::pair<std::string, std::int64_t>> responses;
   for (const auto& [status, count] : http.responses) responses.emplace_back(std::to_string(status), count);
+  f.info("mla_build_info", "The program's version, and the model's name in the API.",
+         {{"version", http.version}, {"model", http.model}});
+  f.gauge("mla_uptime_seconds", "Since the engine was made.", s.seconds);
   f.counters("mla_http_responses_total",
              "HTTP responses by status; 499: the client left before its answer ended.", "code", responses);
   f.gauge("mla_http_connections", "Open connections.", http.connections);

@@ -70,7 +70,7 @@ void Shared::note(const RequestRecord& record) {
 
 HttpStats Shared::http_stats() {
   const std::lock_guard lock(mutex_);
-  return {responses_, num_connections};
+  return {options.version, model_name(), responses_, num_connections};
 }
 
 bool is_public(const ServerOptions& options) {

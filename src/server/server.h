@@ -63,6 +63,7 @@ class Server {
 
 /// The server's own figures.
 struct HttpStats {
+  std::string version, model;             ///< of the program; the first of its names
   std::map<int, std::int64_t> responses;  ///< by status; 499: the client left before its answer ended
   int connections = 0;                    ///< open now
 };

@@ -1,5 +1,6 @@
 """The status page in a real browser, while the server works. The pictures stay in build/status-page/."""
 
+import re
 import struct
 import subprocess
 
@@ -46,6 +47,11 @@ def test_the_page_lives_under_load(server):
         idle = page.evaluate(TILES)
         assert number(idle["sequences running"]) == number(idle["requests so far"]) == 0
         assert page.evaluate(ROWS)[0][1:] == ["0", "–", "–", "–", "–"]
+        about = page.evaluate("document.getElementById('about').textContent")
+        version = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True).stdout.strip()
+        assert re.fullmatch(rf"small, flash-mla {re.escape(version)}, up \d+ s", about), about
+        assert page.evaluate("document.title").startswith("small")
+        assert idle["workers busy in decode"] == "idle"
         picture(page, "idle")
 
         load = subprocess.Popen(
@@ -83,10 +89,26 @@ def test_the_page_lives_under_load(server):
             load.kill()
             load.wait()
 
+        server.wait_until_idle()
+        page.wait(1.5)
+        assert page.evaluate(TILES)["workers busy in decode"] == "idle", "what the last step did is over"
         outside = [u for u in page.requested() if not u.startswith((url, "data:", "about:"))]
         assert outside == [] and len(page.requested()) > 6
         assert page.complaints() == []
     server.wait_until_idle()
+
+
+def test_figures_that_the_page_cannot_know_are_bounds(server):
+    with Page() as page:
+        page.open(f"http://127.0.0.1:{server.port}/")
+        page.wait(1.5)
+        buckets = "[[0.5, 0], [100, 4], [Infinity, 10]]"
+        assert page.evaluate(f"figure(quantile({buckets}, .2))").endswith(" s")
+        assert page.evaluate(f"[.5, .99].map(q => figure(quantile({buckets}, q)))") == ["> 100 s", "> 100 s"]
+        assert page.evaluate("figure(quantile([[0.5, 0], [Infinity, 3]], .5))") == "> 500 ms"
+        assert page.evaluate("[5, 65, 3700, 90000].map(duration)") == ["5 s", "1 min", "1 h 1 min", "1 d 1 h"]
+        assert page.evaluate(r"""parse('mla_build_info{version="1",model="a\\\\b\\\"c, d"} 1\n').about""") == {"version": "1", "model": 'a\\b"c, d'}
+        assert page.complaints() == []
 
 
 def test_the_page_says_when_the_server_is_gone():
