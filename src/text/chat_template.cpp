@@ -15,6 +15,37 @@ namespace {
 using jinja::MarkedText;
 using jinja::Value;
 
+/// A format without a template, and how it was recognised.
+struct BuiltIn {
+  DeepSeekFormat format;
+  std::string because;
+};
+
+std::optional<BuiltIn> built_in_format(const std::filesystem::path& directory) {
+  const std::filesystem::path config_path = directory / "config.json";
+  if (std::filesystem::exists(config_path)) {
+    const Json config = parse_json(read_file(config_path), config_path.string());
+    const std::string type = JsonObject(config, config_path.string()).string_or("model_type", "");
+    const std::string because = fmt::format("{}: model_type = \"{}\"", config_path.string(), type);
+    if (type == "deepseek_v32") return BuiltIn{DeepSeekFormat::kV32, because};
+    if (type == "deepseek_v4") return BuiltIn{DeepSeekFormat::kV4, because};
+  }
+  const std::filesystem::path tokens_path = directory / "tokenizer.json";
+  if (!std::filesystem::exists(tokens_path)) return std::nullopt;
+  const Json tokenizer = parse_json(read_file(tokens_path), tokens_path.string());
+  const auto has_token = [&](std::string_view content) {
+    const Json* added = JsonObject(tokenizer, tokens_path.string()).find("added_tokens");
+    return added != nullptr && std::ranges::any_of(*added, [&](const Json& token) {
+             return token.is_object() && token.contains("content") && token["content"] == content;
+           });
+  };
+  constexpr std::string_view kOfBoth = "｜DSML｜", kOfV4 = "<｜latest_reminder｜>";
+  if (!has_token(kOfBoth)) return std::nullopt;
+  const bool v4 = has_token(kOfV4);
+  return BuiltIn{v4 ? DeepSeekFormat::kV4 : DeepSeekFormat::kV32,
+                 fmt::format("{}: the added token \"{}\"", tokens_path.string(), v4 ? kOfV4 : kOfBoth)};
+}
+
 /// "chat_template": a string, or a list of named ones of which "default" counts.
 std::string template_of(const JsonObject& config) {
   const Json* value = config.find("chat_template");
@@ -53,6 +84,15 @@ Value client_text(std::string_view text) {
   return MarkedText(replace_invalid_utf8(text, storage), /*control=*/false);
 }
 
+ChatInput as_input(std::span<const ChatMessage> messages, bool add_generation_prompt,
+                   const nlohmann::ordered_json& variables) {
+  ChatInput out{nlohmann::ordered_json::array(), variables, add_generation_prompt};
+  for (const ChatMessage& message : messages) {
+    out.messages.push_back({{"role", message.role}, {"content", message.content}});
+  }
+  return out;
+}
+
 Value own_text(std::string_view text) { return MarkedText::constant(text, /*control=*/true); }
 
 }  // namespace
@@ -65,6 +105,14 @@ ChatTemplate ChatTemplate::open(const std::filesystem::path& directory,
   const std::filesystem::path jinja_path = file.value_or(directory / "chat_template.jinja");
   const bool own_file = file || std::filesystem::exists(jinja_path);
   ChatTemplate out;
+  if (!own_file && !config.has("chat_template")) {
+    if (std::optional<BuiltIn> built_in = built_in_format(directory)) {
+      out.format_ = built_in->format;
+      out.origin_ =
+          fmt::format("{}, built in ({})", deepseek_format_name(built_in->format), built_in->because);
+      return out;
+    }
+  }
   out.origin_ = own_file ? jinja_path.string() : config.path("chat_template");
   out.template_ = jinja::Template::parse(own_file ? read_file(jinja_path) : template_of(config), out.origin_);
   for (const char* name :
@@ -112,6 +160,7 @@ std::vector<TextPart> ChatTemplate::parts(std::span<const ChatMessage> messages,
                                           const nlohmann::ordered_json& variables) const {
   if (messages.empty()) fail_empty();
   check_roles(messages);
+  if (format_) return parts(as_input(messages, add_generation_prompt, variables));
   const Value role = own_text("role"), content = own_text("content");
   jinja::List list;
   list.items.reserve(messages.size());
@@ -131,6 +180,7 @@ std::vector<TextPart> ChatTemplate::parts(std::span<const ChatMessage> messages,
 std::vector<TextPart> ChatTemplate::parts(const ChatInput& input) const {
   if (!input.messages.is_array() || input.messages.empty()) fail_empty();
   try {
+    if (format_) return render_deepseek(*format_, input);
     return render(jinja::from_json(input.messages), input.add_generation_prompt, input.variables);
   } catch (const jinja::Problem& problem) {
     throw InvalidArgument(fmt::format("messages: {}", problem.what));
@@ -139,16 +189,16 @@ std::vector<TextPart> ChatTemplate::parts(const ChatInput& input) const {
 
 nlohmann::ordered_json parse_chat_variables(std::string_view text) {
   if (text.empty()) return nlohmann::ordered_json::object();
-  constexpr int kMaxDepth = 64;
-  bool deep = false;
-  const auto check = [&](int depth, nlohmann::ordered_json::parse_event_t, nlohmann::ordered_json&) {
-    deep = deep || depth > kMaxDepth;
-    return !deep;
-  };
-  nlohmann::ordered_json out = nlohmann::ordered_json::parse(text, check, /*allow_exceptions=*/false);
-  if (deep || !out.is_object()) {
-    throw InvalidArgument("chat_template_kwargs: expected a JSON object, nested at most 64 deep");
+  if (text.size() > kMaxChatVariableBytes) {
+    throw InvalidArgument(fmt::format("chat_template_kwargs has {} bytes, expected at most {}", text.size(),
+                                      kMaxChatVariableBytes));
   }
+  try {
+    if (jinja::parse_json(text).dict() == nullptr) throw jinja::Problem{"no object"};  // bounds the nesting
+  } catch (const jinja::Problem& problem) {
+    throw InvalidArgument(fmt::format("chat_template_kwargs: {}; expected a JSON object", problem.what));
+  }
+  nlohmann::ordered_json out = nlohmann::ordered_json::parse(text);
   for (const char* name : {"messages", "add_generation_prompt"}) {
     if (out.contains(name)) {
       throw InvalidArgument(fmt::format("chat_template_kwargs.{}: expected other names than this", name));

@@ -1,4 +1,4 @@
-// Arbitrary bytes as a chat template. One that is refused must leave a message with file and line; one that is
+// Arbitrary bytes as a conversation in DeepSeek's built-in formats, and as a chat template. One that is refused must leave a message with file and line; one that is
 // understood renders a conversation, the same each time, and no byte of the conversation's contents is ever control.
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 
 #include "flash_mla/error.h"
 #include "text/chat_template.h"
+#include "text/deepseek_format.h"
 
 namespace {
 
@@ -35,10 +36,34 @@ std::string render(const ChatTemplate& chat, const ChatInput& input) {
   return out;
 }
 
+/// The bytes as the messages of a conversation, in the formats that are built in.
+void check_deepseek(std::string_view source) {
+  ChatInput input{nlohmann::ordered_json::parse(source, nullptr, /*allow_exceptions=*/false), {}, true};
+  if (!input.messages.is_array() || input.messages.empty()) return;
+  for (const DeepSeekFormat format : {DeepSeekFormat::kV32, DeepSeekFormat::kV4}) {
+    for (const bool thinking : {false, true}) {
+      input.variables = {{"thinking", thinking}};
+      std::string control;
+      try {
+        for (const TextPart& part : render_deepseek(format, input)) {
+          if (part.control) control += part.text;
+        }
+      } catch (const flash_mla::InvalidArgument&) {
+        continue;
+      } catch (const jinja::Problem&) {
+        continue;
+      }
+      // Nothing of the input is control, so what is so knows nothing of it but its shape.
+      require(control.starts_with("<｜begin▁of▁sentence｜>") && control.find(kMark) == control.npos);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   std::string source(reinterpret_cast<const char*>(data), size);
+  check_deepseek(source);
   std::replace(source.begin(), source.end(), kMark, ' ');
   if (source.find("\\x01") != source.npos || source.find("\\u") != source.npos ||
       source.find("\\U") != source.npos)

@@ -72,6 +72,22 @@ TEST(ChatTemplate, VariablesOfClientsCannotStandForSpecialTokens) {
   EXPECT_EQ(parse_chat_variables("{\"thinking\": true}").size(), 1u);
 }
 
+TEST(ChatTemplate, AListInANamespaceGrowsAndShrinks) {
+  const auto render = [](const std::string& jinja) {
+    return marked(parse("{% set ns = namespace(l=['a']) %}" + jinja), {{{"role", "user"}}});
+  };
+  EXPECT_EQ(render("{% set _ = ns.l.append(messages[0].role) %}{{ ns.l|join(',') }}"), "[a,]user");
+  EXPECT_EQ(render("{{ ns.l.append('b') }}{{ ns.l.pop(0) }}{{ ns.l.pop() }}{{ ns.l|length }}"), "None[ab]0");
+  EXPECT_THAT(message_of<InvalidArgument>([&] { render("{{ ns.l.pop(1) }}"); }),
+              HasSubstr("pop of what a list"));
+  EXPECT_THAT(message_of<InvalidArgument>([&] { render("{{ messages[0].role.pop() }}"); }),
+              HasSubstr("what is no list in a namespace"));
+  // The template's own list is as it was, the next time.
+  const ChatTemplate chat =
+      parse("{% set ns = namespace(l=['a']) %}{% set _ = ns.l.append('b') %}{{ ns.l|length }}");
+  EXPECT_EQ(marked(chat, {{{"role", "user"}}}), marked(chat, {{{"role", "user"}}}));
+}
+
 TEST(ChatTemplate, WhatIsNotUnderstoodIsRefusedWithItsLine) {
   const auto refused = [](std::string_view jinja) { return message_of<Unsupported>([&] { parse(jinja); }); };
   EXPECT_THAT(refused("a\n{% include 'x' %}"),
@@ -80,6 +96,7 @@ TEST(ChatTemplate, WhatIsNotUnderstoodIsRefusedWithItsLine) {
               HasSubstr("t.jinja:3: the chat template has the filter \"urlize\""));
   EXPECT_THAT(refused("{{ x is odder }}"), HasSubstr("t.jinja:1: the chat template has the test \"odder\""));
   EXPECT_THAT(refused("{{ x.append(1) }}"), HasSubstr("the method \"append\""));
+  EXPECT_THAT(refused("{{ x.pop() }}"), HasSubstr("the method \"pop\""));
   EXPECT_THAT(refused("{{ lipsum(1) }}"), HasSubstr("the function \"lipsum\""));
   EXPECT_THAT(refused("{{ x|map('nothing') }}"), HasSubstr("the filter \"nothing\""));
   EXPECT_THAT(refused("{{ x.__class__ }}"), HasSubstr("the attribute \"__class__\""));

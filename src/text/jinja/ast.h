@@ -42,7 +42,7 @@ struct Expression {
     kSlice,        ///< operands[0][operands[1]:operands[2]:operands[3]], each of which may be null
     kCallMacro,    ///< the macro called `symbol`, with operands and named
     kCallBuiltin,  ///< the function `builtin`, with operands and named
-    kCallMethod,   ///< operands[0].name(operands[1...], named)
+    kCallMethod,   ///< operands[0].name(operands[1...], named); append and pop: operands[0] is a kField
     kCycle,        ///< loop.cycle(operands)
     kFilter,       ///< operands[0] | builtin(operands[1...], named)
     kTest,         ///< operands[0] is builtin(operands[1...])

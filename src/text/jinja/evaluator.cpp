@@ -352,7 +352,41 @@ class Evaluator {
     return out;
   }
 
+  /// namespace.field.append(item) and namespace.field.pop(place): the namespace gets another list. (Other
+  /// holders of the old one do not see the change, as they would in Python.)
+  Value change_list(const Expression& e) {
+    const Expression& field = *e.operands[0];
+    const Value owner = evaluate(*field.operands[0]);
+    Namespace* kept_in = owner.name_space();
+    const Value* old = kept_in == nullptr ? nullptr : kept_in->attributes.find(field.name);
+    if (old == nullptr || old->list() == nullptr || old->list()->tuple) {
+      throw Problem{fmt::format("the method \"{}\" of what is no list in a namespace", e.name)};
+    }
+    Arguments arguments = arguments_of(e, 1);
+    line_ = e.line;
+    std::vector<Value> items = old->list()->items;
+    spend(items.size());
+    Value out = None();
+    if (e.name == "append") {
+      items.push_back(arguments.require("item"));
+    } else {
+      const auto size = static_cast<std::int64_t>(items.size());
+      const Value place = arguments.take("index", std::int64_t{-1});
+      if (!place.is_integer()) throw Problem{"pop of a place that is no integer"};
+      const std::int64_t at = place.integer() < 0 ? place.integer() + size : place.integer();
+      if (at < 0 || at >= size) throw Problem{"pop of what a list does not have"};
+      out = items[static_cast<std::size_t>(at)];
+      items.erase(items.begin() + at);
+    }
+    arguments.finish();
+    List changed;
+    changed.items = std::move(items);
+    kept_in->attributes.set(MarkedText(field.name, true), Value(std::move(changed)));
+    return out;
+  }
+
   Value call_builtin(const Expression& e) {
+    if (e.kind == Kind::kCallMethod && (e.name == "append" || e.name == "pop")) return change_list(e);
     const bool has_self = e.kind != Kind::kCallBuiltin;
     const Value self = has_self ? evaluate(*e.operands[0]) : Value();
     Arguments arguments = arguments_of(e, has_self ? 1 : 0);

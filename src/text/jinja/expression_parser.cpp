@@ -377,7 +377,11 @@ ExpressionParser::Pointer ExpressionParser::parse_call(Pointer callee) {
   if (callee->kind == Kind::kField) {
     const bool cycle = callee->name == "cycle" && callee->operands[0]->kind == Kind::kName &&
                        callee->operands[0]->name == "loop";
-    if (!cycle && !is_method(callee->name)) fail(fmt::format("the method \"{}\"", callee->name));
+    // A list of a client's does not change; one that a template keeps in a namespace may.
+    const bool changes = callee->name == "append" || callee->name == "pop";
+    const bool kept = callee->operands[0]->kind == Kind::kField;
+    if (!cycle && !is_method(callee->name) && !(changes && kept))
+      fail(fmt::format("the method \"{}\"", callee->name));
     callee->kind = cycle ? Kind::kCycle : Kind::kCallMethod;
     parse_arguments(*callee);
     return callee;

@@ -4,13 +4,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <variant>
 
 #include "text/utf8.h"
 
 namespace flash_mla::text::jinja {
 namespace {
 
-constexpr int kMaxDepth = 64;  // of JSON in a text
+constexpr std::size_t kMaxDepth = 64;  // of JSON in a text
 
 class Writer {
  public:
@@ -111,6 +112,69 @@ std::string escaped(std::string_view json) {
   return out;
 }
 
+/// Builds a value as the parser meets its pieces. (nlohmann::ordered_json searches an object's keys one by one:
+/// of a client's text that takes time in proportion to the square of its length.)
+class Builder {
+ public:
+  using Parser = nlohmann::json;
+
+  bool null() { return add(None()); }
+  bool boolean(bool x) { return add(x); }
+  bool number_integer(Parser::number_integer_t x) { return add(std::int64_t{x}); }
+  bool number_unsigned(Parser::number_unsigned_t x) {
+    if (x > INT64_MAX) throw too_large(x);
+    return add(static_cast<std::int64_t>(x));
+  }
+  bool number_float(Parser::number_float_t x, const std::string&) { return add(x); }
+  bool string(std::string& x) { return add(MarkedText(x, false)); }
+  bool binary(Parser::binary_t&) { return false; }
+  bool start_object(std::size_t) { return open(Dict()); }
+  bool key(std::string& x) {
+    open_.back().key = x;
+    return true;
+  }
+  bool end_object() { return close(); }
+  bool start_array(std::size_t) { return open(List()); }
+  bool end_array() { return close(); }
+  bool parse_error(std::size_t, const std::string&, const Parser::exception&) { return false; }
+
+  static Problem too_large(std::uint64_t x) {
+    return Problem{fmt::format("the number {}; expected at most 2^63 - 1", x)};
+  }
+  Value take() { return std::move(result_); }
+
+ private:
+  struct Open {
+    std::variant<List, Dict> container;
+    std::string key;  // of the next item of a dict
+  };
+
+  template <class Container>
+  bool open(Container container) {
+    if (open_.size() == kMaxDepth) throw Problem{fmt::format("JSON is nested more than {} deep", kMaxDepth)};
+    open_.push_back({std::move(container), ""});
+    return true;
+  }
+  bool close() {
+    Open last = std::move(open_.back());
+    open_.pop_back();
+    return add(std::visit([](auto& container) { return Value(std::move(container)); }, last.container));
+  }
+  bool add(Value value) {
+    if (open_.empty()) {
+      result_ = std::move(value);
+    } else if (auto* list = std::get_if<List>(&open_.back().container)) {
+      list->items.push_back(std::move(value));
+    } else {
+      std::get<Dict>(open_.back().container).set(MarkedText(open_.back().key, false), std::move(value));
+    }
+    return true;
+  }
+
+  std::vector<Open> open_;
+  Value result_;
+};
+
 }  // namespace
 
 Value from_json(const nlohmann::ordered_json& json) {
@@ -119,7 +183,7 @@ Value from_json(const nlohmann::ordered_json& json) {
   if (json.is_string()) return MarkedText(json.get_ref<const std::string&>(), false);
   if (json.is_number_float()) return json.get<double>();
   if (json.is_number_unsigned() && json.get<std::uint64_t>() > INT64_MAX) {
-    throw Problem{fmt::format("the number {}; expected at most 2^63 - 1", json.get<std::uint64_t>())};
+    throw Builder::too_large(json.get<std::uint64_t>());
   }
   if (json.is_number()) return json.get<std::int64_t>();
   if (json.is_array()) {
@@ -134,15 +198,9 @@ Value from_json(const nlohmann::ordered_json& json) {
 }
 
 Value parse_json(std::string_view text) {
-  const auto check = [](int depth, nlohmann::ordered_json::parse_event_t, nlohmann::ordered_json&) {
-    if (depth > kMaxDepth) throw Problem{fmt::format("JSON is nested more than {} deep", kMaxDepth)};
-    return true;
-  };
-  try {
-    return from_json(nlohmann::ordered_json::parse(text, check));
-  } catch (const nlohmann::ordered_json::exception&) {
-    throw Problem{"a string that is no JSON"};
-  }
+  Builder builder;
+  if (!nlohmann::json::sax_parse(text, &builder)) throw Problem{"a string that is no JSON"};
+  return builder.take();
 }
 
 MarkedText to_json(const Value& value, const JsonLayout& layout) {
