@@ -17,10 +17,17 @@
 
 namespace flash_mla {
 
-/// How a request's tokens are chosen. Order: repetition, frequency and presence penalties on the logits;
-/// temperature; min_p; top_k; top_p; one draw from what is left, renormalised after each filter.
+/// Added to a token's logit.
+struct LogitBias {
+  std::int32_t token = -1;
+  double bias = 0;  ///< in [-100, 100]
+};
+
+/// How a request's tokens are chosen. Order: tokens that are excluded (allowed_token_ids, bad_words,
+/// min_tokens) and logit_bias; repetition, frequency and presence penalties on the logits; temperature;
+/// min_p; top_k; top_p; one draw from what is left, renormalised after each filter.
 struct SamplingParams {
-  int max_tokens = 256;      ///< tokens to generate at most, >= 1
+  int max_tokens = 256;      ///< tokens to generate at most, >= 0; 0 is for prompt_logprobs alone
   int n = 1;                 ///< continuations of the prompt, >= 1
   double temperature = 1.0;  ///< >= 0; 0 takes the likeliest token (the smallest id among equals)
   double top_p = 1.0;        ///< in (0, 1]: the likeliest tokens that together reach it
@@ -40,10 +47,25 @@ struct SamplingParams {
   /// -1: none. k >= 0: the log-probability of every token and of the k likeliest. They are the model's own,
   /// of its logits before penalties, temperature and filters.
   int logprobs = -1;
+  /// The same of the prompt's tokens: all of them go through the model, whatever the prefix cache has, up to
+  /// kMaxScoredTokens of all such prompts in a step.
+  int prompt_logprobs = -1;
+  std::vector<LogitBias> logit_bias;
+  std::vector<std::int32_t> allowed_token_ids;  ///< no others; empty: all. The end needs its token among them
+  int min_tokens = 0;  ///< <= max_tokens: before that many no end of sentence, stop token or stop string
+  /// Texts that do not come up in the tokens that the tokenizer makes of them, alone or behind a space.
+  std::vector<std::string> bad_words;
+  /// Runs of tokens that do not come up.
+  std::vector<std::vector<std::int32_t>> bad_token_ids;
+  /// Continuations to generate, of which Engine::generate keeps the n with the largest mean log-probability;
+  /// 0 is n.
+  int best_of = 0;
 };
 
 /// Most alternatives that SamplingParams::logprobs may ask for.
 inline constexpr int kMaxLogprobs = 20;
+/// Tokens of prompts in a step whose log-probabilities are wanted, at most: each needs a row of logits.
+inline constexpr int kMaxScoredTokens = 128;
 
 /// Throws InvalidArgument that names the field, its value and what was expected.
 void validate(const SamplingParams& params);
@@ -53,9 +75,10 @@ struct TokenLogprob {
   float logprob = 0;  ///< natural log
 };
 
-/// Of one generated token.
+/// Of one token, generated or of a prompt.
 struct TokenLogprobs {
   TokenLogprob chosen;
+  std::int32_t rank = 0;  ///< of the chosen one among all: 1 is the likeliest; 0: it has no log-probability
   std::vector<TokenLogprob> top;  ///< likeliest first
 };
 
@@ -68,6 +91,13 @@ struct Request {
   /// What the chat template is to see besides the messages: a JSON object, such as {"thinking": true}. Empty:
   /// nothing.
   std::string chat_variables;
+  /// What follows the gap that is to be filled: `prompt` is what comes before it. For tokenizers that have
+  /// tokens for it.
+  std::string suffix;
+  /// The last of `messages`, the assistant's, is not over: the answer goes on from it.
+  bool continue_final_message = false;
+  /// `messages` end with what begins an answer. Not with continue_final_message.
+  bool add_generation_prompt = true;
   /// Special tokens that `prompt` spells out become those tokens. False for text of strangers: it cannot end
   /// the sentence or begin another speaker's turn then.
   bool allow_special = true;
@@ -112,6 +142,9 @@ struct GenerationEvent {
   std::string text;
   std::vector<std::int32_t> token_ids;
   std::vector<TokenLogprobs> logprobs;  ///< one per token id, if asked for
+  /// In a continuation's first event, if asked for: one per token of the prompt. The first follows nothing
+  /// and has none (rank 0).
+  std::vector<TokenLogprobs> prompt_logprobs;
   FinishReason finish = FinishReason::kNone;
   LengthLimit limit = LengthLimit::kNone;  ///< with kLength
   std::string error;                       ///< with kError
@@ -222,8 +255,9 @@ struct Completion {
     LengthLimit limit = LengthLimit::kNone;
     std::string error;
   };
-  std::vector<Choice> choices;  ///< n of them
-  Usage usage;                  ///< over all choices
+  std::vector<Choice> choices;                 ///< n of them; with best_of the best first
+  std::vector<TokenLogprobs> prompt_logprobs;  ///< as in GenerationEvent
+  Usage usage;                                 ///< over all choices
 };
 
 /// Generation with continuous batching over a paged MLA cache: requests join and leave the batch at every
@@ -244,7 +278,7 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   /// Queues a request. Throws InvalidArgument naming the field (empty or too long prompt, token outside the
-  /// vocabulary, sampling parameters out of range), Overloaded when the queue is full. Errors later on arrive
+  /// vocabulary, sampling parameters out of range, best_of above n: events come before the best is known), Overloaded when the queue is full. Errors later on arrive
   /// as events and end this request alone.
   RequestId submit(Request request, EventHandler on_event);
 
@@ -273,6 +307,8 @@ class Engine {
   std::string detokenize(std::span<const std::int32_t> ids, bool skip_special = true) const;
   /// The bytes of one token, not necessarily whole UTF-8.
   std::string token_bytes(std::int32_t id) const;
+  /// Whether texts leave it out (the end of sentence and its like).
+  bool is_special_token(std::int32_t id) const;
 
   /// Where the chat template came from: a file, or a file and its field. Empty if there is none.
   std::string chat_template_origin() const;

@@ -34,6 +34,8 @@ class Output:
     prompt_tokens: int
     cached_tokens: int  #: of the prompt, found in the prefix cache
     completion_tokens: int  #: over all choices
+    #: of every token, if asked for, as in Choice.logprobs; the first follows nothing: its "logprob" is None
+    prompt_logprobs: List[Dict] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -167,16 +169,34 @@ class LLM:
         sampling_params: Union[SamplingParams, Sequence[SamplingParams], None] = None,
         *,
         progress: bool = True,
+        continue_final_message: bool = False,
     ) -> List[Output]:
-        """Answers conversations: one list of {"role": ..., "content": ...}, or a list of such lists."""
+        """Answers conversations: one list of {"role": ..., "content": ...}, or a list of such lists.
+
+        ``continue_final_message``: the last message, the assistant's, is not over, and the answer goes on from it.
+        """
         if len(conversations) > 0 and isinstance(conversations[0], dict):
             conversations = [conversations]
         params = self._params(sampling_params, len(conversations))
         requests = [
-            _C.Request(messages=[(m["role"], m["content"]) for m in messages], sampling=p)
+            _C.Request(
+                messages=[(m["role"], m["content"]) for m in messages],
+                sampling=p,
+                continue_final_message=continue_final_message,
+            )
             for messages, p in zip(conversations, params)
         ]
         return self._run(requests, params, progress)
+
+    def infill(
+        self, prefix: str, suffix: str, sampling_params: Union[SamplingParams, None] = None, *, progress: bool = True
+    ) -> Output:
+        """What stands between two texts, by a model whose tokenizer has tokens to ask for it.
+
+        Raises ``NotImplementedError`` for one that has not.
+        """
+        params = self._params(sampling_params, 1)
+        return self._run([_C.Request(prompt=prefix, suffix=suffix, sampling=params[0])], params, progress)[0]
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> List[int]:
         return self._engine.tokenize(text, add_special_tokens)
@@ -210,7 +230,7 @@ class LLM:
     def _run(self, requests, params, progress) -> List[Output]:
         if not requests:
             return []
-        total = sum(p.n for p in params)
+        total = sum(max(p.n, p.best_of) for p in params)
         bar = _progress_bar(total) if progress else None
         try:
             results = self._engine.generate(requests, bar.show if bar else None)
@@ -225,6 +245,7 @@ class LLM:
                 r["prompt_tokens"],
                 r["cached_tokens"],
                 r["completion_tokens"],
+                r["prompt_logprobs"],
             )
             for r in results
         ]

@@ -4,6 +4,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/unordered_map.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
@@ -55,7 +56,8 @@ nb::list to_python(const std::vector<TokenLogprobs>& logprobs) {
     for (const TokenLogprob& t : l.top) top[nb::int_(t.token)] = t.logprob;
     nb::dict one;
     one["token"] = l.chosen.token;
-    one["logprob"] = l.chosen.logprob;
+    one["logprob"] = l.rank == 0 ? nb::object(nb::none()) : nb::object(nb::float_(l.chosen.logprob));
+    one["rank"] = l.rank;
     one["top"] = top;
     out.append(one);
   }
@@ -75,6 +77,7 @@ nb::dict to_python(const Completion& completion) {
   }
   nb::dict out;
   out["choices"] = choices;
+  out["prompt_logprobs"] = to_python(completion.prompt_logprobs);
   out["prompt_tokens"] = completion.usage.prompt_tokens;
   out["cached_tokens"] = completion.usage.cached_tokens;
   out["completion_tokens"] = completion.usage.completion_tokens;
@@ -143,6 +146,12 @@ nb::dict to_python(const EngineStats& s) {
   return d;
 }
 
+std::vector<LogitBias> logit_bias(const std::unordered_map<std::int32_t, double>& by_token) {
+  std::vector<LogitBias> out;
+  for (const auto& [token, bias] : by_token) out.push_back({token, bias});
+  return out;
+}
+
 void bind_sampling_params(nb::module_& m) {
   const SamplingParams d;
   nb::class_<SamplingParams>(m, "SamplingParams")
@@ -151,22 +160,32 @@ void bind_sampling_params(nb::module_& m) {
           [](SamplingParams* self, int max_tokens, int n, double temperature, double top_p, int top_k,
              double min_p, double repetition_penalty, double frequency_penalty, double presence_penalty,
              std::optional<std::uint64_t> seed, std::vector<std::string> stop, bool include_stop,
-             std::vector<std::int32_t> stop_token_ids, bool ignore_eos, int logprobs) {
-            SamplingParams p{max_tokens,
-                             n,
-                             temperature,
-                             top_p,
-                             top_k,
-                             min_p,
-                             repetition_penalty,
-                             frequency_penalty,
-                             presence_penalty,
-                             seed,
-                             std::move(stop),
-                             include_stop,
-                             std::move(stop_token_ids),
-                             ignore_eos,
-                             logprobs};
+             std::vector<std::int32_t> stop_token_ids, bool ignore_eos, int logprobs, int prompt_logprobs,
+             const std::unordered_map<std::int32_t, double>& bias,
+             std::vector<std::int32_t> allowed_token_ids, int min_tokens, std::vector<std::string> bad_words,
+             int best_of) {
+            SamplingParams p;
+            p.max_tokens = max_tokens;
+            p.n = n;
+            p.temperature = temperature;
+            p.top_p = top_p;
+            p.top_k = top_k;
+            p.min_p = min_p;
+            p.repetition_penalty = repetition_penalty;
+            p.frequency_penalty = frequency_penalty;
+            p.presence_penalty = presence_penalty;
+            p.seed = seed;
+            p.stop = std::move(stop);
+            p.include_stop = include_stop;
+            p.stop_token_ids = std::move(stop_token_ids);
+            p.ignore_eos = ignore_eos;
+            p.logprobs = logprobs;
+            p.prompt_logprobs = prompt_logprobs;
+            p.logit_bias = logit_bias(bias);
+            p.allowed_token_ids = std::move(allowed_token_ids);
+            p.min_tokens = min_tokens;
+            p.bad_words = std::move(bad_words);
+            p.best_of = best_of;
             validate(p);
             new (self) SamplingParams(std::move(p));
           },
@@ -176,12 +195,17 @@ void bind_sampling_params(nb::module_& m) {
           "presence_penalty"_a = d.presence_penalty, "seed"_a = nb::none(),
           "stop"_a = std::vector<std::string>(), "include_stop"_a = d.include_stop,
           "stop_token_ids"_a = std::vector<std::int32_t>(), "ignore_eos"_a = d.ignore_eos,
-          "logprobs"_a = d.logprobs,
+          "logprobs"_a = d.logprobs, "prompt_logprobs"_a = d.prompt_logprobs,
+          "logit_bias"_a = std::unordered_map<std::int32_t, double>(),
+          "allowed_token_ids"_a = std::vector<std::int32_t>(), "min_tokens"_a = d.min_tokens,
+          "bad_words"_a = std::vector<std::string>(), "best_of"_a = d.best_of,
           "How a request's tokens are chosen. Penalties act on the logits, then temperature (0: always the\n"
           "likeliest token), min_p, top_k and top_p filter, and one token is drawn from what is left.\n"
-          "logprobs: -1 for none, k for those of every token and of the k likeliest. Raises ValueError "
-          "naming\n"
-          "the field for a value out of range.")
+          "logprobs: -1 for none, k for those of every token and of the k likeliest; prompt_logprobs the\n"
+          "same of the prompt's tokens. logit_bias: {token: value} added to logits, -100 to 100.\n"
+          "allowed_token_ids: no others. min_tokens: no end before that many. bad_words do not come up.\n"
+          "best_of: so many continuations are made, of which the n with the largest mean log-probability\n"
+          "are returned. Raises ValueError naming the field for a value out of range.")
       .def_rw("max_tokens", &SamplingParams::max_tokens)
       .def_rw("n", &SamplingParams::n)
       .def_rw("temperature", &SamplingParams::temperature)
@@ -196,7 +220,22 @@ void bind_sampling_params(nb::module_& m) {
       .def_rw("include_stop", &SamplingParams::include_stop)
       .def_rw("stop_token_ids", &SamplingParams::stop_token_ids)
       .def_rw("ignore_eos", &SamplingParams::ignore_eos)
-      .def_rw("logprobs", &SamplingParams::logprobs);
+      .def_rw("logprobs", &SamplingParams::logprobs)
+      .def_rw("prompt_logprobs", &SamplingParams::prompt_logprobs)
+      .def_prop_rw(
+          "logit_bias",
+          [](const SamplingParams& p) {
+            std::unordered_map<std::int32_t, double> out;
+            for (const auto& [token, bias] : p.logit_bias) out.emplace(token, bias);
+            return out;
+          },
+          [](SamplingParams& p, const std::unordered_map<std::int32_t, double>& bias) {
+            p.logit_bias = logit_bias(bias);
+          })
+      .def_rw("allowed_token_ids", &SamplingParams::allowed_token_ids)
+      .def_rw("min_tokens", &SamplingParams::min_tokens)
+      .def_rw("bad_words", &SamplingParams::bad_words)
+      .def_rw("best_of", &SamplingParams::best_of);
 }
 
 }  // namespace
@@ -207,17 +246,20 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Request* self, std::string prompt, std::vector<std::int32_t> prompt_token_ids,
-             const std::vector<std::pair<std::string, std::string>>& messages,
-             const SamplingParams& sampling) {
+             const std::vector<std::pair<std::string, std::string>>& messages, const SamplingParams& sampling,
+             std::string suffix, bool continue_final_message) {
             Request r;
             r.prompt = std::move(prompt);
+            r.suffix = std::move(suffix);
+            r.continue_final_message = continue_final_message;
             r.prompt_token_ids = std::move(prompt_token_ids);
             for (const auto& [role, content] : messages) r.messages.push_back({role, content});
             r.sampling = sampling;
             new (self) Request(std::move(r));
           },
           nb::kw_only(), "prompt"_a = "", "prompt_token_ids"_a = std::vector<std::int32_t>(),
-          "messages"_a = std::vector<std::pair<std::string, std::string>>(), "sampling"_a);
+          "messages"_a = std::vector<std::pair<std::string, std::string>>(), "sampling"_a, "suffix"_a = "",
+          "continue_final_message"_a = false);
   nb::class_<Engine>(m, "Engine")
       .def(
           "__init__",

@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <condition_variable>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -16,6 +18,8 @@
 #include "flash_mla/error.h"
 #include "model/model.h"
 #include "text/chat_template.h"
+#include "text/fill_in_the_middle.h"
+#include "text/open_end.h"
 #include "text/tokenizer.h"
 
 namespace flash_mla {
@@ -49,6 +53,7 @@ std::unique_ptr<model::Model> make_model(const std::filesystem::path& directory,
 // Completions that come in as events, from whichever thread steps.
 class Collector {
  public:
+  /// `requests` as they are submitted: n continuations of each, whatever best_of was.
   Collector(std::span<const Request> requests, const EventHandler& on_event)
       : on_event_(on_event), completions_(requests.size()), open_(requests.size()) {
     for (std::size_t i = 0; i < requests.size(); ++i) {
@@ -67,6 +72,7 @@ class Collector {
     choice.finish = e.finish;
     choice.limit = e.limit;
     choice.error = e.error;
+    if (!e.prompt_logprobs.empty()) completion.prompt_logprobs = e.prompt_logprobs;
     if (e.finish != FinishReason::kNone) {
       completion.usage.prompt_tokens = e.usage.prompt_tokens;
       completion.usage.cached_tokens = e.usage.cached_tokens;
@@ -95,6 +101,28 @@ class Collector {
   std::vector<Completion> completions_;
   std::size_t open_;
 };
+
+double mean_logprob(const Completion::Choice& choice) {
+  double sum = 0;
+  for (const TokenLogprobs& l : choice.logprobs) sum += l.chosen.logprob;
+  return choice.logprobs.empty() ? 0 : sum / static_cast<double>(choice.logprobs.size());
+}
+
+// best_of continuations that tell their log-probabilities, in place of n.
+void generate_all(SamplingParams& p) {
+  if (p.best_of <= p.n) return;
+  p.n = p.best_of;
+  p.logprobs = std::max(p.logprobs, 0);
+}
+
+// The n best of them, the best first; without the log-probabilities if nobody asked for them.
+void keep_best(Completion& completion, const SamplingParams& p) {
+  if (p.best_of <= p.n) return;
+  std::ranges::stable_sort(completion.choices, std::greater(), mean_logprob);
+  completion.choices.resize(static_cast<std::size_t>(p.n));
+  if (p.logprobs >= 0) return;
+  for (Completion::Choice& choice : completion.choices) choice.logprobs.clear();
+}
 
 }  // namespace
 
@@ -129,11 +157,15 @@ struct Engine::Impl {
   }
 
   std::vector<std::int32_t> prompt_tokens(Request& request) const {
+    if (request.messages.empty() && (request.continue_final_message || !request.add_generation_prompt)) {
+      throw InvalidArgument("continue_final_message, add_generation_prompt: expected messages");
+    }
     const int given = !request.prompt.empty() + !request.prompt_token_ids.empty() + !request.messages.empty();
     if (given == 0) throw InvalidArgument("prompt is empty, expected text, prompt_token_ids or messages");
     if (given > 1) {
       throw InvalidArgument("prompt, prompt_token_ids and messages: more than one is given, expected one");
     }
+    if (!request.suffix.empty()) return fill_in_the_middle(request);
     if (!request.prompt.empty()) {
       return encode(request.prompt, /*add_special_tokens=*/true, request.allow_special);
     }
@@ -144,8 +176,29 @@ struct Engine::Impl {
           "or "
           "chat_template in tokenizer_config.json); use prompt");
     }
-    return tokenizer.encode_parts(chat_template->parts(request.messages, /*add_generation_prompt=*/true,
-                                                       text::parse_chat_variables(request.chat_variables)));
+    const nlohmann::ordered_json variables = text::parse_chat_variables(request.chat_variables);
+    if (!request.continue_final_message) {
+      return tokenizer.encode_parts(
+          chat_template->parts(request.messages, request.add_generation_prompt, variables));
+    }
+    const text::OpenEnd end = text::mark_open_end(request.messages);
+    return tokenizer.encode_parts(
+        end.cut(chat_template->parts(request.messages, /*add_generation_prompt=*/false, variables)));
+  }
+
+  std::vector<std::int32_t> fill_in_the_middle(const Request& request) const {
+    if (request.prompt.empty()) throw InvalidArgument("suffix: expected a text in prompt, before the gap");
+    return tokenizer.encode_parts(text::fill_in_the_middle(tokenizer, request.prompt, request.suffix),
+                                  /*add_special_tokens=*/true);
+  }
+
+  // Words begin with a space in the middle of a text, and without one at the beginning of a line.
+  void add_bad_word(const std::string& word, std::vector<std::vector<std::int32_t>>& runs) const {
+    if (word.empty()) return;  // refused below
+    runs.push_back(encode(word, /*add_special_tokens=*/false, /*allow_special=*/false));
+    if (!word.starts_with(' ')) {
+      runs.push_back(encode(' ' + word, /*add_special_tokens=*/false, /*allow_special=*/false));
+    }
   }
 
   // The request as tokens, checked.
@@ -153,6 +206,7 @@ struct Engine::Impl {
     Request out;
     out.prompt_token_ids = prompt_tokens(request);
     out.sampling = std::move(request.sampling);
+    for (const std::string& word : out.sampling.bad_words) add_bad_word(word, out.sampling.bad_token_ids);
     core.check(out);
     return out;
   }
@@ -213,6 +267,7 @@ std::vector<Completion> Engine::generate(std::span<const Request> requests, cons
   for (std::size_t i = 0; i < requests.size(); ++i) {
     try {
       tokenized.push_back(impl_->tokenized(requests[i]));
+      generate_all(tokenized.back().sampling);
     } catch (const InvalidArgument& e) {
       if (requests.size() == 1) throw;
       throw InvalidArgument(fmt::format("request {}: {}", i, e.what()));
@@ -232,7 +287,9 @@ std::vector<Completion> Engine::generate(std::span<const Request> requests, cons
     }
     if (impl_->runs_itself() || !impl_->core.step()) collector->wait_a_moment();
   }
-  return collector->result();
+  std::vector<Completion> completions = collector->result();
+  for (std::size_t i = 0; i < completions.size(); ++i) keep_best(completions[i], requests[i].sampling);
+  return completions;
 }
 
 std::vector<Completion> Engine::generate(std::span<const std::string> prompts, const SamplingParams& params) {
@@ -256,6 +313,8 @@ std::string Engine::detokenize(std::span<const std::int32_t> ids, bool skip_spec
 std::string Engine::token_bytes(std::int32_t id) const {
   return std::string(impl_->tokenizer.token_bytes(id));
 }
+
+bool Engine::is_special_token(std::int32_t id) const { return impl_->tokenizer.is_special(id); }
 
 std::string Engine::chat_template_origin() const {
   return impl_->chat_template ? impl_->chat_template->origin() : "";

@@ -24,11 +24,25 @@ void check(const EngineOptions& options) {
   }
 }
 
+// Those that a request names besides its prompt. (A stop token that never comes does no harm.)
+void check_tokens(const SamplingParams& p, int vocab_size) {
+  const auto check_one = [&](const char* field, std::int32_t token) {
+    if (token >= vocab_size) {
+      throw InvalidArgument(fmt::format("{} names token {}, expected 0 to {}", field, token, vocab_size - 1));
+    }
+  };
+  for (const LogitBias& b : p.logit_bias) check_one("logit_bias", b.token);
+  for (const std::int32_t token : p.allowed_token_ids) check_one("allowed_token_ids", token);
+  for (const std::vector<std::int32_t>& run : p.bad_token_ids) {
+    for (const std::int32_t token : run) check_one("bad_token_ids", token);
+  }
+}
+
 // Room for steps is made before the cache, which by default takes most of what is left.
 std::unique_ptr<model::Model> with_room_for_steps(std::unique_ptr<model::Model> model,
                                                   const EngineOptions& options) {
   check(options);
-  model->reserve(options.max_tokens_per_step, options.max_batch_size);
+  model->reserve(options.max_tokens_per_step, options.max_batch_size + kMaxScoredTokens);
   return model;
 }
 
@@ -89,6 +103,7 @@ void EngineCore::check(const Request& request) const {
                                         model_->vocab_size() - 1));
     }
   }
+  check_tokens(request.sampling, model_->vocab_size());
   if (!has_text_ && !request.sampling.stop.empty()) {
     throw Unsupported("stop: this engine has no tokenizer; use stop_token_ids");
   }
@@ -98,6 +113,11 @@ RequestId EngineCore::submit(Request request, EventHandler on_event, bool bounde
   auto active = std::make_unique<ActiveRequest>();
   active->prompt = std::move(request.prompt_token_ids);
   active->sampling = std::move(request.sampling);
+  if (active->sampling.best_of > active->sampling.n) {
+    throw InvalidArgument(
+        fmt::format("best_of is {}, expected at most n, {}: which is best is known at the end",
+                    active->sampling.best_of, active->sampling.n));
+  }
   active->on_event = std::move(on_event);
   return inbox_.submit(std::move(active), bounded);
 }
@@ -168,12 +188,20 @@ void EngineCore::accept_tokens(const LaunchedStep& step) {
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     if (!step.continuation(i).ended) scheduler_.commit(step.plan.work[i]);
   }
+  for (const auto& [continuation, error] : chooser_.score(step, pipeline_, model_->vocab_size())) {
+    requests_.end(*continuation, FinishReason::kError, error, /*keep_pages=*/false);
+  }
   for (TokenChoice& c : chooser_.choose(step, pipeline_, model_->vocab_size(), requests_)) {
     if (c.error.empty()) {
       requests_.accept(*c.continuation, c.sampled);
     } else {
       requests_.end(*c.continuation, FinishReason::kError, c.error, /*keep_pages=*/false);
     }
+  }
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    Continuation& c = step.continuation(i);
+    if (step.plan.work[i].samples && !c.ended && c.request->sampling.max_tokens == 0)
+      requests_.end_at_prompt(c);
   }
 }
 

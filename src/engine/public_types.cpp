@@ -15,7 +15,7 @@ void validate(const SamplingParams& p) {
     if (!ok) throw InvalidArgument(fmt::format("{} is {}, expected {}", field, value, expected));
   };
   // Comparisons are written so that NaN fails them.
-  require(p.max_tokens >= 1, "max_tokens", p.max_tokens, "at least 1");
+  require(p.max_tokens >= 0, "max_tokens", p.max_tokens, "at least 0");
   require(p.n >= 1 && p.n <= 1024, "n", p.n, "1 to 1024");
   require(p.temperature >= 0 && p.temperature <= 1e6, "temperature", p.temperature, "0 to 1e6");
   require(p.top_p > 0 && p.top_p <= 1, "top_p", p.top_p, "a number in (0, 1]");
@@ -29,6 +29,24 @@ void validate(const SamplingParams& p) {
           "-2 to 2");
   require(p.logprobs >= -1 && p.logprobs <= kMaxLogprobs, "logprobs", p.logprobs,
           "-1 (none) to 20 alternatives");
+  require(p.prompt_logprobs >= -1 && p.prompt_logprobs <= kMaxLogprobs, "prompt_logprobs", p.prompt_logprobs,
+          "-1 (none) to 20 alternatives");
+  require(p.max_tokens > 0 || p.prompt_logprobs >= 0, "max_tokens", p.max_tokens,
+          "at least 1, or prompt_logprobs");
+  require(p.min_tokens >= 0 && p.min_tokens <= p.max_tokens, "min_tokens", p.min_tokens, "0 to max_tokens");
+  require(p.best_of == 0 || (p.best_of >= p.n && p.best_of <= 1024), "best_of", p.best_of,
+          "0 (n), or n to 1024");
+  for (const LogitBias& b : p.logit_bias) {
+    require(b.bias >= -100 && b.bias <= 100, "logit_bias", b.bias, "values from -100 to 100");
+    require(b.token >= 0, "logit_bias", b.token, "token ids");
+  }
+  for (const std::int32_t id : p.allowed_token_ids) require(id >= 0, "allowed_token_ids", id, "token ids");
+  for (const std::string& s : p.bad_words)
+    require(!s.empty(), "bad_words", "\"\"", "texts that are not empty");
+  for (const std::vector<std::int32_t>& run : p.bad_token_ids) {
+    require(!run.empty(), "bad_token_ids", "[]", "runs of tokens that are not empty");
+    for (const std::int32_t id : run) require(id >= 0, "bad_token_ids", id, "token ids");
+  }
   for (const std::string& s : p.stop) require(!s.empty(), "stop", "\"\"", "texts that are not empty");
   for (const std::int32_t id : p.stop_token_ids) require(id >= 0, "stop_token_ids", id, "token ids");
 }

@@ -3,8 +3,10 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
+#include "engine/logit_rules.h"
 #include "engine/sampler.h"
 #include "engine/scheduler.h"
 #include "engine/stop_matcher.h"
@@ -31,6 +33,7 @@ struct Continuation : Sequence {
   std::unique_ptr<TextDecoder> decoder;  // null: no text
   StopMatcher stop;
   std::int64_t num_generated = 0;
+  std::span<const std::int32_t> generated() const;
   std::size_t token_index = 0;  // of its token among those that the last step launched with it chooses
   bool ended = false;
   Clock::time_point first_token{}, last_token{};
@@ -41,6 +44,8 @@ struct ActiveRequest {
   RequestId id = 0;
   std::vector<std::int32_t> prompt;
   SamplingParams sampling;
+  LogitRules rules;
+  std::vector<TokenLogprobs> prompt_logprobs;  // as far as the prompt has been scored
   EventHandler on_event;
   std::uint64_t seed = 0;
   Clock::time_point submitted{};
@@ -53,6 +58,10 @@ struct ActiveRequest {
 
 /// Continuations of one request are consecutive in Sequence::order; validate() allows no more than this.
 inline constexpr std::uint64_t kMaxContinuations = 1024;
+
+inline std::span<const std::int32_t> Continuation::generated() const {
+  return std::span(tokens).last(static_cast<std::size_t>(num_generated));
+}
 
 inline Continuation::Continuation(ActiveRequest& owner, int index_, std::unique_ptr<TextDecoder> text)
     : request(&owner),

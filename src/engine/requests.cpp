@@ -25,6 +25,13 @@ void Requests::begin(std::unique_ptr<ActiveRequest> request) {
   r.open = r.sampling.n;
   Continuation& first = *r.continuations.emplace_back(std::make_unique<Continuation>(r, 0, new_decoder()));
   first.tokens = r.prompt;
+  std::vector<std::int32_t> ends = r.sampling.stop_token_ids;
+  if (!r.sampling.ignore_eos) ends.insert(ends.end(), eos_token_ids_.begin(), eos_token_ids_.end());
+  r.rules = LogitRules(r.sampling, std::move(ends));
+  if (r.sampling.prompt_logprobs >= 0) {
+    r.prompt_logprobs.emplace_back().chosen.token = r.prompt.front();
+    if (r.prompt.size() > 1) first.score_from = 0;
+  }
   scheduler_.add(first);
   requests_.emplace(r.id, std::move(request));
 }
@@ -72,15 +79,17 @@ void Requests::accept(Continuation& c, const Sampled& sampled) {
   GenerationEvent event;
   event.token_ids = {sampled.token};
   if (sampling.logprobs >= 0) event.logprobs = {sampled.logprobs};
+  if (c.num_generated == 1) event.prompt_logprobs = c.request->prompt_logprobs;
 
-  const auto is_in = [&](const std::vector<std::int32_t>& ids) {
-    return std::ranges::find(ids, sampled.token) != ids.end();
-  };
-  if ((!sampling.ignore_eos && is_in(eos_token_ids_)) || is_in(sampling.stop_token_ids)) {
+  if (is_end(sampling, sampled.token)) {
     end(c, FinishReason::kStop, {}, std::move(event), /*keep_pages=*/true);
     return;
   }
-  if (c.decoder) event.text = c.stop.push(c.decoder->push(sampled.token));
+  if (c.decoder) {
+    std::string text = c.decoder->push(sampled.token);
+    // A stop string before min_tokens is text like any other.
+    event.text = c.num_generated < sampling.min_tokens ? std::move(text) : c.stop.push(text);
+  }
   if (c.stop.stopped()) {
     end(c, FinishReason::kStop, {}, std::move(event), /*keep_pages=*/true);
   } else if (c.num_generated == sampling.max_tokens ||
@@ -92,6 +101,20 @@ void Requests::accept(Continuation& c, const Sampled& sampled) {
     event.usage = {static_cast<std::int64_t>(c.request->prompt.size()), c.cached_tokens, c.num_generated};
     send(*c.request, std::move(event));
   }
+}
+
+bool Requests::is_end(const SamplingParams& sampling, std::int32_t token) const {
+  const auto is_in = [&](const std::vector<std::int32_t>& ids) {
+    return std::ranges::find(ids, token) != ids.end();
+  };
+  return (!sampling.ignore_eos && is_in(eos_token_ids_)) || is_in(sampling.stop_token_ids);
+}
+
+void Requests::end_at_prompt(Continuation& c) {
+  GenerationEvent event;
+  event.prompt_logprobs = c.request->prompt_logprobs;
+  event.limit = LengthLimit::kMaxTokens;
+  end(c, FinishReason::kLength, {}, std::move(event), /*keep_pages=*/true);
 }
 
 void Requests::end(Continuation& c, FinishReason reason, const std::string& error, GenerationEvent event,

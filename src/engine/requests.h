@@ -36,6 +36,8 @@ class Requests {
   void end(Continuation& c, FinishReason reason, const std::string& error, bool keep_pages = true) {
     end(c, reason, error, {}, keep_pages);
   }
+  /// Its end where no token was asked for.
+  void end_at_prompt(Continuation& c);
   /// Forgets requests that have ended, except those in a step that the model has been given.
   void drop_ended();
 
@@ -43,6 +45,7 @@ class Requests {
   void end(Continuation& c, FinishReason reason, const std::string& error, GenerationEvent event,
            bool keep_pages);
   void send(ActiveRequest& request, GenerationEvent event);
+  bool is_end(const SamplingParams& sampling, std::int32_t token) const;
   std::unique_ptr<TextDecoder> new_decoder() const { return make_decoder_ ? make_decoder_() : nullptr; }
 
   Scheduler& scheduler_;

@@ -33,7 +33,9 @@ std::int32_t checked_argmax(std::span<const float> logits) {
                     "cache may be damaged",
                     it - logits.begin(), *it));
   }
-  if (best < 0) throw BadLogits("the model's logits exclude every token (all are -inf)");
+  if (best < 0) {
+    throw BadLogits("no token is left: the model's logits, or what the request allows, exclude every one");
+  }
   return best;
 }
 
@@ -52,10 +54,10 @@ struct Likelier {
   }
 };
 
-TokenLogprobs log_probabilities(std::span<const float> logits, std::int32_t best, int count,
+// The likeliest alone.
+TokenLogprobs log_probabilities(std::span<const float> logits, double norm, int count,
                                 std::vector<std::int32_t>& scratch) {
   TokenLogprobs out;
-  const double norm = log_sum_exp(logits, logits[static_cast<std::size_t>(best)]);
   const auto most = std::min(static_cast<std::size_t>(count), logits.size());
   scratch.resize(logits.size());
   std::iota(scratch.begin(), scratch.end(), 0);
@@ -64,8 +66,13 @@ TokenLogprobs log_probabilities(std::span<const float> logits, std::int32_t best
   for (std::size_t i = 0; i < most; ++i) {
     out.top.push_back({scratch[i], static_cast<float>(logits[static_cast<std::size_t>(scratch[i])] - norm)});
   }
-  out.chosen.logprob = static_cast<float>(norm);  // completed when the token is known
   return out;
+}
+
+void complete(TokenLogprobs& out, std::span<const float> logits, double norm, std::int32_t token) {
+  const float logit = logits[static_cast<std::size_t>(token)];
+  out.chosen = {token, static_cast<float>(logit - norm)};
+  out.rank = 1 + static_cast<std::int32_t>(std::ranges::count_if(logits, [&](float x) { return x > logit; }));
 }
 
 }  // namespace
@@ -95,25 +102,33 @@ Draw draw_of(const SamplingParams& params, const DrawKey& key) {
                         params.top_p, params.min_p);
 }
 
+TokenLogprobs Sampler::score(std::span<const float> logits, std::int32_t token, int count) {
+  const std::int32_t best = checked_argmax(logits);
+  const double norm = log_sum_exp(logits, logits[static_cast<std::size_t>(best)]);
+  TokenLogprobs out = log_probabilities(logits, norm, count, order_);
+  complete(out, logits, norm, token);
+  return out;
+}
+
 Sampled Sampler::sample(const SamplingParams& params, const TokenHistory& history, const DrawKey& key,
-                        std::span<float> logits) {
+                        std::span<float> logits, const LogitEdit& edit) {
   Sampled out;
-  std::int32_t best = checked_argmax(logits);
+  const std::int32_t best = checked_argmax(logits);
+  double norm = 0;
   std::vector<float> raw;
   if (params.logprobs >= 0) {
-    out.logprobs = log_probabilities(logits, best, params.logprobs, order_);
+    norm = log_sum_exp(logits, logits[static_cast<std::size_t>(best)]);
+    out.logprobs = log_probabilities(logits, norm, params.logprobs, order_);
     raw.assign(logits.begin(), logits.end());
   }
+  if (edit) edit(logits);
   history.apply(params, logits);
   out.token = checked_argmax(logits);
   if (params.temperature > 0) {
     const float largest = logits[static_cast<std::size_t>(out.token)];
     out.token = cpu::draw_token(logits, largest, draw_of(params, key), scratch_);
   }
-  if (params.logprobs >= 0) {
-    const double norm = out.logprobs.chosen.logprob;
-    out.logprobs.chosen = {out.token, static_cast<float>(raw[static_cast<std::size_t>(out.token)] - norm)};
-  }
+  if (params.logprobs >= 0) complete(out.logprobs, raw, norm, out.token);
   return out;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <stdexcept>
 #include <unordered_map>
@@ -46,12 +47,18 @@ struct Sampled {
   TokenLogprobs logprobs;  ///< filled if params.logprobs >= 0
 };
 
+/// Changes logits before penalties.
+using LogitEdit = std::function<void(std::span<float>)>;
+
 /// Chooses a token. `logits` (vocab_size) is overwritten. -inf excludes a token. Throws BadLogits for NaN or
 /// +inf, and if every token is excluded. One object per thread: it keeps scratch memory.
 class Sampler {
  public:
+  /// `edit`, if there is one, does not touch log-probabilities: they are the model's own.
   Sampled sample(const SamplingParams& params, const TokenHistory& history, const DrawKey& key,
-                 std::span<float> logits);
+                 std::span<float> logits, const LogitEdit& edit = {});
+  /// Of a token that is given, and of the `count` likeliest.
+  TokenLogprobs score(std::span<const float> logits, std::int32_t token, int count);
 
  private:
   std::vector<std::int32_t> order_;

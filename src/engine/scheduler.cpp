@@ -12,6 +12,12 @@ namespace {
 
 std::int64_t length(const Sequence& s) { return static_cast<std::int64_t>(s.tokens.size()); }
 
+// What may come from the prefix cache, and one token more, which never does.
+std::span<const std::int32_t> reusable(const Sequence& s) {
+  const std::span<const std::int32_t> all(s.tokens);
+  return s.score_from ? all.first(std::min(all.size(), static_cast<std::size_t>(*s.score_from) + 1)) : all;
+}
+
 }  // namespace
 
 void check(const SchedulerOptions& options) {
@@ -107,7 +113,9 @@ void Scheduler::plan_prefill(StepPlan& plan) {
       joining = joining && plan.preempted.empty() && try_to_join(*s);
       if (!joining) continue;
     }
-    const auto count = static_cast<int>(std::min<std::int64_t>(s->num_remaining(), budget));
+    auto count = static_cast<int>(std::min<std::int64_t>(s->num_remaining(), budget));
+    if (s->score_from) count = std::min(count, options_.max_scored_tokens - plan.num_scored);
+    if (count == 0) continue;
     if (s->running && reserve(*s, s->num_computed() + count, plan)) schedule(*s, count, plan);
   }
 }
@@ -128,12 +136,12 @@ bool Scheduler::fits(const Sequence& sequence) const {
   // Pages that running prompts still need, and one for each running sequence to grow into.
   std::int64_t promised = 0;
   for (const Sequence* s : running_) promised += 1 + pool_.pages_needed(s->pages, length(*s));
-  return pool_.admission_cost(sequence.tokens) + promised <= pool_.num_available();
+  return pool_.admission_cost(reusable(sequence), length(sequence)) + promised <= pool_.num_available();
 }
 
 bool Scheduler::try_to_join(Sequence& sequence) {
   if (!fits(sequence)) return false;
-  const std::int64_t hit = pool_.admit(sequence.pages, sequence.tokens);
+  const std::int64_t hit = pool_.admit(sequence.pages, reusable(sequence));
   if (!sequence.admitted) {
     sequence.admitted = true;
     sequence.cached_tokens = hit;
@@ -155,6 +163,7 @@ void Scheduler::schedule(Sequence& s, int count, StepPlan& plan) {
   work.samples = work.begin + count == length(s);
   plan.work.push_back(work);
   plan.num_tokens += count;
+  if (s.score_from) plan.num_scored += count;
 }
 
 void Scheduler::commit(const ScheduledWork& work) {

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "flash_mla/engine.h"
 #include "kv/page_pool.h"
 
 namespace flash_mla::engine {
@@ -18,6 +19,8 @@ struct Sequence {
   std::vector<std::int32_t> tokens;  ///< prompt and what has been generated
   std::int64_t cached_tokens = 0;    ///< found in the prefix cache when it was first admitted
   int preemptions = 0;
+  /// The logits of its tokens from this one on are wanted: they are computed even where the cache has them.
+  std::optional<std::int64_t> score_from;
 
   /// Tokens whose latents are in the cache.
   std::int64_t num_computed() const { return pages.num_tokens(); }
@@ -32,8 +35,9 @@ struct Sequence {
 };
 
 struct SchedulerOptions {
-  int max_batch_size = 128;        ///< sequences that hold pages
-  int max_tokens_per_step = 2048;  ///< >= max_batch_size
+  int max_batch_size = 128;                  ///< sequences that hold pages
+  int max_tokens_per_step = 2048;            ///< >= max_batch_size
+  int max_scored_tokens = kMaxScoredTokens;  ///< per step, of sequences with score_from
 };
 
 /// Throws InvalidArgument for options out of range.
@@ -53,6 +57,7 @@ struct StepPlan {
   std::vector<kv::PageCopy> copies;  ///< to be made in this order before the model runs
   std::vector<Sequence*> preempted;
   int num_tokens = 0;
+  int num_scored = 0;  ///< of which of sequences with score_from
 };
 
 /// Decides what runs in a step: continuous batching with chunked prefill.

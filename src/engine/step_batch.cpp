@@ -19,7 +19,8 @@ model::ForwardBatch StepBatch::view(bool batch_invariant) const {
   return batch;
 }
 
-StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const TokenIndexOf& token_index_of) {
+StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const ScoredOf& scored_of,
+                     const TokenIndexOf& token_index_of) {
   StepBatch out;
   std::size_t max_blocks = 0;
   for (const ScheduledWork& w : plan.work) {
@@ -35,6 +36,12 @@ StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const Toke
     max_blocks = std::max(max_blocks, w.sequence->pages.pages().size());
 
     StepBatch::Result& result = out.results.emplace_back();
+    const ScoredTokens scored = scored_of(w);
+    result.first_scored = out.logit_rows.size();
+    result.num_scored = scored.count;
+    for (int i = 0; i < scored.count; ++i) {
+      out.logit_rows.push_back(out.query_starts.back() - w.count + scored.skipped + i);
+    }
     if (!w.samples) continue;
     Draw draw;
     result.wanted = wanted_of(w, draw);

@@ -24,6 +24,8 @@ struct StepBatch {
   struct Result {
     Wanted wanted = Wanted::kNothing;
     std::size_t index = 0;
+    std::size_t first_scored = 0;  ///< row of the logits of its first token whose successor is scored
+    int num_scored = 0;            ///< such tokens, one row after another
     bool is_token() const { return wanted == Wanted::kDrawn || wanted == Wanted::kLikeliest; }
   };
 
@@ -40,9 +42,16 @@ struct StepBatch {
 
 /// Says what is wanted of a work that samples; fills the draw if that is kDrawn.
 using WantedOf = std::function<Wanted(const ScheduledWork&, Draw&)>;
+/// How many of a work's tokens, and behind how many others of it, have a successor in the prompt whose
+/// log-probability is wanted.
+struct ScoredTokens {
+  int skipped = 0, count = 0;
+};
+using ScoredOf = std::function<ScoredTokens(const ScheduledWork&)>;
 /// The index, among the tokens that the step before chooses, of the token that a sequence does not have yet.
 using TokenIndexOf = std::function<std::size_t(const Sequence&)>;
 
-StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const TokenIndexOf& token_index_of);
+StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const ScoredOf& scored_of,
+                     const TokenIndexOf& token_index_of);
 
 }  // namespace flash_mla::engine

@@ -23,14 +23,26 @@ bool forks_here(const Continuation& c) { return c.request->sampling.n > 1 && !c.
 Wanted wanted(const ScheduledWork& w, Draw& draw) {
   const auto& c = static_cast<const Continuation&>(*w.sequence);
   const SamplingParams& sampling = c.request->sampling;
+  if (sampling.max_tokens == 0) return Wanted::kNothing;
   if (!leaves_choice_to_model(sampling)) return Wanted::kLogits;
-  if (sampling.temperature == 0) return Wanted::kLikeliest;
-  if (forks_here(c)) return Wanted::kLogits;
   // A token that is still on its way counts as generated.
   const std::int64_t on_its_way = w.begin - (static_cast<std::int64_t>(c.tokens.size()) - w.count);
+  if (c.request->rules.needed(c.num_generated + on_its_way)) return Wanted::kLogits;
+  if (sampling.temperature == 0) return Wanted::kLikeliest;
+  if (forks_here(c)) return Wanted::kLogits;
   draw = draw_of(sampling, {c.request->seed, static_cast<std::uint32_t>(c.index),
                             static_cast<std::uint64_t>(c.num_generated + on_its_way)});
   return Wanted::kDrawn;
+}
+
+ScoredTokens scored(const ScheduledWork& w) {
+  if (!w.sequence->score_from) return {};
+  const ActiveRequest& request = *static_cast<const Continuation&>(*w.sequence).request;
+  const auto known = static_cast<std::int64_t>(request.prompt_logprobs.size());
+  const std::int64_t begin = std::max(w.begin, known - 1);
+  const std::int64_t end = std::min(w.begin + w.count, static_cast<std::int64_t>(request.prompt.size()) - 1);
+  if (begin >= end) return {};
+  return {static_cast<int>(begin - w.begin), static_cast<int>(end - begin)};
 }
 
 std::size_t token_index(const Sequence& s) { return static_cast<const Continuation&>(s).token_index; }
@@ -70,7 +82,7 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_po
   record.planned = statistics_.seconds(Clock::now());
   try {
     for (const kv::PageCopy& copy : step->plan.copies) model_.copy_page(copy.source, copy.target);
-    StepBatch batch = make_batch(step->plan, wanted, token_index);
+    StepBatch batch = make_batch(step->plan, wanted, scored, token_index);
     step->results = std::move(batch.results);
     step->num_logit_rows = batch.logit_rows.size();
     step->num_tokens = batch.num_tokens;

@@ -62,17 +62,59 @@ std::vector<TokenChoice> sources(const LaunchedStep& step, StepPipeline& pipelin
 
 TokenChooser::TokenChooser(int num_threads) : samplers_(static_cast<std::size_t>(max_threads(num_threads))) {}
 
+int TokenChooser::num_threads(std::ptrdiff_t items, std::ptrdiff_t logits) const {
+  // Below some ten microseconds of work, waking threads costs more than they bring.
+  constexpr std::ptrdiff_t kLogitsWorthThreads = 1 << 16;
+  if (items < 2 || logits < kLogitsWorthThreads) return 1;
+  return static_cast<int>(std::min(std::ssize(samplers_), items));
+}
+
+std::vector<std::pair<Continuation*, std::string>> TokenChooser::score(const LaunchedStep& step,
+                                                                       StepPipeline& pipeline,
+                                                                       int vocab_size) {
+  std::vector<std::pair<Continuation*, std::string>> failed;
+  const auto size = static_cast<std::size_t>(vocab_size);
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    const StepBatch::Result& result = step.results[i];
+    Continuation& c = step.continuation(i);
+    if (result.num_scored == 0 || c.ended) continue;
+    ActiveRequest& request = *c.request;
+    const std::size_t known = request.prompt_logprobs.size();
+    request.prompt_logprobs.resize(known + static_cast<std::size_t>(result.num_scored));
+    std::vector<std::string> errors(static_cast<std::size_t>(result.num_scored));
+    const std::ptrdiff_t count = result.num_scored;
+    const int threads = num_threads(count, count * vocab_size);
+    static_cast<void>(threads);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#endif
+    for (std::ptrdiff_t k = 0; k < count; ++k) {
+      const auto row = static_cast<std::size_t>(k), token = known + row;
+      try {
+        request.prompt_logprobs[token] = samplers_[this_thread()].score(
+            pipeline.logits().subspan((result.first_scored + row) * size, size), request.prompt[token],
+            request.sampling.prompt_logprobs);
+      } catch (const std::exception& e) {
+        errors[row] = e.what();
+      }
+    }
+    const auto bad = std::ranges::find_if(errors, [](const std::string& e) { return !e.empty(); });
+    if (bad != errors.end()) failed.emplace_back(&c, *bad);
+    const bool all = request.prompt_logprobs.size() == request.prompt.size();
+    c.score_from = static_cast<std::int64_t>(request.prompt_logprobs.size()) - 1;
+    if (all) c.score_from.reset();
+  }
+  return failed;
+}
+
 std::vector<TokenChoice> TokenChooser::choose(const LaunchedStep& step, StepPipeline& pipeline,
                                               int vocab_size, Requests& requests) {
   std::vector<TokenChoice> choices = sources(step, pipeline, static_cast<std::size_t>(vocab_size), requests);
   const std::ptrdiff_t count = std::ssize(choices);
-  // Below some ten microseconds of work, waking threads costs more than they bring.
-  constexpr std::ptrdiff_t kLogitsWorthThreads = 1 << 16;
-  const bool threads = count > 1 && std::ssize(pipeline.logits()) >= kLogitsWorthThreads;
-  const int num_threads = threads ? static_cast<int>(std::min(std::ssize(samplers_), count)) : 1;
-  static_cast<void>(num_threads);
+  const int threads = num_threads(count, std::ssize(pipeline.logits()));
+  static_cast<void>(threads);
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
 #endif
   for (std::ptrdiff_t i = 0; i < count; ++i) {
     sample(choices[static_cast<std::size_t>(i)], samplers_[this_thread()]);
@@ -95,8 +137,12 @@ void TokenChooser::sample(TokenChoice& choice, Sampler& sampler) {
     if (choice.shared) own.assign(choice.logits.begin(), choice.logits.end());
     const DrawKey key{c.request->seed, static_cast<std::uint32_t>(c.index),
                       static_cast<std::uint64_t>(c.num_generated)};
+    LogitEdit edit;
+    if (c.request->rules.needed(c.num_generated)) {
+      edit = [&](std::span<float> logits) { c.request->rules.apply(c.generated(), logits); };
+    }
     choice.sampled = sampler.sample(c.request->sampling, c.history, key,
-                                    choice.shared ? std::span<float>(own) : choice.logits);
+                                    choice.shared ? std::span<float>(own) : choice.logits, edit);
   } catch (const std::exception& e) {
     choice.error = e.what();
   }

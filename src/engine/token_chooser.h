@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/requests.h"
@@ -31,7 +32,13 @@ class TokenChooser {
   std::vector<TokenChoice> choose(const LaunchedStep& step, StepPipeline& pipeline, int vocab_size,
                                   Requests& requests);
 
+  /// Adds to their requests the log-probabilities of the prompts' tokens that `step` has come to. Returns
+  /// the continuations that have none to be had, and why.
+  std::vector<std::pair<Continuation*, std::string>> score(const LaunchedStep& step, StepPipeline& pipeline,
+                                                           int vocab_size);
+
  private:
+  int num_threads(std::ptrdiff_t items, std::ptrdiff_t logits) const;
   static void sample(TokenChoice& choice, Sampler& sampler);
 
   std::vector<Sampler> samplers_;  // one per thread

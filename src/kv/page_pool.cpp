@@ -55,10 +55,10 @@ std::int64_t PagePool::admit(SequencePages& sequence, std::span<const std::int32
   return sequence.num_tokens_;
 }
 
-int PagePool::admission_cost(std::span<const std::int32_t> tokens) const {
+int PagePool::admission_cost(std::span<const std::int32_t> tokens, std::int64_t num_tokens) const {
   const std::vector<std::int32_t> known = match(tokens);
   const auto in_use = std::ranges::count_if(known, [this](std::int32_t p) { return at(p).references > 0; });
-  return static_cast<int>(pages_for(static_cast<std::int64_t>(tokens.size())) - in_use);
+  return static_cast<int>(pages_for(num_tokens) - in_use);
 }
 
 int PagePool::pages_needed(const SequencePages& sequence, std::int64_t num_tokens) const {

@@ -64,8 +64,11 @@ class PagePool {
   std::int64_t cached_prefix(std::span<const std::int32_t> tokens) const;
 
   /// Pages that can be handed out now and could not any more once a sequence of `tokens` had been admitted
-  /// and given room for all of them.
-  int admission_cost(std::span<const std::int32_t> tokens) const;
+  /// and given room for `num_tokens`, at least as many.
+  int admission_cost(std::span<const std::int32_t> tokens, std::int64_t num_tokens) const;
+  int admission_cost(std::span<const std::int32_t> tokens) const {
+    return admission_cost(tokens, static_cast<std::int64_t>(tokens.size()));
+  }
 
   /// Pages that reserve() would take from the pool.
   int pages_needed(const SequencePages& sequence, std::int64_t num_tokens) const;

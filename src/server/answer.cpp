@@ -1,6 +1,7 @@
 #include "server/answer.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace flash_mla::server {
 
@@ -13,6 +14,11 @@ Answer::Answer(const Call& call, std::string id, std::string model_name, std::in
     : chat_(call.chat),
       include_usage_(call.include_usage),
       logprobs_(call.logprobs),
+      prompt_logprobs_(call.prompt_logprobs),
+      echo_(call.echo),
+      n_(call.n),
+      num_continuations_(call.num_continuations),
+      echoed_(call.echoed),
       id_(std::move(id)),
       model_name_(std::move(model_name)),
       created_(created),
@@ -41,25 +47,59 @@ Json Answer::usage() const {
           {"prompt_tokens_details", {{"cached_tokens", usage_.cached_tokens}}}};
 }
 
+// What comes in front of a choice's first event.
+void Answer::begin(int index, GenerationEvent& e) {
+  Choice& choice = choices_[static_cast<std::size_t>(index)];
+  if (!choice.begun && prompt_logprobs_) choice.prompt_logprobs = prompt_logprobs_json(e);
+  if (!choice.begun && echo_) {
+    e.text.insert(0, echoed_[static_cast<std::size_t>(index / num_continuations_)]);
+    e.logprobs.insert(e.logprobs.begin(), e.prompt_logprobs.begin(), e.prompt_logprobs.end());
+  }
+}
+
+// By token, as vLLM writes them.
+Json Answer::prompt_logprobs_json(const GenerationEvent& e) const {
+  Json out = Json::array();
+  for (const TokenLogprobs& l : e.prompt_logprobs) {
+    if (l.rank == 0) {
+      out.push_back(nullptr);
+      continue;
+    }
+    Json one = Json::object();
+    const auto add = [&](const TokenLogprob& t, std::int32_t rank) {
+      one[std::to_string(t.token)] = {
+          {"logprob", t.logprob}, {"rank", rank}, {"decoded_token", engine_.token_bytes(t.token)}};
+    };
+    add(l.chosen, l.rank);
+    for (std::size_t i = 0; i < l.top.size(); ++i) {
+      if (l.top[i].token != l.chosen.token) add(l.top[i], static_cast<std::int32_t>(i) + 1);
+    }
+    out.push_back(one);
+  }
+  return out;
+}
+
+Json Answer::chat_logprobs(std::span<const TokenLogprobs> logprobs) const {
+  const auto entry = [&](const TokenLogprob& t) {
+    const std::string bytes = engine_.token_bytes(t.token);
+    Json values = Json::array();
+    for (const char c : bytes) values.push_back(static_cast<unsigned char>(c));
+    return Json{{"token", bytes}, {"logprob", t.logprob}, {"bytes", values}};
+  };
+  Json content = Json::array();
+  for (const TokenLogprobs& l : logprobs) {
+    Json one = entry(l.chosen);
+    one["top_logprobs"] = Json::array();
+    for (const TokenLogprob& t : l.top) one["top_logprobs"].push_back(entry(t));
+    content.push_back(one);
+  }
+  return {{"content", content}};
+}
+
 // Tokens as text; bytes that are no text on their own become U+FFFD when the JSON is written.
 Json Answer::logprobs_json(Choice& choice, const GenerationEvent& e) const {
   if (!logprobs_) return nullptr;
-  if (chat_) {
-    const auto entry = [&](const TokenLogprob& t) {
-      const std::string bytes = engine_.token_bytes(t.token);
-      Json values = Json::array();
-      for (const char c : bytes) values.push_back(static_cast<unsigned char>(c));
-      return Json{{"token", bytes}, {"logprob", t.logprob}, {"bytes", values}};
-    };
-    Json content = Json::array();
-    for (const TokenLogprobs& l : e.logprobs) {
-      Json one = entry(l.chosen);
-      one["top_logprobs"] = Json::array();
-      for (const TokenLogprob& t : l.top) one["top_logprobs"].push_back(entry(t));
-      content.push_back(one);
-    }
-    return {{"content", content}};
-  }
+  if (chat_) return chat_logprobs(e.logprobs);
   Json out = {{"tokens", Json::array()},
               {"token_logprobs", Json::array()},
               {"top_logprobs", Json::array()},
@@ -67,18 +107,26 @@ Json Answer::logprobs_json(Choice& choice, const GenerationEvent& e) const {
   for (const TokenLogprobs& l : e.logprobs) {
     const std::string bytes = engine_.token_bytes(l.chosen.token);
     out["tokens"].push_back(bytes);
-    out["token_logprobs"].push_back(l.chosen.logprob);
-    Json top = Json::object();
-    for (const TokenLogprob& t : l.top) top[engine_.token_bytes(t.token)] = t.logprob;
-    out["top_logprobs"].push_back(top);
     out["text_offset"].push_back(choice.num_characters);
+    if (l.rank == 0) {  // a prompt's first token
+      out["token_logprobs"].push_back(nullptr);
+      out["top_logprobs"].push_back(nullptr);
+    } else {
+      out["token_logprobs"].push_back(l.chosen.logprob);
+      Json top = Json::object();
+      // Of two with the same text the likelier.
+      for (const TokenLogprob& t : l.top) top.emplace(engine_.token_bytes(t.token), t.logprob);
+      out["top_logprobs"].push_back(top);
+    }
+    if (engine_.is_special_token(l.chosen.token)) continue;
     choice.num_characters += std::ranges::count_if(bytes, [](char c) { return (c & 0xC0) != 0x80; });
   }
   return out;
 }
 
-Json Answer::chunk(int index, const GenerationEvent& e) {
+Json Answer::chunk(int index, GenerationEvent e) {
   count(e);
+  begin(index, e);
   Choice& choice = choices_[static_cast<std::size_t>(index)];
   Json one = {{"index", index}};
   if (chat_) {
@@ -88,12 +136,14 @@ Json Answer::chunk(int index, const GenerationEvent& e) {
   } else {
     one["text"] = e.text;
   }
-  choice.begun = true;
+  if (!choice.begun && prompt_logprobs_ && !chat_) one["prompt_logprobs"] = choice.prompt_logprobs;
   one["logprobs"] = e.logprobs.empty() ? Json() : logprobs_json(choice, e);
   one["finish_reason"] = e.finish == FinishReason::kNone ? Json() : Json(finish_reason_name(e.finish));
   if (const std::string limit = limited_by(e); !limit.empty()) one["limited_by"] = limit;
   Json out = head(chat_ ? "chat.completion.chunk" : "text_completion");
   out["choices"] = Json::array({one});
+  if (!choice.begun && prompt_logprobs_ && chat_) out["prompt_logprobs"] = choice.prompt_logprobs;
+  choice.begun = true;
   if (include_usage_) out["usage"] = nullptr;
   return out;
 }
@@ -105,9 +155,13 @@ Json Answer::usage_chunk() const {
   return out;
 }
 
-void Answer::collect(int index, const GenerationEvent& e) {
+void Answer::collect(int index, GenerationEvent e) {
   count(e);
   Choice& choice = choices_[static_cast<std::size_t>(index)];
+  for (const TokenLogprobs& l : e.logprobs) choice.sum_logprobs += l.chosen.logprob;
+  choice.num_tokens += static_cast<std::int64_t>(e.token_ids.size());
+  begin(index, e);
+  choice.begun = true;
   choice.text += e.text;
   if (e.finish != FinishReason::kNone) choice.finish_reason = finish_reason_name(e.finish);
   choice.limited_by = limited_by(e);
@@ -122,23 +176,43 @@ void Answer::collect(int index, const GenerationEvent& e) {
   }
 }
 
+// The choices that are answered, of each prompt the best first where there are more than that.
+std::vector<std::size_t> Answer::best() const {
+  std::vector<std::size_t> all(choices_.size());
+  std::iota(all.begin(), all.end(), 0);
+  if (n_ == num_continuations_) return all;
+  const auto mean = [&](std::size_t i) {
+    const Choice& c = choices_[i];
+    return c.num_tokens == 0 ? 0 : c.sum_logprobs / static_cast<double>(c.num_tokens);
+  };
+  std::vector<std::size_t> out;
+  for (auto first = all.begin(); first != all.end(); first += num_continuations_) {
+    std::stable_sort(first, first + num_continuations_,
+                     [&](std::size_t a, std::size_t b) { return mean(a) > mean(b); });
+    out.insert(out.end(), first, first + n_);
+  }
+  return out;
+}
+
 Json Answer::complete() const {
   if (!error_.empty()) throw ApiError(500, "server_error", error_);
   Json out = head(chat_ ? "chat.completion" : "text_completion");
   out["choices"] = Json::array();
-  for (std::size_t i = 0; i < choices_.size(); ++i) {
+  for (const std::size_t i : best()) {
     const Choice& choice = choices_[i];
-    Json one = {{"index", i}};
+    Json one = {{"index", out["choices"].size()}};
     if (chat_) {
       one["message"] = {{"role", "assistant"}, {"content", choice.text}};
     } else {
       one["text"] = choice.text;
     }
     one["logprobs"] = choice.logprobs.value_or(Json());
+    if (prompt_logprobs_ && !chat_) one["prompt_logprobs"] = choice.prompt_logprobs;
     one["finish_reason"] = choice.finish_reason;
     if (!choice.limited_by.empty()) one["limited_by"] = choice.limited_by;
     out["choices"].push_back(one);
   }
+  if (prompt_logprobs_ && chat_) out["prompt_logprobs"] = choices_.front().prompt_logprobs;
   out["usage"] = usage();
   return out;
 }

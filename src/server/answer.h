@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -20,11 +21,11 @@ class Answer {
          const Engine& engine);
 
   /// A streamed chunk for an event; `index` is the choice over all prompts.
-  Json chunk(int index, const GenerationEvent& event);
+  Json chunk(int index, GenerationEvent event);
   /// The last chunk with stream_options.include_usage.
   Json usage_chunk() const;
   /// Collects an event of an answer that is not streamed.
-  void collect(int index, const GenerationEvent& event);
+  void collect(int index, GenerationEvent event);
   /// Of what has ended so far.
   const Usage& tokens() const { return usage_; }
   /// The collected answer. Throws ApiError if a continuation failed.
@@ -35,16 +36,25 @@ class Answer {
     std::string text, finish_reason;
     std::string limited_by;        // beyond OpenAI: what ended the text besides max_tokens
     std::optional<Json> logprobs;  // as OpenAI writes them
+    Json prompt_logprobs;          // null: none were asked for
     std::int64_t num_characters = 0;
+    double sum_logprobs = 0;  // of its tokens, if they have them
+    std::int64_t num_tokens = 0;
     bool begun = false;
   };
 
   Json head(const char* object) const;
   void count(const GenerationEvent& event);
+  void begin(int index, GenerationEvent& event);
+  Json chat_logprobs(std::span<const TokenLogprobs> logprobs) const;
   Json logprobs_json(Choice& choice, const GenerationEvent& event) const;
+  Json prompt_logprobs_json(const GenerationEvent& event) const;
+  std::vector<std::size_t> best() const;
   Json usage() const;
 
-  bool chat_, include_usage_, logprobs_;
+  bool chat_, include_usage_, logprobs_, prompt_logprobs_, echo_;
+  int n_, num_continuations_;
+  std::vector<std::string> echoed_;
   std::string id_, model_name_, error_;
   std::int64_t created_;
   const Engine& engine_;

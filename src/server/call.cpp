@@ -9,6 +9,7 @@
 #include "server/body.h"
 #include "server/fields.h"
 #include "server/limits.h"
+#include "server/token_rules.h"
 
 namespace flash_mla::server {
 namespace {
@@ -60,6 +61,16 @@ SamplingParams sampling(const Body& json, bool chat) {
   read(json, "ignore_eos", p.ignore_eos);
   if (const Body* seed = find(json, "seed")) p.seed = static_cast<std::uint64_t>(integer(*seed, "seed"));
   read_stops(json, p);
+  read_token_rules(json, p);
+  if (find(json, "prompt_logprobs") != nullptr) {
+    p.prompt_logprobs = 0;
+    read(json, "prompt_logprobs", p.prompt_logprobs);
+    if (p.prompt_logprobs < 0) {
+      throw bad_request(fmt::format("prompt_logprobs is {}, expected 0 to {} alternatives", p.prompt_logprobs,
+                                    kMaxLogprobs),
+                        "prompt_logprobs");
+    }
+  }
   return p;
 }
 
@@ -89,7 +100,7 @@ std::vector<ChatMessage> messages(const Body& json) {
   std::vector<ChatMessage> out;
   for (std::size_t i = 0; i < list->size(); ++i) {
     const Body& m = (*list)[i];
-    if (m.is_object()) refuse_unsupported_message(m, i);
+    if (m.is_object()) refuse_unsupported_message(m, i, i + 1 == list->size());
     if (!m.is_object() || !m.contains("role") || !m["role"].is_string() || !m.contains("content")) {
       throw bad_request("messages: expected objects with role and content", "messages");
     }
@@ -127,6 +138,65 @@ std::vector<Request> prompts(const Body& json) {
     add(*prompt);
   }
   return out;
+}
+
+// What the whole of a conversation says of its end.
+void read_end(const Body& json, Request& request) {
+  read(json, "continue_final_message", request.continue_final_message);
+  // The same by the names of DeepSeek's and Moonshot's own servers.
+  const Body& last = json["messages"].back();
+  for (const char* name : {"prefix", "partial"}) {
+    bool open = false;
+    read(last, name, open);
+    request.continue_final_message |= open;
+  }
+  request.add_generation_prompt = !request.continue_final_message;
+  read(json, "add_generation_prompt", request.add_generation_prompt);
+  if (request.continue_final_message && request.add_generation_prompt) {
+    throw bad_request("continue_final_message and add_generation_prompt: expected one of them",
+                      "continue_final_message");
+  }
+  if (request.continue_final_message && request.messages.back().role != "assistant") {
+    throw bad_request(
+        fmt::format("continue_final_message: the last message is the {}'s, expected the assistant's",
+                    request.messages.back().role),
+        "continue_final_message");
+  }
+}
+
+void read_completion(const Body& json, Call& call, SamplingParams& p) {
+  read(json, "logprobs", p.logprobs);
+  call.logprobs = p.logprobs >= 0;
+  call.requests = prompts(json);
+  read(json, "echo", call.echo);
+  if (call.echo && (call.logprobs || p.max_tokens == 0))
+    p.prompt_logprobs = std::max(p.prompt_logprobs, p.logprobs);
+  if (call.echo && p.max_tokens == 0) p.prompt_logprobs = std::max(p.prompt_logprobs, 0);
+  const Body* suffix = find(json, "suffix");
+  if (suffix == nullptr) return;
+  if (!suffix->is_string()) throw wrong_type("suffix", *suffix, "a string");
+  for (Request& r : call.requests) {
+    r.suffix = suffix->get<std::string>();
+    if (!r.suffix.empty() && r.prompt.empty())
+      throw bad_request("suffix: expected a text as prompt", "suffix");
+  }
+}
+
+// best_of continuations of each prompt, of which the n best are answered.
+void read_best_of(const Body& json, Call& call, SamplingParams& p) {
+  call.n = call.num_continuations = p.n;
+  int best_of = p.n;
+  read(json, "best_of", best_of);
+  if (best_of == 1) best_of = p.n;  // the default
+  if (best_of < p.n)
+    throw bad_request(fmt::format("best_of is {}, expected at least n, {}", best_of, p.n), "best_of");
+  if (best_of == p.n) return;
+  if (call.stream) {
+    throw bad_request("best_of above n: not together with stream; which is best is known at the end",
+                      "best_of");
+  }
+  call.num_continuations = p.n = best_of;
+  p.logprobs = std::max(p.logprobs, 0);
 }
 
 void check_model(const Body& json, const std::vector<std::string>& model_names) {
@@ -167,11 +237,12 @@ Call parse_call(std::string_view body, bool chat, const std::vector<std::string>
       throw bad_request("top_logprobs: expected together with logprobs", "top_logprobs");
     if (call.logprobs) p.logprobs = top;
     call.requests.emplace_back().messages = messages(json);
+    read_end(json, call.requests.back());
   } else {
-    read(json, "logprobs", p.logprobs);
-    call.logprobs = p.logprobs >= 0;
-    call.requests = prompts(json);
+    read_completion(json, call, p);
   }
+  call.prompt_logprobs = find(json, "prompt_logprobs") != nullptr;
+  read_best_of(json, call, p);
   try {
     validate(p);
   } catch (const InvalidArgument& e) {
@@ -185,7 +256,10 @@ Call parse_call(std::string_view body, bool chat, const std::vector<std::string>
                       "n");
   }
   call.num_choices = static_cast<int>(choices);
-  for (Request& r : call.requests) r.sampling = p;
+  for (Request& r : call.requests) {
+    r.sampling = p;
+    if (call.echo) call.echoed.push_back(r.prompt);
+  }
   return call;
 }
 

@@ -14,8 +14,13 @@ namespace flash_mla::server {
 struct Call {
   bool chat = false, stream = false, include_usage = false;
   bool logprobs = false;
-  int num_choices = 1;            ///< over all prompts
-  std::vector<Request> requests;  ///< one per prompt
+  bool prompt_logprobs = false;     ///< in a field of their own
+  bool echo = false;                ///< the prompt comes back in front of each text
+  int n = 1;                        ///< choices of each prompt in the answer
+  int num_continuations = 1;        ///< of each prompt: n, or best_of, of which the n best are answered
+  int num_choices = 1;              ///< continuations over all prompts
+  std::vector<Request> requests;    ///< one per prompt
+  std::vector<std::string> echoed;  ///< with echo: texts of the prompts; empty where token ids were given
   /// Fields of the body that no API defines: they have no effect. At most kMaxUnknownFields of them.
   std::vector<std::string> unknown_fields;
 };

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <span>
 #include <string_view>
 
 #include "server/body.h"
@@ -37,8 +38,6 @@ struct Unsupported {
 // Of OpenAI's API and of other servers for the same models (vLLM, SGLang, llama.cpp, DeepSeek's own).
 constexpr Unsupported kUnsupported[] = {
     // What is generated, and from what.
-    {"suffix", is_empty},
-    {"echo", is_empty},
     {"functions", is_empty},
     {"function_call", no_tool},
     {"tools", is_empty},
@@ -58,8 +57,6 @@ constexpr Unsupported kUnsupported[] = {
     {"system", is_empty},
     {"documents", is_empty},
     {"prefix", is_empty},
-    {"continue_final_message", is_empty},
-    {"add_generation_prompt", is_true},
     {"chat_template", is_empty},
     {"chat_template_kwargs", is_empty},
     {"mm_processor_kwargs", is_empty},
@@ -78,11 +75,6 @@ constexpr Unsupported kUnsupported[] = {
     {"ebnf", is_empty},
     {"structural_tag", is_empty},
     // Choice of tokens.
-    {"logit_bias", is_empty},
-    {"allowed_token_ids", never},
-    {"bad_words", is_empty},
-    {"bad_words_ids", is_empty},
-    {"min_tokens", is_number<0>},
     {"min_length", is_number<0>},
     {"length_penalty", is_number<1>},
     {"use_beam_search", is_empty},
@@ -107,18 +99,23 @@ constexpr Unsupported kUnsupported[] = {
     {"stop_regex", is_empty},
     {"no_stop_trim", is_empty},
     {"skip_special_tokens", is_true},
-    {"prompt_logprobs", is_empty},
     {"return_token_ids", is_empty},
     {"return_tokens_as_token_ids", is_empty},
     {"return_hidden_states", is_empty},
 };
+
+// Of completions, or of chats, alone.
+constexpr Unsupported kOfCompletions[] = {{"suffix", is_empty}, {"echo", is_empty}};
+constexpr Unsupported kOfChats[] = {{"continue_final_message", is_empty}, {"add_generation_prompt", is_true}};
 
 // Read elsewhere, or without effect on the answer.
 constexpr std::string_view kKnown[] = {
     "model", "prompt", "messages", "stream", "stream_options", "n", "best_of", "max_tokens",
     "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "frequency_penalty", "presence_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output",
-    "ignore_eos", "logprobs", "top_logprobs", "response_format", "add_special_tokens",
+    "ignore_eos", "logprobs", "top_logprobs", "response_format", "add_special_tokens", "suffix", "echo",
+    "continue_final_message", "add_generation_prompt", "logit_bias", "allowed_token_ids", "bad_words",
+    "bad_words_ids", "min_tokens", "prompt_logprobs",
     // Who asks, and what the asker keeps.
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "request_id", "rid", "priority", "cache_prompt", "parallel_tool_calls",
@@ -138,10 +135,14 @@ void refuse_by_value(const Body& json, bool chat) {
   bool add_special_tokens = !chat;  // a chat template brings its own
   read(json, "add_special_tokens", add_special_tokens);
   if (add_special_tokens == chat) throw not_supported("add_special_tokens");
-  int best_of = 1, n = 1, top_logprobs = 0;
-  read(json, "best_of", best_of);
-  read(json, "n", n);
-  if (best_of != 1 && best_of != n) throw not_supported("best_of");
+  const std::span<const Unsupported> others = chat ? std::span<const Unsupported>(kOfCompletions) : kOfChats;
+  for (const auto& [name, asks_nothing] : others) {
+    const Body* value = find(json, name.data());
+    if (value == nullptr || asks_nothing(*value)) continue;
+    throw bad_request(fmt::format("{} is a field of {}", name, chat ? "completions" : "chats"),
+                      std::string(name));
+  }
+  int top_logprobs = 0;
   read(json, "top_logprobs", top_logprobs);
   if (!chat && top_logprobs != 0) {
     throw bad_request("top_logprobs is a field of chats, expected logprobs: that many alternatives",
@@ -175,9 +176,11 @@ void refuse_unsupported(const Body& json, bool chat) {
   refuse_by_value(json, chat);
 }
 
-void refuse_unsupported_message(const Body& message, std::size_t index) {
-  for (const char* name : {"tool_calls", "function_call", "prefix", "partial", "audio", "refusal"}) {
-    const Body* value = find(message, name);
+void refuse_unsupported_message(const Body& message, std::size_t index, bool last) {
+  for (const std::string_view name :
+       {"tool_calls", "function_call", "prefix", "partial", "audio", "refusal"}) {
+    if (last && (name == "prefix" || name == "partial")) continue;
+    const Body* value = find(message, name.data());
     if (value != nullptr && !is_empty(*value))
       throw not_supported(fmt::format("messages[{}].{}", index, name));
   }

@@ -18,8 +18,8 @@ bool is_text(const Body& value);
 /// Throws ApiError that names a field of a completion's body which asks for something not supported. Values
 /// that ask for nothing (null, false, an empty list, the default) pass.
 void refuse_unsupported(const Body& json, bool chat);
-/// The same for a message, the `index`th of its conversation.
-void refuse_unsupported_message(const Body& message, std::size_t index);
+/// The same for a message, the `index`th of its conversation. The last may say that it is not over.
+void refuse_unsupported_message(const Body& message, std::size_t index, bool last);
 
 /// Names of fields that neither this server nor, as far as it knows, any other defines, in a completion's
 /// body; at most kMaxUnknownFields, none longer than 64 bytes.

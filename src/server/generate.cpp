@@ -63,6 +63,10 @@ Call begin(Exchange& x, bool chat, Submitted& submitted, const std::shared_ptr<M
   x.request.body() = std::string();  // a stream may wait for long, with a long prompt
   warn_of_unknown_fields(call.unknown_fields);
   try {
+    for (std::size_t i = 0; i < call.echoed.size(); ++i) {
+      const Request& r = call.requests[i];
+      if (r.prompt.empty()) call.echoed[i] = x.shared.engine.detokenize(r.prompt_token_ids);
+    }
     submitted.submit(std::move(call.requests), mailbox);
   } catch (const InvalidArgument& e) {
     throw bad_request(e.what(), chat ? "messages" : "prompt");  // all else has been checked

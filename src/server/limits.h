@@ -14,6 +14,10 @@ inline constexpr int kMaxChoices = 128;  ///< continuations of all prompts toget
 inline constexpr std::size_t kMaxMessages = 4096;
 /// Each is looked for in every token's text, in the engine's thread.
 inline constexpr std::size_t kMaxStops = 64, kMaxStopBytes = 1024;
+/// Of bad_words and bad_words_ids, each compared with a text's end before every token.
+inline constexpr std::size_t kMaxBadWords = 64, kMaxBadWordBytes = 1024;
+/// Of logit_bias and of allowed_token_ids.
+inline constexpr std::size_t kMaxNamedTokens = 16384;
 
 /// Bodies up to this size are parsed and tokenized by the thread that serves the connection: a hundredth of a
 /// second. Larger ones go to threads of their own, so that they hold up nobody else.

@@ -32,12 +32,12 @@ def chat(*messages, **kw):
 
 SCHEMA = {"type": "object"}
 REFUSED = {
-    "allowed_token_ids": [5], "guided_json": SCHEMA, "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "root ::= a",
+    "guided_json": SCHEMA, "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "root ::= a",
     "guided_decoding_backend": "outlines", "structured_outputs": {"regex": "a"}, "grammar": "root ::= a", "json_schema": SCHEMA,
-    "min_tokens": 4, "bad_words": ["the"], "prompt_logprobs": 0, "thinking": {"type": "enabled"}, "reasoning_effort": "high",
-    "continue_final_message": True, "prefix": True, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
-    "tool_choice": "required", "functions": [{"name": "f"}], "logit_bias": {"5": 3}, "echo": True, "suffix": "x", "best_of": 3,
-    "chat_template": "{{ 1 }}", "chat_template_kwargs": {"thinking": True}, "add_generation_prompt": False,
+    "thinking": {"type": "enabled"}, "reasoning_effort": "high",
+    "prefix": True, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
+    "tool_choice": "required", "functions": [{"name": "f"}],
+    "chat_template": "{{ 1 }}", "chat_template_kwargs": {"thinking": True},
     "use_beam_search": True, "length_penalty": 2.0, "truncate_prompt_tokens": 3, "skip_special_tokens": False, "regex": "a",
     "ebnf": "root ::= a", "typical_p": 0.5, "mirostat": 2, "repeat_penalty": 1.3, "stop_sequences": ["a"], "cache_salt": "a",
     "return_token_ids": True, "modalities": ["text", "audio"], "prediction": {"type": "content"}, "verbosity": "low",
@@ -54,7 +54,8 @@ def test_what_would_change_the_answer_is_refused_by_name(server, name):
 
 @pytest.mark.parametrize("name, value", [("tool_calls", [{"id": "a", "type": "function"}]), ("prefix", True), ("function_call", {"name": "f"})])
 def test_messages_too(server, name, value):
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, name: value}]
+    user = {"role": "user", "content": "a"}
+    messages = [user, {"role": "assistant", "content": None, name: value}, user]
     error = server.json("/v1/chat/completions", chat(*messages), expected=400)["error"]
     assert error["param"] == f"messages[1].{name}" and f"messages[1].{name}" in error["message"]
 
