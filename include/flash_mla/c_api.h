@@ -229,6 +229,31 @@ FLASH_MLA_API flash_mla_status flash_mla_quantise_fp8(const DLTensor* x, int32_t
                                                       flash_mla_fp8_recipe recipe, DLTensor* values,
                                                       DLTensor* scales);
 
+/* flash_mla::TopKOutput. Each may be NULL; page_size counts with a block_table. */
+typedef struct flash_mla_top_k_output {
+  const DLTensor* offsets;
+  const DLTensor* block_table;
+  const DLTensor* row_request;
+  int64_t page_size;
+} flash_mla_top_k_output;
+
+/* flash_mla::TopKArgs. row_starts may be NULL; indices is written. */
+typedef struct flash_mla_top_k_args {
+  const DLTensor* logits;
+  const DLTensor* lengths;
+  const DLTensor* row_starts;
+  flash_mla_top_k_output output;
+  DLTensor* indices;
+} flash_mla_top_k_args;
+
+/* The k largest of every row, exactly; see flash_mla::top_k. num_threads, stream: as in the options above;
+ * workspace may be NULL where the size asked for is 0. */
+FLASH_MLA_API flash_mla_status flash_mla_top_k_workspace_size(const flash_mla_top_k_args* args,
+                                                              int32_t num_threads, void* stream,
+                                                              size_t* bytes);
+FLASH_MLA_API flash_mla_status flash_mla_top_k(const flash_mla_top_k_args* args, int32_t num_threads,
+                                               void* stream, void* workspace, size_t workspace_bytes);
+
 #ifdef __cplusplus
 }
 #endif

@@ -11,3 +11,4 @@
 #include "flash_mla/schedule.h"
 #include "flash_mla/sparse.h"
 #include "flash_mla/tensor.h"
+#include "flash_mla/top_k.h"

@@ -2,6 +2,7 @@
 
 from ._arrays import Array
 from ._C import version as _version
+from ._indexer import top_k
 from ._interface import (
     FlashMLASchedMeta,
     flash_attn_varlen_func,
@@ -50,4 +51,5 @@ __all__ = [
     "reference_dense_decode",
     "sparse_decode",
     "sparse_prefill",
+    "top_k",
 ]

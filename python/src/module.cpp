@@ -13,6 +13,7 @@
 #include "engine_bindings.h"
 #include "flash_mla/flash_mla.h"
 #include "forward_bindings.h"
+#include "indexer_bindings.h"
 #include "model_bindings.h"
 #include "planner_bindings.h"
 #include "sparse_bindings.h"
@@ -144,6 +145,7 @@ NB_MODULE(_C, m) {
   });
   flash_mla::python::bind_engine(m);
   flash_mla::python::bind_forward(m);
+  flash_mla::python::bind_indexer(m);
   flash_mla::python::bind_model(m);
   flash_mla::python::bind_planner(m);
   flash_mla::python::bind_sparse(m);
