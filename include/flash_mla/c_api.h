@@ -254,6 +254,85 @@ FLASH_MLA_API flash_mla_status flash_mla_top_k_workspace_size(const flash_mla_to
 FLASH_MLA_API flash_mla_status flash_mla_top_k(const flash_mla_top_k_args* args, int32_t num_threads,
                                                void* stream, void* workspace, size_t workspace_bytes);
 
+/* flash_mla::MqaLogitsArgs. logits is NULL in calls that select. */
+typedef struct flash_mla_mqa_logits_args {
+  const DLTensor* q;
+  const DLTensor* weights;
+  const DLTensor* k;
+  const DLTensor* k_scales;
+  const DLTensor* key_begin;
+  const DLTensor* key_end;
+  DLTensor* logits;
+  int32_t compressed;
+  int32_t clean;
+} flash_mla_mqa_logits_args;
+
+/* flash_mla::PagedMqaLogitsArgs. logits is NULL in calls that select. */
+typedef struct flash_mla_paged_mqa_logits_args {
+  const DLTensor* q;
+  const DLTensor* weights;
+  const DLTensor* cache;
+  const DLTensor* context_lens;
+  const DLTensor* block_table;
+  DLTensor* logits;
+  int32_t clean;
+} flash_mla_paged_mqa_logits_args;
+
+/* The indexer's logits; see flash_mla::mqa_logits and paged_mqa_logits. */
+FLASH_MLA_API flash_mla_status flash_mla_mqa_logits_workspace_size(const flash_mla_mqa_logits_args* args,
+                                                                   int32_t num_threads, void* stream,
+                                                                   size_t* bytes);
+FLASH_MLA_API flash_mla_status flash_mla_mqa_logits(const flash_mla_mqa_logits_args* args,
+                                                    int32_t num_threads, void* stream, void* workspace,
+                                                    size_t workspace_bytes);
+FLASH_MLA_API flash_mla_status flash_mla_paged_mqa_logits_workspace_size(
+    const flash_mla_paged_mqa_logits_args* args, int32_t num_threads, void* stream, size_t* bytes);
+FLASH_MLA_API flash_mla_status flash_mla_paged_mqa_logits(const flash_mla_paged_mqa_logits_args* args,
+                                                          int32_t num_threads, void* stream, void* workspace,
+                                                          size_t workspace_bytes);
+
+/* flash_mla::MqaTopKOptions. */
+typedef struct flash_mla_mqa_top_k_options {
+  int32_t num_threads; /* CPU; default 0: as many as OpenMP would use */
+  void* stream;        /* cudaStream_t; default NULL */
+  size_t logits_bytes; /* logits that are kept at a time; default 64 MiB */
+} flash_mla_mqa_top_k_options;
+
+/* Fills *options with the defaults. */
+FLASH_MLA_API void flash_mla_mqa_top_k_options_init(flash_mla_mqa_top_k_options* options);
+
+/* Logits and selection in one call; see flash_mla::mqa_top_k and paged_mqa_top_k. output and options may be
+ * NULL; indices is written. */
+FLASH_MLA_API flash_mla_status flash_mla_mqa_top_k_workspace_size(const flash_mla_mqa_logits_args* args,
+                                                                  const flash_mla_top_k_output* output,
+                                                                  DLTensor* indices,
+                                                                  const flash_mla_mqa_top_k_options* options,
+                                                                  size_t* bytes);
+FLASH_MLA_API flash_mla_status flash_mla_mqa_top_k(const flash_mla_mqa_logits_args* args,
+                                                   const flash_mla_top_k_output* output, DLTensor* indices,
+                                                   const flash_mla_mqa_top_k_options* options,
+                                                   void* workspace, size_t workspace_bytes);
+FLASH_MLA_API flash_mla_status flash_mla_paged_mqa_top_k_workspace_size(
+    const flash_mla_paged_mqa_logits_args* args, const flash_mla_top_k_output* output, DLTensor* indices,
+    const flash_mla_mqa_top_k_options* options, size_t* bytes);
+FLASH_MLA_API flash_mla_status flash_mla_paged_mqa_top_k(const flash_mla_paged_mqa_logits_args* args,
+                                                         const flash_mla_top_k_output* output,
+                                                         DLTensor* indices,
+                                                         const flash_mla_mqa_top_k_options* options,
+                                                         void* workspace, size_t workspace_bytes);
+
+/* See flash_mla::append_index_keys; cache is written. */
+FLASH_MLA_API flash_mla_status flash_mla_append_index_keys(const DLTensor* k, const DLTensor* slot_mapping,
+                                                           DLTensor* cache, flash_mla_fp8_recipe recipe,
+                                                           int32_t rotate, int32_t num_threads, void* stream);
+
+/* See flash_mla::quantise_index_queries; values and scaled_weights are written. */
+FLASH_MLA_API flash_mla_status flash_mla_quantise_index_queries(const DLTensor* q, const DLTensor* weights,
+                                                                float factor, flash_mla_fp8_recipe recipe,
+                                                                int32_t rotate, DLTensor* values,
+                                                                DLTensor* scaled_weights, int32_t num_threads,
+                                                                void* stream);
+
 #ifdef __cplusplus
 }
 #endif

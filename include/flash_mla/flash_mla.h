@@ -3,6 +3,7 @@
 #include "flash_mla/decode.h"
 #include "flash_mla/dense_fp8.h"
 #include "flash_mla/error.h"
+#include "flash_mla/indexer.h"
 #include "flash_mla/info.h"
 #include "flash_mla/kv_cache.h"
 #include "flash_mla/merge.h"

@@ -2,7 +2,15 @@
 
 from ._arrays import Array
 from ._C import version as _version
-from ._indexer import top_k
+from ._indexer import (
+    append_index_keys,
+    fp8_mqa_logits,
+    fp8_paged_mqa_logits,
+    mqa_top_k,
+    paged_mqa_top_k,
+    quantise_index_queries,
+    top_k,
+)
 from ._interface import (
     FlashMLASchedMeta,
     flash_attn_varlen_func,
@@ -33,6 +41,7 @@ __all__ = [
     "LLM",
     "SamplingParams",
     "Tokenizer",
+    "append_index_keys",
     "append_kv",
     "backends",
     "build_decode_schedule",
@@ -44,10 +53,15 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
+    "fp8_mqa_logits",
+    "fp8_paged_mqa_logits",
     "gather_kv",
     "get_mla_metadata",
     "merge_states",
+    "mqa_top_k",
+    "paged_mqa_top_k",
     "quantise_fp8",
+    "quantise_index_queries",
     "reference_dense_decode",
     "sparse_decode",
     "sparse_prefill",

@@ -9,6 +9,7 @@
 #include "kernels/attention/top_k/cpu/top_k.h"
 #include "kernels/attention/top_k/places.h"
 #include "kernels/attention/top_k/reference/top_k.h"
+#include "kernels/attention/top_k/sm90/top_k.h"
 
 namespace flash_mla {
 namespace api {
@@ -128,15 +129,18 @@ void check_values(const TopKArgs& a) {
 
 std::size_t top_k_workspace_size(const TopKArgs& args, const TopKOptions& options) {
   api::check_shapes(args, options);
-  if (api::backend_of(options.backend, args.indices, "indices") == Backend::kSm90) {
-    throw Unsupported("top_k has no sm90 backend yet; pass CPU tensors");
-  }
+  // A backend of no build says so here already.
+  api::backend_of(options.backend, args.indices, "indices");
   return 0;
 }
 
 void top_k(const TopKArgs& args, void* workspace, std::size_t workspace_bytes, const TopKOptions& options) {
   api::check_workspace_bytes(workspace, workspace_bytes, top_k_workspace_size(args, options),
                              "top_k_workspace_size");
+  if (api::backend_of(options.backend, args.indices, "indices") == Backend::kSm90) {
+    sm90::top_k(args, options.stream);
+    return;
+  }
   api::check_values(args);
   cpu::top_k(args, options.num_threads > 0 ? options.num_threads : cpu::default_num_threads());
 }

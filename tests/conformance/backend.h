@@ -26,6 +26,7 @@ class BackendUnderTest {
     return false;
   }
   virtual bool supports_top_k() const { return false; }
+  virtual bool supports_indexer() const { return false; }
   virtual bool checks_values() const = 0;  ///< lengths and block table are read on the host before the call
   virtual bool batch_invariant() const = 0;
   virtual void* allocate(std::size_t bytes) = 0;

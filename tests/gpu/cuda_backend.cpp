@@ -21,6 +21,7 @@ class Sm90 : public BackendUnderTest {
     return operation == Operation::kSparseDecode && dtype == DType::kBFloat16 &&
            (format == KvFormat::kFp8V32 || format == KvFormat::kFp8V4);
   }
+  bool supports_top_k() const override { return true; }
   bool checks_values() const override { return false; }
   bool batch_invariant() const override { return true; }
   void* allocate(std::size_t bytes) override {

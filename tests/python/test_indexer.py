@@ -54,3 +54,85 @@ def test_top_k_says_what_is_wrong():
         flash_mla.top_k(logits, lengths, 4097)
     with pytest.raises(ValueError, match="^lengths is int64"):
         flash_mla.top_k(logits, lengths.long(), 128)
+
+
+def scores(q, k, k_scales, weights):
+    """(m, n) in float64, of e4m3 queries (m, heads, d) and keys (n, d)."""
+    products = torch.einsum("mhd,nd->mhn", q.double(), k.double()).relu()
+    return torch.einsum("mhn,mh->mn", products, weights.double()) * k_scales.double()
+
+
+def random_fp8(g, *shape):
+    return (torch.randn(*shape, generator=g) * 8).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_mqa_logits(dim):
+    g = torch.Generator().manual_seed(dim)
+    q, k = random_fp8(g, 7, 32, dim), random_fp8(g, 200, dim)
+    k_scales, weights = torch.rand(200, generator=g) / 10, torch.randn(7, 32, generator=g)
+    ks = torch.tensor([0, 0, 50, 3, 199, 10, 200], dtype=torch.int32)
+    ke = torch.tensor([200, 1, 150, 3, 200, 190, 200], dtype=torch.int32)
+    got = flash_mla.fp8_mqa_logits(q, (k, k_scales), weights, ks, ke)
+    j = torch.arange(200)
+    inside = (j >= ks[:, None]) & (j < ke[:, None])
+    want = scores(q, k, k_scales, weights).masked_fill(~inside, float("-inf"))
+    assert torch.equal(got == float("-inf"), ~inside)
+    assert (got[inside] - want[inside]).abs().max() < 1e-5 * want[inside].abs().max()
+    exact = flash_mla.fp8_mqa_logits(q, (k, k_scales), weights, ks, ke, reference=True)
+    assert torch.allclose(exact, want, rtol=1e-12)
+    narrow = flash_mla.fp8_mqa_logits(q, (k, k_scales), weights, ks, ke, compressed_width=200)
+    for i in range(7):
+        assert torch.equal(narrow[i, : ke[i] - ks[i]], got[i, ks[i] : ke[i]])
+    chosen = flash_mla.mqa_top_k(q, (k, k_scales), weights, ks, ke, 128, absolute=True, logits_bytes=1000)
+    lengths = (ke - ks).int()
+    assert torch.equal(chosen, flash_mla.top_k(got, lengths, 128, row_starts=ks, offsets=ks))
+
+
+def test_quantised_keys_and_queries_give_the_models_scores():
+    """Rotated, quantised and scored: near the scores of the unquantised rows, and the paged form of the ragged ones."""
+    g = torch.Generator().manual_seed(5)
+    b, next_n, heads, dim, page_size = 3, 2, 64, 128, 64
+    lengths = torch.tensor([300, 2, 129], dtype=torch.int32)
+    keys = torch.randn(431, dim, generator=g).bfloat16()
+    queries = torch.randn(b * next_n, heads, dim, generator=g).bfloat16()
+    weights = torch.randn(b * next_n, heads, generator=g)
+    table = torch.full((b, 5), -1, dtype=torch.int32)
+    pages = torch.randperm(12, generator=g).int().tolist()
+    for r, n in enumerate(lengths.tolist()):
+        for block in range(-(-n // page_size)):
+            table[r, block] = pages.pop()
+    cache = torch.full((12, page_size, 1, dim + 4), 255, dtype=torch.uint8)
+    starts = [0, 300, 302]
+    slots = []
+    for r, n in enumerate(lengths.tolist()):
+        p = torch.arange(n)
+        slots.append(table[r].long()[p // page_size] * page_size + p % page_size)
+    flash_mla.append_index_keys(keys, torch.cat(slots), cache)
+    factor = heads**-0.5 * dim**-0.5
+    values, scaled = flash_mla.quantise_index_queries(queries, weights, factor=factor)
+    got = flash_mla.fp8_paged_mqa_logits(values.view(b, next_n, heads, dim), cache, scaled, lengths, table, None, 300)
+    for i in range(b * next_n):
+        r = i // next_n
+        n = int(lengths[r]) - (next_n - 1 - i % next_n)
+        mine = keys[starts[r] : starts[r] + n]
+        want = scores(queries[i : i + 1], mine, torch.ones(n), weights[i : i + 1] * factor)[0]
+        assert (got[i, n:] == float("-inf")).all()
+        error = (got[i, :n].double() - want).norm() / want.norm()
+        assert error < 0.08
+        chosen = flash_mla.paged_mqa_top_k(
+            values.view(b, next_n, heads, dim), cache, scaled, lengths, table, 128, slots=True
+        )[i]
+        best = got[i, :n].sort(descending=True, stable=True).indices[:128].sort().values
+        assert torch.equal(chosen[: len(best)].long(), slots[r][best]) and (chosen[len(best) :] == -1).all()
+
+
+def test_indexer_says_what_is_wrong():
+    q = torch.zeros(1, 2, 96, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"q.shape\[2\] \(D\) is 96, expected 64 or 128"):
+        zero = torch.zeros(1, dtype=torch.int32)
+        flash_mla.fp8_mqa_logits(q, (q[0, :1], torch.zeros(1)), torch.zeros(1, 2), zero, zero)
+    with pytest.raises(ValueError, match='recipe is "vllm", expected one of: indexer_pow2'):
+        flash_mla.append_index_keys(
+            torch.zeros(1, 128), torch.zeros(1).long(), torch.zeros(1, 64, 1, 132, dtype=torch.uint8), recipe="vllm"
+        )

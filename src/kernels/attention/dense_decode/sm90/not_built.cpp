@@ -6,6 +6,7 @@
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 #include "kernels/attention/merge/sm90/merge.h"
 #include "kernels/attention/sparse_decode/sm90/sparse_decode.h"
+#include "kernels/attention/top_k/sm90/top_k.h"
 #include "kernels/cache/sm90/append.h"
 #include "kernels/cache/sm90/gather.h"
 
@@ -34,6 +35,7 @@ void check_supported(const SparseDecodeArgs&, int) { refuse(); }
 std::size_t sparse_decode_workspace_size(const SparseDecodeArgs&, int) { refuse(); }
 void sparse_decode(const SparseDecodeArgs&, void*, float, int, void*) { refuse(); }
 
+void top_k(const TopKArgs&, void*) { refuse(); }
 void merge_states(const TensorView&, const TensorView&, const TensorView&, const TensorView&,
                   const TensorView&, const TensorView&, LseBase, void*) {
   refuse();

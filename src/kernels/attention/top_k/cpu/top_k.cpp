@@ -33,4 +33,16 @@ void top_k(const TopKArgs& args, int num_threads) {
   });
 }
 
+void top_k_rows(const ScoreRows& rows, std::int64_t n, const TopKOutput& output, const TensorView& indices,
+                int num_threads) {
+  const std::int64_t k = indices.size(1);
+  const selection::Places places(output, rows.num_rows);
+  parallel_for(n, is_forked_child() ? 1 : num_threads, [&](std::int64_t i) {
+    const std::int64_t length = rows.lengths[i], row = rows.first + i;
+    auto* out = indices.ptr<std::int32_t>() + row * indices.stride(0);
+    top_k_row(rows.scores + i * rows.stride, length, k, out);
+    places.translate(row, out, std::min(length, k));
+  });
+}
+
 }  // namespace flash_mla::cpu

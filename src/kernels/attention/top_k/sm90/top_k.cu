@@ -1,0 +1,379 @@
+// The k largest of every row, exactly, in ascending position.
+//
+// Tile:      one row for a block, or for a cluster of 2 to 8 blocks where there are few rows; each streams its part
+//            of the row once.
+// Threads:   512 a block, all alike.
+// Memory:    104 KB: 8192 candidates (key and position, 64 KB), two bit maps of 131072 positions (32 KB), 2048
+//            counters. Two blocks a multiprocessor: one streams while the other selects.
+// Registers: 64 a thread.
+//
+// 1. A sample of 4096 to 16384 scores gives a threshold that somewhat more than k scores should reach.
+// 2. The row is streamed once, from HBM; what reaches the threshold becomes a candidate.
+// 3. The first block gathers the candidates and finds the k-th key among them exactly: counts of its highest 11
+//    bits, of the next 11, of the last 10.
+// 4. Bits of positions above that key, and of positions equal to it, are set in two maps; ranks are prefix sums
+//    over their words, so that positions come out in order, and the first of the equals are taken.
+//
+// The sample decides how fast a row is, never what comes out: where it misled (fewer than k candidates, or more
+// than there is room for, as with ties without end) the first block counts digits over the whole row instead, in up
+// to three more passes, and fills the maps from the row. Rows of up to 8192 scores are candidates as they are.
+
+#include <cooperative_groups.h>
+
+#include "base/cuda/check.h"
+#include "base/cuda/device.h"
+#include "base/cuda/launch.h"
+#include "base/cuda/shared_memory.h"
+#include "kernels/attention/top_k/order_key.h"
+#include "kernels/attention/top_k/sm90/block.cuh"
+#include "kernels/attention/top_k/sm90/top_k.h"
+
+namespace flash_mla::sm90 {
+namespace top_k_kernel {
+
+namespace cg = cooperative_groups;
+
+constexpr int kMaxCluster = 8;
+constexpr unsigned kCapacity = 8192;  // candidates
+constexpr int kWindow = 131072;       // positions of a map
+constexpr int kWords = kWindow / 32;
+constexpr int kMinSample = 4096, kMaxSample = 16384;
+constexpr int kVec = 4, kUnroll = 4;  // scores of a load, loads in flight of a thread
+
+struct Params {
+  const float* logits;
+  long long logits_stride, width;
+  const int* lengths;
+  const int* row_starts;   // or null
+  const int* offsets;      // or null
+  const int* block_table;  // or null
+  long long table_stride, page_size;
+  const int* row_request;  // or null
+  long long rows_per_request;
+  int* indices;
+  long long indices_stride;
+  int k;
+};
+
+struct Shared {
+  BlockShared block;
+  unsigned num_candidates;
+  unsigned keys[kCapacity];
+  unsigned positions[kCapacity];
+  unsigned above[kWords], equal[kWords];
+};
+
+/// Key and how many of its equals: everything above the key, and the first `ties` that equal it.
+struct Boundary {
+  unsigned key, ties;
+};
+
+__device__ float score_of(unsigned key) {
+  return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7FFFFFFFu : ~key);
+}
+
+class Row {
+ public:
+  __device__ Row(const Params& p, long long row, Shared& s) : p_(p), s_(s), row_(row) {
+    const long long start = p.row_starts != nullptr ? p.row_starts[row] : 0;
+    const long long room = start >= 0 && start < p.width ? p.width - start : 0;
+    n_ = static_cast<int>(min(max(static_cast<long long>(p.lengths[row]), 0ll), room));
+    scores_ = p.logits + row * p.logits_stride + start;
+    offset_ = p.offsets != nullptr ? p.offsets[row] : 0;
+    if (p.block_table != nullptr) {
+      const long long request = p.row_request != nullptr ? p.row_request[row] : row / p.rows_per_request;
+      table_ = p.block_table + request * p.table_stride;
+    }
+    out_ = p.indices + row * p.indices_stride;
+  }
+
+  __device__ void select(cg::cluster_group cluster) {
+    const int rank = static_cast<int>(cluster.block_rank()), blocks = static_cast<int>(cluster.num_blocks());
+    if (n_ <= p_.k) {
+      if (rank == 0) take_all();
+      return;  // as every block of the cluster does
+    }
+    if (threadIdx.x == 0) s_.num_candidates = 0;
+    const bool all = n_ <= static_cast<int>(kCapacity);
+    const unsigned threshold = all ? 0 : sample();
+    __syncthreads();
+    const int part = ((n_ + blocks - 1) / blocks + kVec - 1) / kVec * kVec;
+    collect(min(rank * part, n_), min((rank + 1) * part, n_), all, score_of(threshold));
+    __syncthreads();
+    if (blocks > 1) {
+      cluster.sync();
+      if (rank == 0) gather(cluster, blocks);
+      cluster.sync();  // nobody leaves while its candidates are read
+      if (rank != 0) return;
+    }
+    const unsigned count = s_.num_candidates;
+    if (count >= static_cast<unsigned>(p_.k) && count <= kCapacity) {
+      emit</*kCandidates=*/true>(find_boundary</*kCandidates=*/true>(count), count);
+    } else {
+      emit</*kCandidates=*/false>(find_boundary</*kCandidates=*/false>(0), 0);
+    }
+  }
+
+ private:
+  __device__ int place(int position) const {
+    const long long at = static_cast<long long>(position) + offset_;
+    if (table_ == nullptr) return static_cast<int>(at);
+    return static_cast<int>(table_[at / p_.page_size] * p_.page_size + at % p_.page_size);
+  }
+
+  __device__ void take_all() const {
+    for (int i = static_cast<int>(threadIdx.x); i < p_.k; i += kThreads) out_[i] = i < n_ ? place(i) : -1;
+  }
+
+  /// A score of each of `count` equal stretches of the row, at a place in it that looks random.
+  __device__ float sampled(int i, int count) const {
+    const auto n = static_cast<unsigned long long>(n_);
+    const auto first = static_cast<unsigned>(i * n / static_cast<unsigned>(count));
+    const auto end = static_cast<unsigned>((i + 1) * n / static_cast<unsigned>(count));
+    const unsigned hash = static_cast<unsigned>(i) * 2654435761u;
+    return scores_[first + (hash >> 8) % (end - first)];
+  }
+
+  /// A key that more than k scores should reach, and not more than there is room for.
+  __device__ unsigned sample() {
+    const int count = min(max(n_ / 32, kMinSample), kMaxSample);
+    // 1.35 times the share of k, and 20 more where that is little: 4 deviations above k.
+    const float share = static_cast<float>(p_.k) * static_cast<float>(count) / static_cast<float>(n_);
+    const float room =
+        0.75f * static_cast<float>(kCapacity) * static_cast<float>(count) / static_cast<float>(n_);
+    const auto rank = static_cast<unsigned>(fmaxf(fminf(share * 1.35f + 20.0f, room), 1.0f));
+    clear_histogram(s_.block);
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+      atomicAdd(&s_.block.histogram[selection::order_key(sampled(i, count)) >> 21], 1u);
+    }
+    find_digit(s_.block, rank);
+    const unsigned high = s_.block.found_digit, left = s_.block.found_rank;
+    clear_histogram(s_.block);
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+      const unsigned key = selection::order_key(sampled(i, count));
+      if (key >> 21 == high) atomicAdd(&s_.block.histogram[key >> 10 & (kBins - 1)], 1u);
+    }
+    find_digit(s_.block, left);
+    return high << 21 | s_.block.found_digit << 10;
+  }
+
+  __device__ void consider(float score, int position, bool all, float threshold) {
+    // NaN is not below anything.
+    if (!all && score < threshold) return;
+    const unsigned slot = atomicAdd(&s_.num_candidates, 1u);
+    if (slot < kCapacity) {
+      s_.keys[slot] = selection::order_key(score);
+      s_.positions[slot] = static_cast<unsigned>(position);
+    }
+  }
+
+  /// The candidates of positions [begin, end).
+  __device__ void collect(int begin, int end, bool all, float threshold) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const auto address = reinterpret_cast<unsigned long long>(scores_ + begin);
+    // Scores before the first address that is a multiple of 16 bytes.
+    const int head = min(static_cast<int>((16 - address % 16) % 16 / 4), end - begin);
+    if (thread < head) consider(scores_[begin + thread], begin + thread, all, threshold);
+    begin += head;
+    const int vectors = (end - begin) / kVec;
+    const auto* from = reinterpret_cast<const float4*>(scores_ + begin);
+    for (int first = thread; first < vectors; first += kThreads * kUnroll) {
+      float4 x[kUnroll];
+#pragma unroll
+      for (int j = 0; j < kUnroll; ++j) {
+        const int v = first + j * kThreads;
+        if (v < vectors) x[j] = __ldcs(from + v);
+      }
+#pragma unroll
+      for (int j = 0; j < kUnroll; ++j) {
+        const int v = first + j * kThreads, at = begin + v * kVec;
+        if (v >= vectors) continue;
+        if (!all && x[j].x < threshold && x[j].y < threshold && x[j].z < threshold && x[j].w < threshold)
+          continue;
+        consider(x[j].x, at, all, threshold);
+        consider(x[j].y, at + 1, all, threshold);
+        consider(x[j].z, at + 2, all, threshold);
+        consider(x[j].w, at + 3, all, threshold);
+      }
+    }
+    const int tail = begin + vectors * kVec + thread;
+    if (tail < end) consider(scores_[tail], tail, all, threshold);
+  }
+
+  /// The other blocks' candidates behind those of the first.
+  __device__ void gather(cg::cluster_group& cluster, int blocks) {
+    unsigned total = s_.num_candidates;
+    for (int b = 1; b < blocks; ++b) {
+      const Shared* other = cluster.map_shared_rank(&s_, static_cast<unsigned>(b));
+      const unsigned count = other->num_candidates;
+      if (count > kCapacity || total > kCapacity || total + count > kCapacity) {
+        total = kCapacity + 1;  // no room: the row itself is counted
+        break;
+      }
+      for (unsigned i = threadIdx.x; i < count; i += kThreads) {
+        s_.keys[total + i] = other->keys[i];
+        s_.positions[total + i] = other->positions[i];
+      }
+      total += count;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) s_.num_candidates = total;
+    __syncthreads();
+  }
+
+  /// f(key, there) for the candidates, or for all scores of the row, by whole warps: the last have lanes without.
+  template <bool kCandidates, class F>
+  __device__ void for_keys(unsigned count, const F& f) const {
+    const unsigned n = kCandidates ? count : static_cast<unsigned>(n_);
+    for (unsigned first = 0; first < n; first += kThreads) {
+      const unsigned i = first + threadIdx.x;
+      unsigned key = 0;
+      if (i < n) key = kCandidates ? s_.keys[i] : selection::order_key(scores_[i]);
+      f(key, i < n);
+    }
+  }
+
+  template <bool kCandidates>
+  __device__ Boundary find_boundary(unsigned count) {
+    BlockShared& b = s_.block;
+    clear_histogram(b);
+    for_keys<kCandidates>(count, [&](unsigned key, bool there) { count_digit(b, key >> 21, there); });
+    find_digit(b, static_cast<unsigned>(p_.k));
+    unsigned prefix = b.found_digit, wanted = b.found_rank, shift = 21;
+    // Where all keys of a digit are wanted its lower bits decide nothing.
+    if (b.found_count != wanted) {
+      clear_histogram(b);
+      for_keys<kCandidates>(count, [&](unsigned key, bool there) {
+        count_digit(b, key >> 10 & (kBins - 1), there && key >> 21 == prefix);
+      });
+      find_digit(b, wanted);
+      prefix = prefix << 11 | b.found_digit;
+      wanted = b.found_rank;
+      shift = 10;
+    }
+    if (b.found_count != wanted) {
+      clear_histogram(b);
+      for_keys<kCandidates>(count, [&](unsigned key, bool there) {
+        count_digit(b, key & 1023u, there && key >> 10 == prefix);
+      });
+      find_digit(b, wanted);
+      prefix = prefix << 10 | b.found_digit;
+      wanted = b.found_rank;
+      shift = 0;
+    }
+    const unsigned key = prefix << shift;
+    // All keys from there up: none is its equal if it moves down by one, for no key is 0.
+    return b.found_count == wanted ? Boundary{key - 1, 0} : Boundary{key, wanted};
+  }
+
+  /// The maps of positions [first, first + kWindow).
+  template <bool kCandidates>
+  __device__ void fill_maps(Boundary boundary, unsigned count, int first) {
+    if constexpr (kCandidates) {
+      for (int w = static_cast<int>(threadIdx.x); w < kWords; w += kThreads) s_.above[w] = s_.equal[w] = 0;
+      __syncthreads();
+      for (unsigned i = threadIdx.x; i < count; i += kThreads) {
+        const unsigned key = s_.keys[i], at = s_.positions[i] - static_cast<unsigned>(first);
+        if (at >= static_cast<unsigned>(kWindow) || key < boundary.key) continue;
+        atomicOr(key > boundary.key ? &s_.above[at / 32] : &s_.equal[at / 32], 1u << at % 32);
+      }
+    } else {
+      for (int i = static_cast<int>(threadIdx.x); i < kWindow; i += kThreads) {
+        const unsigned key = first + i < n_ ? selection::order_key(scores_[first + i]) : 0;
+        const unsigned above = __ballot_sync(~0u, key > boundary.key);
+        const unsigned equal = __ballot_sync(~0u, key == boundary.key);
+        if (i % kWarp == 0) {
+          s_.above[i / 32] = above;
+          s_.equal[i / 32] = equal;
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  template <bool kCandidates>
+  __device__ void emit(Boundary boundary, unsigned count) {
+    constexpr int kOwn = kWords / kThreads;
+    unsigned written = 0, ties = boundary.ties;
+    for (int first = 0; first < n_ && written < static_cast<unsigned>(p_.k); first += kWindow) {
+      fill_maps<kCandidates>(boundary, count, first);
+      const int word = static_cast<int>(threadIdx.x) * kOwn;
+      unsigned above = 0, equal = 0;
+      for (int w = word; w < word + kOwn; ++w) {
+        above += static_cast<unsigned>(__popc(s_.above[w]));
+        equal += static_cast<unsigned>(__popc(s_.equal[w]));
+      }
+      const Prefix before = prefix_sum(s_.block, above, equal);
+      unsigned tie = before.b, at = written + before.a + min(tie, ties);
+      for (int w = word; w < word + kOwn; ++w) {
+        const unsigned more = s_.above[w];
+        for (unsigned bits = more | s_.equal[w]; bits != 0; bits &= bits - 1) {
+          const int bit = __ffs(static_cast<int>(bits)) - 1;
+          if ((more >> bit & 1) == 0 && tie++ >= ties) continue;
+          out_[at++] = place(first + w * 32 + bit);
+        }
+      }
+      written += before.total_a + min(before.total_b, ties);
+      ties -= min(before.total_b, ties);
+      __syncthreads();  // the maps are filled again
+    }
+  }
+
+  const Params& p_;
+  Shared& s_;
+  long long row_;
+  const float* scores_;
+  int n_;
+  long long offset_;
+  const int* table_ = nullptr;
+  int* out_;
+};
+
+__global__ void __launch_bounds__(kThreads, 2) select_rows(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const cg::cluster_group cluster = cg::this_cluster();
+  Row(p, blockIdx.x / cluster.num_blocks(), *reinterpret_cast<Shared*>(memory)).select(cluster);
+}
+
+/// Blocks of a row: as many as keep the device busy.
+unsigned cluster_of(long long rows, int multiprocessors) {
+  unsigned blocks = kMaxCluster;
+  while (blocks > 1 && rows * blocks > multiprocessors) blocks /= 2;
+  return blocks;
+}
+
+}  // namespace top_k_kernel
+
+void top_k(const TopKArgs& args, void* stream) {
+  using namespace top_k_kernel;
+  const std::int64_t n = args.logits.size(0);
+  if (n == 0) return;
+  Params p{};
+  p.logits = args.logits.ptr<const float>();
+  p.logits_stride = args.logits.stride(0);
+  p.width = args.logits.size(1);
+  p.lengths = args.lengths.ptr<const int>();
+  p.row_starts = args.row_starts.ptr<const int>();
+  p.offsets = args.output.offsets.ptr<const int>();
+  if (args.output.block_table.defined()) {
+    p.block_table = args.output.block_table.ptr<const int>();
+    p.table_stride = args.output.block_table.stride(0);
+    p.page_size = args.output.page_size;
+    p.row_request = args.output.row_request.ptr<const int>();
+    p.rows_per_request = n / args.output.block_table.size(0);
+  }
+  p.indices = args.indices.ptr<int>();
+  p.indices_stride = args.indices.stride(0);
+  p.k = static_cast<int>(args.indices.size(1));
+  int multiprocessors_there = 0;
+  check(multiprocessors(multiprocessors_there), "cudaDeviceGetAttribute");
+  check(allow_shared_memory<select_rows>(sizeof(Shared)), "cudaFuncSetAttribute");
+  const unsigned cluster = cluster_of(n, multiprocessors_there);
+  check(launch(LaunchConfig(dim3(static_cast<unsigned>(n) * cluster), kThreads, sizeof(Shared),
+                            static_cast<cudaStream_t>(stream))
+                   .cluster(cluster),
+               select_rows, p),
+        "top_k");
+}
+
+}  // namespace flash_mla::sm90
