@@ -17,6 +17,17 @@ constexpr std::int64_t kMaxTokens = 1 << 28;  // positions
 constexpr std::int64_t kMaxLayers = 1 << 16;
 constexpr std::int64_t kMaxExperts = 1 << 16;
 
+// The largest k of top_k.
+constexpr std::int64_t kMaxIndexTopk = 4096;
+
+constexpr const char* kModelTypes =
+    R"("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa" or "kimi_k2")";
+
+bool is_known(const std::string& type) {
+  return type == "deepseek_v2" || type == "deepseek_v3" || type == "deepseek_v32" || type == "glm_moe_dsa" ||
+         type == "kimi_k2";
+}
+
 int dimension(const JsonObject& in, const char* name) {
   return static_cast<int>(in.integer(name, 1, kMaxDim));
 }
@@ -67,10 +78,11 @@ void read_rope(const JsonObject& in, ModelConfig& out) {
 }
 
 void read_routing(const JsonObject& in, ModelConfig& out) {
-  const bool v3 = out.model_type == "deepseek_v3";
+  // All but V2 route as V3 does.
+  const bool v3 = out.model_type != "deepseek_v2";
   const std::string scoring = in.string_or("scoring_func", v3 ? "sigmoid" : "softmax");
   if (scoring != (v3 ? "sigmoid" : "softmax")) {
-    in.refuse("scoring_func", v3 ? "\"sigmoid\" for deepseek_v3" : "\"softmax\" for deepseek_v2");
+    in.refuse("scoring_func", v3 ? "\"sigmoid\" for " + out.model_type : "\"softmax\" for deepseek_v2");
   }
   out.scoring_func = v3 ? ScoringFunc::kSigmoid : ScoringFunc::kSoftmax;
 
@@ -82,8 +94,8 @@ void read_routing(const JsonObject& in, ModelConfig& out) {
   } else if (!v3 && method == "group_limited_greedy") {
     out.topk_method = TopkMethod::kGroupLimitedGreedy;
   } else {
-    in.refuse("topk_method",
-              v3 ? "\"noaux_tc\" for deepseek_v3" : "\"greedy\" or \"group_limited_greedy\" for deepseek_v2");
+    in.refuse("topk_method", v3 ? "\"noaux_tc\" for " + out.model_type
+                                : "\"greedy\" or \"group_limited_greedy\" for deepseek_v2");
   }
 
   out.num_experts_per_tok = static_cast<int>(in.integer("num_experts_per_tok", 1, out.n_routed_experts));
@@ -118,6 +130,68 @@ void read_experts(const JsonObject& in, ModelConfig& out) {
   out.moe_layer_freq = static_cast<int>(in.integer_or("moe_layer_freq", 1, 1, kMaxLayers));
   out.first_k_dense_replace = static_cast<int>(in.integer("first_k_dense_replace", 0, kMaxLayers));
   read_routing(in, out);
+}
+
+/// mlp_layer_types says again which layers are mixtures of experts.
+void read_mlp_types(const JsonObject& in, const ModelConfig& out) {
+  if (!in.has("mlp_layer_types")) return;
+  const Json& types = in.array("mlp_layer_types");
+  Json expected = Json::array();
+  for (int i = 0; i < out.num_hidden_layers; ++i) {
+    expected.push_back(out.is_moe_layer(i) ? "sparse" : "dense");
+  }
+  if (types != expected) {
+    in.refuse("mlp_layer_types",
+              "the layers that first_k_dense_replace and moe_layer_freq say: " + expected.dump());
+  }
+}
+
+/// Which layers share the choice of the one before: a list, a pattern of F and S, or every freq-th from an offset
+/// on has its own.
+void read_index_sharing(const JsonObject& in, ModelConfig& out) {
+  const auto layers = static_cast<std::size_t>(out.num_hidden_layers);
+  std::vector<bool> shares(layers);
+  const char* name = "index_topk_freq";
+  if (in.has("indexer_types")) {
+    name = "indexer_types";
+    const Json& types = in.array(name);
+    if (types.size() != layers) in.fail(name, fmt::format("num_hidden_layers = {} entries", layers));
+    for (std::size_t i = 0; i < layers; ++i) {
+      if (types[i] != "full" && types[i] != "shared") in.fail(name, "entries \"full\" or \"shared\"");
+      shares[i] = types[i] == "shared";
+    }
+  } else if (in.has("index_topk_pattern")) {
+    name = "index_topk_pattern";
+    const std::string pattern = in.string(name);
+    if (pattern.size() != layers || pattern.find_first_not_of("FS") != std::string::npos) {
+      in.fail(name, fmt::format("num_hidden_layers = {} letters F or S", layers));
+    }
+    for (std::size_t i = 0; i < layers; ++i) shares[i] = pattern[i] == 'S';
+  } else {
+    const std::int64_t freq = in.integer_or(name, 1, 0, kMaxLayers);
+    const std::int64_t offset = in.integer_or("index_skip_topk_offset", 2, 0, kMaxLayers);
+    for (std::size_t i = 0; i < layers; ++i) {
+      const std::int64_t at = std::max<std::int64_t>(static_cast<std::int64_t>(i) - offset + 1, 0);
+      shares[i] = at % std::max<std::int64_t>(freq, 1) != 0;
+    }
+  }
+  if (shares[0]) in.fail(name, "a first layer with an indexer of its own");
+  if (std::find(shares.begin(), shares.end(), true) != shares.end()) out.shares_index = std::move(shares);
+}
+
+void read_indexer(const JsonObject& in, ModelConfig& out) {
+  const bool glm = out.model_type == "glm_moe_dsa";
+  if (!glm && out.model_type != "deepseek_v32") return;
+  out.index_topk = static_cast<int>(in.integer("index_topk", 1, kMaxIndexTopk));
+  out.index_n_heads = static_cast<int>(in.integer("index_n_heads", 1, 128));
+  out.index_head_dim = static_cast<int>(in.integer("index_head_dim", 16, 256));
+  if (out.index_head_dim % 16 != 0) in.fail("index_head_dim", "a multiple of 16");
+  if (out.index_head_dim < out.qk_rope_head_dim) {
+    in.fail("index_head_dim", fmt::format("at least qk_rope_head_dim = {}", out.qk_rope_head_dim));
+  }
+  if (out.q_lora_rank == 0) in.fail("q_lora_rank", "a rank: the indexer's queries are made from it");
+  out.indexer_rope_interleave = in.boolean_or("indexer_rope_interleave", glm);
+  if (glm) read_index_sharing(in, out);
 }
 
 void read_quantization(const JsonObject& in, ModelConfig& out) {
@@ -163,9 +237,7 @@ ModelConfig parse_config(std::string_view text, std::string_view origin) {
   const JsonObject in(json, std::string(origin));
   ModelConfig out;
   out.model_type = in.string("model_type");
-  if (out.model_type != "deepseek_v2" && out.model_type != "deepseek_v3") {
-    in.refuse("model_type", "\"deepseek_v2\" or \"deepseek_v3\"");
-  }
+  if (!is_known(out.model_type)) in.refuse("model_type", kModelTypes);
   out.vocab_size = dimension(in, "vocab_size");
   out.hidden_size = dimension(in, "hidden_size");
   out.intermediate_size = dimension(in, "intermediate_size");
@@ -190,6 +262,8 @@ ModelConfig parse_config(std::string_view text, std::string_view origin) {
   if (in.string_or("hidden_act", "silu") != "silu") in.refuse("hidden_act", "\"silu\"");
   read_rope(in, out);
   read_experts(in, out);
+  read_mlp_types(in, out);
+  read_indexer(in, out);
   read_quantization(in, out);
   read_token_ids(in, out);
   return out;

@@ -24,9 +24,10 @@ struct RopeScaling {
 /// DeepSeek's norms inside the attention have this epsilon, whatever rms_norm_eps says.
 inline constexpr double kLatentNormEps = 1e-6;
 
-/// config.json of a `deepseek_v2` or `deepseek_v3` checkpoint. Names are those of the file.
+/// config.json of a DeepSeek checkpoint, or of a model of that architecture. Names are those of the file.
 struct ModelConfig {
-  std::string model_type;  ///< "deepseek_v2" or "deepseek_v3"
+  /// "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa" or "kimi_k2"
+  std::string model_type;
   int vocab_size = 0;
   int hidden_size = 0;
   int intermediate_size = 0;
@@ -58,6 +59,14 @@ struct ModelConfig {
   ScoringFunc scoring_func = ScoringFunc::kSoftmax;
   TopkMethod topk_method = TopkMethod::kGreedy;
 
+  // DeepSeek sparse attention: an indexer chooses the tokens that attention looks at.
+  int index_topk = 0;  ///< of how many tokens; 0: attention is dense
+  int index_n_heads = 0;
+  int index_head_dim = 0;
+  bool indexer_rope_interleave = false;  ///< as rope_interleave, of the indexer's queries and keys
+  /// (num_hidden_layers), or empty for none: layers that attend to what the layer before them chose.
+  std::vector<bool> shares_index;
+
   /// Rows and columns of one scale of block-scaled FP8 weights; 0: no FP8.
   int fp8_block_rows = 0;
   int fp8_block_columns = 0;
@@ -67,6 +76,10 @@ struct ModelConfig {
 
   bool is_moe_layer(int layer) const {
     return n_routed_experts > 0 && layer >= first_k_dense_replace && layer % moe_layer_freq == 0;
+  }
+  /// Whether a layer has an indexer of its own.
+  bool has_indexer(int layer) const {
+    return index_topk > 0 && (shares_index.empty() || !shares_index[static_cast<std::size_t>(layer)]);
   }
   /// The choice of experts.
   Routing routing() const {

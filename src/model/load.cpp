@@ -26,7 +26,7 @@ DType cpu_dtype(ModelPrecision precision) {
 }
 
 // A GPU where there is one that can run the model and nothing asks for what it cannot do.
-bool takes_cuda(const ModelOptions& options) {
+bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
   switch (options.device) {
     case ModelDevice::kCpu:
       return false;
@@ -35,15 +35,20 @@ bool takes_cuda(const ModelOptions& options) {
     case ModelDevice::kAuto:
       break;
   }
-  return options.precision != ModelPrecision::kFloat32 && options.quantize == ModelQuantize::kNone &&
-         why_no_cuda_device().empty();
+  return config.index_topk == 0 && options.precision != ModelPrecision::kFloat32 &&
+         options.quantize == ModelQuantize::kNone && why_no_cuda_device().empty();
 }
 
 std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOptions& options) {
-  if (!takes_cuda(options)) {
+  if (!takes_cuda(config, options)) {
     const DType dtype = cpu_dtype(options.precision);
     check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()));
     return make_cpu_device(config, dtype, options.quantize, options.num_threads);
+  }
+  if (config.index_topk > 0) {
+    throw Unsupported(fmt::format(
+        "model_type is {}: device cuda has no sparse attention with an indexer yet; use device cpu",
+        config.model_type));
   }
   if (options.precision == ModelPrecision::kFloat32) {
     throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");

@@ -37,7 +37,7 @@ class RandomWeights : public WeightSource {
 
   Weight embedding() override { return matrix(config_.vocab_size, config_.hidden_size); }
 
-  AttentionWeights attention(int /*layer*/) override {
+  AttentionWeights attention(int layer) override {
     const std::int64_t hidden = config_.hidden_size, heads = config_.num_attention_heads;
     const std::int64_t nope = config_.qk_nope_head_dim, rope = config_.qk_rope_head_dim;
     const std::int64_t rank = config_.kv_lora_rank, q_rank = config_.q_lora_rank, v = config_.v_head_dim;
@@ -51,6 +51,11 @@ class RandomWeights : public WeightSource {
     out.kv_norm = ones(rank);
     out.kv_b = matrix(heads * (nope + v), rank);
     out.o = matrix(hidden, heads * v);
+    if (config_.has_indexer(layer)) {
+      const std::int64_t index_heads = config_.index_n_heads, dim = config_.index_head_dim;
+      out.indexer = {matrix(index_heads * dim, q_rank), matrix(dim, hidden), ones(dim),
+                     std::vector<float>(static_cast<std::size_t>(dim)), matrix(index_heads, hidden)};
+    }
     return out;
   }
 

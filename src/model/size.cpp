@@ -18,6 +18,10 @@ double num_weights(const checkpoint::ModelConfig& c) {
                              ? double{1} * c.moe_intermediate_size * (c.n_routed_experts + c.n_shared_experts)
                              : c.intermediate_size;
     total += attention + 3 * hidden * width;
+    if (c.has_indexer(i)) {
+      total += double{1} * c.index_n_heads * (c.index_head_dim * double{1} * c.q_lora_rank + hidden) +
+               c.index_head_dim * hidden;
+    }
   }
   return total;
 }

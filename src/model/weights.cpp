@@ -45,6 +45,7 @@ class CheckpointWeights : public WeightSource {
     out.kv_b = matrix(self + ".kv_b_proj.weight", heads * (nope + v), rank);
     out.o = matrix(self + ".o_proj.weight", hidden, heads * v);
     if (config_.attention_bias) out.o_bias = vector(self + ".o_proj.bias", hidden);
+    if (config_.has_indexer(layer)) out.indexer = indexer(self + ".indexer");
     return out;
   }
 
@@ -159,6 +160,28 @@ class CheckpointWeights : public WeightSource {
     });
   }
 
+  IndexerWeights indexer(const std::string& name) const {
+    const std::int64_t heads = config_.index_n_heads, dim = config_.index_head_dim;
+    const std::int64_t hidden = config_.hidden_size, q_rank = config_.q_lora_rank;
+    IndexerWeights out;
+    out.q_b = weight(heads * dim, q_rank, [=, this](Element* to) {
+      read(name + ".wq_b.weight", heads * dim, q_rank, to);
+      pair_index_rows(to, q_rank, heads);
+    });
+    out.k = weight(dim, hidden, [=, this](Element* to) {
+      read(name + ".wk.weight", dim, hidden, to);
+      pair_index_rows(to, hidden, 1);
+    });
+    out.k_norm = norm(name + ".k_norm", dim);
+    out.k_norm_bias = vector(name + ".k_norm.bias", dim);
+    pair_index_rows(out.k_norm.data(), 1, 1);
+    pair_index_rows(out.k_norm_bias.data(), 1, 1);
+    out.head_weights = {heads, hidden, [=, this](void* to) {
+                          read(name + ".weights_proj.weight", heads, hidden, static_cast<float*>(to));
+                        }};
+    return out;
+  }
+
   Values qkv_a_bias(const std::string& name) const {
     // q_proj has none; q_a_proj has.
     Values out = config_.q_lora_rank > 0 ? vector(name + ".q_a_proj.bias", config_.q_lora_rank)
@@ -185,9 +208,18 @@ class CheckpointWeights : public WeightSource {
   template <class T>
   void pair_rope_rows(T* weight, std::int64_t columns, std::int64_t heads, std::int64_t before) const {
     if (config_.rope_interleave) return;
+    pair_rows(weight + before * columns, columns, heads, before + config_.qk_rope_head_dim);
+  }
+  /// The same for the indexer, whose rope rows come first in a head.
+  template <class T>
+  void pair_index_rows(T* weight, std::int64_t columns, std::int64_t heads) const {
+    if (!config_.indexer_rope_interleave) pair_rows(weight, columns, heads, config_.index_head_dim);
+  }
+  template <class T>
+  void pair_rows(T* weight, std::int64_t columns, std::int64_t heads, std::int64_t head_rows) const {
     const std::int64_t rope = config_.qk_rope_head_dim;
     for (std::int64_t h = 0; h < heads; ++h) {
-      T* rows = weight + (h * (before + rope) + before) * columns;
+      T* rows = weight + h * head_rows * columns;
       const std::vector<T> from(rows, rows + rope * columns);
       for (std::int64_t i = 0; i < rope; ++i) {
         std::copy_n(from.data() + (i / 2 + i % 2 * (rope / 2)) * columns, columns, rows + i * columns);

@@ -27,6 +27,14 @@ struct Weight {
   std::int64_t size() const { return rows * columns; }
 };
 
+/// Of the indexer of sparse attention. Rope dimensions come first in a head, and pairs are neighbours.
+struct IndexerWeights {
+  Weight q_b;  ///< (index heads * index dim, q_lora_rank); none without an indexer
+  Weight k;    ///< (index dim, hidden)
+  std::vector<float> k_norm, k_norm_bias;  ///< a LayerNorm's
+  Weight head_weights;                     ///< (index heads, hidden), always float32
+};
+
 struct AttentionWeights {
   std::vector<float> norm;  ///< of the layer's input (hidden)
   /// One product for all that reads it: q_a_proj (or q_proj) above kv_a_proj_with_mqa.
@@ -35,6 +43,7 @@ struct AttentionWeights {
   std::vector<float> q_norm;      ///< empty without q_lora_rank
   Weight q_b;                     ///< (heads * (nope + rope), q_lora_rank); none without
   std::vector<float> kv_norm;
+  IndexerWeights indexer;
   Weight kv_b;                ///< (heads * (nope + v), rank)
   Weight o;                   ///< (hidden, heads * v)
   std::vector<float> o_bias;  ///< or empty

@@ -80,6 +80,46 @@ TEST(Config, V3) {
   EXPECT_NEAR(c.softmax_scale(), 0.1352338, 5e-8);
 }
 
+TEST(Config, V32HasAnIndexerInEveryLayer) {
+  const ModelConfig c = parse(published("deepseek-v3.2"));
+  EXPECT_EQ(c.model_type, "deepseek_v32");
+  EXPECT_EQ(c.index_topk, 2048);
+  EXPECT_EQ(c.index_n_heads, 64);
+  EXPECT_EQ(c.index_head_dim, 128);
+  EXPECT_FALSE(c.indexer_rope_interleave);
+  EXPECT_TRUE(c.has_indexer(0));
+  EXPECT_TRUE(c.has_indexer(60));
+  EXPECT_EQ(c.scoring_func, ScoringFunc::kSigmoid);
+}
+
+TEST(Config, Glm5) {
+  Json json = published("glm-5");
+  const ModelConfig c = parse(json);
+  EXPECT_EQ(c.num_attention_heads, 64);
+  EXPECT_EQ(c.qk_nope_head_dim, 192);
+  EXPECT_EQ(c.v_head_dim, 256);
+  EXPECT_EQ(c.index_n_heads, 32);
+  EXPECT_TRUE(c.indexer_rope_interleave);
+  EXPECT_TRUE(c.has_indexer(77));
+  json["num_hidden_layers"] = 5;
+  json["index_topk_pattern"] = "FSSFS";
+  EXPECT_FALSE(parse(json).has_indexer(1));
+  EXPECT_TRUE(parse(json).has_indexer(3));
+  json.erase("index_topk_pattern");
+  json["index_topk_freq"] = 2;  // from layer 1 on, every second
+  const ModelConfig every_second = parse(json);
+  for (const int layer : {0, 1, 3}) EXPECT_TRUE(every_second.has_indexer(layer)) << layer;
+  for (const int layer : {2, 4}) EXPECT_FALSE(every_second.has_indexer(layer)) << layer;
+}
+
+TEST(Config, KimiK2IsV3) {
+  const ModelConfig c = parse(published("kimi-k2"));
+  EXPECT_EQ(c.num_attention_heads, 64);
+  EXPECT_EQ(c.n_routed_experts, 384);
+  EXPECT_EQ(c.topk_method, TopkMethod::kNoAuxTc);
+  EXPECT_EQ(c.index_topk, 0);
+}
+
 TEST(Config, PlainRopeHasThePlainScale) {
   Json json = published("deepseek-v3");
   json["rope_scaling"] = nullptr;
@@ -152,7 +192,14 @@ TEST_P(Refused, Unsupported) {
 INSTANTIATE_TEST_SUITE_P(
     Config, Refused,
     ::testing::Values(
-        Bend{"Architecture", "deepseek-v3.2", [](Json&) {}, "config.json: model_type = \"deepseek_v32\""},
+        Bend{"Architecture", "deepseek-v3", [](Json& j) { j["model_type"] = "deepseek_v4"; },
+             "config.json: model_type = \"deepseek_v4\": expected \"deepseek_v2\", \"deepseek_v3\""},
+        Bend{"MlpTypes", "deepseek-v3.2",
+             [](Json& j) {
+               j["num_hidden_layers"] = 2;
+               j["mlp_layer_types"] = {"dense", "sparse"};
+             },
+             "mlp_layer_types"},
         Bend{"RopeType", "deepseek-v3", [](Json& j) { j["rope_scaling"]["type"] = "linear"; },
              "rope_scaling.type = \"linear\": expected \"yarn\""},
         Bend{"OneMscale", "deepseek-v3",
@@ -205,6 +252,22 @@ INSTANTIATE_TEST_SUITE_P(
         Bend{"TooManyExperts", "deepseek-v3", [](Json& j) { j["num_experts_per_tok"] = 129; },
              "num_experts_per_tok = 129"},
         Bend{"SmallGroups", "deepseek-v3", [](Json& j) { j["n_group"] = 256; }, "n_group = 256"},
+        Bend{"IndexTopk", "deepseek-v3.2", [](Json& j) { j["index_topk"] = 4097; }, "index_topk = 4097"},
+        Bend{"NoIndexTopk", "deepseek-v3.2", [](Json& j) { j.erase("index_topk"); }, "index_topk is missing"},
+        Bend{"IndexDim", "deepseek-v3.2", [](Json& j) { j["index_head_dim"] = 100; }, "index_head_dim = 100"},
+        Bend{"NarrowIndex", "deepseek-v3.2", [](Json& j) { j["index_head_dim"] = 32; },
+             "index_head_dim = 32: expected at least qk_rope_head_dim = 64"},
+        Bend{"IndexerTypes", "glm-5",
+             [](Json& j) {
+               j["indexer_types"] = {"full", "shared"};
+             },
+             "indexer_types"},
+        Bend{"FirstShares", "glm-5",
+             [](Json& j) {
+               j["num_hidden_layers"] = 2;
+               j["indexer_types"] = {"shared", "full"};
+             },
+             "indexer_types"},
         Bend{"Blocks", "deepseek-v3",
              [](Json& j) {
                j["quantization_config"]["weight_block_size"] = {128, 0};

@@ -5,7 +5,16 @@ import json
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
+)
 
 YARN = {
     "rope_type": "yarn",
@@ -38,6 +47,8 @@ COMMON = dict(
 # name: (model class, config class, settings)
 V2 = (DeepseekV2ForCausalLM, DeepseekV2Config)
 V3 = (DeepseekV3ForCausalLM, DeepseekV3Config)
+V32 = (DeepseekV32ForCausalLM, DeepseekV32Config)
+GLM = (GlmMoeDsaForCausalLM, GlmMoeDsaConfig)
 CONFIGS = {
     # V2-Lite: no query compression, softmax, greedy
     "v2-lite": (*V2, dict(num_attention_heads=4, q_lora_rank=None, topk_method="greedy", rope_parameters=PLAIN)),
@@ -119,6 +130,73 @@ CONFIGS = {
             norm_topk_prob=True,
             tie_word_embeddings=True,
             rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        ),
+    ),
+    # Sparse attention: few tokens are chosen, so that most of a test's contexts are longer. Many index heads: with
+    # few, tokens that no head scores above zero are ties, which the oracle breaks as it likes.
+    "v32": (
+        *V32,
+        dict(
+            num_attention_heads=8,
+            q_lora_rank=40,
+            n_group=2,
+            topk_group=1,
+            routed_scaling_factor=2.5,
+            index_topk=48,
+            index_n_heads=16,
+            index_head_dim=32,
+            rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        ),
+    ),
+    "v32-full-heads": (
+        *V32,
+        dict(
+            num_attention_heads=4,
+            q_lora_rank=48,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            num_hidden_layers=2,
+            n_group=1,
+            topk_group=1,
+            index_topk=100,
+            index_n_heads=16,
+            index_head_dim=128,
+            rope_parameters=PLAIN,
+        ),
+    ),
+    # Nothing is longer than what is chosen: dense attention.
+    "v32-all": (
+        *V32,
+        dict(
+            num_attention_heads=4,
+            q_lora_rank=32,
+            n_group=1,
+            topk_group=1,
+            index_topk=512,
+            index_n_heads=4,
+            index_head_dim=16,
+            rope_parameters=PLAIN,
+        ),
+    ),
+    # Layers that take what the one before them chose, the last among them.
+    "glm": (
+        *GLM,
+        dict(
+            num_attention_heads=4,
+            q_lora_rank=40,
+            qk_nope_head_dim=24,
+            v_head_dim=32,
+            num_hidden_layers=4,
+            n_group=1,
+            topk_group=1,
+            index_topk=32,
+            index_n_heads=16,
+            index_head_dim=32,
+            indexer_types=["full", "shared", "full", "shared"],
+            rms_norm_eps=1e-5,
+            rope_parameters=PLAIN,
         ),
     ),
 }

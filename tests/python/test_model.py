@@ -145,7 +145,9 @@ def test_weights_of_8_bits(checkpoint, name, precision):
     expected = expected_logits(oracle, tokens)
     # The median token's error: random layers send one or the other to another expert for a slight change.
     error = np.median(np.sqrt(np.square(logits - expected).mean(axis=1))) / expected.std()
-    assert 0.005 < error < (0.04 if precision == "float32" else 0.05)
+    # Sparse attention looks at other tokens, too.
+    chooses = 0.04 if hasattr(oracle.config, "index_topk") else 0
+    assert 0.005 < error < (0.04 if precision == "float32" else 0.05) + chooses
     if precision == "float32":
         seq, other = runner.add(), runner.add()
         steps = runner.step([(seq, tokens[:40])]) + runner.step([(seq, tokens[40:99])])

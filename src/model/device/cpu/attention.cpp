@@ -32,33 +32,58 @@ CpuAttention::CpuAttention(CpuContext& context, const AttentionWeights& weights)
       q_b_(weights.q_b.rows > 0 ? std::make_unique<CpuLinear>(context, weights.q_b) : nullptr),
       kv_norm_(weights.kv_norm),
       kv_b_(context, read_values(weights.kv_b)),
-      o_(context, weights.o, weights.o_bias) {}
+      o_(context, weights.o, weights.o_bias),
+      indexer_(weights.indexer.q_b.rows > 0 ? std::make_unique<CpuIndexer>(context, weights.indexer)
+                                            : nullptr) {}
 
-std::size_t CpuAttention::bytes_per_page() const {
+std::size_t CpuAttention::latent_page_bytes() const {
   return static_cast<std::size_t>(kPageSize) *
          static_cast<std::size_t>(context_.config.kv_lora_rank + context_.config.qk_rope_head_dim) *
          dtype_size(context_.dtype);
 }
 
+std::size_t CpuAttention::bytes_per_page() const {
+  return latent_page_bytes() + (indexer_ ? indexer_->bytes_per_page() : 0);
+}
+
+void CpuAttention::free_cache() {
+  cache_ = {};
+  if (indexer_) indexer_->free_cache();
+}
+
 void CpuAttention::allocate_cache(int num_pages) {
-  cache_ = allocate_aligned(bytes_per_page() * static_cast<std::size_t>(num_pages));
+  cache_ = allocate_aligned(latent_page_bytes() * static_cast<std::size_t>(num_pages));
+  if (indexer_) indexer_->allocate_cache(num_pages);
 }
 
 void CpuAttention::copy_page(int source, int target) {
-  const std::size_t bytes = bytes_per_page();
+  if (indexer_) indexer_->copy_page(source, target);
+  const std::size_t bytes = latent_page_bytes();
   std::memmove(cache_.data() + static_cast<std::size_t>(target) * bytes,
                cache_.data() + static_cast<std::size_t>(source) * bytes, bytes);
 }
 
 void CpuAttention::forward(Residual& x, Rows rows) {
   const ModelConfig& config = context_.config;
-  const Matrix h = context_.activations(context_.buffers.h, x.x.rows, config.hidden_size);
+  Matrix h = context_.activations(context_.buffers.h, x.x.rows, config.hidden_size);
   context_.rms_norm(x.x, norm_, config.rms_norm_eps, h);
   Projected projected = project(h);
   rope_and_append(projected);
+  if (indexer_) indexer_->append(h);
   const bool has_prompt = context_.step->num_absorbed < context_.step->num_tokens();
-  if (rows == Rows::kLogits && has_prompt) context_.narrow(x.x, projected.q);
+  if (rows == Rows::kLogits && has_prompt) {
+    auto& buffers = context_.buffers;
+    if (indexer_) {
+      context_.narrow({{&x.x, &buffers.logit_x},
+                       {&projected.q, &buffers.logit_q},
+                       {&h, &buffers.logit_index_h},
+                       {&projected.q_a, &buffers.logit_q_a}});
+    } else {
+      context_.narrow({{&x.x, &buffers.logit_x}, {&projected.q, &buffers.logit_q}});
+    }
+  }
   if (x.x.rows == 0) return;
+  if (indexer_ && context_.selects()) indexer_->select(h, projected.q_a);
   const Matrix attended = context_.activations(context_.buffers.attended, x.x.rows,
                                                std::int64_t{config.num_attention_heads} * config.v_head_dim);
   attend(projected.q, attended);
@@ -77,13 +102,14 @@ CpuAttention::Projected CpuAttention::project(const Matrix& h) {
   qkv_a_.multiply(context_, h, qkv_a);
   const Matrix kv = qkv_a.column_range(q_a_width, kv_width);
   Matrix q = qkv_a.column_range(0, q_a_width);
+  Matrix q_a;
   if (q_b_) {
-    const Matrix q_a = context_.activations(context_.buffers.q_a, h.rows, q_a_width);
+    q_a = context_.activations(context_.buffers.q_a, h.rows, q_a_width);
     context_.rms_norm(q, q_norm_, checkpoint::kLatentNormEps, q_a);
     q = context_.activations(context_.buffers.q, h.rows, q_width);
     q_b_->multiply(context_, q_a, q);
   }
-  return {q, kv};
+  return {q, kv, q_a};
 }
 
 // Rotates the rope part of every head of q in place; normalises the latents, rotates the rope part of the
@@ -112,13 +138,24 @@ void CpuAttention::rope_and_append(const Projected& projected) {
 // Attention of q, rotated, over the cache: the step's absorbed tokens, then its chunks.
 void CpuAttention::attend(const Matrix& q, const Matrix& out) {
   const std::int64_t absorbed = context_.step->num_absorbed, expanded = q.rows - absorbed;
-  if (absorbed > 0) absorbed_attention(q.row_range(0, absorbed), out.row_range(0, absorbed));
+  if (absorbed > 0) {
+    const Step& step = *context_.step;
+    Lists lists{step.absorbed_table.data(), step.max_blocks, kPageSize, context_.attended_lens.data(),
+                context_.schedule.view()};
+    if (context_.selects()) {
+      fill_slots(0, absorbed);
+      lists.table = slots_.data();
+      lists.width = context_.index_topk();
+      lists.page_size = 1;
+    }
+    absorbed_attention(q.row_range(0, absorbed), out.row_range(0, absorbed), lists);
+  }
   if (expanded > 0) expanded_attention(q.row_range(absorbed, expanded), out.row_range(absorbed, expanded));
 }
 
 // q_latent[h] = [q_nope[h] · W_UK[h] | q_rope[h]]; out_latent = softmax(scale * q_latent · cache^T) · cache;
 // out[h] = out_latent[h] · W_UV[h]^T.
-void CpuAttention::absorbed_attention(const Matrix& q, const Matrix& out) {
+void CpuAttention::absorbed_attention(const Matrix& q, const Matrix& out, const Lists& lists) {
   const ModelConfig& config = context_.config;
   const std::int64_t heads = config.num_attention_heads, element = context_.element();
   const std::int64_t nope = config.qk_nope_head_dim, rope = config.qk_rope_head_dim;
@@ -131,33 +168,31 @@ void CpuAttention::absorbed_attention(const Matrix& q, const Matrix& out) {
                   q.row(t) + (h * (nope + rope) + nope) * element, static_cast<std::size_t>(rope * element));
     }
   });
-  decode(q_latent, out_latent);
+  decode(q_latent, out_latent, lists);
   kv_b_.uv.multiply(context_, out_latent, rank, out, config.v_head_dim, [](std::int64_t) {});
 }
 
-void CpuAttention::decode(const Matrix& q_latent, const Matrix& out_latent) {
+void CpuAttention::decode(const Matrix& q_latent, const Matrix& out_latent, const Lists& lists) {
   const ModelConfig& config = context_.config;
-  const Step& step = *context_.step;
   const DType dtype = context_.dtype;
-  const std::int64_t n = step.num_absorbed, heads = config.num_attention_heads;
+  const std::int64_t n = q_latent.rows, heads = config.num_attention_heads;
   const std::int64_t rank = config.kv_lora_rank, width = rank + config.qk_rope_head_dim;
-  const auto pages = static_cast<std::int64_t>(cache_.bytes() / bytes_per_page());
+  const auto tokens = static_cast<std::int64_t>(cache_.bytes() / latent_page_bytes()) * kPageSize;
   DenseDecodeArgs args;
   args.q = TensorView::contiguous(q_latent.data, dtype, {n, 1, heads, width});
-  args.k_cache = TensorView::contiguous(cache_.data(), dtype, {pages, kPageSize, 1, width});
-  args.block_table = TensorView::contiguous(const_cast<std::int32_t*>(step.absorbed_table.data()),
-                                            DType::kInt32, {n, step.max_blocks});
-  args.cache_seqlens =
-      TensorView::contiguous(const_cast<std::int32_t*>(step.absorbed_lens.data()), DType::kInt32, {n});
+  args.k_cache =
+      TensorView::contiguous(cache_.data(), dtype, {tokens / lists.page_size, lists.page_size, 1, width});
+  args.block_table =
+      TensorView::contiguous(const_cast<std::int32_t*>(lists.table), DType::kInt32, {n, lists.width});
+  args.cache_seqlens = TensorView::contiguous(const_cast<std::int32_t*>(lists.lengths), DType::kInt32, {n});
   args.out = TensorView::contiguous(out_latent.data, dtype, {n, 1, heads, rank});
   DenseDecodeOptions options;
   options.softmax_scale = static_cast<float>(config.softmax_scale());
   options.num_threads = context_.threads;
-  const DecodeScheduleView schedule = context_.schedule.view();
-  const std::size_t bytes = dense_decode_workspace_size(args, schedule, options);
+  const std::size_t bytes = dense_decode_workspace_size(args, lists.schedule, options);
   Buffer& workspace = context_.buffers.decode_workspace;
   if (bytes > workspace.bytes()) workspace = allocate_aligned(bytes);
-  dense_decode(args, schedule, workspace.data(), bytes, options);
+  dense_decode(args, lists.schedule, workspace.data(), bytes, options);
 }
 
 // Causal attention of the step's chunks with keys and values expanded from the cached latents.
@@ -170,6 +205,8 @@ void CpuAttention::expanded_attention(const Matrix& q, const Matrix& out) {
   parallel_for(chunks, whole ? context_.threads : 1, [&](std::int64_t i) {
     const Chunk& chunk = step.chunks[static_cast<std::size_t>(i)];
     const std::int64_t first = chunk.first_token - step.num_absorbed;
+    const std::int64_t tokens = whole_tokens(chunk);
+    if (tokens == 0) return;
     cpu::DensePrefill args;
     args.heads = config.num_attention_heads;
     args.nope = config.qk_nope_head_dim;
@@ -177,16 +214,63 @@ void CpuAttention::expanded_attention(const Matrix& q, const Matrix& out) {
     args.v = config.v_head_dim;
     args.rank = config.kv_lora_rank;
     args.scale = static_cast<float>(config.softmax_scale());
-    args.q = q.row_range(first, chunk.num_tokens);
-    args.out = out.row_range(first, chunk.num_tokens);
+    args.q = q.row_range(first, tokens);
+    args.out = out.row_range(first, tokens);
     args.cache = cache_.data();
     args.pages = chunk.pages;
-    args.seq_len = chunk.seq_len;
+    args.seq_len = chunk.seq_len - (chunk.num_tokens - tokens);
     args.kv_b = &kv_b_.both;
     args.num_threads = whole ? 1 : context_.threads;
     args.batch_invariant = step.batch_invariant;
     cpu::dense_prefill(context_.gemm, args);
   });
+  if (context_.selects()) chosen_attention(q, out);
+}
+
+// Tokens of a chunk that attend to everything before them: they come first.
+std::int64_t CpuAttention::whole_tokens(const Chunk& chunk) const {
+  if (!context_.selects()) return chunk.num_tokens;
+  const std::int64_t begin = chunk.seq_len - chunk.num_tokens;
+  return std::clamp<std::int64_t>(context_.index_topk() - begin, 0, chunk.num_tokens);
+}
+
+// The other tokens of the step's chunks, each over the slots chosen for it, in the absorbed form. In pieces: a
+// token's absorbed queries take (rank + rope) / (nope + rope) times the room that they took before.
+void CpuAttention::chosen_attention(const Matrix& q, const Matrix& out) {
+  constexpr std::int64_t kPiece = 256;
+  const Step& step = *context_.step;
+  for (const Chunk& chunk : step.chunks) {
+    for (std::int64_t at = whole_tokens(chunk); at < chunk.num_tokens; at += kPiece) {
+      const std::int64_t count = std::min(kPiece, chunk.num_tokens - at), token = chunk.first_token + at;
+      fill_slots(token, count);
+      const DecodeSchedule schedule =
+          DecodeSchedule::build(lengths_, context_.schedule_options(step.batch_invariant));
+      const std::int64_t row = token - step.num_absorbed;
+      absorbed_attention(q.row_range(row, count), out.row_range(row, count),
+                         {slots_.data(), context_.index_topk(), 1, lengths_.data(), schedule.view()});
+    }
+  }
+}
+
+void CpuAttention::fill_slots(std::int64_t first, std::int64_t count) {
+  const std::int64_t topk = context_.index_topk();
+  const Step& step = *context_.step;
+  slots_.resize(static_cast<std::size_t>(count * topk));
+  lengths_.resize(static_cast<std::size_t>(count));
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t token = first + i, length = context_.length(token);
+    std::int32_t* to = slots_.data() + i * topk;
+    lengths_[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(std::min(length, topk));
+    if (length > topk) {
+      std::copy_n(context_.selection.data() + token * topk, topk, to);
+      continue;
+    }
+    // All that there are: only an absorbed token has so few here.
+    const std::int32_t* pages = step.absorbed_table.data() + token * step.max_blocks;
+    for (std::int64_t j = 0; j < length; ++j) {
+      to[j] = static_cast<std::int32_t>(pages[j / kPageSize] * std::int64_t{kPageSize} + j % kPageSize);
+    }
+  }
 }
 
 }  // namespace flash_mla::model

@@ -7,6 +7,7 @@
 #include "base/buffer.h"
 #include "base/matrix.h"
 #include "model/device/cpu/context.h"
+#include "model/device/cpu/indexer.h"
 #include "model/device/cpu/linear.h"
 #include "model/layers.h"
 #include "model/weights.h"
@@ -21,14 +22,21 @@ class CpuAttention : public Attention {
   void forward(Residual& x, Rows rows) override;
 
   std::size_t bytes_per_page() const override;
-  void free_cache() override { cache_ = {}; }
+  void free_cache() override;
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
 
  private:
   /// The part of the layer's first product that is the queries', and that of latents and keys.
   struct Projected {
-    Matrix q, kv;
+    Matrix q, kv, q_a;  ///< q_a: what q was made from, normalised, with q_lora_rank
+  };
+  /// Absorbed tokens and the keys that each attends to, as dense decode has them.
+  struct Lists {
+    const std::int32_t* table = nullptr;  ///< (tokens, width): pages
+    std::int64_t width = 0, page_size = kPageSize;
+    const std::int32_t* lengths = nullptr;
+    DecodeScheduleView schedule{};
   };
   /// kv_b_proj, which is never quantised, in the layouts of both forms of attention.
   struct KeyValueWeights {
@@ -42,12 +50,17 @@ class CpuAttention : public Attention {
                     const AbsorbedHalves<float>& halves);
   };
 
+  std::size_t latent_page_bytes() const;
   Projected project(const Matrix& h);
   void rope_and_append(const Projected& projected);
   void attend(const Matrix& q, const Matrix& out);
-  void absorbed_attention(const Matrix& q, const Matrix& out);
-  void decode(const Matrix& q_latent, const Matrix& out_latent);
+  void absorbed_attention(const Matrix& q, const Matrix& out, const Lists& lists);
+  void decode(const Matrix& q_latent, const Matrix& out_latent, const Lists& lists);
   void expanded_attention(const Matrix& q, const Matrix& out);
+  std::int64_t whole_tokens(const Chunk& chunk) const;
+  void chosen_attention(const Matrix& q, const Matrix& out);
+  /// The slots that tokens first to first + count - 1 of the step attend to, as pages of one token.
+  void fill_slots(std::int64_t first, std::int64_t count);
 
   CpuContext& context_;
   std::vector<float> norm_;
@@ -57,7 +70,9 @@ class CpuAttention : public Attention {
   std::vector<float> kv_norm_;
   KeyValueWeights kv_b_;
   CpuLinear o_;
-  Buffer cache_;  ///< (pages, kPageSize, 1, rank + rope)
+  std::unique_ptr<CpuIndexer> indexer_;        ///< null: attention is dense, or another layer chooses
+  std::vector<std::int32_t> slots_, lengths_;  ///< of fill_slots
+  Buffer cache_;                               ///< (pages, kPageSize, 1, rank + rope)
 };
 
 }  // namespace flash_mla::model

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "base/aligned.h"
 #include "kernels/rows/cpu/rows.h"
@@ -56,18 +57,35 @@ void CpuContext::begin_step(const Step& next) {
       sines[t * pairs + i] = std::sin(angle) * rope.scale;
     }
   });
+  attended_lens = next.absorbed_lens;
+  selects_ = false;
+  if (config.index_topk > 0) {
+    for (std::int32_t& length : attended_lens) length = std::min(length, config.index_topk);
+    selects_ = std::any_of(next.positions.begin(), next.positions.end(),
+                           [&](std::int32_t position) { return position >= config.index_topk; });
+  }
   if (next.num_absorbed > 0) {
-    schedule = DecodeSchedule::build(next.absorbed_lens, schedule_options(next.batch_invariant));
+    schedule = DecodeSchedule::build(attended_lens, schedule_options(next.batch_invariant));
   }
 }
 
-void CpuContext::narrow(Matrix& x, Matrix& q) {
+void CpuContext::narrow(std::initializer_list<Narrowed> matrices) {
   const auto rows = static_cast<std::int64_t>(step->logit_rows.size());
-  const Matrix all_x = x, all_q = q;
-  x = activations(buffers.logit_x, rows, x.columns);
-  q = activations(buffers.logit_q, rows, q.columns);
-  gather_logit_rows(all_x, x);
-  gather_logit_rows(all_q, q);
+  for (const Narrowed& narrowed : matrices) {
+    const Matrix all = *narrowed.rows;
+    *narrowed.rows = activations(*narrowed.buffer, rows, all.columns);
+    gather_logit_rows(all, *narrowed.rows);
+  }
+  if (selects_) {
+    const auto width = static_cast<std::size_t>(config.index_topk);
+    std::vector<std::int32_t> all = std::move(selection);
+    selection.resize(step->logit_rows.size() * width);
+    for (std::size_t i = 0; i < step->logit_rows.size() && !all.empty(); ++i) {
+      std::copy_n(
+          all.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(step->logit_rows[i]) * width),
+          width, selection.begin() + static_cast<std::ptrdiff_t>(i * width));
+    }
+  }
   narrowed_ = logit_step(*step);
   begin_step(narrowed_);
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "base/buffer.h"
@@ -30,8 +31,19 @@ struct CpuContext {
   void reserve(std::int64_t num_tokens, std::int64_t num_rows);
   /// `next` must live until the one after it begins.
   void begin_step(const Step& next);
-  /// Goes on with the step's logit rows alone (logit_step): the rows of x and q, which are `x` and `q` then.
-  void narrow(Matrix& x, Matrix& q);
+  struct Narrowed {
+    Matrix* rows;
+    Buffer* buffer;  ///< for what is left of them
+  };
+  /// Goes on with the step's logit rows alone (logit_step): those of these matrices, and of the selection.
+  void narrow(std::initializer_list<Narrowed> matrices);
+  /// Keys that sparse attention lets a token of the step see at most; and whether it chooses for any.
+  std::int64_t index_topk() const { return config.index_topk; }
+  bool selects() const { return selects_; }
+  /// Keys that a token of the step sees, before any choice.
+  std::int64_t length(std::int64_t token) const {
+    return step->positions[static_cast<std::size_t>(token)] + 1;
+  }
 
   std::int64_t element() const { return static_cast<std::int64_t>(dtype_size(dtype)); }
   /// (rows, columns) in a buffer that grows and stays.
@@ -61,17 +73,22 @@ struct CpuContext {
   mutable cpu::Gemm gemm;
 
   const Step* step = nullptr;
-  std::vector<float> cosines, sines;  ///< (tokens, qk_rope_head_dim / 2)
-  DecodeSchedule schedule;            ///< of the step's absorbed tokens
+  std::vector<float> cosines, sines;        ///< (tokens, qk_rope_head_dim / 2)
+  DecodeSchedule schedule;                  ///< of the step's absorbed tokens
+  std::vector<std::int32_t> attended_lens;  ///< (absorbed tokens): keys attended to, at most index_topk
+  /// (tokens, index_topk): slots that the last indexer chose, ascending by position, for tokens that see more.
+  std::vector<std::int32_t> selection;
 
   struct {
     Buffer x, h, qkv_a, q_a, q, q_latent, out_latent, attended, gate_up, act;
     Buffer decode_workspace, expert_weights, expert_out;
-    Buffer logit_x, logit_q, logit_h, logits, tokens;  ///< of the logit rows
+    Buffer index_k, index_q, index_h, index_weights, index_logits, index_workspace;
+    Buffer logit_x, logit_q, logit_q_a, logit_index_h, logit_h, logits, tokens;  ///< of the logit rows
   } buffers;
 
  private:
   Step narrowed_;
+  bool selects_ = false;
 };
 
 }  // namespace flash_mla::model

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/matrix.h"
+#include "kernels/attention/indexer/rows.h"
+#include "model/device/cpu/context.h"
+#include "model/device/cpu/linear.h"
+#include "model/weights.h"
+
+namespace flash_mla::model {
+
+/// A layer's indexer: it keeps a key of every token beside the latent cache, in the same pages, and chooses the
+/// tokens that a token attends to. Keys and queries stay in the context's dtype, without the rotation and the
+/// quantisation that caches of 132 bytes per token have; both would leave the products as they are.
+class CpuIndexer {
+ public:
+  CpuIndexer(CpuContext& context, const IndexerWeights& weights);
+
+  /// The keys of the step's tokens into their slots; h (tokens, hidden) is the layer's normalised input.
+  void append(const Matrix& h);
+  /// The context's selection, for the rows that it now has; q_a (tokens, q_lora_rank), normalised.
+  void select(const Matrix& h, const Matrix& q_a);
+
+  std::size_t bytes_per_page() const;
+  void free_cache() { cache_ = {}; }
+  void allocate_cache(int num_pages);
+  void copy_page(int source, int target);
+
+ private:
+  void normalise_and_rotate(std::int64_t token, std::byte* key) const;
+  /// Chooses for tokens first to first + count - 1 of the step, which are rows of `rows` in that order.
+  void select_rows(const indexer::Rows& rows, std::int64_t first, std::int64_t count);
+
+  CpuContext& context_;
+  std::int64_t heads_, dim_;
+  CpuLinear q_b_, k_;
+  std::vector<float> k_norm_, k_norm_bias_;
+  cpu::PackedWeight head_weights_;  ///< float32
+  Buffer cache_;                    ///< (pages, kPageSize, index_head_dim)
+};
+
+}  // namespace flash_mla::model
