@@ -246,7 +246,8 @@ def append_kv(
     bfloat16, float16, float32. slot_mapping: (n,) int64 or int32, -1 to skip a token. recipe: how the scales of a
     656-byte cache are chosen, "flash_mla", "vllm" or "sglang". norm_weight: float32, an RMSNorm of the latent first, or
     of latent and rope as one row where it is that long. positions (n,) and cos_sin (max_positions, 64) float32: RoPE of
-    the rope part, pairs of neighbours. Raises ValueError naming the argument, before anything is written.
+    the rope part, pairs of neighbours. CUDA tensors: on torch's current stream, and slots and positions outside are the
+    caller's to get right. Raises ValueError naming the argument, before anything is written.
     """
     tensors = dict(
         latent=latent,

@@ -36,6 +36,7 @@ inline std::uint8_t nearest(float x) {
   if (std::isnan(x)) return 0x7F;
   static const std::vector<double> numbers = [] {
     std::vector<double> all;
+    all.reserve(0x7F);
     for (int code = 0; code < 0x7F; ++code) all.push_back(value_of(static_cast<std::uint8_t>(code)));
     return all;
   }();
@@ -101,7 +102,7 @@ inline std::map<std::size_t, std::uint8_t> expected_bytes(const KvAppendArgs& a,
       bytes[static_cast<std::size_t>(at) + i] = static_cast<const std::uint8_t*>(from)[i];
   };
   const auto halves = [&](std::int64_t at, const float* x, int n) {
-    for (int i = 0; i < n; ++i) {
+    for (std::ptrdiff_t i = 0; i < n; ++i) {
       const std::uint16_t bits =
           a.cache.format == KvFormat::kFloat16 ? to_fp16(x[i]).bits : to_bf16(x[i]).bits;
       put(at + 2 * i, &bits, 2);
@@ -110,7 +111,7 @@ inline std::map<std::size_t, std::uint8_t> expected_bytes(const KvAppendArgs& a,
   std::uint8_t e4m3[576];
   if (a.cache.format == KvFormat::kFp8V32) {
     const std::int64_t at = first + in_page;
-    for (int t = 0; t < 4; ++t) {
+    for (std::ptrdiff_t t = 0; t < 4; ++t) {
       const float scale = quantise(a.recipe, row + t * 128, 128, e4m3 + t * 128);
       put(at + 512 + 4 * t, &scale, 4);
     }
@@ -118,7 +119,7 @@ inline std::map<std::size_t, std::uint8_t> expected_bytes(const KvAppendArgs& a,
     halves(at + 528, row + 512, 64);
   } else if (a.cache.format == KvFormat::kFp8V4) {
     const std::int64_t at = first + offset * 576, scales = first + page_size * 576 + offset * 8;
-    for (int t = 0; t < 7; ++t) {
+    for (std::ptrdiff_t t = 0; t < 7; ++t) {
       const float scale = quantise(Fp8Recipe::kFlashMla, row + t * 64, 64, e4m3 + t * 64);
       const auto byte = static_cast<std::uint8_t>(std::ilogb(scale) + 127);
       put(scales + t, &byte, 1);

@@ -341,3 +341,55 @@ def test_flashmlas_name_for_sparse_decode():
     wanted, wanted_lse = flash_mla.sparse_decode(q, cache, indices, attn_sink=sink)
     torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-3, rtol=2.01 / 128)
     torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [656, 584, 576])
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_append_and_gather_have_the_cpus_bytes(width, device):
+    """Norm, RoPE and quantiser, on a stream of torch's; a slot of -1 is passed over, its position is not looked at."""
+    g = torch.Generator().manual_seed(6)
+    n, d_qk = 300, 512 if width == 584 else 576
+    rows = torch.randn(n, d_qk, generator=g).bfloat16()
+    slots = torch.randperm(640, generator=g)[:n]
+    slots[::7] = -1
+    positions = torch.randint(0, 1000, (n,), generator=g)
+    positions[::7] = 1 << 40
+    cos_sin = torch.randn(1000, 64, generator=g)
+    weight = 1 + torch.randn(d_qk - 64, generator=g) / 4
+    on_cpu = torch.full((10, 64, 1, width), 255, dtype=torch.uint8)
+    options = dict(norm_weight=weight, positions=positions, cos_sin=cos_sin, kv_scale=0.01)
+    flash_mla.append_kv(rows[:, : d_qk - 64], rows[:, d_qk - 64 :], slots, on_cpu, **options)
+    wanted = flash_mla.gather_kv(on_cpu, slots, dtype="bfloat16", kv_scale=0.01)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        gpu = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        cache, on_gpu = torch.full_like(on_cpu, 255, device=device), rows.to(device)
+        flash_mla.append_kv(on_gpu[:, : d_qk - 64], on_gpu[:, d_qk - 64 :], slots.to(device), cache, **gpu)
+        got = flash_mla.gather_kv(cache, slots.to(device), dtype="bfloat16", kv_scale=0.01)
+    stream.synchronize()
+    assert torch.equal(cache.cpu(), on_cpu)
+    assert torch.equal(got.cpu(), wanted)
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_merge_states_in_a_graph(base):
+    g = torch.Generator().manual_seed(7)
+    a, b = (torch.randn(5, 2, 16, 512, generator=g).bfloat16() for _ in range(2))
+    lse_a, lse_b = (5 * torch.randn(5, 16, 2, generator=g) for _ in range(2))
+    lse_a[1], lse_b[1:3] = float("inf"), float("-inf")
+    on_gpu = [x.cuda() for x in (a, lse_a, b, lse_b)]
+    for _ in range(2):
+        out, lse = flash_mla.merge_states(*on_gpu, base=base)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flash_mla.merge_states(*on_gpu, base=base)
+    for _ in range(2):
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        wanted, wanted_lse = flash_mla.merge_states(*[x.cpu() for x in on_gpu], base=base)
+        torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-6, rtol=2**-8)
+        torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-5, rtol=1e-5)
+        on_gpu[0].copy_(torch.randn(a.shape, generator=g))
+        on_gpu[1].copy_(torch.randn(lse_a.shape, generator=g))

@@ -319,6 +319,7 @@ class DenseFp8Problem : public Attention {
     static_cast<void>(i);  // without a causal mask every query token sees all
     const auto per_request = static_cast<std::int64_t>(table_.size()) / shape_.b;
     std::vector<std::int32_t> slots;
+    slots.reserve(size(shape_.s_kv));
     for (int t = 0; t < shape_.s_kv; ++t) {
       slots.push_back(table_[size(r * per_request + t / shape_.page_size)] * shape_.page_size +
                       t % shape_.page_size);

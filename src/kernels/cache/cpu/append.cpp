@@ -95,7 +95,8 @@ void append_kv(const KvAppendArgs& args, int num_threads) {
         row[static_cast<std::size_t>(d)] = static_cast<float>(to_float(from[d]));
       from = args.rope.ptr<const T>() + i * args.rope.stride(0);
       for (int d = 0; d < kv::kRopeWidth; ++d) {
-        row[static_cast<std::size_t>(latent + d)] = static_cast<float>(to_float(from[d]));
+        row[static_cast<std::size_t>(latent) + static_cast<std::size_t>(d)] =
+            static_cast<float>(to_float(from[d]));
       }
     });
     if (args.norm_weight.defined()) {

@@ -29,7 +29,7 @@ struct AppendParams {
   const void* latent;
   const void* rope;
   std::int64_t latent_stride, rope_stride;  // elements
-  bool wide_rows;                           // latents begin at multiples of 16 bytes
+  bool wide_rows, whole_pairs;              // latents begin at multiples of 16 bytes, ropes of 4
   std::uint32_t n;
   Integers slots, positions;
   const float* norm_weight;  // null: no norm
@@ -38,8 +38,8 @@ struct AppendParams {
   const float* cos_sin;        // null: no RoPE
   std::int64_t cos_sin_stride;
   kv::Pool pool;
-  bool small_pool;  // its slots fit into 32 bits
-  int unit;         // alignment of its tokens
+  SlotDivision division;
+  int unit;  // alignment of its tokens
   Fp8Recipe recipe;
 };
 
@@ -122,53 +122,54 @@ __device__ void quantise(Fp8Recipe recipe, float scale, const float (&x)[kLaneEl
   quantise(x, words, [&](float v) { return v == 0.0f ? v : __fmul_rn(v, inverse); });
 }
 
+/// The token's latent gets what this lane has of it. All lanes call it.
 template <KvFormat kFormat>
-__device__ void store_halves_pair(const float* pair, std::byte* to, int unit) {
-  using T = std::conditional_t<kFormat == KvFormat::kFloat16, Fp16, Bf16>;
-  const std::uint32_t word = halves<T>(pair[0], pair[1]);
-  store<4>(to, &word, unit);
-}
-
-/// The row's place in the cache gets what this lane has of it. All lanes call it.
-template <KvFormat kFormat>
-__device__ void store_share(const AppendParams& p, const Share& x, const kv::Token& token, int lane,
-                            bool has_latent) {
+__device__ void store_latent(const AppendParams& p, const float (&x)[kLaneElements], const kv::Token& token,
+                             int lane, bool has_latent) {
   std::uint32_t words[4];
   std::byte* const place = token.latent + lane * kLaneElements;
   if constexpr (kFormat == KvFormat::kFp8V32) {
     constexpr int kTileLanes = kv::Fp8V32::kTile / kLaneElements;
-    const float scale = quant::tile_scale(p.recipe, tile_maximum(x.latent, kTileLanes));
-    quantise(p.recipe, scale, x.latent, words);
+    const float scale = quant::tile_scale(p.recipe, tile_maximum(x, kTileLanes));
+    quantise(p.recipe, scale, x, words);
     store<16>(place, words, p.unit);
     if (lane % kTileLanes == 0) {
       store<4>(token.scales + lane / kTileLanes * static_cast<int>(sizeof(scale)), &scale, p.unit);
     }
   } else if constexpr (kFormat == KvFormat::kFp8V4) {
     constexpr int kTileLanes = kv::Fp8V4::kTile / kLaneElements;
-    const float scale = quant::tile_scale(Fp8Recipe::kFlashMla, tile_maximum(x.latent, kTileLanes));
-    quantise(Fp8Recipe::kFlashMla, scale, x.latent, words);
+    const float scale = quant::tile_scale(Fp8Recipe::kFlashMla, tile_maximum(x, kTileLanes));
+    quantise(Fp8Recipe::kFlashMla, scale, x, words);
     if (has_latent) store<16>(place, words, p.unit);
     // Behind the 7 scales the spare byte, 0.
     if (lane % kTileLanes == 0)
       token.scales[lane / kTileLanes] = has_latent ? std::byte{to_e8m0(scale).bits} : std::byte{0};
   } else if constexpr (kFormat == KvFormat::kFp8Tensor) {
     const Divisor divisor(p.pool.scale);
-    quantise(x.latent, words, [&](float v) { return divisor.quotient(v); });
+    quantise(x, words, [&](float v) { return divisor.quotient(v); });
     store<16>(place, words, p.unit);
-    const std::uint32_t pair = e4m3x4(divisor.quotient(x.pair[0]), divisor.quotient(x.pair[1]), 0, 0);
-    for (int j = 0; j < 2; ++j) token.rope[2 * lane + j] = static_cast<std::byte>(pair >> 8 * j);
-    return;
   } else {
     using T = std::conditional_t<kFormat == KvFormat::kFloat16, Fp16, Bf16>;
     for (int half = 0; half < 2 && has_latent; ++half) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = halves<T>(x.latent[8 * half + 2 * i], x.latent[8 * half + 2 * i + 1]);
-      }
+      for (int i = 0; i < 4; ++i) words[i] = halves<T>(x[8 * half + 2 * i], x[8 * half + 2 * i + 1]);
       store<16>(token.latent + 2 * (lane * kLaneElements + 8 * half), words, p.unit);
     }
   }
-  store_halves_pair<kFormat>(x.pair, token.rope + 4 * lane, p.unit);
+}
+
+/// The token's rope part gets this lane's pair.
+template <KvFormat kFormat>
+__device__ void store_pair(const AppendParams& p, const float (&pair)[2], std::byte* rope, int lane) {
+  if constexpr (kFormat == KvFormat::kFp8Tensor) {
+    const Divisor divisor(p.pool.scale);
+    const std::uint32_t two = e4m3x4(divisor.quotient(pair[0]), divisor.quotient(pair[1]), 0, 0);
+    for (int j = 0; j < 2; ++j) rope[2 * lane + j] = static_cast<std::byte>(two >> 8 * j);
+  } else {
+    using T = std::conditional_t<kFormat == KvFormat::kFloat16, Fp16, Bf16>;
+    const std::uint32_t word = halves<T>(pair[0], pair[1]);
+    store<4>(rope + 4 * lane, &word, p.unit);
+  }
 }
 
 /// As if stored as T and read back; of a NaN some NaN.
@@ -179,13 +180,13 @@ __device__ void round_pair(float& a, float& b) {
 
 /// RMSNorm of this lane's share; all lanes call it.
 template <class T>
-__device__ void norm(const AppendParams& p, Share& x, const Raw<float>& weight, int lane) {
+__device__ void norm(const AppendParams& p, Share& x, const float (&weight)[kLaneElements], int lane) {
   float squares = flash_mla::cache::lane_squares(x.latent);
   if (p.norm_whole) squares = flash_mla::cache::with_pair_squares(squares, x.pair);
   const float factor = flash_mla::cache::norm_factor(sum_by_halves(squares), p.norm_share, p.norm_eps);
 #pragma unroll
   for (int i = 0; i < kLaneElements; i += 2) {
-    for (int j = i; j < i + 2; ++j) x.latent[j] = __fmul_rn(__fmul_rn(x.latent[j], factor), weight.x[j]);
+    for (int j = i; j < i + 2; ++j) x.latent[j] = __fmul_rn(__fmul_rn(x.latent[j], factor), weight[j]);
     round_pair<T>(x.latent[i], x.latent[i + 1]);
   }
   if (!p.norm_whole) return;
@@ -202,32 +203,43 @@ __global__ void __launch_bounds__(kWarps* kWarp, 8) append_kernel(const __grid_c
   const std::uint32_t t = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (t >= p.n) return;
   const bool has_latent = lane * kLaneElements < p.pool.latent();
-  const T* rope = static_cast<const T*>(p.rope) + t * p.rope_stride + 2 * lane;
-  const std::int64_t slot = p.slots[t], position = p.cos_sin != nullptr ? p.positions[t] : 0;
-  Raw<T> latent{};
-  Raw<float> weight{};
+  const Integers::Raw raw_slot = p.slots.load(t);
+  Integers::Raw raw_position{};
+  if (p.cos_sin != nullptr) raw_position = p.positions.load(t);
+  Raw<T, kLaneElements> latent{};
+  Raw<float, kLaneElements> weight{};
   if (has_latent) {
-    load(latent, static_cast<const T*>(p.latent) + t * p.latent_stride + lane * kLaneElements, p.wide_rows);
-    if (p.norm_weight != nullptr) load(weight, p.norm_weight + lane * kLaneElements, p.wide_weight);
+    latent.template load<16>(static_cast<const T*>(p.latent) + t * p.latent_stride + lane * kLaneElements,
+                             p.wide_rows);
+    if (p.norm_weight != nullptr)
+      weight.template load<16>(p.norm_weight + lane * kLaneElements, p.wide_weight);
   }
-  Share x;
-  for (int j = 0; j < 2; ++j) x.pair[j] = as_float(rope[j]);
+  Raw<T, 2> pair;
+  pair.template load<4>(static_cast<const T*>(p.rope) + t * p.rope_stride + 2 * lane, p.whole_pairs);
+  const std::int64_t slot = p.slots.value(raw_slot);
   if (slot < 0) return;  // of the whole warp; its position may be anything
   float cosine = 1.0f, sine = 0.0f;
   if (p.cos_sin != nullptr) {
-    const float* row = p.cos_sin + position * p.cos_sin_stride + lane;
+    const float* row = p.cos_sin + p.positions.value(raw_position) * p.cos_sin_stride + lane;
     cosine = row[0];
     sine = row[kv::kRopeWidth / 2];
   }
-  const kv::Token token = locate<kFormat>(p.pool, slot, p.small_pool);
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) x.latent[i] = as_float(latent.x[i]);
-  if (p.norm_weight != nullptr) norm<T>(p, x, weight, lane);
+  const kv::Token token = locate<kFormat>(p.pool, slot, p.division);
+  Share x;
+  latent.to_floats(x.latent);
+  pair.to_floats(x.pair);
+  if (p.norm_weight != nullptr) {
+    float weights[kLaneElements];
+    weight.to_floats(weights);
+    norm<T>(p, x, weights, lane);
+  }
+  store_latent<kFormat>(p, x.latent, token, lane, has_latent);
+  // Last of all, since the cosines are what comes last.
   if (p.cos_sin != nullptr) {
     flash_mla::cache::rotate(x.pair, cosine, sine);
     round_pair<T>(x.pair[0], x.pair[1]);
   }
-  store_share<kFormat>(p, x, token, lane, has_latent);
+  store_pair<kFormat>(p, x.pair, token.rope, lane);
 }
 
 template <class T>
@@ -247,22 +259,22 @@ void (*kernel_of(KvFormat format))(AppendParams) {
 }
 
 AppendParams params_of(const KvAppendArgs& args) {
-  const auto aligned = [](const TensorView& t) {
-    const std::int64_t stride =
-        t.size(0) > 1 ? t.stride(0) * static_cast<std::int64_t>(dtype_size(t.dtype)) : 0;
-    return common_alignment({static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(t.data)), stride}) ==
-           16;
+  const auto alignment = [](const TensorView& t) {
+    const auto element = static_cast<std::int64_t>(dtype_size(t.dtype));
+    return common_alignment({static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(t.data)),
+                             t.size(0) > 1 ? t.stride(0) * element : 0});
   };
   AppendParams p{};
   p.latent = args.latent.data;
   p.rope = args.rope.data;
   p.latent_stride = args.latent.stride(0);
   p.rope_stride = args.rope.stride(0);
-  p.wide_rows = aligned(args.latent);
+  p.wide_rows = alignment(args.latent) == 16;
+  p.whole_pairs = alignment(args.rope) >= 4;
   p.n = count_of(args.latent, "latent");
   p.slots = integers(args.slot_mapping);
   p.pool = kv::make_pool(args.cache);
-  p.small_pool = p.pool.num_slots() <= INT32_MAX;
+  p.division = slot_division(p.pool);
   p.unit = pool_alignment(p.pool);
   p.recipe = args.recipe;
   if (args.norm_weight.defined()) {

@@ -27,23 +27,48 @@ constexpr int common_alignment(std::initializer_list<std::int64_t> numbers) {
   return unit;
 }
 
-/// 16 elements as they lie in memory, so that loads are all under way before one is used.
-template <class T>
+/// kCount elements as they lie in memory: loads are all under way before one is used.
+template <class T, int kCount>
 struct Raw {
-  alignas(16) T x[kLaneElements];
-};
+  static constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
+  std::uint32_t words[kWords];
 
-/// `wide`: the address is a multiple of 16 bytes.
-template <class T>
-__device__ __forceinline__ void load(Raw<T>& to, const T* from, bool wide) {
-  if (wide) {
-    for (int i = 0; i < static_cast<int>(sizeof(to) / 16); ++i) {
-      reinterpret_cast<uint4*>(to.x)[i] = reinterpret_cast<const uint4*>(from)[i];
+  /// From an address that is a multiple of `kAlignment` bytes where `aligned`, else of an element's.
+  template <int kAlignment>
+  __device__ __forceinline__ void load(const T* from, bool aligned) {
+    if (aligned) {
+      if constexpr (kAlignment == 16) {
+#pragma unroll
+        for (int i = 0; i < kWords / 4; ++i) {
+          const uint4 v = reinterpret_cast<const uint4*>(from)[i];
+          words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const std::uint32_t*>(from)[i];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        if constexpr (sizeof(T) == 4) {
+          words[i] = reinterpret_cast<const std::uint32_t*>(from)[i];
+        } else {
+          words[i] = from[2 * i].bits | static_cast<std::uint32_t>(from[2 * i + 1].bits) << 16;
+        }
+      }
     }
-  } else {
-    for (int i = 0; i < kLaneElements; ++i) to.x[i] = from[i];
   }
-}
+  __device__ __forceinline__ void to_floats(float (&x)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        x[i] = __uint_as_float(words[i]);
+      } else {
+        unpack<T>(words[i], x[2 * i], x[2 * i + 1]);
+      }
+    }
+  }
+};
 
 /// kBytes of `from`, 4 or 16, to an address that is a multiple of `unit`.
 template <int kBytes>
@@ -102,13 +127,27 @@ __device__ __forceinline__ std::uint32_t halves(float first, float second) {
   return from_float<T>(first).bits | static_cast<std::uint32_t>(from_float<T>(second).bits) << 16;
 }
 
-/// Where a token of a pool in this format lies; `small`: slots fit into 32 bits, whose division is a third as
-/// long.
+/// How slots become pages: a division of 64 bits, one of 32 where that is enough, a shift where pages are powers of
+/// two. What a division costs is a quarter of what the rest of a token does.
+struct SlotDivision {
+  bool small;
+  int shift;  ///< -1: none
+};
+inline SlotDivision slot_division(const kv::Pool& pool) {
+  SlotDivision d{pool.num_slots() <= INT32_MAX, -1};
+  for (int shift = 0; shift < 31; ++shift) {
+    if (pool.page_size == std::int64_t{1} << shift) d.shift = shift;
+  }
+  return d;
+}
+
+/// Where a token of a pool in this format lies.
 template <KvFormat kFormat>
-__device__ __forceinline__ kv::Token locate(const kv::Pool& any, std::int64_t slot, bool small) {
+__device__ __forceinline__ kv::Token locate(const kv::Pool& any, std::int64_t slot, const SlotDivision& d) {
   kv::Pool pool = any;
   pool.format = kFormat;  // which decides what is computed
-  if (small) {
+  if (d.shift >= 0) return kv::locate(pool, slot >> d.shift, slot & (pool.page_size - 1));
+  if (d.small) {
     const auto s = static_cast<std::uint32_t>(slot), page_size = static_cast<std::uint32_t>(pool.page_size);
     const std::uint32_t page = s / page_size;
     return kv::locate(pool, page, s - page * page_size);
@@ -116,20 +155,31 @@ __device__ __forceinline__ kv::Token locate(const kv::Pool& any, std::int64_t sl
   return kv::locate(pool, slot);
 }
 
-/// Alignment of every part of every token of a pool.
+/// Alignment of every token of a pool, but for single bytes of scales.
 inline int pool_alignment(const kv::Pool& pool) {
   const auto address = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(pool.data));
-  std::int64_t scales = 0;
-  if (pool.format == KvFormat::kFp8V4) scales = kv::Fp8V4::kScaleBytes;  // of which a token's are 8
-  return common_alignment({address, pool.page_stride, pool.token_stride, scales});
+  return common_alignment({address, pool.page_stride, pool.token_stride});
 }
 
-/// An integer tensor of 32 or 64 bits.
+/// An integer tensor of 32 or 64 bits. What is loaded becomes a number apart from it, so that nothing waits for it before
+/// it has to.
 struct Integers {
   const void* data;
   bool wide;
-  __device__ std::int64_t operator[](std::uint32_t i) const {
-    return wide ? static_cast<const std::int64_t*>(data)[i] : static_cast<const std::int32_t*>(data)[i];
+
+  struct Raw {
+    std::uint32_t low, high;
+  };
+  __device__ __forceinline__ Raw load(std::uint32_t i) const {
+    const auto* at =
+        static_cast<const std::uint32_t*>(data) + (static_cast<std::size_t>(i) << (wide ? 1 : 0));
+    return {at[0], wide ? at[1] : 0};
+  }
+  __device__ __forceinline__ std::int64_t value(Raw raw) const {
+    return static_cast<std::int64_t>(
+               wide ? raw.high : static_cast<std::uint32_t>(static_cast<std::int32_t>(raw.low) >> 31))
+               << 32 |
+           raw.low;
   }
 };
 inline Integers integers(const TensorView& t) { return {t.data, t.dtype == DType::kInt64}; }

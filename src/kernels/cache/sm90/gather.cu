@@ -29,8 +29,8 @@ struct GatherParams {
   std::uint32_t n;
   Integers slots;
   kv::Pool pool;
-  bool small_pool;  // its slots fit into 32 bits
-  int unit;         // alignment of its tokens
+  SlotDivision division;
+  int unit;  // alignment of its tokens
 };
 
 /// 4 e4m3, each times the scale.
@@ -92,19 +92,19 @@ __global__ void __launch_bounds__(kWarps* kWarp, 8) gather_kernel(const __grid_c
   if (t >= p.n) return;
   const bool has_latent = lane * kLaneElements < p.pool.latent();
   float latent[kLaneElements] = {}, pair[2] = {};
-  const std::int64_t slot = p.slots[t];
+  const std::int64_t slot = p.slots.value(p.slots.load(t));
   if (slot >= 0) {
-    read_share<kFormat>(p, locate<kFormat>(p.pool, slot, p.small_pool), lane, has_latent, latent, pair);
+    read_share<kFormat>(p, locate<kFormat>(p.pool, slot, p.division), lane, has_latent, latent, pair);
   }
   auto* const out = static_cast<T*>(p.out) + t * p.out_stride;
   if (has_latent) {
-    Raw<T> row;
+    alignas(16) T row[kLaneElements];
 #pragma unroll
-    for (int i = 0; i < kLaneElements; ++i) row.x[i] = from_float<T>(latent[i]);
+    for (int i = 0; i < kLaneElements; ++i) row[i] = from_float<T>(latent[i]);
     auto* const place = reinterpret_cast<std::byte*>(out + lane * kLaneElements);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(row) / 16); ++i) {
-      store<16>(place + 16 * i, reinterpret_cast<const std::byte*>(row.x) + 16 * i, p.out_unit);
+      store<16>(place + 16 * i, reinterpret_cast<const std::byte*>(row) + 16 * i, p.out_unit);
     }
   }
   T* const rope = out + p.pool.latent() + 2 * lane;
@@ -141,7 +141,7 @@ void gather_kv(const KvGatherArgs& args, void* stream) {
   p.n = count_of(args.out, "out");
   p.slots = integers(args.slots);
   p.pool = kv::make_pool(args.cache);
-  p.small_pool = p.pool.num_slots() <= INT32_MAX;
+  p.division = slot_division(p.pool);
   p.unit = pool_alignment(p.pool);
   const KvFormat format = p.pool.format;
   const auto kernel = args.out.dtype == DType::kFloat32   ? kernel_of<float>(format)
