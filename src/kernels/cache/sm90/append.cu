@@ -32,16 +32,42 @@ struct AppendParams {
   bool wide_rows, whole_pairs;              // latents begin at multiples of 16 bytes, ropes of 4
   std::uint32_t n;
   Integers slots, positions;
-  const float* norm_weight;  // null: no norm
-  bool wide_weight, norm_whole;
+  const float* norm_weight;
+  bool has_norm, wide_weight, norm_whole;
   float norm_eps, norm_share;  // norm_share: 1 / elements
-  const float* cos_sin;        // null: no RoPE
+  const float* cos_sin;
+  bool has_rope;
   std::int64_t cos_sin_stride;
   kv::Pool pool;
   SlotDivision division;
   int unit;  // alignment of its tokens
   Fp8Recipe recipe;
 };
+
+/// What most calls have in common: everything aligned and dense, norm and RoPE, integers of 64 bits, pages of a power of
+/// two. Their kernel is compiled without the other cases, which saves a fifth of its instructions.
+bool is_usual(const AppendParams& p) {
+  const std::int64_t dense = kv::token_bytes(p.pool.format, p.pool.d_qk);
+  return p.wide_rows && p.whole_pairs && p.has_norm && p.wide_weight && p.has_rope && p.unit == 16 &&
+         p.slots.wide && p.positions.wide && p.division.small && p.division.shift >= 0 &&
+         (p.pool.format == KvFormat::kFp8V4 || p.pool.token_stride == dense);
+}
+
+/// The parameters with what is known when a kernel is compiled.
+template <KvFormat kFormat, bool kUsual>
+__device__ __forceinline__ AppendParams known(const AppendParams& given) {
+  AppendParams p = given;
+  constexpr int kOwn = kv::format_d_qk(kFormat);
+  if (kOwn != 0) p.pool.d_qk = kOwn;
+  if (kUsual) {
+    p.wide_rows = p.whole_pairs = p.has_norm = p.wide_weight = p.has_rope = true;
+    p.slots.wide = p.positions.wide = p.division.small = true;
+    p.unit = 16;
+    if (kFormat != KvFormat::kFp8V4) p.pool.token_stride = kv::token_bytes(kFormat, p.pool.d_qk);
+    __builtin_assume(p.division.shift >= 0);
+  }
+  return p;
+}
 
 /// A lane's share of a row.
 struct Share {
@@ -195,31 +221,33 @@ __device__ void norm(const AppendParams& p, Share& x, const float (&weight)[kLan
   round_pair<T>(x.pair[0], x.pair[1]);
 }
 
-template <class T, KvFormat kFormat>
-__global__ void __launch_bounds__(kWarps* kWarp, 8) append_kernel(const __grid_constant__ AppendParams p) {
+template <class T, KvFormat kFormat, bool kUsual>
+__global__ void __launch_bounds__(kWarps* kWarp, 8)
+    append_kernel(const __grid_constant__ AppendParams given) {
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const AppendParams p = known<kFormat, kUsual>(given);
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
   const std::uint32_t t = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (t >= p.n) return;
   const bool has_latent = lane * kLaneElements < p.pool.latent();
   const Integers::Raw raw_slot = p.slots.load(t);
   Integers::Raw raw_position{};
-  if (p.cos_sin != nullptr) raw_position = p.positions.load(t);
+  if (p.has_rope) raw_position = p.positions.load(t);
   Raw<T, kLaneElements> latent{};
   Raw<float, kLaneElements> weight{};
   if (has_latent) {
     latent.template load<16>(static_cast<const T*>(p.latent) + t * p.latent_stride + lane * kLaneElements,
                              p.wide_rows);
-    if (p.norm_weight != nullptr)
-      weight.template load<16>(p.norm_weight + lane * kLaneElements, p.wide_weight);
+    if (p.has_norm) weight.template load<16>(p.norm_weight + lane * kLaneElements, p.wide_weight);
   }
   Raw<T, 2> pair;
   pair.template load<4>(static_cast<const T*>(p.rope) + t * p.rope_stride + 2 * lane, p.whole_pairs);
+  __syncwarp();  // or the compiler moves the loads above behind the branch below, which waits for the slot
   const std::int64_t slot = p.slots.value(raw_slot);
   if (slot < 0) return;  // of the whole warp; its position may be anything
   float cosine = 1.0f, sine = 0.0f;
-  if (p.cos_sin != nullptr) {
+  if (p.has_rope) {
     const float* row = p.cos_sin + p.positions.value(raw_position) * p.cos_sin_stride + lane;
     cosine = row[0];
     sine = row[kv::kRopeWidth / 2];
@@ -228,33 +256,44 @@ __global__ void __launch_bounds__(kWarps* kWarp, 8) append_kernel(const __grid_c
   Share x;
   latent.to_floats(x.latent);
   pair.to_floats(x.pair);
-  if (p.norm_weight != nullptr) {
+  if (p.has_norm) {
     float weights[kLaneElements];
     weight.to_floats(weights);
     norm<T>(p, x, weights, lane);
   }
   store_latent<kFormat>(p, x.latent, token, lane, has_latent);
   // Last of all, since the cosines are what comes last.
-  if (p.cos_sin != nullptr) {
+  if (p.has_rope) {
     flash_mla::cache::rotate(x.pair, cosine, sine);
     round_pair<T>(x.pair[0], x.pair[1]);
   }
   store_pair<kFormat>(p, x.pair, token.rope, lane);
 }
 
+using Kernel = void (*)(AppendParams);
+
+template <class T, KvFormat kFormat>
+Kernel kernel_of(bool usual) {
+  // Of other dtypes than bfloat16 there are no usual calls.
+  if constexpr (std::is_same_v<T, Bf16>) {
+    if (usual) return append_kernel<T, kFormat, true>;
+  }
+  return append_kernel<T, kFormat, false>;
+}
+
 template <class T>
-void (*kernel_of(KvFormat format))(AppendParams) {
+Kernel kernel_of(KvFormat format, bool usual) {
   switch (format) {
     case KvFormat::kBFloat16:
-      return append_kernel<T, KvFormat::kBFloat16>;
+      return kernel_of<T, KvFormat::kBFloat16>(usual);
     case KvFormat::kFloat16:
-      return append_kernel<T, KvFormat::kFloat16>;
+      return kernel_of<T, KvFormat::kFloat16>(usual);
     case KvFormat::kFp8V32:
-      return append_kernel<T, KvFormat::kFp8V32>;
+      return kernel_of<T, KvFormat::kFp8V32>(usual);
     case KvFormat::kFp8V4:
-      return append_kernel<T, KvFormat::kFp8V4>;
+      return kernel_of<T, KvFormat::kFp8V4>(usual);
     default:
-      return append_kernel<T, KvFormat::kFp8Tensor>;
+      return kernel_of<T, KvFormat::kFp8Tensor>(usual);
   }
 }
 
@@ -278,6 +317,7 @@ AppendParams params_of(const KvAppendArgs& args) {
   p.unit = pool_alignment(p.pool);
   p.recipe = args.recipe;
   if (args.norm_weight.defined()) {
+    p.has_norm = true;
     p.norm_weight = args.norm_weight.ptr<const float>();
     p.norm_whole = args.norm_weight.size(0) > p.pool.latent();
     p.wide_weight = reinterpret_cast<std::uintptr_t>(p.norm_weight) % 16 == 0;
@@ -285,6 +325,7 @@ AppendParams params_of(const KvAppendArgs& args) {
     p.norm_share = 1.0f / static_cast<float>(args.norm_weight.size(0));
   }
   if (args.positions.defined()) {
+    p.has_rope = true;
     p.positions = integers(args.positions);
     p.cos_sin = args.cos_sin.ptr<const float>();
     p.cos_sin_stride = args.cos_sin.stride(0);
@@ -299,9 +340,10 @@ void append_kv(const KvAppendArgs& args, void* stream) {
   const DeviceGuard guard(args.latent.device.index);
   const AppendParams p = params_of(args);
   const KvFormat format = p.pool.format;
-  const auto kernel = args.latent.dtype == DType::kFloat32   ? kernel_of<float>(format)
-                      : args.latent.dtype == DType::kFloat16 ? kernel_of<Fp16>(format)
-                                                             : kernel_of<Bf16>(format);
+  const bool usual = is_usual(p);
+  const Kernel kernel = args.latent.dtype == DType::kFloat32   ? kernel_of<float>(format, usual)
+                        : args.latent.dtype == DType::kFloat16 ? kernel_of<Fp16>(format, usual)
+                                                               : kernel_of<Bf16>(format, usual);
   const dim3 grid(static_cast<unsigned>((p.n + kWarps - 1) / kWarps));
   check(launch(LaunchConfig(grid, kWarps * kWarp, 0, static_cast<cudaStream_t>(stream)).programmatic(),
                kernel, p),

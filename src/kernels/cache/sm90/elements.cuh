@@ -146,9 +146,9 @@ template <KvFormat kFormat>
 __device__ __forceinline__ kv::Token locate(const kv::Pool& any, std::int64_t slot, const SlotDivision& d) {
   kv::Pool pool = any;
   pool.format = kFormat;  // which decides what is computed
-  if (d.shift >= 0) return kv::locate(pool, slot >> d.shift, slot & (pool.page_size - 1));
   if (d.small) {
     const auto s = static_cast<std::uint32_t>(slot), page_size = static_cast<std::uint32_t>(pool.page_size);
+    if (d.shift >= 0) return kv::locate(pool, s >> d.shift, s & (page_size - 1));
     const std::uint32_t page = s / page_size;
     return kv::locate(pool, page, s - page * page_size);
   }

@@ -87,7 +87,7 @@ template <class T, KvFormat kFormat>
 __global__ void __launch_bounds__(kWarps* kWarp, 8) gather_kernel(const __grid_constant__ GatherParams p) {
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
   const std::uint32_t t = blockIdx.x * kWarps + threadIdx.x / kWarp;
   if (t >= p.n) return;
   const bool has_latent = lane * kLaneElements < p.pool.latent();
