@@ -89,7 +89,7 @@ struct Request {
   /// Put through the model's chat template. Special tokens that a content spells out are ordinary text.
   std::vector<ChatMessage> messages;
   /// What the chat template is to see besides the messages: a JSON object, such as {"thinking": true}. Empty:
-  /// nothing.
+  /// nothing. A name that the template does not look at is refused, unless its value is null, false or empty.
   std::string chat_variables;
   /// What follows the gap that is to be filled: `prompt` is what comes before it. For tokenizers that have
   /// tokens for it.
@@ -173,6 +173,11 @@ struct EngineOptions {
   std::filesystem::path chat_template;
   /// Tokens of prompt and continuation together; 0: the positions that the model has, at most which it may be.
   std::int64_t max_model_len = 0;
+  /// Engine::default_sampling is what the directory's generation_config.json says. False: SamplingParams' own
+  /// defaults.
+  bool generation_config = true;
+  /// Called before the first layer is loaded and after every one, from the thread that makes the engine.
+  std::function<void(const LoadProgress&)> on_load;
   /// Pages of 64 tokens in the cache; 0: as many as fit into memory_bytes.
   int num_pages = 0;
   /// Of the cache. 0: what max_batch_size sequences of the model's longest length need, or if that is less
@@ -310,11 +315,13 @@ class Engine {
   /// Whether texts leave it out (the end of sentence and its like).
   bool is_special_token(std::int32_t id) const;
 
-  /// Where the chat template came from: a file, or a file and its field. Empty if there is none.
+  /// Where the chat template came from: a file, or a file and its field; or which built-in format stands in for
+  /// it, and why. Empty if there is none.
   std::string chat_template_origin() const;
   /// Why requests cannot have messages; empty if they can. It names files of this machine.
   std::string why_no_chat() const;
-  /// SamplingParams' defaults, and what the model directory's generation_config.json says of them.
+  /// SamplingParams' defaults, and what the model directory's generation_config.json says of them
+  /// (EngineOptions::generation_config).
   SamplingParams default_sampling() const;
 
   EngineStats stats() const;

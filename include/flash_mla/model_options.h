@@ -12,4 +12,10 @@ enum class ModelPrecision { kAuto, kFloat32, kBFloat16 };
 /// only. Embedding, norms, router and kv_b keep the precision above, and so do activations and cache.
 enum class ModelQuantize { kNone, kInt8 };
 
+/// How far the loading of a model is.
+struct LoadProgress {
+  int layers = 0, total_layers = 0;
+  double bytes = 0, total_bytes = 0;  ///< of weights, as the device holds them
+};
+
 }  // namespace flash_mla

@@ -1,11 +1,12 @@
 """Text from a DeepSeek-V2 or V3 checkpoint: ``LLM(directory).generate(prompts, SamplingParams(...))``."""
 
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Dict, List, Union
+from typing import Dict, List, Optional, Union
 
 from . import _C
 from ._C import SamplingParams
@@ -99,6 +100,8 @@ class LLM:
     longer prompts are processed in chunks. ``prefix_cache`` computes equal beginnings once. ``batch_invariant``
     gives a request the same bits whatever else is in the batch. ``overlap_steps``: on a GPU the next step is queued
     while the current one runs, with the same tokens. ``num_threads``: 0 for all.
+    ``generation_config``: "auto" for the sampling that the directory's generation_config.json asks for where a call has no
+    sampling_params, "none" for SamplingParams' own defaults. ``chat_template``: a Jinja file instead of the directory's own.
 
     Raises ``ValueError`` for a malformed model directory or an option out of range, ``NotImplementedError`` for a
     model that the library does not run.
@@ -121,7 +124,11 @@ class LLM:
         batch_invariant=False,
         overlap_steps=True,
         num_threads=0,
+        generation_config="auto",
+        chat_template="",
     ):
+        if generation_config not in ("auto", "none"):
+            raise ValueError(f'generation_config is "{generation_config}", expected "auto" or "none"')
         self._engine = _C.Engine(
             os.fspath(model),
             device=device,
@@ -137,6 +144,8 @@ class LLM:
             batch_invariant=batch_invariant,
             overlap_steps=overlap_steps,
             num_threads=num_threads,
+            generation_config=generation_config == "auto",
+            chat_template=os.fspath(chat_template),
         )
 
     def generate(
@@ -148,7 +157,7 @@ class LLM:
     ) -> List[Output]:
         """Continues each prompt (text or token ids); one Output per prompt, in their order.
 
-        ``sampling_params``: one for all, or one per prompt. ``progress``: a bar on stderr. A prompt that cannot run
+        ``sampling_params``: one for all, or one per prompt; without, ``default_sampling()``. ``progress``: a bar on stderr. A prompt that cannot run
         (empty, too long, wrong parameters) raises ``ValueError`` before any starts; one that fails later has
         finish_reason "error".
         """
@@ -168,21 +177,25 @@ class LLM:
         conversations,
         sampling_params: Union[SamplingParams, Sequence[SamplingParams], None] = None,
         *,
+        chat_template_kwargs: Optional[Dict] = None,
         progress: bool = True,
         continue_final_message: bool = False,
     ) -> List[Output]:
         """Answers conversations: one list of {"role": ..., "content": ...}, or a list of such lists.
 
         ``continue_final_message``: the last message, the assistant's, is not over, and the answer goes on from it.
+        ``chat_template_kwargs``: what the chat template is to see besides, such as {"thinking": True}.
         """
         if len(conversations) > 0 and isinstance(conversations[0], dict):
             conversations = [conversations]
         params = self._params(sampling_params, len(conversations))
+        variables = json.dumps(chat_template_kwargs) if chat_template_kwargs else ""
         requests = [
             _C.Request(
                 messages=[(m["role"], m["content"]) for m in messages],
                 sampling=p,
                 continue_final_message=continue_final_message,
+                chat_variables=variables,
             )
             for messages, p in zip(conversations, params)
         ]
@@ -197,6 +210,11 @@ class LLM:
         """
         params = self._params(sampling_params, 1)
         return self._run([_C.Request(prompt=prefix, suffix=suffix, sampling=params[0])], params, progress)[0]
+
+    def default_sampling(self) -> SamplingParams:
+        """What generate and chat do without sampling_params: SamplingParams' defaults, and of them what the model directory's
+        generation_config.json says (temperature, top_p, top_k, min_p, repetition_penalty)."""
+        return self._engine.default_sampling()
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> List[int]:
         return self._engine.tokenize(text, add_special_tokens)
@@ -217,10 +235,9 @@ class LLM:
         """Tokens of prompt and continuation together."""
         return self._engine.max_length
 
-    @staticmethod
-    def _params(sampling_params, count) -> List[SamplingParams]:
+    def _params(self, sampling_params, count) -> List[SamplingParams]:
         if sampling_params is None:
-            sampling_params = SamplingParams()
+            sampling_params = self.default_sampling()
         if isinstance(sampling_params, SamplingParams):
             return [sampling_params] * count
         if len(sampling_params) != count:

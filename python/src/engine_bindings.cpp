@@ -247,8 +247,9 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](Request* self, std::string prompt, std::vector<std::int32_t> prompt_token_ids,
              const std::vector<std::pair<std::string, std::string>>& messages, const SamplingParams& sampling,
-             std::string suffix, bool continue_final_message) {
+             std::string suffix, bool continue_final_message, std::string chat_variables) {
             Request r;
+            r.chat_variables = std::move(chat_variables);
             r.prompt = std::move(prompt);
             r.suffix = std::move(suffix);
             r.continue_final_message = continue_final_message;
@@ -259,7 +260,7 @@ void bind_engine(nb::module_& m) {
           },
           nb::kw_only(), "prompt"_a = "", "prompt_token_ids"_a = std::vector<std::int32_t>(),
           "messages"_a = std::vector<std::pair<std::string, std::string>>(), "sampling"_a, "suffix"_a = "",
-          "continue_final_message"_a = false);
+          "continue_final_message"_a = false, "chat_variables"_a = "");
   nb::class_<Engine>(m, "Engine")
       .def(
           "__init__",
@@ -267,8 +268,10 @@ void bind_engine(nb::module_& m) {
              const std::string& precision, const std::string& quantize, const std::string& load_format,
              std::int64_t max_model_len, int num_pages, std::size_t memory_bytes, int max_batch_size,
              int max_tokens_per_step, bool prefix_cache, bool batch_invariant, bool overlap_steps,
-             int num_threads) {
+             int num_threads, bool generation_config, const std::string& chat_template) {
             EngineOptions o;
+            o.generation_config = generation_config;
+            o.chat_template = chat_template;
             o.device = device_named(device);
             o.precision = precision_named(precision);
             o.quantize = quantize_named(quantize);
@@ -287,12 +290,15 @@ void bind_engine(nb::module_& m) {
           },
           "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "load_format"_a,
           "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a, "max_tokens_per_step"_a,
-          "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a)
+          "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a, "generation_config"_a,
+          "chat_template"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(
           "detokenize",
           [](const Engine& e, const std::vector<std::int32_t>& ids) { return e.detokenize(ids); }, "ids"_a)
+      .def("default_sampling", &Engine::default_sampling)
+      .def("chat_template_origin", &Engine::chat_template_origin)
       .def("stats", [](const Engine& e) { return to_python(e.stats()); })
       .def("chrome_trace", &Engine::chrome_trace)
       .def_prop_ro("max_length", &Engine::max_length);

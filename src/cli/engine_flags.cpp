@@ -39,6 +39,10 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   app.add_option("--max-model-len", o.max_model_len,
                  "Tokens of prompt and continuation together at most (0: the model's positions)")
       ->capture_default_str();
+  app.add_option_function<std::string>(
+         "--generation-config", [&o](const std::string& name) { o.generation_config = name == "auto"; },
+         "Defaults of temperature and its like: auto (generation_config.json's) or none (1, all tokens)")
+      ->check(CLI::IsMember({"auto", "none"}));
   app.add_option("--num-pages", o.num_pages, "Pages of 64 tokens in the cache (0: what --memory holds)")
       ->capture_default_str();
   app.add_option("--memory", o.memory_bytes,

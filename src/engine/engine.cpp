@@ -41,6 +41,9 @@ model::ModelOptions model_options(const EngineOptions& o) {
   out.precision = o.precision;
   out.quantize = o.quantize;
   out.num_threads = o.num_threads;
+  out.cache_pages = o.num_pages;
+  out.cache_bytes = o.memory_bytes;
+  out.on_load = o.on_load;
   return out;
 }
 
@@ -141,6 +144,7 @@ struct Engine::Impl {
         why_no_chat = e.what();  // matters only to requests with messages
       }
     }
+    if (!options.generation_config) return;
     const checkpoint::SamplingDefaults defaults = checkpoint::read_sampling_defaults(directory);
     SamplingParams& p = default_sampling;
     p.temperature = defaults.temperature.value_or(p.temperature);
@@ -176,7 +180,7 @@ struct Engine::Impl {
           "or "
           "chat_template in tokenizer_config.json); use prompt");
     }
-    const nlohmann::ordered_json variables = text::parse_chat_variables(request.chat_variables);
+    const nlohmann::ordered_json variables = chat_variables(request.chat_variables);
     if (!request.continue_final_message) {
       return tokenizer.encode_parts(
           chat_template->parts(request.messages, request.add_generation_prompt, variables));
@@ -184,6 +188,19 @@ struct Engine::Impl {
     const text::OpenEnd end = text::mark_open_end(request.messages);
     return tokenizer.encode_parts(
         end.cut(chat_template->parts(request.messages, /*add_generation_prompt=*/false, variables)));
+  }
+
+  // A variable that the template does not look at would be ignored in silence.
+  nlohmann::ordered_json chat_variables(const std::string& text) const {
+    nlohmann::ordered_json out = text::parse_chat_variables(text);
+    for (const auto& [name, value] : out.items()) {
+      const bool asks_nothing = value.is_null() || value == false || (value.is_structured() && value.empty());
+      if (!asks_nothing && !chat_template->reads(name)) {
+        throw InvalidArgument(
+            fmt::format("chat_template_kwargs.{}: the model's chat template reads no such variable", name));
+      }
+    }
+    return out;
   }
 
   std::vector<std::int32_t> fill_in_the_middle(const Request& request) const {

@@ -56,7 +56,52 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
   if (options.quantize != ModelQuantize::kNone) {
     throw Unsupported("quantize: device cuda runs models in bfloat16; int8 needs device cpu");
   }
+  // Before anything is loaded; make_cuda_device says what is missing where there is no GPU.
+  if (why_no_cuda_device().empty()) {
+    check_fits_device(config, options.cache_pages, static_cast<double>(options.cache_bytes), cuda_memory());
+  }
   return make_cuda_device(config, options.time_steps);
+}
+
+/// Weights whose reader is told of: a model asks for those of a layer once it has made the layers before.
+class WatchedWeights : public WeightSource {
+ public:
+  WatchedWeights(const ModelConfig& config, std::unique_ptr<WeightSource> source, double weight_bytes,
+                 const std::function<void(const LoadProgress&)>& on_load)
+      : config_(config), source_(std::move(source)), weight_bytes_(weight_bytes), on_load_(on_load) {}
+
+  Weight embedding() override { return source_->embedding(); }
+  AttentionWeights attention(int layer) override {
+    report(layer, num_weights_before(config_, layer));
+    return source_->attention(layer);
+  }
+  FeedForwardWeights feed_forward(int layer) override { return source_->feed_forward(layer); }
+  MixtureWeights mixture(int layer) override { return source_->mixture(layer); }
+  HeadWeights head() override { return source_->head(); }
+
+  void report_end() const { report(config_.num_hidden_layers, num_weights(config_)); }
+
+ private:
+  void report(int layers, double weights) const {
+    if (!on_load_) return;
+    on_load_(
+        {layers, config_.num_hidden_layers, weights * weight_bytes_, num_weights(config_) * weight_bytes_});
+  }
+
+  const ModelConfig& config_;
+  std::unique_ptr<WeightSource> source_;
+  double weight_bytes_;
+  const std::function<void(const LoadProgress&)>& on_load_;
+};
+
+std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelOptions& options,
+                                  std::unique_ptr<Device> device, std::unique_ptr<WeightSource> source) {
+  const double weight_bytes =
+      options.quantize == ModelQuantize::kInt8 ? 1 : static_cast<double>(dtype_size(device->weight_dtype()));
+  WatchedWeights weights(config, std::move(source), weight_bytes, options.on_load);
+  auto model = std::make_unique<DeepSeek>(config, std::move(device), weights);
+  weights.report_end();
+  return model;
 }
 
 void check(const ModelOptions& options) {
@@ -72,15 +117,15 @@ std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const 
   const ModelConfig config = checkpoint::read_config(directory);
   const Checkpoint checkpoint = Checkpoint::open(directory);
   std::unique_ptr<Device> device = make_device(config, options);
-  const auto weights = checkpoint_weights(config, checkpoint, device->weight_dtype());
-  return std::make_unique<DeepSeek>(config, std::move(device), *weights);
+  auto weights = checkpoint_weights(config, checkpoint, device->weight_dtype());
+  return make_model(config, options, std::move(device), std::move(weights));
 }
 
 std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options) {
   check(options);
   std::unique_ptr<Device> device = make_device(config, options);
-  const auto weights = random_weights(config, device->makes_up_weights());
-  return std::make_unique<DeepSeek>(config, std::move(device), *weights);
+  auto weights = random_weights(config, device->makes_up_weights());
+  return make_model(config, options, std::move(device), std::move(weights));
 }
 
 }  // namespace flash_mla::model

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <span>
 
@@ -92,6 +93,10 @@ struct ModelOptions {
   ModelQuantize quantize = ModelQuantize::kNone;
   int num_threads = 0;      ///< CPU: 0 for as many as OpenMP would use
   bool time_steps = false;  ///< CUDA: keep count of Model::device_seconds
+  /// CUDA: the cache that there must be room for besides the weights; pages, or if they are 0 bytes.
+  int cache_pages = 0;
+  std::size_t cache_bytes = 0;
+  std::function<void(const LoadProgress&)> on_load;  ///< before the first layer, and after every one
 };
 
 /// Loads config and weights of a Hugging Face model directory. Throws InvalidArgument or Unsupported.

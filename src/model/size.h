@@ -9,6 +9,23 @@ namespace flash_mla::model {
 /// Weights of the products, the embedding and the LM head of a model: all but a thousandth of its parameters.
 double num_weights(const checkpoint::ModelConfig& config);
 
+/// Of those, how many are in the first `layers` layers, the embedding included.
+double num_weights_before(const checkpoint::ModelConfig& config, int layers);
+
+/// Bytes of a page of the cache, over all layers.
+double page_bytes(const checkpoint::ModelConfig& config, DType dtype);
+
+/// Bytes of a device's own memory.
+struct DeviceMemory {
+  double free = 0, total = 0;
+};
+
+/// Throws OutOfMemory, with the sizes, unless weights in bfloat16 and a cache of `cache_pages` pages, or if they are
+/// 0 of `cache_bytes` bytes, or if they are 0 of one page, fit into what is free. To be called before anything is
+/// loaded.
+void check_fits_device(const checkpoint::ModelConfig& config, int cache_pages, double cache_bytes,
+                       const DeviceMemory& memory);
+
 /// Throws OutOfMemory, with the sizes, if the weights alone are larger than all of `memory` bytes.
 void check_fits(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize, double memory);
 

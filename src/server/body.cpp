@@ -29,6 +29,27 @@ bool nested_deeper_than(int limit, std::string_view text) {
   return false;
 }
 
+/// Past the string that begins at `at`.
+std::size_t end_of_string(std::string_view json, std::size_t at) {
+  for (++at; json[at] != '"'; ++at) at += json[at] == '\\';
+  return at + 1;
+}
+
+/// Past the value that begins at `at`.
+std::size_t end_of_value(std::string_view json, std::size_t at) {
+  int depth = 0;
+  do {
+    const char c = json[at];
+    if (c == '"') {
+      at = end_of_string(json, at);
+      continue;
+    }
+    depth += (c == '[' || c == '{') - (c == ']' || c == '}');
+    ++at;
+  } while (depth > 0 || (json[at] != ',' && json[at] != '}'));
+  return at;
+}
+
 }  // namespace
 
 Body parse_body(std::string_view text) {
@@ -44,6 +65,22 @@ Body parse_body(std::string_view text) {
 const Body* find(const Body& json, const char* key) {
   const auto it = json.find(key);
   return it == json.end() || it->is_null() ? nullptr : &*it;
+}
+
+std::string_view raw_field(std::string_view json, std::string_view key) {
+  constexpr std::string_view kBlank = " \t\r\n";
+  std::string_view out;
+  for (std::size_t at = json.find('"'); at != json.npos;) {
+    const std::size_t key_end = end_of_string(json, at);
+    // A key may be spelled with escapes.
+    const std::string name = Body::parse(json.substr(at, key_end - at)).get<std::string>();
+    const std::size_t begin = json.find_first_not_of(kBlank, json.find(':', key_end) + 1);
+    const std::size_t end = end_of_value(json, begin);
+    // Of equal keys the last counts, as in a Body.
+    if (name == key) out = json.substr(begin, end - begin);
+    at = json[end] == ',' ? json.find('"', end) : json.npos;
+  }
+  return out;
 }
 
 ApiError wrong_type(const char* key, const Body& value, const char* expected) {

@@ -17,6 +17,10 @@ Body parse_body(std::string_view text);
 /// A field's value if it is there and not null.
 const Body* find(const Body& json, const char* key);
 
+/// The text of a field's value, as it stands in a body that parse_body took: a Body sorts the keys of objects, and
+/// a chat template may print them. Empty if there is no such field.
+std::string_view raw_field(std::string_view body, std::string_view key);
+
 ApiError wrong_type(const char* key, const Body& value, const char* expected);
 
 /// Leave `out` alone where the field is missing or null.

@@ -43,8 +43,8 @@ void read_stops(const Body& json, SamplingParams& p) {
   }
 }
 
-SamplingParams sampling(const Body& json, bool chat) {
-  SamplingParams p;
+SamplingParams sampling(const Body& json, bool chat, const SamplingParams& defaults) {
+  SamplingParams p = defaults;
   // OpenAI's defaults: 16 tokens of a completion, a chat answer as long as it gets.
   p.max_tokens = chat ? std::numeric_limits<int>::max() : 16;
   read(json, "max_tokens", p.max_tokens);
@@ -109,6 +109,21 @@ std::vector<ChatMessage> messages(const Body& json) {
     out.push_back({role, text_of(m["content"])});
   }
   return out;
+}
+
+/// What the chat template is to see besides the messages, with keys in the client's order.
+std::string chat_variables(const Body& json, std::string_view body) {
+  constexpr const char* kName = "chat_template_kwargs";
+  const Body* variables = find(json, kName);
+  if (variables == nullptr) return "";
+  if (!variables->is_object()) throw wrong_type(kName, *variables, "an object");
+  const std::string_view text = raw_field(body, kName);
+  if (text.size() > kMaxChatVariableBytes) {
+    throw bad_request(
+        fmt::format("{} has {} bytes, expected at most {}", kName, text.size(), kMaxChatVariableBytes),
+        kName);
+  }
+  return std::string(text);
 }
 
 std::vector<Request> prompts(const Body& json) {
@@ -214,7 +229,8 @@ void check_model(const Body& json, const std::vector<std::string>& model_names) 
 
 }  // namespace
 
-Call parse_call(std::string_view body, bool chat, const std::vector<std::string>& model_names) {
+Call parse_call(std::string_view body, bool chat, const std::vector<std::string>& model_names,
+                const SamplingParams& defaults) {
   const Body json = parse_body(body);
   check_model(json, model_names);
   refuse_unsupported(json, chat);
@@ -228,7 +244,7 @@ Call parse_call(std::string_view body, bool chat, const std::vector<std::string>
     if (!call.stream) throw bad_request("stream_options: expected together with stream", "stream_options");
     read(*options, "include_usage", call.include_usage);
   }
-  SamplingParams p = sampling(json, chat);
+  SamplingParams p = sampling(json, chat, defaults);
   if (chat) {
     read(json, "logprobs", call.logprobs);
     int top = 0;
@@ -238,6 +254,7 @@ Call parse_call(std::string_view body, bool chat, const std::vector<std::string>
     if (call.logprobs) p.logprobs = top;
     call.requests.emplace_back().messages = messages(json);
     read_end(json, call.requests.back());
+    call.requests.back().chat_variables = chat_variables(json, body);
   } else {
     read_completion(json, call, p);
   }

@@ -26,8 +26,10 @@ struct Call {
 };
 
 /// Parses the body of /v1/completions or /v1/chat/completions. Throws ApiError.
-/// `model_names`: what the one model may be called.
-Call parse_call(std::string_view body, bool chat, const std::vector<std::string>& model_names);
+/// `model_names`: what the one model may be called. `defaults`: the temperature and its like where the body says
+/// nothing of them.
+Call parse_call(std::string_view body, bool chat, const std::vector<std::string>& model_names,
+                const SamplingParams& defaults = {});
 
 struct TokenizeCall {
   std::string prompt;

@@ -58,7 +58,6 @@ constexpr Unsupported kUnsupported[] = {
     {"documents", is_empty},
     {"prefix", is_empty},
     {"chat_template", is_empty},
-    {"chat_template_kwargs", is_empty},
     {"mm_processor_kwargs", is_empty},
     {"prompt_embeds", is_empty},
     {"truncate_prompt_tokens", never},
@@ -106,16 +105,18 @@ constexpr Unsupported kUnsupported[] = {
 
 // Of completions, or of chats, alone.
 constexpr Unsupported kOfCompletions[] = {{"suffix", is_empty}, {"echo", is_empty}};
-constexpr Unsupported kOfChats[] = {{"continue_final_message", is_empty}, {"add_generation_prompt", is_true}};
+constexpr Unsupported kOfChats[] = {{"chat_template_kwargs", is_empty},
+                                    {"continue_final_message", is_empty},
+                                    {"add_generation_prompt", is_true}};
 
 // Read elsewhere, or without effect on the answer.
 constexpr std::string_view kKnown[] = {
     "model", "prompt", "messages", "stream", "stream_options", "n", "best_of", "max_tokens",
     "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "frequency_penalty", "presence_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output",
-    "ignore_eos", "logprobs", "top_logprobs", "response_format", "add_special_tokens", "suffix", "echo",
-    "continue_final_message", "add_generation_prompt", "logit_bias", "allowed_token_ids", "bad_words",
-    "bad_words_ids", "min_tokens", "prompt_logprobs",
+    "ignore_eos", "chat_template_kwargs", "logprobs", "top_logprobs", "response_format", "add_special_tokens",
+    "suffix", "echo", "continue_final_message", "add_generation_prompt", "logit_bias", "allowed_token_ids",
+    "bad_words", "bad_words_ids", "min_tokens", "prompt_logprobs",
     // Who asks, and what the asker keeps.
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "request_id", "rid", "priority", "cache_prompt", "parallel_tool_calls",

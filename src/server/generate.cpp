@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -59,7 +60,8 @@ awaitable<void> send_event(beast::tcp_stream& stream, Buffers buffers, int timeo
 
 // Parses the body and hands its prompts to the engine, which tokenizes them.
 Call begin(Exchange& x, bool chat, Submitted& submitted, const std::shared_ptr<Mailbox>& mailbox) {
-  Call call = parse_call(x.request.body(), chat, x.shared.options.model_names);
+  Call call =
+      parse_call(x.request.body(), chat, x.shared.options.model_names, x.shared.engine.default_sampling());
   x.request.body() = std::string();  // a stream may wait for long, with a long prompt
   warn_of_unknown_fields(call.unknown_fields);
   try {
@@ -69,7 +71,11 @@ Call begin(Exchange& x, bool chat, Submitted& submitted, const std::shared_ptr<M
     }
     submitted.submit(std::move(call.requests), mailbox);
   } catch (const InvalidArgument& e) {
-    throw bad_request(e.what(), chat ? "messages" : "prompt");  // all else has been checked
+    // All else has been checked.
+    const std::string_view what = e.what();
+    throw bad_request(e.what(), what.starts_with("chat_template_kwargs") ? "chat_template_kwargs"
+                                : chat                                   ? "messages"
+                                                                         : "prompt");
   } catch (const Unsupported& e) {
     throw bad_request(e.what(), chat ? "messages" : "prompt");
   } catch (const Overloaded& e) {

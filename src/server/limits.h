@@ -12,6 +12,7 @@ inline constexpr std::uint32_t kMaxHeadBytes = 16 * 1024;  ///< request line and
 inline constexpr int kMaxNesting = 32;   ///< of a body's JSON
 inline constexpr int kMaxChoices = 128;  ///< continuations of all prompts together
 inline constexpr std::size_t kMaxMessages = 4096;
+inline constexpr std::size_t kMaxChatVariableBytes = 64 * 1024;  ///< of chat_template_kwargs' JSON
 /// Each is looked for in every token's text, in the engine's thread.
 inline constexpr std::size_t kMaxStops = 64, kMaxStopBytes = 1024;
 /// Of bad_words and bad_words_ids, each compared with a text's end before every token.

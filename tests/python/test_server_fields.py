@@ -37,7 +37,7 @@ REFUSED = {
     "thinking": {"type": "enabled"}, "reasoning_effort": "high",
     "prefix": True, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
     "tool_choice": "required", "functions": [{"name": "f"}],
-    "chat_template": "{{ 1 }}", "chat_template_kwargs": {"thinking": True},
+    "chat_template": "{{ 1 }}",
     "use_beam_search": True, "length_penalty": 2.0, "truncate_prompt_tokens": 3, "skip_special_tokens": False, "regex": "a",
     "ebnf": "root ::= a", "typical_p": 0.5, "mirostat": 2, "repeat_penalty": 1.3, "stop_sequences": ["a"], "cache_salt": "a",
     "return_token_ids": True, "modalities": ["text", "audio"], "prediction": {"type": "content"}, "verbosity": "low",
@@ -106,3 +106,70 @@ def test_the_number_of_messages_is_bounded(server):
     error = server.json("/v1/chat/completions", many, expected=400)["error"]
     assert cpu_seconds(server) - begin < 1
     assert error["param"] == "messages" and "100000" in error["message"]
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}
+{%- if thinking %} think{% endif %}{% for key in order or {} %} {{ key }}{% endfor %}"""
+
+
+def test_variables_of_the_chat_template(tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text(TEMPLATE)
+    server = Server(ROOT / "models" / "small", "--precision", "fp32", "--chat-template", str(template))
+    try:
+        user = {"role": "user", "content": "The family"}
+
+        def tokens(**kw):
+            return server.json("/v1/chat/completions", chat(user, **kw))["usage"]["prompt_tokens"]
+
+        def expected(text):
+            return len(server.json("/v1/tokenize", {"prompt": text})["tokens"])
+
+        assert tokens() == tokens(chat_template_kwargs=None) == tokens(chat_template_kwargs={}) == expected("The family")
+        assert tokens(chat_template_kwargs={"thinking": True}) == expected("The family think")
+        # Keys come in the client's order, however they and their neighbours are spelled; of equal ones the last counts.
+        body = json.dumps(chat(user, chat_template_kwargs={"order": {"zebra": "\\\"}", "apple": [{}]}}))
+        head, tail = body[:1] + ' "chat_template_kwargs" : 3, "a\\"b": "{", ', body[1:].replace("chat_template_kwargs", "chat_template\\u005fkwargs")
+        answer = server.json("/v1/chat/completions", head + tail)
+        assert answer["usage"]["prompt_tokens"] == expected("The family zebra apple")
+        for variables, what in [
+            ({"enable_thinking": True}, "chat_template_kwargs.enable_thinking: the model's chat template reads no such variable"),
+            ({"messages": []}, "chat_template_kwargs.messages"),
+            ([1], "chat_template_kwargs is array, expected an object"),
+            ({"thinking": "x" * 70_000}, "chat_template_kwargs has"),
+        ]:
+            error = server.json("/v1/chat/completions", chat(user, chat_template_kwargs=variables), expected=400)["error"]
+            assert error["param"] == "chat_template_kwargs" and what in error["message"]
+        assert tokens(chat_template_kwargs={"enable_thinking": False, "other": None}) == expected("The family")
+        error = server.json("/v1/completions", completion(chat_template_kwargs={"thinking": True}), expected=400)["error"]
+        assert error["param"] == "chat_template_kwargs"
+    finally:
+        assert server.stop() == 0
+
+
+def with_generation_config(directory, config):
+    """models/small with another generation_config.json."""
+    for path in (ROOT / "models" / "small").iterdir():
+        if path.name != "generation_config.json":
+            (directory / path.name).symlink_to(path)
+    (directory / "generation_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_the_models_own_sampling_where_a_request_names_none(tmp_path):
+    directory = with_generation_config(tmp_path, {"temperature": 0.0, "top_p": 0.9})
+    texts = {}
+    for how in ("auto", "none"):
+        server = Server(directory, "--precision", "fp32", "--batch-invariant", "--generation-config", how)
+        try:
+            def text(**kw):
+                body = {"model": server.json("/v1/models")["data"][0]["id"], "prompt": "And it came to pass", "max_tokens": 24, "seed": 3}  # noqa: B023
+                return server.json("/v1/completions", {**body, **kw})["choices"][0]["text"]  # noqa: B023
+
+            texts[how] = [text(), text(temperature=0), text(temperature=1, top_p=1)]
+        finally:
+            assert server.stop() == 0
+    greedy, sampled = texts["auto"][1:]
+    assert greedy != sampled
+    assert texts["auto"] == [greedy, greedy, sampled]
+    assert texts["none"] == [sampled, greedy, sampled]

@@ -4,6 +4,7 @@
 
 #include <exception>
 
+#include "base/cuda/check.h"
 #include "flash_mla/error.h"
 #include "flash_mla/info.h"
 #include "flash_mla/schedule.h"
@@ -103,6 +104,13 @@ std::string why_no_cuda_device() {
     return e.what();
   }
   return sm90::why_no_cublaslt();
+}
+
+DeviceMemory cuda_memory() {
+  if (const std::string why = why_no_cuda_device(); !why.empty()) throw Unsupported("device cuda: " + why);
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return {static_cast<double>(free), static_cast<double>(total)};
 }
 
 std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, bool time_steps) {

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "model/device.h"
+#include "model/size.h"
 
 namespace flash_mla::model {
 
@@ -15,6 +16,9 @@ namespace flash_mla::model {
 ///
 /// Throws Unsupported where there is no such GPU, driver or library, or this build has no kernels for it.
 std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, bool time_steps);
+
+/// Of the GPU. Throws where make_cuda_device would.
+DeviceMemory cuda_memory();
 
 /// Why make_cuda_device would throw Unsupported, or "".
 std::string why_no_cuda_device();
