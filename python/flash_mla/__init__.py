@@ -1,5 +1,7 @@
 """Multi-head latent attention (MLA) on CPUs and Hopper GPUs; a drop-in for FlashMLA's interface."""
 
+# First: it loads the library.
+from ._threads import threading_info  # isort: skip
 from ._arrays import Array
 from ._C import version as _version
 from ._indexer import (
@@ -65,5 +67,6 @@ __all__ = [
     "reference_dense_decode",
     "sparse_decode",
     "sparse_prefill",
+    "threading_info",
     "top_k",
 ]

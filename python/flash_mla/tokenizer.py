@@ -72,6 +72,7 @@ class ChatTemplate:
 
     The subset of Jinja that published templates use is run, as transformers runs it; a template with anything else
     raises ``NotImplementedError``, with the line, when it is opened.
+    A directory of DeepSeek V3.2 or V4 without a template has the format that DeepSeek publishes as code.
 
     >>> ChatTemplate(model_directory).apply([{"role": "user", "content": "Hello"}])            # doctest: +SKIP
     '<｜begin▁of▁sentence｜><｜User｜>Hello<｜Assistant｜>'

@@ -10,6 +10,7 @@
 #include "bench/generation_report.h"
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
+#include "cli/load_progress.h"
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
 
@@ -21,7 +22,8 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct GenerateOptions {
-  std::string model, system, trace;
+  std::string model, system, trace, variables;
+  Talk talk;
   std::vector<std::string> prompts;
   bool chat = false, json = false, quiet = false;
   EngineOptions engine;
@@ -43,6 +45,7 @@ std::vector<Request> make_requests(const GenerateOptions& o) {
     }
     if (!o.system.empty()) r.messages.push_back({"system", o.system});
     r.messages.push_back({"user", prompt});
+    r.chat_variables = o.variables;
   }
   return requests;
 }
@@ -97,6 +100,9 @@ int run_generate(const CLI::App& app, GenerateOptions o) {
     return std::chrono::duration<double>(Clock::now() - t).count();
   };
   if (!o.system.empty() && !o.chat) throw InvalidArgument("--system: expected together with --chat");
+  if (!o.variables.empty() && !o.chat) throw InvalidArgument("--chat-template-kwargs: expected with --chat");
+  o.talk.quiet = o.quiet;
+  show_loading(o.engine, o.talk, "flash-mla generate");
   const Clock::time_point loading = Clock::now();
   Engine engine(o.model, o.engine);
   const double load_seconds = since(loading);
@@ -144,10 +150,13 @@ void register_generate(CLI::App& app, int& exit_code) {
       ->allow_extra_args(false);
   sub->add_flag("--chat", o->chat, "The prompt is a user's message: put it through the chat template");
   sub->add_option("--system", o->system, "With --chat: the system message");
+  sub->add_option("--chat-template-kwargs", o->variables,
+                  "With --chat: what the template is to see besides, as JSON: '{\"thinking\": true}'");
   add_sampling_flags(*sub, o->sampling);
   add_engine_flags(*sub, o->engine);
   sub->add_flag("--json", o->json, "Texts, token ids and figures as JSON");
-  sub->add_flag("--quiet", o->quiet, "No figures on stderr");
+  sub->add_flag("--quiet", o->quiet, "Neither figures nor the model's loading on stderr");
+  add_talk_flags(*sub, o->talk);
   sub->add_option("--trace", o->trace, "Write the steps as a Chrome trace");
   sub->callback([o, sub, &exit_code] { exit_code = run_generate(*sub, *o); });
 }

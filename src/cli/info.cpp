@@ -8,10 +8,23 @@
 #include "bench/machine.h"
 #include "bench/table.h"
 #include "cli/commands.h"
+#include "cli/threads.h"
 #include "flash_mla/schedule.h"
 
 namespace flash_mla::cli {
 namespace {
+
+std::string waiting(const Threading& threading) {
+  switch (threading.waiting) {
+    case Waiting::kSpin:
+      return "spin";
+    case Waiting::kSleep:
+      return "sleep at once";
+    case Waiting::kEnvironment:
+      break;
+  }
+  return "as the environment says";
+}
 
 void print_info() {
   fmt::print("flash-mla {}, commit {}\n", version(), bench::commit());
@@ -29,8 +42,10 @@ void print_info() {
   fmt::print("  FLASH_MLA_CPU_ISA  {}\n", forced == nullptr || *forced == '\0'
                                               ? std::string("not set; one of the available names forces it")
                                               : fmt::format("\"{}\"", forced));
-  fmt::print("  threads            {} by default ({} processors usable of {})\n",
-             cpu_schedule_options().num_parts, m.usable_cpus, m.online_cpus);
+  const Threading& threading = chosen_threads();
+  fmt::print("  threads            {} by default ({})\n", cpu_schedule_options().num_parts,
+             threading.why_threads);
+  fmt::print("  waiting threads    {} ({})\n", waiting(threading), threading.why_waiting);
   const auto size = [](std::size_t bytes) {
     return bytes == 0 ? std::string("unknown") : bench::format_bytes(static_cast<double>(bytes));
   };

@@ -1,9 +1,14 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
+#include <algorithm>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "cli/commands.h"
+#include "cli/threads.h"
+#include "cli/unknown_flags.h"
 #include "flash_mla/error.h"
 #include "flash_mla/info.h"
 
@@ -16,6 +21,7 @@ constexpr int kBadUsage = 2;
 }  // namespace
 
 int main(int argc, char** argv) {
+  flash_mla::cli::start_with_chosen_threads(argv);
   CLI::App app{"Multi-head latent attention on CPUs and Hopper GPUs", "flash-mla"};
   app.require_subcommand(1);
   app.set_version_flag("--version", flash_mla::version());
@@ -27,24 +33,31 @@ int main(int argc, char** argv) {
   flash_mla::cli::register_bench_engine(app, exit_code);
   flash_mla::cli::register_plan(app, exit_code);
   flash_mla::cli::register_generate(app, exit_code);
+  flash_mla::cli::register_chat(app, exit_code);
   flash_mla::cli::register_serve(app, exit_code);
   flash_mla::cli::register_loadtest(app, exit_code);
   // CLI11 itself would only say that a command is missing.
   if (argc > 1 && argv[1][0] != '-') {
-    std::string names;
-    bool known = false;
+    std::vector<std::string> names;
     for (const CLI::App* sub : app.get_subcommands([](CLI::App*) { return true; })) {
-      names += (names.empty() ? "" : ", ") + sub->get_name();
-      known = known || sub->get_name() == argv[1];
+      names.push_back(sub->get_name());
     }
-    if (!known) {
-      fmt::print(stderr, "flash-mla: unknown command \"{}\", expected one of: {}\n", argv[1], names);
+    if (std::ranges::find(names, argv[1]) == names.end()) {
+      const std::string near = flash_mla::cli::nearest(argv[1], names);
+      fmt::print(stderr, "flash-mla: unknown command \"{}\"{}, expected one of: {}\n", argv[1],
+                 near.empty() ? "" : fmt::format(" (did you mean {}?)", near), fmt::join(names, ", "));
       return kBadUsage;
     }
   }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
+    const bool wrong = e.get_exit_code() != 0;
+    if (const std::string unknown = flash_mla::cli::unknown_arguments(app, argc, argv);
+        wrong && !unknown.empty()) {
+      fmt::print(stderr, "{}\n", unknown);
+      return kBadUsage;
+    }
     return app.exit(e) == 0 ? 0 : kBadUsage;
   } catch (const flash_mla::InvalidArgument& e) {
     fmt::print(stderr, "flash-mla: {}\n", e.what());

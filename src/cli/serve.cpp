@@ -9,6 +9,7 @@
 #include "cli/commands.h"
 #include "cli/config_file.h"
 #include "cli/engine_flags.h"
+#include "cli/load_progress.h"
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
 #include "flash_mla/info.h"
@@ -23,6 +24,7 @@ constexpr const char* kKeyVariable = "FLASH_MLA_API_KEY";
 
 struct ServeOptions {
   std::string model;
+  Talk talk;
   EngineOptions engine;
   server::ServerOptions server;
 };
@@ -56,6 +58,7 @@ int run_serve(ServeOptions o) {
                "(--api-key, or --host 127.0.0.1)\n",
                o.server.host, o.server.port, kKeyVariable);
   }
+  show_loading(o.engine, o.talk, "flash-mla serve");
   Engine engine(o.model, o.engine);
   server::Server server(engine, o.server);
   engine.start();
@@ -135,6 +138,7 @@ void register_serve(CLI::App& app, int& exit_code) {
       ->check(integer_between(1, 64))
       ->capture_default_str();
   add_engine_flags(*sub, o->engine);
+  add_talk_flags(*sub, o->talk);
   sub->callback([o, &exit_code] { exit_code = run_serve(*o); });
 }
 

@@ -66,6 +66,34 @@ TEST(Program, BadFlagsExplainThemselves) {
   expect_usage_error("info", "FLASH_MLA_CPU_ISA is \"mmx\"", "FLASH_MLA_CPU_ISA=mmx");
 }
 
+TEST(Program, UnknownFlagsAreNamedInOrderWithTheNearest) {
+  expect_usage_error("benhc", "unknown command \"benhc\" (did you mean bench?), expected one of: info");
+  expect_usage_error(
+      "generate --modle x --prompt a --zzzzzz 3 --tempratur=0.5",
+      "flash-mla generate: unknown flags --modle (did you mean --model?), --zzzzzz, --tempratur (did you "
+      "mean --temperature?); flash-mla generate --help lists what there is");
+  expect_usage_error("serve --portt 1 --hots ::1",
+                     "unknown flags --portt (did you mean --port?), --hots (did you mean --host?)");
+  expect_usage_error("chat --temp 1", "unknown flag --temp (did you mean --temperature?)");
+  expect_usage_error("info more and more", "flash-mla info: unknown arguments \"more\", \"and\", \"more\"");
+  for (const std::string command : {"demo", "verify", "bench", "bench-engine", "plan", "loadtest"}) {
+    expect_usage_error(command + " --hepl",
+                       "flash-mla " + command + ": unknown flag --hepl (did you mean --help?)");
+  }
+}
+
+TEST(Program, InfoSaysHowThreadsWait) {
+  const Outcome chosen = run("info", "env -u OMP_NUM_THREADS -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT");
+  EXPECT_EQ(chosen.exit_code, 0);
+  EXPECT_NE(chosen.output.find("  waiting threads    "), std::string::npos) << chosen.output;
+  EXPECT_EQ(chosen.output.find("GOMP_SPINCOUNT"), std::string::npos) << chosen.output;
+  const Outcome given = run("info", "OMP_NUM_THREADS=1 GOMP_SPINCOUNT=7");
+  EXPECT_NE(given.output.find("threads            1 by default (OMP_NUM_THREADS=1)"), std::string::npos)
+      << given.output;
+  EXPECT_NE(given.output.find("as the environment says (GOMP_SPINCOUNT=7)"), std::string::npos)
+      << given.output;
+}
+
 // A "Python" that is a shell script.
 std::string fake_python(const std::string& name, const std::string& script) {
   const std::string path = ::testing::TempDir() + name;
