@@ -3,6 +3,7 @@
 #include <array>
 
 #include "server/browser.h"
+#include "server/dialect.h"
 #include "server/exchange.h"
 #include "server/generate.h"
 #include "server/headers.h"
@@ -107,7 +108,8 @@ awaitable<void> refuse(Shared& shared, beast::tcp_stream& stream, const Input& i
 }
 
 HttpResponse error_response(const Exchange& x, const ApiError& e) {
-  HttpResponse response = json_response(x.request, e.status(), e.body());
+  HttpResponse response =
+      json_response(x.request, e.status(), is_messages_path(x) ? messages_error(e, x.record.id) : e.body());
   // Done again it would only take as long again.
   if (e.status() == 504) response.set("x-should-retry", "false");
   if (e.status() == 429) response.set(http::field::retry_after, "1");
@@ -127,7 +129,7 @@ awaitable<bool> answer(Exchange& x) {
     }
     const Route& route = find_route(x);
     if (route.generates != Route::Generates::kNothing) {
-      co_return co_await generate(x, route.generates == Route::Generates::kChat);
+      co_return co_await generate(x, route.generates);
     }
     if (x.has_large_body()) {
       response = co_await on_body_thread(x, [&] { return route.respond(x); });
@@ -142,7 +144,7 @@ awaitable<bool> answer(Exchange& x) {
   } catch (const std::exception& e) {
     x.record.error = e.what();
     // What went wrong inside is nobody's business outside.
-    response = json_response(x.request, 500, ApiError(500, "server_error", "internal error").body());
+    response = error_response(x, ApiError(500, "server_error", "internal error"));
   }
   const bool keep_alive = x.request.keep_alive() && !x.shared.draining;
   co_await write(x, response, keep_alive);

@@ -11,6 +11,7 @@
 #include "flash_mla/error.h"
 #include "server/answer.h"
 #include "server/call.h"
+#include "server/dialect.h"
 #include "server/mailbox.h"
 #include "server/watcher.h"
 
@@ -58,8 +59,24 @@ awaitable<void> send_event(beast::tcp_stream& stream, Buffers buffers, int timeo
   stream.expires_never();
 }
 
+std::unique_ptr<Dialect> dialect_of(const Exchange& x, Route::Generates api) {
+  if (api == Route::Generates::kResponses) return responses_dialect(x.request.body(), x.shared.responses);
+  if (api == Route::Generates::kMessages) return messages_dialect(x.request.body());
+  return nullptr;
+}
+
+// A call, and the API it was made in, if that is not the chats' and completions' own.
+struct Begun {
+  Call call;
+  std::unique_ptr<Dialect> dialect;
+};
+
 // Parses the body and hands its prompts to the engine, which tokenizes them.
-Call begin(Exchange& x, bool chat, Submitted& submitted, const std::shared_ptr<Mailbox>& mailbox) {
+Begun begin(Exchange& x, Route::Generates api, Submitted& submitted,
+            const std::shared_ptr<Mailbox>& mailbox) {
+  const bool chat = api != Route::Generates::kCompletion;
+  std::unique_ptr<Dialect> dialect = dialect_of(x, api);
+  if (dialect) x.request.body() = dialect->take_chat_body();
   Call call =
       parse_call(x.request.body(), chat, x.shared.options.model_names, x.shared.engine.default_sampling());
   x.request.body() = std::string();  // a stream may wait for long, with a long prompt
@@ -81,20 +98,21 @@ Call begin(Exchange& x, bool chat, Submitted& submitted, const std::shared_ptr<M
   } catch (const Overloaded& e) {
     throw ApiError(429, "rate_limit_error", e.what(), "", "overloaded");
   }
-  return call;
+  return {std::move(call), std::move(dialect)};
 }
 
 /// Sends or collects the events of one call.
 class Reply {
  public:
-  Reply(Exchange& x, const Call& call, std::shared_ptr<Mailbox> mailbox)
+  Reply(Exchange& x, const Begun& begun, std::shared_ptr<Mailbox> mailbox)
       : x_(x),
-        call_(call),
+        call_(begun.call),
+        dialect_(begun.dialect.get()),
         mailbox_(std::move(mailbox)),
-        answer_(call, id(), x.shared.model_name(), now(), x.shared.engine),
+        answer_(begun.call, id(), x.shared.model_name(), now(), x.shared.engine),
         // Without chunks the end of a stream is the end of the connection.
         chunked_(x.request.version() >= 11),
-        keep_alive_(x.request.keep_alive() && !x.shared.draining && (chunked_ || !call.stream)) {}
+        keep_alive_(x.request.keep_alive() && !x.shared.draining && (chunked_ || !begun.call.stream)) {}
 
   awaitable<bool> run() { return call_.stream ? stream() : whole(); }
 
@@ -129,13 +147,17 @@ class Reply {
       for (const auto& [index, event] : events) answer_.collect(index, event);
     }
     x_.record.usage = answer_.tokens();
-    HttpResponse response = json_response(x_.request, 200, answer_.complete());
+    const Json answer = answer_.complete();
+    HttpResponse response = json_response(x_.request, 200, dialect_ ? dialect_->whole(answer) : answer);
     co_await write(x_, response, keep_alive_);
     co_return keep_alive_;
   }
 
   awaitable<bool> stream() {
     co_await send_head();
+    if (const std::string first = dialect_ ? dialect_->begin() : std::string(); !first.empty()) {
+      co_await send(first);
+    }
     while (open_ > 0) {
       const Mailbox::Events events = co_await next(next_comment());
       if (mailbox_->gone()) co_return false;
@@ -173,6 +195,7 @@ class Reply {
     const ApiError late = x_.too_late();
     x_.record.error = late.what();
     open_ = 0;
+    if (dialect_) return dialect_->failed(late);
     return "data: " + dump(late.body()) + "\n\ndata: [DONE]\n\n";
   }
 
@@ -181,12 +204,16 @@ class Reply {
     for (const auto& [index, event] : events) {
       if (event.finish == FinishReason::kError) {
         x_.record.error = event.error;
-        out += "data: " + dump(ApiError(500, "server_error", event.error).body()) + "\n\n";
+        const ApiError error(500, "server_error", event.error);
+        if (dialect_) return out + dialect_->failed(error);  // of one choice: it was all
+        out += "data: " + dump(error.body()) + "\n\n";
       } else if (event.finish != FinishReason::kNone || !event.text.empty() || !event.logprobs.empty()) {
-        out += "data: " + dump(answer_.chunk(index, event)) + "\n\n";
+        const Json chunk = answer_.chunk(index, event);
+        out += dialect_ ? dialect_->chunk(chunk, event.usage) : "data: " + dump(chunk) + "\n\n";
       }
     }
     x_.record.usage = answer_.tokens();
+    if (open_ == 0 && dialect_) return out + dialect_->end(answer_.usage_chunk());
     if (open_ == 0) {
       if (call_.include_usage) out += "data: " + dump(answer_.usage_chunk()) + "\n\n";
       out += "data: [DONE]\n\n";
@@ -205,6 +232,7 @@ class Reply {
 
   Exchange& x_;
   const Call& call_;
+  Dialect* dialect_;  // null: chats and completions as they are
   std::shared_ptr<Mailbox> mailbox_;
   Answer answer_;
   const bool chunked_, keep_alive_;
@@ -213,24 +241,25 @@ class Reply {
 
 }  // namespace
 
-awaitable<bool> generate(Exchange& x, bool chat) {
+awaitable<bool> generate(Exchange& x, Route::Generates api) {
   if (x.shared.draining) throw ApiError(503, "server_error", "the server is shutting down");
   const Counted counted(x.shared.num_calls);
   const auto mailbox = std::make_shared<Mailbox>(x.stream.get_executor());
   mailbox->set_deadline(x.deadline());
   Submitted submitted(x.shared.engine);
-  Call call;
+  Begun begun;
   if (x.has_large_body()) {
-    call = co_await on_body_thread(x, [&] { return begin(x, chat, submitted, mailbox); });
+    begun = co_await on_body_thread(x, [&] { return begin(x, api, submitted, mailbox); });
   } else {
-    call = begin(x, chat, submitted, mailbox);
+    begun = begin(x, api, submitted, mailbox);
   }
+  const Call& call = begun.call;
   x.record.generates = true;
   x.record.stream = call.stream;
   x.record.num_choices = call.num_choices;
   x.stream.expires_never();
   const Watcher watcher(x.stream, mailbox);
-  Reply reply(x, call, mailbox);
+  Reply reply(x, begun, mailbox);
   co_return co_await reply.run();
 }
 

@@ -13,6 +13,10 @@ inline constexpr int kMaxNesting = 32;   ///< of a body's JSON
 inline constexpr int kMaxChoices = 128;  ///< continuations of all prompts together
 inline constexpr std::size_t kMaxMessages = 4096;
 inline constexpr std::size_t kMaxChatVariableBytes = 64 * 1024;  ///< of chat_template_kwargs' JSON
+/// Of an object whose fields are kept in the client's order, which takes time that grows with its square.
+inline constexpr std::size_t kMaxOrderedFields = 256;
+/// Conversations of /v1/responses that are kept for previous_response_id, and their bytes.
+inline constexpr std::size_t kMaxStoredResponses = 1024, kMaxStoredBytes = std::size_t{64} << 20;
 /// Each is looked for in every token's text, in the engine's thread.
 inline constexpr std::size_t kMaxStops = 64, kMaxStopBytes = 1024;
 /// Of bad_words and bad_words_ids, each compared with a text's end before every token.

@@ -101,6 +101,8 @@ constexpr Route kRoutes[] = {
     {http::verb::post, "/detokenize", /*open=*/false, detokenize},
     {http::verb::post, "/v1/completions", /*open=*/false, nullptr, Route::Generates::kCompletion},
     {http::verb::post, "/v1/chat/completions", /*open=*/false, nullptr, Route::Generates::kChat},
+    {http::verb::post, "/v1/responses", /*open=*/false, nullptr, Route::Generates::kResponses},
+    {http::verb::post, "/v1/messages", /*open=*/false, nullptr, Route::Generates::kMessages},
 };
 
 bool leads(const Exchange& x, const Route& route) {
@@ -115,7 +117,9 @@ bool leads(const Exchange& x, const Route& route) {
 
 void authorise(const Exchange& x) {
   const std::vector<std::string>& keys = x.shared.options.api_keys;
-  if (keys.empty() || is_known_key(bearer_key(view(x.request[http::field::authorization])), keys)) return;
+  if (keys.empty()) return;
+  if (is_known_key(bearer_key(view(x.request[http::field::authorization])), keys)) return;
+  if (is_known_key(view(x.request["x-api-key"]), keys)) return;  // Anthropic's clients
   throw ApiError(401, "invalid_request_error", "the API key is missing or wrong", "", "invalid_api_key");
 }
 
@@ -136,6 +140,11 @@ const Route& find_route(const Exchange& x) {
   throw ApiError(405, "invalid_request_error",
                  fmt::format("{} is not a method of {}", std::string(x.request.method_string()),
                              path_of(view(x.request.target()))));
+}
+
+bool is_messages_path(const Exchange& x) {
+  const std::string_view path = path_of(view(x.request.target()));
+  return path == "/v1/messages";
 }
 
 std::string allowed_methods(const Exchange& x) {

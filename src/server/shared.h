@@ -11,6 +11,7 @@
 #include "flash_mla/engine.h"
 #include "server/limits.h"
 #include "server/request_log.h"
+#include "server/response_store.h"
 #include "server/server.h"
 
 namespace flash_mla::server {
@@ -34,6 +35,7 @@ struct Shared {
   std::atomic<int> num_calls = 0;  ///< that a drained server still finishes
   std::atomic<bool> draining = false;
   std::atomic<std::uint64_t> next_call = 1;
+  ResponseStore responses;
   /// Parse and tokenize large bodies; see kMaxInlineBodyBytes. What waits for them belongs to connections: to
   /// be ended before those.
   std::unique_ptr<boost::asio::thread_pool> body_threads =

@@ -9,11 +9,13 @@
 #include <string_view>
 
 #include "server/call.h"
+#include "server/dialect.h"
 #include "server/headers.h"
 #include "server/http_head.h"
 #include "server/limits.h"
 #include "server/origin.h"
 #include "server/request_log.h"
+#include "server/response_store.h"
 
 namespace {
 
@@ -86,6 +88,16 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   record.error += error_of([&] {
     for (const std::int32_t id : parse_detokenize(text, 100).tokens) require(id >= 0 && id < 100);
   });
+  // What the other APIs' bodies become is a chat's body, or is refused.
+  static ResponseStore store;
+  const auto translated = [&](const auto& read) {
+    record.error += error_of([&] {
+      const std::string chat = read();
+      record.error += error_of([&] { check_call(parse_call(chat, /*chat=*/true, {"small"})); });
+    });
+  };
+  translated([&] { return responses_dialect(text, store)->take_chat_body(); });
+  translated([&] { return messages_dialect(text)->take_chat_body(); });
   const std::string line = log_line(record);
   require(line.find('\n') == line.size() - 1);
   require(Json::parse(line).at("request_id") == record.id);
