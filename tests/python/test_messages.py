@@ -57,6 +57,12 @@ def test_blocks(server, client):
     assert create(client, messages=messages, system=system).content[0].text == chat(server, plain)["choices"][0]["message"]["content"]
 
 
+def test_the_answer_goes_on_behind_a_last_message_of_the_assistant(server, client):
+    messages = [*MESSAGES, {"role": "assistant", "content": "It was"}]
+    answer = chat(server, messages, continue_final_message=True, add_generation_prompt=False)
+    assert create(client, messages=messages).content[0].text == answer["choices"][0]["message"]["content"]
+
+
 def test_streaming(client):
     whole = create(client)
     events = list(create(client, stream=True))
@@ -140,7 +146,7 @@ def test_what_cannot_be_done_is_refused_by_name(server, body, named):
 
 def test_the_wire(server):
     body = json.dumps({"model": "small", "max_tokens": 3, "messages": MESSAGES, "stream": True})
-    got = raw(server, f"POST /v1/messages?beta=true HTTP/1.0\r\nX-API-Key: a key\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    got = raw(server, f"POST /v1/messages?beta=true HTTP/1.0\r\nX-API-Key: a key\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode(), half_close=False)
     head, _, text = got.decode().partition("\r\n\r\n")
     assert "200 OK" in head and "text/event-stream" in head
     for event in text.removesuffix("\n\n").split("\n\n"):

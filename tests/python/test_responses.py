@@ -163,7 +163,7 @@ def test_what_cannot_be_done_is_refused_by_name(server, body, param):
 def test_the_wire(server):
     """Event names stand in front of their data, and there is no [DONE]."""
     body = json.dumps({"model": "small", "input": PROMPT, "max_output_tokens": 3, "stream": True})
-    got = raw(server, f"POST /v1/responses HTTP/1.0\r\nAuthorization: Bearer a key\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    got = raw(server, f"POST /v1/responses HTTP/1.0\r\nAuthorization: Bearer a key\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode(), half_close=False)
     head, _, text = got.decode().partition("\r\n\r\n")
     assert "200 OK" in head and "text/event-stream" in head
     for event in text.removesuffix("\n\n").split("\n\n"):
