@@ -304,6 +304,9 @@ class Engine {
                                    const std::function<bool()>& keep_going = {});
   std::vector<Completion> generate(std::span<const std::string> prompts, const SamplingParams& params);
 
+  /// The tokens of a request's prompt, which submit would begin with. Throws as submit.
+  std::vector<std::int32_t> prompt_token_ids(Request request) const;
+
   /// `allow_special` as in Request.
   std::vector<std::int32_t> tokenize(std::string_view text, bool add_special_tokens = true,
                                      bool allow_special = true) const;

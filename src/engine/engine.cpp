@@ -318,6 +318,10 @@ std::vector<Completion> Engine::generate(std::span<const std::string> prompts, c
   return generate(requests);
 }
 
+std::vector<std::int32_t> Engine::prompt_token_ids(Request request) const {
+  return impl_->tokenized(std::move(request)).prompt_token_ids;
+}
+
 std::vector<std::int32_t> Engine::tokenize(std::string_view text, bool add_special_tokens,
                                            bool allow_special) const {
   return impl_->encode(text, add_special_tokens, allow_special);

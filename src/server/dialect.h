@@ -41,6 +41,9 @@ std::unique_ptr<Dialect> responses_dialect(std::string_view body, ResponseStore&
 /// Anthropic's /v1/messages. Throws ApiError.
 std::unique_ptr<Dialect> messages_dialect(std::string_view body);
 
+/// The chat whose prompt /v1/messages/count_tokens counts. Throws ApiError.
+std::string messages_to_count(std::string_view body);
+
 /// An error as Anthropic's clients read it.
 Json messages_error(const ApiError& error, const std::string& request_id);
 

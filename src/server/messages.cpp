@@ -12,7 +12,7 @@ namespace {
 class Messages : public Dialect {
  public:
   explicit Messages(std::string_view body)
-      : request_(read_messages_request(body)), chat_(request_.chat.dump()) {
+      : request_(read_messages_request(body, /*counts=*/false)), chat_(request_.chat.dump()) {
     request_.chat = nullptr;
   }
 
@@ -182,6 +182,10 @@ std::string Messages::end(const Json& last) {
 }  // namespace
 
 std::unique_ptr<Dialect> messages_dialect(std::string_view body) { return std::make_unique<Messages>(body); }
+
+std::string messages_to_count(std::string_view body) {
+  return read_messages_request(body, /*counts=*/true).chat.dump();
+}
 
 Json messages_error(const ApiError& error, const std::string& request_id) {
   const auto type = [&] {

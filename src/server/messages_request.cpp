@@ -173,14 +173,14 @@ std::vector<std::string> read_stops(const Json& stops) {
 
 }  // namespace
 
-MessagesRequest read_messages_request(std::string_view body) {
+MessagesRequest read_messages_request(std::string_view body, bool counts) {
   MessagesRequest out;
   const Json asked = parse_ordered(body);
   for (const char* name : kUnsupported) {
     if (find(asked, name) != nullptr) throw not_supported(name);
   }
   const Json* most = find(asked, "max_tokens");
-  if (most == nullptr || !most->is_number_integer() || *most < 1) {
+  if (!counts && (most == nullptr || !most->is_number_integer() || *most < 1)) {
     throw bad_request("max_tokens is missing or less than 1, expected the tokens of the answer at most",
                       "max_tokens");
   }

@@ -14,7 +14,8 @@ struct MessagesRequest {
   std::vector<std::string> stops;  ///< stop_sequences
 };
 
-/// Throws ApiError for what is wrong or has no translation.
-MessagesRequest read_messages_request(std::string_view body);
+/// `counts`: for count_tokens, where max_tokens need not be. Throws ApiError for what is wrong or has no
+/// translation.
+MessagesRequest read_messages_request(std::string_view body, bool counts);
 
 }  // namespace flash_mla::server

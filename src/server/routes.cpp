@@ -7,6 +7,7 @@
 #include "flash_mla/error.h"
 #include "flash_mla_status_page.h"
 #include "server/call.h"
+#include "server/dialect.h"
 #include "server/headers.h"
 
 namespace flash_mla::server {
@@ -80,6 +81,19 @@ HttpResponse tokenize(const Exchange& x) {
   }
 }
 
+HttpResponse count_tokens(const Exchange& x) {
+  const Call call =
+      parse_call(messages_to_count(x.request.body()), /*chat=*/true, x.shared.options.model_names);
+  try {
+    const std::size_t count = x.shared.engine.prompt_token_ids(call.requests.front()).size();
+    return json_response(x.request, 200, {{"input_tokens", count}});
+  } catch (const InvalidArgument& e) {
+    throw bad_request(e.what(), "messages");
+  } catch (const Unsupported& e) {
+    throw bad_request(e.what(), "messages");
+  }
+}
+
 HttpResponse detokenize(const Exchange& x) {
   const DetokenizeCall call = parse_detokenize(x.request.body(), x.shared.engine.vocab_size());
   return json_response(x.request, 200,
@@ -103,6 +117,7 @@ constexpr Route kRoutes[] = {
     {http::verb::post, "/v1/chat/completions", /*open=*/false, nullptr, Route::Generates::kChat},
     {http::verb::post, "/v1/responses", /*open=*/false, nullptr, Route::Generates::kResponses},
     {http::verb::post, "/v1/messages", /*open=*/false, nullptr, Route::Generates::kMessages},
+    {http::verb::post, "/v1/messages/count_tokens", /*open=*/false, count_tokens},
 };
 
 bool leads(const Exchange& x, const Route& route) {
@@ -144,7 +159,7 @@ const Route& find_route(const Exchange& x) {
 
 bool is_messages_path(const Exchange& x) {
   const std::string_view path = path_of(view(x.request.target()));
-  return path == "/v1/messages";
+  return path == "/v1/messages" || path == "/v1/messages/count_tokens";
 }
 
 std::string allowed_methods(const Exchange& x) {

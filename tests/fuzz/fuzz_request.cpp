@@ -98,6 +98,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   };
   translated([&] { return responses_dialect(text, store)->take_chat_body(); });
   translated([&] { return messages_dialect(text)->take_chat_body(); });
+  translated([&] { return messages_to_count(text); });
   const std::string line = log_line(record);
   require(line.find('\n') == line.size() - 1);
   require(Json::parse(line).at("request_id") == record.id);

@@ -94,6 +94,13 @@ def test_stop_sequences(client):
     assert nothing.content == [] and nothing.stop_sequence == text[:1]
 
 
+def test_tokens_are_counted(server, client):
+    count = client.messages.count_tokens(model="small", messages=MESSAGES, system="Short.").input_tokens
+    usage = create(client, system="Short.").usage
+    assert count == usage.input_tokens + usage.cache_read_input_tokens
+    assert count > client.messages.count_tokens(model="small", messages=MESSAGES).input_tokens
+
+
 def test_cached_tokens_are_counted_apart(client):
     messages = [{"role": "user", "content": "In the beginning of a long story, " * 20}]
     first, second = create(client, messages=messages).usage, create(client, messages=messages).usage
@@ -142,6 +149,8 @@ def test_what_cannot_be_done_is_refused_by_name(server, body, named):
     for stream in (False, True):
         answer = server.json("/v1/messages", {**body, "stream": stream}, expected=400, headers={"x-api-key": "a key"})
         assert answer["type"] == "error" and answer["error"]["type"] == "invalid_request_error" and named in answer["error"]["message"]
+    if "max_tokens" not in named:
+        server.json("/v1/messages/count_tokens", {k: v for k, v in body.items() if k != "max_tokens"}, expected=400, headers={"x-api-key": "a key"})
 
 
 def test_the_wire(server):
