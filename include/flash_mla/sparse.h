@@ -118,7 +118,8 @@ FLASH_MLA_API std::size_t sparse_prefill_workspace_size(const SparsePrefillArgs&
 /// sparse_decode's attention for many query tokens at once; max_logits and lse ignore the sink. Every row's
 /// bits depend on its own query and list alone. Contracts, checks and errors of sparse_decode, except that
 /// entries outside the tokens there are count as none. On the host cu_seqlens, block_table and cache_seqlens
-/// are checked too (block_table only where an entry uses it).
+/// are checked too (block_table only where an entry uses it). The sm90 backend takes every format and needs no
+/// workspace; caches, q and out are aligned to 16 bytes, with strides that are multiples of 16 bytes.
 FLASH_MLA_API void sparse_prefill(const SparsePrefillArgs& args, void* workspace, std::size_t workspace_bytes,
                                   const SparsePrefillOptions& options = {});
 

@@ -10,6 +10,7 @@
 #include "kernels/attention/sparse_decode/sm90/sparse_decode.h"
 #include "kernels/attention/sparse_prefill/cpu/sparse_prefill.h"
 #include "kernels/attention/sparse_prefill/reference/sparse_prefill.h"
+#include "kernels/attention/sparse_prefill/sm90/sparse_prefill.h"
 
 namespace flash_mla {
 namespace {
@@ -28,10 +29,6 @@ cpu::SparseParams cpu_params(float softmax_scale, int num_threads, int fixed_spl
   params.num_threads = num_threads > 0 ? num_threads : cpu::default_num_threads();
   params.fixed_split_blocks = fixed_split_blocks;
   return params;
-}
-
-[[noreturn]] void no_gpu_backend(const char* function) {
-  throw Unsupported(fmt::format("{} has no sm90 backend yet; pass CPU tensors", function));
 }
 
 void check_on_cpu(const TensorView& q) {
@@ -75,7 +72,10 @@ void sparse_decode(const SparseDecodeArgs& args, void* workspace, std::size_t wo
 std::size_t sparse_prefill_workspace_size(const SparsePrefillArgs& args,
                                           const SparsePrefillOptions& options) {
   api::check_sparse_prefill_shapes(args, options, /*allow_reference_types=*/false);
-  if (api::backend_of(options.backend, args.q, "q") == Backend::kSm90) no_gpu_backend("sparse_prefill");
+  if (api::backend_of(options.backend, args.q, "q") == Backend::kSm90) {
+    sm90::check_supported(args);
+    return 0;
+  }
   return cpu::sparse_prefill_workspace_size(
       args, cpu_params(scale_of(options.softmax_scale, args.q), options.num_threads, 0));
 }
@@ -83,7 +83,12 @@ std::size_t sparse_prefill_workspace_size(const SparsePrefillArgs& args,
 void sparse_prefill(const SparsePrefillArgs& args, void* workspace, std::size_t workspace_bytes,
                     const SparsePrefillOptions& options) {
   api::check_sparse_prefill_shapes(args, options, /*allow_reference_types=*/false);
-  if (api::backend_of(options.backend, args.q, "q") == Backend::kSm90) no_gpu_backend("sparse_prefill");
+  if (api::backend_of(options.backend, args.q, "q") == Backend::kSm90) {
+    sm90::check_supported(args);
+    if (args.q.size(0) == 0) return;
+    sm90::sparse_prefill(args, scale_of(options.softmax_scale, args.q), options.stream);
+    return;
+  }
   api::check_sparse_prefill_values(args);
   const cpu::SparseParams params =
       cpu_params(scale_of(options.softmax_scale, args.q), options.num_threads, 0);

@@ -17,7 +17,10 @@ class Sm90 : public BackendUnderTest {
            (page_size == 16 || page_size == 32 || page_size % 64 == 0);
   }
   bool supports(Operation operation, KvFormat format, DType dtype) const override {
-    if (operation == Operation::kAppend || operation == Operation::kGather) return true;
+    if (operation == Operation::kAppend || operation == Operation::kGather ||
+        operation == Operation::kSparsePrefill) {
+      return true;
+    }
     return operation == Operation::kSparseDecode && dtype == DType::kBFloat16 &&
            (format == KvFormat::kFp8V32 || format == KvFormat::kFp8V4);
   }

@@ -6,6 +6,7 @@
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 #include "kernels/attention/merge/sm90/merge.h"
 #include "kernels/attention/sparse_decode/sm90/sparse_decode.h"
+#include "kernels/attention/sparse_prefill/sm90/sparse_prefill.h"
 #include "kernels/attention/top_k/sm90/top_k.h"
 #include "kernels/cache/sm90/append.h"
 #include "kernels/cache/sm90/gather.h"
@@ -42,6 +43,8 @@ void merge_states(const TensorView&, const TensorView&, const TensorView&, const
 }
 void append_kv(const KvAppendArgs&, void*) { refuse(); }
 void gather_kv(const KvGatherArgs&, void*) { refuse(); }
+void check_supported(const SparsePrefillArgs&) { refuse(); }
+void sparse_prefill(const SparsePrefillArgs&, float, void*) { refuse(); }
 
 std::size_t dense_prefill_workspace_size() { refuse(); }
 void check_supported(const DensePrefillArgs&) { refuse(); }

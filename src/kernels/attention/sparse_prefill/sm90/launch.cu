@@ -1,0 +1,24 @@
+// Launches the sparse prefill kernel. Everything a launch depends on has been decided in sparse_prefill.cpp.
+
+#include "kernels/attention/sparse_prefill/sm90/launch.cuh"
+#include "kernels/attention/sparse_prefill/sm90/launch.h"
+#include "kv/format.h"
+
+namespace flash_mla::sm90 {
+namespace {
+
+template <bool kBf16>
+sparse_prefill::Launch launch_of(KvFormat format, int head_dim) {
+  return kv::is_fp8(format) ? sparse_prefill::of_fp8<kBf16>(format)
+                            : sparse_prefill::of_rows<kBf16>(head_dim);
+}
+
+}  // namespace
+
+void launch_sparse_prefill(const SparsePrefillParams& p, const CUtensorMap& q_map, const CUtensorMap& out_map,
+                           bool bf16, KvFormat format, int head_dim, int sms, void* stream) {
+  const auto prefill = bf16 ? launch_of<true>(format, head_dim) : launch_of<false>(format, head_dim);
+  prefill(p, q_map, out_map, sms, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace flash_mla::sm90

@@ -1,0 +1,53 @@
+#pragma once
+
+// Launches of the sparse prefill kernel, by type of the queries and format of the cache.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "base/cuda/check.h"
+#include "base/cuda/launch.h"
+#include "base/cuda/shared_memory.h"
+#include "kernels/attention/sparse_prefill/sm90/kernel.cuh"
+
+namespace flash_mla::sm90::sparse_prefill {
+
+using Launch = void (*)(const SparsePrefillParams&, const CUtensorMap& q_map, const CUtensorMap& out_map,
+                        int sms, cudaStream_t);
+
+template <bool kBf16, KvFormat kFormat, int kHeadDim>
+void launch_as(const SparsePrefillParams& p, const CUtensorMap& q_map, const CUtensorMap& out_map, int sms,
+               cudaStream_t stream) {
+  constexpr auto kKernel = sparse_prefill_kernel<kBf16, kFormat, kHeadDim>;
+  constexpr std::size_t kSmemBytes = sizeof(Smem<ptx::Element<kBf16>>) + 1024;
+  check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
+  const auto ctas = static_cast<unsigned>(std::min(p.items, sms));
+  check(launch(LaunchConfig(ctas, kThreads, kSmemBytes, stream), kKernel, q_map, out_map, p),
+        "sparse_prefill_kernel");
+}
+
+/// Over rows of 16-bit elements, and over an FP8 format.
+template <bool kBf16>
+Launch of_rows(int head_dim) {
+  constexpr KvFormat kRows = KvFormat::kBFloat16;  // or float16: the kernel does not tell them apart by this
+  return head_dim == 576 ? launch_as<kBf16, kRows, 576> : launch_as<kBf16, kRows, 512>;
+}
+template <bool kBf16>
+Launch of_fp8(KvFormat format) {
+  switch (format) {
+    case KvFormat::kFp8V32:
+      return launch_as<kBf16, KvFormat::kFp8V32, 576>;
+    case KvFormat::kFp8V4:
+      return launch_as<kBf16, KvFormat::kFp8V4, 512>;
+    default:
+      return launch_as<kBf16, KvFormat::kFp8Tensor, 576>;
+  }
+}
+// Instantiated in launch_rows.cu, launch_fp8.cu and launch_fp16.cu.
+extern template Launch of_rows<true>(int);
+extern template Launch of_rows<false>(int);
+extern template Launch of_fp8<true>(KvFormat);
+extern template Launch of_fp8<false>(KvFormat);
+
+}  // namespace flash_mla::sm90::sparse_prefill

@@ -1,0 +1,10 @@
+// The sparse prefill kernel for float16 queries.
+
+#include "kernels/attention/sparse_prefill/sm90/launch.cuh"
+
+namespace flash_mla::sm90::sparse_prefill {
+
+template Launch of_rows<false>(int);
+template Launch of_fp8<false>(KvFormat);
+
+}  // namespace flash_mla::sm90::sparse_prefill
