@@ -4,8 +4,9 @@
     python3 bench/readme_table.py            rewrites the blocks
     python3 bench/readme_table.py --check    says which blocks differ from what the results say; exit code 1 if any do
 
-A block stands between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`. The results are
-bench/results/h200-dense-decode.json, written by `flash-mla bench --preset h200-dense --json FILE`.
+A block stands between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`; it is empty where there are no results. They are
+bench/results/h200-dense-decode.json, written by `flash-mla bench --preset h200-dense --json FILE`, and
+bench/results/h200-sparse.json, of `--preset h200-sparse`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = "bench/results/h200-dense-decode.json"
+SPARSE_RESULTS = "bench/results/h200-sparse.json"
 
 # (b, s_q, h_q, s_k) of the rows that README shows, all of equal lengths and without a causal mask.
 README_ROWS = [
@@ -150,9 +152,80 @@ def other_figures(results):
     ]
 
 
+def sparse_name(r):
+    """What a row measures, in words."""
+    name = {
+        "sparse_decode": "sparse decode",
+        "sparse_prefill": "sparse prefill",
+        "dense_fp8_decode": "dense decode over FP8",
+        "append_kv": "append, norm and RoPE",
+        "merge_states": "merge_states",
+    }[r["operation"]]
+    if r["operation"] == "append_kv":
+        return f"{name}, {r['b'] * r['s_q']} tokens, {r['format']}"
+    name += f", b{r['b']}" if r["b"] > 1 else ""
+    name += f" s_q{r['s_q']} h{r['h_q']}"
+    if r["operation"] == "sparse_decode":
+        name += f", {r['topk']}" + (f"+{r['extra_topk']}" if r["extra_topk"] else "") + f" keys, {r['format']}"
+    elif r["operation"] != "merge_states":
+        name += f", {r['s_kv'] // 1024}K tokens"
+    return name
+
+
+def microseconds(us):
+    return "" if us is None else f"{us:.0f}" if us >= 100 else f"{us:.1f}"
+
+
+def sparse_cells(r):
+    best = microseconds(r["best_us"])
+    if not r["measured"]:
+        return [sparse_name(r), "no kernel yet", microseconds(r["floor_us"]), "", best, ""]
+    over_best = f"{r['best_us'] / r['us']:.2f}x" if r["best_us"] else ""
+    us = microseconds(r["us"])
+    return [sparse_name(r), us, microseconds(r["floor_us"]), f"{r['over_floor']:.2f}", best, over_best]
+
+
+def sparse_readme(results):
+    left_out = {"sparse_decode": lambda r: r["s_q"] > 1 or r["h_q"] == 32, "append_kv": lambda r: True}
+    rows = [r for r in results["rows"] if r["measured"] and not left_out.get(r["operation"], lambda r: False)(r)]
+    return [
+        *paragraph(
+            "Sparse attention and FP8 caches on an H200, beside what FLOP, bytes or a copy alone would take, without a launch, and",
+            "the best peer ([all rows](docs/sparse.md#figures)):",
+        ),
+        "",
+        *table(["", "µs", "floor, µs", "over floor", "best peer, µs", ""], [sparse_cells(r) for r in rows]),
+    ]
+
+
+def sparse_page(results):
+    rows, machine = results["rows"], results["machine"]
+    measured = [r for r in rows if r["measured"]]
+    right = sum(r["correct"] for r in measured)
+    copies = [
+        f"{sparse_name(r)} {microseconds(r['us'])} µs ({microseconds(r['graph_us'])} in a graph of 20) where a copy of as"
+        f" many bytes takes {microseconds(r['copy_us'])} ({microseconds(r['copy_graph_us'])})"
+        for r in measured
+        if r["copy_us"]
+    ]
+    return [
+        *paragraph(
+            f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, commit {short_commit(results['commit'])},",
+            f"`{SPARSE_RESULTS}` (`{results['command']}`). {right} of {len(measured)} measured cases passed the check in the",
+            "same process.",
+        ),
+        "",
+        *table(["", "µs", "floor, µs", "over floor", "best peer, µs", ""], [sparse_cells(r) for r in rows]),
+        "",
+        *paragraph("Floors have no launch in them; with one: " + "; ".join(copies) + "."),
+    ]
+
+
 BLOCKS = [
-    ("README.md", "h200-dense-decode", readme),
-    ("docs/kernels/dense-decode-sm90.md", "h200-dense-decode", kernel_page),
+    ("README.md", "h200-dense-decode", RESULTS, readme),
+    ("docs/kernels/dense-decode-sm90.md", "h200-dense-decode", RESULTS, kernel_page),
+    ("README.md", "h200-sparse", SPARSE_RESULTS, sparse_readme),
+    ("docs/sparse.md", "h200-sparse", SPARSE_RESULTS, sparse_page),
 ]
 
 
@@ -161,24 +234,28 @@ def replace_block(text, page, name, lines):
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if len(pattern.findall(text)) != 1:
         sys.exit(f"{page}: expected one block from {begin.strip()} to {end}")
-    return pattern.sub(lambda _: begin + "\n".join(lines) + "\n" + end, text)
+    return pattern.sub(lambda _: begin + "".join(line + "\n" for line in lines) + end, text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a block differs")
     check = parser.parse_args().check
-    results = json.loads((ROOT / RESULTS).read_text())
     differ = 0
-    for page, name, make in BLOCKS:
+    for page, name, results, make in BLOCKS:
         path = ROOT / page
         text = path.read_text()
-        made = replace_block(text, page, name, make(results))
+        lines = []
+        if (ROOT / results).exists():
+            lines = make(json.loads((ROOT / results).read_text()))
+        else:
+            print(f"{page}: block {name} is empty, there is no {results}", file=sys.stderr)
+        made = replace_block(text, page, name, lines)
         if made == text:
             continue
         differ += 1
         if check:
-            print(f"{page}: block {name} is not what {RESULTS} says; run bench/readme_table.py", file=sys.stderr)
+            print(f"{page}: block {name} is not what {results} says; run bench/readme_table.py", file=sys.stderr)
         else:
             path.write_text(made)
             print(f"{page}: block {name} rewritten")
