@@ -9,7 +9,9 @@
 #include "kernels/attention/indexer/cpu/indexer.h"
 #include "kernels/attention/indexer/reference/indexer.h"
 #include "kernels/attention/indexer/rows.h"
+#include "kernels/attention/indexer/sm90/indexer.h"
 #include "kernels/attention/top_k/cpu/top_k.h"
+#include "kernels/attention/top_k/sm90/top_k.h"
 
 namespace flash_mla {
 namespace {
@@ -18,6 +20,10 @@ using cpu::IndexElement;
 
 int threads(const IndexerOptions& options) {
   return options.num_threads > 0 ? options.num_threads : cpu::default_num_threads();
+}
+
+bool on_gpu(const IndexerOptions& options, const TensorView& q) {
+  return api::backend_of(options.backend, q, "q") == Backend::kSm90;
 }
 
 /// Throws where the call is not for the CPU.
@@ -42,21 +48,25 @@ bool compressed(const MqaLogitsArgs& args) { return args.compressed; }
 bool compressed(const PagedMqaLogitsArgs&) { return false; }
 
 template <class Args>
-std::size_t logits_workspace_size(const Args& args, const IndexerOptions& options, const char* function) {
+std::size_t logits_workspace_size(const Args& args, const IndexerOptions& options) {
   check_shapes(args, options, /*with_logits=*/true);
-  require_cpu(options, args.q, "q", function);
+  if (on_gpu(options, args.q)) return 0;
   return cpu::index_logits_workspace_size(indexer::make_rows(args), IndexElement::kE4m3, threads(options));
 }
 
 template <class Args>
 void logits(const Args& args, void* workspace, std::size_t workspace_bytes, const IndexerOptions& options,
-            const char* function, const char* size_function) {
-  const std::size_t needed = logits_workspace_size(args, options, function);
+            const char* size_function) {
+  const std::size_t needed = logits_workspace_size(args, options);
   api::check_workspace_bytes(workspace, workspace_bytes, needed, size_function);
-  check_values(args);
   const indexer::Rows rows = indexer::make_rows(args);
   const indexer::Logits out{args.logits.template ptr<float>(), args.logits.stride(0), args.logits.size(1),
                             compressed(args), args.clean};
+  if (on_gpu(options, args.q)) {
+    sm90::index_logits(rows, 0, rows.num_rows, out, options.stream);
+    return;
+  }
+  check_values(args);
   cpu::index_logits(rows, IndexElement::kE4m3, 0, rows.num_rows, out, workspace, threads(options));
 }
 
@@ -75,9 +85,10 @@ struct Chunks {
   std::size_t kernel_bytes = 0, lengths_bytes = 0, row_floats = 0;
   std::int64_t rows = 0;  ///< of one chunk
 
-  Chunks(const indexer::Rows& r, const MqaTopKOptions& options) {
+  Chunks(const indexer::Rows& r, const MqaTopKOptions& options, bool gpu) {
     const auto round = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
-    kernel_bytes = cpu::index_logits_workspace_size(r, IndexElement::kE4m3, threads(options.indexer));
+    if (!gpu)
+      kernel_bytes = cpu::index_logits_workspace_size(r, IndexElement::kE4m3, threads(options.indexer));
     row_floats = round(static_cast<std::size_t>(std::max<std::int64_t>(r.max_keys, 1)) * sizeof(float)) /
                  sizeof(float);
     const std::size_t fit = options.logits_bytes / (row_floats * sizeof(float));
@@ -100,8 +111,46 @@ Chunks check_top_k(const Args& args, const TopKOutput& output, const TensorView&
   const indexer::Rows rows = indexer::make_rows(args);
   api::check_top_k_output_shapes(output, indices, rows.num_rows);
   api::check_same_device(indices, "indices", args.q, "q");
-  require_cpu(options.indexer, args.q, "q", function);
-  return Chunks(rows, options);
+  return Chunks(rows, options, on_gpu(options.indexer, args.q));
+}
+
+/// The rows first to first + count - 1 of an output.
+TopKOutput rows_of(const TopKOutput& output, std::int64_t first, std::int64_t count) {
+  TopKOutput part = output;
+  for (TensorView* v : {&part.offsets, &part.row_request}) {
+    if (!v->defined()) continue;
+    v->data = v->ptr<std::int32_t>() + first;
+    v->shape[0] = count;
+  }
+  return part;
+}
+
+/// Kernels queued chunk by chunk, over one piece of workspace.
+template <class Args>
+void select_on_gpu(const Args& args, const TopKOutput& output, const TensorView& indices, void* workspace,
+                   const Chunks& chunks, void* stream) {
+  const indexer::Rows rows = indexer::make_rows(args);
+  auto* bytes = static_cast<std::byte*>(workspace);
+  auto* lengths = reinterpret_cast<std::int32_t*>(bytes);
+  auto* scores = reinterpret_cast<float*>(bytes + chunks.lengths_bytes);
+  const auto stride = static_cast<std::int64_t>(chunks.row_floats);
+  const std::int64_t per_request =
+      output.block_table.defined() && !output.row_request.defined() && rows.num_rows > 0
+          ? rows.num_rows / output.block_table.size(0)
+          : 1;
+  for (std::int64_t first = 0; first < rows.num_rows; first += chunks.rows) {
+    const std::int64_t count = std::min(chunks.rows, rows.num_rows - first);
+    sm90::index_logits(rows, first, first + count, {scores, stride, stride, true, false}, stream);
+    sm90::index_lengths(rows, first, first + count, lengths, stream);
+    TopKArgs top;
+    top.logits = TensorView::contiguous(scores, DType::kFloat32, {count, stride}, indices.device);
+    top.lengths = TensorView::contiguous(lengths, DType::kInt32, {count}, indices.device);
+    top.output = rows_of(output, first, count);
+    top.indices = indices;
+    top.indices.data = indices.ptr<std::int32_t>() + first * indices.stride(0);
+    top.indices.shape[0] = count;
+    sm90::top_k(top, first, per_request, stream);
+  }
 }
 
 template <class Args>
@@ -110,6 +159,10 @@ void select(const Args& args, const TopKOutput& output, const TensorView& indice
             const char* size_function) {
   const Chunks chunks = check_top_k(args, output, indices, options, function);
   api::check_workspace_bytes(workspace, workspace_bytes, chunks.bytes(), size_function);
+  if (on_gpu(options.indexer, args.q)) {
+    select_on_gpu(args, output, indices, workspace, chunks, options.indexer.stream);
+    return;
+  }
   check_values(args);
   const indexer::Rows rows = indexer::make_rows(args);
   const auto length = [&](std::int64_t row) {
@@ -138,21 +191,21 @@ void select(const Args& args, const TopKOutput& output, const TensorView& indice
 }  // namespace
 
 std::size_t mqa_logits_workspace_size(const MqaLogitsArgs& args, const IndexerOptions& options) {
-  return logits_workspace_size(args, options, "mqa_logits");
+  return logits_workspace_size(args, options);
 }
 
 std::size_t paged_mqa_logits_workspace_size(const PagedMqaLogitsArgs& args, const IndexerOptions& options) {
-  return logits_workspace_size(args, options, "paged_mqa_logits");
+  return logits_workspace_size(args, options);
 }
 
 void mqa_logits(const MqaLogitsArgs& args, void* workspace, std::size_t workspace_bytes,
                 const IndexerOptions& options) {
-  logits(args, workspace, workspace_bytes, options, "mqa_logits", "mqa_logits_workspace_size");
+  logits(args, workspace, workspace_bytes, options, "mqa_logits_workspace_size");
 }
 
 void paged_mqa_logits(const PagedMqaLogitsArgs& args, void* workspace, std::size_t workspace_bytes,
                       const IndexerOptions& options) {
-  logits(args, workspace, workspace_bytes, options, "paged_mqa_logits", "paged_mqa_logits_workspace_size");
+  logits(args, workspace, workspace_bytes, options, "paged_mqa_logits_workspace_size");
 }
 
 std::size_t mqa_top_k_workspace_size(const MqaLogitsArgs& args, const TopKOutput& output,

@@ -138,7 +138,9 @@ void top_k(const TopKArgs& args, void* workspace, std::size_t workspace_bytes, c
   api::check_workspace_bytes(workspace, workspace_bytes, top_k_workspace_size(args, options),
                              "top_k_workspace_size");
   if (api::backend_of(options.backend, args.indices, "indices") == Backend::kSm90) {
-    sm90::top_k(args, options.stream);
+    const std::int64_t n = args.logits.size(0);
+    const TensorView& table = args.output.block_table;
+    sm90::top_k(args, 0, table.defined() && n > 0 ? n / table.size(0) : 1, options.stream);
     return;
   }
   api::check_values(args);

@@ -13,7 +13,8 @@ class Cpu : public BackendUnderTest {
   bool supports(DType, int, int, int) const override { return true; }
   bool supports(Operation, KvFormat, DType) const override { return true; }
   bool supports_top_k() const override { return true; }
-  bool supports_indexer() const override { return true; }
+  bool supports_index_logits() const override { return true; }
+  bool supports_index_quantisers() const override { return true; }
   bool checks_values() const override { return true; }
   bool batch_invariant() const override { return true; }
   void* allocate(std::size_t bytes) override { return std::aligned_alloc(64, (bytes + 63) / 64 * 64); }

@@ -26,7 +26,10 @@ class BackendUnderTest {
     return false;
   }
   virtual bool supports_top_k() const { return false; }
-  virtual bool supports_indexer() const { return false; }
+  virtual bool supports_index_logits() const { return false; }
+  virtual bool supports_index_quantisers() const { return false; }
+  /// Of the largest logit. FP8 products of Hopper keep about 14 bits.
+  virtual double index_tolerance() const { return 2e-5; }
   virtual bool checks_values() const = 0;  ///< lengths and block table are read on the host before the call
   virtual bool batch_invariant() const = 0;
   virtual void* allocate(std::size_t bytes) = 0;

@@ -246,7 +246,7 @@ std::vector<double> expected(Args a, std::int64_t width) {
   return out;
 }
 
-void expect_near(const std::vector<float>& got, const std::vector<double>& want) {
+void expect_near(const std::vector<float>& got, const std::vector<double>& want, double tolerance) {
   ASSERT_EQ(got.size(), want.size());
   double squares = 0, products = 0, largest = 0;
   for (std::size_t i = 0; i < got.size(); ++i) {
@@ -259,7 +259,7 @@ void expect_near(const std::vector<float>& got, const std::vector<double>& want)
       continue;
     }
     // Sums of up to 128 x 128 terms whose parts may cancel.
-    ASSERT_NEAR(static_cast<double>(got[i]), want[i], 2e-5 * largest + 1e-30) << i;
+    ASSERT_NEAR(static_cast<double>(got[i]), want[i], tolerance * largest + 1e-30) << i;
     products += 2 * static_cast<double>(got[i]) * want[i];
     squares += static_cast<double>(got[i]) * static_cast<double>(got[i]) + want[i] * want[i];
   }
@@ -269,8 +269,11 @@ void expect_near(const std::vector<float>& got, const std::vector<double>& want)
 class Indexer : public ::testing::TestWithParam<std::shared_ptr<BackendUnderTest>> {
  protected:
   BackendUnderTest& backend() { return *GetParam(); }
+  void expect_near(const std::vector<float>& got, const std::vector<double>& want) {
+    conformance::expect_near(got, want, backend().index_tolerance());
+  }
   void SetUp() override {
-    if (!backend().supports_indexer()) GTEST_SKIP() << "the backend has no indexer";
+    if (!backend().supports_index_logits()) GTEST_SKIP() << "the backend has no logits";
   }
 };
 
@@ -415,6 +418,7 @@ std::vector<double> rotated(const std::vector<float>& x) {
 }
 
 TEST_P(Indexer, NumericsOfAppendedKeys) {
+  if (!backend().supports_index_quantisers()) GTEST_SKIP() << "the backend has no quantisers of the indexer";
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
     for (const int dim : {64, 128}) {
       for (const Fp8Recipe recipe : {Fp8Recipe::kIndexerPow2, Fp8Recipe::kIndexer}) {
@@ -493,6 +497,7 @@ TEST_P(Indexer, NumericsOfAppendedKeys) {
 }
 
 TEST_P(Indexer, NumericsOfQuantisedQueries) {
+  if (!backend().supports_index_quantisers()) GTEST_SKIP() << "the backend has no quantisers of the indexer";
   constexpr int kTokens = 5, kHeads = 12, kDim = 128;
   std::mt19937 rng(3);
   std::normal_distribution<float> normal;

@@ -25,6 +25,8 @@ class Sm90 : public BackendUnderTest {
            (format == KvFormat::kFp8V32 || format == KvFormat::kFp8V4);
   }
   bool supports_top_k() const override { return true; }
+  bool supports_index_logits() const override { return true; }
+  double index_tolerance() const override { return 1e-3; }
   bool checks_values() const override { return false; }
   bool batch_invariant() const override { return true; }
   void* allocate(std::size_t bytes) override {

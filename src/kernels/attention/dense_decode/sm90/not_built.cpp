@@ -4,6 +4,7 @@
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
+#include "kernels/attention/indexer/sm90/indexer.h"
 #include "kernels/attention/merge/sm90/merge.h"
 #include "kernels/attention/sparse_decode/sm90/sparse_decode.h"
 #include "kernels/attention/sparse_prefill/sm90/sparse_prefill.h"
@@ -36,7 +37,11 @@ void check_supported(const SparseDecodeArgs&, int) { refuse(); }
 std::size_t sparse_decode_workspace_size(const SparseDecodeArgs&, int) { refuse(); }
 void sparse_decode(const SparseDecodeArgs&, void*, float, int, void*) { refuse(); }
 
-void top_k(const TopKArgs&, void*) { refuse(); }
+void top_k(const TopKArgs&, std::int64_t, std::int64_t, void*) { refuse(); }
+void index_logits(const indexer::Rows&, std::int64_t, std::int64_t, const indexer::Logits&, void*) {
+  refuse();
+}
+void index_lengths(const indexer::Rows&, std::int64_t, std::int64_t, std::int32_t*, void*) { refuse(); }
 void merge_states(const TensorView&, const TensorView&, const TensorView&, const TensorView&,
                   const TensorView&, const TensorView&, LseBase, void*) {
   refuse();

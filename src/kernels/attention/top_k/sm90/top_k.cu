@@ -3,14 +3,14 @@
 // Tile:      one row for a block, or for a cluster of 2 to 8 blocks where there are few rows; each streams its part
 //            of the row once.
 // Threads:   512 a block, all alike.
-// Memory:    104 KB: 8192 candidates (key and position, 64 KB), two bit maps of 131072 positions (32 KB), 2048
-//            counters. Two blocks a multiprocessor: one streams while the other selects.
+// Memory:    106 KB: 8192 candidates (key and position, 64 KB), two bit maps of 131072 positions (32 KB), 2048
+//            counters (8 KB), 512 keys. Two blocks a multiprocessor: one streams while the other selects.
 // Registers: 64 a thread.
 //
 // 1. A sample of 4096 to 16384 scores gives a threshold that somewhat more than k scores should reach.
 // 2. The row is streamed once, from HBM; what reaches the threshold becomes a candidate.
-// 3. The first block gathers the candidates and finds the k-th key among them exactly: counts of its highest 11
-//    bits, of the next 11, of the last 10.
+// 3. The first block gathers the candidates and finds the k-th key among them exactly: it counts 2048 digits of
+//    their distance from the least, and compares those of the boundary's digit with each other.
 // 4. Bits of positions above that key, and of positions equal to it, are set in two maps; ranks are prefix sums
 //    over their words, so that positions come out in order, and the first of the equals are taken.
 //
@@ -49,7 +49,7 @@ struct Params {
   const int* block_table;  // or null
   long long table_stride, page_size;
   const int* row_request;  // or null
-  long long rows_per_request;
+  long long first_row, rows_per_request;
   int* indices;
   long long indices_stride;
   int k;
@@ -58,8 +58,10 @@ struct Params {
 struct Shared {
   BlockShared block;
   unsigned num_candidates;
-  unsigned keys[kCapacity];
-  unsigned positions[kCapacity];
+  unsigned least, most;  // keys of candidates
+  unsigned boundary_key, boundary_ties;
+  unsigned num_close, close[kThreads];  // keys that share the boundary's digit
+  unsigned list[2 * kCapacity];  // keys of candidates, then their positions; before that, keys of the sample
   unsigned above[kWords], equal[kWords];
 };
 
@@ -81,7 +83,8 @@ class Row {
     scores_ = p.logits + row * p.logits_stride + start;
     offset_ = p.offsets != nullptr ? p.offsets[row] : 0;
     if (p.block_table != nullptr) {
-      const long long request = p.row_request != nullptr ? p.row_request[row] : row / p.rows_per_request;
+      const long long request =
+          p.row_request != nullptr ? p.row_request[row] : (p.first_row + row) / p.rows_per_request;
       table_ = p.block_table + request * p.table_stride;
     }
     out_ = p.indices + row * p.indices_stride;
@@ -94,11 +97,16 @@ class Row {
       return;  // as every block of the cluster does
     }
     if (threadIdx.x == 0) s_.num_candidates = 0;
-    const bool all = n_ <= static_cast<int>(kCapacity);
-    const unsigned threshold = all ? 0 : sample();
-    __syncthreads();
+    if (n_ <= static_cast<int>(kCapacity)) {
+      if (rank != 0) return;
+      take_candidates();
+      emit</*kCandidates=*/true>(candidates_boundary(static_cast<unsigned>(n_)), static_cast<unsigned>(n_));
+      return;
+    }
+    const unsigned threshold = sample();
+    __syncthreads();  // the sample lies where candidates will
     const int part = ((n_ + blocks - 1) / blocks + kVec - 1) / kVec * kVec;
-    collect(min(rank * part, n_), min((rank + 1) * part, n_), all, score_of(threshold));
+    collect(min(rank * part, n_), min((rank + 1) * part, n_), score_of(threshold));
     __syncthreads();
     if (blocks > 1) {
       cluster.sync();
@@ -108,7 +116,7 @@ class Row {
     }
     const unsigned count = s_.num_candidates;
     if (count >= static_cast<unsigned>(p_.k) && count <= kCapacity) {
-      emit</*kCandidates=*/true>(find_boundary</*kCandidates=*/true>(count), count);
+      emit</*kCandidates=*/true>(candidates_boundary(count), count);
     } else {
       emit</*kCandidates=*/false>(find_boundary</*kCandidates=*/false>(0), 0);
     }
@@ -125,79 +133,134 @@ class Row {
     for (int i = static_cast<int>(threadIdx.x); i < p_.k; i += kThreads) out_[i] = i < n_ ? place(i) : -1;
   }
 
-  /// A score of each of `count` equal stretches of the row, at a place in it that looks random.
-  __device__ float sampled(int i, int count) const {
-    const auto n = static_cast<unsigned long long>(n_);
-    const auto first = static_cast<unsigned>(i * n / static_cast<unsigned>(count));
-    const auto end = static_cast<unsigned>((i + 1) * n / static_cast<unsigned>(count));
-    const unsigned hash = static_cast<unsigned>(i) * 2654435761u;
-    return scores_[first + (hash >> 8) % (end - first)];
+  /// All scores of a short row.
+  __device__ void take_candidates() {
+    for (int i = static_cast<int>(threadIdx.x); i < n_; i += kThreads) {
+      s_.list[i] = selection::order_key(__ldg(scores_ + i));
+      s_.list[kCapacity + i] = static_cast<unsigned>(i);
+    }
+    __syncthreads();
   }
 
-  /// A key that more than k scores should reach, and not more than there is room for.
+  /// A key that more than k scores should reach, and not more than there is room for. The sample is a score of
+  /// each of `count` equal stretches of the row, at a place in it that looks random.
   __device__ unsigned sample() {
-    const int count = min(max(n_ / 32, kMinSample), kMaxSample);
+    constexpr int kLoads = kMinSample / kThreads;
+    const int count = n_ >= 32 * kMaxSample       ? kMaxSample
+                      : n_ >= 32 * kMaxSample / 2 ? kMaxSample / 2
+                                                  : kMinSample;
+    const auto stretch = static_cast<unsigned>(n_ / count);
     // 1.35 times the share of k, and 20 more where that is little: 4 deviations above k.
     const float share = static_cast<float>(p_.k) * static_cast<float>(count) / static_cast<float>(n_);
     const float room =
         0.75f * static_cast<float>(kCapacity) * static_cast<float>(count) / static_cast<float>(n_);
     const auto rank = static_cast<unsigned>(fmaxf(fminf(share * 1.35f + 20.0f, room), 1.0f));
     clear_histogram(s_.block);
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-      atomicAdd(&s_.block.histogram[selection::order_key(sampled(i, count)) >> 21], 1u);
+    for (int first = static_cast<int>(threadIdx.x); first < count; first += kThreads * kLoads) {
+      float x[kLoads];
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const auto i = static_cast<unsigned>(first + j * kThreads);
+        x[j] = __ldg(scores_ + i * stretch + __umulhi(i * 2654435761u, stretch));
+      }
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const unsigned key = selection::order_key(x[j]);
+        s_.list[first + j * kThreads] = key;
+        atomicAdd(&s_.block.histogram[key >> 21], 1u);
+      }
     }
     find_digit(s_.block, rank);
     const unsigned high = s_.block.found_digit, left = s_.block.found_rank;
     clear_histogram(s_.block);
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-      const unsigned key = selection::order_key(sampled(i, count));
+      const unsigned key = s_.list[i];
       if (key >> 21 == high) atomicAdd(&s_.block.histogram[key >> 10 & (kBins - 1)], 1u);
     }
     find_digit(s_.block, left);
     return high << 21 | s_.block.found_digit << 10;
   }
 
-  __device__ void consider(float score, int position, bool all, float threshold) {
-    // NaN is not below anything.
-    if (!all && score < threshold) return;
-    const unsigned slot = atomicAdd(&s_.num_candidates, 1u);
-    if (slot < kCapacity) {
-      s_.keys[slot] = selection::order_key(score);
-      s_.positions[slot] = static_cast<unsigned>(position);
+  /// A candidate of a thread on its own.
+  __device__ void consider(int position, float threshold) {
+    const float score = __ldg(scores_ + position);
+    if (score < threshold) return;  // NaN is not below anything
+    put(atomicAdd(&s_.num_candidates, 1u), score, position);
+  }
+  __device__ void put(unsigned slot, float score, int position) {
+    if (slot >= kCapacity) return;
+    s_.list[slot] = selection::order_key(score);
+    s_.list[kCapacity + slot] = static_cast<unsigned>(position);
+  }
+
+  struct Loads {
+    float4 x[kUnroll];
+  };
+  __device__ static void load(const float4* from, int first, int vectors, Loads& to) {
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) {
+      const int v = first + j * kThreads;
+      if (v < vectors) to.x[j] = __ldcs(from + v);
     }
   }
 
-  /// The candidates of positions [begin, end).
-  __device__ void collect(int begin, int end, bool all, float threshold) {
+  /// The candidates among a thread's loads; a warp takes room for all of its lanes at once.
+  __device__ void keep(const Loads& loads, int first, int vectors, int begin, float threshold) {
+    unsigned hits = 0;
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) {
+      if (first + j * kThreads >= vectors) continue;
+      const float4 x = loads.x[j];
+      const unsigned four = (x.x < threshold ? 0u : 1u) | (x.y < threshold ? 0u : 2u) |
+                            (x.z < threshold ? 0u : 4u) | (x.w < threshold ? 0u : 8u);
+      hits |= four << 4 * j;
+    }
+    if (!__any_sync(~0u, hits != 0)) return;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const auto own = static_cast<unsigned>(__popc(hits));
+    unsigned up_to = own;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const unsigned before = __shfl_up_sync(~0u, up_to, step);
+      if (lane >= step) up_to += before;
+    }
+    unsigned slot = 0;
+    if (lane == kWarp - 1) slot = atomicAdd(&s_.num_candidates, up_to);
+    slot = __shfl_sync(~0u, slot, kWarp - 1) + up_to - own;
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) {
+      const unsigned four = hits >> 4 * j & 15;
+      if (four == 0) continue;
+      const float4 x = loads.x[j];
+      const int at = begin + (first + j * kThreads) * kVec;
+      if ((four & 1) != 0) put(slot++, x.x, at);
+      if ((four & 2) != 0) put(slot++, x.y, at + 1);
+      if ((four & 4) != 0) put(slot++, x.z, at + 2);
+      if ((four & 8) != 0) put(slot++, x.w, at + 3);
+    }
+  }
+
+  /// The candidates of positions [begin, end). The next loads are on their way while these are looked at.
+  __device__ void collect(int begin, int end, float threshold) {
     const int thread = static_cast<int>(threadIdx.x);
     const auto address = reinterpret_cast<unsigned long long>(scores_ + begin);
     // Scores before the first address that is a multiple of 16 bytes.
     const int head = min(static_cast<int>((16 - address % 16) % 16 / 4), end - begin);
-    if (thread < head) consider(scores_[begin + thread], begin + thread, all, threshold);
+    if (thread < head) consider(begin + thread, threshold);
     begin += head;
     const int vectors = (end - begin) / kVec;
     const auto* from = reinterpret_cast<const float4*>(scores_ + begin);
-    for (int first = thread; first < vectors; first += kThreads * kUnroll) {
-      float4 x[kUnroll];
-#pragma unroll
-      for (int j = 0; j < kUnroll; ++j) {
-        const int v = first + j * kThreads;
-        if (v < vectors) x[j] = __ldcs(from + v);
-      }
-#pragma unroll
-      for (int j = 0; j < kUnroll; ++j) {
-        const int v = first + j * kThreads, at = begin + v * kVec;
-        if (v >= vectors) continue;
-        if (!all && x[j].x < threshold && x[j].y < threshold && x[j].z < threshold && x[j].w < threshold)
-          continue;
-        consider(x[j].x, at, all, threshold);
-        consider(x[j].y, at + 1, all, threshold);
-        consider(x[j].z, at + 2, all, threshold);
-        consider(x[j].w, at + 3, all, threshold);
-      }
+    constexpr int kRound = kThreads * kUnroll;
+    Loads a, b;
+    load(from, thread, vectors, a);
+    for (int round = 0; round < vectors; round += 2 * kRound) {  // by whole warps
+      load(from, round + kRound + thread, vectors, b);
+      keep(a, round + thread, vectors, begin, threshold);
+      load(from, round + 2 * kRound + thread, vectors, a);
+      keep(b, round + kRound + thread, vectors, begin, threshold);
     }
     const int tail = begin + vectors * kVec + thread;
-    if (tail < end) consider(scores_[tail], tail, all, threshold);
+    if (tail < end) consider(tail, threshold);
   }
 
   /// The other blocks' candidates behind those of the first.
@@ -211,8 +274,8 @@ class Row {
         break;
       }
       for (unsigned i = threadIdx.x; i < count; i += kThreads) {
-        s_.keys[total + i] = other->keys[i];
-        s_.positions[total + i] = other->positions[i];
+        s_.list[total + i] = other->list[i];
+        s_.list[kCapacity + total + i] = other->list[kCapacity + i];
       }
       total += count;
     }
@@ -224,13 +287,74 @@ class Row {
   /// f(key, there) for the candidates, or for all scores of the row, by whole warps: the last have lanes without.
   template <bool kCandidates, class F>
   __device__ void for_keys(unsigned count, const F& f) const {
+    constexpr int kLoads = 8;
     const unsigned n = kCandidates ? count : static_cast<unsigned>(n_);
-    for (unsigned first = 0; first < n; first += kThreads) {
-      const unsigned i = first + threadIdx.x;
-      unsigned key = 0;
-      if (i < n) key = kCandidates ? s_.keys[i] : selection::order_key(scores_[i]);
-      f(key, i < n);
+    for (unsigned first = 0; first < n; first += kThreads * kLoads) {
+      unsigned key[kLoads];
+#pragma unroll
+      for (unsigned j = 0; j < kLoads; ++j) {
+        const unsigned i = first + j * kThreads + threadIdx.x;
+        key[j] = 0;
+        if (i < n) key[j] = kCandidates ? s_.list[i] : selection::order_key(__ldg(scores_ + i));
+      }
+#pragma unroll
+      for (unsigned j = 0; j < kLoads; ++j) f(key[j], first + j * kThreads + threadIdx.x < n);
     }
+  }
+
+  /// The boundary of candidates. They are close to each other: digits of their distance from the least one tell
+  /// more than digits of keys. Where the boundary's digit has few keys, each is compared with all of them.
+  __device__ Boundary candidates_boundary(unsigned count) {
+    BlockShared& b = s_.block;
+    unsigned least = ~0u, most = 0;
+    if (threadIdx.x == 0) {
+      s_.least = ~0u;
+      s_.most = s_.num_close = 0;
+    }
+    clear_histogram(b);
+    for (unsigned i = threadIdx.x; i < count; i += kThreads) {
+      const unsigned key = s_.list[i];
+      least = min(least, key);
+      most = max(most, key);
+    }
+    least = __reduce_min_sync(~0u, least);
+    most = __reduce_max_sync(~0u, most);
+    if (threadIdx.x % kWarp == 0) {
+      atomicMin(&s_.least, least);
+      atomicMax(&s_.most, most);
+    }
+    __syncthreads();
+    least = s_.least;
+    const int shift = max(32 - __clz(static_cast<int>(s_.most - least)) - 11, 0);
+    for_keys<true>(count, [&](unsigned key, bool there) {
+      count_digit(b, (key - least) >> shift & (kBins - 1), there);
+    });
+    find_digit(b, static_cast<unsigned>(p_.k));
+    const unsigned digit = b.found_digit, wanted = b.found_rank, found = b.found_count;
+    const unsigned lowest = least + (digit << shift);
+    // All keys from there up: none is its equal if it moves down by one, for no key is 0.
+    if (found == wanted) return {lowest - 1, 0};
+    if (shift == 0) return {lowest, wanted};
+    if (found > kThreads) return find_boundary<true>(count);
+    for (unsigned i = threadIdx.x; i < count; i += kThreads) {
+      const unsigned key = s_.list[i];
+      if ((key - least) >> shift == digit) s_.close[atomicAdd(&s_.num_close, 1u)] = key;
+    }
+    __syncthreads();
+    if (threadIdx.x < found) {
+      const unsigned key = s_.close[threadIdx.x];
+      unsigned above = 0, equal = 0;
+      for (unsigned i = 0; i < found; ++i) {
+        above += s_.close[i] > key;
+        equal += s_.close[i] == key;
+      }
+      if (above < wanted && wanted <= above + equal) {  // one key, the same for all that have it
+        s_.boundary_key = key;
+        s_.boundary_ties = wanted - above;
+      }
+    }
+    __syncthreads();
+    return {s_.boundary_key, s_.boundary_ties};
   }
 
   template <bool kCandidates>
@@ -273,13 +397,14 @@ class Row {
       for (int w = static_cast<int>(threadIdx.x); w < kWords; w += kThreads) s_.above[w] = s_.equal[w] = 0;
       __syncthreads();
       for (unsigned i = threadIdx.x; i < count; i += kThreads) {
-        const unsigned key = s_.keys[i], at = s_.positions[i] - static_cast<unsigned>(first);
+        const unsigned key = s_.list[i], at = s_.list[kCapacity + i] - static_cast<unsigned>(first);
         if (at >= static_cast<unsigned>(kWindow) || key < boundary.key) continue;
         atomicOr(key > boundary.key ? &s_.above[at / 32] : &s_.equal[at / 32], 1u << at % 32);
       }
     } else {
+#pragma unroll 8
       for (int i = static_cast<int>(threadIdx.x); i < kWindow; i += kThreads) {
-        const unsigned key = first + i < n_ ? selection::order_key(scores_[first + i]) : 0;
+        const unsigned key = first + i < n_ ? selection::order_key(__ldg(scores_ + first + i)) : 0;
         const unsigned above = __ballot_sync(~0u, key > boundary.key);
         const unsigned equal = __ballot_sync(~0u, key == boundary.key);
         if (i % kWarp == 0) {
@@ -335,16 +460,16 @@ __global__ void __launch_bounds__(kThreads, 2) select_rows(const __grid_constant
   Row(p, blockIdx.x / cluster.num_blocks(), *reinterpret_cast<Shared*>(memory)).select(cluster);
 }
 
-/// Blocks of a row: as many as keep the device busy.
+/// Blocks of a row: as many as keep the device busy, of which two are on a multiprocessor.
 unsigned cluster_of(long long rows, int multiprocessors) {
   unsigned blocks = kMaxCluster;
-  while (blocks > 1 && rows * blocks > multiprocessors) blocks /= 2;
+  while (blocks > 1 && rows * blocks > 2 * multiprocessors) blocks /= 2;
   return blocks;
 }
 
 }  // namespace top_k_kernel
 
-void top_k(const TopKArgs& args, void* stream) {
+void top_k(const TopKArgs& args, std::int64_t first_row, std::int64_t rows_per_request, void* stream) {
   using namespace top_k_kernel;
   const std::int64_t n = args.logits.size(0);
   if (n == 0) return;
@@ -360,7 +485,8 @@ void top_k(const TopKArgs& args, void* stream) {
     p.table_stride = args.output.block_table.stride(0);
     p.page_size = args.output.page_size;
     p.row_request = args.output.row_request.ptr<const int>();
-    p.rows_per_request = n / args.output.block_table.size(0);
+    p.first_row = first_row;
+    p.rows_per_request = rows_per_request;
   }
   p.indices = args.indices.ptr<int>();
   p.indices_stride = args.indices.stride(0);
