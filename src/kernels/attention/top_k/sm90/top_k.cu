@@ -25,54 +25,13 @@
 #include "base/cuda/launch.h"
 #include "base/cuda/shared_memory.h"
 #include "kernels/attention/top_k/order_key.h"
-#include "kernels/attention/top_k/sm90/block.cuh"
+#include "kernels/attention/top_k/sm90/params.cuh"
 #include "kernels/attention/top_k/sm90/top_k.h"
 
 namespace flash_mla::sm90 {
 namespace top_k_kernel {
 
 namespace cg = cooperative_groups;
-
-constexpr int kMaxCluster = 8;
-constexpr unsigned kCapacity = 8192;  // candidates
-constexpr int kWindow = 131072;       // positions of a map
-constexpr int kWords = kWindow / 32;
-constexpr int kMinSample = 4096, kMaxSample = 16384;
-constexpr int kVec = 4, kUnroll = 4;  // scores of a load, loads in flight of a thread
-
-struct Params {
-  const float* logits;
-  long long logits_stride, width;
-  const int* lengths;
-  const int* row_starts;   // or null
-  const int* offsets;      // or null
-  const int* block_table;  // or null
-  long long table_stride, page_size;
-  const int* row_request;  // or null
-  long long first_row, rows_per_request;
-  int* indices;
-  long long indices_stride;
-  int k;
-};
-
-struct Shared {
-  BlockShared block;
-  unsigned num_candidates;
-  unsigned least, most;  // keys of candidates
-  unsigned boundary_key, boundary_ties;
-  unsigned num_close, close[kThreads];  // keys that share the boundary's digit
-  unsigned list[2 * kCapacity];  // keys of candidates, then their positions; before that, keys of the sample
-  unsigned above[kWords], equal[kWords];
-};
-
-/// Key and how many of its equals: everything above the key, and the first `ties` that equal it.
-struct Boundary {
-  unsigned key, ties;
-};
-
-__device__ float score_of(unsigned key) {
-  return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7FFFFFFFu : ~key);
-}
 
 class Row {
  public:
