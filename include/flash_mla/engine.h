@@ -14,6 +14,7 @@
 
 #include "flash_mla/chat.h"
 #include "flash_mla/model_options.h"
+#include "flash_mla/text_format.h"
 
 namespace flash_mla {
 
@@ -60,6 +61,9 @@ struct SamplingParams {
   /// Continuations to generate, of which Engine::generate keeps the n with the largest mean log-probability;
   /// 0 is n.
   int best_of = 0;
+  /// Excludes tokens as allowed_token_ids does; a format's end ends the text, with ignore_eos too, and stop
+  /// tokens come only where it may end. Not together with `stop`, which could cut it anywhere.
+  TextFormat format;
 };
 
 /// Most alternatives that SamplingParams::logprobs may ask for.
@@ -306,6 +310,10 @@ class Engine {
 
   /// The tokens of a request's prompt, which submit would begin with. Throws as submit.
   std::vector<std::int32_t> prompt_token_ids(Request request) const;
+
+  /// Makes the grammar of a format ready, so that submit finds it: up to a second for the largest. Throws
+  /// InvalidArgument or Unsupported, naming what is wrong with it, as submit does.
+  void prepare(const TextFormat& format) const;
 
   /// `allow_special` as in Request.
   std::vector<std::int32_t> tokenize(std::string_view text, bool add_special_tokens = true,

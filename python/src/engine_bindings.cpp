@@ -152,6 +152,27 @@ std::vector<LogitBias> logit_bias(const std::unordered_map<std::int32_t, double>
   return out;
 }
 
+// At most one of them.
+TextFormat text_format(const nb::object& json_schema, bool json_object, const std::string& regex,
+                       std::vector<std::string> choice, const std::string& grammar) {
+  using Kind = TextFormat::Kind;
+  const int given =
+      !json_schema.is_none() + json_object + !regex.empty() + !choice.empty() + !grammar.empty();
+  if (given > 1) {
+    throw InvalidArgument(
+        "json_schema, json_object, regex, choice and grammar: more than one is given, expected one");
+  }
+  if (json_object) return {Kind::kJsonObject, {}, {}};
+  if (!regex.empty()) return {Kind::kRegex, regex, {}};
+  if (!choice.empty()) return {Kind::kChoice, {}, std::move(choice)};
+  if (!grammar.empty()) return {Kind::kGrammar, grammar, {}};
+  if (json_schema.is_none()) return {};
+  if (nb::isinstance<nb::str>(json_schema))
+    return {Kind::kJsonSchema, nb::cast<std::string>(json_schema), {}};
+  const nb::object text = nb::module_::import_("json").attr("dumps")(json_schema);
+  return {Kind::kJsonSchema, nb::cast<std::string>(text), {}};
+}
+
 void bind_sampling_params(nb::module_& m) {
   const SamplingParams d;
   nb::class_<SamplingParams>(m, "SamplingParams")
@@ -163,7 +184,8 @@ void bind_sampling_params(nb::module_& m) {
              std::vector<std::int32_t> stop_token_ids, bool ignore_eos, int logprobs, int prompt_logprobs,
              const std::unordered_map<std::int32_t, double>& bias,
              std::vector<std::int32_t> allowed_token_ids, int min_tokens, std::vector<std::string> bad_words,
-             int best_of) {
+             int best_of, const nb::object& json_schema, bool json_object, const std::string& regex,
+             std::vector<std::string> choice, const std::string& grammar) {
             SamplingParams p;
             p.max_tokens = max_tokens;
             p.n = n;
@@ -186,6 +208,7 @@ void bind_sampling_params(nb::module_& m) {
             p.min_tokens = min_tokens;
             p.bad_words = std::move(bad_words);
             p.best_of = best_of;
+            p.format = text_format(json_schema, json_object, regex, std::move(choice), grammar);
             validate(p);
             new (self) SamplingParams(std::move(p));
           },
@@ -198,14 +221,16 @@ void bind_sampling_params(nb::module_& m) {
           "logprobs"_a = d.logprobs, "prompt_logprobs"_a = d.prompt_logprobs,
           "logit_bias"_a = std::unordered_map<std::int32_t, double>(),
           "allowed_token_ids"_a = std::vector<std::int32_t>(), "min_tokens"_a = d.min_tokens,
-          "bad_words"_a = std::vector<std::string>(), "best_of"_a = d.best_of,
+          "bad_words"_a = std::vector<std::string>(), "best_of"_a = d.best_of, "json_schema"_a = nb::none(),
+          "json_object"_a = false, "regex"_a = "", "choice"_a = std::vector<std::string>(), "grammar"_a = "",
           "How a request's tokens are chosen. Penalties act on the logits, then temperature (0: always the\n"
           "likeliest token), min_p, top_k and top_p filter, and one token is drawn from what is left.\n"
           "logprobs: -1 for none, k for those of every token and of the k likeliest; prompt_logprobs the\n"
           "same of the prompt's tokens. logit_bias: {token: value} added to logits, -100 to 100.\n"
           "allowed_token_ids: no others. min_tokens: no end before that many. bad_words do not come up.\n"
           "best_of: so many continuations are made, of which the n with the largest mean log-probability\n"
-          "are returned. Raises ValueError naming the field for a value out of range.")
+          "are returned. json_schema (a dict, or its text), json_object, regex, choice, grammar (EBNF): what the\n"
+          "text must be, one of them at most. Raises ValueError naming the field for a value out of range.")
       .def_rw("max_tokens", &SamplingParams::max_tokens)
       .def_rw("n", &SamplingParams::n)
       .def_rw("temperature", &SamplingParams::temperature)

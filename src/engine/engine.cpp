@@ -16,6 +16,7 @@
 #include "engine/engine_core.h"
 #include "engine/trace.h"
 #include "flash_mla/error.h"
+#include "grammar/grammar.h"
 #include "model/model.h"
 #include "text/chat_template.h"
 #include "text/fill_in_the_middle.h"
@@ -132,9 +133,11 @@ void keep_best(Completion& completion, const SamplingParams& p) {
 struct Engine::Impl {
   Impl(const std::filesystem::path& directory, const EngineOptions& options)
       : tokenizer(text::Tokenizer::open(directory)),
+        eos_token_ids(checkpoint::read_config(directory).eos_token_ids),
         core(
             make_model(directory, options), [this] { return std::make_unique<Decoder>(tokenizer); },
-            checkpoint::read_config(directory).eos_token_ids, options) {
+            eos_token_ids, options),
+        formats(vocabulary()) {
     if (!options.chat_template.empty()) {
       chat_template.emplace(text::ChatTemplate::open(directory, options.chat_template));
     } else {
@@ -209,6 +212,21 @@ struct Engine::Impl {
                                   /*add_special_tokens=*/true);
   }
 
+  grammar::Vocabulary vocabulary() const {
+    grammar::Vocabulary out{core.vocab_size(), {}, eos_token_ids};
+    const int size = std::min(tokenizer.vocab_size(), out.size);
+    for (text::TokenId id = 0; id < size; ++id) {
+      out.bytes.emplace_back(tokenizer.is_special(id) ? std::string_view() : tokenizer.token_bytes(id));
+    }
+    return out;
+  }
+
+  /// Null for a text that is free.
+  std::shared_ptr<const grammar::Grammar> grammar(const SamplingParams& p) {
+    if (p.format.kind == TextFormat::Kind::kFree) return nullptr;
+    return formats.compile(p.format);
+  }
+
   // Words begin with a space in the middle of a text, and without one at the beginning of a line.
   void add_bad_word(const std::string& word, std::vector<std::vector<std::int32_t>>& runs) const {
     if (word.empty()) return;  // refused below
@@ -237,7 +255,9 @@ struct Engine::Impl {
   std::optional<text::ChatTemplate> chat_template;
   std::string why_no_chat;
   SamplingParams default_sampling;
+  std::vector<std::int32_t> eos_token_ids;
   engine::EngineCore core;
+  grammar::Compiler formats;
   mutable std::mutex thread_mutex;
   std::jthread thread;
 };
@@ -248,7 +268,9 @@ Engine::Engine(const std::filesystem::path& model_directory, const EngineOptions
 Engine::~Engine() { stop(); }
 
 RequestId Engine::submit(Request request, EventHandler on_event) {
-  return impl_->core.submit(impl_->tokenized(std::move(request)), std::move(on_event));
+  Request tokens = impl_->tokenized(std::move(request));
+  std::shared_ptr<const grammar::Grammar> grammar = impl_->grammar(tokens.sampling);
+  return impl_->core.submit(std::move(tokens), std::move(on_event), /*bounded=*/true, std::move(grammar));
 }
 
 void Engine::cancel(RequestId id) { impl_->core.cancel(id); }
@@ -281,10 +303,12 @@ std::vector<Completion> Engine::generate(std::span<const Request> requests, cons
                                          const std::function<bool()>& keep_going) {
   // All are checked before any starts.
   std::vector<Request> tokenized;
+  std::vector<std::shared_ptr<const grammar::Grammar>> grammars;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     try {
       tokenized.push_back(impl_->tokenized(requests[i]));
       generate_all(tokenized.back().sampling);
+      grammars.push_back(impl_->grammar(tokenized.back().sampling));
     } catch (const InvalidArgument& e) {
       if (requests.size() == 1) throw;
       throw InvalidArgument(fmt::format("request {}: {}", i, e.what()));
@@ -295,7 +319,8 @@ std::vector<Completion> Engine::generate(std::span<const Request> requests, cons
   const auto collector = std::make_shared<Collector>(tokenized, on_event);
   for (std::size_t i = 0; i < tokenized.size(); ++i) {
     const auto take = [collector, i](const GenerationEvent& e) { collector->take(i, e); };
-    ids.push_back(impl_->core.submit(std::move(tokenized[i]), take, /*bounded=*/false));
+    ids.push_back(
+        impl_->core.submit(std::move(tokenized[i]), take, /*bounded=*/false, std::move(grammars[i])));
   }
   while (!collector->done()) {
     if (keep_going && !ids.empty() && !keep_going()) {
@@ -320,6 +345,10 @@ std::vector<Completion> Engine::generate(std::span<const std::string> prompts, c
 
 std::vector<std::int32_t> Engine::prompt_token_ids(Request request) const {
   return impl_->tokenized(std::move(request)).prompt_token_ids;
+}
+
+void Engine::prepare(const TextFormat& format) const {
+  if (format.kind != TextFormat::Kind::kFree) impl_->formats.compile(format);
 }
 
 std::vector<std::int32_t> Engine::tokenize(std::string_view text, bool add_special_tokens,

@@ -104,12 +104,16 @@ void EngineCore::check(const Request& request) const {
     }
   }
   check_tokens(request.sampling, model_->vocab_size());
+  if (!has_text_ && request.sampling.format.kind != TextFormat::Kind::kFree) {
+    throw Unsupported("the format of a text: this engine has no tokenizer");
+  }
   if (!has_text_ && !request.sampling.stop.empty()) {
     throw Unsupported("stop: this engine has no tokenizer; use stop_token_ids");
   }
 }
 
-RequestId EngineCore::submit(Request request, EventHandler on_event, bool bounded) {
+RequestId EngineCore::submit(Request request, EventHandler on_event, bool bounded,
+                             std::shared_ptr<const grammar::Grammar> grammar) {
   auto active = std::make_unique<ActiveRequest>();
   active->prompt = std::move(request.prompt_token_ids);
   active->sampling = std::move(request.sampling);
@@ -118,6 +122,7 @@ RequestId EngineCore::submit(Request request, EventHandler on_event, bool bounde
         fmt::format("best_of is {}, expected at most n, {}: which is best is known at the end",
                     active->sampling.best_of, active->sampling.n));
   }
+  active->grammar = std::move(grammar);
   active->on_event = std::move(on_event);
   return inbox_.submit(std::move(active), bounded);
 }
@@ -151,6 +156,9 @@ bool EngineCore::step() {
     ahead_.reset();
   }
   try {
+    for (const auto& [continuation, error] : chooser_.prepare(*step, model_->vocab_size())) {
+      requests_.end(*continuation, FinishReason::kError, error, /*keep_pages=*/false);
+    }
     finish(*step);
   } catch (const std::exception& e) {
     give_up(*step, e.what());

@@ -49,7 +49,9 @@ class EngineCore {
   void check(const Request& request) const;
 
   /// Takes a checked request. Throws Overloaded past options.max_waiting, if `bounded`.
-  RequestId submit(Request request, EventHandler on_event, bool bounded = true);
+  /// `grammar` is that of sampling.format, if that is not free.
+  RequestId submit(Request request, EventHandler on_event, bool bounded = true,
+                   std::shared_ptr<const grammar::Grammar> grammar = nullptr);
   void cancel(RequestId id) { inbox_.cancel(id); }
   bool step();
   void cancel_all();

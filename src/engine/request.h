@@ -11,6 +11,7 @@
 #include "engine/scheduler.h"
 #include "engine/stop_matcher.h"
 #include "flash_mla/engine.h"
+#include "grammar/grammar.h"
 #include "text/text_decoder.h"
 
 namespace flash_mla::engine {
@@ -32,8 +33,12 @@ struct Continuation : Sequence {
   TokenHistory history;
   std::unique_ptr<TextDecoder> decoder;  // null: no text
   StopMatcher stop;
+  std::unique_ptr<grammar::Matcher> format;  // null: the text is free
+  std::vector<std::uint32_t> allowed;        // tokens that may come next, a bit each; empty: not computed
   std::int64_t num_generated = 0;
   std::span<const std::int32_t> generated() const;
+  /// What `format` allows next.
+  std::span<const std::uint32_t> format_mask(std::size_t vocab_size);
   std::size_t token_index = 0;  // of its token among those that the last step launched with it chooses
   bool ended = false;
   Clock::time_point first_token{}, last_token{};
@@ -45,7 +50,8 @@ struct ActiveRequest {
   std::vector<std::int32_t> prompt;
   SamplingParams sampling;
   LogitRules rules;
-  std::vector<TokenLogprobs> prompt_logprobs;  // as far as the prompt has been scored
+  std::shared_ptr<const grammar::Grammar> grammar;  // null: the text is free
+  std::vector<TokenLogprobs> prompt_logprobs;       // as far as the prompt has been scored
   EventHandler on_event;
   std::uint64_t seed = 0;
   Clock::time_point submitted{};
@@ -61,6 +67,14 @@ inline constexpr std::uint64_t kMaxContinuations = 1024;
 
 inline std::span<const std::int32_t> Continuation::generated() const {
   return std::span(tokens).last(static_cast<std::size_t>(num_generated));
+}
+
+inline std::span<const std::uint32_t> Continuation::format_mask(std::size_t vocab_size) {
+  if (allowed.empty()) {
+    allowed.resize((vocab_size + 31) / 32);
+    format->allowed(allowed);
+  }
+  return allowed;
 }
 
 inline Continuation::Continuation(ActiveRequest& owner, int index_, std::unique_ptr<TextDecoder> text)

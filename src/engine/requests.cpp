@@ -25,6 +25,7 @@ void Requests::begin(std::unique_ptr<ActiveRequest> request) {
   r.open = r.sampling.n;
   Continuation& first = *r.continuations.emplace_back(std::make_unique<Continuation>(r, 0, new_decoder()));
   first.tokens = r.prompt;
+  first.format = new_matcher(r);
   std::vector<std::int32_t> ends = r.sampling.stop_token_ids;
   if (!r.sampling.ignore_eos) ends.insert(ends.end(), eos_token_ids_.begin(), eos_token_ids_.end());
   r.rules = LogitRules(r.sampling, std::move(ends));
@@ -64,6 +65,7 @@ void Requests::fork(ActiveRequest& request) {
   for (int i = 1; i < request.sampling.n; ++i) {
     Continuation& c =
         *request.continuations.emplace_back(std::make_unique<Continuation>(request, i, new_decoder()));
+    c.format = new_matcher(request);
     scheduler_.fork(first, c);
   }
 }
@@ -81,6 +83,14 @@ void Requests::accept(Continuation& c, const Sampled& sampled) {
   if (sampling.logprobs >= 0) event.logprobs = {sampled.logprobs};
   if (c.num_generated == 1) event.prompt_logprobs = c.request->prompt_logprobs;
 
+  if (c.format) {
+    c.allowed.clear();
+    if (!c.format->accept(sampled.token)) {
+      end(c, FinishReason::kError, "a token was chosen that the format of the text does not allow",
+          /*keep_pages=*/true);
+      return;
+    }
+  }
   if (is_end(sampling, sampled.token)) {
     end(c, FinishReason::kStop, {}, std::move(event), /*keep_pages=*/true);
     return;
@@ -90,7 +100,7 @@ void Requests::accept(Continuation& c, const Sampled& sampled) {
     // A stop string before min_tokens is text like any other.
     event.text = c.num_generated < sampling.min_tokens ? std::move(text) : c.stop.push(text);
   }
-  if (c.stop.stopped()) {
+  if (c.stop.stopped() || (c.format && c.format->ended())) {
     end(c, FinishReason::kStop, {}, std::move(event), /*keep_pages=*/true);
   } else if (c.num_generated == sampling.max_tokens ||
              static_cast<std::int64_t>(c.tokens.size()) >= max_length_) {
@@ -101,6 +111,14 @@ void Requests::accept(Continuation& c, const Sampled& sampled) {
     event.usage = {static_cast<std::int64_t>(c.request->prompt.size()), c.cached_tokens, c.num_generated};
     send(*c.request, std::move(event));
   }
+}
+
+// Where the text may end it ends with what ends any other, even if the request would go on behind it.
+std::unique_ptr<grammar::Matcher> Requests::new_matcher(const ActiveRequest& request) const {
+  if (!request.grammar) return nullptr;
+  std::vector<std::int32_t> ends = eos_token_ids_;
+  ends.insert(ends.end(), request.sampling.stop_token_ids.begin(), request.sampling.stop_token_ids.end());
+  return request.grammar->matcher(std::move(ends));
 }
 
 bool Requests::is_end(const SamplingParams& sampling, std::int32_t token) const {

@@ -45,6 +45,7 @@ class Requests {
   void end(Continuation& c, FinishReason reason, const std::string& error, GenerationEvent event,
            bool keep_pages);
   void send(ActiveRequest& request, GenerationEvent event);
+  std::unique_ptr<grammar::Matcher> new_matcher(const ActiveRequest& request) const;
   bool is_end(const SamplingParams& sampling, std::int32_t token) const;
   std::unique_ptr<TextDecoder> new_decoder() const { return make_decoder_ ? make_decoder_() : nullptr; }
 

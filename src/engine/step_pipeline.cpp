@@ -27,7 +27,7 @@ Wanted wanted(const ScheduledWork& w, Draw& draw) {
   if (!leaves_choice_to_model(sampling)) return Wanted::kLogits;
   // A token that is still on its way counts as generated.
   const std::int64_t on_its_way = w.begin - (static_cast<std::int64_t>(c.tokens.size()) - w.count);
-  if (c.request->rules.needed(c.num_generated + on_its_way)) return Wanted::kLogits;
+  if (c.format || c.request->rules.needed(c.num_generated + on_its_way)) return Wanted::kLogits;
   if (sampling.temperature == 0) return Wanted::kLikeliest;
   if (forks_here(c)) return Wanted::kLogits;
   draw = draw_of(sampling, {c.request->seed, static_cast<std::uint32_t>(c.index),

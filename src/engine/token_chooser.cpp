@@ -1,7 +1,9 @@
 #include "engine/token_chooser.h"
 
 #include <algorithm>
+#include <ctime>
 #include <exception>
+#include <limits>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -58,6 +60,19 @@ std::vector<TokenChoice> sources(const LaunchedStep& step, StepPipeline& pipelin
   return choices;
 }
 
+// Of the calling thread.
+double cpu_seconds() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+void exclude_others(std::span<const std::uint32_t> allowed, std::span<float> logits) {
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    if ((allowed[i / 32] >> (i % 32) & 1) == 0) logits[i] = -std::numeric_limits<float>::infinity();
+  }
+}
+
 }  // namespace
 
 TokenChooser::TokenChooser(int num_threads) : samplers_(static_cast<std::size_t>(max_threads(num_threads))) {}
@@ -67,6 +82,38 @@ int TokenChooser::num_threads(std::ptrdiff_t items, std::ptrdiff_t logits) const
   constexpr std::ptrdiff_t kLogitsWorthThreads = 1 << 16;
   if (items < 2 || logits < kLogitsWorthThreads) return 1;
   return static_cast<int>(std::min(std::ssize(samplers_), items));
+}
+
+std::vector<std::pair<Continuation*, std::string>> TokenChooser::prepare(const LaunchedStep& step,
+                                                                         int vocab_size) {
+  // An ambiguous grammar can take ever longer; others of the step would have to wait for it.
+  constexpr double kMaxSeconds = 0.5;
+  std::vector<Continuation*> wanting;
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    Continuation& c = step.continuation(i);
+    if (c.format && !c.ended && step.plan.work[i].samples) wanting.push_back(&c);
+  }
+  const std::ptrdiff_t count = std::ssize(wanting);
+  std::vector<double> seconds(wanting.size());
+  const int threads = num_threads(count, count * vocab_size);
+  static_cast<void>(threads);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+#endif
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    const auto k = static_cast<std::size_t>(i);
+    const double begin = cpu_seconds();
+    wanting[k]->format_mask(static_cast<std::size_t>(vocab_size));
+    seconds[k] = cpu_seconds() - begin;
+  }
+  std::vector<std::pair<Continuation*, std::string>> late;
+  for (std::size_t k = 0; k < wanting.size(); ++k) {
+    if (seconds[k] > kMaxSeconds) {
+      late.emplace_back(wanting[k],
+                        "the format of the text takes too long: its grammar is too large or too ambiguous");
+    }
+  }
+  return late;
 }
 
 std::vector<std::pair<Continuation*, std::string>> TokenChooser::score(const LaunchedStep& step,
@@ -131,16 +178,16 @@ void TokenChooser::sample(TokenChoice& choice, Sampler& sampler) {
     }
     return;
   }
-  const Continuation& c = *choice.continuation;
+  Continuation& c = *choice.continuation;
   try {
     std::vector<float> own;
     if (choice.shared) own.assign(choice.logits.begin(), choice.logits.end());
     const DrawKey key{c.request->seed, static_cast<std::uint32_t>(c.index),
                       static_cast<std::uint64_t>(c.num_generated)};
-    LogitEdit edit;
-    if (c.request->rules.needed(c.num_generated)) {
-      edit = [&](std::span<float> logits) { c.request->rules.apply(c.generated(), logits); };
-    }
+    const LogitEdit edit = [&](std::span<float> logits) {
+      if (c.request->rules.needed(c.num_generated)) c.request->rules.apply(c.generated(), logits);
+      if (c.format) exclude_others(c.format_mask(logits.size()), logits);
+    };
     choice.sampled = sampler.sample(c.request->sampling, c.history, key,
                                     choice.shared ? std::span<float>(own) : choice.logits, edit);
   } catch (const std::exception& e) {

@@ -32,6 +32,10 @@ class TokenChooser {
   std::vector<TokenChoice> choose(const LaunchedStep& step, StepPipeline& pipeline, int vocab_size,
                                   Requests& requests);
 
+  /// Computes which tokens the formats of texts allow behind those of `step`: while a GPU runs it. Returns the
+  /// continuations for which that takes too long, and why.
+  std::vector<std::pair<Continuation*, std::string>> prepare(const LaunchedStep& step, int vocab_size);
+
   /// Adds to their requests the log-probabilities of the prompts' tokens that `step` has come to. Returns
   /// the continuations that have none to be had, and why.
   std::vector<std::pair<Continuation*, std::string>> score(const LaunchedStep& step, StepPipeline& pipeline,

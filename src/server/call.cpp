@@ -8,6 +8,7 @@
 #include "flash_mla/error.h"
 #include "server/body.h"
 #include "server/fields.h"
+#include "server/format_fields.h"
 #include "server/limits.h"
 #include "server/token_rules.h"
 
@@ -258,6 +259,9 @@ Call parse_call(std::string_view body, bool chat, const std::vector<std::string>
   } else {
     read_completion(json, call, p);
   }
+  FormatField format = read_format(json, body);
+  p.format = std::move(format.format);
+  call.format_field = std::move(format.name);
   call.prompt_logprobs = find(json, "prompt_logprobs") != nullptr;
   read_best_of(json, call, p);
   try {

@@ -16,6 +16,7 @@ struct Call {
   bool logprobs = false;
   bool prompt_logprobs = false;     ///< in a field of their own
   bool echo = false;                ///< the prompt comes back in front of each text
+  std::string format_field;         ///< what says that the text must be of a format; empty: nothing
   int n = 1;                        ///< choices of each prompt in the answer
   int num_continuations = 1;        ///< of each prompt: n, or best_of, of which the n best are answered
   int num_choices = 1;              ///< continuations over all prompts

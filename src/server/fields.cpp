@@ -67,11 +67,6 @@ constexpr Unsupported kUnsupported[] = {
     {"kv_transfer_params", is_empty},
     {"vllm_xargs", is_empty},
     // Structure of the text.
-    {"structured_outputs", is_empty},
-    {"grammar", is_empty},
-    {"json_schema", is_empty},
-    {"regex", is_empty},
-    {"ebnf", is_empty},
     {"structural_tag", is_empty},
     // Choice of tokens.
     {"min_length", is_number<0>},
@@ -117,6 +112,9 @@ constexpr std::string_view kKnown[] = {
     "ignore_eos", "chat_template_kwargs", "logprobs", "top_logprobs", "response_format", "add_special_tokens",
     "suffix", "echo", "continue_final_message", "add_generation_prompt", "logit_bias", "allowed_token_ids",
     "bad_words", "bad_words_ids", "min_tokens", "prompt_logprobs",
+    // read_format
+    "structured_outputs", "grammar", "json_schema", "regex", "ebnf", "guided_json", "guided_regex",
+    "guided_choice", "guided_grammar",
     // Who asks, and what the asker keeps.
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "request_id", "rid", "priority", "cache_prompt", "parallel_tool_calls",
@@ -130,9 +128,6 @@ ApiError not_supported(const std::string& name) {
 }
 
 void refuse_by_value(const Body& json, bool chat) {
-  if (const Body* format = find(json, "response_format")) {
-    if (!is_text(*format)) throw not_supported("response_format");
-  }
   bool add_special_tokens = !chat;  // a chat template brings its own
   read(json, "add_special_tokens", add_special_tokens);
   if (add_special_tokens == chat) throw not_supported("add_special_tokens");
@@ -170,6 +165,7 @@ void refuse_unsupported(const Body& json, bool chat) {
   // Sorted by name.
   for (auto it = json.get_ref<const Body::object_t&>().lower_bound(std::string(kGuided));
        it != json.get_ref<const Body::object_t&>().end() && it->first.starts_with(kGuided); ++it) {
+    if (std::ranges::find(kKnown, it->first) != std::end(kKnown)) continue;
     if (!it->second.is_null() && !is_empty(it->second)) {
       throw not_supported(it->first.substr(0, kMaxLoggedBytes));
     }

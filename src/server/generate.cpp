@@ -71,9 +71,7 @@ struct Begun {
   std::unique_ptr<Dialect> dialect;
 };
 
-// Parses the body and hands its prompts to the engine, which tokenizes them.
-Begun begin(Exchange& x, Route::Generates api, Submitted& submitted,
-            const std::shared_ptr<Mailbox>& mailbox) {
+Begun parse(Exchange& x, Route::Generates api) {
   const bool chat = api != Route::Generates::kCompletion;
   std::unique_ptr<Dialect> dialect = dialect_of(x, api);
   if (dialect) x.request.body() = dialect->take_chat_body();
@@ -81,6 +79,25 @@ Begun begin(Exchange& x, Route::Generates api, Submitted& submitted,
       parse_call(x.request.body(), chat, x.shared.options.model_names, x.shared.engine.default_sampling());
   x.request.body() = std::string();  // a stream may wait for long, with a long prompt
   warn_of_unknown_fields(call.unknown_fields);
+  return {std::move(call), std::move(dialect)};
+}
+
+// Makes ready what a call's texts must be: takes up to a second.
+void prepare_format(Exchange& x, const Call& call) {
+  if (call.format_field.empty()) return;
+  try {
+    x.shared.engine.prepare(call.requests.front().sampling.format);
+  } catch (const InvalidArgument& e) {
+    throw bad_request(fmt::format("{}: {}", call.format_field, e.what()), call.format_field);
+  } catch (const Unsupported& e) {
+    throw bad_request(fmt::format("{}: {}", call.format_field, e.what()), call.format_field);
+  }
+}
+
+// Hands the prompts to the engine, which tokenizes them.
+void submit(Exchange& x, Call& call, Submitted& submitted, const std::shared_ptr<Mailbox>& mailbox) {
+  const bool chat = call.chat;
+  prepare_format(x, call);
   try {
     for (std::size_t i = 0; i < call.echoed.size(); ++i) {
       const Request& r = call.requests[i];
@@ -98,7 +115,6 @@ Begun begin(Exchange& x, Route::Generates api, Submitted& submitted,
   } catch (const Overloaded& e) {
     throw ApiError(429, "rate_limit_error", e.what(), "", "overloaded");
   }
-  return {std::move(call), std::move(dialect)};
 }
 
 /// Sends or collects the events of one call.
@@ -249,9 +265,21 @@ awaitable<bool> generate(Exchange& x, Route::Generates api) {
   Submitted submitted(x.shared.engine);
   Begun begun;
   if (x.has_large_body()) {
-    begun = co_await on_body_thread(x, [&] { return begin(x, api, submitted, mailbox); });
+    begun = co_await on_body_thread(x, [&] {
+      Begun parsed = parse(x, api);
+      submit(x, parsed.call, submitted, mailbox);
+      return parsed;
+    });
   } else {
-    begun = begin(x, api, submitted, mailbox);
+    begun = parse(x, api);
+    if (begun.call.format_field.empty()) {
+      submit(x, begun.call, submitted, mailbox);
+    } else {  // a grammar takes longer to make than a body to parse
+      co_await on_body_thread(x, [&] {
+        submit(x, begun.call, submitted, mailbox);
+        return true;
+      });
+    }
   }
   const Call& call = begun.call;
   x.record.generates = true;

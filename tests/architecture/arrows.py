@@ -24,7 +24,8 @@ ARROWS = {
     "checkpoint": (),
     "text": (),
     "model": ("checkpoint", "kv", "kernels"),
-    "engine": ("model", "kv", "text"),
+    "grammar": (),
+    "engine": ("model", "kv", "text", "grammar"),
     "server": (),
     "planner": (),
     # The harness measures what the public headers do not show: kernels, and the steps of a model in a shape that the

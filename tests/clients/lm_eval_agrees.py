@@ -48,7 +48,11 @@ def main():
     oracle = DeepseekV3ForCausalLM.from_pretrained(SMALL, dtype=torch.float32, attn_implementation="eager").eval()
     server = Server(SMALL, "--precision", "fp32")
     client = LocalCompletionsAPI(
-        model="small", base_url=f"http://127.0.0.1:{server.port}/v1/completions", tokenizer=str(SMALL), max_length=2048, num_concurrent=1
+        model="small",
+        base_url=f"http://127.0.0.1:{server.port}/v1/completions",
+        tokenizer=str(SMALL),
+        max_length=2048,
+        num_concurrent=1,
     )
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)]
     failed = 0

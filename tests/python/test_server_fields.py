@@ -30,16 +30,14 @@ def chat(*messages, **kw):
     return {"model": "small", "messages": list(messages), "max_tokens": 8, "temperature": 0, "ignore_eos": True, **kw}
 
 
-SCHEMA = {"type": "object"}
 REFUSED = {
-    "guided_json": SCHEMA, "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "root ::= a",
-    "guided_decoding_backend": "outlines", "structured_outputs": {"regex": "a"}, "grammar": "root ::= a", "json_schema": SCHEMA,
+    "guided_decoding_backend": "outlines",
     "thinking": {"type": "enabled"}, "reasoning_effort": "high",
-    "prefix": True, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
+    "prefix": True, "tools": [{"type": "function"}],
     "tool_choice": "required", "functions": [{"name": "f"}],
     "chat_template": "{{ 1 }}",
-    "use_beam_search": True, "length_penalty": 2.0, "truncate_prompt_tokens": 3, "skip_special_tokens": False, "regex": "a",
-    "ebnf": "root ::= a", "typical_p": 0.5, "mirostat": 2, "repeat_penalty": 1.3, "stop_sequences": ["a"], "cache_salt": "a",
+    "use_beam_search": True, "length_penalty": 2.0, "truncate_prompt_tokens": 3, "skip_special_tokens": False,
+    "typical_p": 0.5, "mirostat": 2, "repeat_penalty": 1.3, "stop_sequences": ["a"], "cache_salt": "a",
     "return_token_ids": True, "modalities": ["text", "audio"], "prediction": {"type": "content"}, "verbosity": "low",
     "stop_regex": "a", "lora_path": "a", "enable_thinking": False,
 }  # fmt: skip

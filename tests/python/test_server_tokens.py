@@ -45,7 +45,13 @@ def test_logit_bias(server):
     comma = ids_of(server, ",")[-1]
     assert set(generated(server, logit_bias={comma: 100})[1]) == {","}
     assert set(generated(server, logit_bias={str(comma): 100}, temperature=1, top_p=0.9)[1]) == {","}
-    for bias, message in ({"a": 1}, "token ids"), ({"5": 101}, "-100 to 100"), ({"5": "x"}, "numbers"), ({"4096": 1}, "4095"), ([5], "object"):
+    for bias, message in (
+        ({"a": 1}, "token ids"),
+        ({"5": 101}, "-100 to 100"),
+        ({"5": "x"}, "numbers"),
+        ({"4096": 1}, "4095"),
+        ([5], "object"),
+    ):
         error = server.json("/v1/completions", body(logit_bias=bias), expected=400)["error"]
         assert "logit_bias" in error["message"] and message in error["message"]
 
@@ -55,8 +61,16 @@ def test_allowed_token_ids(server):
     text, tokens = generated(server, allowed_token_ids=allowed, temperature=1.5, max_tokens=40)
     assert set(tokens) <= {"a", " b", " c"} and len(set(tokens)) > 1
     # Nothing but the end is allowed: it comes at once.
-    assert complete(server, allowed_token_ids=[1])[0] == {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
-    assert "allowed_token_ids" in server.json("/v1/completions", body(allowed_token_ids=[]), expected=400)["error"]["message"]
+    assert complete(server, allowed_token_ids=[1])[0] == {
+        "index": 0,
+        "text": "",
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    assert (
+        "allowed_token_ids"
+        in server.json("/v1/completions", body(allowed_token_ids=[]), expected=400)["error"]["message"]
+    )
 
 
 def test_min_tokens(server):
@@ -107,7 +121,9 @@ def test_echo(server):
 
 def test_logprobs_of_the_prompt_are_the_models(server):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    oracle = transformers.DeepseekV3ForCausalLM.from_pretrained(SMALL, dtype=torch.float32, attn_implementation="eager").eval()
+    oracle = transformers.DeepseekV3ForCausalLM.from_pretrained(
+        SMALL, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     # Longer than a page, and than kMaxScoredTokens, so that it is scored in pieces.
     ids = ids_of(server, "CHAPTER I\n\nEmma was handsome, clever and rich. " * 25)
     assert len(ids) > 300
@@ -122,7 +138,9 @@ def test_logprobs_of_the_prompt_are_the_models(server):
             for i in range(1, len(ids)):
                 assert math.isclose(values[i], expected[i - 1, ids[i]], abs_tol=3e-4)
                 top = expected[i - 1].topk(2).values.tolist()
-                assert sorted(choice["logprobs"]["top_logprobs"][i].values(), reverse=True)[:1] == pytest.approx(top[:1], abs=3e-4)
+                assert sorted(choice["logprobs"]["top_logprobs"][i].values(), reverse=True)[:1] == pytest.approx(
+                    top[:1], abs=3e-4
+                )
         (choice,) = complete(server, prompt=ids, prompt_logprobs=1)
         assert choice["logprobs"] is None and choice["prompt_logprobs"][0] is None
         for i, one in enumerate(choice["prompt_logprobs"][1:]):
@@ -136,7 +154,10 @@ def test_logprobs_of_the_prompt_are_the_models(server):
 
 def test_many_prompts_at_once_are_scored_as_alone(server):
     prompts = [[0] + [(7 * i + k) % 4000 + 5 for k in range(90 + i)] for i in range(8)]
-    alone = [complete(server, prompt=p, echo=True, logprobs=0, max_tokens=0)[0]["logprobs"]["token_logprobs"] for p in prompts]
+    alone = [
+        complete(server, prompt=p, echo=True, logprobs=0, max_tokens=0)[0]["logprobs"]["token_logprobs"]
+        for p in prompts
+    ]
     together = complete(server, prompt=prompts, echo=True, logprobs=0, max_tokens=0)
     assert [c["logprobs"]["token_logprobs"] for c in together] == alone
 
@@ -171,9 +192,18 @@ def test_a_message_goes_on(server):
     assert answer(messages=[messages[0], {**messages[1], "prefix": True}]) == expected["text"]  # DeepSeek's name of it
     closed = server.json("/v1/chat/completions", {**chat, "add_generation_prompt": False})
     assert closed["usage"]["prompt_tokens"] == len(rendered) + 1  # the end of the message
-    for wrong in {"continue_final_message": True, "add_generation_prompt": True}, {"continue_final_message": True, "messages": messages[:1]}:
-        assert server.json("/v1/chat/completions", {**chat, **wrong}, expected=400)["error"]["param"] == "continue_final_message"
-    assert server.json("/v1/completions", body(continue_final_message=True), expected=400)["error"]["param"] == "continue_final_message"
+    for wrong in (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        {"continue_final_message": True, "messages": messages[:1]},
+    ):
+        assert (
+            server.json("/v1/chat/completions", {**chat, **wrong}, expected=400)["error"]["param"]
+            == "continue_final_message"
+        )
+    assert (
+        server.json("/v1/completions", body(continue_final_message=True), expected=400)["error"]["param"]
+        == "continue_final_message"
+    )
 
 
 def test_suffix(server, tmp_path):
