@@ -22,7 +22,14 @@ def cpu_seconds(server):
 
 
 def completion(**kw):
-    return {"model": "small", "prompt": "And it came to pass", "max_tokens": 8, "temperature": 0, "ignore_eos": True, **kw}
+    return {
+        "model": "small",
+        "prompt": "And it came to pass",
+        "max_tokens": 8,
+        "temperature": 0,
+        "ignore_eos": True,
+        **kw,
+    }
 
 
 def chat(*messages, **kw):
@@ -50,7 +57,10 @@ def test_what_would_change_the_answer_is_refused_by_name(server, name):
         assert error["param"] == name and name in error["message"] and error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("name, value", [("tool_calls", [{"id": "a", "type": "function"}]), ("prefix", True), ("function_call", {"name": "f"})])
+@pytest.mark.parametrize(
+    "name, value",
+    [("tool_calls", [{"id": "a", "type": "function"}]), ("prefix", True), ("function_call", {"name": "f"})],
+)
 def test_messages_too(server, name, value):
     user = {"role": "user", "content": "a"}
     messages = [user, {"role": "assistant", "content": None, name: value}, user]
@@ -66,9 +76,20 @@ def test_values_that_ask_for_nothing_pass(server):
                "continue_final_message": False, "thinking": None, "user": "me", "metadata": {"a": 1}, "store": False}  # fmt: skip
     assert server.json("/v1/completions", completion(**nothing))["choices"] == plain
     # As the openai package sends back an answer that it got.
-    got = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    got = {
+        "role": "assistant",
+        "content": "a",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
     user = {"role": "user", "content": "a"}
-    server.json("/v1/chat/completions", chat(user, got, user, parallel_tool_calls=True, modalities=["text"], service_tier="auto"))
+    server.json(
+        "/v1/chat/completions",
+        chat(user, got, user, parallel_tool_calls=True, modalities=["text"], service_tier="auto"),
+    )
 
 
 def test_a_stop_string_is_included_if_asked_for(server):
@@ -123,23 +144,35 @@ def test_variables_of_the_chat_template(tmp_path):
         def expected(text):
             return len(server.json("/v1/tokenize", {"prompt": text})["tokens"])
 
-        assert tokens() == tokens(chat_template_kwargs=None) == tokens(chat_template_kwargs={}) == expected("The family")
+        assert (
+            tokens() == tokens(chat_template_kwargs=None) == tokens(chat_template_kwargs={}) == expected("The family")
+        )
         assert tokens(chat_template_kwargs={"thinking": True}) == expected("The family think")
         # Keys come in the client's order, however they and their neighbours are spelled; of equal ones the last counts.
-        body = json.dumps(chat(user, chat_template_kwargs={"order": {"zebra": "\\\"}", "apple": [{}]}}))
-        head, tail = body[:1] + ' "chat_template_kwargs" : 3, "a\\"b": "{", ', body[1:].replace("chat_template_kwargs", "chat_template\\u005fkwargs")
+        body = json.dumps(chat(user, chat_template_kwargs={"order": {"zebra": '\\"}', "apple": [{}]}}))
+        head, tail = (
+            body[:1] + ' "chat_template_kwargs" : 3, "a\\"b": "{", ',
+            body[1:].replace("chat_template_kwargs", "chat_template\\u005fkwargs"),
+        )
         answer = server.json("/v1/chat/completions", head + tail)
         assert answer["usage"]["prompt_tokens"] == expected("The family zebra apple")
         for variables, what in [
-            ({"enable_thinking": True}, "chat_template_kwargs.enable_thinking: the model's chat template reads no such variable"),
+            (
+                {"enable_thinking": True},
+                "chat_template_kwargs.enable_thinking: the model's chat template reads no such variable",
+            ),
             ({"messages": []}, "chat_template_kwargs.messages"),
             ([1], "chat_template_kwargs is array, expected an object"),
             ({"thinking": "x" * 70_000}, "chat_template_kwargs has"),
         ]:
-            error = server.json("/v1/chat/completions", chat(user, chat_template_kwargs=variables), expected=400)["error"]
+            error = server.json("/v1/chat/completions", chat(user, chat_template_kwargs=variables), expected=400)[
+                "error"
+            ]
             assert error["param"] == "chat_template_kwargs" and what in error["message"]
         assert tokens(chat_template_kwargs={"enable_thinking": False, "other": None}) == expected("The family")
-        error = server.json("/v1/completions", completion(chat_template_kwargs={"thinking": True}), expected=400)["error"]
+        error = server.json("/v1/completions", completion(chat_template_kwargs={"thinking": True}), expected=400)[
+            "error"
+        ]
         assert error["param"] == "chat_template_kwargs"
     finally:
         assert server.stop() == 0
@@ -160,8 +193,14 @@ def test_the_models_own_sampling_where_a_request_names_none(tmp_path):
     for how in ("auto", "none"):
         server = Server(directory, "--precision", "fp32", "--batch-invariant", "--generation-config", how)
         try:
+
             def text(**kw):
-                body = {"model": server.json("/v1/models")["data"][0]["id"], "prompt": "And it came to pass", "max_tokens": 24, "seed": 3}  # noqa: B023
+                body = {
+                    "model": server.json("/v1/models")["data"][0]["id"],
+                    "prompt": "And it came to pass",
+                    "max_tokens": 24,
+                    "seed": 3,
+                }  # noqa: B023
                 return server.json("/v1/completions", {**body, **kw})["choices"][0]["text"]  # noqa: B023
 
             texts[how] = [text(), text(temperature=0), text(temperature=1, top_p=1)]
