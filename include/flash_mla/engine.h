@@ -86,10 +86,11 @@ struct TokenLogprobs {
   std::vector<TokenLogprob> top;  ///< likeliest first
 };
 
-/// A prompt and how to continue it. Exactly one of prompt, prompt_token_ids and messages is given.
+/// A prompt and how to continue it. Exactly one of prompt, prompt_token_ids, prompt_parts and messages is given.
 struct Request {
   std::string prompt;  ///< tokenized with the begin-of-sentence token in front
   std::vector<std::int32_t> prompt_token_ids;
+  std::vector<TextPart> prompt_parts;  ///< one text, as apply_chat_template() makes it; nothing is added
   /// Put through the model's chat template. Special tokens that a content spells out are ordinary text.
   std::vector<ChatMessage> messages;
   /// What the chat template is to see besides the messages: a JSON object, such as {"thinking": true}. Empty:
@@ -102,6 +103,8 @@ struct Request {
   bool continue_final_message = false;
   /// `messages` end with what begins an answer. Not with continue_final_message.
   bool add_generation_prompt = true;
+  /// Of a request with messages, what the model may call: a JSON array in OpenAI's form. Empty: nothing.
+  std::string tools;
   /// Special tokens that `prompt` spells out become those tokens. False for text of strangers: it cannot end
   /// the sentence or begin another speaker's turn then.
   bool allow_special = true;
@@ -182,6 +185,8 @@ struct EngineOptions {
   bool generation_config = true;
   /// Called before the first layer is loaded and after every one, from the thread that makes the engine.
   std::function<void(const LoadProgress&)> on_load;
+  /// How the model writes calls of tools, where the chat template's own way is not to count.
+  std::optional<ToolFormat> tool_format;
   /// Pages of 64 tokens in the cache; 0: as many as fit into memory_bytes.
   int num_pages = 0;
   /// Of the cache. 0: what max_batch_size sequences of the model's longest length need, or if that is less
@@ -325,6 +330,14 @@ class Engine {
   std::string token_bytes(std::int32_t id) const;
   /// Whether texts leave it out (the end of sentence and its like).
   bool is_special_token(std::int32_t id) const;
+
+  /// The prompt that the chat template makes of a request's messages, chat_variables and tools. Throws as submit.
+  std::vector<TextPart> apply_chat_template(const Request& request) const;
+  /// How calls of tools are written: EngineOptions::tool_format, or what the chat template writes for one; kNone
+  /// if it writes none.
+  ToolFormat tool_format() const;
+  /// The token of this spelling in tokenizer.json ("</think>"), or -1.
+  std::int32_t token_id(std::string_view spelling) const;
 
   /// Where the chat template came from: a file, or a file and its field; or which built-in format stands in for
   /// it, and why. Empty if there is none.

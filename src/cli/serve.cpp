@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <map>
 #include <memory>
+#include <optional>
 
 #include "cli/args.h"
 #include "cli/commands.h"
@@ -43,6 +45,22 @@ void allow_files(int connections) {
   }
 }
 
+// By the names that vLLM's users know.
+void add_tool_flag(CLI::App& app, EngineOptions& options) {
+  std::map<std::string, std::optional<ToolFormat>> names = {{"auto", std::nullopt}};
+  for (const ToolFormat format :
+       {ToolFormat::kNone, ToolFormat::kDeepSeekV3, ToolFormat::kDeepSeekV31, ToolFormat::kDeepSeekV32,
+        ToolFormat::kDeepSeekV4, ToolFormat::kGlm45, ToolFormat::kGlm47, ToolFormat::kKimiK2}) {
+    names.emplace(tool_format_name(format), format);
+  }
+  app.add_option_function<std::string>(
+         "--tool-call-parser",
+         [&options, names](const std::string& name) { options.tool_format = names.at(name); },
+         "How the model writes calls of tools; auto: as its chat template does")
+      ->default_str("auto")
+      ->check(CLI::IsMember(names));
+}
+
 int run_serve(ServeOptions o) {
   allow_files(o.server.max_connections);
   if (o.server.model_names.empty()) {
@@ -68,7 +86,8 @@ int run_serve(ServeOptions o) {
   if (const std::string why = engine.why_no_chat(); !why.empty()) {
     fmt::print(stderr, "flash-mla serve: no chat, only completions: {}\n", why);
   } else {
-    fmt::print(stderr, "flash-mla serve: chat by the template of {}\n", engine.chat_template_origin());
+    fmt::print(stderr, "flash-mla serve: chat by the template of {}, calls of tools: {}\n",
+               engine.chat_template_origin(), tool_format_name(engine.tool_format()));
   }
   server.run();
   engine.stop();
@@ -133,6 +152,11 @@ void register_serve(CLI::App& app, int& exit_code) {
                   "Seconds for a request and its whole answer (0: no limit)")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  sub->add_option(
+         "--reasoning-parser", o->server.reasoning_parser,
+         "How the reasoning of answers is found: auto, none, deepseek_r1, deepseek_v3, glm45, kimi_k2, ...")
+      ->capture_default_str();
+  add_tool_flag(*sub, o->engine);
   sub->add_flag("!--no-request-log", o->server.log_requests, "Do not write a line of JSON for every request");
   sub->add_option("--http-threads", o->server.num_threads, "Threads for connections")
       ->check(integer_between(1, 64))

@@ -22,6 +22,7 @@
 #include "text/fill_in_the_middle.h"
 #include "text/open_end.h"
 #include "text/tokenizer.h"
+#include "text/tool_convention.h"
 
 namespace flash_mla {
 namespace {
@@ -147,6 +148,8 @@ struct Engine::Impl {
         why_no_chat = e.what();  // matters only to requests with messages
       }
     }
+    if (chat_template) tool_convention = text::find_tool_convention(*chat_template);
+    if (options.tool_format) tool_convention.format = *options.tool_format;
     if (!options.generation_config) return;
     const checkpoint::SamplingDefaults defaults = checkpoint::read_sampling_defaults(directory);
     SamplingParams& p = default_sampling;
@@ -167,16 +170,23 @@ struct Engine::Impl {
     if (request.messages.empty() && (request.continue_final_message || !request.add_generation_prompt)) {
       throw InvalidArgument("continue_final_message, add_generation_prompt: expected messages");
     }
-    const int given = !request.prompt.empty() + !request.prompt_token_ids.empty() + !request.messages.empty();
+    const int given = !request.prompt.empty() + !request.prompt_token_ids.empty() +
+                      !request.prompt_parts.empty() + !request.messages.empty();
     if (given == 0) throw InvalidArgument("prompt is empty, expected text, prompt_token_ids or messages");
     if (given > 1) {
-      throw InvalidArgument("prompt, prompt_token_ids and messages: more than one is given, expected one");
+      throw InvalidArgument(
+          "prompt, prompt_token_ids, prompt_parts and messages: more than one is given, expected one");
     }
     if (!request.suffix.empty()) return fill_in_the_middle(request);
     if (!request.prompt.empty()) {
       return encode(request.prompt, /*add_special_tokens=*/true, request.allow_special);
     }
     if (!request.prompt_token_ids.empty()) return std::move(request.prompt_token_ids);
+    if (!request.prompt_parts.empty()) return tokenizer.encode_parts(request.prompt_parts);
+    return tokenizer.encode_parts(chat_prompt(request));
+  }
+
+  std::vector<TextPart> chat_prompt(const Request& request) const {
     if (!chat_template) {
       throw Unsupported(
           "messages: the model directory has no chat template that this library knows (chat_template.jinja, "
@@ -185,12 +195,13 @@ struct Engine::Impl {
     }
     const nlohmann::ordered_json variables = chat_variables(request.chat_variables);
     if (!request.continue_final_message) {
-      return tokenizer.encode_parts(
-          chat_template->parts(request.messages, request.add_generation_prompt, variables));
+      return text::chat_with_tools(*chat_template, tool_convention, request.messages, request.tools,
+                                   variables, request.add_generation_prompt);
     }
-    const text::OpenEnd end = text::mark_open_end(request.messages);
-    return tokenizer.encode_parts(
-        end.cut(chat_template->parts(request.messages, /*add_generation_prompt=*/false, variables)));
+    std::vector<ChatMessage> messages = request.messages;
+    const text::OpenEnd end = text::mark_open_end(messages);
+    return end.cut(text::chat_with_tools(*chat_template, tool_convention, messages, request.tools, variables,
+                                         /*add_generation_prompt=*/false));
   }
 
   // A variable that the template does not look at would be ignored in silence.
@@ -253,6 +264,7 @@ struct Engine::Impl {
 
   text::Tokenizer tokenizer;
   std::optional<text::ChatTemplate> chat_template;
+  text::ToolConvention tool_convention;
   std::string why_no_chat;
   SamplingParams default_sampling;
   std::vector<std::int32_t> eos_token_ids;
@@ -365,6 +377,14 @@ std::string Engine::token_bytes(std::int32_t id) const {
 }
 
 bool Engine::is_special_token(std::int32_t id) const { return impl_->tokenizer.is_special(id); }
+
+std::vector<TextPart> Engine::apply_chat_template(const Request& request) const {
+  return impl_->chat_prompt(request);
+}
+ToolFormat Engine::tool_format() const { return impl_->tool_convention.format; }
+std::int32_t Engine::token_id(std::string_view spelling) const {
+  return impl_->tokenizer.token_to_id(spelling);
+}
 
 std::string Engine::chat_template_origin() const {
   return impl_->chat_template ? impl_->chat_template->origin() : "";

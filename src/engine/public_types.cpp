@@ -77,6 +77,28 @@ double Histogram::quantile(double q) const {
   return bounds.empty() ? 0 : bounds.back();
 }
 
+const char* tool_format_name(ToolFormat format) {
+  switch (format) {
+    case ToolFormat::kNone:
+      return "none";
+    case ToolFormat::kDeepSeekV3:
+      return "deepseek_v3";
+    case ToolFormat::kDeepSeekV31:
+      return "deepseek_v31";
+    case ToolFormat::kDeepSeekV32:
+      return "deepseek_v32";
+    case ToolFormat::kDeepSeekV4:
+      return "deepseek_v4";
+    case ToolFormat::kGlm45:
+      return "glm45";
+    case ToolFormat::kGlm47:
+      return "glm47";
+    case ToolFormat::kKimiK2:
+      return "kimi_k2";
+  }
+  return "";
+}
+
 const char* finish_reason_name(FinishReason reason) {
   switch (reason) {
     case FinishReason::kNone:

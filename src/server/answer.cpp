@@ -1,9 +1,37 @@
 #include "server/answer.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <numeric>
 
 namespace flash_mla::server {
+
+namespace {
+
+// The name in the first piece of a call, then its arguments.
+Json delta_of(const ToolCallPiece& piece) {
+  Json function = Json::object();
+  if (!piece.name.empty()) function["name"] = piece.name;
+  function["arguments"] = piece.arguments;
+  Json out = {{"index", piece.index}};
+  if (!piece.name.empty()) {
+    out["id"] = piece.id;
+    out["type"] = "function";
+  }
+  out["function"] = std::move(function);
+  return out;
+}
+
+void collect_call(const ToolCallPiece& piece, Json& calls) {
+  if (!piece.name.empty()) {
+    calls.push_back(
+        {{"id", piece.id}, {"type", "function"}, {"function", {{"name", piece.name}, {"arguments", ""}}}});
+  }
+  calls.back()["function"]["arguments"].get_ref<std::string&>() += piece.arguments;
+}
+
+}  // namespace
 
 std::string limited_by(const GenerationEvent& event) {
   return event.limit == LengthLimit::kMaxTokens ? "" : length_limit_name(event.limit);
@@ -19,11 +47,19 @@ Answer::Answer(const Call& call, std::string id, std::string model_name, std::in
       n_(call.n),
       num_continuations_(call.num_continuations),
       echoed_(call.echoed),
+      include_reasoning_(call.include_reasoning),
       id_(std::move(id)),
       model_name_(std::move(model_name)),
       created_(created),
       engine_(engine),
-      choices_(static_cast<std::size_t>(call.num_choices)) {}
+      choices_(static_cast<std::size_t>(call.num_choices)) {
+  if (!chat_) return;
+  for (std::size_t i = 0; i < choices_.size(); ++i) {
+    Choice& choice = choices_[i];
+    choice.output.emplace(call.output, fmt::format("call_{}-{}-", id_.substr(id_.find('-') + 1), i));
+    choice.reasoning_tokens.emplace(call.output.reasoning, call.output.also_ends_reasoning);
+  }
+}
 
 Json Answer::head(const char* object) const {
   return {{"id", id_}, {"object", object}, {"created", created_}, {"model", model_name_}};
@@ -44,7 +80,8 @@ Json Answer::usage() const {
   return {{"prompt_tokens", usage_.prompt_tokens},
           {"completion_tokens", usage_.completion_tokens},
           {"total_tokens", usage_.prompt_tokens + usage_.completion_tokens},
-          {"prompt_tokens_details", {{"cached_tokens", usage_.cached_tokens}}}};
+          {"prompt_tokens_details", {{"cached_tokens", usage_.cached_tokens}}},
+          {"completion_tokens_details", {{"reasoning_tokens", reasoning_tokens_}}}};
 }
 
 // What comes in front of a choice's first event.
@@ -124,21 +161,51 @@ Json Answer::logprobs_json(Choice& choice, const GenerationEvent& e) const {
   return out;
 }
 
-Json Answer::chunk(int index, GenerationEvent e) {
+// What an event's text says, and the tokens of it that are reasoning.
+ChatPiece Answer::take(Choice& choice, const GenerationEvent& e) {
+  const std::int64_t before = choice.reasoning_tokens->count();
+  for (const std::int32_t token : e.token_ids) choice.reasoning_tokens->push(engine_.token_bytes(token));
+  reasoning_tokens_ += choice.reasoning_tokens->count() - before;
+  ChatPiece out = choice.output->push(e.text);
+  if (e.finish != FinishReason::kNone) {
+    ChatPiece end = choice.output->finish();
+    out.reasoning += end.reasoning;
+    out.content += end.content;
+    for (ToolCallPiece& piece : end.calls) out.calls.push_back(std::move(piece));
+  }
+  if (!include_reasoning_) out.reasoning.clear();
+  return out;
+}
+
+std::string Answer::finish_reason(const Choice& choice, const GenerationEvent& e) {
+  const bool calls = choice.output && choice.output->calls_tools() && e.finish == FinishReason::kStop;
+  return calls ? "tool_calls" : finish_reason_name(e.finish);
+}
+
+std::optional<Json> Answer::chunk(int index, GenerationEvent e) {
   count(e);
   begin(index, e);
   Choice& choice = choices_[static_cast<std::size_t>(index)];
   Json one = {{"index", index}};
   if (chat_) {
-    one["delta"] = Json::object();
-    if (!choice.begun) one["delta"]["role"] = "assistant";
-    if (!choice.begun || !e.text.empty()) one["delta"]["content"] = e.text;
+    const ChatPiece piece = take(choice, e);
+    Json delta = Json::object();
+    if (!choice.begun) delta["role"] = "assistant";
+    if (!piece.reasoning.empty()) {
+      delta["reasoning_content"] = piece.reasoning;
+      delta["reasoning"] = piece.reasoning;
+    }
+    if (!piece.content.empty() || (!choice.begun && piece.empty())) delta["content"] = piece.content;
+    for (const ToolCallPiece& call : piece.calls) delta["tool_calls"].push_back(delta_of(call));
+    const bool news = !delta.empty() || e.finish != FinishReason::kNone || !e.logprobs.empty();
+    if (!news) return std::nullopt;
+    one["delta"] = std::move(delta);
   } else {
     one["text"] = e.text;
   }
   if (!choice.begun && prompt_logprobs_ && !chat_) one["prompt_logprobs"] = choice.prompt_logprobs;
   one["logprobs"] = e.logprobs.empty() ? Json() : logprobs_json(choice, e);
-  one["finish_reason"] = e.finish == FinishReason::kNone ? Json() : Json(finish_reason_name(e.finish));
+  one["finish_reason"] = e.finish == FinishReason::kNone ? Json() : Json(finish_reason(choice, e));
   if (const std::string limit = limited_by(e); !limit.empty()) one["limited_by"] = limit;
   Json out = head(chat_ ? "chat.completion.chunk" : "text_completion");
   out["choices"] = Json::array({one});
@@ -162,8 +229,15 @@ void Answer::collect(int index, GenerationEvent e) {
   choice.num_tokens += static_cast<std::int64_t>(e.token_ids.size());
   begin(index, e);
   choice.begun = true;
-  choice.text += e.text;
-  if (e.finish != FinishReason::kNone) choice.finish_reason = finish_reason_name(e.finish);
+  if (chat_) {
+    const ChatPiece piece = take(choice, e);
+    choice.text += piece.content;
+    choice.reasoning += piece.reasoning;
+    for (const ToolCallPiece& call : piece.calls) collect_call(call, choice.tool_calls);
+  } else {
+    choice.text += e.text;
+  }
+  if (e.finish != FinishReason::kNone) choice.finish_reason = finish_reason(choice, e);
   choice.limited_by = limited_by(e);
   const Json more = logprobs_json(choice, e);
   if (more.is_null()) return;
@@ -194,6 +268,17 @@ std::vector<std::size_t> Answer::best() const {
   return out;
 }
 
+Json Answer::message(const Choice& choice) {
+  const bool only_calls = choice.text.empty() && !choice.tool_calls.empty();
+  Json out = {{"role", "assistant"}, {"content", only_calls ? Json() : Json(choice.text)}};
+  if (!choice.reasoning.empty()) {
+    out["reasoning_content"] = choice.reasoning;
+    out["reasoning"] = choice.reasoning;
+  }
+  if (!choice.tool_calls.empty()) out["tool_calls"] = choice.tool_calls;
+  return out;
+}
+
 Json Answer::complete() const {
   if (!error_.empty()) throw ApiError(500, "server_error", error_);
   Json out = head(chat_ ? "chat.completion" : "text_completion");
@@ -202,7 +287,7 @@ Json Answer::complete() const {
     const Choice& choice = choices_[i];
     Json one = {{"index", out["choices"].size()}};
     if (chat_) {
-      one["message"] = {{"role", "assistant"}, {"content", choice.text}};
+      one["message"] = message(choice);
     } else {
       one["text"] = choice.text;
     }

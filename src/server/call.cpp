@@ -75,43 +75,6 @@ SamplingParams sampling(const Body& json, bool chat, const SamplingParams& defau
   return p;
 }
 
-std::string text_of(const Body& content) {
-  if (content.is_string()) return content.get<std::string>();
-  if (!content.is_array()) throw wrong_type("messages", content, "a string or text parts as content");
-  std::string text;
-  for (const Body& part : content) {
-    const Body* value = is_text(part) ? find(part, "text") : nullptr;
-    if (value == nullptr || !value->is_string()) {
-      throw bad_request("messages: a part of content is not text; this model reads text only", "messages");
-    }
-    text += value->get_ref<const std::string&>();
-  }
-  return text;
-}
-
-std::vector<ChatMessage> messages(const Body& json) {
-  const Body* list = find(json, "messages");
-  if (list == nullptr || !list->is_array() || list->empty()) {
-    throw bad_request("messages is missing or empty, expected an array of messages", "messages");
-  }
-  if (list->size() > kMaxMessages) {
-    throw bad_request(
-        fmt::format("messages has {} messages, expected at most {}", list->size(), kMaxMessages), "messages");
-  }
-  std::vector<ChatMessage> out;
-  for (std::size_t i = 0; i < list->size(); ++i) {
-    const Body& m = (*list)[i];
-    if (m.is_object()) refuse_unsupported_message(m, i, i + 1 == list->size());
-    if (!m.is_object() || !m.contains("role") || !m["role"].is_string() || !m.contains("content")) {
-      throw bad_request("messages: expected objects with role and content", "messages");
-    }
-    // OpenAI's newer name of the same.
-    const std::string role = m["role"] == "developer" ? "system" : m["role"].get<std::string>();
-    out.push_back({role, text_of(m["content"])});
-  }
-  return out;
-}
-
 /// What the chat template is to see besides the messages, with keys in the client's order.
 std::string chat_variables(const Body& json, std::string_view body) {
   constexpr const char* kName = "chat_template_kwargs";
@@ -253,9 +216,12 @@ Call parse_call(std::string_view body, bool chat, const std::vector<std::string>
     if (top != 0 && !call.logprobs)
       throw bad_request("top_logprobs: expected together with logprobs", "top_logprobs");
     if (call.logprobs) p.logprobs = top;
-    call.requests.emplace_back().messages = messages(json);
+    call.requests.emplace_back().messages = read_messages(json);
     read_end(json, call.requests.back());
     call.requests.back().chat_variables = chat_variables(json, body);
+    call.tools = read_tools(json, body);
+    read(json, "separate_reasoning", call.separate_reasoning);
+    read(json, "include_reasoning", call.include_reasoning);
   } else {
     read_completion(json, call, p);
   }

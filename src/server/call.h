@@ -6,6 +6,8 @@
 
 #include "flash_mla/engine.h"
 #include "server/api_error.h"
+#include "server/chat_fields.h"
+#include "server/chat_output.h"
 
 // OpenAI's wire format of what is asked for: JSON bodies to engine requests.
 
@@ -22,6 +24,10 @@ struct Call {
   int num_choices = 1;              ///< continuations over all prompts
   std::vector<Request> requests;    ///< one per prompt
   std::vector<std::string> echoed;  ///< with echo: texts of the prompts; empty where token ids were given
+  ToolUse tools;
+  bool separate_reasoning = true;  ///< false leaves it where the model wrote it
+  bool include_reasoning = true;   ///< false leaves it out of the answer
+  ChatOutputOptions output;        ///< see prepare_chat
   /// Fields of the body that no API defines: they have no effect. At most kMaxUnknownFields of them.
   std::vector<std::string> unknown_fields;
 };

@@ -40,8 +40,6 @@ constexpr Unsupported kUnsupported[] = {
     // What is generated, and from what.
     {"functions", is_empty},
     {"function_call", no_tool},
-    {"tools", is_empty},
-    {"tool_choice", no_tool},
     {"audio", is_empty},
     {"modalities", text_only},
     {"prediction", is_empty},
@@ -51,8 +49,6 @@ constexpr Unsupported kUnsupported[] = {
     {"reasoning_effort", is_empty},
     {"thinking", is_empty},
     {"enable_thinking", never},
-    {"include_reasoning", is_true},
-    {"separate_reasoning", is_true},
     {"stream_reasoning", is_true},
     {"system", is_empty},
     {"documents", is_empty},
@@ -117,7 +113,8 @@ constexpr std::string_view kKnown[] = {
     "guided_choice", "guided_grammar",
     // Who asks, and what the asker keeps.
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "request_id", "rid", "priority", "cache_prompt", "parallel_tool_calls",
+    "prompt_cache_retention", "request_id", "rid", "priority", "cache_prompt", "parallel_tool_calls", "tools",
+    "tool_choice", "include_reasoning", "separate_reasoning",
     // Special tokens are left out of texts, so nothing stands between them.
     "spaces_between_special_tokens"};
 
@@ -128,6 +125,10 @@ ApiError not_supported(const std::string& name) {
 }
 
 void refuse_by_value(const Body& json, bool chat) {
+  const Body* tools = chat ? nullptr : find(json, "tools");
+  if (tools != nullptr && !is_empty(*tools)) throw not_supported("tools");
+  const Body* choice = chat ? nullptr : find(json, "tool_choice");
+  if (choice != nullptr && !no_tool(*choice)) throw not_supported("tool_choice");
   bool add_special_tokens = !chat;  // a chat template brings its own
   read(json, "add_special_tokens", add_special_tokens);
   if (add_special_tokens == chat) throw not_supported("add_special_tokens");
@@ -175,7 +176,7 @@ void refuse_unsupported(const Body& json, bool chat) {
 
 void refuse_unsupported_message(const Body& message, std::size_t index, bool last) {
   for (const std::string_view name :
-       {"tool_calls", "function_call", "prefix", "partial", "audio", "refusal"}) {
+       {"function_call", "prefix", "partial", "audio", "refusal"}) {
     if (last && (name == "prefix" || name == "partial")) continue;
     const Body* value = find(message, name.data());
     if (value != nullptr && !is_empty(*value))

@@ -11,6 +11,7 @@
 #include "flash_mla/error.h"
 #include "server/answer.h"
 #include "server/call.h"
+#include "server/chat_prompt.h"
 #include "server/dialect.h"
 #include "server/mailbox.h"
 #include "server/watcher.h"
@@ -103,6 +104,7 @@ void submit(Exchange& x, Call& call, Submitted& submitted, const std::shared_ptr
       const Request& r = call.requests[i];
       if (r.prompt.empty()) call.echoed[i] = x.shared.engine.detokenize(r.prompt_token_ids);
     }
+    if (chat) prepare_chat(x.shared.engine, x.shared.options, call);
     submitted.submit(std::move(call.requests), mailbox);
   } catch (const InvalidArgument& e) {
     // All else has been checked.
@@ -224,8 +226,9 @@ class Reply {
         if (dialect_) return out + dialect_->failed(error);  // of one choice: it was all
         out += "data: " + dump(error.body()) + "\n\n";
       } else if (event.finish != FinishReason::kNone || !event.text.empty() || !event.logprobs.empty()) {
-        const Json chunk = answer_.chunk(index, event);
-        out += dialect_ ? dialect_->chunk(chunk, event.usage) : "data: " + dump(chunk) + "\n\n";
+        const std::optional<Json> chunk = answer_.chunk(index, event);
+        if (!chunk) continue;
+        out += dialect_ ? dialect_->chunk(*chunk, event.usage) : "data: " + dump(*chunk) + "\n\n";
       }
     }
     x_.record.usage = answer_.tokens();

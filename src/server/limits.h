@@ -17,6 +17,7 @@ inline constexpr std::size_t kMaxChatVariableBytes = 64 * 1024;  ///< of chat_te
 inline constexpr std::size_t kMaxOrderedFields = 256;
 /// Conversations of /v1/responses that are kept for previous_response_id, and their bytes.
 inline constexpr std::size_t kMaxStoredResponses = 1024, kMaxStoredBytes = std::size_t{64} << 20;
+inline constexpr std::size_t kMaxTools = 512, kMaxToolName = 64;
 /// Each is looked for in every token's text, in the engine's thread.
 inline constexpr std::size_t kMaxStops = 64, kMaxStopBytes = 1024;
 /// Of bad_words and bad_words_ids, each compared with a text's end before every token.

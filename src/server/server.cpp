@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "flash_mla/error.h"
+#include "server/chat_prompt.h"
 #include "server/connection.h"
 #include "server/http_types.h"
 #include "server/origin.h"
@@ -22,6 +23,7 @@ namespace flash_mla::server {
 namespace {
 
 void check_names(const ServerOptions& options) {
+  check_reasoning_parser(options.reasoning_parser);
   if (options.model_names.empty()) throw InvalidArgument("model_names is empty, expected a name");
   for (const std::string& name : options.model_names) {
     if (name.empty()) throw InvalidArgument("--served-model-name is empty, expected a name");

@@ -30,6 +30,9 @@ struct ServerOptions {
   int stream_keep_alive_seconds = 15;
   /// From a request's arrival to the end of its answer; what is not done then is cancelled. 0: no limit.
   double request_timeout_seconds = 600;
+  /// How the reasoning of answers is found: "auto" (by the model's tokens and the prompt), "none", or a name of
+  /// vLLM's (see check_reasoning_parser).
+  std::string reasoning_parser = "auto";
   bool log_requests = true;  ///< a line of JSON to stderr for each
   int num_threads = 2;
 };
