@@ -43,12 +43,12 @@ ToolOutput ToolParser::finish() {
   const bool only_space = text.find_first_not_of(kWhiteSpace) == text.npos;
   switch (state_) {
     case State::kContent:
-      if (!only_space || num_calls_ == 0) say(text);
+      if (!only_space || !behind_call_) say(text);
       break;
     case State::kSection:
     case State::kHeader:
       say(std::exchange(literal_, {}));
-      if (!only_space || num_calls_ == 0) say(text);
+      if (!only_space || !behind_call_) say(text);
       break;
     case State::kJson:  // white space, and the beginning of what ends it
       break;
@@ -77,6 +77,11 @@ ToolOutput ToolParser::finish() {
   at_ = 0;
   state_ = State::kDone;
   return std::exchange(out_, {});
+}
+
+void ToolParser::say(std::string_view text) {
+  out_.content += text;
+  behind_call_ = behind_call_ && text.empty();
 }
 
 bool ToolParser::step() {
@@ -175,7 +180,9 @@ bool ToolParser::header() {
   if (!end && !stop && text.size() < kMaxHeader) return false;
   ToolHeader header;
   if (end && !(stop && stop.at < end.at)) header = read_tool_header(syntax_, text.substr(0, end.at));
-  if (header.name.empty()) {
+  // GLM's calls without arguments could be any tag in a text.
+  const bool bare = syntax_.arguments == Arguments::kGlm && end && end.which == 1;
+  if (header.name.empty() || (bare && !schemas_->knows(header.name))) {
     give_up();
     return true;
   }
@@ -208,6 +215,7 @@ void ToolParser::end_call() {
   } else {
     argue(has_arguments_ ? "}" : "{}");
   }
+  behind_call_ = true;
   state_ = !parallel_ ? State::kDone : syntax_.section_begin.empty() ? State::kContent : State::kSection;
 }
 

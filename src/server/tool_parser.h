@@ -67,7 +67,7 @@ class ToolParser {
   bool value();
 
   bool skip_space();
-  void say(std::string_view text) { out_.content += text; }
+  void say(std::string_view text);
   void give_up();  ///< what was taken for a call is content
   void begin_call(ToolHeader header);
   void end_call();
@@ -86,6 +86,7 @@ class ToolParser {
   ToolOutput out_;
   std::string literal_;  // markers of a call that has not got a name yet
   bool calls_in_section_ = false;
+  bool behind_call_ = false;  // nothing but white space since
   int num_calls_ = 0;
   std::string tool_;                          // of the call at hand
   bool has_arguments_ = false;                // it has some already

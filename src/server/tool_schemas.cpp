@@ -93,9 +93,10 @@ ToolSchemas::ToolSchemas(const Json& tools) {
     const Json* function = field(tool, "function");
     const Json* name = function == nullptr ? nullptr : field(*function, "name");
     const Json* parameters = function == nullptr ? nullptr : field(*function, "parameters");
-    const Json* properties = parameters == nullptr ? nullptr : field(*parameters, "properties");
-    if (name == nullptr || !name->is_string() || properties == nullptr || !properties->is_object()) continue;
+    if (name == nullptr || !name->is_string()) continue;
     auto& types = types_[name->get<std::string>()];
+    const Json* properties = parameters == nullptr ? nullptr : field(*parameters, "properties");
+    if (properties == nullptr || !properties->is_object()) continue;
     for (const auto& [key, schema] : properties->items())
       types[key] = types_of(*parameters, schema, 0, budget);
   }

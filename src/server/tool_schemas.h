@@ -18,6 +18,7 @@ class ToolSchemas {
   explicit ToolSchemas(const Json& tools);
   ToolSchemas() = default;
 
+  bool knows(std::string_view tool) const { return types_.find(tool) != types_.end(); }
   /// Some of Type, or kAny for what no schema knows.
   unsigned types(std::string_view tool, std::string_view parameter) const;
 

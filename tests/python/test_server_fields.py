@@ -57,15 +57,23 @@ def test_what_would_change_the_answer_is_refused_by_name(server, name):
         assert error["param"] == name and name in error["message"] and error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [("tool_calls", [{"id": "a", "type": "function"}]), ("prefix", True), ("function_call", {"name": "f"})],
-)
+@pytest.mark.parametrize("name, value", [("prefix", True), ("function_call", {"name": "f"})])
 def test_messages_too(server, name, value):
     user = {"role": "user", "content": "a"}
     messages = [user, {"role": "assistant", "content": None, name: value}, user]
     error = server.json("/v1/chat/completions", chat(*messages), expected=400)["error"]
     assert error["param"] == f"messages[1].{name}" and f"messages[1].{name}" in error["message"]
+
+
+def test_tools_are_refused_where_the_template_knows_none(server):
+    tool = {"type": "function", "function": {"name": "f"}}
+    error = server.json("/v1/chat/completions", chat(tools=[tool]), expected=400)["error"]
+    assert error["param"] == "tools" and "chat template" in error["message"]
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    history = ({"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]})
+    for messages in (history, (*history[:1], {"role": "tool", "tool_call_id": "a", "content": "b"})):
+        error = server.json("/v1/chat/completions", chat(*messages), expected=400)["error"]
+        assert error["param"] == "messages" and "messages[1]" in error["message"]
 
 
 def test_values_that_ask_for_nothing_pass(server):

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 
+#include <ctime>
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -353,7 +354,10 @@ TEST(ToolParser, ATextThatEndsWithinACallLeavesItUnfinished) {
       if (cut.calls.empty() || cut.calls[0] == whole.calls[0]) continue;
       // What there is of a call is the beginning of it, but for a value that its end would have quoted.
       const std::string& part = cut.calls[0];
-      ASSERT_TRUE(whole.calls[0].starts_with(part)) << part;
+      // A marker may have been cut, and then is text.
+      ASSERT_TRUE(whole.calls[0].starts_with(part) ||
+                  whole.calls[0].starts_with(part.substr(0, part.rfind('<'))))
+          << part;
       ASSERT_TRUE(nlohmann::json::parse(part.substr(part.rfind('|') + 1), nullptr, false).is_discarded())
           << part;
     }
@@ -369,7 +373,7 @@ TEST(ToolParser, TakesTimeInProportionToTheText) {
                                           syntax.parameter_begin, std::string_view(" ")}) {
       if (marker.empty()) continue;
       std::string text;
-      while (text.size() < 1'000'000) text += marker;
+      while (text.size() < 200'000) text += marker;
       Reader reader(with_tools(format));
       const std::clock_t begin = std::clock();
       reader.push(text);
