@@ -93,6 +93,12 @@ void shape_arguments(OrderedJson& calls, const std::string& where) {
 void add_message(const ToolConvention& convention, const ChatMessage& message, std::size_t index,
                  OrderedJson& out) {
   OrderedJson json = {{"role", message.role}, {"content", message.content}};
+  constexpr std::string_view kRoles[] = {"system", "user", "assistant", "tool"};
+  if (std::ranges::find(kRoles, message.role) == std::end(kRoles)) {
+    throw InvalidArgument(
+        fmt::format("messages[{}].role = \"{}\": expected \"system\", \"user\", \"assistant\" or \"tool\"",
+                    index, message.role));
+  }
   if (message.role == "tool" && !convention.writes_calls) {
     throw InvalidArgument(
         fmt::format("messages[{}].role is \"tool\", which this model's chat template does not know", index));

@@ -106,6 +106,7 @@ TEST(ToolConvention, WhatTheTemplateCannotSayIsRefused) {
   EXPECT_THROW(render(kPlain, {{"tool", "21"}}), InvalidArgument);
   EXPECT_THROW(render(kPlain, {{"user", "q"}}, kTools), Unsupported);
   EXPECT_THROW(render(kGlm, {{"user", "q", "[]"}}), InvalidArgument);
+  EXPECT_THROW(render(kGlm, {{"bogus", "q"}}, kTools), InvalidArgument);
   EXPECT_THROW(render(kGlm, {{"user", "q"}}, "{}"), InvalidArgument);
   ChatMessage broken = with_call("");
   broken.fields = R"({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]})";

@@ -131,5 +131,7 @@ def write_model(directory, scripts, chat_template, markers=(), spoken=()):
     width = -(-(size + MAX_SCRIPTS) // 64) * 64
     write_weights(directory, size, width, chains, starts, letters)
     (directory / "config.json").write_text(json.dumps(config(size, width, ids)))
-    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOS, "chat_template": chat_template}
+    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOS}
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False))

@@ -54,12 +54,12 @@ R1 = """
 {%- if add_generation_prompt and not ns.outputs -%}{{ '<｜Assistant｜><think>\\n' }}{%- endif -%}
 """
 
-# In the style of V3.2, which publishes code instead: DSML, whose parameters say whether they are strings.
+# As V3.2, which publishes code instead: DSML, whose parameters say whether they are strings.
 V32 = """
 {{- bos_token -}}
 {%- if tools -%}## Tools{% for tool in tools %}{{ '\\n' + (tool.function | tojson) }}{% endfor %}{%- endif -%}
 {%- for m in messages -%}
-  {%- if m.role == 'user' -%}{{ '<｜User｜>' + m.content + '<｜Assistant｜></think>' }}{%- endif -%}
+  {%- if m.role == 'user' -%}{{ '<｜User｜>' + m.content + '<｜Assistant｜>' + ('<think>' if 'reason' in m.content else '</think>') }}{%- endif -%}
   {%- if m.role == 'assistant' -%}
     {{ m.content or '' }}
     {%- for call in m.tool_calls or [] -%}
@@ -167,7 +167,7 @@ def scripts(name):
     begin, weather, now, end = CALLS[name]
     calls = begin + weather + now + end
     close = "\n</think>\n\n"
-    opened = {"deepseek_v3": "", "deepseek_v31": ""}.get(name, "<think>")  # else by the prompt
+    opened = "" if name.startswith("deepseek") else "<think>"  # by the prompt
     reasoning = f"{opened}Two words: naïve.\n\nNow <b>decide</b>.{close}"
     prefix = f"Short.{close}" if name == "deepseek_v3" else ""  # R1's prompt has opened it
     return [
@@ -184,6 +184,9 @@ class Service:
     def __init__(self, directory, name, *flags):
         family = name.split("_")[0].rstrip("0123456789")
         write_model(directory, scripts(name), TEMPLATES[name], MARKERS[family])
+        self.start(directory, name, *flags)
+
+    def start(self, directory, name, *flags):
         self.name = name
         self.server = Server(directory, "--model-name", "scripted", *flags, num_pages=512)
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.server.port}/v1", api_key="none", max_retries=0, timeout=60)
@@ -255,9 +258,9 @@ def test_reasoning_stands_apart(service):
     streamed, finish, usage = service.streamed(REASON, text, tools=TOOLS)
     assert streamed == whole and finish == "tool_calls" and usage == answer.usage
     # Cut within the reasoning: there is nothing else.
-    cut = service.chat(REASON, text, tools=TOOLS, max_tokens=8)
+    cut = service.chat(REASON, text, tools=TOOLS, max_tokens=12)
     assert cut.choices[0].finish_reason == "length" and cut.choices[0].message.content == ""
-    assert whole["reasoning"].startswith(parts_of(cut)["reasoning"]) and 4 < cut.usage.completion_tokens_details.reasoning_tokens <= 8
+    assert whole["reasoning"].startswith(parts_of(cut)["reasoning"]) and 4 < cut.usage.completion_tokens_details.reasoning_tokens <= 12
     # Left where it is, or left out.
     together = parts_of(service.chat(REASON, text, tools=TOOLS, extra_body={"separate_reasoning": False}))
     assert whole["reasoning"] + "\n</think>\n\nThen:" in together["content"] and together["reasoning"] == ""
@@ -300,8 +303,11 @@ def test_a_call_can_be_asked_for(service, choice):
     tools = TOOLS[:1] if choice == "required" else TOOLS
     answer = service.chat(FORCE, "reason", tools=tools, tool_choice=choice)
     whole = parts_of(answer)
-    assert whole["content"] == "" and answer.choices[0].message.content is None and answer.choices[0].finish_reason == "tool_calls"
-    check_calls(whole["calls"])
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert whole["calls"][0][0] == "get_weather" and json.loads(whole["calls"][0][1]) == {"city": CITY, "days": 3}
+    if tools is TOOLS:
+        assert answer.choices[0].message.content is None and whole["reasoning"] == ""
+        check_calls(whole["calls"])
     assert service.streamed(FORCE, "reason", tools=tools, tool_choice=choice)[0] == whole
 
 
@@ -342,12 +348,28 @@ def test_bad_tools_are_refused_by_name(service, field, value, param):
 def test_parsers_by_name(tmp_path):
     service = Service(tmp_path, "deepseek_v3", "--reasoning-parser", "none", "--tool-call-parser", "deepseek_v31")
     answer = parts_of(service.chat(CALL, tools=TOOLS))
-    assert answer["reasoning"] == "" and answer["content"].startswith("Short.\n</think>\n\nLet me see.") and answer["calls"] == []
+    assert answer["reasoning"] == "" and answer["content"] == "Short.\n</think>\n\nLet me see."
+    assert answer["calls"][0][0] == "function"  # which is where V3.1 has the name
     assert service.server.stop() == 0
     with pytest.raises(AssertionError, match="reasoning parser is"):
         Server(tmp_path, "--reasoning-parser", "unheard_of")
     with pytest.raises(AssertionError, match="tool-call-parser"):
         Server(tmp_path, "--tool-call-parser", "unheard_of")
+
+
+@pytest.mark.parametrize("name, markers", [("deepseek_v32", []), ("deepseek_v4", ["<｜latest_reminder｜>"])])
+def test_formats_that_are_built_in(tmp_path, name, markers):
+    texts = [text.replace("function_calls", "tool_calls" if name == "deepseek_v4" else "function_calls") for text in scripts("deepseek_v32")]
+    write_model(tmp_path, texts, None, MARKERS["deepseek"] + markers)
+    service = Service.__new__(Service)
+    service.start(tmp_path, name)
+    assert f"calls of tools: {name}" in service.server.log.read_text()
+    first = service.chat(CALL, "How is the weather?", tools=TOOLS).choices[0].message
+    check_calls([[c.function.name, c.function.arguments] for c in first.tool_calls])
+    results = [{"role": "tool", "tool_call_id": c.id, "content": f"{letter(ANSWER)} 21 °C"} for c in first.tool_calls]
+    history = [{"role": "user", "content": f"{letter(CALL)} How is the weather?"}, first.model_dump(exclude_none=True), *results]
+    assert parts_of(service.chat(ANSWER, history=history, tools=TOOLS))["content"] == "It is warm there."
+    assert service.server.stop() == 0
 
 
 def test_langchain_binds_tools(service):
