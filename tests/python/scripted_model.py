@@ -61,7 +61,9 @@ def write_tokenizer(directory, pieces, markers):
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (BOS, EOS)])
     tokenizer.add_tokens([AddedToken(m, normalized=False, special=False) for m in markers])
     tokenizer.save(str(directory / "tokenizer.json"))
-    ids = {p: tokenizer.token_to_id(p if p in markers else alphabet_text(p)) for p in [*pieces, *markers, BOS, EOS]}
+    added = [*markers, BOS, EOS]
+    ids = {p: tokenizer.token_to_id(p if p in added else alphabet_text(p)) for p in [*pieces, *added]}
+    assert None not in ids.values()
     return ids, [vocab[alphabet_text(letter(i))] for i in range(MAX_SCRIPTS)], tokenizer.get_vocab_size()
 
 
