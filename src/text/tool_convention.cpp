@@ -148,7 +148,8 @@ void put_into_system_message(OrderedJson& messages, const std::string& text) {
     message["content"] = content + (content.empty() ? "" : "\n\n") + text;
     return;
   }
-  messages.insert(messages.begin(), {{"role", "system"}, {"content", text}});
+  const OrderedJson message = {{"role", "system"}, {"content", text}};
+  messages.insert(messages.begin(), message);
 }
 
 std::vector<TextPart> replaced(std::vector<TextPart> parts, const std::string& placeholder,
