@@ -7,6 +7,7 @@
 #include "flash_mla/error.h"
 #include "flash_mla_status_page.h"
 #include "server/call.h"
+#include "server/chat_prompt.h"
 #include "server/dialect.h"
 #include "server/headers.h"
 
@@ -82,9 +83,9 @@ HttpResponse tokenize(const Exchange& x) {
 }
 
 HttpResponse count_tokens(const Exchange& x) {
-  const Call call =
-      parse_call(messages_to_count(x.request.body()), /*chat=*/true, x.shared.options.model_names);
+  Call call = parse_call(messages_to_count(x.request.body()), /*chat=*/true, x.shared.options.model_names);
   try {
+    prepare_chat(x.shared.engine, x.shared.options, call);
     const std::size_t count = x.shared.engine.prompt_token_ids(call.requests.front()).size();
     return json_response(x.request, 200, {{"input_tokens", count}});
   } catch (const InvalidArgument& e) {
