@@ -25,7 +25,7 @@ class Cursor {
  public:
   __device__ Cursor(const SparsePrefillParams& params, unsigned warp, unsigned lane)
       : p_(params),
-        key_(static_cast<int>(warp * kWarpKeys + lane / 8)),
+        key_(static_cast<int>(warp * kWarpKeys + lane)),
         lane_(lane),
         index_(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {
     next_item();
@@ -53,8 +53,9 @@ class Cursor {
     rows.valid = 0;
 #pragma unroll
     for (int i = 0; i < kWarpKeys / 4; ++i) {
-      const bool valid = static_cast<std::uint32_t>(entry_[i]) < limit_;  // a negative one is large here
-      const std::uint32_t n = valid ? begin_ + static_cast<std::uint32_t>(entry_[i]) : 0;
+      const std::uint32_t entry = __shfl_sync(0xFFFFFFFFu, entry_, 4U * static_cast<unsigned>(i) + lane_ / 8);
+      const bool valid = entry < limit_;  // a negative one is large here
+      const std::uint32_t n = valid ? begin_ + entry : 0;
       rows.valid |= valid ? 1U << i : 0;
       std::uint32_t row = n * p_.token_units;
       if (!p_.is_flat) {
@@ -85,10 +86,10 @@ class Cursor {
     read();
   }
 
-  // This lane's entries of the tile.
+  // The warp's entries of the tile, one to a lane: four to a lane would not stay in registers, and to put one on the stack
+  // is to wait for it.
   __device__ void read() {
-#pragma unroll
-    for (int i = 0; i < kWarpKeys / 4; ++i) entry_[i] = key_ + 4 * i < left_ ? __ldg(at_ + 4 * i) : -1;
+    entry_ = lane_ < kWarpKeys && key_ < left_ ? static_cast<std::uint32_t>(__ldg(at_)) : 0xFFFFFFFFu;
   }
 
   // The tokens that an entry of the query token's list may name: entry e, below limit_, names slot begin_ + e, or position
@@ -119,13 +120,13 @@ class Cursor {
   }
 
   const SparsePrefillParams& p_;
-  const int key_;  // this lane's first in a tile
+  const int key_;  // whose entry this lane reads, of a tile's
   const unsigned lane_;
   int index_, tile_ = 0, left_ = 0;  // left_: entries from the tile on
   std::uint32_t begin_ = 0, limit_ = 0;
   const std::int32_t* table_ = nullptr;
   const std::int32_t* at_ = nullptr;
-  std::int32_t entry_[kWarpKeys / 4];
+  std::uint32_t entry_;
 };
 
 }  // namespace flash_mla::sm90::sparse_prefill
