@@ -53,7 +53,7 @@ ToolOutput ToolParser::finish() {
     case State::kJson:  // white space, and the beginning of what ends it
       break;
     case State::kParameters:
-      if (!only_space) say(text);
+      if (!only_space || in_junk_) say(text);
       break;
     case State::kParameterHeader:
       say(syntax_.parameter_begin);
@@ -205,7 +205,7 @@ void ToolParser::begin_call(ToolHeader header) {
   piece.id = header.id.empty() ? fmt::format("{}{}", id_prefix_, piece.index) : std::move(header.id);
   piece.name = header.name;
   tool_ = std::move(header.name);
-  has_arguments_ = in_string_ = escaped_ = false;
+  has_arguments_ = in_junk_ = in_string_ = escaped_ = false;
   state_ = syntax_.arguments == Arguments::kJson ? State::kJson : State::kParameters;
 }
 
@@ -281,16 +281,17 @@ bool ToolParser::json() {
   return false;
 }
 
-bool ToolParser::skip_space() {
+void ToolParser::skip_space() {
   const std::string_view text = rest();
   consume(std::min(text.find_first_not_of(kWhiteSpace), text.size()));
-  return !rest().empty();
 }
 
 bool ToolParser::parameters() {
-  if (!skip_space()) return false;
+  if (!in_junk_) skip_space();
   const std::string_view text = rest();
+  if (text.empty()) return false;
   if (text.starts_with(syntax_.parameter_begin)) {
+    in_junk_ = false;
     consume(syntax_.parameter_begin.size());
     state_ = State::kParameterHeader;
     return true;
@@ -310,6 +311,7 @@ bool ToolParser::parameters() {
        {syntax_.parameter_begin, syntax_.call_end, syntax_.call_begin, syntax_.section_end}) {
     if (begins(text, marker)) return false;
   }
+  in_junk_ = true;
   const std::size_t size = std::min(text.find('<', 1), text.size());
   say(text.substr(0, size));
   consume(size);
@@ -326,6 +328,7 @@ bool ToolParser::parameter_header() {
       dsml && at != text.npos ? read_dsml_parameter(text.substr(0, at)) : DsmlParameter();
   if (at == text.npos || (dsml && parameter.name.empty())) {
     say(syntax_.parameter_begin);
+    in_junk_ = true;
     state_ = State::kParameters;
     return true;
   }
@@ -350,6 +353,7 @@ bool ToolParser::before_value() {
   if (space <= kMaxHeldSpace && (next.empty() || begins(next, kBeginOfValue))) return false;
   if (space > kMaxHeldSpace || !next.starts_with(kBeginOfValue)) {
     say(fmt::format("{}{}{}", syntax_.parameter_begin, key_, kEndOfKey));
+    in_junk_ = true;
     state_ = State::kParameters;
     return true;
   }

@@ -66,7 +66,7 @@ class ToolParser {
   bool before_value();
   bool value();
 
-  bool skip_space();
+  void skip_space();
   void say(std::string_view text);
   void give_up();  ///< what was taken for a call is content
   void begin_call(ToolHeader header);
@@ -89,6 +89,7 @@ class ToolParser {
   bool behind_call_ = false;  // nothing but white space since
   int num_calls_ = 0;
   std::string tool_;                          // of the call at hand
+  bool in_junk_ = false;                      // between parameters: what does not belong there
   bool has_arguments_ = false;                // it has some already
   bool in_string_ = false, escaped_ = false;  // of JSON
   std::string key_, value_;                   // of the parameter at hand

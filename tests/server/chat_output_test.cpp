@@ -329,6 +329,10 @@ TEST(ToolParser, KeepsWhatStandsBesideCalls) {
   EXPECT_EQ(read(with_tools(ToolFormat::kGlm47), within),
             (Whole{"", "<arg_key>a</arg_key>b<arg_value>1</arg_value>", {"call_0|now|{}"}}));
   expect_same_in_pieces(with_tools(ToolFormat::kGlm47), within);
+  const std::string spaced = "<tool_call>now<arg_key>a</arg_key> b c </arg_value>\n\n <x\n</tool_call>";
+  EXPECT_EQ(read(with_tools(ToolFormat::kGlm47), spaced),
+            (Whole{"", "<arg_key>a</arg_key> b c </arg_value>\n\n <x\n", {"call_0|now|{}"}}));
+  expect_same_in_pieces(with_tools(ToolFormat::kGlm47), spaced);
 }
 
 TEST(ToolParser, ACallThatIsNotEndedEndsWithTheNext) {
