@@ -96,7 +96,11 @@ GLM47 = """[gMASK]<sop>
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
-GLM45 = GLM47.replace("call.function.name }}", "call.function.name + '\\n' }}").replace("</arg_key><arg", "</arg_key>\\n<arg").replace("'</arg_value>'", "'</arg_value>\\n'")
+GLM45 = (
+    GLM47.replace("call.function.name }}", "call.function.name + '\\n' }}")
+    .replace("</arg_key><arg", "</arg_key>\\n<arg")
+    .replace("'</arg_value>'", "'</arg_value>\\n'")
+)
 
 # In the style of Kimi K2: calls with identifiers that their results repeat.
 KIMI = """
@@ -153,7 +157,14 @@ CALLS = {
                 f"<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{ARGUMENTS}<|tool_call_end|>",
                 "<|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}<|tool_call_end|>", "<|tool_calls_section_end|>"),
 }  # fmt: skip
-TEMPLATES = {"deepseek_v3": R1, "deepseek_v31": V31, "deepseek_v32": V32, "glm45": GLM45, "glm47": GLM47, "kimi_k2": KIMI}
+TEMPLATES = {
+    "deepseek_v3": R1,
+    "deepseek_v31": V31,
+    "deepseek_v32": V32,
+    "glm45": GLM45,
+    "glm47": GLM47,
+    "kimi_k2": KIMI,
+}
 FORCED = {  # what a prompt that must call get_weather ends with
     "deepseek_v3": "function<｜tool▁sep｜>get_weather\n```json\n", "deepseek_v31": "get_weather<｜tool▁sep｜>",
     "deepseek_v32": 'get_weather">\n', "glm45": "get_weather\n", "glm47": "get_weather",
@@ -189,10 +200,16 @@ class Service:
     def start(self, directory, name, *flags):
         self.name = name
         self.server = Server(directory, "--model-name", "scripted", *flags, num_pages=512)
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.server.port}/v1", api_key="none", max_retries=0, timeout=60)
+        self.client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.server.port}/v1", api_key="none", max_retries=0, timeout=60
+        )
 
     def chat(self, script, text="", history=(), **kw):
-        messages = [*history, {"role": "user", "content": f"{letter(script)} {text}"}] if text or not history else list(history)
+        messages = (
+            [*history, {"role": "user", "content": f"{letter(script)} {text}"}]
+            if text or not history
+            else list(history)
+        )
         return self.client.chat.completions.create(model="scripted", messages=messages, **kw)
 
     def streamed(self, script, text="", **kw):
@@ -218,7 +235,11 @@ class Service:
 def parts_of(answer):
     message = answer.choices[0].message
     calls = [[c.function.name, c.function.arguments] for c in message.tool_calls or []]
-    return {"content": message.content or "", "reasoning": getattr(message, "reasoning_content", None) or "", "calls": calls}
+    return {
+        "content": message.content or "",
+        "reasoning": getattr(message, "reasoning_content", None) or "",
+        "calls": calls,
+    }
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -264,7 +285,10 @@ def test_reasoning_stands_apart(service):
     # Cut within the reasoning: there is nothing else.
     cut = service.chat(REASON, text, tools=TOOLS, max_tokens=12)
     assert cut.choices[0].finish_reason == "length" and cut.choices[0].message.content == ""
-    assert whole["reasoning"].startswith(parts_of(cut)["reasoning"]) and 4 < cut.usage.completion_tokens_details.reasoning_tokens <= 12
+    assert (
+        whole["reasoning"].startswith(parts_of(cut)["reasoning"])
+        and 4 < cut.usage.completion_tokens_details.reasoning_tokens <= 12
+    )
     # Left where it is, or left out.
     together = parts_of(service.chat(REASON, text, tools=TOOLS, extra_body={"separate_reasoning": False}))
     assert whole["reasoning"] + "\n</think>\n\nThen:" in together["content"] and together["reasoning"] == ""
@@ -363,7 +387,10 @@ def test_parsers_by_name(tmp_path):
 
 @pytest.mark.parametrize("name, markers", [("deepseek_v32", []), ("deepseek_v4", ["<｜latest_reminder｜>"])])
 def test_formats_that_are_built_in(tmp_path, name, markers):
-    texts = [text.replace("function_calls", "tool_calls" if name == "deepseek_v4" else "function_calls") for text in scripts("deepseek_v32")]
+    texts = [
+        text.replace("function_calls", "tool_calls" if name == "deepseek_v4" else "function_calls")
+        for text in scripts("deepseek_v32")
+    ]
     write_model(tmp_path, texts, None, MARKERS["deepseek"] + markers)
     service = Service.__new__(Service)
     service.start(tmp_path, name)
@@ -371,7 +398,11 @@ def test_formats_that_are_built_in(tmp_path, name, markers):
     first = service.chat(CALL, "How is the weather?", tools=TOOLS).choices[0].message
     check_calls([[c.function.name, c.function.arguments] for c in first.tool_calls])
     results = [{"role": "tool", "tool_call_id": c.id, "content": f"{letter(ANSWER)} 21 °C"} for c in first.tool_calls]
-    history = [{"role": "user", "content": f"{letter(CALL)} How is the weather?"}, first.model_dump(exclude_none=True), *results]
+    history = [
+        {"role": "user", "content": f"{letter(CALL)} How is the weather?"},
+        first.model_dump(exclude_none=True),
+        *results,
+    ]
     assert parts_of(service.chat(ANSWER, history=history, tools=TOOLS))["content"] == "It is warm there."
     assert service.server.stop() == 0
 
@@ -380,7 +411,9 @@ def test_langchain_binds_tools(service):
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_openai import ChatOpenAI
 
-    model = ChatOpenAI(model="scripted", base_url=f"http://127.0.0.1:{service.server.port}/v1", api_key="none", max_retries=0)
+    model = ChatOpenAI(
+        model="scripted", base_url=f"http://127.0.0.1:{service.server.port}/v1", api_key="none", max_retries=0
+    )
     bound = model.bind_tools(TOOLS)
     question = HumanMessage(f"{letter(CALL)} How is the weather?")
     answer = bound.invoke([question])
