@@ -23,7 +23,7 @@ class Unsupported : public std::runtime_error {
 /// The memory that a model or its cache needs cannot be had. The message says how much and what for.
 class OutOfMemory : public std::bad_alloc {
  public:
-  explicit OutOfMemory(const std::string& message) : message_(message) {}
+  explicit OutOfMemory(const std::string& message) : message_(message) {}  // NOLINT: a member
   const char* what() const noexcept override { return message_.what(); }
 
  private:
