@@ -118,12 +118,12 @@ def test_what_is_for_inside_stays_there(proxy):
 def test_tokens_leave_when_they_come(server, proxy):
     """The first event of a long text is there while the text is being made."""
     connection = proxy.connect()
-    request = json.dumps(body(max_tokens=1900, stream=True))
+    request = json.dumps(body(max_tokens=1900, n=2, temperature=1, stream=True))
     connection.request("POST", "/v1/completions", request, {"Authorization": "Bearer a key"})
     response = connection.getresponse()
     assert response.status == 200 and response.headers["content-type"] == "text/event-stream"
     assert response.readline().startswith(b"data: {")
-    assert server.metric("mla_sequences_running") == 1, "the text was whole before its first event came"
+    assert server.metric("mla_sequences_running") > 0, "the text was whole before its first event came"
     events = [line for line in response.read().split(b"\n\n") if line.strip()]
     assert events[-1] == b"data: [DONE]" and len(events) > 1000
     connection.close()

@@ -175,7 +175,7 @@ def test_many_clients_get_what_one_gets(server):
         (body(stop=[""]), 400, "stop"),
         (body(stop=5), 400, "stop"),
         (body(n=1000), 400, "n"),
-        (body(echo=True), 400, "echo"),
+        (body(echo="yes"), 400, "echo"),
         (body(stream_options={}), 400, "stream_options"),
     ],
 )
