@@ -90,7 +90,8 @@ void prepare_chat(const Engine& engine, const ServerOptions& options, Call& call
   std::vector<TextPart> parts = engine.apply_chat_template(request);
   const std::string end =
       request.continue_final_message ? tags_of(request.messages.back().content) : end_of(parts);
-  const std::string_view parser = call.separate_reasoning ? options.reasoning_parser : "none";
+  const std::string_view parser =
+      call.separate_reasoning ? std::string_view(options.reasoning_parser) : "none";
   output.reasoning = reasoning_begin(engine, parser, end);
   if (parser == "kimi_k2" || (parser == "auto" && engine.tool_format() == ToolFormat::kKimiK2)) {
     output.also_ends_reasoning = tool_syntax(ToolFormat::kKimiK2)->section_begin;
