@@ -83,7 +83,7 @@ struct TopKProblem {
     top_k(a, bytes > 0 ? workspace.data() : nullptr, bytes, options);
     workspace.download();
     const std::vector<std::uint8_t> raw = memory.back()->download();
-    std::memcpy(out.data(), raw.data(), raw.size());
+    if (!raw.empty()) std::memcpy(out.data(), raw.data(), raw.size());
     return out;
   }
 
