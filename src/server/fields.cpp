@@ -175,8 +175,7 @@ void refuse_unsupported(const Body& json, bool chat) {
 }
 
 void refuse_unsupported_message(const Body& message, std::size_t index, bool last) {
-  for (const std::string_view name :
-       {"function_call", "prefix", "partial", "audio", "refusal"}) {
+  for (const std::string_view name : {"function_call", "prefix", "partial", "audio", "refusal"}) {
     if (last && (name == "prefix" || name == "partial")) continue;
     const Body* value = find(message, name.data());
     if (value != nullptr && !is_empty(*value))

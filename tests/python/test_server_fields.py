@@ -201,17 +201,13 @@ def test_the_models_own_sampling_where_a_request_names_none(tmp_path):
     for how in ("auto", "none"):
         server = Server(directory, "--precision", "fp32", "--batch-invariant", "--generation-config", how)
         try:
-
-            def text(**kw):
-                body = {
-                    "model": server.json("/v1/models")["data"][0]["id"],
-                    "prompt": "And it came to pass",
-                    "max_tokens": 24,
-                    "seed": 3,
-                }  # noqa: B023
-                return server.json("/v1/completions", {**body, **kw})["choices"][0]["text"]  # noqa: B023
-
-            texts[how] = [text(), text(temperature=0), text(temperature=1, top_p=1)]
+            model = server.json("/v1/models")["data"][0]["id"]
+            body = {"model": model, "prompt": "And it came to pass", "max_tokens": 24, "seed": 3}
+            answers = [
+                server.json("/v1/completions", body | sampling)
+                for sampling in ({}, {"temperature": 0}, {"temperature": 1, "top_p": 1})
+            ]
+            texts[how] = [answer["choices"][0]["text"] for answer in answers]
         finally:
             assert server.stop() == 0
     greedy, sampled = texts["auto"][1:]
