@@ -12,7 +12,7 @@ inline constexpr std::uint32_t kMaxHeadBytes = 16 * 1024;  ///< request line and
 inline constexpr int kMaxNesting = 32;   ///< of a body's JSON
 inline constexpr int kMaxChoices = 128;  ///< continuations of all prompts together
 inline constexpr std::size_t kMaxMessages = 4096;
-inline constexpr std::size_t kMaxChatVariableBytes = 64 * 1024;  ///< of chat_template_kwargs' JSON
+inline constexpr std::size_t kMaxChatVariableBytes = 65536;  ///< of chat_template_kwargs' JSON
 /// Of an object whose fields are kept in the client's order, which takes time that grows with its square.
 inline constexpr std::size_t kMaxOrderedFields = 256;
 /// Conversations of /v1/responses that are kept for previous_response_id, and their bytes.
@@ -27,7 +27,7 @@ inline constexpr std::size_t kMaxNamedTokens = 16384;
 
 /// Bodies up to this size are parsed and tokenized by the thread that serves the connection: a hundredth of a
 /// second. Larger ones go to threads of their own, so that they hold up nobody else.
-inline constexpr std::size_t kMaxInlineBodyBytes = 32 * 1024;
+inline constexpr std::size_t kMaxInlineBodyBytes = 32768;
 inline constexpr int kBodyThreads = 2;
 
 /// More of a path or an error tells nothing, and a log must not grow with what strangers send.
