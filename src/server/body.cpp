@@ -62,6 +62,16 @@ Body parse_body(std::string_view text) {
   return body;
 }
 
+void check_width(const Body& json, const std::string& param) {
+  if (json.is_object() && json.size() > kMaxOrderedFields) {
+    throw bad_request(fmt::format("{}{}an object of the body has {} fields, expected at most {}", param,
+                                  param.empty() ? "" : ": ", json.size(), kMaxOrderedFields),
+                      param);
+  }
+  if (!json.is_structured()) return;
+  for (const Body& value : json) check_width(value, param);
+}
+
 const Body* find(const Body& json, const char* key) {
   const auto it = json.find(key);
   return it == json.end() || it->is_null() ? nullptr : &*it;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -13,6 +14,10 @@ namespace flash_mla::server {
 /// Parses what a client sent. Throws ApiError if it is not a JSON object or nested more than 32 deep: copying
 /// a JSON value takes as much stack as it is nested.
 Body parse_body(std::string_view text);
+
+/// Throws ApiError if an object within has more than kMaxOrderedFields fields: one that keeps their order is searched from
+/// its beginning whenever a field is added or looked up. The error names `param`, where that is not empty.
+void check_width(const Body& json, const std::string& param = {});
 
 /// A field's value if it is there and not null.
 const Body* find(const Body& json, const char* key);

@@ -11,17 +11,6 @@
 namespace flash_mla::server {
 namespace {
 
-// Looking up a field of an ordered object walks over all of them.
-void check_width(const Body& json) {
-  if (json.is_object() && json.size() > kMaxOrderedFields) {
-    throw bad_request(fmt::format("tools: an object of the body has {} fields, expected at most {}",
-                                  json.size(), kMaxOrderedFields),
-                      "tools");
-  }
-  if (!json.is_structured()) return;
-  for (const Body& value : json) check_width(value);
-}
-
 bool is_tool_name(const std::string& name) {
   const auto fits = [](char c) {
     return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
@@ -187,7 +176,7 @@ ToolUse read_tools(const Body& body, std::string_view text) {
   read_choice(body, use);
   read(body, "parallel_tool_calls", use.parallel);
   if (use.choice == ToolUse::Choice::kNone) return use;
-  check_width(body);
+  check_width(body, "tools");
   const Json ordered = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   use.tools = dump(ordered["tools"]);
   use.schemas = std::make_shared<const ToolSchemas>(ordered["tools"]);

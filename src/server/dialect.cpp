@@ -6,22 +6,8 @@
 #include <random>
 
 #include "server/body.h"
-#include "server/limits.h"
 
 namespace flash_mla::server {
-namespace {
-
-// An ordered object is searched from its beginning whenever a field is added or looked up.
-void check_width(const Body& json) {
-  if (json.is_object() && json.size() > kMaxOrderedFields) {
-    throw bad_request(fmt::format("an object of the body has {} fields, expected at most {}", json.size(),
-                                  kMaxOrderedFields));
-  }
-  if (!json.is_structured()) return;
-  for (const Body& value : json) check_width(value);
-}
-
-}  // namespace
 
 std::string sent_event(std::string_view name, const Json& data) {
   return fmt::format("event: {}\ndata: {}\n\n", name, dump(data));
