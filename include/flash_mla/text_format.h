@@ -25,7 +25,7 @@ struct TextFormat {
 
 /// Bytes of TextFormat::source, or of all choices together; bytes of a regular expression, also of one in a
 /// schema; and the most that one repetition in any of them may ask for.
-inline constexpr std::size_t kMaxFormatBytes = 64 * 1024, kMaxRegexBytes = 4 * 1024;
+inline constexpr std::size_t kMaxFormatBytes = 65536, kMaxRegexBytes = 4096;
 inline constexpr int kMaxRepetitions = 4096;
 
 /// The format of a call of one of the functions, for `tool_choice`: "required" (several) or a name (one).
