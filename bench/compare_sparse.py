@@ -17,7 +17,7 @@ import time
 import torch
 from provenance import commit, machine_with_torch
 
-import flash_mla
+import flash_mla_kernels
 
 TOPK, POOL, PAGE = 2048, 262_144, 64
 SCALE = 576**-0.5
@@ -27,7 +27,7 @@ def make_caches(tokens):
     rows = (torch.randn(tokens, 576) / 10).clamp(-1, 1).bfloat16()
     slots = torch.arange(tokens)
     fp8 = torch.empty(tokens // PAGE, PAGE, 1, 656, dtype=torch.uint8)
-    flash_mla.append_kv(rows[:, :512].contiguous(), rows[:, 512:].contiguous(), slots, fp8)
+    flash_mla_kernels.append_kv(rows[:, :512].contiguous(), rows[:, 512:].contiguous(), slots, fp8)
     return rows, rows.view(-1, PAGE, 1, 576), fp8
 
 
@@ -74,8 +74,8 @@ def main():
         contestants = {
             "torch": lambda q=q, i=indices: torch_decode(q, flat, i),
             "torch_fp8": lambda q=q, i=indices: torch_fp8_decode(q, fp8, i),
-            "bf16": lambda q=q, i=indices: flash_mla.sparse_decode(q, rows, i),
-            "fp8": lambda q=q, i=indices: flash_mla.sparse_decode(q, fp8, i),
+            "bf16": lambda q=q, i=indices: flash_mla_kernels.sparse_decode(q, rows, i),
+            "fp8": lambda q=q, i=indices: flash_mla_kernels.sparse_decode(q, fp8, i),
         }
         # The same numbers, up to the format's rounding.
         want, got = contestants["torch"]().float(), contestants["bf16"]()[0][:, 0].float()

@@ -139,7 +139,7 @@ class Problem:
 
 
 def ours(problem, causal):
-    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+    from flash_mla_kernels import flash_mla_with_kvcache, get_mla_metadata
 
     shape = problem.shape
     rows = shape["s_q"] * shape["h_q"] // shape["h_kv"]
@@ -315,7 +315,7 @@ def main():
         if min(threads) < 1:
             parser.error(f"--threads is {arguments.threads!r}, expected integers of at least 1")
     try:
-        import flash_mla  # noqa: F401
+        import flash_mla_kernels  # noqa: F401
     except ImportError as error:
         sys.exit(f"the Python package flash_mla is not installed here ({error}); pip install . first")
     blas = load_openblas(arguments.blas)

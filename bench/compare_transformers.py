@@ -7,7 +7,7 @@ Both run greedily in one dtype on the same number of threads, for every batch si
   prefill   all prompts of --prompt tokens to their first token: batch * prompt / time, in tokens/s
   decode    what --new further tokens of every sequence take, the prefill's time subtracted, in tokens/s
 
-Ours is flash_mla.LLM with its prefix cache off, which includes scheduling, sampling and text; transformers is
+Ours is flash_mla_kernels.LLM with its prefix cache off, which includes scheduling, sampling and text; transformers is
 generate() with the default (dynamic) cache and the attention of torch (sdpa), and with each implementation of
 the experts that it has, of which the quickest counts. The contenders take turns in rounds, with a pause between
 them in which spinning worker threads fall asleep; medians count. Prompts are texts that the model has written.
@@ -31,7 +31,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from provenance import commit, machine_with_torch  # noqa: E402
 
-from flash_mla import LLM, SamplingParams  # noqa: E402
+from flash_mla_kernels import LLM, SamplingParams  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 DTYPES = {"bf16": ("bfloat16", torch.bfloat16), "fp32": ("float32", torch.float32)}

@@ -10,7 +10,7 @@ import time
 import torch
 from provenance import commit, machine_with_torch
 
-from flash_mla import __version__, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla_kernels import __version__, flash_mla_with_kvcache, get_mla_metadata
 
 
 def microseconds_per_call(call, device, rounds=15):

@@ -42,7 +42,7 @@ std::string why_no_plotting(const std::string& python) {
   if (status == kNotFound || status == kNotExecutable) {
     return fmt::format(
         "--python is \"{}\", which does not run; expected a Python 3 that has matplotlib and the package "
-        "flash_mla",
+        "flash_mla_kernels",
         python);
   }
   const auto missing = [&](const char* module, const char* package) {
@@ -50,21 +50,21 @@ std::string why_no_plotting(const std::string& python) {
                        python, module, package);
   };
   if (status != 0) return missing("matplotlib", "it");
-  if (imports("flash_mla.plot") != 0) return missing("flash_mla.plot", "the package flash_mla");
+  if (imports("flash_mla_kernels.plot") != 0) return missing("flash_mla_kernels.plot", "the package flash_mla_kernels");
   return "";
 }
 
 void require_plotting(const std::string& python, const std::string& what) {
   const std::string why = why_no_plotting(python);
   if (!why.empty())
-    throw InvalidArgument(fmt::format("{} needs matplotlib and flash_mla.plot: {}", what, why));
+    throw InvalidArgument(fmt::format("{} needs matplotlib and flash_mla_kernels.plot: {}", what, why));
 }
 
 void plot(const std::string& python, const std::string& json, const std::string& target) {
   const int status = run(
-      fmt::format("{} -m flash_mla.plot {} {}", shell_quote(python), shell_quote(json), shell_quote(target)));
+      fmt::format("{} -m flash_mla_kernels.plot {} {}", shell_quote(python), shell_quote(json), shell_quote(target)));
   if (status != 0)
-    throw std::runtime_error(fmt::format("{} -m flash_mla.plot ended with status {}", python, status));
+    throw std::runtime_error(fmt::format("{} -m flash_mla_kernels.plot ended with status {}", python, status));
 }
 
 }  // namespace flash_mla::cli

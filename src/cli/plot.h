@@ -2,7 +2,7 @@
 
 #include <string>
 
-// Pictures are drawn by the Python package: `python -m flash_mla.plot`.
+// Pictures are drawn by the Python package: `python -m flash_mla_kernels.plot`.
 
 namespace flash_mla::cli {
 

@@ -109,7 +109,7 @@ TEST(Program, PlotSaysWhatThePythonLacks) {
   const std::string no_package =
       fake_python("python_without_package", "case $2 in *flash_mla*) exit 1 ;; esac\n");
   expect_usage_error("bench --plot x.png --python " + no_package,
-                     "cannot import flash_mla.plot; install the package flash_mla there");
+                     "cannot import flash_mla_kernels.plot; install the package flash_mla_kernels there");
 }
 
 TEST(Program, PlotCallsThePackage) {
@@ -118,7 +118,7 @@ TEST(Program, PlotCallsThePackage) {
   const std::string bench = "bench --b 1 --h-q 1 --s-k 8 --reps 1 --min-time 0 --no-blas -q";
   const Outcome o = run(bench + " --python " + python + " --plot " + picture);
   EXPECT_EQ(o.exit_code, 0) << o.output;
-  EXPECT_NE(o.output.find("called with -m flash_mla.plot " + picture + ".json " + picture), std::string::npos)
+  EXPECT_NE(o.output.find("called with -m flash_mla_kernels.plot " + picture + ".json " + picture), std::string::npos)
       << o.output;
 }
 

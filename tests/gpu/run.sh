@@ -5,7 +5,7 @@
 #
 # BUILD is a build tree (default: build/release) or a folder that tests/gpu/stage.sh made; a staged copy of this script
 # takes its own folder. The Python tests run when PYTHON (default: python3) can import torch with CUDA
-# and flash_mla. --quick leaves out the large grid; --sanitize runs a reduced grid under compute-sanitizer as well.
+# and flash_mla_kernels. --quick leaves out the large grid; --sanitize runs a reduced grid under compute-sanitizer as well.
 # The last line is "N passed, M failed", counting programs.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -83,10 +83,10 @@ if program=$(find_program flash-mla); then
 else
   failed=$((failed + 1))
 fi
-if "$python" -c 'import torch, flash_mla; assert torch.cuda.is_available()' 2>/dev/null; then
+if "$python" -c 'import torch, flash_mla_kernels; assert torch.cuda.is_available()' 2>/dev/null; then
   step "Python on the GPU" "$python" -m pytest -q -p no:cacheprovider "$here/test_torch_cuda.py"
 else
-  echo "=== Python on the GPU: FAILED, $python cannot import torch with CUDA and flash_mla"
+  echo "=== Python on the GPU: FAILED, $python cannot import torch with CUDA and flash_mla_kernels"
   failed=$((failed + 1))
 fi
 if [ -n "$sanitize" ]; then

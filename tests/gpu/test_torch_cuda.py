@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-import flash_mla
-from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+import flash_mla_kernels
+from flash_mla_kernels import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 
 if not torch.cuda.is_available():
     pytest.fail("no CUDA device", pytrace=False)
@@ -49,7 +49,7 @@ class Problem:
     def check(self, out, lse, scale=576**-0.5, lengths=None):
         """Against the library's float64 reference on the CPU."""
         lengths = self.cache_seqlens.cpu() if lengths is None else lengths
-        expected, expected_lse = flash_mla.reference_dense_decode(
+        expected, expected_lse = flash_mla_kernels.reference_dense_decode(
             self.q.cpu(), self.k_host, self.table_host, lengths, 512, softmax_scale=scale, causal=self.causal
         )
         assert out.device == lse.device == self.q.device and out.dtype == self.q.dtype and lse.dtype == torch.float32
@@ -94,8 +94,8 @@ def test_shapes(h_q, h_kv, page_size):
 def test_the_metadata_is_the_hosts():
     lengths = torch.randint(0, 5000, (77,), dtype=torch.int32)
     for token_rows in (False, True):
-        on_host = flash_mla.build_decode_schedule(lengths, 132, token_rows=token_rows)
-        on_device = flash_mla.build_decode_schedule(lengths.cuda(), 132, token_rows=token_rows)
+        on_host = flash_mla_kernels.build_decode_schedule(lengths, 132, token_rows=token_rows)
+        on_device = flash_mla_kernels.build_decode_schedule(lengths.cuda(), 132, token_rows=token_rows)
         assert all(torch.equal(a, b.cpu()) for a, b in zip(on_host, on_device))
 
 
@@ -171,7 +171,7 @@ def test_cuda_graph_follows_refilled_lengths(generation):
 
 def test_first_call_of_a_process_may_be_captured():
     code = """
-import torch, flash_mla
+import torch, flash_mla_kernels
 q = torch.randn(2, 1, 128, 576, dtype=torch.bfloat16, device="cuda") / 10
 k = torch.randn(40, 64, 1, 576, dtype=torch.bfloat16, device="cuda") / 10
 table = torch.arange(40, dtype=torch.int32, device="cuda").view(2, 20)
@@ -179,9 +179,9 @@ lengths = torch.tensor([1280, 77], dtype=torch.int32, device="cuda")
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
-    out, lse = flash_mla.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla.get_mla_metadata(lengths, 128, 1))
+    out, lse = flash_mla_kernels.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla_kernels.get_mla_metadata(lengths, 128, 1))
 graph.replay()
-again, _ = flash_mla.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla.get_mla_metadata(lengths, 128, 1))
+again, _ = flash_mla_kernels.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla_kernels.get_mla_metadata(lengths, 128, 1))
 assert torch.equal(out, again) and out.isfinite().all()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -270,7 +270,7 @@ def test_arrays_of_other_libraries_on_a_gpu_are_refused():
 
 
 def test_info_lists_the_gpus():
-    gpus = [b for b in flash_mla.backends() if b["name"] == "sm90"]
+    gpus = [b for b in flash_mla_kernels.backends() if b["name"] == "sm90"]
     assert len(gpus) == len(DEVICES) and all(b["available"] for b in gpus)
     assert torch.cuda.get_device_name(0) in gpus[0]["device"]
 
@@ -283,7 +283,7 @@ def sparse_problem(v4, h_q, topk, lengths, seed=3):
     n = 24 * 64 - 10
     latent = torch.randn(n, latent_width, generator=g).bfloat16() / 10
     rope = torch.randn(n, 64, generator=g).bfloat16() / 10
-    flash_mla.append_kv(latent, rope, torch.arange(n), cache)
+    flash_mla_kernels.append_kv(latent, rope, torch.arange(n), cache)
     q = torch.randn(len(lengths), 2, h_q, d_qk, generator=g).bfloat16()
     indices = torch.randint(0, n, (len(lengths), 2, topk), generator=g, dtype=torch.int32)
     indices[torch.rand(indices.shape, generator=g) < 0.1] = -1
@@ -298,12 +298,12 @@ def test_sparse_decode_as_on_the_cpu(v4, h_q, with_lengths):
     """Lists of one length, whose plan is a function, and of many, which are planned on the device."""
     q, cache, indices, lengths, sink = sparse_problem(v4, h_q, 200, [200, 0, 63, 129])
     extra = dict(topk_length=lengths) if with_lengths else {}
-    wanted, wanted_lse = flash_mla.sparse_decode(q, cache, indices, attn_sink=sink, **extra)
+    wanted, wanted_lse = flash_mla_kernels.sparse_decode(q, cache, indices, attn_sink=sink, **extra)
     on_gpu = {k: v.cuda() for k, v in extra.items()}
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         tensors = q.cuda(), cache.cuda(), indices.cuda()
-        out, lse = flash_mla.sparse_decode(*tensors, attn_sink=sink.cuda(), **on_gpu)
+        out, lse = flash_mla_kernels.sparse_decode(*tensors, attn_sink=sink.cuda(), **on_gpu)
     stream.synchronize()
     torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-3, rtol=2.01 / 128)
     torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)
@@ -313,11 +313,11 @@ def test_sparse_decode_in_a_graph_with_refilled_lists():
     q, cache, indices, lengths, _ = sparse_problem(False, 64, 300, [300, 17, 250])
     on_gpu = [x.cuda() for x in (q, cache, indices, lengths)]
     for _ in range(2):
-        out, lse = flash_mla.sparse_decode(*on_gpu[:3], topk_length=on_gpu[3])
+        out, lse = flash_mla_kernels.sparse_decode(*on_gpu[:3], topk_length=on_gpu[3])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = flash_mla.sparse_decode(*on_gpu[:3], topk_length=on_gpu[3])
+        out, lse = flash_mla_kernels.sparse_decode(*on_gpu[:3], topk_length=on_gpu[3])
     for seed in (4, 5):
         _, _, indices, _, _ = sparse_problem(False, 64, 300, [0, 0, 0], seed)
         lengths = torch.tensor([seed * 30, 299, 1], dtype=torch.int32)
@@ -326,7 +326,7 @@ def test_sparse_decode_in_a_graph_with_refilled_lists():
         out.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        wanted, wanted_lse = flash_mla.sparse_decode(q, cache, indices, topk_length=lengths)
+        wanted, wanted_lse = flash_mla_kernels.sparse_decode(q, cache, indices, topk_length=lengths)
         torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-3, rtol=2.01 / 128)
         torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)
 
@@ -338,7 +338,7 @@ def test_flashmlas_name_for_sparse_decode():
     out, lse = flash_mla_with_kvcache(
         *args, None, None, 512, metadata, splits, is_fp8_kvcache=True, indices=indices.cuda(), attn_sink=sink.cuda()
     )
-    wanted, wanted_lse = flash_mla.sparse_decode(q, cache, indices, attn_sink=sink)
+    wanted, wanted_lse = flash_mla_kernels.sparse_decode(q, cache, indices, attn_sink=sink)
     torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-3, rtol=2.01 / 128)
     torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)
 
@@ -358,14 +358,14 @@ def test_append_and_gather_have_the_cpus_bytes(width, device):
     weight = 1 + torch.randn(d_qk - 64, generator=g) / 4
     on_cpu = torch.full((10, 64, 1, width), 255, dtype=torch.uint8)
     options = dict(norm_weight=weight, positions=positions, cos_sin=cos_sin, kv_scale=0.01)
-    flash_mla.append_kv(rows[:, : d_qk - 64], rows[:, d_qk - 64 :], slots, on_cpu, **options)
-    wanted = flash_mla.gather_kv(on_cpu, slots, dtype="bfloat16", kv_scale=0.01)
+    flash_mla_kernels.append_kv(rows[:, : d_qk - 64], rows[:, d_qk - 64 :], slots, on_cpu, **options)
+    wanted = flash_mla_kernels.gather_kv(on_cpu, slots, dtype="bfloat16", kv_scale=0.01)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         gpu = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
         cache, on_gpu = torch.full_like(on_cpu, 255, device=device), rows.to(device)
-        flash_mla.append_kv(on_gpu[:, : d_qk - 64], on_gpu[:, d_qk - 64 :], slots.to(device), cache, **gpu)
-        got = flash_mla.gather_kv(cache, slots.to(device), dtype="bfloat16", kv_scale=0.01)
+        flash_mla_kernels.append_kv(on_gpu[:, : d_qk - 64], on_gpu[:, d_qk - 64 :], slots.to(device), cache, **gpu)
+        got = flash_mla_kernels.gather_kv(cache, slots.to(device), dtype="bfloat16", kv_scale=0.01)
     stream.synchronize()
     assert torch.equal(cache.cpu(), on_cpu)
     assert torch.equal(got.cpu(), wanted)
@@ -379,16 +379,16 @@ def test_merge_states_in_a_graph(base):
     lse_a[1], lse_b[1:3] = float("inf"), float("-inf")
     on_gpu = [x.cuda() for x in (a, lse_a, b, lse_b)]
     for _ in range(2):
-        out, lse = flash_mla.merge_states(*on_gpu, base=base)
+        out, lse = flash_mla_kernels.merge_states(*on_gpu, base=base)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = flash_mla.merge_states(*on_gpu, base=base)
+        out, lse = flash_mla_kernels.merge_states(*on_gpu, base=base)
     for _ in range(2):
         out.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        wanted, wanted_lse = flash_mla.merge_states(*[x.cpu() for x in on_gpu], base=base)
+        wanted, wanted_lse = flash_mla_kernels.merge_states(*[x.cpu() for x in on_gpu], base=base)
         torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-6, rtol=2**-8)
         torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-5, rtol=1e-5)
         on_gpu[0].copy_(torch.randn(a.shape, generator=g))

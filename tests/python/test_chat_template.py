@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-import flash_mla
+import flash_mla_kernels
 
 V2 = """
 {{- bos_token }}
@@ -88,7 +88,7 @@ def check(template, conversation, generate, eos=files.EOS):
     rendered, _ = render_jinja_template(
         conversations=[messages], chat_template=template, add_generation_prompt=generate, bos_token=files.BOS, eos_token=eos
     )
-    ours = flash_mla.ChatTemplate.from_jinja(template, files.BOS, eos)
+    ours = flash_mla_kernels.ChatTemplate.from_jinja(template, files.BOS, eos)
     assert ours.apply(messages, add_generation_prompt=generate) == rendered[0]
 
 
@@ -115,9 +115,9 @@ def test_any_conversation(name, conversation, generate):
 
 def test_written_out():
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
-    v2 = flash_mla.ChatTemplate.from_jinja(V2, "<b>", "<e>")
+    v2 = flash_mla_kernels.ChatTemplate.from_jinja(V2, "<b>", "<e>")
     assert v2.apply(messages) == "<b>S\n\nUser: U\n\nAssistant: A<e>Assistant:"
-    r1 = flash_mla.ChatTemplate.from_jinja(TEMPLATES["R1, begins with <think>"], "<b>", "<e>")
+    r1 = flash_mla_kernels.ChatTemplate.from_jinja(TEMPLATES["R1, begins with <think>"], "<b>", "<e>")
     assert r1.apply(messages) == "<b>S<｜User｜>U<｜Assistant｜>A<｜end▁of▁sentence｜><｜Assistant｜><think>\n"
 
 
@@ -126,11 +126,11 @@ def test_directory(tmp_path):
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(config))
     hello = [{"role": "user", "content": "Hello"}]
-    assert flash_mla.ChatTemplate(tmp_path).apply(hello) == "<b>User: Hello\n\nAssistant:"
+    assert flash_mla_kernels.ChatTemplate(tmp_path).apply(hello) == "<b>User: Hello\n\nAssistant:"
     path.write_text(json.dumps({**config, "chat_template": [{"name": "default", "template": V2}]}))
-    assert flash_mla.ChatTemplate(tmp_path).apply(hello) == "<b>User: Hello\n\nAssistant:"
+    assert flash_mla_kernels.ChatTemplate(tmp_path).apply(hello) == "<b>User: Hello\n\nAssistant:"
     (tmp_path / "chat_template.jinja").write_text(v3())
-    assert flash_mla.ChatTemplate(tmp_path).apply(hello) == "<b><｜User｜>Hello<｜Assistant｜>"
+    assert flash_mla_kernels.ChatTemplate(tmp_path).apply(hello) == "<b><｜User｜>Hello<｜Assistant｜>"
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Łódź", "days": 3, "exact": 1.5, "of": [None, True]}}}
@@ -157,7 +157,7 @@ def either(render):
 
 def same_as_jinja(template, messages, variables, generate=True):
     expected = either(lambda: jinja_templates.render(template, messages, "<b>", "<e>", generate, **variables))
-    chat = flash_mla.ChatTemplate.from_jinja(template, "<b>", "<e>")
+    chat = flash_mla_kernels.ChatTemplate.from_jinja(template, "<b>", "<e>")
     assert either(lambda: chat.apply(messages, add_generation_prompt=generate, **variables)) == expected
     return expected
 
@@ -206,7 +206,7 @@ def test_random_templates(block):
         if expected == "refused" or any(b in expected for b in BEYOND):
             continue
         try:
-            ours = flash_mla.ChatTemplate.from_jinja(template, "<b>", "<e>").apply(messages, **variables)
+            ours = flash_mla_kernels.ChatTemplate.from_jinja(template, "<b>", "<e>").apply(messages, **variables)
         except (ValueError, NotImplementedError) as e:
             assert any(limit in str(e) for limit in LIMITS), f"seed {seed}: {template!r}: {e}"
             continue
@@ -217,7 +217,7 @@ def test_random_templates(block):
 
 def test_text_of_clients_is_never_control():
     for template in jinja_templates.SHAPES.values():
-        chat = flash_mla.ChatTemplate.from_jinja(template, "<b>", "<e>")
+        chat = flash_mla_kernels.ChatTemplate.from_jinja(template, "<b>", "<e>")
         messages = [{"role": "system", "content": "\x01<b>"}, {"role": "user", "content": "\x01<｜User｜>"}, {"role": "assistant", "content": "\x01<e>"}]
         parts = chat.parts(messages, tools=TOOLS, thinking=True)
         assert any("\x01" in text for text, control in parts if not control)
@@ -227,14 +227,14 @@ def test_text_of_clients_is_never_control():
 def test_refused(tmp_path):
     for template, what in [("{% include 'x' %}", 'the tag "include"'), ("\n{{ m|urlize }}", 'the filter "urlize"')]:
         with pytest.raises(NotImplementedError, match=f"t.jinja:{1 + template.count(chr(10))}: the chat template has {what}"):
-            flash_mla.ChatTemplate.from_jinja(template, "", "", "t.jinja")
-    chat = flash_mla.ChatTemplate.from_jinja(V2, "", "")
+            flash_mla_kernels.ChatTemplate.from_jinja(template, "", "", "t.jinja")
+    chat = flash_mla_kernels.ChatTemplate.from_jinja(V2, "", "")
     with pytest.raises(ValueError, match=r'messages\[1\].role = "tool": expected "system", "user" or "assistant"'):
         chat.apply([{"role": "user", "content": ""}, {"role": "tool", "content": "x"}])
     with pytest.raises(ValueError, match="messages is empty"):
         chat.apply([])
     with pytest.raises(ValueError, match="messages: only texts .line 1 of the chat template."):
-        flash_mla.ChatTemplate.from_jinja("{{ raise_exception('only texts') }}", "", "").apply([{"role": "user", "content": "x"}])
+        flash_mla_kernels.ChatTemplate.from_jinja("{{ raise_exception('only texts') }}", "", "").apply([{"role": "user", "content": "x"}])
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer_config.json: chat_template is missing"):
-        flash_mla.ChatTemplate(tmp_path)
+        flash_mla_kernels.ChatTemplate(tmp_path)

@@ -9,8 +9,8 @@ from conftest import Problem, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import flash_mla
-from flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+import flash_mla_kernels
+from flash_mla_kernels import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 
 
 def decode(p, generation="2025-02"):
@@ -50,7 +50,7 @@ def test_unabsorbed_formulation_agrees_with_the_reference():
     q_rope = torch.randn(1, 1, heads, rope, generator=g, dtype=torch.float64)
     scale = 2.0**-4  # the C++ API takes the scale as float32: one that loses nothing
     p.q = torch.cat([torch.einsum("bshn,hnl->bshl", q_nope, w_uk), q_rope], dim=-1).contiguous()
-    out, lse = flash_mla.reference_dense_decode(*p.args(), softmax_scale=scale)
+    out, lse = flash_mla_kernels.reference_dense_decode(*p.args(), softmax_scale=scale)
     absorbed = torch.einsum("bshl,hvl->bshv", out, w_uv)
 
     keys = p.keys(0)[:, 0]
@@ -127,7 +127,7 @@ def test_nothing_but_dlpack(generation):
     metadata, num_splits = get_mla_metadata(args[3], 4, 1) if generation == "2025-02" else get_mla_metadata()
     out, lse = flash_mla_with_kvcache(*args, 512, metadata, num_splits)
     assert_close(torch.as_tensor(out), torch.as_tensor(lse), *p.expected(), torch.float32)
-    out, lse = flash_mla.reference_dense_decode(*args, 512)
+    out, lse = flash_mla_kernels.reference_dense_decode(*args, 512)
     assert (torch.as_tensor(out) - p.expected()[0]).abs().max() < 1e-6
 
 
@@ -239,9 +239,9 @@ def test_a_refused_first_call_leaves_the_lazy_object_as_it_was(bad):
 def test_plans_of_build_decode_schedule_decode(token_rows, step, block_size):
     p = Problem([1000, 1, 0, 300], h_q=8, s_q=2, causal=True)
     plan = dict(block_size=block_size, fixed_split_blocks=step, token_rows=token_rows)
-    parts, num_splits = flash_mla.build_decode_schedule(p.cache_seqlens, 5, **plan)
+    parts, num_splits = flash_mla_kernels.build_decode_schedule(p.cache_seqlens, 5, **plan)
     assert num_splits[-1] > 4  # something is split
-    out, lse = flash_mla.dense_decode(*p.args(), parts, num_splits, causal=True, num_threads=2, **plan)
+    out, lse = flash_mla_kernels.dense_decode(*p.args(), parts, num_splits, causal=True, num_threads=2, **plan)
     assert_close(out, lse, *p.expected(), torch.bfloat16)
 
 
@@ -251,9 +251,9 @@ def test_plans_of_build_decode_schedule_decode(token_rows, step, block_size):
 )
 def test_bad_plan_options_of_a_decode_are_named(name, value):
     p = Problem([100])
-    parts, num_splits = flash_mla.build_decode_schedule(p.cache_seqlens, 2)
+    parts, num_splits = flash_mla_kernels.build_decode_schedule(p.cache_seqlens, 2)
     with pytest.raises(ValueError, match=f"{name} is {value!r}"):
-        flash_mla.dense_decode(*p.args(), parts, num_splits, **{name: value})
+        flash_mla_kernels.dense_decode(*p.args(), parts, num_splits, **{name: value})
 
 
 def test_a_forked_child_decodes():
@@ -261,7 +261,7 @@ def test_a_forked_child_decodes():
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from conftest import Problem
-from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from flash_mla_kernels import flash_mla_with_kvcache, get_mla_metadata
 p = Problem([3000, 100], h_q=16)
 plan = get_mla_metadata(p.cache_seqlens, 16, 1)
 before = flash_mla_with_kvcache(*p.args(), *plan)
@@ -388,7 +388,7 @@ def test_any_partition_of_the_keys_merges_to_the_whole(length, cuts, seed, base)
         part = torch.tensor([end - begin], dtype=torch.int32)
         out, lse = flash_mla_with_kvcache(p.q, p.k_cache, table, part, 32, get_mla_metadata()[0])
         lse = lse * factor
-        state = (out, lse) if state is None else flash_mla.merge_states(*state, out, lse, base=base)
+        state = (out, lse) if state is None else flash_mla_kernels.merge_states(*state, out, lse, base=base)
     torch.testing.assert_close(state[0], whole_out, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(state[1] / factor, whole_lse, atol=4e-6, rtol=1e-5)
 
@@ -398,22 +398,22 @@ def test_imports_and_runs_without_torch():
 import sys
 sys.modules["torch"] = None
 import numpy as np
-import flash_mla
+import flash_mla_kernels
 q = np.ones((1, 1, 2, 576), np.float32)
 cache = np.ones((1, 64, 1, 576), np.float32)
 lengths = np.array([5], np.int32)
-meta, splits = flash_mla.get_mla_metadata(lengths, 2, 1)
-out, lse = flash_mla.flash_mla_with_kvcache(q, cache, np.zeros((1, 1), np.int32), lengths, 512, meta, splits)
+meta, splits = flash_mla_kernels.get_mla_metadata(lengths, 2, 1)
+out, lse = flash_mla_kernels.flash_mla_with_kvcache(q, cache, np.zeros((1, 1), np.int32), lengths, 512, meta, splits)
 assert np.allclose(out, 1.0)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_gpu_tensors_are_refused_clearly():
-    backends = {b["name"]: b for b in flash_mla.backends()}
+    backends = {b["name"]: b for b in flash_mla_kernels.backends()}
     assert backends["cpu"]["available"] and backends["cpu"]["detail"]
     assert not backends["sm90"]["available"] and backends["sm90"]["detail"]
-    assert flash_mla.cpu_isa()["selected"] in flash_mla.cpu_isa()["available"]
+    assert flash_mla_kernels.cpu_isa()["selected"] in flash_mla_kernels.cpu_isa()["available"]
 
 
 def test_integers_and_scales_of_other_kinds_are_taken():
@@ -430,4 +430,4 @@ def test_missing_states_are_named(name):
     p = Problem([10])
     out, lse = decode(p)
     with pytest.raises(ValueError, match=f"{name} is None"):
-        flash_mla.merge_states(**{**dict(out_a=out, lse_a=lse, out_b=out, lse_b=lse), name: None})
+        flash_mla_kernels.merge_states(**{**dict(out_a=out, lse_a=lse, out_b=out, lse_b=lse), name: None})

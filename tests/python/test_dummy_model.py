@@ -8,7 +8,7 @@ import pytest
 from letters import VOCAB_SIZE, write_tokenizer
 from live_server import PROGRAM, ROOT, Server
 
-from flash_mla import LLM, SamplingParams
+from flash_mla_kernels import LLM, SamplingParams
 
 LITE = json.loads((ROOT / "data/models/deepseek-v2-lite.json").read_text())
 SHAPE = dict(

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from flash_mla import LLM, SamplingParams
+from flash_mla_kernels import LLM, SamplingParams
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = os.environ.get("FLASH_MLA_PROGRAM", str(ROOT / "build/release/src/cli/flash-mla"))

@@ -3,7 +3,7 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-import flash_mla  # noqa: E402
+import flash_mla_kernels  # noqa: E402
 
 
 @pytest.mark.parametrize("n", [1000, 2048, 2049, 40000])
@@ -15,7 +15,7 @@ def test_top_k_selects_torchs_values(n):
     logits[3] = -1
     lengths = torch.full((6,), n, dtype=torch.int32)
     k = min(2048, n)
-    got = flash_mla.top_k(logits, lengths, 2048)
+    got = flash_mla_kernels.top_k(logits, lengths, 2048)
     assert got.shape == (6, 2048) and got.dtype == torch.int32 and (got[:, k:] == -1).all()
     assert (got[:, 1:k] > got[:, : k - 1]).all()
     values = logits.gather(1, got[:, :k].long()).sort(descending=True).values
@@ -23,7 +23,7 @@ def test_top_k_selects_torchs_values(n):
     # Among equals the smaller position: a stable sort.
     want = logits.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
     assert torch.equal(got[:, :k].long(), want)
-    assert torch.equal(got, flash_mla.top_k(logits, lengths, 2048, reference=True))
+    assert torch.equal(got, flash_mla_kernels.top_k(logits, lengths, 2048, reference=True))
 
 
 def test_top_k_of_rows_within_a_matrix_becomes_slots():
@@ -32,8 +32,8 @@ def test_top_k_of_rows_within_a_matrix_becomes_slots():
     starts = torch.tensor([0, 10, 0, 400], dtype=torch.int32)
     lengths = torch.tensor([500, 300, 0, 100], dtype=torch.int32)
     table = torch.randperm(100, generator=g).int().view(2, 50)
-    positions = flash_mla.top_k(logits, lengths, 128, row_starts=starts)
-    slots = flash_mla.top_k(logits, lengths, 128, row_starts=starts, block_table=table, page_size=16)
+    positions = flash_mla_kernels.top_k(logits, lengths, 128, row_starts=starts)
+    slots = flash_mla_kernels.top_k(logits, lengths, 128, row_starts=starts, block_table=table, page_size=16)
     for i in range(4):
         valid = positions[i][positions[i] >= 0].long()
         assert len(valid) == min(128, lengths[i])
@@ -41,7 +41,7 @@ def test_top_k_of_rows_within_a_matrix_becomes_slots():
         assert (slots[i, len(valid) :] == -1).all()
         row = logits[i, starts[i] : starts[i] + lengths[i]]
         assert torch.equal(valid, row.topk(len(valid)).indices.sort().values)
-    moved = flash_mla.top_k(logits, lengths, 128, row_starts=starts, offsets=starts)
+    moved = flash_mla_kernels.top_k(logits, lengths, 128, row_starts=starts, offsets=starts)
     assert torch.equal(moved, torch.where(positions >= 0, positions + starts[:, None], -1))
 
 
@@ -49,11 +49,11 @@ def test_top_k_says_what_is_wrong():
     logits = torch.zeros(2, 100)
     lengths = torch.tensor([100, 101], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"^lengths\[1\] is 101, expected 0 to 100"):
-        flash_mla.top_k(logits, lengths, 128)
+        flash_mla_kernels.top_k(logits, lengths, 128)
     with pytest.raises(ValueError, match="^k is 4097, expected 1 to 4096"):
-        flash_mla.top_k(logits, lengths, 4097)
+        flash_mla_kernels.top_k(logits, lengths, 4097)
     with pytest.raises(ValueError, match="^lengths is int64"):
-        flash_mla.top_k(logits, lengths.long(), 128)
+        flash_mla_kernels.top_k(logits, lengths.long(), 128)
 
 
 def scores(q, k, k_scales, weights):
@@ -73,20 +73,20 @@ def test_mqa_logits(dim):
     k_scales, weights = torch.rand(200, generator=g) / 10, torch.randn(7, 32, generator=g)
     ks = torch.tensor([0, 0, 50, 3, 199, 10, 200], dtype=torch.int32)
     ke = torch.tensor([200, 1, 150, 3, 200, 190, 200], dtype=torch.int32)
-    got = flash_mla.fp8_mqa_logits(q, (k, k_scales), weights, ks, ke)
+    got = flash_mla_kernels.fp8_mqa_logits(q, (k, k_scales), weights, ks, ke)
     j = torch.arange(200)
     inside = (j >= ks[:, None]) & (j < ke[:, None])
     want = scores(q, k, k_scales, weights).masked_fill(~inside, float("-inf"))
     assert torch.equal(got == float("-inf"), ~inside)
     assert (got[inside] - want[inside]).abs().max() < 1e-5 * want[inside].abs().max()
-    exact = flash_mla.fp8_mqa_logits(q, (k, k_scales), weights, ks, ke, reference=True)
+    exact = flash_mla_kernels.fp8_mqa_logits(q, (k, k_scales), weights, ks, ke, reference=True)
     assert torch.allclose(exact, want, rtol=1e-12)
-    narrow = flash_mla.fp8_mqa_logits(q, (k, k_scales), weights, ks, ke, compressed_width=200)
+    narrow = flash_mla_kernels.fp8_mqa_logits(q, (k, k_scales), weights, ks, ke, compressed_width=200)
     for i in range(7):
         assert torch.equal(narrow[i, : ke[i] - ks[i]], got[i, ks[i] : ke[i]])
-    chosen = flash_mla.mqa_top_k(q, (k, k_scales), weights, ks, ke, 128, absolute=True, logits_bytes=1000)
+    chosen = flash_mla_kernels.mqa_top_k(q, (k, k_scales), weights, ks, ke, 128, absolute=True, logits_bytes=1000)
     lengths = (ke - ks).int()
-    assert torch.equal(chosen, flash_mla.top_k(got, lengths, 128, row_starts=ks, offsets=ks))
+    assert torch.equal(chosen, flash_mla_kernels.top_k(got, lengths, 128, row_starts=ks, offsets=ks))
 
 
 def test_quantised_keys_and_queries_give_the_models_scores():
@@ -108,10 +108,10 @@ def test_quantised_keys_and_queries_give_the_models_scores():
     for r, n in enumerate(lengths.tolist()):
         p = torch.arange(n)
         slots.append(table[r].long()[p // page_size] * page_size + p % page_size)
-    flash_mla.append_index_keys(keys, torch.cat(slots), cache)
+    flash_mla_kernels.append_index_keys(keys, torch.cat(slots), cache)
     factor = heads**-0.5 * dim**-0.5
-    values, scaled = flash_mla.quantise_index_queries(queries, weights, factor=factor)
-    got = flash_mla.fp8_paged_mqa_logits(values.view(b, next_n, heads, dim), cache, scaled, lengths, table, None, 300)
+    values, scaled = flash_mla_kernels.quantise_index_queries(queries, weights, factor=factor)
+    got = flash_mla_kernels.fp8_paged_mqa_logits(values.view(b, next_n, heads, dim), cache, scaled, lengths, table, None, 300)
     for i in range(b * next_n):
         r = i // next_n
         n = int(lengths[r]) - (next_n - 1 - i % next_n)
@@ -120,7 +120,7 @@ def test_quantised_keys_and_queries_give_the_models_scores():
         assert (got[i, n:] == float("-inf")).all()
         error = (got[i, :n].double() - want).norm() / want.norm()
         assert error < 0.08
-        chosen = flash_mla.paged_mqa_top_k(
+        chosen = flash_mla_kernels.paged_mqa_top_k(
             values.view(b, next_n, heads, dim), cache, scaled, lengths, table, 128, slots=True
         )[i]
         best = got[i, :n].sort(descending=True, stable=True).indices[:128].sort().values
@@ -131,8 +131,8 @@ def test_indexer_says_what_is_wrong():
     q = torch.zeros(1, 2, 96, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"q.shape\[2\] \(D\) is 96, expected 64 or 128"):
         zero = torch.zeros(1, dtype=torch.int32)
-        flash_mla.fp8_mqa_logits(q, (q[0, :1], torch.zeros(1)), torch.zeros(1, 2), zero, zero)
+        flash_mla_kernels.fp8_mqa_logits(q, (q[0, :1], torch.zeros(1)), torch.zeros(1, 2), zero, zero)
     with pytest.raises(ValueError, match='recipe is "vllm", expected one of: indexer_pow2'):
-        flash_mla.append_index_keys(
+        flash_mla_kernels.append_index_keys(
             torch.zeros(1, 128), torch.zeros(1).long(), torch.zeros(1, 64, 1, 132, dtype=torch.uint8), recipe="vllm"
         )

@@ -8,7 +8,7 @@ import torch
 from checkpoints import edit_weights, expected_greedy, expected_logits, write_checkpoint
 from letters import write_tokenizer
 
-from flash_mla import LLM, SamplingParams
+from flash_mla_kernels import LLM, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_progress_bar_and_trace(llm, capfd):
 
 
 def test_an_exception_in_between_ends_the_requests(llm, monkeypatch):
-    from flash_mla import llm as module
+    from flash_mla_kernels import llm as module
 
     class Impatient:
         def __init__(self, total):

@@ -16,7 +16,7 @@ from checkpoints import (
     write_checkpoint,
 )
 
-from flash_mla.model import PAGE_SIZE, Model
+from flash_mla_kernels.model import PAGE_SIZE, Model
 
 TOLERANCE = 2e-4  # on float32 logits of order 1
 

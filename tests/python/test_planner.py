@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_mla import planner
+from flash_mla_kernels import planner
 
 
 def test_plan_is_a_plain_dictionary():

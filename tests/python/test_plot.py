@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from flash_mla import planner, plot  # noqa: E402
+from flash_mla_kernels import planner, plot  # noqa: E402
 
 PNG = b"\x89PNG"
 
@@ -78,8 +78,8 @@ def test_a_benchmark_without_rows_or_of_a_gpu_has_no_roofline(tmp_path):
 
 def test_as_a_program(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(bench_result()), encoding="utf-8")
-    command = [sys.executable, "-m", "flash_mla.plot", str(tmp_path / "result.json"), str(tmp_path / "x.png")]
+    command = [sys.executable, "-m", "flash_mla_kernels.plot", str(tmp_path / "result.json"), str(tmp_path / "x.png")]
     subprocess.run(command, check=True)
     assert (tmp_path / "x.png").read_bytes()[:4] == PNG
     wrong = subprocess.run(command[:-1], capture_output=True, text=True)
-    assert wrong.returncode == 1 and "usage: python -m flash_mla.plot" in wrong.stderr
+    assert wrong.returncode == 1 and "usage: python -m flash_mla_kernels.plot" in wrong.stderr

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_mla import _C, build_decode_schedule, get_mla_metadata
+from flash_mla_kernels import _C, build_decode_schedule, get_mla_metadata
 
 
 def ints(x):

@@ -10,7 +10,7 @@ from checkpoints import expected_greedy, expected_logits
 from tokenizers import Tokenizer
 from transformers import DeepseekV3ForCausalLM
 
-from flash_mla.model import Model
+from flash_mla_kernels.model import Model
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "small"
 PROMPTS = [

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import flash_mla
-from flash_mla import FlashMLASchedMeta, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
+import flash_mla_kernels
+from flash_mla_kernels import FlashMLASchedMeta, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 
 FORMATS = {"v32": (656, 576), "v4": (584, 512), "tensor": (576, 576), "rows": (None, 576), "rows512": (None, 512)}
 TENSOR_SCALE = 1 / 64
@@ -219,9 +219,9 @@ def test_sparse_arguments_without_indices_are_refused():
 def test_the_reference_and_the_batch_invariant_mode():
     p = Sparse("v4", extra="v4", sink=True)
     kwargs = {k: v for k, v in p.sparse.items()}
-    out, lse = flash_mla.sparse_decode(p.q, p.k_cache, p.indices, reference=True, **kwargs)
+    out, lse = flash_mla_kernels.sparse_decode(p.q, p.k_cache, p.indices, reference=True, **kwargs)
     assert (out - p.expected()[0]).abs().max() < 1e-6
-    got = flash_mla.sparse_decode(p.q, p.k_cache, p.indices, fixed_split_blocks=1, **kwargs)
+    got = flash_mla_kernels.sparse_decode(p.q, p.k_cache, p.indices, fixed_split_blocks=1, **kwargs)
     assert_matches(p, got)
 
 
@@ -255,7 +255,7 @@ def test_sparse_prefill_of_pages():
     seqlens = torch.tensor([96, 50], dtype=torch.int32)
     indices = torch.randint(-1, 120, (5, 40), generator=g, dtype=torch.int32)
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
-    out, _, lse = flash_mla.sparse_prefill(
+    out, _, lse = flash_mla_kernels.sparse_prefill(
         q, cache, indices, cu_seqlens_q=starts, block_table=block_table, cache_seqlens=seqlens
     )
     for i in range(5):
@@ -278,8 +278,8 @@ def test_dense_decode_over_fp8_caches(kind, generation):
     table = torch.cat([table, torch.full((3, 1), -1, dtype=torch.int32)], dim=1)
     q = (torch.randn(3, 2, 8, d_qk, generator=g) / 2).bfloat16()
     if kind == "tensor":
-        parts, num_splits = flash_mla.build_decode_schedule(lengths, 2)
-        out, lse = flash_mla.dense_fp8_decode(
+        parts, num_splits = flash_mla_kernels.build_decode_schedule(lengths, 2)
+        out, lse = flash_mla_kernels.dense_fp8_decode(
             q, cache, table, lengths, parts, num_splits, causal=True, kv_scale=TENSOR_SCALE
         )
     else:
@@ -301,7 +301,7 @@ def test_append_is_torchs_quantiser_and_gather_reads_it_back():
     cache = torch.full((5, 16, 1, 656), 255, dtype=torch.uint8).view(torch.float8_e4m3fn)
     slots = torch.randperm(80, generator=g)[:40]
     slots[7] = -1
-    flash_mla.append_kv(x[:, :512].contiguous(), x[:, 512:].contiguous(), slots, cache)
+    flash_mla_kernels.append_kv(x[:, :512].contiguous(), x[:, 512:].contiguous(), slots, cache)
     values, scale = quantise_tile(x[:, :512].float().view(40, 4, 128))
     got = cache.view(torch.uint8).view(80, 656)
     written = torch.zeros(80, dtype=torch.bool)
@@ -313,7 +313,7 @@ def test_append_is_torchs_quantiser_and_gather_reads_it_back():
         assert torch.equal(got[slot, 512:528], scale[i].reshape(4).contiguous().view(torch.uint8))
         assert torch.equal(got[slot, 528:], x[i, 512:].contiguous().view(torch.uint8))
     assert (got[~written] == 255).all()
-    rows = flash_mla.gather_kv(cache, slots, dtype="bfloat16")
+    rows = flash_mla_kernels.gather_kv(cache, slots, dtype="bfloat16")
     assert rows.dtype == torch.bfloat16 and (rows[7] == 0).all()
     want = torch.cat([(values.float() * scale).view(40, 512).bfloat16(), x[:, 512:]], dim=1)
     want[7] = 0
@@ -325,7 +325,7 @@ def test_quantisers(recipe):
     g = torch.Generator().manual_seed(3)
     x = torch.randn(30, 256, generator=g) * torch.logspace(-8, 2, 30)[:, None]
     x[5] = 0
-    values, scales = flash_mla.quantise_fp8(x, 128, recipe)
+    values, scales = flash_mla_kernels.quantise_fp8(x, 128, recipe)
     tiles = x.view(30, 2, 128)
     amax = tiles.abs().amax(-1)
     want = {
@@ -341,14 +341,14 @@ def test_quantisers(recipe):
     divided[amax == 0] = 0
     assert torch.equal(values, divided.clamp(-448, 448).to(torch.float8_e4m3fn).view(30, 256).view(torch.uint8))
     with pytest.raises(ValueError, match='^recipe is "none", expected one of: flash_mla'):
-        flash_mla.quantise_fp8(x, 128, "none")
+        flash_mla_kernels.quantise_fp8(x, 128, "none")
 
 
 def test_numpy_in_numpy_out():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     p = Sparse("v32", b=1, s_q=1)
     q = p.q.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    out, lse = flash_mla.sparse_decode(q, p.k_cache.view(torch.uint8).numpy(), p.indices.numpy())
+    out, lse = flash_mla_kernels.sparse_decode(q, p.k_cache.view(torch.uint8).numpy(), p.indices.numpy())
     assert isinstance(out, np.ndarray) and out.dtype == ml_dtypes.bfloat16
     want = p.expected()
     assert_near(torch.from_numpy(out.view(np.int16)).view(torch.bfloat16), want[0])

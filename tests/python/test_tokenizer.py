@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import flash_mla
+import flash_mla_kernels
 
 RUN = 100_000
 
@@ -65,7 +65,7 @@ class Pair:
 
     def __init__(self, theirs, content):
         self.theirs = theirs
-        self.ours = flash_mla.Tokenizer.from_json(content)
+        self.ours = flash_mla_kernels.Tokenizer.from_json(content)
 
     def check(self, text, *, decoded=True):
         for allow_special in (True, False):
@@ -244,7 +244,7 @@ def test_every_code_point_has_its_category(category):
         splits = [files.split(f"a{category}|.|\n")]
     theirs.pre_tokenizer = pre_tokenizers.Sequence([*splits, files.byte_level()])
     theirs.decoder = decoders.ByteLevel()
-    ours = flash_mla.Tokenizer.from_json(theirs.to_str())
+    ours = flash_mla_kernels.Tokenizer.from_json(theirs.to_str())
     # Every assigned one; of the planes that are empty or private a sample.
     assigned = [*range(0xD800), *range(0xE000, 0x33000), *range(0xE0000, 0xE0200)]
     points = [chr(c) for c in [*assigned, *range(0x33000, 0x110000, 64)]]
@@ -310,7 +310,7 @@ def test_template_processing(v3):
         ],
     }
     text = json.dumps(content)
-    ours, theirs = flash_mla.Tokenizer.from_json(text), Tokenizer.from_str(text)
+    ours, theirs = flash_mla_kernels.Tokenizer.from_json(text), Tokenizer.from_str(text)
     for sample in TEXTS:
         assert ours.encode(sample) == theirs.encode(sample).ids
         assert ours.encode(sample, add_special_tokens=False) == theirs.encode(sample, add_special_tokens=False).ids
@@ -319,13 +319,13 @@ def test_template_processing(v3):
 def test_directory(v3, tmp_path):
     v3.theirs.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="tokenizer_config.json: cannot be read; expected it beside tokenizer.json"):
-        flash_mla.Tokenizer(tmp_path)
+        flash_mla_kernels.Tokenizer(tmp_path)
     plain = v3.ours.encode("Hello")
     config = {"add_bos_token": True, "bos_token": {"content": files.BOS}, "add_eos_token": True, "eos_token": files.EOS}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert flash_mla.Tokenizer(tmp_path).encode("Hello") == [0, *plain, 1]
+    assert flash_mla_kernels.Tokenizer(tmp_path).encode("Hello") == [0, *plain, 1]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<s>"}))
     with pytest.raises(ValueError, match='tokenizer_config.json: bos_token = "<s>"'):
-        flash_mla.Tokenizer(tmp_path)
+        flash_mla_kernels.Tokenizer(tmp_path)
     with pytest.raises(ValueError, match="missing.*tokenizer.json: cannot be read"):
-        flash_mla.Tokenizer(tmp_path / "missing")
+        flash_mla_kernels.Tokenizer(tmp_path / "missing")

@@ -1,6 +1,6 @@
 """Pictures of results.
 
-    python -m flash_mla.plot RESULT.json TARGET
+    python -m flash_mla_kernels.plot RESULT.json TARGET
 
 Of a benchmark (``flash-mla bench`` or ``demo`` on a CPU) a roofline, TARGET being the picture's file. Of a planner's
 result (what ``flash_mla.planner`` returns and ``flash-mla plan --format json`` prints) a roofline and time bars for one
@@ -246,7 +246,7 @@ def draw(result, target):
 
 def main(arguments):
     if len(arguments) != 2:
-        raise SystemExit("usage: python -m flash_mla.plot RESULT.json TARGET")
+        raise SystemExit("usage: python -m flash_mla_kernels.plot RESULT.json TARGET")
     with open(arguments[0], encoding="utf-8") as file:
         result = json.load(file)
     try:
