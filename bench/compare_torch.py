@@ -317,7 +317,7 @@ def main():
     try:
         import flash_mla_kernels  # noqa: F401
     except ImportError as error:
-        sys.exit(f"the Python package flash_mla is not installed here ({error}); pip install . first")
+        sys.exit(f"the Python package flash_mla_kernels is not installed here ({error}); pip install . first")
     blas = load_openblas(arguments.blas)
 
     rows = []

@@ -14,7 +14,7 @@ from ._sparse import as_bytes, dense_fp8_decode, sparse_decode, sparse_prefill
 
 
 def _missing(feature: str) -> NotImplementedError:
-    return NotImplementedError(f"{feature} is not implemented in flash_mla {_C.version()}")
+    return NotImplementedError(f"{feature} is not implemented in flash_mla_kernels {_C.version()}")
 
 
 @dataclass
@@ -142,7 +142,7 @@ def flash_mla_with_kvcache(
     token; dequantised with float32 scales. q is bfloat16 or float16, (b, s_q, h_q, 576) or (…, 512) for V4.
 
     Sparse: indices (b, s_q, topk) int32, page * page_size + offset, -1 for none; topk_length (b,) int32; attn_sink (h_q,)
-    float32; a second cache with its own lists in the extra_* arguments: see flash_mla.sparse_decode. Any h_q, topk and
+    float32; a second cache with its own lists in the extra_* arguments: see flash_mla_kernels.sparse_decode. Any h_q, topk and
     page_size, either format with or without topk_length and a second cache, and caches of q's dtype too
     (is_fp8_kvcache=False). block_table and cache_seqlens are not read, nor is the schedule; causal is False.
 
@@ -267,8 +267,8 @@ def flash_mla_sparse_fwd(
     """Token-sparse prefill over flat tokens.
 
     q: (s_q, h_q, 576 or 512) bfloat16 or float16; kv: (s_kv, 1, the same), or one-byte elements in an FP8 format of
-    flash_mla.sparse_decode; indices: (s_q, 1, topk) int32, none where negative or not below s_kv; attn_sink: (h_q,)
-    float32; topk_length: (s_q,) int32. Any h_q and topk. Several requests, and pages: flash_mla.sparse_prefill.
+    flash_mla_kernels.sparse_decode; indices: (s_q, 1, topk) int32, none where negative or not below s_kv; attn_sink: (h_q,)
+    float32; topk_length: (s_q,) int32. Any h_q and topk. Several requests, and pages: flash_mla_kernels.sparse_prefill.
 
     Returns out (s_q, h_q, 512) in q's dtype, max_logits and lse (s_q, h_q) float32, lse in natural log (FlashMLA's was in
     base 2 until 2026); -inf and +inf where nothing is selected. Raises ValueError naming the argument.

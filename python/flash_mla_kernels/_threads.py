@@ -40,7 +40,7 @@ def threading_info() -> Dict[str, object]:
     ``threads`` and ``why_threads``: one for every processor that this process may use, no more than its control group's
     quota. ``waiting`` and ``why_waiting``: "sleep" where others use the processors too, "spin" where nobody does,
     "environment" where ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` is set. ``in_effect`` is False where another
-    module had loaded libgomp before: import ``flash_mla`` first, or set ``GOMP_SPINCOUNT`` in the environment.
+    module had loaded libgomp before: import ``flash_mla_kernels`` first, or set ``GOMP_SPINCOUNT`` in the environment.
     """
     return {name: value for name, value in _chosen.items() if name != "usable"}
 

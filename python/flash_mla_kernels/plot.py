@@ -3,7 +3,7 @@
     python -m flash_mla_kernels.plot RESULT.json TARGET
 
 Of a benchmark (``flash-mla bench`` or ``demo`` on a CPU) a roofline, TARGET being the picture's file. Of a planner's
-result (what ``flash_mla.planner`` returns and ``flash-mla plan --format json`` prints) a roofline and time bars for one
+result (what ``flash_mla_kernels.planner`` returns and ``flash-mla plan --format json`` prints) a roofline and time bars for one
 plan, curves for a sweep, bars for a comparison, TARGET being their folder. Needs matplotlib and nothing else.
 """
 

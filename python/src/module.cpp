@@ -133,7 +133,8 @@ void py_merge_states(nb::handle out_a, nb::handle lse_a, nb::handle out_b, nb::h
 
 NB_MODULE(_C, m) {
   using namespace flash_mla;
-  m.doc() = "flash_mla's C++ API. The package flash_mla documents and wraps what is meant to be called.";
+  m.doc() =
+      "flash_mla's C++ API. The package flash_mla_kernels documents and wraps what is meant to be called.";
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
       std::rethrow_exception(p);

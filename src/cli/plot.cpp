@@ -50,7 +50,8 @@ std::string why_no_plotting(const std::string& python) {
                        python, module, package);
   };
   if (status != 0) return missing("matplotlib", "it");
-  if (imports("flash_mla_kernels.plot") != 0) return missing("flash_mla_kernels.plot", "the package flash_mla_kernels");
+  if (imports("flash_mla_kernels.plot") != 0)
+    return missing("flash_mla_kernels.plot", "the package flash_mla_kernels");
   return "";
 }
 
@@ -61,10 +62,11 @@ void require_plotting(const std::string& python, const std::string& what) {
 }
 
 void plot(const std::string& python, const std::string& json, const std::string& target) {
-  const int status = run(
-      fmt::format("{} -m flash_mla_kernels.plot {} {}", shell_quote(python), shell_quote(json), shell_quote(target)));
+  const int status = run(fmt::format("{} -m flash_mla_kernels.plot {} {}", shell_quote(python),
+                                     shell_quote(json), shell_quote(target)));
   if (status != 0)
-    throw std::runtime_error(fmt::format("{} -m flash_mla_kernels.plot ended with status {}", python, status));
+    throw std::runtime_error(
+        fmt::format("{} -m flash_mla_kernels.plot ended with status {}", python, status));
 }
 
 }  // namespace flash_mla::cli
