@@ -20,7 +20,7 @@ class _Finder:
             return None
         from importlib.util import find_spec, spec_from_loader
 
-        if name == _ALIAS and _elsewhere(path):
+        if _elsewhere(path) if name == _ALIAS else getattr(sys.modules.get(_ALIAS), "__loader__", None) is not _Loader:
             return None
         real = find_spec(_real_name(name))
         if real is None:

@@ -43,7 +43,7 @@ def test_no_file_of_either_wheel_is_where_another_package_called_flash_mla_has_i
 
 def test_the_alias_is_of_the_same_version():
     assert importlib.metadata.version("flash_mla") == importlib.metadata.version("flash_mla_kernels")
-    assert importlib.metadata.requires("flash_mla") == [f"flash_mla_kernels=={flash_mla_kernels.__version__}"]
+    assert importlib.metadata.requires("flash_mla") == [f"flash-mla-kernels=={flash_mla_kernels.__version__}"]
 
 
 def test_every_name_of_the_alias_is_the_packages_own():
