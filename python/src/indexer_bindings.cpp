@@ -160,7 +160,7 @@ void bind_indexer(nb::module_& m) {
         "num_threads"_a.none() = 0, "reference"_a = false, "stream"_a = 0, "allocate"_a.none() = nb::none());
   m.def("paged_mqa_logits", &py_paged_mqa_logits, "tensors"_a, "clean"_a = true, "num_threads"_a.none() = 0,
         "reference"_a = false, "stream"_a = 0, "allocate"_a.none() = nb::none());
-  m.def("mqa_top_k", &py_mqa_top_k, "tensors"_a, "paged"_a, "slots"_a = false, "logits_bytes"_a,
+  m.def("mqa_top_k", &py_mqa_top_k, "tensors"_a, "paged"_a, "slots"_a, "logits_bytes"_a,
         "num_threads"_a.none() = 0, "stream"_a = 0, "allocate"_a.none() = nb::none());
   m.def("append_index_keys", &py_append_index_keys, "tensors"_a, "recipe"_a = "indexer_pow2",
         "rotate"_a = true, "num_threads"_a.none() = 0, "stream"_a = 0);

@@ -1,3 +1,4 @@
+import ast
 import importlib.metadata
 import pkgutil
 import subprocess
@@ -12,6 +13,10 @@ import flash_mla_kernels
 def test_the_extension_needs_no_highway_at_run_time():
     with open(flash_mla_kernels._C.__file__, "rb") as f:
         assert b"libhwy" not in f.read()
+
+
+def test_the_stubs_of_the_extension_are_python():
+    ast.parse(Path(flash_mla_kernels.__file__).with_name("_C.pyi").read_text())
 
 
 # ------------------------------------------------------------------ the alias flash_mla (python/alias)
