@@ -139,11 +139,11 @@ class Problem:
 
 
 def ours(problem, causal):
-    from flash_mla_kernels import flash_mla_with_kvcache, get_mla_metadata
+    from flash_mla_kernels import flash_mla_with_kvcache, get_mla_decoding_metadata
 
     shape = problem.shape
     rows = shape["s_q"] * shape["h_q"] // shape["h_kv"]
-    metadata, num_splits = get_mla_metadata(problem.cache_seqlens, rows, shape["h_kv"])
+    metadata, num_splits = get_mla_decoding_metadata(problem.cache_seqlens, rows, shape["h_kv"])
     return lambda: flash_mla_with_kvcache(problem.q, problem.k_cache, problem.block_table, problem.cache_seqlens, D_V,
                                           metadata, num_splits, causal=causal)
 

@@ -10,7 +10,7 @@ import time
 import torch
 from provenance import commit, machine_with_torch
 
-from flash_mla_kernels import __version__, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla_kernels import __version__, flash_mla_with_kvcache, get_mla_decoding_metadata, get_mla_metadata
 
 
 def microseconds_per_call(call, device, rounds=15):
@@ -37,14 +37,14 @@ def main():
     q = torch.randn(1, 1, 1, 576, dtype=torch.bfloat16, device=device)
     k_cache = torch.randn(1, 64, 1, 576, dtype=torch.bfloat16, device=device)
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    metadata, num_splits = get_mla_metadata(lengths, 1, 1)
+    metadata, num_splits = get_mla_decoding_metadata(lengths, 1, 1)
     scheduled, _ = get_mla_metadata()
     calls = {
         "flash_mla_with_kvcache, tensors": lambda: flash_mla_with_kvcache(
             q, k_cache, table, lengths, 512, metadata, num_splits
         ),
         "flash_mla_with_kvcache, object": lambda: flash_mla_with_kvcache(q, k_cache, table, lengths, 512, scheduled),
-        "get_mla_metadata": lambda: get_mla_metadata(lengths, 1, 1),
+        "get_mla_decoding_metadata": lambda: get_mla_decoding_metadata(lengths, 1, 1),
     }
     result = {
         "version": __version__,

@@ -20,6 +20,7 @@ from ._interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
+    get_mla_decoding_metadata,
     get_mla_metadata,
 )
 from ._library import (
@@ -58,6 +59,7 @@ __all__ = [
     "fp8_mqa_logits",
     "fp8_paged_mqa_logits",
     "gather_kv",
+    "get_mla_decoding_metadata",
     "get_mla_metadata",
     "merge_states",
     "mqa_top_k",

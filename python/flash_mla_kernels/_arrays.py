@@ -17,6 +17,35 @@ def is_torch(x: Array) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def traced(x: Array) -> bool:
+    """Whether torch only follows the call instead of running it: under torch.compile, torch.export or a dispatch mode,
+    and with fake tensors. Then it must see operators of its own (_torch.py); otherwise they would only cost time."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter or _mode_is_active(torch)
+
+
+def _mode_is_active(torch) -> bool:
+    depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    return depth is not None and depth() > 0
+
+
+def output(out: Optional[Array], shape, like: Array, dtype=None) -> Array:
+    """``out``, checked, or memory for it. Raises ValueError naming it."""
+    if out is None:
+        return empty(shape, like, dtype)
+    if tuple(shape_of(out, "out", len(shape))) != tuple(shape):
+        raise ValueError(f"out has shape {tuple(out.shape)}, expected {tuple(shape)}")
+    if is_torch(out) != is_torch(like):
+        raise ValueError(f"out is a {type(out).__name__}, expected a {type(like).__name__} as q is")
+    if is_torch(out) and not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}, expected it to be contiguous")
+    return out
+
+
 def cuda_device(x: Array) -> Optional[int]:
     """The index of the CUDA device that ``x`` lives on, None for host memory.
 

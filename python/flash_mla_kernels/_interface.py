@@ -1,14 +1,15 @@
 """FlashMLA's interface, in the three forms it has had.
 
-Which one a caller uses shows in the arguments: ``get_mla_metadata(cache_seqlens, ...)`` returns tensors (February and
-September 2025), ``get_mla_metadata()`` an object that the first call fills (today's).
+One rule for the schedule: ``get_mla_metadata`` returns an object that the first decode fills, whatever it is given, as
+FlashMLA does today and vLLM relies on. Who wants it as tensors and at once, as it was in 2025 and SGLang copies it into the
+buffers of its graphs, calls ``get_mla_decoding_metadata``. ``flash_mla_with_kvcache`` takes either.
 """
 
 from dataclasses import dataclass
 from typing import Any, Optional, Tuple
 
 from . import _C
-from ._arrays import Array, count, cuda_device, current_stream, empty, head_dim, shape_of
+from ._arrays import Array, count, cuda_device, current_stream, empty, head_dim, shape_of, traced
 from ._library import run_dense_decode
 from ._sparse import as_bytes, dense_fp8_decode, sparse_decode, sparse_prefill
 
@@ -43,8 +44,19 @@ class FlashMLASchedMeta:
     num_splits: Any = None
 
 
-def get_mla_metadata(
-    cache_seqlens: Optional[Array] = None,
+def get_mla_metadata(*args: Any, **kwargs: Any) -> Tuple[FlashMLASchedMeta, None]:
+    """The schedule of a decoding step, still to be made: (FlashMLASchedMeta(), None).
+
+    The arguments of its earlier forms (lengths and numbers of heads) are taken and not looked at: the first
+    flash_mla_with_kvcache call that is given the object plans for its own. A new object is due whenever lengths change.
+    Inside a CUDA graph the plan is made by the graph, anew with each replay, where the call that fills the object is
+    captured. get_mla_decoding_metadata plans at once and returns tensors.
+    """
+    return FlashMLASchedMeta(), None
+
+
+def get_mla_decoding_metadata(
+    cache_seqlens: Array,
     num_q_tokens_per_head_k: Optional[int] = None,
     num_heads_k: Optional[int] = None,
     num_heads_q: Optional[int] = None,
@@ -52,24 +64,20 @@ def get_mla_metadata(
     topk: Optional[int] = None,
     *,
     num_heads_per_head_k: Optional[int] = None,
-) -> Tuple[Any, Any]:
-    """Plans a decoding step; one plan serves every layer.
+) -> Tuple[Array, Array]:
+    """Plans a decoding step at once, as get_mla_metadata did in 2025; one plan serves every layer.
 
-    With cache_seqlens (b,) int32, contiguous: returns tile_scheduler_metadata (num_sm_parts, 8) int32, rows
+    cache_seqlens: (b,) int32, contiguous. Returns tile_scheduler_metadata (num_sm_parts, 8) int32, rows
     (begin_req, begin_token, end_req inclusive, end_token, begin_split, 0, 0, 0), and num_splits (b + 1,) int32, on the
     device of cache_seqlens. num_sm_parts is the number of threads OpenMP would use on the CPU, and on a GPU the number
     of clusters of CTAs that run at a time. ``num_q_tokens_per_head_k`` (``num_heads_per_head_k`` until September 2025)
     is s_q * h_q // h_kv. On a GPU the plan is made there, on torch's current stream, and never read back: a CUDA graph
-    may capture it.
-
-    Without arguments: returns (FlashMLASchedMeta(), None), to be filled by the first decode.
+    may capture it. The tensors may be copied into others of their shapes.
 
     is_fp8_kvcache and topk change nothing: sparse attention plans within the call, from the lists' lengths.
 
     Raises ValueError for bad arguments.
     """
-    if cache_seqlens is None:
-        return FlashMLASchedMeta(), None
     if topk is not None:
         count(topk, "topk", 0)
     if num_heads_per_head_k is not None:
@@ -94,6 +102,10 @@ def get_mla_metadata(
 
 def _plan(cache_seqlens: Array, s_q: int, h_q: int, h_k: int, token_rows: bool) -> Tuple[Array, Array]:
     (b,) = shape_of(cache_seqlens, "cache_seqlens", 1)
+    if traced(cache_seqlens):
+        from . import _torch
+
+        return _torch.plan(cache_seqlens, s_q, h_q, h_k, token_rows)
     device = cuda_device(cache_seqlens)
     options = _C.cpu_schedule_options() if device is None else _C.cuda_schedule_options(device, s_q, h_q, h_k, b)
     if token_rows:
@@ -123,13 +135,15 @@ def flash_mla_with_kvcache(
     extra_indices_in_kvcache: Optional[Array] = None,
     topk_length: Optional[Array] = None,
     extra_topk_length: Optional[Array] = None,
+    out: Optional[Array] = None,
 ) -> Tuple[Array, Array]:
     """MLA decode over a paged cache: dense, or with ``indices`` over the tokens on a list.
 
     Dense:
     q: (b, s_q, h_q, d_qk) bfloat16, float16 or float32; k_cache: (num_blocks, page_size, h_kv, d_qk), q's dtype, whose
     first head_dim_v columns are V; block_table: (b, max_blocks) int32; cache_seqlens: (b,) int32. d_qk is 576 and
-    head_dim_v 512 for DeepSeek models. tile_scheduler_metadata and num_splits as get_mla_metadata returned them.
+    head_dim_v 512 for DeepSeek models. tile_scheduler_metadata and num_splits as get_mla_metadata or
+    get_mla_decoding_metadata returned them.
     softmax_scale defaults to d_qk ** -0.5, which is not DeepSeek's (V3 and R1: 0.1352338). causal: query i of s_q sees
     keys j <= length - s_q + i.
 
@@ -147,8 +161,10 @@ def flash_mla_with_kvcache(
     (is_fp8_kvcache=False). block_table and cache_seqlens are not read, nor is the schedule; causal is False.
 
     Returns out (b, s_q, h_q, head_dim_v) in q's dtype and lse (b, h_q, s_q) float32, natural log, +inf where a query
-    sees no key (out is 0 there). Results are torch tensors where q is one, NumPy arrays otherwise. Inputs may be
-    read-only; nothing but a FlashMLASchedMeta that the call fills is changed. A child of fork() runs on one thread.
+    sees no key (out is 0 there). Results are torch tensors where q is one, NumPy arrays otherwise; ``out`` is written to
+    and returned where it is given, contiguous and of that shape and dtype. Inputs may be read-only; nothing but out and
+    a FlashMLASchedMeta that the call fills is changed. A child of fork() runs on one thread. torch.compile,
+    torch.export and fake tensors see one operator of torch's, torch.ops.flash_mla_kernels.
 
     Raises ValueError naming the argument that is wrong, NotImplementedError for a feature that is not there yet.
     """
@@ -161,7 +177,7 @@ def flash_mla_with_kvcache(
             extra_topk_length=extra_topk_length,
         )
         flags = (head_dim_v, causal, is_fp8_kvcache)
-        return _sparse(q, k_cache, indices, lists, flags, tile_scheduler_metadata, num_splits, softmax_scale)
+        return _sparse(q, k_cache, indices, lists, flags, tile_scheduler_metadata, num_splits, softmax_scale, out)
     for name, value in (
         ("attn_sink", attn_sink),
         ("extra_k_cache", extra_k_cache),
@@ -187,10 +203,10 @@ def flash_mla_with_kvcache(
     if is_fp8_kvcache:
         _check_latent_width(head_dim_v)
         _check_fp8(k_cache)
-        out, lse = dense_fp8_decode(*inputs, softmax_scale=softmax_scale, causal=causal, token_rows=token_rows)
+        out, lse = dense_fp8_decode(*inputs, softmax_scale=softmax_scale, causal=causal, token_rows=token_rows, out=out)
     else:
         out, lse = run_dense_decode(
-            q_shape, head_dim_v, device, inputs, softmax_scale=softmax_scale, causal=causal, token_rows=token_rows
+            q_shape, head_dim_v, device, inputs, out, softmax_scale=softmax_scale, causal=causal, token_rows=token_rows
         )
     if config is not None and not tile_scheduler_metadata.have_initialized:
         # Only now: a call that was refused must not bind the object to its shapes.
@@ -214,7 +230,7 @@ def _check_fp8(k_cache: Array) -> None:
         )
 
 
-def _sparse(q, k_cache, indices, lists, flags, metadata, num_splits, softmax_scale):
+def _sparse(q, k_cache, indices, lists, flags, metadata, num_splits, softmax_scale, out):
     head_dim_v, causal, is_fp8_kvcache = flags
     _check_latent_width(head_dim_v)
     if causal:
@@ -230,9 +246,9 @@ def _sparse(q, k_cache, indices, lists, flags, metadata, num_splits, softmax_sca
         if lists["extra_k_cache"] is not None:
             config.extra_page_block_size = shape_of(as_bytes(lists["extra_k_cache"]), "extra_k_cache", 4)[1]
             config.extra_topk = shape_of(lists["extra_indices_in_kvcache"], "extra_indices_in_kvcache", 3)[2]
-        if metadata.have_initialized and metadata.config != config:
+        if metadata.have_initialized and not metadata.config == config:
             raise ValueError(f"tile_scheduler_metadata was filled for {metadata.config}, expected {config}")
-    out, lse = sparse_decode(q, k_cache, indices, softmax_scale=softmax_scale, **lists)
+    out, lse = sparse_decode(q, k_cache, indices, softmax_scale=softmax_scale, out=out, **lists)
     if config is not None:
         # Only now: a call that was refused must not bind the object to its shapes.
         metadata.config = config
@@ -250,7 +266,8 @@ def _metadata(meta: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, cache_s
     """The object's schedule, or a new one if it has none yet; ValueError if it was planned for something else."""
     if not meta.have_initialized:
         return _plan(cache_seqlens, config.s_q, config.h_q, config.h_k, token_rows=False)
-    if meta.config != config:
+    # Not "!=", which torch.compile does not follow for sizes that vary.
+    if not meta.config == config:
         raise ValueError(f"tile_scheduler_metadata was filled for {meta.config}, expected the same as now: {config}")
     return meta.tile_scheduler_metadata, meta.num_splits
 
@@ -263,6 +280,7 @@ def flash_mla_sparse_fwd(
     d_v: int = 512,
     attn_sink: Optional[Array] = None,
     topk_length: Optional[Array] = None,
+    out: Optional[Array] = None,
 ) -> Tuple[Array, Array, Array]:
     """Token-sparse prefill over flat tokens.
 
@@ -271,11 +289,12 @@ def flash_mla_sparse_fwd(
     float32; topk_length: (s_q,) int32. Any h_q and topk. Several requests, and pages: flash_mla_kernels.sparse_prefill.
 
     Returns out (s_q, h_q, 512) in q's dtype, max_logits and lse (s_q, h_q) float32, lse in natural log (FlashMLA's was in
-    base 2 until 2026); -inf and +inf where nothing is selected. Raises ValueError naming the argument.
+    base 2 until 2026); -inf and +inf where nothing is selected. ``out``: as of flash_mla_with_kvcache. Raises ValueError
+    naming the argument.
     """
     if d_v != 512:
         raise ValueError(f"d_v is {d_v!r}, expected 512")
-    return sparse_prefill(q, kv, indices, softmax_scale=sm_scale, attn_sink=attn_sink, topk_length=topk_length)
+    return sparse_prefill(q, kv, indices, softmax_scale=sm_scale, attn_sink=attn_sink, topk_length=topk_length, out=out)
 
 
 def flash_attn_varlen_func(

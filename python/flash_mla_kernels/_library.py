@@ -3,7 +3,18 @@
 from typing import Dict, List, Optional, Tuple
 
 from . import _C
-from ._arrays import Array, count, cuda_device, current_stream, empty, head_dim, shape_of, workspace_allocator
+from ._arrays import (
+    Array,
+    count,
+    cuda_device,
+    current_stream,
+    empty,
+    head_dim,
+    output,
+    shape_of,
+    traced,
+    workspace_allocator,
+)
 
 
 def backends() -> List[Dict[str, object]]:
@@ -79,6 +90,7 @@ def dense_decode(
     fixed_split_blocks: int = 0,
     token_rows: bool = False,
     num_threads: int = 0,
+    out: Optional[Array] = None,
 ) -> Tuple[Array, Array]:
     """flash_mla_with_kvcache with a plan of build_decode_schedule.
 
@@ -95,6 +107,7 @@ def dense_decode(
         head_dim_v,
         device,
         (q, k_cache, block_table, cache_seqlens, parts, num_splits),
+        out,
         softmax_scale=softmax_scale,
         causal=causal,
         token_rows=bool(token_rows),
@@ -104,13 +117,24 @@ def dense_decode(
     )
 
 
-def run_dense_decode(q_shape, head_dim_v, device, inputs, **options):
+def run_dense_decode(q_shape, head_dim_v, device, inputs, out=None, **options):
     """Allocates out and lse beside q, decodes on q's stream and returns them; inputs as dense_decode takes them first,
     parts and num_splits included, options as _C.dense_decode takes them."""
-    q, k_cache, block_table, cache_seqlens, parts, num_splits = inputs
     b, s_q, h_q, _ = q_shape
-    out = empty((b, s_q, h_q, head_dim_v), q)
+    q = inputs[0]
+    out = output(out, (b, s_q, h_q, head_dim_v), q)
     lse = empty((b, h_q, s_q), q, "float32")
+    if traced(q):
+        from . import _torch
+
+        _torch.dense_decode(*inputs, out, lse, **options)
+    else:
+        call_dense_decode(device, inputs, out, lse, **options)
+    return out, lse
+
+
+def call_dense_decode(device, inputs, out, lse, **options):
+    q, k_cache, block_table, cache_seqlens, parts, num_splits = inputs
     _C.dense_decode(
         q,
         k_cache,
@@ -124,7 +148,6 @@ def run_dense_decode(q_shape, head_dim_v, device, inputs, **options):
         allocate=workspace_allocator(device),
         **options,
     )
-    return out, lse
 
 
 def reference_dense_decode(

@@ -4,7 +4,17 @@ import sys
 from typing import Optional, Tuple
 
 from . import _C
-from ._arrays import Array, cuda_device, current_stream, empty, is_torch, shape_of, workspace_allocator
+from ._arrays import (
+    Array,
+    cuda_device,
+    current_stream,
+    empty,
+    is_torch,
+    output,
+    shape_of,
+    traced,
+    workspace_allocator,
+)
 
 _LATENT_WIDTH = 512
 
@@ -39,6 +49,7 @@ def sparse_decode(
     kv_scale: float = 1.0,
     extra_kv_scale: float = 1.0,
     reference: bool = False,
+    out: Optional[Array] = None,
 ) -> Tuple[Array, Array]:
     """Attention of every query token over the cache slots on its lists.
 
@@ -51,12 +62,11 @@ def sparse_decode(
     on its own list alone. ``reference``: by the definition in float64, slowly.
 
     Returns out (b, s_q, h_q, 512) in q's dtype and lse (b, h_q, s_q) float32, natural log and without the sink; an empty
-    selection gives out 0 and lse +inf. ``reference`` returns both in float64. Raises ValueError naming the argument; on
-    a GPU values are not checked.
+    selection gives out 0 and lse +inf. ``reference`` returns both in float64. ``out``, where it is given, is written to
+    and returned. Raises ValueError naming the argument; on a GPU values are not checked.
     """
     b, s_q, h_q, _ = shape_of(q, "q", 4)
-    device = cuda_device(q)
-    out = empty((b, s_q, h_q, _LATENT_WIDTH), q, "float64" if reference else None)
+    out = output(out, (b, s_q, h_q, _LATENT_WIDTH), q, "float64" if reference else None)
     lse = empty((b, h_q, s_q), q, "float64" if reference else "float32")
     tensors = dict(
         q=q,
@@ -70,21 +80,24 @@ def sparse_decode(
         out=out,
         lse=lse,
     )
+    options = (softmax_scale, fixed_split_blocks, num_threads, kv_scale, extra_kv_scale, reference)
+    if traced(q):
+        from . import _torch
+
+        _torch.sparse_decode(*tensors.values(), *options)
+    else:
+        call_sparse_decode(tensors, *options)
+    return out, lse
+
+
+def call_sparse_decode(tensors, *options) -> None:
+    device = cuda_device(tensors["q"])
     try:
         _C.sparse_decode(
-            tensors,
-            softmax_scale,
-            fixed_split_blocks,
-            num_threads,
-            kv_scale,
-            extra_kv_scale,
-            reference,
-            stream=current_stream(device),
-            allocate=workspace_allocator(device),
+            tensors, *options, stream=current_stream(device), allocate=workspace_allocator(device)
         )
     except ValueError as error:
         raise ValueError(_python_names(str(error))) from None
-    return out, lse
 
 
 # What the C++ API calls the arguments of this one.
@@ -124,6 +137,7 @@ def sparse_prefill(
     num_threads: int = 0,
     kv_scale: float = 1.0,
     reference: bool = False,
+    out: Optional[Array] = None,
 ) -> Tuple[Array, Array, Array]:
     """sparse_decode for the query tokens of whole prompts, of one request or of several, one after the other.
 
@@ -135,11 +149,10 @@ def sparse_prefill(
 
     Returns out (n, h_q, 512) in q's dtype, max_logits and lse (n, h_q) float32: the largest scaled score and the natural
     log of the sum, without the sink; -inf and +inf where nothing is selected, and out 0. ``reference`` returns float64.
-    Raises ValueError naming the argument.
+    ``out``, where it is given, is written to and returned. Raises ValueError naming the argument.
     """
     n, h_q, _ = shape_of(q, "q", 3)
-    device = cuda_device(q)
-    out = empty((n, h_q, _LATENT_WIDTH), q, "float64" if reference else None)
+    out = output(out, (n, h_q, _LATENT_WIDTH), q, "float64" if reference else None)
     max_logits = empty((n, h_q), q, "float64" if reference else "float32")
     lse = empty((n, h_q), q, "float64" if reference else "float32")
     tensors = dict(
@@ -156,19 +169,24 @@ def sparse_prefill(
         max_logits=max_logits,
         lse=lse,
     )
+    options = (softmax_scale, num_threads, kv_scale, reference)
+    if traced(q):
+        from . import _torch
+
+        _torch.sparse_prefill(*tensors.values(), *options)
+    else:
+        call_sparse_prefill(tensors, *options)
+    return out, max_logits, lse
+
+
+def call_sparse_prefill(tensors, *options) -> None:
+    device = cuda_device(tensors["q"])
     try:
         _C.sparse_prefill(
-            tensors,
-            softmax_scale,
-            num_threads,
-            kv_scale,
-            reference,
-            stream=current_stream(device),
-            allocate=workspace_allocator(device),
+            tensors, *options, stream=current_stream(device), allocate=workspace_allocator(device)
         )
     except ValueError as error:
         raise ValueError(_cache_is(str(error), "kv")) from None
-    return out, max_logits, lse
 
 
 def dense_fp8_decode(
@@ -187,6 +205,7 @@ def dense_fp8_decode(
     num_threads: int = 0,
     kv_scale: float = 1.0,
     fp8_mma: bool = False,
+    out: Optional[Array] = None,
 ) -> Tuple[Array, Array]:
     """dense_decode over a cache in any format of sparse_decode, with a plan of build_decode_schedule.
 
@@ -194,8 +213,7 @@ def dense_fp8_decode(
     as dense_decode. ``fp8_mma``: on a GPU, products in FP8 where the format allows it, faster and less exact.
     """
     b, s_q, h_q, _ = shape_of(q, "q", 4)
-    device = cuda_device(q)
-    out = empty((b, s_q, h_q, _LATENT_WIDTH), q)
+    out = output(out, (b, s_q, h_q, _LATENT_WIDTH), q)
     lse = empty((b, h_q, s_q), q, "float32")
     tensors = dict(
         q=q,
@@ -207,23 +225,25 @@ def dense_fp8_decode(
         out=out,
         lse=lse,
     )
+    options = (softmax_scale, causal, bool(token_rows), block_size, fixed_split_blocks, num_threads, kv_scale)
+    options += (bool(fp8_mma),)
+    if traced(q):
+        from . import _torch
+
+        _torch.dense_fp8_decode(*tensors.values(), *options)
+    else:
+        call_dense_fp8_decode(tensors, *options)
+    return out, lse
+
+
+def call_dense_fp8_decode(tensors, *options) -> None:
+    device = cuda_device(tensors["q"])
     try:
         _C.dense_fp8_decode(
-            tensors,
-            softmax_scale,
-            causal,
-            bool(token_rows),
-            block_size,
-            fixed_split_blocks,
-            num_threads,
-            kv_scale,
-            bool(fp8_mma),
-            stream=current_stream(device),
-            allocate=workspace_allocator(device),
+            tensors, *options, stream=current_stream(device), allocate=workspace_allocator(device)
         )
     except ValueError as error:
         raise ValueError(_cache_is(str(error), "k_cache")) from None
-    return out, lse
 
 
 def append_kv(

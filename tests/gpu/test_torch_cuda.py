@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flash_mla_kernels
-from flash_mla_kernels import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla_kernels import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_decoding_metadata, get_mla_metadata
 
 if not torch.cuda.is_available():
     pytest.fail("no CUDA device", pytrace=False)
@@ -43,7 +43,7 @@ class Problem:
 
     def decode(self, *metadata, **kwargs):
         if not metadata:
-            metadata = get_mla_metadata(self.cache_seqlens, self.s_q * self.h_q // self.h_kv, self.h_kv)
+            metadata = get_mla_decoding_metadata(self.cache_seqlens, self.s_q * self.h_q // self.h_kv, self.h_kv)
         return flash_mla_with_kvcache(*self.args(), *metadata, causal=self.causal, **kwargs)
 
     def check(self, out, lse, scale=576**-0.5, lengths=None):
@@ -67,9 +67,9 @@ class Problem:
 def test_every_generation_of_the_interface(generation, dtype):
     p = Problem([700, 0, 64, 1, 2000], s_q=2, h_q=16, dtype=dtype, causal=True)
     if generation == "february":
-        metadata = get_mla_metadata(p.cache_seqlens, 32, 1)
+        metadata = get_mla_decoding_metadata(p.cache_seqlens, 32, 1)
     elif generation == "september":
-        metadata = get_mla_metadata(p.cache_seqlens, 32, 1, 16, False, None)
+        metadata = get_mla_decoding_metadata(p.cache_seqlens, 32, 1, 16, False, None)
     else:
         metadata = get_mla_metadata()
         assert isinstance(metadata[0], FlashMLASchedMeta)
@@ -102,7 +102,7 @@ def test_the_metadata_is_the_hosts():
 @pytest.mark.parametrize("h_q", [16, 128])
 def test_metadata_has_as_many_rows_whatever_the_batch(h_q):
     # Callers copy the metadata of a replay over that of a captured graph.
-    rows = {get_mla_metadata(torch.full((b,), 500, dtype=torch.int32, device="cuda"), h_q, 1)[0].shape for b in (1, 2, 200)}
+    rows = {get_mla_decoding_metadata(torch.full((b,), 500, dtype=torch.int32, device="cuda"), h_q, 1)[0].shape for b in (1, 2, 200)}
     assert len(rows) == 1
 
 
@@ -159,7 +159,7 @@ def test_cuda_graph_follows_refilled_lengths(generation):
         p.decode(*get_mla_metadata())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        metadata = get_mla_metadata(p.cache_seqlens, 256, 1) if generation == "tensors" else get_mla_metadata()
+        metadata = get_mla_decoding_metadata(p.cache_seqlens, 256, 1) if generation == "tensors" else get_mla_metadata()
         layers = [p.decode(*metadata) for _ in range(5)]
     for lengths in ([3000, 2500, 100, 1], [0, 0, 0, 0], [1234, 17, 64, 0], [3000, 0, 0, 1]):
         p.cache_seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
@@ -179,9 +179,9 @@ lengths = torch.tensor([1280, 77], dtype=torch.int32, device="cuda")
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
-    out, lse = flash_mla_kernels.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla_kernels.get_mla_metadata(lengths, 128, 1))
+    out, lse = flash_mla_kernels.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla_kernels.get_mla_decoding_metadata(lengths, 128, 1))
 graph.replay()
-again, _ = flash_mla_kernels.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla_kernels.get_mla_metadata(lengths, 128, 1))
+again, _ = flash_mla_kernels.flash_mla_with_kvcache(q, k, table, lengths, 512, *flash_mla_kernels.get_mla_decoding_metadata(lengths, 128, 1))
 assert torch.equal(out, again) and out.isfinite().all()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -222,7 +222,7 @@ def test_empty_batch():
         (ValueError, "k_cache", lambda p: dict(k_cache=p.k_cache.cpu())),
         (ValueError, "block_table", lambda p: dict(block_table=p.block_table.cpu())),
         (ValueError, "cache_seqlens", lambda p: dict(cache_seqlens=p.cache_seqlens.cpu())),
-        (ValueError, "parts", lambda p: dict(tile_scheduler_metadata=get_mla_metadata(p.cache_seqlens.cpu(), 16, 1)[0])),
+        (ValueError, "parts", lambda p: dict(tile_scheduler_metadata=get_mla_decoding_metadata(p.cache_seqlens.cpu(), 16, 1)[0])),
         (ValueError, "k_cache", lambda p: dict(k_cache=p.k_cache.half())),
         (ValueError, "num_splits", lambda p: dict(num_splits=torch.zeros(9, dtype=torch.int32, device="cuda"))),
         (NotImplementedError, "q is float32", lambda p: dict(q=p.q.float(), k_cache=p.k_cache.float())),
@@ -232,7 +232,7 @@ def test_empty_batch():
 )
 def test_bad_arguments_are_named(error, name, change):
     p = Problem([100, 20])
-    metadata, num_splits = get_mla_metadata(p.cache_seqlens, 16, 1)
+    metadata, num_splits = get_mla_decoding_metadata(p.cache_seqlens, 16, 1)
     kwargs = dict(
         q=p.q,
         k_cache=p.k_cache,
@@ -251,7 +251,7 @@ def test_bad_arguments_are_named(error, name, change):
 def test_bad_head_counts_are_named():
     lengths = torch.tensor([5], dtype=torch.int32, device="cuda")
     with pytest.raises(ValueError, match="num_heads_q"):
-        get_mla_metadata(lengths, 16, 1, 5)
+        get_mla_decoding_metadata(lengths, 16, 1, 5)
 
 
 def test_arrays_of_other_libraries_on_a_gpu_are_refused():
@@ -266,7 +266,7 @@ def test_arrays_of_other_libraries_on_a_gpu_are_refused():
             return self.x.__dlpack_device__()
 
     with pytest.raises(NotImplementedError, match="torch.from_dlpack"):
-        get_mla_metadata(Other(torch.tensor([5], dtype=torch.int32, device="cuda")), 16, 1)
+        get_mla_decoding_metadata(Other(torch.tensor([5], dtype=torch.int32, device="cuda")), 16, 1)
 
 
 def test_info_lists_the_gpus():

@@ -10,21 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flash_mla_kernels
-from flash_mla_kernels import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla_kernels import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_decoding_metadata, get_mla_metadata
 
 
-def decode(p, generation="2025-02"):
+def decode(p, generation="tensors"):
     if generation == "today":
         metadata, num_splits = get_mla_metadata()
     elif generation == "2025-09":
         metadata, num_splits = get_mla_metadata(p.cache_seqlens, p.s_q * p.h_q // p.h_kv, p.h_kv, p.h_q, False, None)
-    else:
+    elif generation == "2025-02":
         metadata, num_splits = get_mla_metadata(p.cache_seqlens, p.s_q * p.h_q // p.h_kv, p.h_kv)
+    else:
+        metadata, num_splits = get_mla_decoding_metadata(p.cache_seqlens, p.s_q * p.h_q // p.h_kv, p.h_kv, p.h_q)
     return flash_mla_with_kvcache(*p.args(), metadata, num_splits, p.softmax_scale, p.causal)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("generation", ["2025-02", "2025-09", "today"])
+@pytest.mark.parametrize("generation", ["2025-02", "2025-09", "tensors", "today"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -66,7 +68,7 @@ def test_unabsorbed_formulation_agrees_with_the_reference():
 def test_numpy_in_numpy_out():
     p = Problem([100, 3], dtype=torch.float32)
     arrays = [x.numpy() for x in p.args()[:4]]
-    metadata, num_splits = get_mla_metadata(arrays[3], 4, 1)
+    metadata, num_splits = get_mla_decoding_metadata(arrays[3], 4, 1)
     out, lse = flash_mla_with_kvcache(*arrays, 512, metadata, num_splits)
     assert all(isinstance(x, np.ndarray) for x in (metadata, num_splits, out, lse))
     assert_close(torch.from_numpy(out), torch.from_numpy(lse), *p.expected(), torch.float32)
@@ -76,7 +78,7 @@ def test_numpy_bfloat16():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     p = Problem([100, 3])
     q, k = (x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) for x in (p.q, p.k_cache))
-    metadata, num_splits = get_mla_metadata(p.cache_seqlens.numpy(), 4, 1)
+    metadata, num_splits = get_mla_decoding_metadata(p.cache_seqlens.numpy(), 4, 1)
     out, lse = flash_mla_with_kvcache(
         q, k, p.block_table.numpy(), p.cache_seqlens.numpy(), 512, metadata, num_splits
     )
@@ -102,7 +104,7 @@ class OnlyDlpack:
 def test_anything_with_dlpack():
     p = Problem([70], dtype=torch.float32)
     args = [OnlyDlpack(x) for x in p.args()[:4]]
-    metadata, num_splits = get_mla_metadata(args[3], 4, 1)
+    metadata, num_splits = get_mla_decoding_metadata(args[3], 4, 1)
     out, lse = flash_mla_with_kvcache(*args, 512, metadata, num_splits)
     assert_close(torch.as_tensor(out), torch.as_tensor(lse), *p.expected(), torch.float32)
 
@@ -120,11 +122,11 @@ class NothingButDlpack:
         return self._x.__dlpack_device__()
 
 
-@pytest.mark.parametrize("generation", ["2025-02", "today"])
+@pytest.mark.parametrize("generation", ["tensors", "today"])
 def test_nothing_but_dlpack(generation):
     p = Problem([70], dtype=torch.float32)
     args = [NothingButDlpack(x) for x in p.args()[:4]]
-    metadata, num_splits = get_mla_metadata(args[3], 4, 1) if generation == "2025-02" else get_mla_metadata()
+    metadata, num_splits = get_mla_decoding_metadata(args[3], 4, 1) if generation == "tensors" else get_mla_metadata()
     out, lse = flash_mla_with_kvcache(*args, 512, metadata, num_splits)
     assert_close(torch.as_tensor(out), torch.as_tensor(lse), *p.expected(), torch.float32)
     out, lse = flash_mla_kernels.reference_dense_decode(*args, 512)
@@ -146,7 +148,7 @@ def test_read_only_inputs(wrap):
     for x in arrays:
         x.flags.writeable = False
     args = [wrap(x) for x in arrays]
-    out, lse = flash_mla_with_kvcache(*args, 512, *get_mla_metadata(args[3], 4, 1))
+    out, lse = flash_mla_with_kvcache(*args, 512, *get_mla_decoding_metadata(args[3], 4, 1))
     assert out.flags.writeable
     assert_close(torch.from_numpy(out), torch.from_numpy(lse), *p.expected(), torch.float32)
 
@@ -169,7 +171,7 @@ def test_arrays_that_cannot_be_used_are_named(name, change):
 
 def test_strided_inputs():
     p = Problem([200, 90], h_q=8)
-    metadata, num_splits = get_mla_metadata(p.cache_seqlens, 8, 1)
+    metadata, num_splits = get_mla_decoding_metadata(p.cache_seqlens, 8, 1)
     pool = torch.full((p.k_cache.shape[0], 2, 64, 1, 576), float("nan"), dtype=torch.bfloat16)
     pool[:, 0] = p.k_cache
     q = torch.empty(2, 8, 1, 576, dtype=torch.bfloat16).transpose(1, 2)
@@ -206,6 +208,57 @@ def test_lazy_object_is_filled_once_and_refuses_other_shapes():
         flash_mla_with_kvcache(*other.args(), meta)
     with pytest.raises(ValueError, match="filled for"):
         flash_mla_with_kvcache(*p.args(), meta, causal=True)
+
+
+def test_the_object_is_returned_whatever_get_mla_metadata_is_given():
+    """As vLLM calls it, and as nobody should."""
+    lengths = torch.tensor([100, 20], dtype=torch.int32)
+    for args, kwargs in [((), {}), ((lengths, 16, 1), dict(is_fp8_kvcache=False)), ((None, "x"), dict(anything=1))]:
+        first, second = get_mla_metadata(*args, **kwargs), get_mla_metadata(*args, **kwargs)
+        assert first == (FlashMLASchedMeta(), None) and first[0] is not second[0]
+
+
+def test_a_plan_may_be_copied_into_other_tensors():
+    """As SGLang does for its graphs: buffers of the largest size, of which a step fills the first rows."""
+    p = Problem([1000, 20], h_q=16)
+    metadata, num_splits = get_mla_decoding_metadata(p.cache_seqlens, 16, 1)
+    rows, splits = torch.full((200, 8), -1, dtype=torch.int32), torch.full((65,), -1, dtype=torch.int32)
+    rows[: len(metadata)].copy_(metadata)
+    splits[: len(num_splits)].copy_(num_splits)
+    out, lse = flash_mla_with_kvcache(*p.args(), rows[: len(metadata)], splits[: len(num_splits)])
+    assert_close(out, lse, *p.expected(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("generation", ["tensors", "today"])
+@pytest.mark.parametrize("numpy", [False, True])
+def test_out_is_written_to_and_returned(numpy, generation):
+    p = Problem([1000, 0, 20], s_q=2, h_q=16, dtype=torch.float32)
+    args = [x.numpy() if numpy else x for x in p.args()[:4]]
+    pool = torch.full((4, 2, 16, 512), float("nan"))
+    out = pool[1:].numpy() if numpy else pool[1:]
+    plan = get_mla_metadata() if generation == "today" else get_mla_decoding_metadata(args[3], 32, 1)
+    result, lse = flash_mla_with_kvcache(*args, 512, *plan, out=out)
+    assert result is out
+    assert_close(pool[1:], torch.as_tensor(lse), *p.expected(), torch.float32)
+    assert pool[0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        (torch.empty(2, 1, 4, 511, dtype=torch.bfloat16), r"^out has shape \(2, 1, 4, 511\), expected \(2, 1, 4, 512\)"),
+        (torch.empty(8, 512, dtype=torch.bfloat16), r"^out has shape \(8, 512\), expected a tensor of rank 4"),
+        (torch.empty(2, 1, 4, 512), "^out.* expected .*bfloat16"),
+        (torch.empty(2, 4, 1, 1024, dtype=torch.bfloat16)[..., ::2].transpose(1, 2), "^out has strides .* contiguous"),
+        (np.empty((2, 1, 4, 512), dtype=np.float32), "^out is a ndarray, expected a Tensor as q is"),
+        (torch.empty(2, 1, 4, 512, dtype=torch.bfloat16, device="meta"), "^out"),
+        ("here", "^out"),
+    ],
+)
+def test_a_bad_out_is_named(out, message):
+    p = Problem([100, 20])
+    with pytest.raises(ValueError, match=message):
+        flash_mla_with_kvcache(*p.args(), get_mla_metadata()[0], out=out)
 
 
 @pytest.mark.parametrize(
@@ -261,9 +314,9 @@ def test_a_forked_child_decodes():
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from conftest import Problem
-from flash_mla_kernels import flash_mla_with_kvcache, get_mla_metadata
+from flash_mla_kernels import flash_mla_with_kvcache, get_mla_decoding_metadata, get_mla_metadata
 p = Problem([3000, 100], h_q=16)
-plan = get_mla_metadata(p.cache_seqlens, 16, 1)
+plan = get_mla_decoding_metadata(p.cache_seqlens, 16, 1)
 before = flash_mla_with_kvcache(*p.args(), *plan)
 child = os.fork()
 if child == 0:
@@ -279,7 +332,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def test_schedule_of_other_lengths_is_refused():
     p = Problem([1000, 20])
-    metadata, num_splits = get_mla_metadata(torch.tensor([20, 1000], dtype=torch.int32), 4, 1)
+    metadata, num_splits = get_mla_decoding_metadata(torch.tensor([20, 1000], dtype=torch.int32), 4, 1)
     with pytest.raises(ValueError, match="schedule"):
         flash_mla_with_kvcache(*p.args(), metadata, num_splits)
 
@@ -326,7 +379,7 @@ def test_schedule_of_other_lengths_is_refused():
 )
 def test_bad_arguments_are_named(name, replacement):
     p = Problem([100, 20])
-    metadata, num_splits = get_mla_metadata(p.cache_seqlens, 4, 1)
+    metadata, num_splits = get_mla_decoding_metadata(p.cache_seqlens, 4, 1)
     kwargs = dict(
         q=p.q,
         k_cache=p.k_cache,
@@ -402,7 +455,7 @@ import flash_mla_kernels
 q = np.ones((1, 1, 2, 576), np.float32)
 cache = np.ones((1, 64, 1, 576), np.float32)
 lengths = np.array([5], np.int32)
-meta, splits = flash_mla_kernels.get_mla_metadata(lengths, 2, 1)
+meta, splits = flash_mla_kernels.get_mla_decoding_metadata(lengths, 2, 1)
 out, lse = flash_mla_kernels.flash_mla_with_kvcache(q, cache, np.zeros((1, 1), np.int32), lengths, 512, meta, splits)
 assert np.allclose(out, 1.0)
 """
@@ -419,7 +472,7 @@ def test_gpu_tensors_are_refused_clearly():
 def test_integers_and_scales_of_other_kinds_are_taken():
     p = Problem([100])
     expected = decode(p)
-    plan = get_mla_metadata(p.cache_seqlens, np.int64(4), np.int32(1))
+    plan = get_mla_decoding_metadata(p.cache_seqlens, np.int64(4), np.int32(1))
     out, lse = flash_mla_with_kvcache(*p.args()[:4], np.int64(512), *plan, np.float32(576**-0.5), np.bool_(False))
     assert torch.equal(out, expected[0])
     flash_mla_with_kvcache(*p.args(), *plan, softmax_scale=torch.tensor(0.1), causal=1)

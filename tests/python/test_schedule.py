@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_mla_kernels import _C, build_decode_schedule, get_mla_metadata
+from flash_mla_kernels import _C, build_decode_schedule, get_mla_decoding_metadata
 
 
 def ints(x):
@@ -153,17 +153,17 @@ def test_bad_options_are_named(kwargs, name):
 @pytest.mark.parametrize("lengths", [ints([5, -1]), torch.tensor([1.0]), ints([[1]]), [1, 2]])
 def test_bad_lengths_are_named(lengths):
     with pytest.raises(ValueError, match="cache_seqlens"):
-        get_mla_metadata(lengths, 1, 1)
+        get_mla_decoding_metadata(lengths, 1, 1)
 
 
 @pytest.mark.parametrize("heads", [(0, 1), (1, 0), (None, 1), (1, None), (True, 1), ("4", 1), (1, 1.0)])
 def test_bad_head_counts_are_named(heads):
     with pytest.raises(ValueError, match="num_"):
-        get_mla_metadata(ints([1]), *heads)
+        get_mla_decoding_metadata(ints([1]), *heads)
 
 
 def test_metadata_shapes():
-    metadata, num_splits = get_mla_metadata(ints([100, 200]), num_heads_per_head_k=4, num_heads_k=1)
+    metadata, num_splits = get_mla_decoding_metadata(ints([100, 200]), num_heads_per_head_k=4, num_heads_k=1)
     assert metadata.dtype == num_splits.dtype == torch.int32
     assert metadata.dim() == 2 and metadata.shape[1] == 8 and num_splits.shape == (3,)
 

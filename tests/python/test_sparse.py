@@ -7,7 +7,13 @@ import pytest
 import torch
 
 import flash_mla_kernels
-from flash_mla_kernels import FlashMLASchedMeta, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla_kernels import (
+    FlashMLASchedMeta,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_decoding_metadata,
+    get_mla_metadata,
+)
 
 FORMATS = {"v32": (656, 576), "v4": (584, 512), "tensor": (576, 576), "rows": (None, 576), "rows512": (None, 512)}
 TENSOR_SCALE = 1 / 64
@@ -160,7 +166,7 @@ def test_any_number_of_heads(kind, h_q):
 def test_the_form_of_september_2025():
     p = Sparse("v32", b=3, s_q=1, h_q=16)
     lengths = torch.full((3,), 320, dtype=torch.int32)
-    metadata, num_splits = get_mla_metadata(lengths, 16, 1, 16, True, 70)
+    metadata, num_splits = get_mla_decoding_metadata(lengths, 16, 1, 16, True, 70)
     assert metadata.shape[1] == 8 and num_splits.shape == (4,)
     block_table = torch.zeros(3, 20, dtype=torch.int32)
     out = flash_mla_with_kvcache(
@@ -283,7 +289,7 @@ def test_dense_decode_over_fp8_caches(kind, generation):
             q, cache, table, lengths, parts, num_splits, causal=True, kv_scale=TENSOR_SCALE
         )
     else:
-        plan = get_mla_metadata() if generation == "today" else get_mla_metadata(lengths, 16, 1, 8, True)
+        plan = get_mla_metadata() if generation == "today" else get_mla_decoding_metadata(lengths, 16, 1, 8, True)
         out, lse = flash_mla_with_kvcache(
             q, cache, table, lengths, 512, *plan, causal=True, is_fp8_kvcache=True
         )
