@@ -118,7 +118,8 @@ TEST(Program, PlotCallsThePackage) {
   const std::string bench = "bench --b 1 --h-q 1 --s-k 8 --reps 1 --min-time 0 --no-blas -q";
   const Outcome o = run(bench + " --python " + python + " --plot " + picture);
   EXPECT_EQ(o.exit_code, 0) << o.output;
-  EXPECT_NE(o.output.find("called with -m flash_mla_kernels.plot " + picture + ".json " + picture), std::string::npos)
+  EXPECT_NE(o.output.find("called with -m flash_mla_kernels.plot " + picture + ".json " + picture),
+            std::string::npos)
       << o.output;
 }
 
