@@ -12,8 +12,9 @@ namespace flash_mla {
 /// The tensors of one dense MLA decode call over a cache in any format: DenseDecodeArgs with h_kv = 1, d_qk
 /// 576 or 512 (the format's) and d_v 512.
 struct DenseFp8DecodeArgs {
-  TensorView q;              ///< (b, s_q, h_q, d_qk) bfloat16 | float16. Last dimension contiguous
-  KvCacheView cache;         ///< a kBFloat16 or kFloat16 cache has q's dtype
+  /// (b, s_q, h_q, d_qk) bfloat16 | float16, on the CPU float32 as well. Last dimension contiguous
+  TensorView q;
+  KvCacheView cache;         ///< a kBFloat16 or kFloat16 cache has q's dtype, or q is float32
   TensorView block_table;    ///< (b, max_blocks) int32: page of each request's n-th page_size tokens
   TensorView cache_seqlens;  ///< (b) int32: keys of each request, 0 <= length <= max_blocks * page_size
   TensorView out;            ///< (b, s_q, h_q, 512), q's dtype; written

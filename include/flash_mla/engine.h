@@ -167,12 +167,15 @@ struct EngineOptions {
   using Device = ModelDevice;
   using Precision = ModelPrecision;
   using Quantize = ModelQuantize;
+  using KvCache = ModelKvCache;
   enum class LoadFormat { kAuto, kDummy };
   Device device = Device::kAuto;
   Precision precision = Precision::kAuto;
   /// kInt8 keeps the weights of the layers' products and of the LM head in 8 bits, one scale per output
   /// feature, in half the memory of bfloat16. CPU only.
   Quantize quantize = Quantize::kNone;
+  /// Type of the cache's rows; kFp8 keeps 656 bytes for a token and layer instead of 1,152 in bfloat16.
+  KvCache kv_cache = KvCache::kAuto;
   /// kAuto: the directory's safetensors. kDummy: random weights in the shape of its config.json, for load
   /// tests without a checkpoint; the tokenizer is still the directory's.
   LoadFormat load_format = LoadFormat::kAuto;

@@ -8,6 +8,12 @@ enum class ModelDevice { kAuto, kCpu, kCuda };
 /// Of weights, activations between kernels and cache. kAuto: bfloat16 where the device multiplies it natively.
 enum class ModelPrecision { kAuto, kFloat32, kBFloat16 };
 
+/// Rows of the latent cache. kAuto: as precision says. kBFloat16, kFloat16: 2 bytes an element; float16 beside
+/// float32 only. kFp8: 656 bytes a token (KvFormat::kFp8V32), and index keys of 132 (index_head_dim 128) or 68 (64)
+/// where there is an indexer. What precision does not say by itself needs kv_lora_rank 512 and qk_rope_head_dim 64,
+/// and the CPU.
+enum class ModelKvCache { kAuto, kBFloat16, kFloat16, kFp8 };
+
 /// kInt8: weights of the layers' products and of the LM head in 8 bits, one scale per output feature; CPU
 /// only. Embedding, norms, router and kv_b keep the precision above, and so do activations and cache.
 enum class ModelQuantize { kNone, kInt8 };

@@ -92,6 +92,8 @@ class LLM:
 
     ``device``: "auto", "cpu" or "cuda". ``precision`` of weights and cache: "auto", "float32" or "bfloat16".
     ``quantize``: "none", or "int8" for weights in 8 bits with one scale per output feature (CPU only).
+    ``kv_cache``: of the cache's rows; "auto" as precision says, "bfloat16", "float16" (beside precision "float32"), or
+    "fp8" for 656 bytes per token and layer instead of 1,152 (CPU only).
     ``load_format``: "auto" for the directory's safetensors, "dummy" for random weights in the shape of its config.json.
     ``max_model_len``: tokens of prompt and continuation together, 0 for the positions that the model has.
     ``num_pages``: pages of 64 tokens in the cache, 0 for as many as ``memory_bytes`` holds (0: what
@@ -114,6 +116,7 @@ class LLM:
         device="auto",
         precision="auto",
         quantize="none",
+        kv_cache="auto",
         load_format="auto",
         max_model_len=0,
         num_pages=0,
@@ -134,6 +137,7 @@ class LLM:
             device=device,
             precision=precision,
             quantize=quantize,
+            kv_cache=kv_cache,
             load_format=load_format,
             max_model_len=max_model_len,
             num_pages=num_pages,

@@ -21,13 +21,15 @@ class Model:
     """A model directory in Hugging Face's format (config.json and safetensors), loaded.
 
     ``precision``: of weights, activations and cache; "float32", "bfloat16", or "auto" for bfloat16 where the
-    processor multiplies it natively. ``quantize``: "none", or "int8" for weights in 8 bits. ``num_threads``: 0 for as many as OpenMP would use.
+    processor multiplies it natively. ``quantize``: "none", or "int8" for weights in 8 bits.
+    ``kv_cache``: of the cache's rows; "auto" as precision says, "bfloat16", "float16", or "fp8" for 656 bytes per token
+    and layer. ``num_threads``: 0 for as many as OpenMP would use.
 
     Raises ``ValueError`` for a malformed checkpoint and ``NotImplementedError`` for one that the library does not run.
     """
 
-    def __init__(self, directory, *, precision="auto", quantize="none", num_threads=0):
-        self._model = _C.load_model(os.fspath(directory), precision, quantize, num_threads)
+    def __init__(self, directory, *, precision="auto", quantize="none", kv_cache="auto", num_threads=0):
+        self._model = _C.load_model(os.fspath(directory), precision, quantize, kv_cache, num_threads)
         self.num_pages = 0
 
     @property

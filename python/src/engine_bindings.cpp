@@ -43,6 +43,15 @@ Quantize quantize_named(const std::string& name) {
   throw InvalidArgument("quantize is \"" + name + "\", expected none or int8");
 }
 
+EngineOptions::KvCache kv_cache_named(const std::string& name) {
+  using KvCache = EngineOptions::KvCache;
+  if (name == "auto") return KvCache::kAuto;
+  if (name == "bfloat16") return KvCache::kBFloat16;
+  if (name == "float16") return KvCache::kFloat16;
+  if (name == "fp8") return KvCache::kFp8;
+  throw InvalidArgument("kv_cache is \"" + name + "\", expected auto, bfloat16, float16 or fp8");
+}
+
 LoadFormat load_format_named(const std::string& name) {
   if (name == "auto") return LoadFormat::kAuto;
   if (name == "dummy") return LoadFormat::kDummy;
@@ -290,16 +299,18 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Engine* self, const std::string& directory, const std::string& device,
-             const std::string& precision, const std::string& quantize, const std::string& load_format,
-             std::int64_t max_model_len, int num_pages, std::size_t memory_bytes, int max_batch_size,
-             int max_tokens_per_step, bool prefix_cache, bool batch_invariant, bool overlap_steps,
-             int num_threads, bool generation_config, const std::string& chat_template) {
+             const std::string& precision, const std::string& quantize, const std::string& kv_cache,
+             const std::string& load_format, std::int64_t max_model_len, int num_pages,
+             std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step, bool prefix_cache,
+             bool batch_invariant, bool overlap_steps, int num_threads, bool generation_config,
+             const std::string& chat_template) {
             EngineOptions o;
             o.generation_config = generation_config;
             o.chat_template = chat_template;
             o.device = device_named(device);
             o.precision = precision_named(precision);
             o.quantize = quantize_named(quantize);
+            o.kv_cache = kv_cache_named(kv_cache);
             o.load_format = load_format_named(load_format);
             o.max_model_len = max_model_len;
             o.num_pages = num_pages;
@@ -313,10 +324,10 @@ void bind_engine(nb::module_& m) {
             const nb::gil_scoped_release release;
             new (self) Engine(directory, o);
           },
-          "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "load_format"_a,
-          "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a, "max_tokens_per_step"_a,
-          "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a, "generation_config"_a,
-          "chat_template"_a)
+          "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "kv_cache"_a,
+          "load_format"_a, "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a,
+          "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a,
+          "generation_config"_a, "chat_template"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(

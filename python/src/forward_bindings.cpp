@@ -36,7 +36,8 @@ void forward(model::Model& self, const Ints& token_ids, const Ints& query_starts
 }
 
 std::unique_ptr<model::Model> load(const std::string& directory, const std::string& precision,
-                                   const std::string& quantize, int num_threads) {
+                                   const std::string& quantize, const std::string& kv_cache,
+                                   int num_threads) {
   model::ModelOptions options;
   options.device = ModelDevice::kCpu;
   options.num_threads = num_threads;
@@ -52,6 +53,16 @@ std::unique_ptr<model::Model> load(const std::string& directory, const std::stri
     options.quantize = ModelQuantize::kInt8;
   } else if (quantize != "none") {
     throw nb::value_error(("quantize is '" + quantize + "', expected 'none' or 'int8'").c_str());
+  }
+  if (kv_cache == "bfloat16") {
+    options.kv_cache = ModelKvCache::kBFloat16;
+  } else if (kv_cache == "float16") {
+    options.kv_cache = ModelKvCache::kFloat16;
+  } else if (kv_cache == "fp8") {
+    options.kv_cache = ModelKvCache::kFp8;
+  } else if (kv_cache != "auto") {
+    throw nb::value_error(
+        ("kv_cache is '" + kv_cache + "', expected 'auto', 'bfloat16', 'float16' or 'fp8'").c_str());
   }
   nb::gil_scoped_release release;
   return model::load_model(directory, options);
@@ -69,7 +80,7 @@ void bind_forward(nb::module_& m) {
       .def("forward", &forward, nb::arg("token_ids"), nb::arg("query_starts"), nb::arg("seq_lens"),
            nb::arg("block_table"), nb::arg("logit_rows"), nb::arg("batch_invariant"), nb::arg("logits"));
   m.def("load_model", &load, nb::arg("directory"), nb::arg("precision"), nb::arg("quantize"),
-        nb::arg("num_threads"));
+        nb::arg("kv_cache"), nb::arg("num_threads"));
 }
 
 }  // namespace flash_mla::python

@@ -39,7 +39,7 @@ cpu::DenseDecodeParams cpu_params(const DenseFp8DecodeArgs& args, const DecodeSc
   params.causal = options.causal && args.q.size(1) > 1;
   const int threads = options.num_threads > 0 ? options.num_threads : cpu::default_num_threads();
   params.num_threads = static_cast<int>(std::min<std::int64_t>(threads, schedule.parts.size(0)));
-  params.pool = kv::is_fp8(args.cache.format) ? &pool : nullptr;
+  params.pool = args.cache.data.dtype != args.q.dtype ? &pool : nullptr;
   return params;
 }
 

@@ -13,8 +13,9 @@ constexpr std::int64_t kLatentWidth = 512;  // d_v
 constexpr std::int64_t kMaxQueryHeads = 1 << 20;
 constexpr std::int64_t kMaxQueryTokens = 1 << 20;
 
-void check_q_and_out(const TensorView& q, const TensorView& out, int rank, bool allow_reference_types) {
-  check_tensor(q, "q", rank, {DType::kBFloat16, DType::kFloat16});
+void check_q_and_out(const TensorView& q, const TensorView& out, int rank, bool allow_reference_types,
+                     std::initializer_list<DType> q_types = {DType::kBFloat16, DType::kFloat16}) {
+  check_tensor(q, "q", rank, q_types);
   if (allow_reference_types) {
     check_tensor(out, "out", rank, {q.dtype, DType::kFloat32, DType::kFloat64});
   } else {
@@ -49,7 +50,7 @@ void check_cache_for(const KvCacheView& cache, const char* name, const TensorVie
   }
   if (!kv::is_fp8(cache.format)) {
     check_size(cache.data, name, 3, d_qk, "d_qk of q");
-    if (cache.data.dtype != q.dtype) {
+    if (cache.data.dtype != q.dtype && q.dtype != DType::kFloat32) {
       invalid("{} is {}, expected q's dtype, {}", name, cache.data.describe(), dtype_name(q.dtype));
     }
   }
@@ -317,7 +318,7 @@ void check_sparse_prefill_values(const SparsePrefillArgs& a) {
 
 void check_dense_fp8_decode_shapes(const DenseFp8DecodeArgs& a, const DenseFp8DecodeOptions& options,
                                    bool allow_reference_types) {
-  check_q_and_out(a.q, a.out, 4, allow_reference_types);
+  check_q_and_out(a.q, a.out, 4, allow_reference_types, {DType::kBFloat16, DType::kFloat16, DType::kFloat32});
   const std::int64_t b = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2);
   if (s_q < 1 || s_q > 64) invalid("q.shape[1] (s_q) is {}, expected 1 to 64", s_q);
   check_cache_for(a.cache, "cache", a.q);

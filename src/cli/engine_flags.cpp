@@ -15,6 +15,11 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   using Quantize = EngineOptions::Quantize;
   static const std::map<std::string, Quantize> quantizations = {{"none", Quantize::kNone},
                                                                 {"int8", Quantize::kInt8}};
+  using KvCache = EngineOptions::KvCache;
+  static const std::map<std::string, KvCache> kv_caches = {{"auto", KvCache::kAuto},
+                                                           {"bf16", KvCache::kBFloat16},
+                                                           {"fp16", KvCache::kFloat16},
+                                                           {"fp8", KvCache::kFp8}};
   using LoadFormat = EngineOptions::LoadFormat;
   static const std::map<std::string, LoadFormat> load_formats = {{"auto", LoadFormat::kAuto},
                                                                  {"dummy", LoadFormat::kDummy}};
@@ -29,6 +34,11 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
          "--quantize", [&o](const std::string& name) { o.quantize = quantizations.at(name); },
          "Of the weights: none, or int8 with one scale per output channel (CPU only)")
       ->check(CLI::IsMember({"none", "int8"}));
+  app.add_option_function<std::string>(
+         "--kv-cache", [&o](const std::string& name) { o.kv_cache = kv_caches.at(name); },
+         "Of the cache's rows: auto (as --precision), bf16, fp16, or fp8 with 656 bytes per token and layer "
+         "(CPU only)")
+      ->check(CLI::IsMember({"auto", "bf16", "fp16", "fp8"}));
   app.add_option_function<std::string>(
          "--load-format", [&o](const std::string& name) { o.load_format = load_formats.at(name); },
          "Of the weights: auto (safetensors), or dummy for random ones in the shape of config.json")

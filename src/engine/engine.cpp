@@ -42,6 +42,7 @@ model::ModelOptions model_options(const EngineOptions& o) {
   out.device = o.device;
   out.precision = o.precision;
   out.quantize = o.quantize;
+  out.kv_cache = o.kv_cache;
   out.num_threads = o.num_threads;
   out.cache_pages = o.num_pages;
   out.cache_bytes = o.memory_bytes;

@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include <optional>
 #include <utility>
 
 #include "base/host_memory.h"
@@ -35,20 +36,26 @@ bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
     case ModelDevice::kAuto:
       break;
   }
-  return config.index_topk == 0 && options.precision != ModelPrecision::kFloat32 &&
+  return config.index_topk == 0 && options.kv_cache != ModelKvCache::kFloat16 &&
+         options.kv_cache != ModelKvCache::kFp8 && options.precision != ModelPrecision::kFloat32 &&
          options.quantize == ModelQuantize::kNone && why_no_cuda_device().empty();
 }
 
 std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOptions& options) {
   if (!takes_cuda(config, options)) {
     const DType dtype = cpu_dtype(options.precision);
+    const std::optional<KvFormat> cache_format = cpu_cache_format(config, dtype, options.kv_cache);
     check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()));
-    return make_cpu_device(config, dtype, options.quantize, options.num_threads);
+    return make_cpu_device(config, dtype, options.quantize, cache_format, options.num_threads);
   }
   if (config.index_topk > 0) {
     throw Unsupported(fmt::format(
         "model_type is {}: device cuda has no sparse attention with an indexer yet; use device cpu",
         config.model_type));
+  }
+  if (options.kv_cache == ModelKvCache::kFloat16 || options.kv_cache == ModelKvCache::kFp8) {
+    throw Unsupported(fmt::format("kv_cache: device cuda keeps its cache in bfloat16; {} needs device cpu",
+                                  options.kv_cache == ModelKvCache::kFp8 ? "fp8" : "float16"));
   }
   if (options.precision == ModelPrecision::kFloat32) {
     throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");

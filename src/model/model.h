@@ -91,6 +91,7 @@ struct ModelOptions {
   ModelDevice device = ModelDevice::kAuto;
   ModelPrecision precision = ModelPrecision::kAuto;
   ModelQuantize quantize = ModelQuantize::kNone;
+  ModelKvCache kv_cache = ModelKvCache::kAuto;
   int num_threads = 0;      ///< CPU: 0 for as many as OpenMP would use
   bool time_steps = false;  ///< CUDA: keep count of Model::device_seconds
   /// CUDA: the cache that there must be room for besides the weights; pages, or if they are 0 bytes.

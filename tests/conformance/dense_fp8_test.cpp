@@ -214,6 +214,41 @@ TEST_P(DenseFp8, RepeatsAreBitEqual) {
   for (int i = 0; i < 20; ++i) ASSERT_EQ(p.run(backend()).bits, first.bits);
 }
 
+// On the CPU queries may be float32, over a cache in any format.
+TEST(DenseFp8Float32, MatchesTheReferenceOverFormats) {
+  for (const KvFormat format :
+       {KvFormat::kFp8V32, KvFormat::kFp8V4, KvFormat::kFp8Tensor, KvFormat::kBFloat16, KvFormat::kFloat16}) {
+    const DType half = format == KvFormat::kFloat16 ? DType::kFloat16 : DType::kBFloat16;
+    DenseProblem p(
+        {.lengths = {300, 0, 70, 1}, .s_q = 2, .h_q = 5, .format = format, .dtype = half, .causal = true});
+    std::vector<float> q;
+    for (const std::uint16_t bits : p.q) {
+      q.push_back((half == DType::kBFloat16 ? to_float(Bf16{bits}) : to_float(Fp16{bits})) * 1.001f);
+    }
+    const std::int64_t b = 4, s_q = 2, h_q = 5;
+    std::vector<float> out(static_cast<std::size_t>(b * s_q * h_q * 512)),
+        lse(static_cast<std::size_t>(b * h_q * s_q));
+    std::vector<float> expected_out(out.size()), expected_lse(lse.size());
+    DenseFp8DecodeArgs a = p.host_args();
+    a.q = TensorView::contiguous(q.data(), DType::kFloat32, {b, s_q, h_q, p.d_qk});
+    a.out = TensorView::contiguous(out.data(), DType::kFloat32, {b, s_q, h_q, 512});
+    a.lse = TensorView::contiguous(lse.data(), DType::kFloat32, {b, h_q, s_q});
+    const auto plan = DecodeSchedule::build(p.s.lengths, {.num_parts = 3});
+    DenseFp8DecodeOptions options;
+    options.causal = true;
+    const std::size_t bytes = dense_fp8_decode_workspace_size(a, plan.view(), options);
+    std::vector<std::uint8_t> memory(bytes + 64);
+    dense_fp8_decode(a, plan.view(),
+                     memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64), bytes,
+                     options);
+    a.out.data = expected_out.data();
+    a.lse.data = expected_lse.data();
+    reference::dense_fp8_decode(a, options);
+    EXPECT_EQ(compare("out", out, expected_out, 1e-5, 1e-5, 1e-9), "") << kv_format_name(format);
+    EXPECT_EQ(compare("lse", lse, expected_lse, 1e-5, 1e-5, 0), "") << kv_format_name(format);
+  }
+}
+
 TEST(DenseFp8Checks, ErrorsNameArgumentAndValue) {
   DenseProblem p({.lengths = {100, 20}});
   std::vector<Bf16> out(2 * 8 * 512);

@@ -1,12 +1,14 @@
 #pragma once
 
 #include "base/element.h"
+#include "flash_mla/export.h"
 #include "kv/format.h"
 
 namespace flash_mla::cpu {
 
-/// The d_qk elements of a token as float32: one product per element, rounded once. `out` needs no alignment.
-void dequantise(const kv::Pool& pool, const kv::Token& token, float* out);
+/// The d_qk elements of a token as float32: one product per element, rounded once. `out` needs no alignment. The
+/// engine calls it too.
+FLASH_MLA_API void dequantise(const kv::Pool& pool, const kv::Token& token, float* out);
 
 /// The same rounded to bfloat16, for machines with AVX512_BF16. `out` is aligned to 64 bytes. FP8 formats and
 /// kBFloat16.

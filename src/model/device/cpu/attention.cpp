@@ -4,8 +4,6 @@
 #include <cstring>
 #include <utility>
 
-#include "base/aligned.h"
-#include "flash_mla/decode.h"
 #include "kernels/attention/dense_prefill/cpu/dense_prefill.h"
 #include "kernels/rows/cpu/rows.h"
 
@@ -34,33 +32,26 @@ CpuAttention::CpuAttention(CpuContext& context, const AttentionWeights& weights)
       kv_b_(context, read_values(weights.kv_b)),
       o_(context, weights.o, weights.o_bias),
       indexer_(weights.indexer.q_b.rows > 0 ? std::make_unique<CpuIndexer>(context, weights.indexer)
-                                            : nullptr) {}
-
-std::size_t CpuAttention::latent_page_bytes() const {
-  return static_cast<std::size_t>(kPageSize) *
-         static_cast<std::size_t>(context_.config.kv_lora_rank + context_.config.qk_rope_head_dim) *
-         dtype_size(context_.dtype);
-}
+                                            : nullptr),
+      cache_(context) {}
 
 std::size_t CpuAttention::bytes_per_page() const {
-  return latent_page_bytes() + (indexer_ ? indexer_->bytes_per_page() : 0);
+  return cache_.bytes_per_page() + (indexer_ ? indexer_->bytes_per_page() : 0);
 }
 
 void CpuAttention::free_cache() {
-  cache_ = {};
+  cache_.free();
   if (indexer_) indexer_->free_cache();
 }
 
 void CpuAttention::allocate_cache(int num_pages) {
-  cache_ = allocate_aligned(latent_page_bytes() * static_cast<std::size_t>(num_pages));
+  cache_.allocate(num_pages);
   if (indexer_) indexer_->allocate_cache(num_pages);
 }
 
 void CpuAttention::copy_page(int source, int target) {
+  cache_.copy_page(source, target);
   if (indexer_) indexer_->copy_page(source, target);
-  const std::size_t bytes = latent_page_bytes();
-  std::memmove(cache_.data() + static_cast<std::size_t>(target) * bytes,
-               cache_.data() + static_cast<std::size_t>(source) * bytes, bytes);
 }
 
 void CpuAttention::forward(Residual& x, Rows rows) {
@@ -120,11 +111,14 @@ void CpuAttention::rope_and_append(const Projected& projected) {
   const std::int64_t rank = config.kv_lora_rank, rope = config.qk_rope_head_dim, pairs = rope / 2;
   const std::int64_t nope = config.qk_nope_head_dim, element = context_.element();
   const DType dtype = context_.dtype;
+  std::byte* const own = cache_.rows();
+  const Matrix keys =
+      own != nullptr ? Matrix{} : context_.activations(context_.buffers.keys, q.rows, rank + rope);
   context_.for_rows(q.rows, q.columns + kv.columns, [&](std::int64_t t) {
     const float* cosines = context_.cosines.data() + t * pairs;
     const float* sines = context_.sines.data() + t * pairs;
     const std::int64_t slot = context_.step->slots[static_cast<std::size_t>(t)];
-    std::byte* key = cache_.data() + slot * (rank + rope) * element;
+    std::byte* key = own != nullptr ? own + slot * (rank + rope) * element : keys.row(t);
     cpu::rows::rms_norm(kv.row(t), kv_norm_.data(), static_cast<float>(checkpoint::kLatentNormEps), key,
                         dtype, rank);
     std::memcpy(key + rank * element, kv.row(t) + rank * element, static_cast<std::size_t>(rope * element));
@@ -133,6 +127,7 @@ void CpuAttention::rope_and_append(const Projected& projected) {
       cpu::rows::rotate(q.row(t) + (h * (nope + rope) + nope) * element, cosines, sines, dtype, pairs);
     }
   });
+  if (own == nullptr) cache_.append(keys);
 }
 
 // Attention of q, rotated, over the cache: the step's absorbed tokens, then its chunks.
@@ -168,37 +163,16 @@ void CpuAttention::absorbed_attention(const Matrix& q, const Matrix& out, const 
                   q.row(t) + (h * (nope + rope) + nope) * element, static_cast<std::size_t>(rope * element));
     }
   });
-  decode(q_latent, out_latent, lists);
+  cache_.attend(q_latent, out_latent, lists, context_.buffers.decode_workspace);
   kv_b_.uv.multiply(context_, out_latent, rank, out, config.v_head_dim, [](std::int64_t) {});
-}
-
-void CpuAttention::decode(const Matrix& q_latent, const Matrix& out_latent, const Lists& lists) {
-  const ModelConfig& config = context_.config;
-  const DType dtype = context_.dtype;
-  const std::int64_t n = q_latent.rows, heads = config.num_attention_heads;
-  const std::int64_t rank = config.kv_lora_rank, width = rank + config.qk_rope_head_dim;
-  const auto tokens = static_cast<std::int64_t>(cache_.bytes() / latent_page_bytes()) * kPageSize;
-  DenseDecodeArgs args;
-  args.q = TensorView::contiguous(q_latent.data, dtype, {n, 1, heads, width});
-  args.k_cache =
-      TensorView::contiguous(cache_.data(), dtype, {tokens / lists.page_size, lists.page_size, 1, width});
-  args.block_table =
-      TensorView::contiguous(const_cast<std::int32_t*>(lists.table), DType::kInt32, {n, lists.width});
-  args.cache_seqlens = TensorView::contiguous(const_cast<std::int32_t*>(lists.lengths), DType::kInt32, {n});
-  args.out = TensorView::contiguous(out_latent.data, dtype, {n, 1, heads, rank});
-  DenseDecodeOptions options;
-  options.softmax_scale = static_cast<float>(config.softmax_scale());
-  options.num_threads = context_.threads;
-  const std::size_t bytes = dense_decode_workspace_size(args, lists.schedule, options);
-  Buffer& workspace = context_.buffers.decode_workspace;
-  if (bytes > workspace.bytes()) workspace = allocate_aligned(bytes);
-  dense_decode(args, lists.schedule, workspace.data(), bytes, options);
 }
 
 // Causal attention of the step's chunks with keys and values expanded from the cached latents.
 void CpuAttention::expanded_attention(const Matrix& q, const Matrix& out) {
   const ModelConfig& config = context_.config;
   const Step& step = *context_.step;
+  const std::byte* const rows = cache_.rows();
+  const kv::Pool pool = rows != nullptr ? kv::Pool{} : cache_.pool();
   // Many chunks: one for each thread at a time. Few: each is shared.
   const auto chunks = std::ssize(step.chunks);
   const bool whole = chunks / 2 >= context_.threads;
@@ -216,7 +190,8 @@ void CpuAttention::expanded_attention(const Matrix& q, const Matrix& out) {
     args.scale = static_cast<float>(config.softmax_scale());
     args.q = q.row_range(first, tokens);
     args.out = out.row_range(first, tokens);
-    args.cache = cache_.data();
+    args.cache = rows;
+    args.pool = rows != nullptr ? nullptr : &pool;
     args.pages = chunk.pages;
     args.seq_len = chunk.seq_len - (chunk.num_tokens - tokens);
     args.kv_b = &kv_b_.both;

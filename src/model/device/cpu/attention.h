@@ -4,10 +4,10 @@
 #include <memory>
 #include <vector>
 
-#include "base/buffer.h"
 #include "base/matrix.h"
 #include "model/device/cpu/context.h"
 #include "model/device/cpu/indexer.h"
+#include "model/device/cpu/latent_cache.h"
 #include "model/device/cpu/linear.h"
 #include "model/layers.h"
 #include "model/weights.h"
@@ -31,13 +31,7 @@ class CpuAttention : public Attention {
   struct Projected {
     Matrix q, kv, q_a;  ///< q_a: what q was made from, normalised, with q_lora_rank
   };
-  /// Absorbed tokens and the keys that each attends to, as dense decode has them.
-  struct Lists {
-    const std::int32_t* table = nullptr;  ///< (tokens, width): pages
-    std::int64_t width = 0, page_size = kPageSize;
-    const std::int32_t* lengths = nullptr;
-    DecodeScheduleView schedule{};
-  };
+  using Lists = CpuLatentCache::Lists;
   /// kv_b_proj, which is never quantised, in the layouts of both forms of attention.
   struct KeyValueWeights {
     KeyValueWeights(const CpuContext& context, const std::vector<float>& kv_b);
@@ -50,12 +44,10 @@ class CpuAttention : public Attention {
                     const AbsorbedHalves<float>& halves);
   };
 
-  std::size_t latent_page_bytes() const;
   Projected project(const Matrix& h);
   void rope_and_append(const Projected& projected);
   void attend(const Matrix& q, const Matrix& out);
   void absorbed_attention(const Matrix& q, const Matrix& out, const Lists& lists);
-  void decode(const Matrix& q_latent, const Matrix& out_latent, const Lists& lists);
   void expanded_attention(const Matrix& q, const Matrix& out);
   std::int64_t whole_tokens(const Chunk& chunk) const;
   void chosen_attention(const Matrix& q, const Matrix& out);
@@ -72,7 +64,7 @@ class CpuAttention : public Attention {
   CpuLinear o_;
   std::unique_ptr<CpuIndexer> indexer_;        ///< null: attention is dense, or another layer chooses
   std::vector<std::int32_t> slots_, lengths_;  ///< of fill_slots
-  Buffer cache_;                               ///< (pages, kPageSize, 1, rank + rope)
+  CpuLatentCache cache_;
 };
 
 }  // namespace flash_mla::model

@@ -33,6 +33,7 @@ void CpuContext::reserve(std::int64_t num_tokens, std::int64_t num_rows) {
   activations(buffers.qkv_a, num_tokens, (q_rank > 0 ? q_rank : q_width) + rank + rope_width);
   activations(buffers.q_a, num_tokens, q_rank);
   activations(buffers.q, num_tokens, q_rank > 0 ? q_width : 0);
+  activations(buffers.keys, cache_format ? num_tokens : 0, rank + rope_width);
   activations(buffers.q_latent, num_tokens, heads * (rank + rope_width));
   activations(buffers.out_latent, num_tokens, heads * rank);
   activations(buffers.attended, num_tokens, heads * config.v_head_dim);

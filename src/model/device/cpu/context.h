@@ -2,12 +2,14 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <vector>
 
 #include "base/buffer.h"
 #include "base/matrix.h"
 #include "base/parallel.h"
 #include "checkpoint/config.h"
+#include "flash_mla/kv_cache.h"
 #include "flash_mla/schedule.h"
 #include "kernels/gemm/cpu/gemm.h"
 #include "model/model.h"
@@ -19,10 +21,12 @@ namespace flash_mla::model {
 /// What the layers of the CPU share: how they work, the step that runs, and memory for activations that grows
 /// and stays.
 struct CpuContext {
-  CpuContext(const ModelConfig& model_config, DType type, ModelQuantize quantization, int num_threads)
+  CpuContext(const ModelConfig& model_config, DType type, ModelQuantize quantization,
+             std::optional<KvFormat> format, int num_threads)
       : config(model_config),
         dtype(type),
         quantize(quantization),
+        cache_format(format),
         threads(num_threads),
         rope(make_rope(model_config)) {}
 
@@ -68,6 +72,7 @@ struct CpuContext {
   const ModelConfig config;
   const DType dtype;  ///< of weights, activations and cache
   const ModelQuantize quantize;
+  const std::optional<KvFormat> cache_format;  ///< of the cache, where its rows are not of `dtype`
   const int threads;
   const Rope rope;
   mutable cpu::Gemm gemm;
@@ -80,9 +85,10 @@ struct CpuContext {
   std::vector<std::int32_t> selection;
 
   struct {
-    Buffer x, h, qkv_a, q_a, q, q_latent, out_latent, attended, gate_up, act;
+    Buffer x, h, qkv_a, q_a, q, keys, q_latent, out_latent, attended, gate_up, act;
     Buffer decode_workspace, expert_weights, expert_out;
     Buffer index_k, index_q, index_h, index_weights, index_logits, index_workspace;
+    Buffer index_values, index_scaled_weights;                                   ///< of queries in FP8
     Buffer logit_x, logit_q, logit_q_a, logit_index_h, logit_h, logits, tokens;  ///< of the logit rows
   } buffers;
 

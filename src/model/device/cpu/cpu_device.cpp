@@ -1,6 +1,9 @@
 #include "model/device/cpu/cpu_device.h"
 
+#include <fmt/format.h>
+
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "base/parallel.h"
@@ -18,8 +21,9 @@ namespace {
 
 class CpuDevice : public Device {
  public:
-  CpuDevice(const ModelConfig& config, DType dtype, ModelQuantize quantize, int num_threads)
-      : context_(config, dtype, quantize, num_threads) {}
+  CpuDevice(const ModelConfig& config, DType dtype, ModelQuantize quantize,
+            std::optional<KvFormat> cache_format, int num_threads)
+      : context_(config, dtype, quantize, cache_format, num_threads) {}
 
   std::size_t free_memory() const override { return 0; }
   ScheduleOptions schedule_options(int /*sequences*/, bool batch_invariant) const override {
@@ -81,12 +85,37 @@ class CpuDevice : public Device {
 
 DType preferred_cpu_dtype() { return cpu::Gemm::native_bfloat16() ? DType::kBFloat16 : DType::kFloat32; }
 
+std::optional<KvFormat> cpu_cache_format(const ModelConfig& config, DType dtype, ModelKvCache kv_cache) {
+  if (kv_cache == ModelKvCache::kAuto) return std::nullopt;
+  if (kv_cache == ModelKvCache::kBFloat16 && dtype == DType::kBFloat16) return std::nullopt;
+  if (kv_cache == ModelKvCache::kFloat16 && dtype != DType::kFloat32) {
+    throw Unsupported(
+        fmt::format("kv_cache is float16 and the model's precision {}, expected float32", dtype_name(dtype)));
+  }
+  const bool fp8 = kv_cache == ModelKvCache::kFp8;
+  for (const auto& [name, value, expected] : {std::tuple("kv_lora_rank", config.kv_lora_rank, 512),
+                                              std::tuple("qk_rope_head_dim", config.qk_rope_head_dim, 64)}) {
+    if (value == expected) continue;
+    throw Unsupported(fmt::format("{} is {}, expected {} for a kv_cache of {}", name, value, expected,
+                                  fp8 ? "fp8"
+                                  : kv_cache == ModelKvCache::kFloat16
+                                      ? "float16"
+                                      : "bfloat16 beside precision float32"));
+  }
+  if (!fp8) return kv_cache == ModelKvCache::kFloat16 ? KvFormat::kFloat16 : KvFormat::kBFloat16;
+  if (config.index_topk > 0 && config.index_head_dim != 64 && config.index_head_dim != 128) {
+    throw Unsupported(
+        fmt::format("index_head_dim is {}, expected 64 or 128 for a kv_cache of fp8", config.index_head_dim));
+  }
+  return KvFormat::kFp8V32;
+}
+
 std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype, ModelQuantize quantize,
-                                        int num_threads) {
+                                        std::optional<KvFormat> cache_format, int num_threads) {
   if (dtype == DType::kBFloat16 && !cpu::Gemm::supports_bfloat16()) {
     throw Unsupported("precision bfloat16 needs a processor with AVX-512; use float32");
   }
-  return std::make_unique<CpuDevice>(config, dtype, quantize,
+  return std::make_unique<CpuDevice>(config, dtype, quantize, cache_format,
                                      num_threads > 0 ? num_threads : default_threads());
 }
 

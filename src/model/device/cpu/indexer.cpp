@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/aligned.h"
+#include "flash_mla/indexer.h"
 #include "kernels/attention/indexer/cpu/indexer.h"
 #include "kernels/attention/top_k/cpu/top_k.h"
 #include "kernels/rows/cpu/rows.h"
@@ -16,7 +17,11 @@ namespace {
 constexpr std::int64_t kLogitsBytes = std::int64_t{64} << 20;
 constexpr float kKeyNormEps = 1e-6f;
 
-cpu::IndexElement element_of(DType dtype) {
+/// Scores that are products of e4m3 have keys and queries of this recipe.
+constexpr Fp8Recipe kRecipe = Fp8Recipe::kIndexerPow2;
+
+cpu::IndexElement element_of(DType dtype, bool fp8) {
+  if (fp8) return cpu::IndexElement::kE4m3;
   return dtype == DType::kBFloat16 ? cpu::IndexElement::kBFloat16 : cpu::IndexElement::kFloat32;
 }
 
@@ -34,7 +39,7 @@ CpuIndexer::CpuIndexer(CpuContext& context, const IndexerWeights& weights)
                                       weights.head_weights.columns, DType::kFloat32)) {}
 
 std::size_t CpuIndexer::bytes_per_page() const {
-  return static_cast<std::size_t>(kPageSize * dim_) * dtype_size(context_.dtype);
+  return static_cast<std::size_t>(kPageSize * (key_bytes() + (fp8() ? indexer::kScaleBytes : 0)));
 }
 
 void CpuIndexer::allocate_cache(int num_pages) {
@@ -70,7 +75,12 @@ void CpuIndexer::normalise_and_rotate(std::int64_t token, std::byte* key) const 
 void CpuIndexer::append(const Matrix& h) {
   const Matrix k = context_.activations(context_.buffers.index_k, h.rows, dim_);
   k_.multiply(context_, h, k);
-  const std::int64_t bytes = dim_ * context_.element();
+  if (fp8()) {
+    context_.for_rows(k.rows, k.columns, [&](std::int64_t t) { normalise_and_rotate(t, k.row(t)); });
+    quantise_keys(k);
+    return;
+  }
+  const std::int64_t bytes = key_bytes();
   context_.for_rows(k.rows, k.columns, [&](std::int64_t t) {
     std::byte* key = cache_.data() + context_.step->slots[static_cast<std::size_t>(t)] * bytes;
     std::memcpy(key, k.row(t), static_cast<std::size_t>(bytes));
@@ -78,9 +88,23 @@ void CpuIndexer::append(const Matrix& h) {
   });
 }
 
-void CpuIndexer::select(const Matrix& h, const Matrix& q_a) {
-  const Step& step = *context_.step;
-  const std::int64_t n = h.rows, topk = context_.index_topk();
+void CpuIndexer::quantise_keys(const Matrix& k) {
+  const auto bytes = static_cast<std::int64_t>(bytes_per_page());
+  IndexKeyAppendArgs args;
+  args.k = TensorView::contiguous(k.data, k.dtype, {k.rows, dim_});
+  args.slot_mapping =
+      TensorView::contiguous(const_cast<std::int64_t*>(context_.step->slots.data()), DType::kInt64, {k.rows});
+  args.cache = TensorView::contiguous(
+      cache_.data(), DType::kUInt8,
+      {static_cast<std::int64_t>(cache_.bytes()) / bytes, kPageSize, 1, dim_ + indexer::kScaleBytes});
+  args.recipe = kRecipe;
+  IndexerOptions options;
+  options.num_threads = context_.threads;
+  append_index_keys(args, options);
+}
+
+CpuIndexer::Queries CpuIndexer::queries(const Matrix& h, const Matrix& q_a) {
+  const std::int64_t n = h.rows;
   const auto pairs = static_cast<std::int64_t>(context_.rope.inv_freq.size());
   const Matrix q = context_.activations(context_.buffers.index_q, n, heads_ * dim_);
   q_b_.multiply(context_, q_a, q);
@@ -89,29 +113,51 @@ void CpuIndexer::select(const Matrix& h, const Matrix& q_a) {
   context_.for_rows(n, h.columns, [&](std::int64_t t) {
     cpu::rows::widen(h.row(t), context_.dtype, reinterpret_cast<float*>(wide.row(t)), h.columns);
   });
-  context_.gemm.run(wide, head_weights_, nullptr, weights, {context_.threads, step.batch_invariant, false});
+  context_.gemm.run(wide, head_weights_, nullptr, weights,
+                    {context_.threads, context_.step->batch_invariant, false});
   const float factor = 1.0f / std::sqrt(static_cast<float>(heads_ * dim_));
   context_.for_rows(n, q.columns, [&](std::int64_t t) {
     for (std::int64_t head = 0; head < heads_; ++head) {
       cpu::rows::rotate(q.row(t) + head * dim_ * context_.element(), context_.cosines.data() + t * pairs,
                         context_.sines.data() + t * pairs, context_.dtype, pairs);
     }
-    cpu::rows::scale(reinterpret_cast<float*>(weights.row(t)), factor, heads_);
+    if (!fp8()) cpu::rows::scale(reinterpret_cast<float*>(weights.row(t)), factor, heads_);
   });
+  if (!fp8()) return {q.data, q.stride * context_.element(), weights};
+  const Matrix values = CpuContext::matrix(context_.buffers.index_values, DType::kUInt8, n, heads_ * dim_);
+  const Matrix scaled = CpuContext::matrix(context_.buffers.index_scaled_weights, DType::kFloat32, n, heads_);
+  IndexQueryArgs args;
+  args.q = TensorView::contiguous(q.data, q.dtype, {n, heads_, dim_});
+  args.weights = TensorView::contiguous(weights.data, DType::kFloat32, {n, heads_});
+  args.factor = factor;
+  args.recipe = kRecipe;
+  args.values = TensorView::contiguous(values.data, DType::kUInt8, {n, heads_, dim_});
+  args.scaled_weights = TensorView::contiguous(scaled.data, DType::kFloat32, {n, heads_});
+  IndexerOptions options;
+  options.num_threads = context_.threads;
+  quantise_index_queries(args, options);
+  return {values.data, heads_ * dim_, scaled};
+}
+
+void CpuIndexer::select(const Matrix& h, const Matrix& q_a) {
+  const Step& step = *context_.step;
+  const std::int64_t n = h.rows, topk = context_.index_topk();
+  const Queries queries = this->queries(h, q_a);
   context_.selection.resize(static_cast<std::size_t>(n * topk));
 
   indexer::Rows rows;
   rows.heads = static_cast<int>(heads_);
   rows.dim = static_cast<int>(dim_);
-  rows.weights_stride = weights.stride;
+  rows.weights_stride = queries.weights.stride;
   rows.keys = cache_.data();
-  rows.key_bytes = dim_ * context_.element();
+  if (fp8()) rows.scales = rows.keys + kPageSize * dim_;
+  rows.key_bytes = key_bytes();
   rows.page_size = kPageSize;
   rows.page_bytes = static_cast<std::int64_t>(bytes_per_page());
-  const std::int64_t q_bytes = q.stride * context_.element();
+  const std::int64_t q_bytes = queries.row_bytes;
   const auto from = [&](std::int64_t token) {
-    rows.q = q.row(token);
-    rows.weights = reinterpret_cast<const float*>(weights.row(token));
+    rows.q = queries.data + token * q_bytes;
+    rows.weights = reinterpret_cast<const float*>(queries.weights.row(token));
   };
   if (step.num_absorbed > 0) {
     from(0);
@@ -150,7 +196,7 @@ void CpuIndexer::select_rows(const indexer::Rows& given, std::int64_t first, std
   indexer::Rows rows = given;
   rows.key_end = lengths.data();
   rows.max_keys = longest;
-  const cpu::IndexElement element = element_of(context_.dtype);
+  const cpu::IndexElement element = element_of(context_.dtype, fp8());
   const std::int64_t piece =
       std::clamp<std::int64_t>(kLogitsBytes / (longest * std::int64_t{sizeof(float)}), 1, count);
   const Matrix logits = CpuContext::matrix(context_.buffers.index_logits, DType::kFloat32, piece, longest);

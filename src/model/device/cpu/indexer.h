@@ -15,7 +15,8 @@ namespace flash_mla::model {
 
 /// A layer's indexer: it keeps a key of every token beside the latent cache, in the same pages, and chooses the
 /// tokens that a token attends to. Keys and queries stay in the context's dtype, without the rotation and the
-/// quantisation that caches of 132 bytes per token have; both would leave the products as they are.
+/// quantisation that caches of 132 bytes per token have, unless the latent cache is FP8 as well: then they are
+/// those of append_index_keys and quantise_index_queries.
 class CpuIndexer {
  public:
   CpuIndexer(CpuContext& context, const IndexerWeights& weights);
@@ -31,7 +32,17 @@ class CpuIndexer {
   void copy_page(int source, int target);
 
  private:
+  bool fp8() const { return context_.cache_format == KvFormat::kFp8V32; }
+  std::int64_t key_bytes() const { return fp8() ? dim_ : dim_ * context_.element(); }
   void normalise_and_rotate(std::int64_t token, std::byte* key) const;
+  void quantise_keys(const Matrix& k);
+  /// Queries and weights as the scores take them: where keys are e4m3, rotated by Hadamard's matrix and quantised.
+  struct Queries {
+    const std::byte* data;
+    std::int64_t row_bytes;
+    Matrix weights;
+  };
+  Queries queries(const Matrix& h, const Matrix& q_a);
   /// Chooses for tokens first to first + count - 1 of the step, which are rows of `rows` in that order.
   void select_rows(const indexer::Rows& rows, std::int64_t first, std::int64_t count);
 
@@ -40,7 +51,8 @@ class CpuIndexer {
   CpuLinear q_b_, k_;
   std::vector<float> k_norm_, k_norm_bias_;
   cpu::PackedWeight head_weights_;  ///< float32
-  Buffer cache_;                    ///< (pages, kPageSize, index_head_dim)
+  /// (pages, kPageSize, index_head_dim); in FP8 a page's scales, float32, follow its keys
+  Buffer cache_;
 };
 
 }  // namespace flash_mla::model

@@ -26,7 +26,7 @@
 // A split that is all of its request writes `out` itself. Otherwise it leaves (O normalised, lse) of every
 // row in a slot of the workspace, and after a barrier the slots of each split request are combined.
 //
-// Keys of an FP8 cache become rows of the tile kernel's own arithmetic, one tile at a time: bf16 with AVX512_BF16,
+// Keys of a cache in another type than q's become rows of the tile kernel's own arithmetic, one tile at a time: bf16 with AVX512_BF16,
 // else fp32, with the queries in fp32 too.
 //
 // Workspace: num_threads x scratch (tile buffers, see TileScratch), then the slots. Without fixed split
@@ -115,11 +115,11 @@ struct ScratchLayout {
     keys = take(n_tokens * sizeof(void*));
     next_keys = take(n_tokens * sizeof(void*));
     q_rows = take(rows * sizeof(void*));
-    const bool fp8 = problem.params.pool != nullptr;
-    tokens = take(fp8 ? n_tokens * sizeof(kv::Token) : 0);
-    next_tokens = take(fp8 ? n_tokens * sizeof(kv::Token) : 0);
+    const bool converts = problem.params.pool != nullptr;
+    tokens = take(converts ? n_tokens * sizeof(kv::Token) : 0);
+    next_tokens = take(converts ? n_tokens * sizeof(kv::Token) : 0);
     // In fp32 the dequantised keys are where the kernel would copy them to.
-    key_rows = problem.widened ? kv : take(fp8 ? n_tokens * d_qk * element : 0);
+    key_rows = problem.widened ? kv : take(converts ? n_tokens * d_qk * element : 0);
     wide_q = take(problem.widened ? rows * d_qk * sizeof(float) : 0);
   }
 
@@ -361,7 +361,7 @@ class Worker {
   const Problem& p_;
   TileScratch scratch_;
   const void** q_rows_;
-  kv::Token* tokens_;  // of this tile and the next, where the cache is FP8
+  kv::Token* tokens_;  // of this tile and the next, where they are dequantised
   kv::Token* next_tokens_;
   std::byte* key_rows_;  // this tile's keys, dequantised
   float* wide_q_;

@@ -13,7 +13,7 @@ struct DenseDecodeParams {
   float softmax_scale = 1.0f;
   bool causal = false;
   int num_threads = 1;
-  /// An FP8 cache, whose bytes args.k_cache then is.
+  /// A cache that is not rows of q's dtype, whose bytes args.k_cache then is.
   const kv::Pool* pool = nullptr;
 };
 

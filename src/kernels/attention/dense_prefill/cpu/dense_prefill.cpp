@@ -1,6 +1,7 @@
 #include "kernels/attention/dense_prefill/cpu/dense_prefill.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -8,6 +9,7 @@
 
 #include "base/page_size.h"
 #include "base/parallel.h"
+#include "kernels/cache/cpu/dequantise.h"
 #include "kernels/rows/cpu/rows.h"
 
 // Keys are expanded kSpanKeys at a time, for all heads in one product; then every (head, tile of queries)
@@ -19,6 +21,7 @@ namespace {
 
 constexpr std::int64_t kSpanKeys = 512;
 constexpr std::int64_t kTileKeys = 64;
+constexpr std::size_t kMaxRow = 576;  // elements of a token of kv::Pool
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 /// Memory of one thread that grows and stays.
@@ -57,6 +60,7 @@ class Prefill {
         pages_(args.pages),
         q_(args.q),
         cache_(args.cache),
+        pool_(args.pool),
         out_(args.out),
         span_(std::min(kSpanKeys, seq_len_)),
         latents_(Workspace::grown(workspace.latents, span_ * rank_ * element_)),
@@ -68,7 +72,7 @@ class Prefill {
     const std::int64_t items = heads_ * tiles_;
     for (std::int64_t begin = 0; begin < seq_len_; begin += span_) {
       const std::int64_t count = std::min(span_, seq_len_ - begin);
-      gather(begin, count);
+      gather(begin, count, num_threads);
       const Matrix latents{latents_, q_.dtype, count, rank_, rank_};
       const std::int64_t width = heads_ * (nope_ + v_);
       const Matrix expanded{expanded_, q_.dtype, count, width, width};
@@ -87,7 +91,12 @@ class Prefill {
   std::int64_t rows_of(std::int64_t tile) const { return std::min(tile_, num_tokens_ - tile * tile_); }
 
   // Cached tokens [begin, begin + count) into dense rows.
-  void gather(std::int64_t begin, std::int64_t count) {
+  void gather(std::int64_t begin, std::int64_t count, int num_threads) {
+    if (pool_ != nullptr) {
+      parallel_for(count, count >= kTileKeys ? num_threads : 1,
+                   [&](std::int64_t i) { dequantise_token(begin + i, i); });
+      return;
+    }
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t page = pages_[static_cast<std::size_t>((begin + i) / kPageSize)];
       const std::byte* slot =
@@ -96,6 +105,14 @@ class Prefill {
       std::memcpy(k_rope_ + i * rope_ * element_, slot + rank_ * element_,
                   static_cast<std::size_t>(rope_ * element_));
     }
+  }
+
+  void dequantise_token(std::int64_t token, std::int64_t row) {
+    alignas(64) std::array<float, kMaxRow> x;
+    const std::int64_t page = pages_[static_cast<std::size_t>(token / kPageSize)];
+    dequantise(*pool_, kv::locate(*pool_, page, token % kPageSize), x.data());
+    rows::narrow(x.data(), latents_ + row * rank_ * element_, q_.dtype, rank_);
+    rows::narrow(x.data() + rank_, k_rope_ + row * rope_ * element_, q_.dtype, rope_);
   }
 
   // Queries of one tile against the keys of the span.
@@ -183,6 +200,7 @@ class Prefill {
   std::span<const std::int32_t> pages_;
   Matrix q_;
   const std::byte* cache_;
+  const kv::Pool* pool_;
   Matrix out_;
   std::int64_t span_;  // keys that are expanded at a time
   std::byte *latents_, *k_rope_, *expanded_;

@@ -6,6 +6,7 @@
 
 #include "base/matrix.h"
 #include "kernels/gemm/cpu/gemm.h"
+#include "kv/format.h"
 
 namespace flash_mla::cpu {
 
@@ -18,7 +19,8 @@ struct DensePrefill {
   float scale = 1.0f;
   Matrix q;                             ///< (num_tokens, heads * (nope + rope)), rotated
   Matrix out;                           ///< (num_tokens, heads * v), of q's dtype
-  const std::byte* cache = nullptr;     ///< (pages, kPageSize, rank + rope), of q's dtype
+  const std::byte* cache = nullptr;     ///< (pages, kPageSize, rank + rope), of q's dtype; or null and
+  const kv::Pool* pool = nullptr;       ///< a cache in another type, whose pages have kPageSize tokens
   std::span<const std::int32_t> pages;  ///< of the sequence, at least ceil(seq_len / kPageSize)
   std::int64_t seq_len = 0;             ///< tokens in the cache, the new ones counted in
   const PackedWeight* kv_b = nullptr;   ///< (heads * (nope + v), rank)
