@@ -82,6 +82,8 @@ const Selection& selection() {
 
 CpuIsaInfo isa_info() { return selection().info; }
 
+void check_isa() { selection(); }
+
 const TileKernel& select_tile_kernel(DType dtype, int d_qk) {
   const Selection& s = selection();
   if (s.bf16_dot && dtype == DType::kBFloat16 && d_qk % 2 == 0) return avx512_bf16_tile_kernel();

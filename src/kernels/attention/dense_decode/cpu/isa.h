@@ -8,6 +8,9 @@ namespace flash_mla::cpu {
 /// What is selected and why. Throws InvalidArgument when FLASH_MLA_CPU_ISA names a set this machine lacks.
 CpuIsaInfo isa_info();
 
+/// Throws as isa_info() does, and allocates nothing: for those who go on in threads that may not throw.
+void check_isa();
+
 /// The kernel for inputs of `dtype` and head dimension `d_qk` under the selected instruction set.
 const TileKernel& select_tile_kernel(DType dtype, int d_qk);
 

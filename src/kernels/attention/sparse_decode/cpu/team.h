@@ -11,6 +11,8 @@
 #include <omp.h>
 #endif
 
+#include "kernels/attention/dense_decode/cpu/isa.h"
+
 namespace flash_mla::cpu {
 
 /// first(thread, i) for i in [0, num_first), then, when all of them are done, second(thread, i) for i in
@@ -18,6 +20,7 @@ namespace flash_mla::cpu {
 template <class First, class Second>
 void run_team(int threads, std::int64_t num_first, const First& first, std::int64_t num_second,
               const Second& second) {
+  check_isa();
 #if defined(_OPENMP)
   threads = static_cast<int>(std::min<std::int64_t>(threads, std::max(num_first, num_second)));
   if (threads > 1) {
