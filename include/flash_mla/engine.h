@@ -71,6 +71,9 @@ inline constexpr int kMaxLogprobs = 20;
 /// Tokens of prompts in a step whose log-probabilities are wanted, at most: each needs a row of logits.
 inline constexpr int kMaxScoredTokens = 128;
 
+/// Most tokens that EngineOptions::draft_tokens may ask for.
+inline constexpr int kMaxDraftTokens = 15;
+
 /// Throws InvalidArgument that names the field, its value and what was expected.
 void validate(const SamplingParams& params);
 
@@ -169,6 +172,11 @@ struct EngineOptions {
   using Quantize = ModelQuantize;
   using KvCache = ModelKvCache;
   enum class LoadFormat { kAuto, kDummy };
+  /// Where drafts come from: tokens that may follow, which the model checks in one step. kNgram: what came
+  /// behind the last tokens when they occurred before, in prompt or continuation. kMtp: the model's own module
+  /// for multi-token prediction. kAuto: the module if there is one, else n-grams, and only as many drafts as
+  /// have paid so far.
+  enum class Speculative { kOff, kNgram, kAuto, kMtp };
   Device device = Device::kAuto;
   Precision precision = Precision::kAuto;
   /// kInt8 keeps the weights of the layers' products and of the LM head in 8 bits, one scale per output
@@ -205,7 +213,12 @@ struct EngineOptions {
   /// same sequences can come next and the GPU chooses them (no penalties, no logprobs). Tokens are the same
   /// without.
   bool overlap_steps = true;
-  int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use
+  /// A draft counts only if it is the very token that the model chooses there, drawn with that position's own
+  /// random number; so a text is the same as without, as far as the model gives the same logits (see
+  /// batch_invariant). CPU only.
+  Speculative speculative = Speculative::kOff;
+  int draft_tokens = 3;  ///< drafts of a sequence and step, 1 to kMaxDraftTokens; with kAuto at most
+  int num_threads = 0;   ///< CPU: 0 for as many as OpenMP would use
 };
 
 /// Too many requests wait already (EngineOptions::max_waiting).
@@ -226,6 +239,20 @@ struct Histogram {
   double quantile(double q) const;
 };
 
+/// What drafts of one source have brought.
+struct DraftStats {
+  std::int64_t steps = 0;     ///< of a sequence, with such drafts
+  std::int64_t drafted = 0;   ///< drafts in them
+  std::int64_t accepted = 0;  ///< of which the model chose the same token
+  std::int64_t tokens = 0;  ///< that these steps gave: those accepted and one more, or fewer at a text's end
+  double acceptance() const {
+    return drafted == 0 ? 0 : static_cast<double>(accepted) / static_cast<double>(drafted);
+  }
+  double tokens_per_step() const {
+    return steps == 0 ? 0 : static_cast<double>(tokens) / static_cast<double>(steps);
+  }
+};
+
 /// Since the engine was made.
 struct EngineStats {
   std::int64_t requests_submitted = 0;
@@ -238,10 +265,11 @@ struct EngineStats {
   int pages_cached = 0;  ///< now, kept for prefix reuse, free to be taken
   std::size_t bytes_per_page = 0;
   std::int64_t prompt_tokens = 0;     ///< of submitted requests
-  std::int64_t computed_tokens = 0;   ///< that went through the model
+  std::int64_t computed_tokens = 0;   ///< that went through the model, without drafts that were not accepted
   std::int64_t generated_tokens = 0;  ///< of continuations
   std::int64_t prefix_tokens_looked_up = 0, prefix_tokens_hit = 0;
   std::int64_t preemptions = 0, pages_evicted = 0, pages_copied = 0;
+  DraftStats ngram_drafts, mtp_drafts;
   std::int64_t steps = 0;
   double step_seconds = 0;  ///< all steps together
   double seconds = 0;       ///< since the engine was made

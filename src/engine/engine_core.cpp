@@ -38,11 +38,17 @@ void check_tokens(const SamplingParams& p, int vocab_size) {
   }
 }
 
+// Of all sequences: each needs a row of logits, and in a large batch they do not pay.
+int max_drafts_per_step(const EngineOptions& options) {
+  return options.speculative == EngineOptions::Speculative::kOff ? 0 : 128;
+}
+
 // Room for steps is made before the cache, which by default takes most of what is left.
 std::unique_ptr<model::Model> with_room_for_steps(std::unique_ptr<model::Model> model,
                                                   const EngineOptions& options) {
   check(options);
-  model->reserve(options.max_tokens_per_step, options.max_batch_size + kMaxScoredTokens);
+  model->reserve(options.max_tokens_per_step,
+                 options.max_batch_size + kMaxScoredTokens + max_drafts_per_step(options));
   return model;
 }
 
@@ -55,19 +61,23 @@ LengthLimit limit_of(std::int64_t max_length, const model::Model& model, const E
 }  // namespace
 
 EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
-                       std::vector<std::int32_t> eos_token_ids, const EngineOptions& options)
+                       std::vector<std::int32_t> eos_token_ids, const EngineOptions& options,
+                       std::unique_ptr<Drafter> drafter)
     : model_(with_room_for_steps(std::move(model), options)),
       has_text_(static_cast<bool>(make_decoder)),
       options_(options),
       pool_(num_cache_pages(*model_, options), options.prefix_cache),
-      scheduler_({options.max_batch_size, options.max_tokens_per_step}, pool_),
+      scheduler_({options.max_batch_size, options.max_tokens_per_step, kMaxScoredTokens,
+                  max_drafts_per_step(options)},
+                 pool_),
       max_length_(std::min(longest_sequence(*model_, options), std::int64_t{pool_.num_pages()} * kPageSize)),
       statistics_(options.max_batch_size, pool_.num_pages(), model_->bytes_per_page()),
       inbox_(options.max_waiting, statistics_),
       requests_(scheduler_, inbox_, statistics_, std::move(make_decoder), std::move(eos_token_ids),
                 max_length_, limit_of(max_length_, *model_, options)),
       pipeline_(*model_, scheduler_, pool_, requests_, statistics_, options_, max_length_),
-      chooser_(options.num_threads) {
+      chooser_(options.num_threads),
+      speculation_(options_, std::move(drafter), max_length_) {
   options_.num_pages = pool_.num_pages();
   allocate_cache(*model_, pool_.num_pages());
 }
@@ -143,6 +153,7 @@ bool EngineCore::step() {
   if (step) {
     step->record.begin = step->record.planned = statistics_.seconds(begin);
   } else if (!scheduler_.idle()) {
+    speculation_.propose(scheduler_.running());
     step = pipeline_.launch(scheduler_.plan(), begin);
   } else {
     note_load();
@@ -151,7 +162,7 @@ bool EngineCore::step() {
   // What the step leaves is chosen and told while the next one runs already. If the host cannot prepare that
   // one, it is planned when this one's results are there.
   try {
-    ahead_ = pipeline_.launch_ahead(*step);
+    if (!speculation_.wants_drafts_after(*step)) ahead_ = pipeline_.launch_ahead(*step);
   } catch (const std::exception&) {
     ahead_.reset();
   }
@@ -188,28 +199,54 @@ void EngineCore::finish(LaunchedStep& step) {
     end_all(step, step.failure);
   }
   record.end = statistics_.seconds(Clock::now());
+  for (const DraftOutcome& outcome : step.drafts) record.decode_tokens += outcome.committed;
+  speculation_.learn(step, record.end - record.begin);
+  statistics_.drafted(step);
   note_load();
   statistics_.step_ended(record, step.utilisation, scheduler_.counters(), pool_.counters());
 }
 
-void EngineCore::accept_tokens(const LaunchedStep& step) {
+void EngineCore::accept_tokens(LaunchedStep& step) {
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     if (!step.continuation(i).ended) scheduler_.commit(step.plan.work[i]);
   }
   for (const auto& [continuation, error] : chooser_.score(step, pipeline_, model_->vocab_size())) {
     requests_.end(*continuation, FinishReason::kError, error, /*keep_pages=*/false);
   }
-  for (TokenChoice& c : chooser_.choose(step, pipeline_, model_->vocab_size(), requests_)) {
-    if (c.error.empty()) {
-      requests_.accept(*c.continuation, c.sampled);
-    } else {
-      requests_.end(*c.continuation, FinishReason::kError, c.error, /*keep_pages=*/false);
-    }
+  std::vector<TokenChoice> choices = chooser_.choose(step, pipeline_, model_->vocab_size(), requests_);
+  // What is chosen behind a draft depends on the tokens before: penalties, formats, where the text ends.
+  for (int draft = 1; !choices.empty(); ++draft) {
+    accept(step, std::move(choices));
+    choices = chooser_.choose_behind(draft, step, pipeline_, model_->vocab_size());
   }
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     Continuation& c = step.continuation(i);
+    if (!c.ended && step.plan.work[i].num_drafts() > 0) scheduler_.drop_drafts(c);
     if (step.plan.work[i].samples && !c.ended && c.request->sampling.max_tokens == 0)
       requests_.end_at_prompt(c);
+  }
+}
+
+void EngineCore::accept(LaunchedStep& step, std::vector<TokenChoice> choices) {
+  for (TokenChoice& choice : choices) {
+    Continuation& c = *choice.continuation;
+    if (!choice.error.empty()) {
+      requests_.end(c, FinishReason::kError, choice.error, /*keep_pages=*/false);
+      continue;
+    }
+    const std::vector<std::int32_t>& drafts = step.plan.work[choice.work].drafts;
+    DraftOutcome& outcome = step.drafts[choice.work];
+    const auto behind = static_cast<std::size_t>(outcome.committed);
+    const bool decided = behind < drafts.size();
+    const bool accepted = decided && drafts[behind] == choice.sampled.token;
+    requests_.accept(c, choice.sampled);
+    ++outcome.tokens;
+    outcome.decided += decided;
+    outcome.accepted += accepted;
+    if (accepted && !c.ended) {
+      scheduler_.commit_draft(c);
+      ++outcome.committed;
+    }
   }
 }
 

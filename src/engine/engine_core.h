@@ -9,6 +9,7 @@
 #include "engine/inbox.h"
 #include "engine/requests.h"
 #include "engine/scheduler.h"
+#include "engine/speculation.h"
 #include "engine/statistics.h"
 #include "engine/step_pipeline.h"
 #include "engine/token_chooser.h"
@@ -27,6 +28,8 @@
 //   work           what one sequence does in a step: ScheduledWork
 //   in flight      of a step: given to the model and not collected; of a request: part of such a step
 //   to launch      to give a step to the model; ahead: before the results of the step before are there
+//   draft          a token that may follow, which goes through the model with those before it; it is accepted if
+//                  it is the one that is chosen there
 //   choice         the next token of a continuation and where it comes from: TokenChoice
 //   inbox          where other threads leave requests and cancellations for the thread that steps
 //   page           kPageSize tokens of the cache, in every layer (room kv); a block is the unit of the decode
@@ -39,9 +42,10 @@ namespace flash_mla::engine {
 class EngineCore {
  public:
   /// `make_decoder` may be empty: events then carry tokens and no text, and stop strings are refused.
-  /// Allocates the model's cache. Throws InvalidArgument for options out of range.
+  /// Allocates the model's cache. `drafter`, if there is one, takes the place of n-grams. Throws InvalidArgument for options out of range.
   EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
-             std::vector<std::int32_t> eos_token_ids, const EngineOptions& options);
+             std::vector<std::int32_t> eos_token_ids, const EngineOptions& options,
+             std::unique_ptr<Drafter> drafter = nullptr);
   ~EngineCore();
 
   /// Of `request`, here and in submit, prompt_token_ids and sampling count: text has been tokenized before.
@@ -68,7 +72,8 @@ class EngineCore {
  private:
   bool empty_inbox();
   void finish(LaunchedStep& step);
-  void accept_tokens(const LaunchedStep& step);
+  void accept_tokens(LaunchedStep& step);
+  void accept(LaunchedStep& step, std::vector<TokenChoice> choices);
   void give_up(LaunchedStep& step, const std::string& why);
   void end_all(LaunchedStep& step, const std::string& why);
   void drop_ahead();
@@ -87,6 +92,7 @@ class EngineCore {
   Requests requests_;
   StepPipeline pipeline_;
   TokenChooser chooser_;
+  Speculation speculation_;
   std::unique_ptr<LaunchedStep> ahead_;  // launched ahead; at least one of its continuations goes on
 };
 

@@ -23,6 +23,23 @@ using Clock = std::chrono::steady_clock;
 
 struct ActiveRequest;
 
+/// Where drafts come from.
+enum class DraftSource { kNgram, kMtp };
+
+/// How many drafts turned out to be the model's own tokens, the older the less.
+struct Acceptance {
+  double accepted = 0, decided = 0;
+  void add(int accepted_now, int decided_now, double remembered) {
+    forget(remembered);
+    accepted += accepted_now;
+    decided += decided_now;
+  }
+  void forget(double remembered) {
+    accepted *= remembered;
+    decided *= remembered;
+  }
+};
+
 /// One of the n answers to a request: a sequence of the scheduler's, with what chooses its tokens and turns
 /// them into text.
 struct Continuation : Sequence {
@@ -39,6 +56,9 @@ struct Continuation : Sequence {
   std::span<const std::int32_t> generated() const;
   /// What `format` allows next.
   std::span<const std::uint32_t> format_mask(std::size_t vocab_size);
+  DraftSource draft_source = DraftSource::kNgram;  // of its drafts
+  Acceptance acceptance;                           // of them
+  std::size_t num_kept_drafts = 0;                 // while it is decided how many pay
   std::size_t token_index = 0;  // of its token among those that the last step launched with it chooses
   bool ended = false;
   Clock::time_point first_token{}, last_token{};

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "base/page_size.h"
 #include "flash_mla/error.h"
 
 namespace flash_mla::engine {
@@ -58,6 +59,7 @@ StepPlan Scheduler::plan() {
   for (Sequence* s : running_) s->scheduled = false;
   plan_decoding(plan);
   plan_prefill(plan);
+  plan_drafts(plan);
   return plan;
 }
 
@@ -68,7 +70,7 @@ std::optional<StepPlan> Scheduler::plan_ahead(std::span<Sequence* const> continu
   for (Sequence* s : continuing) {
     // Pages that were taken when a later one finds none stay reserved for the sequence.
     if (!pool_.reserve(s->pages, length(*s) + 1, plan.copies)) return std::nullopt;
-    plan.work.push_back({s, length(*s), 1, /*decoding=*/true, /*samples=*/true});
+    plan.work.push_back({s, length(*s), 1, /*decoding=*/true, /*samples=*/true, {}});
     ++plan.num_tokens;
   }
   // The last plan has made the place where they write their own, and nobody forks before it is committed.
@@ -117,6 +119,23 @@ void Scheduler::plan_prefill(StepPlan& plan) {
     if (s->score_from) count = std::min(count, options_.max_scored_tokens - plan.num_scored);
     if (count == 0) continue;
     if (s->running && reserve(*s, s->num_computed() + count, plan)) schedule(*s, count, plan);
+  }
+}
+
+void Scheduler::plan_drafts(StepPlan& plan) {
+  int left = std::min(options_.max_drafts, options_.max_tokens_per_step - plan.num_tokens);
+  for (ScheduledWork& work : plan.work) {
+    Sequence& s = *work.sequence;
+    if (!work.decoding || !work.samples || s.drafts.empty()) continue;
+    std::int64_t count = std::min<std::int64_t>(std::ssize(s.drafts), left);
+    // Most drafts are wrong: no cached page goes for one.
+    if (pool_.pages_needed(s.pages, length(s) + count) > pool_.num_free()) {
+      count = std::min(count, std::ssize(s.pages.pages()) * kPageSize - length(s));
+    }
+    if (count <= 0 || !pool_.reserve(s.pages, length(s) + count, plan.copies)) continue;
+    work.drafts.assign(s.drafts.begin(), s.drafts.begin() + count);
+    left -= static_cast<int>(count);
+    plan.num_tokens += static_cast<int>(count);
   }
 }
 
@@ -172,9 +191,17 @@ void Scheduler::commit(const ScheduledWork& work) {
                                                   static_cast<std::size_t>(work.count)));
 }
 
+void Scheduler::commit_draft(Sequence& sequence) {
+  pool_.commit(sequence.pages,
+               std::span(sequence.tokens).first(static_cast<std::size_t>(sequence.num_computed()) + 1));
+}
+
+void Scheduler::drop_drafts(Sequence& sequence) { pool_.trim(sequence.pages); }
+
 void Scheduler::preempt(Sequence& sequence, StepPlan& plan) {
   stop(sequence);
   pool_.release(sequence.pages);
+  sequence.drafts.clear();
   ++sequence.preemptions;
   ++counters_.preemptions;
   waiting_.insert(&sequence);

@@ -21,6 +21,8 @@ struct Sequence {
   int preemptions = 0;
   /// The logits of its tokens from this one on are wanted: they are computed even where the cache has them.
   std::optional<std::int64_t> score_from;
+  /// What may follow `tokens`, to be checked in the next step that is planned, as far as there is room.
+  std::vector<std::int32_t> drafts;
 
   /// Tokens whose latents are in the cache.
   std::int64_t num_computed() const { return pages.num_tokens(); }
@@ -38,6 +40,7 @@ struct SchedulerOptions {
   int max_batch_size = 128;                  ///< sequences that hold pages
   int max_tokens_per_step = 2048;            ///< >= max_batch_size
   int max_scored_tokens = kMaxScoredTokens;  ///< per step, of sequences with score_from
+  int max_drafts = 0;                        ///< per step, of all sequences
 };
 
 /// Throws InvalidArgument for options out of range.
@@ -48,15 +51,17 @@ struct ScheduledWork {
   Sequence* sequence = nullptr;
   std::int64_t begin = 0;
   int count = 0;
-  bool decoding = false;  ///< a single token after others of the same sequence
-  bool samples = false;   ///< the last of them is the sequence's last: a token is to be chosen
+  bool decoding = false;             ///< a single token after others of the same sequence
+  bool samples = false;              ///< the last of them is the sequence's last: a token is to be chosen
+  std::vector<std::int32_t> drafts;  ///< go through the model behind them
+  int num_drafts() const { return static_cast<int>(drafts.size()); }
 };
 
 struct StepPlan {
   std::vector<ScheduledWork> work;
   std::vector<kv::PageCopy> copies;  ///< to be made in this order before the model runs
   std::vector<Sequence*> preempted;
-  int num_tokens = 0;
+  int num_tokens = 0;  ///< with drafts
   int num_scored = 0;  ///< of which of sequences with score_from
 };
 
@@ -72,6 +77,9 @@ struct StepPlan {
 /// latest arrival lets go of its pages and returns to the queue with its old rank, to be computed again (its
 /// pages are often still in the prefix cache). The earliest arrival is never preempted, so something always
 /// finishes.
+///
+/// Drafts go along behind a sequence's one token where neither a prompt of this step has a use for the place nor
+/// the prefix cache for the page.
 ///
 /// Pure logic over the PagePool's counts: no model, no clock, no thread.
 class Scheduler {
@@ -103,8 +111,12 @@ class Scheduler {
   /// plan.
   std::optional<StepPlan> plan_ahead(std::span<Sequence* const> continuing);
 
-  /// The model has run `work`.
+  /// The model has run `work`; of its drafts nothing counts yet.
   void commit(const ScheduledWork& work);
+  /// The first draft of `sequence` behind what has been committed is now its last token.
+  void commit_draft(Sequence& sequence);
+  /// Whatever drafts are left of the last step's do not count: pages that were for them alone go back.
+  void drop_drafts(Sequence& sequence);
 
   /// The sequence leaves, running or waiting. `keep` as in kv::PagePool::release.
   void finish(Sequence& sequence, bool keep = true);
@@ -124,6 +136,7 @@ class Scheduler {
 
   void plan_decoding(StepPlan& plan);
   void plan_prefill(StepPlan& plan);
+  void plan_drafts(StepPlan& plan);
   bool reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& plan);
   bool fits(const Sequence& sequence) const;
   bool try_to_join(Sequence& sequence);

@@ -1,5 +1,7 @@
 #include "engine/statistics.h"
 
+#include "engine/step_pipeline.h"
+
 namespace flash_mla::engine {
 namespace {
 
@@ -64,6 +66,20 @@ void Statistics::ended(const Continuation& c, FinishReason reason, std::int64_t 
   if (c.num_generated > 1) {
     stats_.tpot_seconds.add(seconds_between(c.first_token, c.last_token) /
                             static_cast<double>(c.num_generated - 1));
+  }
+}
+
+void Statistics::drafted(const LaunchedStep& step) {
+  const std::lock_guard lock(mutex_);
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    const int drafts = step.plan.work[i].num_drafts();
+    if (drafts == 0 || step.drafts[i].tokens == 0) continue;
+    DraftStats& to =
+        step.continuation(i).draft_source == DraftSource::kMtp ? stats_.mtp_drafts : stats_.ngram_drafts;
+    ++to.steps;
+    to.drafted += drafts;
+    to.accepted += step.drafts[i].accepted;
+    to.tokens += step.drafts[i].tokens;
   }
 }
 

@@ -10,6 +10,8 @@
 
 namespace flash_mla::engine {
 
+struct LaunchedStep;
+
 /// Counts what EngineStats and the timeline show. From any thread.
 class Statistics {
  public:
@@ -26,6 +28,9 @@ class Statistics {
   void generated(const Continuation& c);
   /// `continuations` of them have ended as `c` has.
   void ended(const Continuation& c, FinishReason reason, std::int64_t continuations);
+
+  /// What came of the drafts of a step.
+  void drafted(const LaunchedStep& step);
 
   /// Where sequences and pages are, between steps.
   struct Load {

@@ -31,8 +31,10 @@ StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const Scor
       const auto begin = tokens.begin() + w.begin;
       out.token_ids.insert(out.token_ids.end(), begin, begin + w.count);
     }
+    const auto end = static_cast<std::int32_t>(out.token_ids.size());  // of its own tokens
+    out.token_ids.insert(out.token_ids.end(), w.drafts.begin(), w.drafts.end());
     out.query_starts.push_back(static_cast<std::int32_t>(out.token_ids.size()));
-    out.seq_lens.push_back(static_cast<std::int32_t>(w.begin + w.count));
+    out.seq_lens.push_back(static_cast<std::int32_t>(w.begin + w.count + w.num_drafts()));
     max_blocks = std::max(max_blocks, w.sequence->pages.pages().size());
 
     StepBatch::Result& result = out.results.emplace_back();
@@ -40,17 +42,15 @@ StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const Scor
     result.first_scored = out.logit_rows.size();
     result.num_scored = scored.count;
     for (int i = 0; i < scored.count; ++i) {
-      out.logit_rows.push_back(out.query_starts.back() - w.count + scored.skipped + i);
+      out.logit_rows.push_back(end - w.count + scored.skipped + i);
     }
     if (!w.samples) continue;
-    Draw draw;
-    result.wanted = wanted_of(w, draw);
-    if (result.wanted == Wanted::kDrawn) out.draws.push_back(draw);
+    result.wanted = wanted_of(w, out.draws);
     std::vector<std::int32_t>& rows = result.wanted == Wanted::kLogits  ? out.logit_rows
                                       : result.wanted == Wanted::kDrawn ? out.drawn_rows
                                                                         : out.greedy_rows;
     result.index = rows.size();
-    rows.push_back(out.query_starts.back() - 1);
+    for (int i = 0; i <= w.num_drafts(); ++i) rows.push_back(end - 1 + i);
   }
   for (StepBatch::Result& result : out.results) {
     if (result.wanted == Wanted::kLikeliest) result.index += out.drawn_rows.size();

@@ -9,7 +9,7 @@
 
 namespace flash_mla::engine {
 
-/// What is wanted of a sequence's last token in a step.
+/// What is wanted of a sequence's last token in a step, and of every draft behind it.
 enum class Wanted {
   kNothing,    ///< its prompt goes on
   kLogits,     ///< all logits: the host chooses
@@ -20,7 +20,7 @@ enum class Wanted {
 /// A StepPlan as the model takes it.
 struct StepBatch {
   /// What is wanted of a sequence, and where it is among the results: the row of the logits, or the index
-  /// among the tokens.
+  /// among the tokens. What belongs to its drafts comes behind.
   struct Result {
     Wanted wanted = Wanted::kNothing;
     std::size_t index = 0;
@@ -40,8 +40,9 @@ struct StepBatch {
   model::ForwardBatch view(bool batch_invariant) const;
 };
 
-/// Says what is wanted of a work that samples; fills the draw if that is kDrawn.
-using WantedOf = std::function<Wanted(const ScheduledWork&, Draw&)>;
+/// Says what is wanted of a work that samples. If that is kDrawn, adds a draw for its last token and one for
+/// every draft.
+using WantedOf = std::function<Wanted(const ScheduledWork&, std::vector<Draw>&)>;
 /// How many of a work's tokens, and behind how many others of it, have a successor in the prompt whose
 /// log-probability is wanted.
 struct ScoredTokens {

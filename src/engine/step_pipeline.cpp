@@ -20,18 +20,21 @@ bool leaves_choice_to_model(const SamplingParams& p) {
 // The continuation's request has yet to fork: several tokens come of its prompt's last row.
 bool forks_here(const Continuation& c) { return c.request->sampling.n > 1 && !c.request->forked; }
 
-Wanted wanted(const ScheduledWork& w, Draw& draw) {
+Wanted wanted(const ScheduledWork& w, std::vector<Draw>& draws) {
   const auto& c = static_cast<const Continuation&>(*w.sequence);
   const SamplingParams& sampling = c.request->sampling;
   if (sampling.max_tokens == 0) return Wanted::kNothing;
   if (!leaves_choice_to_model(sampling)) return Wanted::kLogits;
   // A token that is still on its way counts as generated.
   const std::int64_t on_its_way = w.begin - (static_cast<std::int64_t>(c.tokens.size()) - w.count);
+  // What rules need of this token they need of no later one, unless of all.
   if (c.format || c.request->rules.needed(c.num_generated + on_its_way)) return Wanted::kLogits;
   if (sampling.temperature == 0) return Wanted::kLikeliest;
   if (forks_here(c)) return Wanted::kLogits;
-  draw = draw_of(sampling, {c.request->seed, static_cast<std::uint32_t>(c.index),
-                            static_cast<std::uint64_t>(c.num_generated + on_its_way)});
+  for (int i = 0; i <= w.num_drafts(); ++i) {
+    draws.push_back(draw_of(sampling, {c.request->seed, static_cast<std::uint32_t>(c.index),
+                                       static_cast<std::uint64_t>(c.num_generated + on_its_way + i)}));
+  }
   return Wanted::kDrawn;
 }
 
@@ -68,6 +71,7 @@ StepPipeline::StepPipeline(model::Model& model, Scheduler& scheduler, const kv::
 std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_point begin) {
   auto step = std::make_unique<LaunchedStep>();
   step->plan = std::move(plan);
+  step->drafts.resize(step->plan.work.size());
   step->utilisation = utilisation(step->plan);
   StepRecord& record = step->record;
   record.begin = statistics_.seconds(begin);
@@ -99,6 +103,7 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_po
 
 std::unique_ptr<LaunchedStep> StepPipeline::launch_ahead(const LaunchedStep& step) {
   if (!options_.overlap_steps || !model_.launches_ahead() || !step.failure.empty()) return nullptr;
+  if (step.num_logit_rows > 0) return nullptr;  // of a prompt that is scored: to be collected first
   std::vector<Sequence*> continuing;
   int unfinished = 0;
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
@@ -136,7 +141,10 @@ std::size_t StepPipeline::num_logits(const LaunchedStep& step) const {
 double StepPipeline::utilisation(const StepPlan& plan) const {
   std::vector<std::int32_t> lengths;
   for (const ScheduledWork& w : plan.work) {
-    if (w.decoding) lengths.push_back(static_cast<std::int32_t>(w.begin + w.count));
+    if (!w.decoding) continue;
+    for (int i = 0; i <= w.num_drafts(); ++i) {
+      lengths.push_back(static_cast<std::int32_t>(w.begin + w.count + i));
+    }
   }
   if (lengths.empty()) return 0;
   return schedule_utilisation(

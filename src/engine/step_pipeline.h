@@ -11,10 +11,19 @@
 
 namespace flash_mla::engine {
 
+/// What came of the drafts of one work.
+struct DraftOutcome {
+  int accepted = 0;   ///< that are the tokens which were chosen there
+  int decided = 0;    ///< accepted, or the first that is not
+  int committed = 0;  ///< accepted, with the text going on behind
+  int tokens = 0;     ///< that the step gave the sequence
+};
+
 /// A step that the model has been given.
 struct LaunchedStep {
   StepPlan plan;
   std::vector<StepBatch::Result> results;  // of each work
+  std::vector<DraftOutcome> drafts;        // of each work
   std::size_t num_logit_rows = 0, num_tokens = 0;
   bool launched = false;
   std::string failure;  // what went wrong with the model

@@ -29,6 +29,20 @@ std::size_t this_thread() {
 #endif
 }
 
+// Where the token behind the `draft`-th draft comes from.
+TokenChoice source(Continuation& c, std::size_t work, const StepBatch::Result& result, std::size_t draft,
+                   StepPipeline& pipeline, std::size_t vocab_size) {
+  TokenChoice choice;
+  choice.continuation = &c;
+  choice.work = work;
+  if (result.is_token()) {
+    choice.token = pipeline.tokens()[result.index + draft];
+  } else {
+    choice.logits = pipeline.logits().subspan((result.index + draft) * vocab_size, vocab_size);
+  }
+  return choice;
+}
+
 // Where each token comes from.
 std::vector<TokenChoice> sources(const LaunchedStep& step, StepPipeline& pipeline, std::size_t vocab_size,
                                  Requests& requests) {
@@ -37,13 +51,7 @@ std::vector<TokenChoice> sources(const LaunchedStep& step, StepPipeline& pipelin
     Continuation& c = step.continuation(i);
     const StepBatch::Result& result = step.results[i];
     if (c.ended || result.wanted == Wanted::kNothing) continue;
-    TokenChoice choice;
-    if (result.is_token()) {
-      choice.token = pipeline.tokens()[result.index];
-    } else {
-      choice.logits = pipeline.logits().subspan(result.index * vocab_size, vocab_size);
-    }
-    choice.continuation = &c;
+    TokenChoice choice = source(c, i, result, 0, pipeline, vocab_size);
     ActiveRequest& request = *c.request;
     if (request.forked || request.sampling.n == 1) {
       choices.push_back(choice);
@@ -86,13 +94,18 @@ int TokenChooser::num_threads(std::ptrdiff_t items, std::ptrdiff_t logits) const
 
 std::vector<std::pair<Continuation*, std::string>> TokenChooser::prepare(const LaunchedStep& step,
                                                                          int vocab_size) {
-  // An ambiguous grammar can take ever longer; others of the step would have to wait for it.
-  constexpr double kMaxSeconds = 0.5;
   std::vector<Continuation*> wanting;
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     Continuation& c = step.continuation(i);
     if (c.format && !c.ended && step.plan.work[i].samples) wanting.push_back(&c);
   }
+  return compute_masks(wanting, vocab_size);
+}
+
+std::vector<std::pair<Continuation*, std::string>> TokenChooser::compute_masks(
+    const std::vector<Continuation*>& wanting, int vocab_size) const {
+  // An ambiguous grammar can take ever longer; others of the step would have to wait for it.
+  constexpr double kMaxSeconds = 0.5;
   const std::ptrdiff_t count = std::ssize(wanting);
   std::vector<double> seconds(wanting.size());
   const int threads = num_threads(count, count * vocab_size);
@@ -157,6 +170,29 @@ std::vector<std::pair<Continuation*, std::string>> TokenChooser::score(const Lau
 std::vector<TokenChoice> TokenChooser::choose(const LaunchedStep& step, StepPipeline& pipeline,
                                               int vocab_size, Requests& requests) {
   std::vector<TokenChoice> choices = sources(step, pipeline, static_cast<std::size_t>(vocab_size), requests);
+  sample(choices, pipeline);
+  return choices;
+}
+
+std::vector<TokenChoice> TokenChooser::choose_behind(int draft, const LaunchedStep& step,
+                                                     StepPipeline& pipeline, int vocab_size) {
+  std::vector<TokenChoice> choices;
+  std::vector<Continuation*> formatted;
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    Continuation& c = step.continuation(i);
+    if (c.ended || step.drafts[i].committed < draft) continue;
+    choices.push_back(source(c, i, step.results[i], static_cast<std::size_t>(draft), pipeline,
+                             static_cast<std::size_t>(vocab_size)));
+    if (c.format) formatted.push_back(&c);
+  }
+  for (const auto& [continuation, error] : compute_masks(formatted, vocab_size)) {
+    std::ranges::find(choices, continuation, &TokenChoice::continuation)->error = error;
+  }
+  sample(choices, pipeline);
+  return choices;
+}
+
+void TokenChooser::sample(std::vector<TokenChoice>& choices, StepPipeline& pipeline) {
   const std::ptrdiff_t count = std::ssize(choices);
   const int threads = num_threads(count, std::ssize(pipeline.logits()));
   static_cast<void>(threads);
@@ -164,9 +200,9 @@ std::vector<TokenChoice> TokenChooser::choose(const LaunchedStep& step, StepPipe
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
 #endif
   for (std::ptrdiff_t i = 0; i < count; ++i) {
-    sample(choices[static_cast<std::size_t>(i)], samplers_[this_thread()]);
+    TokenChoice& choice = choices[static_cast<std::size_t>(i)];
+    if (choice.error.empty()) sample(choice, samplers_[this_thread()]);
   }
-  return choices;
 }
 
 void TokenChooser::sample(TokenChoice& choice, Sampler& sampler) {

@@ -14,6 +14,7 @@ namespace flash_mla::engine {
 /// The next token of one continuation.
 struct TokenChoice {
   Continuation* continuation = nullptr;
+  std::size_t work = 0;     // its place in the step
   std::span<float> logits;  // empty: the model chose `token`
   std::int32_t token = -1;
   bool shared = false;  // the row belongs to other continuations of the same prompt as well
@@ -31,6 +32,9 @@ class TokenChooser {
   /// Requests whose prompt is done are forked.
   std::vector<TokenChoice> choose(const LaunchedStep& step, StepPipeline& pipeline, int vocab_size,
                                   Requests& requests);
+  /// The same for the token behind the `draft`-th draft, from 1 on: of continuations that have come so far.
+  std::vector<TokenChoice> choose_behind(int draft, const LaunchedStep& step, StepPipeline& pipeline,
+                                         int vocab_size);
 
   /// Computes which tokens the formats of texts allow behind those of `step`: while a GPU runs it. Returns the
   /// continuations for which that takes too long, and why.
@@ -43,6 +47,9 @@ class TokenChooser {
 
  private:
   int num_threads(std::ptrdiff_t items, std::ptrdiff_t logits) const;
+  void sample(std::vector<TokenChoice>& choices, StepPipeline& pipeline);
+  std::vector<std::pair<Continuation*, std::string>> compute_masks(const std::vector<Continuation*>& wanting,
+                                                                   int vocab_size) const;
   static void sample(TokenChoice& choice, Sampler& sampler);
 
   std::vector<Sampler> samplers_;  // one per thread

@@ -122,6 +122,13 @@ void PagePool::commit(SequencePages& sequence, std::span<const std::int32_t> tok
   }
 }
 
+void PagePool::trim(SequencePages& sequence) {
+  while (std::ssize(sequence.pages_) > pages_for(sequence.num_tokens_)) {
+    dereference(sequence.pages_.back(), true);
+    sequence.pages_.pop_back();
+  }
+}
+
 SequencePages PagePool::fork(const SequencePages& sequence) {
   SequencePages copy;
   copy.pages_.assign(sequence.pages_.begin(), sequence.pages_.begin() + pages_for(sequence.num_tokens_));

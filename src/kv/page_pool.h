@@ -82,6 +82,9 @@ class PagePool {
   /// the sequence's own.
   void commit(SequencePages& sequence, std::span<const std::int32_t> tokens);
 
+  /// Lets go of what has been reserved past the page of the sequence's last token.
+  void trim(SequencePages& sequence);
+
   /// A second sequence with the same tokens, sharing all pages. Reservations of `sequence` past its last
   /// token end here: both must reserve before they write.
   SequencePages fork(const SequencePages& sequence);

@@ -1,0 +1,121 @@
+#include "engine/speculation.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "flash_mla/error.h"
+
+namespace flash_mla::engine {
+namespace {
+
+using Speculative = EngineOptions::Speculative;
+
+// Drafts that a continuation's record remembers, and those that the record of all counts for in it.
+constexpr double kRemembered = 0.9, kRememberedOfAll = 0.99, kPrior = 3;
+// Where drafts have not paid they are tried again after a while.
+constexpr double kForgottenUntried = 0.97;
+
+Continuation& continuation(Sequence* s) { return static_cast<Continuation&>(*s); }
+
+}  // namespace
+
+Speculation::Speculation(const EngineOptions& options, std::unique_ptr<Drafter> drafter,
+                         std::int64_t max_length)
+    : options_(options),
+      max_length_(max_length),
+      drafter_(drafter ? std::move(drafter) : std::make_unique<NgramDrafter>()) {
+  if (options.draft_tokens < 1 || options.draft_tokens > kMaxDraftTokens) {
+    throw InvalidArgument(
+        fmt::format("draft_tokens is {}, expected 1 to {}", options.draft_tokens, kMaxDraftTokens));
+  }
+}
+
+// Drafts that could all come true: the step gives one token more.
+int Speculation::room(const Continuation& c) const {
+  const std::int64_t left = std::min(c.request->sampling.max_tokens - c.num_generated,
+                                     max_length_ - static_cast<std::int64_t>(c.tokens.size()));
+  return static_cast<int>(std::min<std::int64_t>(options_.draft_tokens, left - 1));
+}
+
+void Speculation::propose(std::span<Sequence* const> running) {
+  if (!on()) return;
+  std::vector<Continuation*> drafted;
+  int sequences = 0;
+  for (Sequence* s : running) {
+    Continuation& c = continuation(s);
+    c.drafts.clear();
+    if (c.num_remaining() != 1) continue;
+    ++sequences;
+    // The first token comes with the prompt's others, or for several continuations at once.
+    if (c.num_generated == 0 || room(c) < 1) continue;
+    c.drafts = drafter_->draft(c, room(c));
+    if (!c.drafts.empty()) drafted.push_back(&c);
+  }
+  if (options_.speculative == Speculative::kAuto && !drafted.empty()) keep_what_pays(drafted, sequences);
+}
+
+double Speculation::acceptance(const Continuation& c) const {
+  const double general = (all_.accepted + 0.5 * kPrior) / (all_.decided + kPrior);
+  return (c.acceptance.accepted + general * kPrior) / (c.acceptance.decided + kPrior);
+}
+
+// A draft is worth its row if the tokens that it can be expected to bring take less time than those before: the
+// largest expectations first, as long as tokens per second grow.
+void Speculation::keep_what_pays(const std::vector<Continuation*>& drafted, int sequences) {
+  struct Candidate {
+    double chance;
+    Continuation* c;
+    std::size_t count;  // of its drafts, with this one
+  };
+  std::vector<Candidate> candidates;
+  for (Continuation* c : drafted) {
+    const double each = acceptance(*c);
+    double chance = 1;
+    for (std::size_t i = 1; i <= c->drafts.size(); ++i) candidates.push_back({chance *= each, c, i});
+  }
+  std::ranges::stable_sort(candidates,
+                           [](const Candidate& a, const Candidate& b) { return a.chance > b.chance; });
+  double tokens = sequences, seconds = step_time_.at(sequences);
+  const double slope = step_time_.slope();
+  for (Continuation* c : drafted) c->num_kept_drafts = 0;
+  for (const Candidate& candidate : candidates) {
+    if (candidate.chance * seconds < tokens * slope) break;
+    tokens += candidate.chance;
+    seconds += slope;
+    candidate.c->num_kept_drafts = candidate.count;
+  }
+  for (Continuation* c : drafted) {
+    c->drafts.resize(c->num_kept_drafts);
+    if (c->drafts.empty()) c->acceptance.forget(kForgottenUntried);
+  }
+}
+
+bool Speculation::wants_drafts_after(const LaunchedStep& step) const {
+  if (!on()) return false;
+  if (options_.speculative != Speculative::kAuto) return true;
+  // The best that a draft could do there.
+  const auto sequences = static_cast<double>(step.plan.work.size());
+  double best = 0;
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    const Continuation& c = step.continuation(i);
+    if (!c.ended && room(c) >= 1) best = std::max(best, acceptance(c));
+  }
+  return best * step_time_.at(sequences) >= sequences * step_time_.slope();
+}
+
+void Speculation::learn(const LaunchedStep& step, double seconds) {
+  if (!on()) return;
+  bool decodes = true;
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    decodes = decodes && step.plan.work[i].decoding;
+    const DraftOutcome& outcome = step.drafts[i];
+    if (outcome.decided == 0) continue;
+    step.continuation(i).acceptance.add(outcome.accepted, outcome.decided, kRemembered);
+    all_.add(outcome.accepted, outcome.decided, kRememberedOfAll);
+  }
+  if (decodes) step_time_.add(step.plan.num_tokens, seconds);
+}
+
+}  // namespace flash_mla::engine

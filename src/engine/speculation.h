@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/drafter.h"
+#include "engine/step_pipeline.h"
+#include "engine/step_time.h"
+
+namespace flash_mla::engine {
+
+/// Decides which sequences get drafts in a step, and how many.
+class Speculation {
+ public:
+  /// `drafter`: null for n-grams. Throws InvalidArgument for options out of range.
+  Speculation(const EngineOptions& options, std::unique_ptr<Drafter> drafter, std::int64_t max_length);
+
+  bool on() const { return options_.speculative != EngineOptions::Speculative::kOff; }
+
+  /// Gives those of `running` that are past their prompt drafts for the step that is planned next.
+  void propose(std::span<Sequence* const> running);
+
+  /// Whether sequences of `step` are to get drafts in the next one, which then has to wait for its tokens.
+  bool wants_drafts_after(const LaunchedStep& step) const;
+
+  /// What has come of a step's drafts. `seconds`: that it took.
+  void learn(const LaunchedStep& step, double seconds);
+
+ private:
+  int room(const Continuation& c) const;
+  double acceptance(const Continuation& c) const;
+  void keep_what_pays(const std::vector<Continuation*>& drafted, int sequences);
+
+  const EngineOptions& options_;
+  std::int64_t max_length_;
+  std::unique_ptr<Drafter> drafter_;
+  Acceptance all_;      // of every continuation
+  StepTime step_time_;  // of steps that only decode
+};
+
+}  // namespace flash_mla::engine

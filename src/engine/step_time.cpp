@@ -1,0 +1,34 @@
+#include "engine/step_time.h"
+
+#include <algorithm>
+
+namespace flash_mla::engine {
+namespace {
+
+constexpr double kForget = 0.98;  // per step
+// Until steps of different sizes have been seen: the share of a step's time that goes with its rows.
+constexpr double kAssumedShare = 0.3;
+
+}  // namespace
+
+void StepTime::add(int rows, double seconds) {
+  weight_ = kForget * weight_ + 1;
+  const double share = 1 / weight_;
+  rows_ += share * (rows - rows_);
+  seconds_ += share * (seconds - seconds_);
+  rows2_ += share * (double{1} * rows * rows - rows2_);
+  rows_seconds_ += share * (rows * seconds - rows_seconds_);
+}
+
+double StepTime::slope() const {
+  if (weight_ == 0) return 0;
+  const double variance = rows2_ - rows_ * rows_;
+  const double assumed = kAssumedShare * seconds_ / rows_;
+  if (variance < 0.01 * rows_) return assumed;
+  // A row costs something, and no more than its share of all.
+  return std::clamp((rows_seconds_ - rows_ * seconds_) / variance, 0.05 * assumed, seconds_ / rows_);
+}
+
+double StepTime::at(double rows) const { return seconds_ + slope() * (rows - rows_); }
+
+}  // namespace flash_mla::engine
