@@ -174,8 +174,8 @@ struct EngineOptions {
   enum class LoadFormat { kAuto, kDummy };
   /// Where drafts come from: tokens that may follow, which the model checks in one step. kNgram: what came
   /// behind the last tokens when they occurred before, in prompt or continuation. kMtp: the model's own module
-  /// for multi-token prediction. kAuto: the module if there is one, else n-grams, and only as many drafts as
-  /// have paid so far.
+  /// for multi-token prediction; refused where it has none. kAuto: only as many drafts as have paid so far, of
+  /// the module where there is one, else of n-grams.
   enum class Speculative { kOff, kNgram, kAuto, kMtp };
   Device device = Device::kAuto;
   Precision precision = Precision::kAuto;

@@ -102,6 +102,8 @@ class LLM:
     longer prompts are processed in chunks. ``prefix_cache`` computes equal beginnings once. ``batch_invariant``
     gives a request the same bits whatever else is in the batch. ``overlap_steps``: on a GPU the next step is queued
     while the current one runs, with the same tokens. ``num_threads``: 0 for all.
+    ``speculative``: "off", "ngram" or "auto" for drafts of up to ``draft_tokens`` tokens, which a step checks and which
+    leave a text as it is: what came behind the last tokens before, with "auto" only as much as pays (CPU only).
     ``generation_config``: "auto" for the sampling that the directory's generation_config.json asks for where a call has no
     sampling_params, "none" for SamplingParams' own defaults. ``chat_template``: a Jinja file instead of the directory's own.
 
@@ -129,6 +131,8 @@ class LLM:
         num_threads=0,
         generation_config="auto",
         chat_template="",
+        speculative="off",
+        draft_tokens=3,
     ):
         if generation_config not in ("auto", "none"):
             raise ValueError(f'generation_config is "{generation_config}", expected "auto" or "none"')
@@ -150,6 +154,8 @@ class LLM:
             num_threads=num_threads,
             generation_config=generation_config == "auto",
             chat_template=os.fspath(chat_template),
+            speculative=speculative,
+            draft_tokens=draft_tokens,
         )
 
     def generate(

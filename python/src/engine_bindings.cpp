@@ -22,6 +22,7 @@ using Device = EngineOptions::Device;
 using Precision = EngineOptions::Precision;
 using Quantize = EngineOptions::Quantize;
 using LoadFormat = EngineOptions::LoadFormat;
+using Speculative = EngineOptions::Speculative;
 
 Device device_named(const std::string& name) {
   if (name == "auto") return Device::kAuto;
@@ -56,6 +57,13 @@ LoadFormat load_format_named(const std::string& name) {
   if (name == "auto") return LoadFormat::kAuto;
   if (name == "dummy") return LoadFormat::kDummy;
   throw InvalidArgument("load_format is \"" + name + "\", expected auto or dummy");
+}
+
+Speculative speculative_named(const std::string& name) {
+  if (name == "off") return Speculative::kOff;
+  if (name == "ngram") return Speculative::kNgram;
+  if (name == "auto") return Speculative::kAuto;
+  throw InvalidArgument("speculative is \"" + name + "\", expected off, ngram or auto");
 }
 
 nb::list to_python(const std::vector<TokenLogprobs>& logprobs) {
@@ -126,6 +134,15 @@ nb::list generate(Engine& engine, const std::vector<Request>& requests, const nb
   return out;
 }
 
+nb::dict to_python(const DraftStats& s) {
+  nb::dict d;
+  d["steps"] = s.steps;
+  d["drafted"] = s.drafted;
+  d["accepted"] = s.accepted;
+  d["tokens"] = s.tokens;
+  return d;
+}
+
 nb::dict to_python(const EngineStats& s) {
   const auto mean = [](const Histogram& h) {
     return h.total == 0 ? 0 : h.sum / static_cast<double>(h.total);
@@ -148,6 +165,7 @@ nb::dict to_python(const EngineStats& s) {
   d["prefix_tokens_looked_up"] = s.prefix_tokens_looked_up;
   d["prefix_tokens_hit"] = s.prefix_tokens_hit;
   d["preemptions"] = s.preemptions;
+  d["ngram_drafts"] = to_python(s.ngram_drafts);
   d["steps"] = s.steps;
   d["step_seconds"] = s.step_seconds;
   d["ttft_seconds_mean"] = mean(s.ttft_seconds);
@@ -303,7 +321,7 @@ void bind_engine(nb::module_& m) {
              const std::string& load_format, std::int64_t max_model_len, int num_pages,
              std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step, bool prefix_cache,
              bool batch_invariant, bool overlap_steps, int num_threads, bool generation_config,
-             const std::string& chat_template) {
+             const std::string& chat_template, const std::string& speculative, int draft_tokens) {
             EngineOptions o;
             o.generation_config = generation_config;
             o.chat_template = chat_template;
@@ -321,13 +339,15 @@ void bind_engine(nb::module_& m) {
             o.batch_invariant = batch_invariant;
             o.overlap_steps = overlap_steps;
             o.num_threads = num_threads;
+            o.speculative = speculative_named(speculative);
+            o.draft_tokens = draft_tokens;
             const nb::gil_scoped_release release;
             new (self) Engine(directory, o);
           },
           "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "kv_cache"_a,
           "load_format"_a, "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a,
           "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a,
-          "generation_config"_a, "chat_template"_a)
+          "generation_config"_a, "chat_template"_a, "speculative"_a, "draft_tokens"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(

@@ -23,6 +23,9 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   using LoadFormat = EngineOptions::LoadFormat;
   static const std::map<std::string, LoadFormat> load_formats = {{"auto", LoadFormat::kAuto},
                                                                  {"dummy", LoadFormat::kDummy}};
+  using Speculative = EngineOptions::Speculative;
+  static const std::map<std::string, Speculative> speculative = {
+      {"off", Speculative::kOff}, {"ngram", Speculative::kNgram}, {"auto", Speculative::kAuto}};
   app.add_option_function<std::string>(
          "--device", [&o](const std::string& name) { o.device = devices.at(name); }, "auto, cpu or cuda")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
@@ -68,6 +71,14 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   app.add_flag("--batch-invariant", o.batch_invariant, "The same bits whatever else is in the batch");
   app.add_flag("!--no-overlap", o.overlap_steps,
                "CUDA: wait for every step's tokens before the next is queued");
+  app.add_option_function<std::string>(
+         "--speculative", [&o](const std::string& name) { o.speculative = speculative.at(name); },
+         "Drafts that a step checks, with the same text: off, ngram (what came behind the last tokens before) "
+         "or auto (as many as pay). CPU only")
+      ->check(CLI::IsMember({"off", "ngram", "auto"}));
+  app.add_option("--draft-tokens", o.draft_tokens,
+                 "Drafts of a sequence and step, 1 to 15; with auto at most")
+      ->capture_default_str();
   app.add_option("--threads", o.num_threads, "CPU threads (0: all)")->capture_default_str();
 }
 

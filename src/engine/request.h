@@ -23,9 +23,6 @@ using Clock = std::chrono::steady_clock;
 
 struct ActiveRequest;
 
-/// Where drafts come from.
-enum class DraftSource { kNgram, kMtp };
-
 /// How many drafts turned out to be the model's own tokens, the older the less.
 struct Acceptance {
   double accepted = 0, decided = 0;
@@ -56,10 +53,9 @@ struct Continuation : Sequence {
   std::span<const std::int32_t> generated() const;
   /// What `format` allows next.
   std::span<const std::uint32_t> format_mask(std::size_t vocab_size);
-  DraftSource draft_source = DraftSource::kNgram;  // of its drafts
-  Acceptance acceptance;                           // of them
-  std::size_t num_kept_drafts = 0;                 // while it is decided how many pay
-  std::size_t token_index = 0;  // of its token among those that the last step launched with it chooses
+  Acceptance acceptance;            // of its drafts
+  std::size_t num_kept_drafts = 0;  // while it is decided how many pay
+  std::size_t token_index = 0;      // of its token among those that the last step launched with it chooses
   bool ended = false;
   Clock::time_point first_token{}, last_token{};
 };

@@ -14,6 +14,8 @@ using Speculative = EngineOptions::Speculative;
 
 // Drafts that a continuation's record remembers, and those that the record of all counts for in it.
 constexpr double kRemembered = 0.9, kRememberedOfAll = 0.99, kPrior = 3;
+// What a draft must promise over what its row costs: neither is known exactly, and without drafts nothing is lost.
+constexpr double kMargin = 1.25;
 // Where drafts have not paid they are tried again after a while.
 constexpr double kForgottenUntried = 0.97;
 
@@ -29,6 +31,9 @@ Speculation::Speculation(const EngineOptions& options, std::unique_ptr<Drafter> 
   if (options.draft_tokens < 1 || options.draft_tokens > kMaxDraftTokens) {
     throw InvalidArgument(
         fmt::format("draft_tokens is {}, expected 1 to {}", options.draft_tokens, kMaxDraftTokens));
+  }
+  if (options.speculative == Speculative::kMtp) {
+    throw Unsupported("speculative is mtp: modules for multi-token prediction are not loaded yet");
   }
 }
 
@@ -57,7 +62,7 @@ void Speculation::propose(std::span<Sequence* const> running) {
 }
 
 double Speculation::acceptance(const Continuation& c) const {
-  const double general = (all_.accepted + 0.5 * kPrior) / (all_.decided + kPrior);
+  const double general = (all_.accepted + 0.4 * kPrior) / (all_.decided + kPrior);
   return (c.acceptance.accepted + general * kPrior) / (c.acceptance.decided + kPrior);
 }
 
@@ -81,15 +86,18 @@ void Speculation::keep_what_pays(const std::vector<Continuation*>& drafted, int 
   const double slope = step_time_.slope();
   for (Continuation* c : drafted) c->num_kept_drafts = 0;
   for (const Candidate& candidate : candidates) {
-    if (candidate.chance * seconds < tokens * slope) break;
+    if (candidate.chance * seconds < kMargin * tokens * slope) break;
     tokens += candidate.chance;
     seconds += slope;
     candidate.c->num_kept_drafts = candidate.count;
   }
+  bool tried = false;
   for (Continuation* c : drafted) {
     c->drafts.resize(c->num_kept_drafts);
+    tried = tried || !c->drafts.empty();
     if (c->drafts.empty()) c->acceptance.forget(kForgottenUntried);
   }
+  if (!tried) all_.forget(kForgottenUntried);
 }
 
 bool Speculation::wants_drafts_after(const LaunchedStep& step) const {
@@ -102,7 +110,7 @@ bool Speculation::wants_drafts_after(const LaunchedStep& step) const {
     const Continuation& c = step.continuation(i);
     if (!c.ended && room(c) >= 1) best = std::max(best, acceptance(c));
   }
-  return best * step_time_.at(sequences) >= sequences * step_time_.slope();
+  return best * step_time_.at(sequences) >= kMargin * sequences * step_time_.slope();
 }
 
 void Speculation::learn(const LaunchedStep& step, double seconds) {

@@ -25,8 +25,8 @@ double StepTime::slope() const {
   const double variance = rows2_ - rows_ * rows_;
   const double assumed = kAssumedShare * seconds_ / rows_;
   if (variance < 0.01 * rows_) return assumed;
-  // A row costs something, and no more than its share of all.
-  return std::clamp((rows_seconds_ - rows_ * seconds_) / variance, 0.05 * assumed, seconds_ / rows_);
+  // Time is noisy where others use the machine: a row costs something, and no more than its share of all.
+  return std::clamp((rows_seconds_ - rows_ * seconds_) / variance, 0.5 * assumed, seconds_ / rows_);
 }
 
 double StepTime::at(double rows) const { return seconds_ + slope() * (rows - rows_); }

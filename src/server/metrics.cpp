@@ -102,6 +102,14 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   f.counter("mla_prefix_tokens_hit_total", "Prompt tokens found in the prefix cache.", s.prefix_tokens_hit);
   f.counter("mla_preemptions_total", "Sequences that lost their pages to earlier ones.", s.preemptions);
   f.counter("mla_pages_evicted_total", "Cached pages that were taken for new tokens.", s.pages_evicted);
+  const auto drafts = [&](const char* name, const char* help, std::int64_t DraftStats::*value) {
+    f.counters(name, help, "source", {{"ngram", s.ngram_drafts.*value}});
+  };
+  drafts("mla_drafted_tokens_total", "Drafts that went through the model, by where they came from.",
+         &DraftStats::drafted);
+  drafts("mla_accepted_tokens_total", "Drafts that were the tokens the model chose.", &DraftStats::accepted);
+  drafts("mla_draft_steps_total", "Steps of a sequence with drafts.", &DraftStats::steps);
+  drafts("mla_draft_step_tokens_total", "Tokens that steps with drafts gave.", &DraftStats::tokens);
   f.counter("mla_steps_total", "Steps of the engine.", s.steps);
   f.counter("mla_step_seconds_total", "Time spent in steps.", s.step_seconds);
   f.gauge("mla_cache_pages", "Pages of 64 tokens in the cache.", s.pages_total);

@@ -54,6 +54,25 @@ def test_json_has_every_continuation_and_the_figures(tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_drafts_leave_the_text_and_are_reported():
+    flags = ["--prompt", PROMPT * 3, "--max-tokens", "60", "--temperature", "0", "--batch-invariant", "--json"]
+    off = json.loads(generate(*flags)[0])
+    assert off["report"]["drafts"]["ngram"]["drafted"] == 0
+    for speculative in ("ngram", "auto"):
+        out, report = generate(*flags, "--speculative", speculative, "--draft-tokens", "4")
+        on = json.loads(out)
+        assert on["completions"] == off["completions"]
+        drafts = on["report"]["drafts"]["ngram"]
+        assert 0 < drafts["accepted"] <= drafts["drafted"] and drafts["tokens_per_step"] > 1
+        assert on["report"]["steps"] < off["report"]["steps"]
+        assert "ngram drafts accepted" in report
+    for value in ("0", "16"):
+        _, error = generate("--prompt", "a", "--speculative", "ngram", "--draft-tokens", value, expected=2)
+        assert f"draft_tokens is {value}, expected 1 to 15" in error
+    _, error = generate("--prompt", "a", "--speculative", "ngram", "--device", "cuda", expected=1)
+    assert "speculative: device cuda" in error
+
+
 def test_chat(llm):
     out, _ = generate("--chat", "--prompt", "Emma was", "--max-tokens", "30", "--temperature", "0")
     params = SamplingParams(max_tokens=30, temperature=0)
