@@ -143,6 +143,29 @@ TEST_P(KvCache, ACopiedPageContinuesTheSequence) {
   EXPECT_EQ(step(*model, 101, 1, {6, 7}), before);
 }
 
+// A prompt of 20,000 tokens, of which a token attends to 64, in chunks of two sizes and with one token at the end.
+TEST(LongPrompt, IsTheSameInAnyChunks) {
+  constexpr const char* kLong = R"({
+    "model_type": "deepseek_v32", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 32,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": null,
+    "max_position_embeddings": 32768, "index_topk": 64, "index_n_heads": 2, "index_head_dim": 16})";
+  constexpr std::int32_t kLength = 20000;
+  const auto model = make_random_model(checkpoint::parse_config(kLong, "test"), options(ModelKvCache::kAuto));
+  model->allocate_cache(kLength / 64 + 1);
+  std::vector<std::int32_t> pages;
+  for (std::int32_t i = 0; i <= kLength / 64; ++i) pages.push_back(kLength / 64 - i);
+  const auto last = [&](std::int32_t chunk) {
+    for (std::int32_t at = 0; at < kLength - 1; at += chunk) {
+      step(*model, std::min(at + chunk, kLength - 1), std::min(chunk, kLength - 1 - at), pages);
+    }
+    return step(*model, kLength, 1, pages);
+  };
+  const std::vector<float> a = last(2048), b = last(5000);
+  EXPECT_TRUE(std::ranges::all_of(a, [](float x) { return std::isfinite(x); }));
+  EXPECT_LT(difference(a, b) / deviation(a), 0.02);
+}
+
 TEST(KvCacheOption, ReadsPagesOfAnyFormatInBFloat16) {
   if (!cpu_isa().selected.starts_with("avx512")) GTEST_SKIP() << "bfloat16 needs AVX-512";
   for (const char* config : {kDense, kSparse}) {
