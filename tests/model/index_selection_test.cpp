@@ -131,10 +131,10 @@ std::vector<std::set<std::int64_t>> chosen(const Given& g, const std::vector<std
   CpuContext context(model, DType::kFloat32, ModelQuantize::kNone, format, 2);
   CpuIndexer indexer(context, g.weights());
   const std::vector<std::int32_t> pages = {6, 2, 7, 0, 5};
-  std::vector<std::int64_t> position_of(8 * kPageSize, -1);
+  std::vector<std::int64_t> position_of(std::size_t{8} * kPageSize, -1);
   for (std::int64_t t = 0; t < kLength; ++t) {
-    position_of[static_cast<std::size_t>(pages[static_cast<std::size_t>(t / kPageSize)] * kPageSize +
-                                         t % kPageSize)] = t;
+    const std::int64_t page = pages[static_cast<std::size_t>(t / kPageSize)];
+    position_of[static_cast<std::size_t>(page * kPageSize + t % kPageSize)] = t;
   }
   indexer.allocate_cache(8);
   std::vector<std::set<std::int64_t>> out(kLength);
