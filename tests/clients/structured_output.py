@@ -38,10 +38,16 @@ class Answer(BaseModel):
 MESSAGES = [{"role": "user", "content": "Which colour?"}]
 
 
-def with_instructor(url, mode):
+def with_instructor(url, mode, body):
     client = instructor.from_openai(OpenAI(base_url=url, api_key="none"), mode=mode)
     return client.chat.completions.create(
-        model="small", messages=MESSAGES, response_model=Answer, max_retries=0, max_tokens=300, temperature=0
+        model="small",
+        messages=MESSAGES,
+        response_model=Answer,
+        max_retries=0,
+        max_tokens=300,
+        temperature=0,
+        extra_body=body,
     )
 
 
@@ -53,11 +59,14 @@ def with_langchain(url, method):
 def main():
     server = Server(ROOT / "models" / "small")
     url = f"http://127.0.0.1:{server.port}/v1"
-    # JSON alone says nothing of the keys: a model that cannot follow a prompt gets them from the schema beside it.
-    calls = [
-        (f"instructor {m.name}", lambda m=m: with_instructor(url, m))
-        for m in (instructor.Mode.JSON_SCHEMA, instructor.Mode.JSON, instructor.Mode.MD_JSON)
-    ]
+    # The other modes leave the keys to the prompt, which this model cannot follow: it gets them from the schema beside it.
+    schema = Answer.model_json_schema()
+    modes = {
+        instructor.Mode.JSON_SCHEMA: {},
+        instructor.Mode.JSON: {"response_format": {"type": "json_object", "schema": schema}},
+        instructor.Mode.MD_JSON: {"guided_json": schema},
+    }
+    calls = [(f"instructor {m.name}", lambda m=m, b=b: with_instructor(url, m, b)) for m, b in modes.items()]
     calls.append(("langchain json_schema", lambda: with_langchain(url, "json_schema")))
     failed = 0
     for name, call in calls:
