@@ -179,8 +179,7 @@ struct EngineOptions {
   enum class Speculative { kOff, kNgram, kAuto, kMtp };
   Device device = Device::kAuto;
   Precision precision = Precision::kAuto;
-  /// kInt8 keeps the weights of the layers' products and of the LM head in 8 bits, one scale per output
-  /// feature, in half the memory of bfloat16. CPU only.
+  /// The form that weights are kept in. On a GPU, kNone alone.
   Quantize quantize = Quantize::kNone;
   /// Type of the cache's rows; kFp8 keeps 656 bytes for a token and layer instead of 1,152 in bfloat16.
   KvCache kv_cache = KvCache::kAuto;

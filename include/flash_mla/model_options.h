@@ -14,9 +14,17 @@ enum class ModelPrecision { kAuto, kFloat32, kBFloat16 };
 /// and the CPU.
 enum class ModelKvCache { kAuto, kBFloat16, kFloat16, kFp8 };
 
-/// kInt8: weights of the layers' products and of the LM head in 8 bits, one scale per output feature; CPU
-/// only. Embedding, norms, router and kv_b keep the precision above, and so do activations and cache.
-enum class ModelQuantize { kNone, kInt8 };
+/// Of weights when they are loaded; activations, sums, norms and cache keep the precision above. On the CPU only.
+enum class ModelQuantize {
+  /// As the checkpoint has them: FP8 and weights of 4 bits stay so.
+  kNone,
+  /// Products of all layers and of the LM head in 8 bits, one scale per output feature.
+  kInt8,
+  /// Attention, shared and routed experts in e4m3, one scale per 128 x 128 block, as DeepSeek publishes V3.
+  kFp8,
+  /// Shared and routed experts in 4 bits, one scale per output feature and 128 input features.
+  kW4A8,
+};
 
 /// How far the loading of a model is.
 struct LoadProgress {

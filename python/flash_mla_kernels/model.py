@@ -21,7 +21,7 @@ class Model:
     """A model directory in Hugging Face's format (config.json and safetensors), loaded.
 
     ``precision``: of weights, activations and cache; "float32", "bfloat16", or "auto" for bfloat16 where the
-    processor multiplies it natively. ``quantize``: "none", or "int8" for weights in 8 bits.
+    processor multiplies it natively. ``quantize``: of the weights, "none" (as stored), "int8", "fp8" or "w4a8".
     ``kv_cache``: of the cache's rows; "auto" as precision says, "bfloat16", "float16", or "fp8" for 656 bytes per token
     and layer. ``num_threads``: 0 for as many as OpenMP would use.
 

@@ -41,7 +41,9 @@ Precision precision_named(const std::string& name) {
 Quantize quantize_named(const std::string& name) {
   if (name == "none") return Quantize::kNone;
   if (name == "int8") return Quantize::kInt8;
-  throw InvalidArgument("quantize is \"" + name + "\", expected none or int8");
+  if (name == "fp8") return Quantize::kFp8;
+  if (name == "w4a8") return Quantize::kW4A8;
+  throw InvalidArgument("quantize is \"" + name + "\", expected none, int8, fp8 or w4a8");
 }
 
 EngineOptions::KvCache kv_cache_named(const std::string& name) {

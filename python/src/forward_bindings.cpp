@@ -51,8 +51,13 @@ std::unique_ptr<model::Model> load(const std::string& directory, const std::stri
   }
   if (quantize == "int8") {
     options.quantize = ModelQuantize::kInt8;
+  } else if (quantize == "fp8") {
+    options.quantize = ModelQuantize::kFp8;
+  } else if (quantize == "w4a8") {
+    options.quantize = ModelQuantize::kW4A8;
   } else if (quantize != "none") {
-    throw nb::value_error(("quantize is '" + quantize + "', expected 'none' or 'int8'").c_str());
+    throw nb::value_error(
+        ("quantize is '" + quantize + "', expected 'none', 'int8', 'fp8' or 'w4a8'").c_str());
   }
   if (kv_cache == "bfloat16") {
     options.kv_cache = ModelKvCache::kBFloat16;

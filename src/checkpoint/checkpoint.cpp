@@ -4,12 +4,14 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
 
 #include "base/element.h"
+#include "base/fp8.h"
 #include "base/json.h"
 #include "base/parallel.h"
 #include "checkpoint/convert.h"
@@ -129,6 +131,79 @@ struct Checkpoint::Impl {
     return copy.get();
   }
 
+  /// What `name` says of `what` is not `expected`.
+  [[noreturn]] void fail(std::string_view name, std::string_view what, std::string_view expected) const {
+    throw InvalidArgument(fmt::format("{}: tensor \"{}\": {}: expected {}", find(name).file->path().string(),
+                                      name, what, expected));
+  }
+
+  /// The packed tensor that stands for `name`, or "".
+  std::string packed_name(std::string_view name) const {
+    if (tensors.contains(name) || !name.ends_with(".weight")) return "";
+    std::string packed = std::string(name) + "_packed";
+    return tensors.contains(packed) ? packed : "";
+  }
+
+  /// Words of 8 codes that compressed-tensors packed; refuses zero points and orders of columns.
+  WeightView packed_words(const std::string& packed, std::int64_t rows, std::int64_t columns) {
+    const std::string base = packed.substr(0, packed.size() - std::string_view("_packed").size());
+    for (const char* other : {"_zero_point", "_g_idx"}) {
+      if (tensors.contains(base + other)) {
+        fail(base + other, "weights with such a tensor", "symmetric weights in the order of their columns");
+      }
+    }
+    const Tensor& shape = find(base + "_shape");
+    const bool wide = shape.entry.dtype == "I64";
+    if ((!wide && shape.entry.dtype != "I32") || shape.entry.shape != std::vector<std::int64_t>{2}) {
+      fail(base + "_shape", "dtype = " + shape.entry.dtype, "two whole numbers, I64 or I32");
+    }
+    std::int64_t size[2] = {};
+    for (int i = 0; i < 2; ++i) {
+      std::int32_t narrow = 0;
+      const std::byte* at = shape.entry.data.data() + i * (wide ? 8 : 4);
+      if (wide) {
+        std::memcpy(&size[i], at, 8);
+      } else {
+        std::memcpy(&narrow, at, 4);
+        size[i] = narrow;
+      }
+    }
+    if (size[0] != rows || size[1] != columns) {
+      fail(base + "_shape", fmt::format("{}, {}", size[0], size[1]), fmt::format("{}, {}", rows, columns));
+    }
+    const Tensor& words = find(packed);
+    if (words.entry.dtype != "I32") fail(packed, "dtype = " + words.entry.dtype, "I32");
+    const std::vector<std::int64_t> expected = {rows, (columns + 7) / 8};
+    if (words.entry.shape != expected) wrong_shape(words, expected);
+    return {WeightType::kFloat32, words.entry.shape, words.entry.data.data()};
+  }
+
+  /// Scales of `shape`, positive; with `powers` they may be E8M0.
+  std::vector<float> scales(const std::string& name, const std::vector<std::int64_t>& shape, bool powers) {
+    const Tensor& tensor = find(name);
+    const std::string& dtype = tensor.entry.dtype;
+    if (tensor.entry.shape != shape) wrong_shape(tensor, shape);
+    std::vector<float> out(static_cast<std::size_t>(shape[0] * shape[1]));
+    const auto* type = std::find_if(std::begin(kTypes), std::end(kTypes),
+                                    [&](const TypeName& t) { return t.name == dtype; });
+    if (powers && dtype == "F8_E8M0") {
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        out[i] = to_float(E8m0{std::to_integer<std::uint8_t>(tensor.entry.data[i])});
+      }
+    } else if (type == std::end(kTypes) || type->type == WeightType::kFloat8E4M3) {
+      fail(name, "dtype = " + dtype, powers ? "F32, F16, BF16 or F8_E8M0" : "F32, F16 or BF16");
+    } else {
+      to_float32({type->type, shape, aligned_data(tensor, type->bytes)}, out.data());
+    }
+    const auto bad = std::find_if(out.begin(), out.end(), [](float x) { return !(x > 0 && x < INFINITY); });
+    if (bad != out.end()) {
+      const auto at = bad - out.begin();
+      fail(name, fmt::format("{} at row {}, column {}", *bad, at / shape[1], at % shape[1]),
+           "scales that are positive numbers");
+    }
+    return out;
+  }
+
   [[noreturn]] static void wrong_shape(const Tensor& tensor, const std::vector<std::int64_t>& expected) {
     throw InvalidArgument(fmt::format("{}: tensor \"{}\": shape = [{}]: expected [{}]",
                                       tensor.file->path().string(), tensor.entry.name,
@@ -161,6 +236,8 @@ bool Checkpoint::contains(std::string_view name) const {
   return impl_->tensors.find(name) != impl_->tensors.end();
 }
 
+const SafetensorsEntry& Checkpoint::entry(std::string_view name) const { return impl_->find(name).entry; }
+
 std::vector<std::string> Checkpoint::names() const {
   std::vector<std::string> out;
   for (const auto& item : impl_->tensors) out.push_back(item.first);
@@ -184,25 +261,55 @@ WeightView Checkpoint::get(std::string_view name) const {
   return {type->type, tensor.entry.shape, impl_->aligned_data(tensor, type->bytes)};
 }
 
-/// A stored matrix with the scales of its blocks, if it has any.
+/// A stored matrix, with its scales if it is quantised.
 struct Checkpoint::Matrix {
   WeightView view;
   std::int64_t rows = 0, columns = 0;
-  std::int64_t block_rows = 0, block_columns = 0, scale_columns = 0;
-  std::vector<float> scales;  // (blocks of rows, scale_columns)
+  std::optional<QuantizedFormat> format;
+  std::int64_t scale_rows = 1;  ///< rows of one scale
+  std::vector<float> scales;    ///< (blocks of rows, groups)
+
+  std::int64_t groups() const { return format->groups(columns); }
+  const float* scales_of(std::int64_t row) const { return scales.data() + row / scale_rows * groups(); }
+
+  /// Codes of rows [begin, end), if it is quantised.
+  void read_codes(std::int64_t begin, std::int64_t end, std::uint8_t* out) const {
+    if (format->type == QuantizedType::kE4m3) {
+      std::memcpy(out, view.data + begin * columns, static_cast<std::size_t>((end - begin) * columns));
+      return;
+    }
+    const std::int64_t row_bytes = view.shape[1] * 4;
+    for (std::int64_t row = begin; row < end; ++row) {
+      // Words are little-endian with the first code in the lowest bits: so are the bytes.
+      const auto* from = reinterpret_cast<const std::uint8_t*>(view.data + row * row_bytes);
+      std::uint8_t* to = out + (row - begin) * columns;
+      for (std::int64_t i = 0; i + 1 < columns; i += 2) {
+        to[i] = from[i / 2] & 15;
+        to[i + 1] = from[i / 2] >> 4;
+      }
+      if (columns % 2 != 0) to[columns - 1] = from[columns / 2] & 15;
+    }
+  }
 
   /// Rows [begin, end) as float32.
   void read(std::int64_t begin, std::int64_t end, float* out) const {
-    to_float32(view, begin * columns, (end - begin) * columns, out);
-    if (scales.empty()) return;
+    if (!format) return to_float32(view, begin * columns, (end - begin) * columns, out);
+    if (format->type == QuantizedType::kE4m3) {
+      to_float32(view, begin * columns, (end - begin) * columns, out);
+    } else {
+      thread_local std::vector<std::uint8_t> codes;
+      codes.resize(static_cast<std::size_t>((end - begin) * columns));
+      read_codes(begin, end, codes.data());
+      for (std::size_t i = 0; i < codes.size(); ++i) {
+        out[i] = quantized_value(QuantizedType::kInt4, codes[i]);
+      }
+    }
     for (std::int64_t row = begin; row < end; ++row) {
-      const float* scale_row = scales.data() + row / block_rows * scale_columns;
+      const float* scale = scales_of(row);
       float* out_row = out + (row - begin) * columns;
-      for (std::int64_t block = 0; block < scale_columns; ++block) {
-        const std::int64_t last = std::min(columns, (block + 1) * block_columns);
-        for (std::int64_t column = block * block_columns; column < last; ++column) {
-          out_row[column] *= scale_row[block];
-        }
+      for (std::int64_t first = 0; first < columns; first += format->group, ++scale) {
+        const std::int64_t last = std::min(columns, first + format->group);
+        for (std::int64_t column = first; column < last; ++column) out_row[column] *= *scale;
       }
     }
   }
@@ -219,52 +326,56 @@ struct Checkpoint::Matrix {
 };
 
 Checkpoint::Matrix Checkpoint::matrix(std::string_view name, std::int64_t rows, std::int64_t columns,
-                                      int block_rows, int block_columns) const {
+                                      const StoredFormat& format) const {
+  Matrix out;
+  out.rows = rows;
+  out.columns = columns;
+  const std::string packed = impl_->packed_name(name);
+  if (!packed.empty()) {
+    if (format.int4_group == 0) {
+      impl_->fail(packed, "packed weights",
+                  "a quantization_config of compressed-tensors with 4 bits in config.json");
+    }
+    out.format = {QuantizedType::kInt4, format.int4_group > 0 ? format.int4_group : columns};
+    out.view = impl_->packed_words(packed, rows, columns);
+    const std::string base = packed.substr(0, packed.size() - std::string_view("_packed").size());
+    out.scales = impl_->scales(base + "_scale", {rows, out.groups()}, false);
+    return out;
+  }
   const Impl::Tensor& tensor = impl_->find(name);
   const std::vector<std::int64_t>& shape = tensor.entry.shape;
   const bool vector = rows == 1 && shape.size() == 1 && shape[0] == columns;
   if (!vector && shape != std::vector{rows, columns}) Impl::wrong_shape(tensor, {rows, columns});
-  Matrix out;
   out.view = get(name);
-  out.rows = rows;
-  out.columns = columns;
   if (out.view.type != WeightType::kFloat8E4M3) return out;
 
-  if (block_rows <= 0 || block_columns <= 0) {
-    throw InvalidArgument(fmt::format(
-        "{}: tensor \"{}\": dtype = F8_E4M3 with blocks of {} x {}: expected a quantization_config with a "
-        "weight_block_size in config.json",
-        tensor.file->path().string(), name, block_rows, block_columns));
+  if (format.fp8_block_rows <= 0 || format.fp8_block_columns <= 0) {
+    impl_->fail(name,
+                fmt::format("dtype = F8_E4M3 with blocks of {} x {}", format.fp8_block_rows,
+                            format.fp8_block_columns),
+                "a quantization_config with a weight_block_size in config.json");
   }
-  out.block_rows = block_rows;
-  out.block_columns = block_columns;
-  const std::int64_t scale_rows = (rows + block_rows - 1) / block_rows;
-  out.scale_columns = (columns + block_columns - 1) / block_columns;
-  const std::string scale_name = std::string(name) + "_scale_inv";
-  const WeightView scales_view = get(scale_name, {scale_rows, out.scale_columns});
-  if (scales_view.type == WeightType::kFloat8E4M3) {
-    throw InvalidArgument(fmt::format("{}: tensor \"{}\": dtype = F8_E4M3: expected F32, F16 or BF16",
-                                      impl_->find(scale_name).file->path().string(), scale_name));
-  }
-  out.scales.resize(static_cast<std::size_t>(scale_rows * out.scale_columns));
-  to_float32(scales_view, out.scales.data());
+  out.format = {QuantizedType::kE4m3, format.fp8_block_columns};
+  out.scale_rows = format.fp8_block_rows;
+  out.scales = impl_->scales(std::string(name) + "_scale_inv",
+                             {(rows + out.scale_rows - 1) / out.scale_rows, out.groups()}, true);
   return out;
 }
 
-void Checkpoint::read_float32(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
-                              int block_columns, float* out) const {
-  const Matrix stored = matrix(name, rows, columns, block_rows, block_columns);
+void Checkpoint::read_float32(std::string_view name, std::int64_t rows, std::int64_t columns,
+                              const StoredFormat& format, float* out) const {
+  const Matrix stored = matrix(name, rows, columns, format);
   stored.for_rows(
       [&](std::int64_t begin, std::int64_t end) { stored.read(begin, end, out + begin * columns); });
 }
 
-void Checkpoint::read_bfloat16(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
-                               int block_columns, std::uint16_t* out) const {
-  const Matrix stored = matrix(name, rows, columns, block_rows, block_columns);
+void Checkpoint::read_bfloat16(std::string_view name, std::int64_t rows, std::int64_t columns,
+                               const StoredFormat& format, std::uint16_t* out) const {
+  const Matrix stored = matrix(name, rows, columns, format);
   stored.for_rows([&](std::int64_t begin, std::int64_t end) {
     std::uint16_t* to = out + begin * columns;
     const std::int64_t count = (end - begin) * columns;
-    if (stored.view.type == WeightType::kBFloat16) {
+    if (stored.view.type == WeightType::kBFloat16 && !stored.format) {
       std::memcpy(to, stored.view.data + begin * columns * 2, static_cast<std::size_t>(count) * 2);
       return;
     }
@@ -272,6 +383,43 @@ void Checkpoint::read_bfloat16(std::string_view name, std::int64_t rows, std::in
     values.resize(static_cast<std::size_t>(count));
     stored.read(begin, end, values.data());
     for (std::int64_t i = 0; i < count; ++i) to[i] = to_bf16(values[static_cast<std::size_t>(i)]).bits;
+  });
+}
+
+std::optional<QuantizedFormat> Checkpoint::quantized_format(std::string_view name, std::int64_t rows,
+                                                            std::int64_t columns,
+                                                            const StoredFormat& format) const {
+  // Without the scales, which would be read twice.
+  if (!impl_->packed_name(name).empty()) {
+    if (format.int4_group == 0) return std::nullopt;  // read_float32 says what is missing
+    return QuantizedFormat{QuantizedType::kInt4, format.int4_group > 0 ? format.int4_group : columns};
+  }
+  if (get(name, {rows, columns}).type != WeightType::kFloat8E4M3 || format.fp8_block_columns <= 0) {
+    return std::nullopt;
+  }
+  return QuantizedFormat{QuantizedType::kE4m3, format.fp8_block_columns};
+}
+
+void Checkpoint::read_quantized(std::string_view name, std::int64_t rows, std::int64_t columns,
+                                const StoredFormat& format, std::uint8_t* codes, float* scales) const {
+  const Matrix stored = matrix(name, rows, columns, format);
+  if (!stored.format) impl_->fail(name, "not quantised", "F8_E4M3 or packed weights");
+  const std::int64_t groups = stored.groups();
+  stored.for_rows([&](std::int64_t begin, std::int64_t end) {
+    std::uint8_t* to = codes + begin * columns;
+    stored.read_codes(begin, end, to);
+    for (std::int64_t row = begin; row < end; ++row) {
+      std::copy_n(stored.scales_of(row), groups, scales + row * groups);
+    }
+    if (stored.format->type != QuantizedType::kE4m3) return;
+    const std::int64_t count = (end - begin) * columns;
+    bool good = true;  // no early end, so that the loop takes many at a time
+    for (std::int64_t i = 0; i < count; ++i) good &= (to[i] & 0x7F) != 0x7F;
+    if (good) return;
+    const std::int64_t bad =
+        std::find_if(to, to + count, [](std::uint8_t c) { return (c & 0x7F) == 0x7F; }) - codes;
+    throw InvalidArgument(fmt::format("tensor {} holds nan at row {}, column {}, expected finite weights",
+                                      name, bad / columns, bad % columns));
   });
 }
 

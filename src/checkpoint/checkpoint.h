@@ -4,11 +4,17 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "base/quantized.h"
+#include "checkpoint/stored_format.h"
+
 namespace flash_mla::checkpoint {
+
+struct SafetensorsEntry;
 
 enum class WeightType { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
 
@@ -33,6 +39,8 @@ class Checkpoint {
   ~Checkpoint();
 
   bool contains(std::string_view name) const;
+  /// The entry of a file that is called `name`. Throws InvalidArgument if there is none.
+  const SafetensorsEntry& entry(std::string_view name) const;
   std::vector<std::string> names() const;  ///< sorted
   /// The tensor called `name`, which must have `shape`. Throws InvalidArgument if it is missing or has
   /// another.
@@ -40,20 +48,29 @@ class Checkpoint {
   /// Without an expectation on the shape. Throws InvalidArgument if it is missing or of another dtype.
   WeightView get(std::string_view name) const;
 
-  /// `name` as float32, row-major (rows, columns); a vector is one row. FP8 is multiplied by its
-  /// `NAME_scale_inv` blocks (of block_rows x block_columns, those at the edges cut off); the block size is
-  /// not looked at for other dtypes. `out` holds rows * columns floats. Throws InvalidArgument as get does.
-  void read_float32(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
-                    int block_columns, float* out) const;
+  /// `name`, which ends in ".weight" where it is stored quantised, as float32, row-major (rows, columns); a vector is
+  /// one row. What is quantised is multiplied by its scales, which may be F32, F16, BF16 and of FP8 also F8_E8M0;
+  /// those of partial blocks count for what is there. `format` is not looked at for other dtypes. `out` holds
+  /// rows * columns floats. Throws InvalidArgument as get does, and for a scale that is not a positive number.
+  void read_float32(std::string_view name, std::int64_t rows, std::int64_t columns,
+                    const StoredFormat& format, float* out) const;
   /// The same in bfloat16 (bits): copied if it is stored so, else rounded to nearest, ties to even.
-  void read_bfloat16(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
-                     int block_columns, std::uint16_t* out) const;
+  void read_bfloat16(std::string_view name, std::int64_t rows, std::int64_t columns,
+                     const StoredFormat& format, std::uint16_t* out) const;
+
+  /// The form in which `name` is stored if it is quantised, else nothing. Throws InvalidArgument as read_float32.
+  std::optional<QuantizedFormat> quantized_format(std::string_view name, std::int64_t rows,
+                                                  std::int64_t columns, const StoredFormat& format) const;
+  /// A tensor that quantized_format knows as it is stored: `codes` (rows, columns), `scales` (rows, groups).
+  /// Throws InvalidArgument for a code that is NaN, too.
+  void read_quantized(std::string_view name, std::int64_t rows, std::int64_t columns,
+                      const StoredFormat& format, std::uint8_t* codes, float* scales) const;
 
  private:
   struct Impl;
   struct Matrix;
-  Matrix matrix(std::string_view name, std::int64_t rows, std::int64_t columns, int block_rows,
-                int block_columns) const;
+  Matrix matrix(std::string_view name, std::int64_t rows, std::int64_t columns,
+                const StoredFormat& format) const;
   explicit Checkpoint(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "base/json.h"
+#include "checkpoint/quantization_config.h"
 #include "flash_mla/error.h"
 
 namespace flash_mla::checkpoint {
@@ -194,24 +195,6 @@ void read_indexer(const JsonObject& in, ModelConfig& out) {
   if (glm) read_index_sharing(in, out);
 }
 
-void read_quantization(const JsonObject& in, ModelConfig& out) {
-  if (!in.has("quantization_config")) return;
-  const JsonObject q = in.object("quantization_config");
-  if (q.string("quant_method") != "fp8") q.refuse("quant_method", "\"fp8\"");
-  if (q.string_or("fmt", "e4m3") != "e4m3") q.refuse("fmt", "\"e4m3\"");
-  if (!q.has("weight_block_size")) q.refuse("weight_block_size", "[rows, columns] of a block");
-  const Json& size = q.array("weight_block_size");
-  const auto is_side = [](const Json& side) {
-    return side.is_number_unsigned() && side.get<std::uint64_t>() >= 1 &&
-           side.get<std::uint64_t>() <= kMaxDim;
-  };
-  if (size.size() != 2 || !is_side(size[0]) || !is_side(size[1])) {
-    q.fail("weight_block_size", "two positive integers");
-  }
-  out.fp8_block_rows = size[0].get<int>();
-  out.fp8_block_columns = size[1].get<int>();
-}
-
 void read_token_ids(const JsonObject& in, ModelConfig& out) {
   out.bos_token_id = static_cast<int>(in.integer_or("bos_token_id", out.bos_token_id, -1, kMaxDim));
   const Json* eos = in.find("eos_token_id");
@@ -264,7 +247,7 @@ ModelConfig parse_config(std::string_view text, std::string_view origin) {
   read_experts(in, out);
   read_mlp_types(in, out);
   read_indexer(in, out);
-  read_quantization(in, out);
+  out.stored = read_stored_format(in);
   read_token_ids(in, out);
   return out;
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/routing.h"
+#include "checkpoint/stored_format.h"
 
 namespace flash_mla::checkpoint {
 
@@ -67,9 +68,8 @@ struct ModelConfig {
   /// (num_hidden_layers), or empty for none: layers that attend to what the layer before them chose.
   std::vector<bool> shares_index;
 
-  /// Rows and columns of one scale of block-scaled FP8 weights; 0: no FP8.
-  int fp8_block_rows = 0;
-  int fp8_block_columns = 0;
+  /// Of quantised weights, by quantization_config.
+  StoredFormat stored;
 
   int bos_token_id = -1;
   std::vector<int> eos_token_ids;

@@ -14,7 +14,9 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
       {"auto", Precision::kAuto}, {"fp32", Precision::kFloat32}, {"bf16", Precision::kBFloat16}};
   using Quantize = EngineOptions::Quantize;
   static const std::map<std::string, Quantize> quantizations = {{"none", Quantize::kNone},
-                                                                {"int8", Quantize::kInt8}};
+                                                                {"int8", Quantize::kInt8},
+                                                                {"fp8", Quantize::kFp8},
+                                                                {"w4a8", Quantize::kW4A8}};
   using KvCache = EngineOptions::KvCache;
   static const std::map<std::string, KvCache> kv_caches = {{"auto", KvCache::kAuto},
                                                            {"bf16", KvCache::kBFloat16},
@@ -35,8 +37,9 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
       ->check(CLI::IsMember({"auto", "fp32", "bf16"}));
   app.add_option_function<std::string>(
          "--quantize", [&o](const std::string& name) { o.quantize = quantizations.at(name); },
-         "Of the weights: none, or int8 with one scale per output channel (CPU only)")
-      ->check(CLI::IsMember({"none", "int8"}));
+         "Of the weights: none (as the checkpoint has them); on the CPU int8 with one scale per output channel, "
+         "fp8 with one per block of 128 x 128 (attention, experts), or w4a8: experts in 4 bits")
+      ->check(CLI::IsMember({"none", "int8", "fp8", "w4a8"}));
   app.add_option_function<std::string>(
          "--kv-cache", [&o](const std::string& name) { o.kv_cache = kv_caches.at(name); },
          "Of the cache's rows: auto (as --precision), bf16, fp16, or fp8 with 656 bytes per token and layer "

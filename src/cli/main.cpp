@@ -33,6 +33,7 @@ int main(int argc, char** argv) {
   flash_mla::cli::register_bench_engine(app, exit_code);
   flash_mla::cli::register_plan(app, exit_code);
   flash_mla::cli::register_generate(app, exit_code);
+  flash_mla::cli::register_quantize(app, exit_code);
   flash_mla::cli::register_chat(app, exit_code);
   flash_mla::cli::register_serve(app, exit_code);
   flash_mla::cli::register_loadtest(app, exit_code);

@@ -26,6 +26,20 @@ DType cpu_dtype(ModelPrecision precision) {
   return preferred_cpu_dtype();
 }
 
+const char* name_of(ModelQuantize quantize) {
+  switch (quantize) {
+    case ModelQuantize::kNone:
+      return "none";
+    case ModelQuantize::kInt8:
+      return "int8";
+    case ModelQuantize::kFp8:
+      return "fp8";
+    case ModelQuantize::kW4A8:
+      return "w4a8";
+  }
+  return "unknown";
+}
+
 // A GPU where there is one that can run the model and nothing asks for what it cannot do.
 bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
   switch (options.device) {
@@ -46,7 +60,7 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
     const DType dtype = cpu_dtype(options.precision);
     const std::optional<KvFormat> cache_format = cpu_cache_format(config, dtype, options.kv_cache);
     check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()));
-    return make_cpu_device(config, dtype, options.quantize, cache_format, options.num_threads);
+    return make_cpu_device(config, dtype, cache_format, options);
   }
   if (config.index_topk > 0) {
     throw Unsupported(fmt::format(
@@ -61,7 +75,9 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
     throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");
   }
   if (options.quantize != ModelQuantize::kNone) {
-    throw Unsupported("quantize: device cuda runs models in bfloat16; int8 needs device cpu");
+    throw Unsupported(
+        fmt::format("quantize is {}: device cuda keeps weights in bfloat16 so far; use device cpu",
+                    name_of(options.quantize)));
   }
   // Before anything is loaded; make_cuda_device says what is missing where there is no GPU.
   if (why_no_cuda_device().empty()) {
@@ -103,9 +119,11 @@ class WatchedWeights : public WeightSource {
 
 std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelOptions& options,
                                   std::unique_ptr<Device> device, std::unique_ptr<WeightSource> source) {
-  const double weight_bytes =
-      options.quantize == ModelQuantize::kInt8 ? 1 : static_cast<double>(dtype_size(device->weight_dtype()));
-  WatchedWeights weights(config, std::move(source), weight_bytes, options.on_load);
+  const double all = num_weights(config);
+  const double bytes = takes_cuda(config, options)
+                           ? 2 * all
+                           : weight_bytes(config, cpu_dtype(options.precision), options.quantize);
+  WatchedWeights weights(config, std::move(source), bytes / all, options.on_load);
   auto model = std::make_unique<DeepSeek>(config, std::move(device), weights);
   weights.report_end();
   return model;

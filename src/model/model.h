@@ -6,7 +6,9 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
 
+#include "base/matrix.h"
 #include "base/page_size.h"
 #include "flash_mla/model_options.h"
 #include "flash_mla/schedule.h"
@@ -97,6 +99,9 @@ struct ModelOptions {
   /// CUDA: the cache that there must be room for besides the weights; pages, or if they are 0 bytes.
   int cache_pages = 0;
   std::size_t cache_bytes = 0;
+  /// CPU: called before every product but the router's with the names of the weights' tensors and the rows that it
+  /// takes, which a step may do from several threads at once. For calibration.
+  std::function<void(std::span<const std::string> tensors, const Matrix& rows)> on_product;
   std::function<void(const LoadProgress&)> on_load;  ///< before the first layer, and after every one
 };
 

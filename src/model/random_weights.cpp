@@ -73,9 +73,8 @@ class RandomWeights : public WeightSource {
     if (config_.topk_method == TopkMethod::kNoAuxTc) out.correction_bias = ones(config_.n_routed_experts);
     out.intermediate = intermediate;
     if (!made_up_by_device_) {
-      out.read_expert = [=, this](int, void* gate_up, void* down) {
-        random_.fill(static_cast<float*>(gate_up), 2 * intermediate * hidden);
-        random_.fill(static_cast<float*>(down), hidden * intermediate);
+      out.expert = [=, this](int) {
+        return ExpertWeights{matrix(2 * intermediate, hidden), matrix(hidden, intermediate)};
       };
     }
     if (config_.n_shared_experts > 0) {
@@ -95,7 +94,9 @@ class RandomWeights : public WeightSource {
     return std::vector<float>(static_cast<std::size_t>(size), 1.0f);
   }
   Weight matrix(std::int64_t rows, std::int64_t columns) {
-    Weight out{rows, columns, nullptr};
+    Weight out;
+    out.rows = rows;
+    out.columns = columns;
     if (!made_up_by_device_) {
       out.read = [this, size = rows * columns](void* to) { random_.fill(static_cast<float*>(to), size); };
     }

@@ -3,9 +3,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "base/page_size.h"
 #include "flash_mla/error.h"
+#include "model/quantized_layers.h"
 
 namespace flash_mla::model {
 
@@ -13,31 +15,70 @@ namespace {
 
 constexpr double kGiB = 1 << 30;
 
-}  // namespace
+/// How many there are of each.
+struct Weights {
+  double embedding = 0, head = 0, attention = 0, kv_b = 0, dense = 0, shared = 0, experts = 0;
+  double all() const { return embedding + head + attention + kv_b + dense + shared + experts; }
+};
 
-double num_weights(const checkpoint::ModelConfig& c) {
-  const double head = c.tie_word_embeddings ? 0 : double{1} * c.hidden_size * c.vocab_size;
-  return num_weights_before(c, c.num_hidden_layers) + head;
-}
-
-double num_weights_before(const checkpoint::ModelConfig& c, int layers) {
+/// Of the first `layers` layers, the embedding and, with all layers, the LM head.
+Weights count_weights(const checkpoint::ModelConfig& c, int layers) {
   const double hidden = c.hidden_size, heads = c.num_attention_heads, rank = c.kv_lora_rank;
   const double nope = c.qk_nope_head_dim, rope = c.qk_rope_head_dim, v = c.v_head_dim;
   const double q =
       c.q_lora_rank > 0 ? c.q_lora_rank * (hidden + heads * (nope + rope)) : hidden * heads * (nope + rope);
-  const double attention = q + (rank + rope) * hidden + heads * rank * (nope + v) + heads * v * hidden;
-  double total = hidden * c.vocab_size;
+  const double expert = 3 * hidden * c.moe_intermediate_size;
+  Weights out;
+  out.embedding = hidden * c.vocab_size;
+  if (layers == c.num_hidden_layers && !c.tie_word_embeddings) out.head = hidden * c.vocab_size;
   for (int i = 0; i < layers; ++i) {
-    const double width = c.is_moe_layer(i)
-                             ? double{1} * c.moe_intermediate_size * (c.n_routed_experts + c.n_shared_experts)
-                             : c.intermediate_size;
-    total += attention + 3 * hidden * width;
+    out.attention += q + (rank + rope) * hidden + heads * v * hidden;
+    out.kv_b += heads * rank * (nope + v);
+    if (c.is_moe_layer(i)) {
+      out.shared += expert * c.n_shared_experts;
+      out.experts += expert * c.n_routed_experts;
+    } else {
+      out.dense += 3 * hidden * c.intermediate_size;
+    }
     if (c.has_indexer(i)) {
-      total += double{1} * c.index_n_heads * (c.index_head_dim * double{1} * c.q_lora_rank + hidden) +
-               c.index_head_dim * hidden;
+      out.attention += double{1} * c.index_n_heads * (c.index_head_dim * double{1} * c.q_lora_rank + hidden) +
+                       c.index_head_dim * hidden;
     }
   }
-  return total;
+  return out;
+}
+
+/// As the checkpoint has its products, by its configuration.
+std::optional<QuantizedFormat> stored_format(const checkpoint::ModelConfig& c) {
+  if (c.stored.fp8_block_columns > 0)
+    return QuantizedFormat{QuantizedType::kE4m3, c.stored.fp8_block_columns};
+  if (c.stored.int4_group == 0) return std::nullopt;
+  return QuantizedFormat{QuantizedType::kInt4, c.stored.int4_group > 0 ? c.stored.int4_group : c.hidden_size};
+}
+
+}  // namespace
+
+double num_weights(const checkpoint::ModelConfig& c) { return count_weights(c, c.num_hidden_layers).all(); }
+
+double num_weights_before(const checkpoint::ModelConfig& c, int layers) {
+  const Weights w = count_weights(c, layers);
+  return w.all() - w.head;
+}
+
+double weight_bytes(const checkpoint::ModelConfig& c, DType dtype, ModelQuantize quantize) {
+  const Weights w = count_weights(c, c.num_hidden_layers);
+  const double wide = static_cast<double>(dtype_size(dtype));
+  const auto bytes_each = [&](LayerKind kind) {
+    if (quantize == ModelQuantize::kInt8) return 1.0;
+    std::optional<QuantizedFormat> format = quantized_format(quantize, kind);
+    if (!format && kind != LayerKind::kHead) format = stored_format(c);
+    if (!format) return wide;
+    const double bits = format->type == QuantizedType::kInt4 ? 0.5 : 1.0;
+    return bits + static_cast<double>(sizeof(float)) / static_cast<double>(format->group);
+  };
+  return wide * (w.embedding + w.kv_b) + bytes_each(LayerKind::kAttention) * w.attention +
+         bytes_each(LayerKind::kDense) * w.dense + bytes_each(LayerKind::kShared) * w.shared +
+         bytes_each(LayerKind::kExperts) * w.experts + bytes_each(LayerKind::kHead) * w.head;
 }
 
 double page_bytes(const checkpoint::ModelConfig& c, DType dtype) {
@@ -60,13 +101,12 @@ void check_fits_device(const checkpoint::ModelConfig& config, int cache_pages, d
 }
 
 void check_fits(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize, double memory) {
-  const double each = quantize == ModelQuantize::kInt8 ? 1 : static_cast<double>(dtype_size(dtype));
-  const double weights = num_weights(config), bytes = weights * each;
+  const double weights = num_weights(config), bytes = weight_bytes(config, dtype, quantize);
   if (bytes <= memory) return;
   throw OutOfMemory(fmt::format(
-      "the model does not fit into memory: {:.1f} billion weights of {} bytes are {:.1f} GiB, and "
+      "the model does not fit into memory: {:.1f} billion weights of {:.3g} bytes are {:.1f} GiB, and "
       "there are {:.1f} GiB",
-      weights / 1e9, each, bytes / kGiB, memory / kGiB));
+      weights / 1e9, bytes / weights, bytes / kGiB, memory / kGiB));
 }
 
 }  // namespace flash_mla::model

@@ -26,6 +26,10 @@ struct DeviceMemory {
 void check_fits_device(const checkpoint::ModelConfig& config, int cache_pages, double cache_bytes,
                        const DeviceMemory& memory);
 
+/// Bytes of those weights on the CPU, in `dtype` where neither `quantize` nor the checkpoint keeps them in fewer bits.
+/// (A checkpoint of 4 bits may keep less so than is counted here: every product but the LM head's.)
+double weight_bytes(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize);
+
 /// Throws OutOfMemory, with the sizes, if the weights alone are larger than all of `memory` bytes.
 void check_fits(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize, double memory);
 

@@ -36,10 +36,8 @@ class CheckpointWeights : public WeightSource {
     if (config_.attention_bias) out.qkv_a_bias = qkv_a_bias(self);
     if (q_rank > 0) {
       out.q_norm = norm(self + ".q_a_layernorm", q_rank);
-      out.q_b = weight(q_width(), q_rank, [=, this](Element* to) {
-        read(self + ".q_b_proj.weight", q_width(), q_rank, to);
-        pair_rope_rows(to, q_rank, heads, nope);
-      });
+      out.q_b = matrix(q_rank, {{self + ".q_b_proj.weight", q_width()}},
+                       [=, this](auto* to, std::int64_t width) { pair_rope_rows(to, width, heads, nope); });
     }
     out.kv_norm = norm(self + ".kv_a_layernorm", rank);
     out.kv_b = matrix(self + ".kv_b_proj.weight", heads * (nope + v), rank);
@@ -64,17 +62,18 @@ class CheckpointWeights : public WeightSource {
     const std::int64_t intermediate = config_.moe_intermediate_size;
     MixtureWeights out;
     out.norm = post_attention_norm(layer);
-    out.router = {experts, hidden, [=, this](void* to) {
-                    read(mlp + ".gate.weight", experts, hidden, static_cast<float*>(to));
-                  }};
+    out.router.rows = experts;
+    out.router.columns = hidden;
+    out.router.read = [=, this](void* to) {
+      read(mlp + ".gate.weight", experts, hidden, static_cast<float*>(to));
+    };
     if (config_.topk_method == TopkMethod::kNoAuxTc) {
       out.correction_bias = vector(mlp + ".gate.e_score_correction_bias", experts);
     }
     out.intermediate = intermediate;
-    out.read_expert = [=, this](int e, void* gate_up_to, void* down_to) {
+    out.expert = [=, this](int e) {
       const std::string expert = fmt::format("{}.experts.{}", mlp, e);
-      gate_up(expert, intermediate).read(gate_up_to);
-      down(expert, intermediate).read(down_to);
+      return ExpertWeights{gate_up(expert, intermediate), down(expert, intermediate)};
     };
     if (config_.n_shared_experts > 0) {
       out.shared_gate_up = gate_up(mlp + ".shared_experts", config_.n_shared_experts * intermediate);
@@ -98,10 +97,10 @@ class CheckpointWeights : public WeightSource {
   static float value(std::uint16_t bits) { return to_float(Bf16{bits}); }
 
   void read_as(const std::string& name, std::int64_t rows, std::int64_t columns, float* out) const {
-    checkpoint_.read_float32(name, rows, columns, config_.fp8_block_rows, config_.fp8_block_columns, out);
+    checkpoint_.read_float32(name, rows, columns, config_.stored, out);
   }
   void read_as(const std::string& name, std::int64_t rows, std::int64_t columns, std::uint16_t* out) const {
-    checkpoint_.read_bfloat16(name, rows, columns, config_.fp8_block_rows, config_.fp8_block_columns, out);
+    checkpoint_.read_bfloat16(name, rows, columns, config_.stored, out);
   }
 
   template <class T>
@@ -121,13 +120,62 @@ class CheckpointWeights : public WeightSource {
     });
   }
 
-  /// `fill` gets room for rows * columns elements.
-  template <class Fill>
-  static Weight weight(std::int64_t rows, std::int64_t columns, Fill fill) {
-    return {rows, columns, [fill = std::move(fill)](void* to) { fill(static_cast<Element*>(to)); }};
+  /// Tensors that lie one above the other in a weight.
+  struct Part {
+    std::string name;
+    std::int64_t rows;
+  };
+  /// `arrange` puts the rows of all of it in order: it gets them, `width` elements each, of any type.
+  template <class Arrange>
+  Weight matrix(std::int64_t columns, std::vector<Part> parts, Arrange arrange) const {
+    Weight out;
+    out.columns = columns;
+    for (const Part& part : parts) {
+      out.rows += part.rows;
+      out.tensors.push_back(part.name);
+    }
+    out.stored = stored_format(columns, parts);
+    if (out.stored) {
+      out.read_quantized = [=, this, groups = out.stored->groups(columns)](std::uint8_t* codes,
+                                                                           float* scales) {
+        std::int64_t row = 0;
+        for (const Part& part : parts) {
+          checkpoint_.read_quantized(part.name, part.rows, columns, config_.stored, codes + row * columns,
+                                     scales + row * groups);
+          row += part.rows;
+        }
+        arrange(codes, columns);
+        arrange(scales, groups);
+      };
+    }
+    out.read = [=, this](void* to) {
+      auto* const begin = static_cast<Element*>(to);
+      Element* at = begin;
+      for (const Part& part : parts) {
+        read(part.name, part.rows, columns, at);
+        at += part.rows * columns;
+      }
+      arrange(begin, columns);
+    };
+    return out;
+  }
+  Weight matrix(std::int64_t columns, std::vector<Part> parts) const {
+    return matrix(columns, std::move(parts), [](auto*, std::int64_t) {});
   }
   Weight matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
-    return weight(rows, columns, [=, this](Element* to) { read(name, rows, columns, to); });
+    return matrix(columns, {{name, rows}});
+  }
+
+  /// The form that all parts are stored in, or none.
+  std::optional<QuantizedFormat> stored_format(std::int64_t columns, const std::vector<Part>& parts) const {
+    if (config_.stored == checkpoint::StoredFormat()) return std::nullopt;
+    std::optional<QuantizedFormat> out;
+    for (const Part& part : parts) {
+      const auto format = checkpoint_.quantized_format(part.name, part.rows, columns, config_.stored);
+      if (!format || (out && *out != *format)) return std::nullopt;
+      out = format;
+    }
+    return out;
   }
 
   /// A parameter that stays float32.
@@ -149,36 +197,35 @@ class CheckpointWeights : public WeightSource {
   std::int64_t kv_a_rows() const { return config_.kv_lora_rank + config_.qk_rope_head_dim; }
 
   Weight qkv_a(const std::string& name) const {
-    const std::int64_t hidden = config_.hidden_size, q_rows = q_a_rows(), kv_rows = kv_a_rows();
-    return weight(q_rows + kv_rows, hidden, [=, this](Element* q) {
-      const bool direct = config_.q_lora_rank == 0;
-      read(name + (direct ? ".q_proj.weight" : ".q_a_proj.weight"), q_rows, hidden, q);
-      if (direct) pair_rope_rows(q, hidden, config_.num_attention_heads, config_.qk_nope_head_dim);
-      Element* const kv = q + q_rows * hidden;
-      read(name + ".kv_a_proj_with_mqa.weight", kv_rows, hidden, kv);
-      pair_rope_rows(kv, hidden, 1, config_.kv_lora_rank);
-    });
+    const std::int64_t hidden = config_.hidden_size, q_rows = q_a_rows();
+    const bool direct = config_.q_lora_rank == 0;
+    return matrix(hidden,
+                  {{name + (direct ? ".q_proj.weight" : ".q_a_proj.weight"), q_rows},
+                   {name + ".kv_a_proj_with_mqa.weight", kv_a_rows()}},
+                  [=, this](auto* q, std::int64_t width) {
+                    if (direct)
+                      pair_rope_rows(q, width, config_.num_attention_heads, config_.qk_nope_head_dim);
+                    pair_rope_rows(q + q_rows * width, width, 1, config_.kv_lora_rank);
+                  });
   }
 
   IndexerWeights indexer(const std::string& name) const {
     const std::int64_t heads = config_.index_n_heads, dim = config_.index_head_dim;
     const std::int64_t hidden = config_.hidden_size, q_rank = config_.q_lora_rank;
     IndexerWeights out;
-    out.q_b = weight(heads * dim, q_rank, [=, this](Element* to) {
-      read(name + ".wq_b.weight", heads * dim, q_rank, to);
-      pair_index_rows(to, q_rank, heads);
-    });
-    out.k = weight(dim, hidden, [=, this](Element* to) {
-      read(name + ".wk.weight", dim, hidden, to);
-      pair_index_rows(to, hidden, 1);
-    });
+    out.q_b = matrix(q_rank, {{name + ".wq_b.weight", heads * dim}},
+                     [=, this](auto* to, std::int64_t width) { pair_index_rows(to, width, heads); });
+    out.k = matrix(hidden, {{name + ".wk.weight", dim}},
+                   [=, this](auto* to, std::int64_t width) { pair_index_rows(to, width, 1); });
     out.k_norm = norm(name + ".k_norm", dim);
     out.k_norm_bias = vector(name + ".k_norm.bias", dim);
     pair_index_rows(out.k_norm.data(), 1, 1);
     pair_index_rows(out.k_norm_bias.data(), 1, 1);
-    out.head_weights = {heads, hidden, [=, this](void* to) {
-                          read(name + ".weights_proj.weight", heads, hidden, static_cast<float*>(to));
-                        }};
+    out.head_weights.rows = heads;
+    out.head_weights.columns = hidden;
+    out.head_weights.read = [=, this](void* to) {
+      read(name + ".weights_proj.weight", heads, hidden, static_cast<float*>(to));
+    };
     return out;
   }
 
@@ -193,11 +240,8 @@ class CheckpointWeights : public WeightSource {
   }
 
   Weight gate_up(const std::string& name, std::int64_t intermediate) const {
-    const std::int64_t hidden = config_.hidden_size;
-    return weight(2 * intermediate, hidden, [=, this](Element* to) {
-      read(name + ".gate_proj.weight", intermediate, hidden, to);
-      read(name + ".up_proj.weight", intermediate, hidden, to + intermediate * hidden);
-    });
+    return matrix(config_.hidden_size,
+                  {{name + ".gate_proj.weight", intermediate}, {name + ".up_proj.weight", intermediate}});
   }
   Weight down(const std::string& name, std::int64_t intermediate) const {
     return matrix(name + ".down_proj.weight", config_.hidden_size, intermediate);

@@ -3,8 +3,11 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <string>
 #include <vector>
 
+#include "base/quantized.h"
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/config.h"
 #include "flash_mla/tensor.h"
@@ -20,9 +23,14 @@ using checkpoint::ModelConfig;
 /// A matrix that is read when it is asked for. rows == 0: the layer has none.
 struct Weight {
   std::int64_t rows = 0, columns = 0;
+  std::vector<std::string> tensors;  ///< of the checkpoint, from top to bottom; or none
   /// Writes its rows * columns elements to host memory, row-major, in the type that the weights were asked
   /// for. Empty: the device makes them up. Throws InvalidArgument, naming the tensor.
   std::function<void(void*)> read;
+  /// The form in which all of it is stored, if that is quantised; then `read_quantized` writes it as it is: codes
+  /// (rows, columns) and scales (rows, groups). It throws as `read` does.
+  std::optional<QuantizedFormat> stored;
+  std::function<void(std::uint8_t* codes, float* scales)> read_quantized;
 
   std::int64_t size() const { return rows * columns; }
 };
@@ -55,13 +63,18 @@ struct FeedForwardWeights {
   Weight down;     ///< (hidden, intermediate)
 };
 
+struct ExpertWeights {
+  Weight gate_up;  ///< (2 * intermediate, hidden)
+  Weight down;     ///< (hidden, intermediate)
+};
+
 struct MixtureWeights {
   std::vector<float> norm;
   Weight router;                       ///< (n_routed_experts, hidden), always float32
   std::vector<float> correction_bias;  ///< empty but for V3's routing
   std::int64_t intermediate = 0;       ///< of an expert
-  /// Writes expert e's (2 * intermediate, hidden) and (hidden, intermediate), as Weight::read does.
-  std::function<void(int e, void* gate_up, void* down)> read_expert;
+  /// A routed expert's. Empty: the device makes them up.
+  std::function<ExpertWeights(int e)> expert;
   Weight shared_gate_up, shared_down;  ///< the shared experts as one network; or none
 };
 

@@ -41,15 +41,15 @@ TEST(Checkpoint, EveryDtype) {
   EXPECT_FALSE(c.contains("f17"));
 
   float x[4];
-  c.read_float32("f32", 1, 3, 0, 0, x);
+  c.read_float32("f32", 1, 3, {0, 0}, x);
   EXPECT_EQ(x[0], 1.5f);
   EXPECT_TRUE(std::signbit(x[1]));
   EXPECT_EQ(x[2], 1e-40f);
-  c.read_float32("f16", 1, 4, 0, 0, x);
+  c.read_float32("f16", 1, 4, {0, 0}, x);
   EXPECT_THAT(x, ElementsAre(1.0f, -2.0f, 0x1p-24f, 65504.0f));
-  c.read_float32("bf16", 2, 2, 0, 0, x);
+  c.read_float32("bf16", 2, 2, {0, 0}, x);
   EXPECT_THAT(x, ElementsAre(1.0f, -1.0f, 3.140625f, std::ldexp(1.0f, -133)));
-  c.read_float32("fp8", 1, 4, 128, 128, x);
+  c.read_float32("fp8", 1, 4, {128, 128}, x);
   EXPECT_THAT(x, ElementsAre(2.0f, -2.0f, 2 * 0x1p-9f, 896.0f));
 
   EXPECT_EQ(c.get("bf16", {2, 2}).type, WeightType::kBFloat16);
@@ -87,16 +87,146 @@ TEST(Checkpoint, BlockScalesWithPartialBlocks) {
                                      .bytes());
   const Checkpoint c = open(dir);
   std::vector<float> x(35);
-  c.read_float32("w.weight", 5, 7, 2, 3, x.data());
+  c.read_float32("w.weight", 5, 7, {2, 3}, x.data());
   for (std::size_t row = 0; row < 5; ++row) {
     for (std::size_t column = 0; column < 7; ++column) {
       EXPECT_EQ(x[row * 7 + column], scales[row / 2 * 3 + column / 3]) << row << ", " << column;
     }
   }
-  EXPECT_THAT(message_of<InvalidArgument>([&] { c.read_float32("w.weight", 5, 7, 2, 2, x.data()); }),
+  EXPECT_THAT(message_of<InvalidArgument>([&] {
+                c.read_float32("w.weight", 5, 7, {2, 2}, x.data());
+              }),
               AllOf(HasSubstr("tensor \"w.weight_scale_inv\""), HasSubstr("[3, 3]: expected [3, 4]")));
-  EXPECT_THAT(message_of<InvalidArgument>([&] { c.read_float32("w.weight", 5, 7, 0, 0, x.data()); }),
+  EXPECT_THAT(message_of<InvalidArgument>([&] {
+                c.read_float32("w.weight", 5, 7, {0, 0}, x.data());
+              }),
               AllOf(HasSubstr("\"w.weight\""), HasSubstr("weight_block_size")));
+}
+
+TEST(Checkpoint, ScalesThatArePowersOfTwo) {
+  const TemporaryDirectory dir;
+  dir.write("model.safetensors",
+            SafetensorsFile()
+                .add<std::uint8_t>("w.weight", "F8_E4M3", {2, 2}, {0x38, 0x38, 0x38, 0xb8})
+                .add<std::uint8_t>("w.weight_scale_inv", "F8_E8M0", {1, 2}, {127, 130})
+                .bytes());
+  const Checkpoint c = open(dir);
+  float x[4];
+  c.read_float32("w.weight", 2, 2, {2, 1}, x);
+  EXPECT_THAT(x, ElementsAre(1.0f, 8.0f, 1.0f, -8.0f));
+  std::uint8_t codes[4];
+  float scales[4];
+  ASSERT_EQ(c.quantized_format("w.weight", 2, 2, {2, 1}), (QuantizedFormat{QuantizedType::kE4m3, 1}));
+  c.read_quantized("w.weight", 2, 2, {2, 1}, codes, scales);
+  EXPECT_THAT(codes, ElementsAre(0x38, 0x38, 0x38, 0xb8));
+  EXPECT_THAT(scales, ElementsAre(1.0f, 8.0f, 1.0f, 8.0f));
+}
+
+TEST(Checkpoint, ScalesMustBePositiveNumbers) {
+  for (const float bad : {0.0f, -1.0f, INFINITY, NAN}) {
+    const TemporaryDirectory dir;
+    dir.write("model.safetensors", SafetensorsFile()
+                                       .add<std::uint8_t>("w.weight", "F8_E4M3", {2, 2}, {1, 2, 3, 4})
+                                       .add<float>("w.weight_scale_inv", "F32", {2, 1}, {1, bad})
+                                       .bytes());
+    const Checkpoint c = open(dir);
+    float x[4];
+    EXPECT_THAT(message_of<InvalidArgument>([&] {
+                  c.read_float32("w.weight", 2, 2, {1, 2}, x);
+                }),
+                AllOf(HasSubstr("tensor \"w.weight_scale_inv\""), HasSubstr("at row 1, column 0")));
+  }
+}
+
+/// 2 x 11 weights of 4 bits in groups of 4, as compressed-tensors packs them.
+struct PackedFile {
+  std::vector<std::int32_t> words = {0, 0, 0, 0};
+  std::vector<std::uint16_t> scales = {0x3f80, 0x4000, 0x4080, 0x3f00, 0x3f80, 0x3e80};  // 1 2 4 0.5 1 0.25
+  std::vector<std::int64_t> size = {2, 11};
+
+  static int value(std::int64_t row, std::int64_t column) {
+    return static_cast<int>((row * 11 + column) * 7 % 16) - 8;
+  }
+  PackedFile() {
+    for (std::int64_t row = 0; row < 2; ++row) {
+      for (std::int64_t column = 0; column < 11; ++column) {
+        const auto code = static_cast<std::uint32_t>(value(row, column) + 8);
+        auto& word = words[static_cast<std::size_t>(row * 2 + column / 8)];
+        word = static_cast<std::int32_t>(static_cast<std::uint32_t>(word) | code << (column % 8 * 4));
+      }
+    }
+  }
+  /// Without the tensor that is called `left_out`.
+  SafetensorsFile file(const std::string& left_out = "") const {
+    SafetensorsFile out;
+    if (left_out != "w.weight_packed") out.add("w.weight_packed", "I32", {2, 2}, words);
+    if (left_out != "w.weight_scale") out.add("w.weight_scale", "BF16", {2, 3}, scales);
+    if (left_out != "w.weight_shape") out.add("w.weight_shape", "I64", {2}, size);
+    return out;
+  }
+};
+
+TEST(Checkpoint, WeightsOf4Bits) {
+  const TemporaryDirectory dir;
+  dir.write("model.safetensors", PackedFile().file().bytes());
+  const Checkpoint c = open(dir);
+  const StoredFormat format{0, 0, 4};
+  const float scale[2][3] = {{1, 2, 4}, {0.5f, 1, 0.25f}};
+  float x[22], scales[6];
+  std::uint16_t narrow[22];
+  std::uint8_t codes[22];
+  c.read_float32("w.weight", 2, 11, format, x);
+  c.read_bfloat16("w.weight", 2, 11, format, narrow);
+  ASSERT_EQ(c.quantized_format("w.weight", 2, 11, format), (QuantizedFormat{QuantizedType::kInt4, 4}));
+  c.read_quantized("w.weight", 2, 11, format, codes, scales);
+  for (std::int64_t row = 0; row < 2; ++row) {
+    for (std::int64_t column = 0; column < 11; ++column) {
+      const std::int64_t i = row * 11 + column;
+      const int value = PackedFile::value(row, column);
+      EXPECT_EQ(x[i], static_cast<float>(value) * scale[row][column / 4]) << i;
+      EXPECT_EQ(std::bit_cast<float>(static_cast<std::uint32_t>(narrow[i]) << 16), x[i]) << i;
+      EXPECT_EQ(codes[i], value + 8) << i;
+    }
+  }
+  EXPECT_THAT(scales, ElementsAre(1, 2, 4, 0.5f, 1, 0.25f));
+  EXPECT_THAT(message_of<InvalidArgument>([&] { c.read_float32("w.weight", 2, 11, {}, x); }),
+              AllOf(HasSubstr("tensor \"w.weight_packed\""), HasSubstr("compressed-tensors")));
+}
+
+TEST(Checkpoint, BrokenWeightsOf4Bits) {
+  const auto complaint = [](const SafetensorsFile& file, std::int64_t rows = 2) {
+    const TemporaryDirectory dir;
+    dir.write("model.safetensors", file.bytes());
+    const Checkpoint c = open(dir);
+    return message_of<InvalidArgument>([&] {
+      std::vector<float> x(100);
+      c.read_float32("w.weight", rows, 11, {0, 0, 4}, x.data());
+    });
+  };
+  PackedFile good;
+  EXPECT_THAT(complaint(good.file(), 3),
+              AllOf(HasSubstr("w.weight_shape"), HasSubstr("2, 11: expected 3, 11")));
+  PackedFile nan = good;
+  nan.scales[4] = 0x7fc0;
+  EXPECT_THAT(complaint(nan.file()), AllOf(HasSubstr("w.weight_scale"), HasSubstr("nan at row 1, column 1")));
+  nan.scales[4] = 0;
+  EXPECT_THAT(complaint(nan.file()), AllOf(HasSubstr("w.weight_scale"), HasSubstr("0 at row 1, column 1")));
+  EXPECT_THAT(complaint(good.file().add<std::int32_t>("w.weight_zero_point", "I32", {1}, {0})),
+              AllOf(HasSubstr("w.weight_zero_point"), HasSubstr("symmetric")));
+  EXPECT_THAT(complaint(good.file().add<std::int32_t>("w.weight_g_idx", "I32", {1}, {0})),
+              HasSubstr("w.weight_g_idx"));
+  const auto with = [&](const std::string& name, const std::string& dtype, std::vector<std::int64_t> shape,
+                        std::size_t bytes) {
+    return complaint(good.file(name).add(name, dtype, std::move(shape), std::string(bytes, '\1')));
+  };
+  EXPECT_THAT(with("w.weight_scale", "F32", {2, 2}, 16), HasSubstr("shape = [2, 2]: expected [2, 3]"));
+  EXPECT_THAT(with("w.weight_scale", "I8", {2, 3}, 6), HasSubstr("dtype = I8"));
+  EXPECT_THAT(with("w.weight_packed", "I64", {2, 2}, 32), HasSubstr("dtype = I64: expected I32"));
+  EXPECT_THAT(with("w.weight_packed", "I32", {2, 3}, 24), HasSubstr("shape = [2, 3]: expected [2, 2]"));
+  EXPECT_THAT(with("w.weight_shape", "F32", {2}, 8), HasSubstr("dtype = F32"));
+  for (const std::string missing : {"w.weight_scale", "w.weight_shape"}) {
+    EXPECT_THAT(complaint(good.file(missing)), HasSubstr("no tensor \"" + missing));
+  }
 }
 
 // Large enough for several threads.
@@ -128,16 +258,16 @@ TEST(Checkpoint, Bfloat16IsThatOfFloat32Rounded) {
   std::vector<float> values(f32.size());
   for (const char* name : {"f32", "f16", "bf16", "fp8"}) {
     SCOPED_TRACE(name);
-    c.read_float32(name, kRows, kColumns, 128, 128, values.data());
-    c.read_bfloat16(name, kRows, kColumns, 128, 128, out.data());
+    c.read_float32(name, kRows, kColumns, {128, 128}, values.data());
+    c.read_bfloat16(name, kRows, kColumns, {128, 128}, out.data());
     for (std::size_t i = 0; i < out.size(); ++i) {
       const auto bits = std::bit_cast<std::uint32_t>(values[i]);
       ASSERT_EQ(out[i], (bits + 0x7fff + ((bits >> 16) & 1)) >> 16) << i;
     }
   }
-  c.read_bfloat16("bf16", kRows, kColumns, 0, 0, out.data());
+  c.read_bfloat16("bf16", kRows, kColumns, {0, 0}, out.data());
   EXPECT_EQ(out, bf16);
-  c.read_float32("f32", kRows, kColumns, 0, 0, values.data());
+  c.read_float32("f32", kRows, kColumns, {0, 0}, values.data());
   EXPECT_EQ(values, f32);
 }
 
@@ -146,7 +276,9 @@ TEST(Checkpoint, Fp8WithoutScales) {
   dir.write("model.safetensors", SafetensorsFile().add<std::uint8_t>("w", "F8_E4M3", {1, 1}, {0x38}).bytes());
   const Checkpoint c = open(dir);
   float x;
-  EXPECT_THAT(message_of<InvalidArgument>([&] { c.read_float32("w", 1, 1, 128, 128, &x); }),
+  EXPECT_THAT(message_of<InvalidArgument>([&] {
+                c.read_float32("w", 1, 1, {128, 128}, &x);
+              }),
               HasSubstr("no tensor \"w_scale_inv\""));
 }
 
@@ -158,12 +290,14 @@ TEST(Checkpoint, ShapesAreChecked) {
                                      .bytes());
   const Checkpoint c = open(dir);
   float x[6];
-  c.read_float32("norm", 1, 2, 0, 0, x);
+  c.read_float32("norm", 1, 2, {0, 0}, x);
   EXPECT_EQ(x[1], 2.0f);
   for (const auto& call : {std::function<void()>([&] {
                              c.get("w", {3, 2});
                            }),
-                           std::function<void()>([&] { c.read_float32("w", 3, 2, 0, 0, x); })}) {
+                           std::function<void()>([&] {
+                             c.read_float32("w", 3, 2, {0, 0}, x);
+                           })}) {
     EXPECT_THAT(
         message_of<InvalidArgument>(call),
         AllOf(HasSubstr("tensor \"w\": shape = [2, 3]: expected [3, 2]"), HasSubstr("model.safetensors")));
@@ -295,7 +429,7 @@ TEST(Shards, AreRead) {
   const Checkpoint c = open(dir);
   EXPECT_THAT(c.names(), ElementsAre("a", "b"));
   float x;
-  c.read_float32("b", 1, 1, 0, 0, &x);
+  c.read_float32("b", 1, 1, {0, 0}, &x);
   EXPECT_EQ(x, 2.0f);
 }
 

@@ -49,7 +49,7 @@ TEST(Config, V2Lite) {
   EXPECT_EQ(c.rope_scaling.mscale_all_dim, 0.707);
   EXPECT_EQ(c.rope_scaling.original_max_position_embeddings, 4096);
   EXPECT_TRUE(c.rope_interleave);
-  EXPECT_EQ(c.fp8_block_rows, 0);
+  EXPECT_EQ(c.stored.fp8_block_rows, 0);
   EXPECT_EQ(c.bos_token_id, 100000);
   EXPECT_EQ(c.eos_token_ids, std::vector{100001});
   EXPECT_FALSE(c.is_moe_layer(0));
@@ -75,8 +75,8 @@ TEST(Config, V3) {
   EXPECT_TRUE(c.norm_topk_prob);
   EXPECT_EQ(c.routed_scaling_factor, 2.5);
   EXPECT_EQ(c.first_k_dense_replace, 3);
-  EXPECT_EQ(c.fp8_block_rows, 128);
-  EXPECT_EQ(c.fp8_block_columns, 128);
+  EXPECT_EQ(c.stored.fp8_block_rows, 128);
+  EXPECT_EQ(c.stored.fp8_block_columns, 128);
   EXPECT_NEAR(c.softmax_scale(), 0.1352338, 5e-8);
 }
 
@@ -277,6 +277,62 @@ INSTANTIATE_TEST_SUITE_P(
         Bend{"RopeObject", "deepseek-v3", [](Json& j) { j["rope_scaling"] = 3; },
              "rope_scaling = 3: expected a JSON object"}),
     [](const auto& bend) { return bend.param.what; });
+
+Json int4(Json weights = {}) {
+  Json all = {
+      {"num_bits", 4}, {"type", "int"}, {"symmetric", true}, {"strategy", "group"}, {"group_size", 128}};
+  if (weights.is_object()) all.update(weights);
+  return {{"quant_method", "compressed-tensors"},
+          {"format", "pack-quantized"},
+          {"ignore", {"lm_head"}},
+          {"kv_cache_scheme", nullptr},
+          {"config_groups",
+           {{"group_0",
+             {{"targets", {"Linear"}},
+              {"weights", all},
+              {"input_activations", {{"num_bits", 8}, {"type", "float"}}},
+              {"output_activations", nullptr}}}}}};
+}
+
+TEST(Config, WeightsOf4Bits) {
+  Json json = published("deepseek-v3");
+  json["quantization_config"] = int4();
+  EXPECT_EQ(parse(json).stored, (StoredFormat{0, 0, 128}));
+  json["quantization_config"] = int4({{"strategy", "channel"}, {"group_size", nullptr}});
+  EXPECT_EQ(parse(json).stored, (StoredFormat{0, 0, -1}));
+}
+
+TEST(Config, QuantizationsThatAreNotKnownAreRefused) {
+  const auto complaint = [](const Json& quantization) {
+    Json json = published("deepseek-v3");
+    json["quantization_config"] = quantization;
+    return message_of<Unsupported>([&] { parse(json); });
+  };
+  EXPECT_THAT(complaint(int4({{"num_bits", 8}})), HasSubstr("group_0.weights.num_bits = 8: expected 4"));
+  EXPECT_THAT(complaint(int4({{"symmetric", false}})), HasSubstr("weights.symmetric = false"));
+  EXPECT_THAT(complaint(int4({{"type", "float"}})), HasSubstr("weights.type = \"float\""));
+  EXPECT_THAT(complaint(int4({{"actorder", "group"}})), HasSubstr("weights.actorder"));
+  EXPECT_THAT(complaint(int4({{"strategy", "block"}})), HasSubstr("weights.strategy"));
+  EXPECT_THAT(complaint(int4({{"twist", 1}})), HasSubstr("weights.twist = 1"));
+  Json other = int4();
+  other["format"] = "nvfp4-pack-quantized";
+  EXPECT_THAT(complaint(other), HasSubstr("quantization_config.format"));
+  other = int4();
+  other["config_groups"]["group_1"] = int4({{"group_size", 32}})["config_groups"]["group_0"];
+  EXPECT_THAT(complaint(other), HasSubstr("groups of weights of one size"));
+  other = int4();
+  other["transform_config"] = {{"R1", 1}};
+  EXPECT_THAT(complaint(other), HasSubstr("quantization_config.transform_config"));
+  Json fp8 = {{"quant_method", "fp8"}, {"weight_block_size", {128, 128}}, {"scale_fmt", "ue8m0"}};
+  Json json = published("deepseek-v3");
+  json["quantization_config"] = fp8;
+  EXPECT_EQ(parse(json).stored, (StoredFormat{128, 128, 0}));
+  fp8["scale_fmt"] = "log";
+  EXPECT_THAT(complaint(fp8), HasSubstr("quantization_config.scale_fmt = \"log\""));
+  fp8["scale_fmt"] = "ue8m0";
+  fp8["rotation"] = true;
+  EXPECT_THAT(complaint(fp8), HasSubstr("quantization_config.rotation = true"));
+}
 
 TEST(Config, NotJson) {
   EXPECT_THAT(message_of<InvalidArgument>([] { parse_config("{", "a.json"); }),

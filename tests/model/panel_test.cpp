@@ -10,7 +10,9 @@
 
 #include "base/aligned.h"
 #include "base/element.h"
+#include "base/fp8.h"
 #include "kernels/gemm/cpu/panel_weight.h"
+#include "kernels/quant/cpu/weights.h"
 #include "kernels/rows/cpu/rows.h"
 
 namespace flash_mla::cpu {
@@ -156,6 +158,181 @@ INSTANTIATE_TEST_SUITE_P(Panel, PanelBits,
                          testing::Combine(testing::Values(DType::kFloat32, DType::kBFloat16),
                                           testing::Values(Form::kPlain, Form::kInt8)));
 
+struct Quantized {
+  QuantizedFormat format;
+  std::int64_t out_features, in_features;
+  std::vector<std::uint8_t> codes;
+  std::vector<float> scales;
+
+  /// Every code that there is, but NaN.
+  Quantized(QuantizedFormat f, std::int64_t out, std::int64_t in, unsigned seed)
+      : format(f),
+        out_features(out),
+        in_features(in),
+        codes(static_cast<std::size_t>(out * in)),
+        scales(static_cast<std::size_t>(out * f.groups(in))) {
+    std::mt19937 random(seed);
+    for (std::uint8_t& c : codes) {
+      c = static_cast<std::uint8_t>(f.type == QuantizedType::kInt4 ? random() % 16
+                                                                   : random() % 127 + random() % 2 * 128);
+    }
+    for (float& s : scales)
+      s = std::ldexp(1 + static_cast<float>(random() % 1000) / 1000, -static_cast<int>(random() % 12));
+  }
+  float weight(std::int64_t n, std::int64_t k) const {
+    return quantized_value(format.type, codes[static_cast<std::size_t>(n * in_features + k)]) *
+           scales[static_cast<std::size_t>(n * format.groups(in_features) + k / format.group)];
+  }
+};
+
+struct QuantizedCase {
+  QuantizedFormat format;
+  DType dtype;
+  std::int64_t rows, out_features, in_features;
+};
+
+class QuantizedPanel : public testing::TestWithParam<QuantizedCase> {};
+
+TEST_P(QuantizedPanel, IsTheProductOfTheDequantisedWeights) {
+  const QuantizedCase c = GetParam();
+  ASSERT_TRUE(PanelWeight::takes(c.format, c.in_features, c.dtype));
+  const Quantized w(c.format, c.out_features, c.in_features, 5);
+  const PanelWeight weight(w.codes.data(), w.scales.data(), c.format, c.out_features, c.in_features, c.dtype);
+  Rows x(c.dtype, c.rows, c.in_features, random_floats(c.rows * c.in_features, 3, 1));
+  const std::vector<float> bias = random_floats(c.out_features, 2, 1);
+  Rows y(DType::kFloat32, c.rows, c.out_features, random_floats(c.rows * c.out_features, 4, 1));
+  Rows before = y, narrow(c.dtype, c.rows, c.out_features, std::vector<float>(before.bytes.size() / 4));
+  weight.multiply(x.matrix(), bias.data(), y.matrix(), 2, true);
+  weight.multiply(x.matrix(), nullptr, narrow.matrix(), 1, false);
+  for (std::int64_t i = 0; i < c.rows; ++i) {
+    const std::vector<float> in = x.row(i), out = y.row(i), old = before.row(i), rounded_out = narrow.row(i);
+    for (std::int64_t n = 0; n < c.out_features; ++n) {
+      double exact = 0, size = 0;
+      for (std::int64_t k = 0; k < c.in_features; ++k) {
+        const double product = static_cast<double>(in[static_cast<std::size_t>(k)]) * w.weight(n, k);
+        exact += product;
+        size += std::abs(product);
+      }
+      const auto column = static_cast<std::size_t>(n);
+      const double added = exact + bias[column] + old[column];
+      ASSERT_NEAR(out[column], added, 2e-6 * (size + 1)) << "row " << i << ", column " << n;
+      ASSERT_NEAR(rounded_out[column], exact, 2e-6 * (size + 1) + std::abs(exact) / 256)
+          << "row " << i << ", column " << n;
+    }
+  }
+}
+
+std::vector<QuantizedCase> quantized_cases() {
+  std::vector<QuantizedCase> out;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const QuantizedType type : {QuantizedType::kE4m3, QuantizedType::kInt4}) {
+      for (const std::int64_t rows : {1, 3, 4, 5, 7, 13, 100}) {
+        out.push_back({{type, 128}, dtype, rows, 70, 300});
+        out.push_back({{type, 32}, dtype, rows, 64, 128});
+      }
+      // One group, of an odd size too; groups longer than 256, the depth that is multiplied at a time; a last
+      // group of one.
+      for (const std::int64_t depth : {1, 2, 127, 128, 129, 256, 257}) {
+        out.push_back({{type, depth}, dtype, 2, 65, depth});
+        out.push_back({{type, 128}, dtype, 6, 1, depth});
+      }
+      out.push_back({{type, 640}, dtype, 2, 65, 1300});
+    }
+  }
+  return out;
+}
+
+INSTANTIATE_TEST_SUITE_P(Panel, QuantizedPanel, testing::ValuesIn(quantized_cases()),
+                         [](const auto& instance) {
+                           const QuantizedCase& c = instance.param;
+                           return (c.format.type == QuantizedType::kInt4 ? std::string("int4_")
+                                                                         : std::string("e4m3_")) +
+                                  std::to_string(c.format.group) +
+                                  (c.dtype == DType::kBFloat16 ? "_bf16_" : "_fp32_") +
+                                  std::to_string(c.rows) + "x" + std::to_string(c.out_features) + "x" +
+                                  std::to_string(c.in_features);
+                         });
+
+TEST(QuantizedPanelBits, OfARowDoNotDependOnTheOthers) {
+  constexpr std::int64_t kRows = 101, kOut = 100, kIn = 400;
+  for (const QuantizedType type : {QuantizedType::kE4m3, QuantizedType::kInt4}) {
+    const Quantized w({type, 128}, kOut, kIn, 6);
+    const PanelWeight weight(w.codes.data(), w.scales.data(), w.format, kOut, kIn, DType::kBFloat16);
+    EXPECT_LE(weight.bytes(), static_cast<std::size_t>(128 * kIn / (type == QuantizedType::kInt4 ? 2 : 1)) +
+                                  128 * 4 * sizeof(float));
+    Rows x(DType::kBFloat16, kRows, kIn, random_floats(kRows * kIn, 2, 1));
+    Rows all(DType::kBFloat16, kRows, kOut, std::vector<float>(kRows * kOut)), some = all;
+    weight.multiply(x.matrix(), nullptr, all.matrix(), 2, false);
+    for (std::int64_t first = 0, count = 1; first < kRows; first += count, count = count % 9 + 1) {
+      count = std::min(count, kRows - first);
+      weight.multiply(x.matrix().row_range(first, count), nullptr, some.matrix().row_range(first, count), 1,
+                      false);
+    }
+    for (std::int64_t i = 0; i < kRows; ++i) EXPECT_EQ(some.row(i), all.row(i)) << "row " << i;
+  }
+}
+
+TEST(QuantizedPanelBits, GroupsThatCutPairsAreNotTaken) {
+  EXPECT_TRUE(PanelWeight::takes({QuantizedType::kE4m3, 3}, 3, DType::kBFloat16));
+  EXPECT_EQ(PanelWeight::takes({QuantizedType::kE4m3, 3}, 6, DType::kBFloat16),
+            panel::select_kernel(DType::kBFloat16).depth_multiple == 1);
+}
+
+TEST(QuantisedWeights, Fp8Blocks) {
+  // 3 x 2 blocks, the last of each way cut off; heavy tails; the last block of zeros.
+  constexpr std::int64_t kRows = 300, kColumns = 200;
+  std::vector<float> w = random_floats(kRows * kColumns, 7, 1);
+  for (float& x : w) x = x * x * x;
+  for (std::int64_t r = 256; r < kRows; ++r) std::fill_n(w.begin() + r * kColumns + 128, 72, 0.0f);
+  for (const bool powers : {false, true}) {
+    std::vector<std::uint8_t> codes(w.size());
+    std::vector<float> scales(6);
+    quantise_fp8_blocks(w.data(), kRows, kColumns, powers, codes.data(), scales.data());
+    for (std::int64_t block = 0; block < 6; ++block) {
+      float amax = 0;
+      const std::int64_t row = block / 2 * 128, column = block % 2 * 128;
+      for (std::int64_t r = row; r < std::min(row + 128, kRows); ++r) {
+        for (std::int64_t c = column; c < std::min(column + 128, kColumns); ++c) {
+          const auto at = static_cast<std::size_t>(r * kColumns + c);
+          amax = std::max(amax, std::abs(w[at]));
+          const float scale = scales[static_cast<std::size_t>(block)];
+          ASSERT_EQ(codes[at], to_e4m3(w[at] / scale).bits) << r << ", " << c;
+        }
+      }
+      const float exact = amax / 448;
+      const float expected = amax == 0 ? 1 : powers ? next_power_of_two(exact) : exact;
+      EXPECT_EQ(scales[static_cast<std::size_t>(block)], expected) << block;
+    }
+  }
+}
+
+TEST(QuantisedWeights, Int4) {
+  constexpr std::int64_t kRows = 5, kColumns = 300, kGroup = 128;
+  std::vector<float> w = random_floats(kRows * kColumns, 8, 1);
+  std::fill_n(w.begin() + kColumns, kGroup, 0.0f);
+  std::vector<std::uint8_t> codes(w.size());
+  std::vector<float> scales(kRows * 3);
+  quantise_int4(w.data(), kRows, kColumns, kGroup, codes.data(), scales.data());
+  EXPECT_EQ(scales[3], 1.0f);
+  double error = 0, plain = 0;
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    for (std::int64_t c = 0; c < kColumns; ++c) {
+      const auto at = static_cast<std::size_t>(r * kColumns + c);
+      const float scale = scales[static_cast<std::size_t>(r * 3 + c / kGroup)];
+      ASSERT_LE(codes[at], 15);
+      EXPECT_EQ(to_float(to_bf16(scale)), scale);
+      // The nearest of the sixteen.
+      const float off = std::abs(w[at] / scale - quantized_value(QuantizedType::kInt4, codes[at]));
+      EXPECT_TRUE(off <= 0.5001f || codes[at] == 0 || codes[at] == 15) << off;
+      const float difference = w[at] - quantized_value(QuantizedType::kInt4, codes[at]) * scale;
+      error += static_cast<double>(difference * difference);
+      plain += static_cast<double>(w[at] * w[at]);
+    }
+  }
+  EXPECT_LT(error / plain, 0.012);
+  EXPECT_GT(error, 0);
+}
+
 TEST(Panel, ALargestWeightIsExact) {
   const std::vector<float> w = {0.5f, -1.27f, 0.01f, 3, 0, 0, 0, 0};
   const PanelWeight weight(w.data(), 2, 4, DType::kFloat32, Form::kInt8);
@@ -190,8 +367,9 @@ TEST(Panel, KernelsOfTheMachineAgree) {
        {&panel::avx512_bf16_kernel(), &panel::highway_kernel(DType::kBFloat16)}) {
     std::vector<std::byte> packed(values.size());
     const Buffer plain = allocate_aligned(values.size() * kernel->plain_element);
-    kernel->pack_int8(values.data(), kDepth, kDepth, packed.data());
-    kernel->expand(packed.data(), kDepth, plain.data());
+    kernel->pack(panel::Codes::kInt8, reinterpret_cast<const std::uint8_t*>(values.data()), kDepth, kDepth,
+                 packed.data());
+    kernel->expand(panel::Codes::kInt8, packed.data(), kDepth, plain.data());
     std::vector<float> sums(kRows * panel::kColumns), y(kRows * panel::kColumns);
     panel::Block block{};
     block.x = x.matrix().data;

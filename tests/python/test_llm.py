@@ -79,7 +79,7 @@ def test_weights_of_8_bits(model, llm):
     assert together == alone
     exact = [o.choices[0].token_ids for o in llm.generate(some, greedy(), progress=False)]
     assert sum(a[0] == b[0] for a, b in zip(together, exact)) >= 3
-    with pytest.raises(ValueError, match='quantize is "fp4", expected none or int8'):
+    with pytest.raises(ValueError, match='quantize is "fp4", expected none, int8, fp8 or w4a8'):
         LLM(model[0], quantize="fp4")
 
 

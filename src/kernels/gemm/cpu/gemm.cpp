@@ -116,6 +116,10 @@ bool PackedWeight::worth_threads(std::int64_t rows) const {
   return flash_mla::worth_threads(out_features_ * in_features_, rows);
 }
 
+std::size_t PackedWeight::bytes() const {
+  return memory_->panels ? memory_->panels->bytes() : memory_->memory.get_desc().get_size();
+}
+
 struct Gemm::Impl {
   // m, n, k, operand type, result type, layout of the weights, bias, accumulate, threads
   enum Layout { kBlocked, kPlain, kTransposed };
@@ -250,6 +254,23 @@ PackedWeight Gemm::pack_int8(const float* weight, std::int64_t out_features, std
   out.memory_->panels =
       std::make_unique<PanelWeight>(weight, out_features, in_features, dtype, PanelWeight::Form::kInt8);
   return out;
+}
+
+PackedWeight Gemm::pack_quantized(const std::uint8_t* codes, const float* scales,
+                                  const QuantizedFormat& format, std::int64_t out_features,
+                                  std::int64_t in_features, DType dtype) const {
+  PackedWeight out;
+  out.out_features_ = out_features;
+  out.in_features_ = in_features;
+  out.memory_ = std::make_unique<PackedWeight::Memory>();
+  out.memory_->dtype = dtype;
+  out.memory_->panels =
+      std::make_unique<PanelWeight>(codes, scales, format, out_features, in_features, dtype);
+  return out;
+}
+
+bool Gemm::takes(const QuantizedFormat& format, std::int64_t in_features, DType dtype) {
+  return PanelWeight::takes(format, in_features, dtype);
 }
 
 void Gemm::run(const Matrix& x, const PackedWeight& weight, const float* bias, const Matrix& y,

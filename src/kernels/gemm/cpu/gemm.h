@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "base/matrix.h"
+#include "base/quantized.h"
 
 namespace flash_mla::cpu {
 
@@ -19,6 +20,8 @@ class PackedWeight {
   std::int64_t in_features() const { return in_features_; }
   /// Whether a product with that many rows is long enough to be shared between threads.
   bool worth_threads(std::int64_t rows) const;
+  /// That it takes of memory.
+  std::size_t bytes() const;
 
  private:
   friend class Gemm;
@@ -57,6 +60,11 @@ class Gemm {
   /// The same in 8 bits, for products with rows of `dtype`.
   PackedWeight pack_int8(const float* weight, std::int64_t out_features, std::int64_t in_features,
                          DType dtype) const;
+
+  /// Codes as PanelWeight takes them, for products with rows of `dtype`.
+  PackedWeight pack_quantized(const std::uint8_t* codes, const float* scales, const QuantizedFormat& format,
+                              std::int64_t out_features, std::int64_t in_features, DType dtype) const;
+  static bool takes(const QuantizedFormat& format, std::int64_t in_features, DType dtype);
 
   /// y = x·W^T + bias; `bias` (out_features) float32 or null. x in the weights' dtype, y in that or float32.
   void run(const Matrix& x, const PackedWeight& weight, const float* bias, const Matrix& y,

@@ -13,7 +13,7 @@
 //
 #include <hwy/highway.h>
 
-// Panels in fp32 arithmetic: one depth after the other, 64 columns each, in 8 bits or fp32.
+// Panels in fp32 arithmetic: one depth after the other, 64 columns each, in 4 or 8 bits or fp32.
 
 HWY_BEFORE_NAMESPACE();
 namespace flash_mla::cpu::panel {
@@ -31,22 +31,74 @@ constexpr std::int64_t kRows = kLanes >= 16 ? 6 : 4;
 constexpr std::int64_t kStep = kVectors * kLanes;
 static_assert(kColumns % kStep == 0);
 
-template <class T>
-void Pack(const T* values, std::int64_t stride, std::int64_t depth, void* panel) {
-  auto* out = static_cast<T*>(panel);
+void PackPlain(const float* values, std::int64_t stride, std::int64_t depth, void* panel) {
+  auto* out = static_cast<float*>(panel);
   for (std::int64_t k = 0; k < depth; ++k) {
     for (std::int64_t c = 0; c < kColumns; ++c) out[k * kColumns + c] = values[c * stride + k];
   }
 }
 
-void Expand(const void* packed, std::int64_t depth, void* plain) {
-  const Floats d;
+/// Of 4 bits a byte holds a column of the first half, and in its high bits that of the second.
+void PackCodes(Codes codes, const std::uint8_t* values, std::int64_t stride, std::int64_t depth,
+               void* panel) {
+  auto* out = static_cast<std::uint8_t*>(panel);
+  for (std::int64_t k = 0; k < depth; ++k) {
+    if (codes == Codes::kInt4) {
+      for (std::int64_t c = 0; c < kColumns / 2; ++c) {
+        *out++ =
+            static_cast<std::uint8_t>(values[c * stride + k] | values[(c + kColumns / 2) * stride + k] << 4);
+      }
+    } else {
+      for (std::int64_t c = 0; c < kColumns; ++c) *out++ = values[c * stride + k];
+    }
+  }
+}
+
+using Bytes = hn::Rebind<std::uint8_t, Floats>;
+
+Vec ValuesOfInt8(hn::Vec<Bytes> codes) {
   const hn::RebindToSigned<Floats> d32;
-  const hn::Rebind<std::int8_t, Floats> d8;
+  const hn::RebindToSigned<Bytes> d8;
+  return hn::ConvertTo(Floats(), hn::PromoteTo(d32, hn::BitCast(d8, codes)));
+}
+
+Vec ValuesOfE4m3(hn::Vec<Bytes> codes) {
+  const Floats d;
+  const hn::RebindToUnsigned<Floats> du;
+  const hn::RebindToSigned<Floats> di;
+  const auto bits = hn::PromoteTo(du, codes);
+  const auto magnitude = hn::And(bits, hn::Set(du, 0x7Fu));
+  const auto sign = hn::ShiftLeft<24>(hn::And(bits, hn::Set(du, 0x80u)));
+  const Vec normal = hn::BitCast(d, hn::Add(hn::ShiftLeft<20>(magnitude), hn::Set(du, 120u << 23)));
+  const Vec subnormal = hn::Mul(hn::ConvertTo(d, hn::BitCast(di, magnitude)), hn::Set(d, 0x1p-9f));
+  const auto is_normal = hn::Gt(hn::BitCast(di, magnitude), hn::Set(di, 7));
+  return hn::Or(hn::IfThenElse(hn::RebindMask(d, is_normal), normal, subnormal), hn::BitCast(d, sign));
+}
+
+Vec ValuesOfInt4(hn::Vec<Bytes> codes) {
+  const hn::RebindToSigned<Floats> d32;
+  return hn::ConvertTo(Floats(), hn::Sub(hn::PromoteTo(d32, codes), hn::Set(d32, 8)));
+}
+
+void Expand(Codes codes, const void* packed, std::int64_t depth, void* plain) {
+  const Floats d;
+  const Bytes d8;
+  const auto* in = static_cast<const std::uint8_t*>(packed);
   auto* out = static_cast<float*>(plain);
+  if (codes == Codes::kInt4) {
+    constexpr std::int64_t kHalf = kColumns / 2;
+    for (std::int64_t k = 0; k < depth; ++k, in += kHalf, out += kColumns) {
+      for (std::int64_t c = 0; c < kHalf; c += kLanes) {
+        const auto bytes = hn::LoadU(d8, in + c);
+        hn::StoreU(ValuesOfInt4(hn::And(bytes, hn::Set(d8, 15))), d, out + c);
+        hn::StoreU(ValuesOfInt4(hn::ShiftRight<4>(bytes)), d, out + kHalf + c);
+      }
+    }
+    return;
+  }
   for (std::int64_t i = 0; i < depth * kColumns; i += kLanes) {
-    const auto bytes = hn::LoadU(d8, static_cast<const std::int8_t*>(packed) + i);
-    hn::StoreU(hn::ConvertTo(d, hn::PromoteTo(d32, bytes)), d, out + i);
+    const auto bytes = hn::LoadU(d8, in + i);
+    hn::StoreU(codes == Codes::kInt8 ? ValuesOfInt8(bytes) : ValuesOfE4m3(bytes), d, out + i);
   }
 }
 
@@ -109,7 +161,7 @@ void Multiply(const Block& b, const void* plain) {
 }
 
 consteval Kernel kernel_of(auto multiply) {
-  return {1, 4, 0, Pack<float>, Pack<std::int8_t>, Expand, multiply, nullptr};
+  return {1, 4, 0, PackPlain, PackCodes, Expand, multiply, nullptr};
 }
 
 }  // namespace

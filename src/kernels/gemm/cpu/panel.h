@@ -35,21 +35,30 @@ struct Block {
   bool accumulate;
 };
 
+/// What the codes of a packed panel stand for: two's complement in [-127, 127], e4m3, or 4 bits for -8 to 7.
+enum class Codes { kInt8, kE4m3, kInt4 };
+
+/// Bytes of that many codes of a packed panel.
+constexpr std::int64_t packed_bytes(Codes codes, std::int64_t count) {
+  return codes == Codes::kInt4 ? count / 2 : count;
+}
+
 /// One instruction set's way to multiply rows of one dtype. Plain panels begin at multiples of 64 bytes.
 struct Kernel {
   std::int64_t depth_multiple;
   std::size_t plain_element;  ///< bytes of an element of a plain panel
-  /// Rows up to which multiply_int8 is quicker than to expand first.
+  /// Rows up to which multiply_packed is quicker than to expand first.
   std::int64_t few_rows;
   /// `values` (kColumns, depth), rows `stride` apart, rounded to the elements of a plain panel.
   void (*pack_plain)(const float* values, std::int64_t stride, std::int64_t depth, void* plain);
-  /// The same with values in [-127, 127], to kColumns * depth bytes.
-  void (*pack_int8)(const std::int8_t* values, std::int64_t stride, std::int64_t depth, void* packed);
-  /// A panel of 8 bits to a plain one.
-  void (*expand)(const void* packed, std::int64_t depth, void* plain);
+  /// The same with a byte of code each, to packed_bytes(codes, kColumns * depth).
+  void (*pack)(Codes codes, const std::uint8_t* values, std::int64_t stride, std::int64_t depth,
+               void* packed);
+  /// A packed panel to a plain one: the codes' values, exactly.
+  void (*expand)(Codes codes, const void* packed, std::int64_t depth, void* plain);
   void (*multiply)(const Block& block, const void* plain);
-  /// The same, to the bit, on a panel of 8 bits and at most few_rows rows.
-  void (*multiply_int8)(const Block& block, const void* packed);
+  /// The same, to the bit, on a packed panel and at most few_rows rows.
+  void (*multiply_packed)(Codes codes, const Block& block, const void* packed);
 };
 
 /// Whether this machine has, and may use, avx512_bf16_kernel().

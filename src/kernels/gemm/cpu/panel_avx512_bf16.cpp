@@ -4,9 +4,11 @@
 //   8 bits  the same order in bytes of sign and magnitude, but each 128-bit lane of 64 bytes holds 4
 //   columns
 //           of one vector in its first half and of the next in its second, as interleaving wants them
+//   4 bits  the bytes of 8 bits, the second 32 of every 64 in the high halves of the first
 //
-// A magnitude of 7 bits is exact in bf16: its two bytes come out of tables of 128 (VPERMI2B), the sign is the
-// byte's own. Ten instructions expand 128 weights, as many as three rows take to multiply them.
+// A magnitude of 7 bits, a whole number or e4m3's exponent and mantissa, is exact in bf16: its two bytes come out
+// of tables of 128 (VPERMI2B), the sign is the byte's own. Ten instructions expand 128 weights, as many as three
+// rows take to multiply them. 4 bits have tables of 16 (VPSHUFB).
 //
 // Register tile: 6 x 4 accumulators of 16 lanes; per pair 4 loads and 6 broadcasts feed 24 dot products.
 
@@ -17,6 +19,7 @@
 #include <cstring>
 
 #include "base/element.h"
+#include "base/fp8.h"
 #include "kernels/gemm/cpu/panel.h"
 
 // Everything below may use AVX-512; nothing above may, since other files share those definitions.
@@ -38,6 +41,7 @@ constexpr std::int64_t kRows = 6;
 constexpr std::int64_t kFewRows = 4;
 constexpr std::int64_t kPairBytes = kVectors * 64;        // plain
 constexpr std::int64_t kPackedPairBytes = kVectors * 32;  // 8 bits
+constexpr std::int64_t kHalfPairBytes = kVectors * 16;    // 4 bits
 static_assert(kVectors * kLanes == kColumns);
 
 inline __m512 dot(__m512 acc, __m512i a, __m512i b) {
@@ -50,29 +54,38 @@ inline __m512i broadcast_pair(const std::byte* p) {
   return _mm512_set1_epi32(x);
 }
 
-/// The bf16 values of all magnitudes, their low and their high bytes.
+/// The bf16 values of all codes, their low and their high bytes.
+template <std::size_t kSize>
 struct Tables {
-  alignas(64) std::array<std::uint8_t, 128> low;
-  alignas(64) std::array<std::uint8_t, 128> high;
+  alignas(64) std::array<std::uint8_t, kSize> low;
+  alignas(64) std::array<std::uint8_t, kSize> high;
 };
 
-constexpr Tables make_tables() {
-  Tables out{};
-  for (std::size_t m = 0; m < 128; ++m) {
-    const std::uint32_t bits = std::bit_cast<std::uint32_t>(static_cast<float>(m));
-    out.low[m] = static_cast<std::uint8_t>(bits >> 16);
-    out.high[m] = static_cast<std::uint8_t>(bits >> 24);
+template <std::size_t kSize>
+constexpr Tables<kSize> make_tables(auto value_of) {
+  Tables<kSize> out{};
+  for (std::size_t code = 0; code < kSize; ++code) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(value_of(static_cast<std::uint8_t>(code)));
+    out.low[code] = static_cast<std::uint8_t>(bits >> 16);
+    out.high[code] = static_cast<std::uint8_t>(bits >> 24);
   }
   return out;
 }
-constexpr Tables kTables = make_tables();
+constexpr Tables<128> kInt8Tables =
+    make_tables<128>([](std::uint8_t magnitude) { return static_cast<float>(magnitude); });
+constexpr Tables<128> kE4m3Tables =
+    make_tables<128>([](std::uint8_t magnitude) { return to_float(E4m3{magnitude}); });
+constexpr Tables<16> kInt4Tables =
+    make_tables<16>([](std::uint8_t code) { return static_cast<float>(code) - 8.0f; });
 
-/// 64 packed weights to two vectors of bf16 pairs.
-class Expander {
+/// 64 packed weights of 8 bits to two vectors of bf16 pairs.
+class ByteExpander {
  public:
-  Expander()
-      : low_{_mm512_load_si512(kTables.low.data()), _mm512_load_si512(kTables.low.data() + 64)},
-        high_{_mm512_load_si512(kTables.high.data()), _mm512_load_si512(kTables.high.data() + 64)},
+  static constexpr std::int64_t kBytes = 64;
+
+  explicit ByteExpander(const Tables<128>& tables)
+      : low_{_mm512_load_si512(tables.low.data()), _mm512_load_si512(tables.low.data() + 64)},
+        high_{_mm512_load_si512(tables.high.data()), _mm512_load_si512(tables.high.data() + 64)},
         sign_(_mm512_set1_epi8(static_cast<char>(0x80))) {}
 
   void operator()(const std::uint8_t* packed, __m512i& first, __m512i& second) const {
@@ -89,17 +102,72 @@ class Expander {
   __m512i low_[2], high_[2], sign_;
 };
 
-void pack_int8(const std::int8_t* values, std::int64_t stride, std::int64_t depth, void* packed) {
-  const auto encode = [](std::int8_t v) {
-    return static_cast<std::uint8_t>(v < 0 ? 0x80 | -static_cast<int>(v) : v);
-  };
-  for (std::int64_t k = 0; k < depth; ++k) {
-    std::uint8_t* pair = static_cast<std::uint8_t*>(packed) + k / 2 * kPackedPairBytes;
-    for (std::int64_t c = 0; c < kColumns; ++c) {
-      const std::int64_t vector = c / kLanes, lane = c % kLanes / 4, column = c % 4;
-      pair[vector / 2 * 64 + lane * 16 + vector % 2 * 8 + column * 2 + k % 2] =
-          encode(values[c * stride + k]);
+/// The same of 4 bits.
+class NibbleExpander {
+ public:
+  static constexpr std::int64_t kBytes = 32;
+
+  NibbleExpander()
+      : low_(table(kInt4Tables.low.data())),
+        high_(table(kInt4Tables.high.data())),
+        mask_(_mm256_set1_epi8(15)) {}
+
+  void operator()(const std::uint8_t* packed, __m512i& first, __m512i& second) const {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    const __m512i codes = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(bytes, mask_)),
+                                             _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask_), 1);
+    const __m512i low = _mm512_shuffle_epi8(low_, codes), high = _mm512_shuffle_epi8(high_, codes);
+    first = _mm512_unpacklo_epi8(low, high);
+    second = _mm512_unpackhi_epi8(low, high);
+  }
+
+ private:
+  static __m512i table(const std::uint8_t* at) {
+    return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
+  }
+  __m512i low_, high_;
+  __m256i mask_;
+};
+
+/// Where a pair of a column's depths lies among the bytes of all 64.
+constexpr std::int64_t place(std::int64_t column) {
+  const std::int64_t vector = column / kLanes;
+  return vector / 2 * 64 + column % kLanes / 4 * 16 + vector % 2 * 8 + column % 4 * 2;
+}
+
+/// The two codes of a pair as they lie there.
+inline std::uint16_t pair_at(const std::uint8_t* p) {
+  std::uint16_t x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+void pack_nibbles(const std::uint8_t* values, std::int64_t stride, std::int64_t depth, std::uint8_t* out) {
+  for (std::int64_t c = 0; c < kColumns; ++c) {
+    const std::int64_t at = place(c);
+    if (at % 64 >= 32) continue;  // the high halves' columns are 8 further on
+    const std::uint8_t *low = values + c * stride, *high = low + 8 * stride;
+    std::uint8_t* to = out + at / 64 * 32 + at % 64;
+    for (std::int64_t k = 0; k < depth; k += 2, to += kHalfPairBytes) {
+      const auto both = static_cast<std::uint16_t>(pair_at(low + k) | pair_at(high + k) << 4);
+      std::memcpy(to, &both, sizeof(both));
     }
+  }
+}
+
+void pack(Codes codes, const std::uint8_t* values, std::int64_t stride, std::int64_t depth, void* packed) {
+  auto* out = static_cast<std::uint8_t*>(packed);
+  if (codes == Codes::kInt4) return pack_nibbles(values, stride, depth, out);
+  for (std::int64_t c = 0; c < kColumns; ++c) {
+    std::uint8_t* to = out + place(c);
+    for (std::int64_t k = 0; k < depth; k += 2, to += kPackedPairBytes) {
+      std::memcpy(to, values + c * stride + k, 2);
+    }
+  }
+  if (codes != Codes::kInt8) return;
+  for (std::int64_t i = 0; i < depth * kColumns; ++i) {
+    const auto negative = static_cast<std::uint8_t>(out[i] & 0x80);
+    out[i] = negative != 0 ? static_cast<std::uint8_t>(0x80 | (0x100 - out[i])) : out[i];
   }
 }
 
@@ -112,18 +180,29 @@ void pack_plain(const float* values, std::int64_t stride, std::int64_t depth, vo
   }
 }
 
-void expand(const void* packed, std::int64_t depth, void* plain) {
-  const Expander expander;
+template <class Expander>
+inline void expand_with(const Expander& expander, const void* packed, std::int64_t depth, void* plain) {
   const auto* in = static_cast<const std::uint8_t*>(packed);
   auto* out = static_cast<std::byte*>(plain);
   for (std::int64_t pair = 0; pair < depth / 2; ++pair) {
 #pragma GCC unroll 2
-    for (std::int64_t half = 0; half < 2; ++half) {
+    for (std::int64_t half = 2 * pair; half < 2 * pair + 2; ++half) {
       __m512i first, second;
-      expander(in + pair * kPackedPairBytes + half * 64, first, second);
-      _mm512_store_si512(out + pair * kPairBytes + half * 128, first);
-      _mm512_store_si512(out + pair * kPairBytes + half * 128 + 64, second);
+      expander(in + half * Expander::kBytes, first, second);
+      _mm512_store_si512(out + half * 128, first);
+      _mm512_store_si512(out + half * 128 + 64, second);
     }
+  }
+}
+
+void expand(Codes codes, const void* packed, std::int64_t depth, void* plain) {
+  switch (codes) {
+    case Codes::kInt8:
+      return expand_with(ByteExpander(kInt8Tables), packed, depth, plain);
+    case Codes::kE4m3:
+      return expand_with(ByteExpander(kE4m3Tables), packed, depth, plain);
+    case Codes::kInt4:
+      return expand_with(NibbleExpander(), packed, depth, plain);
   }
 }
 
@@ -154,14 +233,16 @@ struct FromStream {
     FromPlain{panel}(pair, w);
   }
 };
+template <class Expander>
 struct FromPacked {
+  static constexpr std::int64_t kBytes = Expander::kBytes;
   const std::uint8_t* panel;
   Expander expander;
   void operator()(std::int64_t pair, __m512i (&w)[kVectors]) const {
-    const std::uint8_t* at = panel + pair * kPackedPairBytes;
-    fetch<kPackedPairBytes>(at + kStreamDistance);
+    const std::uint8_t* at = panel + pair * 2 * kBytes;
+    fetch<2 * kBytes>(at + kStreamDistance);
     expander(at, w[0], w[1]);
-    expander(at + 64, w[2], w[3]);
+    expander(at + kBytes, w[2], w[3]);
   }
 };
 
@@ -263,11 +344,24 @@ void multiply(const Block& b, const void* plain) {
   }
 }
 
-void multiply_int8(const Block& b, const void* packed) {
-  multiply_rest<kFewRows>(b, FromPacked{static_cast<const std::uint8_t*>(packed), {}}, 0, b.rows);
+template <class Expander>
+inline void multiply_with(const Expander& expander, const Block& b, const void* packed) {
+  const FromPacked<Expander> from{static_cast<const std::uint8_t*>(packed), expander};
+  multiply_rest<kFewRows>(b, from, 0, b.rows);
 }
 
-constexpr Kernel kKernel = {2, 2, kFewRows, pack_plain, pack_int8, expand, multiply, multiply_int8};
+void multiply_packed(Codes codes, const Block& b, const void* packed) {
+  switch (codes) {
+    case Codes::kInt8:
+      return multiply_with(ByteExpander(kInt8Tables), b, packed);
+    case Codes::kE4m3:
+      return multiply_with(ByteExpander(kE4m3Tables), b, packed);
+    case Codes::kInt4:
+      return multiply_with(NibbleExpander(), b, packed);
+  }
+}
+
+constexpr Kernel kKernel = {2, 2, kFewRows, pack_plain, pack, expand, multiply, multiply_packed};
 
 }  // namespace
 

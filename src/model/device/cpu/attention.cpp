@@ -25,12 +25,13 @@ CpuAttention::KeyValueWeights::KeyValueWeights(const CpuContext& context, const 
 CpuAttention::CpuAttention(CpuContext& context, const AttentionWeights& weights)
     : context_(context),
       norm_(weights.norm),
-      qkv_a_(context, weights.qkv_a, weights.qkv_a_bias),
+      qkv_a_(context, weights.qkv_a, LayerKind::kAttention, weights.qkv_a_bias),
       q_norm_(weights.q_norm),
-      q_b_(weights.q_b.rows > 0 ? std::make_unique<CpuLinear>(context, weights.q_b) : nullptr),
+      q_b_(weights.q_b.rows > 0 ? std::make_unique<CpuLinear>(context, weights.q_b, LayerKind::kAttention)
+                                : nullptr),
       kv_norm_(weights.kv_norm),
       kv_b_(context, read_values(weights.kv_b)),
-      o_(context, weights.o, weights.o_bias),
+      o_(context, weights.o, LayerKind::kAttention, weights.o_bias),
       indexer_(weights.indexer.q_b.rows > 0 ? std::make_unique<CpuIndexer>(context, weights.indexer)
                                             : nullptr),
       cache_(context) {}

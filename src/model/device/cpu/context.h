@@ -1,8 +1,11 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <optional>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "base/buffer.h"
@@ -21,13 +24,14 @@ namespace flash_mla::model {
 /// What the layers of the CPU share: how they work, the step that runs, and memory for activations that grows
 /// and stays.
 struct CpuContext {
-  CpuContext(const ModelConfig& model_config, DType type, ModelQuantize quantization,
-             std::optional<KvFormat> format, int num_threads)
+  CpuContext(const ModelConfig& model_config, DType type, std::optional<KvFormat> format,
+             const ModelOptions& options)
       : config(model_config),
         dtype(type),
-        quantize(quantization),
+        quantize(options.quantize),
         cache_format(format),
-        threads(num_threads),
+        on_product(options.on_product),
+        threads(options.num_threads > 0 ? options.num_threads : default_threads()),
         rope(make_rope(model_config)) {}
 
   ScheduleOptions schedule_options(bool batch_invariant) const;
@@ -73,6 +77,7 @@ struct CpuContext {
   const DType dtype;  ///< of weights, activations and cache
   const ModelQuantize quantize;
   const std::optional<KvFormat> cache_format;  ///< of the cache, where its rows are not of `dtype`
+  const std::function<void(std::span<const std::string>, const Matrix&)> on_product;  ///< ModelOptions'
   const int threads;
   const Rope rope;
   mutable cpu::Gemm gemm;

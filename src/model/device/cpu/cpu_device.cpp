@@ -21,9 +21,9 @@ namespace {
 
 class CpuDevice : public Device {
  public:
-  CpuDevice(const ModelConfig& config, DType dtype, ModelQuantize quantize,
-            std::optional<KvFormat> cache_format, int num_threads)
-      : context_(config, dtype, quantize, cache_format, num_threads) {}
+  CpuDevice(const ModelConfig& config, DType dtype, std::optional<KvFormat> cache_format,
+            const ModelOptions& options)
+      : context_(config, dtype, cache_format, options) {}
 
   std::size_t free_memory() const override { return 0; }
   ScheduleOptions schedule_options(int /*sequences*/, bool batch_invariant) const override {
@@ -110,13 +110,7 @@ std::optional<KvFormat> cpu_cache_format(const ModelConfig& config, DType dtype,
   return KvFormat::kFp8V32;
 }
 
-std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype, ModelQuantize quantize,
-                                        std::optional<KvFormat> cache_format, int num_threads) {
-  if (dtype == DType::kBFloat16 && !cpu::Gemm::supports_bfloat16()) {
-    throw Unsupported("precision bfloat16 needs a processor with AVX-512; use float32");
-  }
-  return std::make_unique<CpuDevice>(config, dtype, quantize, cache_format,
-                                     num_threads > 0 ? num_threads : default_threads());
-}
+std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype,
+                                        std::optional<KvFormat> cache_format, const ModelOptions& options) {}
 
 }  // namespace flash_mla::model

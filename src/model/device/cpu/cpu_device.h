@@ -17,9 +17,9 @@ DType preferred_cpu_dtype();
 std::optional<KvFormat> cpu_cache_format(const ModelConfig& config, DType dtype, ModelKvCache kv_cache);
 
 /// The CPU: products by oneDNN or our own kernels, decode attention by flash_mla::dense_decode. `dtype`, of
-/// weights, activations and a cache without a format of its own, is float32 or bfloat16; `num_threads` 0: as many
-/// as OpenMP would use. Throws Unsupported where the machine has no kernels for it.
-std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype, ModelQuantize quantize,
-                                        std::optional<KvFormat> cache_format, int num_threads);
+/// weights, activations and a cache without a format of its own, is float32 or bfloat16. Throws Unsupported where
+/// the machine has no kernels for it.
+std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype,
+                                        std::optional<KvFormat> cache_format, const ModelOptions& options);
 
 }  // namespace flash_mla::model

@@ -4,8 +4,9 @@
 
 namespace flash_mla::model {
 
-CpuGatedNetwork::CpuGatedNetwork(const CpuContext& context, const Weight& gate_up, const Weight& down)
-    : intermediate_(down.columns), gate_up_(context, gate_up), down_(context, down) {}
+CpuGatedNetwork::CpuGatedNetwork(const CpuContext& context, const Weight& gate_up, const Weight& down,
+                                 LayerKind kind)
+    : intermediate_(down.columns), gate_up_(context, gate_up, kind), down_(context, down, kind) {}
 
 void CpuGatedNetwork::add(CpuContext& context, const Matrix& h, const Matrix& x) const {
   const Matrix gate_up = context.activations(context.buffers.gate_up, h.rows, 2 * intermediate_);
@@ -20,7 +21,9 @@ void CpuGatedNetwork::add(CpuContext& context, const Matrix& h, const Matrix& x)
 }
 
 CpuFeedForward::CpuFeedForward(CpuContext& context, const FeedForwardWeights& weights)
-    : context_(context), norm_(weights.norm), network_(context, weights.gate_up, weights.down) {}
+    : context_(context),
+      norm_(weights.norm),
+      network_(context, weights.gate_up, weights.down, LayerKind::kDense) {}
 
 void CpuFeedForward::forward(Residual& x) {
   if (x.x.rows == 0) return;

@@ -13,7 +13,7 @@ namespace flash_mla::model {
 /// Two products with a gate between: down · (silu(gate · h) * (up · h)).
 class CpuGatedNetwork {
  public:
-  CpuGatedNetwork(const CpuContext& context, const Weight& gate_up, const Weight& down);
+  CpuGatedNetwork(const CpuContext& context, const Weight& gate_up, const Weight& down, LayerKind kind);
   /// x += network(h)
   void add(CpuContext& context, const Matrix& h, const Matrix& x) const;
 

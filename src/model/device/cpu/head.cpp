@@ -26,7 +26,7 @@ std::int32_t likeliest(const float* logits, std::int64_t size) {
 }  // namespace
 
 CpuHead::CpuHead(CpuContext& context, const HeadWeights& weights)
-    : context_(context), norm_(weights.norm), weight_(context, weights.weight) {}
+    : context_(context), norm_(weights.norm), weight_(context, weights.weight, LayerKind::kHead) {}
 
 Matrix CpuHead::forward(const Residual& x) {
   const ModelConfig& config = context_.config;

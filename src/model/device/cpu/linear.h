@@ -6,6 +6,7 @@
 #include "base/matrix.h"
 #include "kernels/gemm/cpu/gemm.h"
 #include "model/device/cpu/context.h"
+#include "model/quantized_layers.h"
 #include "model/weights.h"
 
 namespace flash_mla::model {
@@ -16,8 +17,8 @@ std::vector<float> read_values(const Weight& weight);
 /// x·W^T + bias. Products are shared among the context's threads.
 class CpuLinear {
  public:
-  /// The weight in 8 bits where the context's are quantised; `bias` may be empty.
-  CpuLinear(const CpuContext& context, const Weight& weight, std::vector<float> bias = {});
+  /// The weight as `pack` makes it; `bias` may be empty.
+  CpuLinear(const CpuContext& context, const Weight& weight, LayerKind kind, std::vector<float> bias = {});
 
   /// out = x·W^T + bias
   void multiply(const CpuContext& context, const Matrix& x, const Matrix& out) const;
@@ -27,12 +28,12 @@ class CpuLinear {
  private:
   cpu::PackedWeight weight_;
   std::vector<float> bias_;
+  std::vector<std::string> tensors_;
 };
 
-/// `weight` (out_features, in_features) in 8 bits where the context's weights are quantised, else in its
-/// dtype.
-cpu::PackedWeight pack(const CpuContext& context, const float* weight, std::int64_t out_features,
-                       std::int64_t in_features);
+/// `weight` quantised as the context asks for in layers of this kind; else as it is stored, where that is quantised
+/// and can be multiplied so; else in the context's dtype.
+cpu::PackedWeight pack(const CpuContext& context, const Weight& weight, LayerKind kind);
 
 /// One matrix (out_features, in_features) per attention head, never quantised.
 class CpuHeadLinear {

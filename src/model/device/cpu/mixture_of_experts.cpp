@@ -23,16 +23,15 @@ CpuMixtureOfExperts::CpuMixtureOfExperts(CpuContext& context, const MixtureWeigh
       router_(context.gemm.pack(read_values(weights.router).data(), weights.router.rows,
                                 weights.router.columns, DType::kFloat32)),
       correction_bias_(weights.correction_bias) {
-  const std::int64_t hidden = weights.router.columns, intermediate = weights.intermediate;
-  std::vector<float> gate_up(static_cast<std::size_t>(2 * intermediate * hidden));
-  std::vector<float> down(static_cast<std::size_t>(hidden * intermediate));
   for (int e = 0; e < weights.router.rows; ++e) {
-    weights.read_expert(e, gate_up.data(), down.data());
-    experts_.push_back({pack(context, gate_up.data(), 2 * intermediate, hidden),
-                        pack(context, down.data(), hidden, intermediate)});
+    const ExpertWeights expert = weights.expert(e);
+    experts_.push_back({pack(context, expert.gate_up, LayerKind::kExperts),
+                        pack(context, expert.down, LayerKind::kExperts), expert.gate_up.tensors,
+                        expert.down.tensors});
   }
   if (weights.shared_down.rows > 0) {
-    shared_ = std::make_unique<CpuGatedNetwork>(context, weights.shared_gate_up, weights.shared_down);
+    shared_ = std::make_unique<CpuGatedNetwork>(context, weights.shared_gate_up, weights.shared_down,
+                                                LayerKind::kShared);
   }
 }
 
@@ -151,11 +150,13 @@ void CpuMixtureOfExperts::run_expert(const Matrix& h, const Piece& piece, const 
                 static_cast<std::size_t>(hidden * element));
   }
   const cpu::GemmMode mode{1, context_.step->batch_invariant, false};
+  if (context_.on_product) context_.on_product(expert.gate_up_tensors, in);
   context_.gemm.run(in, expert.gate_up, nullptr, gate_up, mode);
   for (std::int64_t i = 0; i < piece.count; ++i) {
     cpu::rows::silu_mul(gate_up.row(i), gate_up.row(i) + intermediate * element, act.row(i), context_.dtype,
                         intermediate);
   }
+  if (context_.on_product) context_.on_product(expert.down_tensors, act);
   context_.gemm.run(act, expert.down, nullptr, out, mode);
 }
 

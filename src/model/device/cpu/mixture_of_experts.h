@@ -26,6 +26,7 @@ class CpuMixtureOfExperts : public FeedForward {
  private:
   struct Expert {
     cpu::PackedWeight gate_up, down;
+    std::vector<std::string> gate_up_tensors, down_tensors;
   };
   /// Some of the rows of one expert.
   struct Piece {

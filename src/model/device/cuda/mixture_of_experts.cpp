@@ -46,7 +46,7 @@ CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWe
       num_experts_(context.config.n_routed_experts + context.config.n_shared_experts),
       index_(context.buffers.expert_ids.size()) {
   context.buffers.expert_ids.emplace_back();
-  if (weights.read_expert) {
+  if (weights.expert) {
     read_experts(weights);
   } else {
     make_up_experts();
@@ -72,17 +72,18 @@ void CudaMixtureOfExperts::read_experts(const MixtureWeights& weights) {
   down_ = context_.pool->allocate(static_cast<std::size_t>(num_experts_) * down_bytes);
   for (int e = 0; e < num_experts_; ++e) {
     const auto expert = static_cast<std::size_t>(e);
+    const auto read = [&](std::byte* host) {
+      if (e >= routed) {
+        return shared.copy(e - routed, reinterpret_cast<std::uint16_t*>(host),
+                           reinterpret_cast<std::uint16_t*>(host + gate_up_bytes));
+      }
+      const ExpertWeights read_expert = weights.expert(e);
+      read_expert.gate_up.read(host);
+      read_expert.down.read(host + gate_up_bytes);
+    };
     context_.weights.uploader().upload({{gate_up_.data() + expert * gate_up_bytes, gate_up_bytes},
                                         {down_.data() + expert * down_bytes, down_bytes}},
-                                       [&](std::byte* host) {
-                                         if (e < routed) {
-                                           weights.read_expert(e, host, host + gate_up_bytes);
-                                         } else {
-                                           shared.copy(
-                                               e - routed, reinterpret_cast<std::uint16_t*>(host),
-                                               reinterpret_cast<std::uint16_t*>(host + gate_up_bytes));
-                                         }
-                                       });
+                                       read);
   }
 }
 
