@@ -6,6 +6,7 @@
 #include "base/json.h"
 #include "checkpoint/config.h"
 #include "flash_mla/error.h"
+#include "flash_mla/planner.h"
 #include "temporary_directory.h"
 
 namespace flash_mla::model {
@@ -44,6 +45,44 @@ TEST(Size, WhatDoesNotFitADeviceIsRefusedWithItsSizes) {
   EXPECT_THAT(refused(0, 12 * kGiB, 40), HasSubstr("the cache that is asked for 12.0 GiB"));
   check_fits_device(c, 0, 0, {30 * kGiB, 80 * kGiB});
   check_fits_device(c, 10'000, 0, {50 * kGiB, 80 * kGiB});
+}
+
+TEST(Size, OfQuantisedWeights) {
+  checkpoint::ModelConfig c = v2_lite();
+  const double all = num_weights(c), wide = weight_bytes(c, DType::kBFloat16, ModelQuantize::kNone);
+  EXPECT_EQ(wide, 2 * all);
+  EXPECT_EQ(weight_bytes(c, DType::kFloat32, ModelQuantize::kNone), 4 * all);
+  // 14.4 of 15.7 billion are routed experts', 0.45 shared ones'.
+  EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kW4A8), wide - 14.845e9 * (2 - 0.53125), 1e7);
+  EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kFp8) / all, 1.09, 0.01);
+  // Embedding and kv_b stay wide.
+  EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kInt8), 1.02 * all, 0.01 * all);
+  c.stored = {128, 128, 0};
+  EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kNone) / all, 1.08, 0.01);
+  c.stored = {0, 0, 128};
+  EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kNone) / all, 0.58, 0.02);
+}
+
+/// The planner counts what the engine counts, to the norms and biases.
+TEST(Size, IsThePlanners) {
+  for (const std::string name :
+       {"deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "deepseek-v3.2", "glm-5", "kimi-k2"}) {
+    SCOPED_TRACE(name);
+    const std::string path = std::string(FLASH_MLA_MODELS) + "/" + name + ".json";
+    const checkpoint::ModelConfig c = checkpoint::parse_config(read_file(path), path);
+    const Json request = {{"model", name},
+                          {"hardware", "h200"},
+                          {"precision", {{"dense", "bf16"}, {"moe", "bf16"}}},
+                          {"prefill_plan", {{"ep", 1}}},
+                          {"decode_plan", {{"ep", 1}}}};
+    const Json result = Json::parse(planner::run_json(request.dump()));
+    double resident = 0;
+    for (const auto& [kind, bytes] : result["decode"]["resident_bytes"].items()) {
+      if (kind == "dense_weights" || kind == "shared_experts" || kind == "routed_experts")
+        resident += bytes.get<double>();
+    }
+    EXPECT_NEAR(resident / (2 * num_weights(c)), 1, 1e-3);
+  }
 }
 
 }  // namespace
