@@ -48,7 +48,10 @@ CheckpointWriter::CheckpointWriter(const std::filesystem::path& directory,
     in_shard += size;
     bytes_ += size;
   }
-  if (shards.size() == 1) return open_shard(directory / "model.safetensors", shards[0]);
+  if (shards.size() == 1) {
+    open_shard(directory / "model.safetensors", shards[0]);
+    return;
+  }
   Json index = {{"metadata", {{"total_size", bytes_}}}, {"weight_map", Json::object()}};
   for (std::size_t i = 0; i < shards.size(); ++i) {
     const std::string name = fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());

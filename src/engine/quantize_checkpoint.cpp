@@ -32,7 +32,7 @@ void run(model::Model& model, const std::vector<std::int32_t>& tokens, std::int6
   const std::int64_t piece = std::min(kPiece, static_cast<std::int64_t>(model.max_position()));
   const auto count = static_cast<std::int64_t>(tokens.size());
   const std::int64_t pieces = std::max<std::int64_t>(1, std::min(wanted, count) / piece);
-  const int pages = static_cast<int>((piece + model::kPageSize - 1) / model::kPageSize);
+  const int pages = static_cast<int>((piece + kPageSize - 1) / kPageSize);
   model.allocate_cache(pages);
   std::vector<std::int32_t> table(static_cast<std::size_t>(pages));
   std::iota(table.begin(), table.end(), 0);

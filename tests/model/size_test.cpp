@@ -54,11 +54,11 @@ TEST(Size, OfQuantisedWeights) {
   EXPECT_EQ(weight_bytes(c, DType::kFloat32, ModelQuantize::kNone), 4 * all);
   // 14.4 of 15.7 billion are routed experts', 0.45 shared ones'.
   EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kW4A8), wide - 14.845e9 * (2 - 0.53125), 1e7);
-  EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kFp8) / all, 1.09, 0.01);
+  EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kFp8) / all, 1.065, 0.005);
   // Embedding and kv_b stay wide.
   EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kInt8), 1.02 * all, 0.01 * all);
   c.stored = {128, 128, 0};
-  EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kNone) / all, 1.08, 0.01);
+  EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kNone) / all, 1.061, 0.005);
   c.stored = {0, 0, 128};
   EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kNone) / all, 0.58, 0.02);
 }
@@ -73,8 +73,7 @@ TEST(Size, IsThePlanners) {
     const Json request = {{"model", name},
                           {"hardware", "h200"},
                           {"precision", {{"dense", "bf16"}, {"moe", "bf16"}}},
-                          {"prefill_plan", {{"ep", 1}}},
-                          {"decode_plan", {{"ep", 1}}}};
+                          {"plan", {{"tp", 1}, {"ep", 1}}}};
     const Json result = Json::parse(planner::run_json(request.dump()));
     double resident = 0;
     for (const auto& [kind, bytes] : result["decode"]["resident_bytes"].items()) {
