@@ -13,7 +13,7 @@ namespace flash_mla {
 struct QuantizeCheckpointOptions {
   enum class Format {
     kFp8,   ///< e4m3 with a scale for every 128 x 128 block, as DeepSeek publishes V3 (`quant_method: fp8`)
-    kW4A8,  ///< 4 bits with a scale for every row and 128 columns, activations in FP8 (compressed-tensors,
+    kW4A8,  ///< 4 bits with a scale for every row and 128 columns (64 or 32 of narrow models), activations in FP8 (compressed-tensors,
             ///< `pack-quantized`); the CPU engine leaves activations as they are
   };
   Format format = Format::kFp8;

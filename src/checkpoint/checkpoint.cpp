@@ -158,9 +158,9 @@ struct Checkpoint::Impl {
       fail(base + "_shape", "dtype = " + shape.entry.dtype, "two whole numbers, I64 or I32");
     }
     std::int64_t size[2] = {};
-    for (int i = 0; i < 2; ++i) {
+    for (std::size_t i = 0; i < 2; ++i) {
       std::int32_t narrow = 0;
-      const std::byte* at = shape.entry.data.data() + i * (wide ? 8 : 4);
+      const std::byte* at = shape.entry.data.data() + i * (wide ? std::size_t{8} : std::size_t{4});
       if (wide) {
         std::memcpy(&size[i], at, 8);
       } else {

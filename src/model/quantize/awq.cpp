@@ -5,7 +5,6 @@
 
 #include "base/element.h"
 #include "base/parallel.h"
-#include "base/quantized.h"
 #include "model/quantize/tensor_names.h"
 
 namespace flash_mla::model {
@@ -21,13 +20,14 @@ struct Matrix2 {
 };
 
 /// Error of x·w in 4 bits when w's columns are multiplied by s first, of inputs with these mean squares.
-double product_error(const Matrix2& w, const InputStatistics& x, const std::vector<float>& s) {
+double product_error(const Matrix2& w, std::int64_t group, const InputStatistics& x,
+                     const std::vector<float>& s) {
   std::vector<double> errors(static_cast<std::size_t>(w.rows));
   parallel_for(w.rows, w.rows * w.columns >= (1 << 16) ? default_threads() : 1, [&](std::int64_t row) {
     const float* values = w.values.data() + row * w.columns;
     double error = 0;
-    for (std::int64_t first = 0; first < w.columns; first += kInt4Group) {
-      const std::int64_t end = std::min(w.columns, first + kInt4Group);
+    for (std::int64_t first = 0; first < w.columns; first += group) {
+      const std::int64_t end = std::min(w.columns, first + group);
       float amax = 0;
       for (std::int64_t k = first; k < end; ++k) {
         amax = std::max(amax, std::abs(values[k] * s[static_cast<std::size_t>(k)]));
@@ -73,13 +73,14 @@ struct Product {
   const InputStatistics* input;
 };
 
-std::vector<float> best_scales(const std::vector<Product>& products, const InputStatistics& input) {
+std::vector<float> best_scales(const std::vector<Product>& products, std::int64_t group,
+                               const InputStatistics& input) {
   std::vector<float> best(input.sum_abs.size(), 1.0f);
   double best_error = INFINITY;
   for (const float alpha : kAlphas) {
     std::vector<float> s = scales(input, alpha);
     double error = 0;
-    for (const Product& p : products) error += product_error(p.weight, *p.input, s);
+    for (const Product& p : products) error += product_error(p.weight, group, *p.input, s);
     if (error < best_error) {
       best_error = error;
       best = std::move(s);
@@ -95,8 +96,8 @@ constexpr std::string_view kNorm = ".post_attention_layernorm.weight";
 
 }  // namespace
 
-AwqScales AwqScales::search(const std::vector<std::string>& tensors, const Calibration& calibration,
-                            const ReadTensor& read) {
+AwqScales AwqScales::search(const std::vector<std::string>& tensors, std::int64_t group,
+                            const Calibration& calibration, const ReadTensor& read) {
   const auto product = [&](const std::string& name, const InputStatistics* input) {
     Product out{{}, input};
     out.weight.values = read(name, out.weight.rows, out.weight.columns);
@@ -125,11 +126,11 @@ AwqScales AwqScales::search(const std::vector<std::string>& tensors, const Calib
       }
       const InputStatistics* inner = calibration.find(network + ".down_proj.weight");
       if (inner != nullptr) {
-        out.inner_[network] = best_scales({product(network + ".down_proj.weight", inner)}, *inner);
+        out.inner_[network] = best_scales({product(network + ".down_proj.weight", inner)}, group, *inner);
       }
     }
     if (products.empty()) continue;
-    std::vector<float> s = best_scales(products, input);
+    std::vector<float> s = best_scales(products, group, input);
     // The norm is stored in bfloat16, in all published checkpoints: what it really divides by counts.
     std::int64_t rows = 0, columns = 0;
     const std::vector<float> norm = read(layer + std::string(kNorm), rows, columns);

@@ -22,9 +22,9 @@ class AwqScales {
  public:
   /// Chooses s = mean(|x|)^alpha for the alpha with the least error of the products, features taken as independent, one
   /// for the inputs of a layer's experts and one for the down projection of each. `tensors`: those that are to be
-  /// quantised.
-  static AwqScales search(const std::vector<std::string>& tensors, const Calibration& calibration,
-                          const ReadTensor& read);
+  /// quantised, in groups of so many columns.
+  static AwqScales search(const std::vector<std::string>& tensors, std::int64_t group,
+                          const Calibration& calibration, const ReadTensor& read);
 
   /// What the columns of a tensor are multiplied by, or null; a vector is a row.
   const std::vector<float>* columns(std::string_view tensor) const;

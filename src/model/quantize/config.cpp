@@ -4,7 +4,8 @@
 
 namespace flash_mla::model {
 
-Json quantization_config(const QuantizeCheckpointOptions& options, const std::vector<std::string>& kept) {
+Json quantization_config(const QuantizeCheckpointOptions& options, std::int64_t group,
+                         const std::vector<std::string>& kept) {
   if (options.format == QuantizeCheckpointOptions::Format::kFp8) {
     Json out = {{"quant_method", "fp8"},
                 {"fmt", "e4m3"},
@@ -19,7 +20,7 @@ Json quantization_config(const QuantizeCheckpointOptions& options, const std::ve
                         {"symmetric", true},
                         {"strategy", "group"},
                         {"dynamic", false},
-                        {"group_size", kInt4Group},
+                        {"group_size", group},
                         {"actorder", nullptr},
                         {"observer", "mse"},
                         {"observer_kwargs", Json::object()},
@@ -27,13 +28,13 @@ Json quantization_config(const QuantizeCheckpointOptions& options, const std::ve
   Json activations = {{"num_bits", 8}, {"type", "float"}, {"symmetric", true}, {"group_size", nullptr}};
   activations["dynamic"] = !options.static_activations;
   activations["strategy"] = options.static_activations ? "tensor" : "token";
-  const Json group = {{"targets", {"Linear"}},
-                      {"weights", weights},
-                      {"input_activations", activations},
-                      {"output_activations", nullptr}};
+  const Json products = {{"targets", {"Linear"}},
+                         {"weights", weights},
+                         {"input_activations", activations},
+                         {"output_activations", nullptr}};
   return {{"quant_method", "compressed-tensors"}, {"format", "pack-quantized"},
           {"quantization_status", "compressed"},  {"ignore", kept},
-          {"kv_cache_scheme", nullptr},           {"config_groups", {{"group_0", group}}}};
+          {"kv_cache_scheme", nullptr},           {"config_groups", {{"group_0", products}}}};
 }
 
 }  // namespace flash_mla::model

@@ -61,12 +61,13 @@ class Quantizer {
         config_(checkpoint::read_config(model)),
         checkpoint_(Checkpoint::open(model)) {
     read_tensors();
+    choose_group();
     if (options.format == Format::kW4A8 && !calibration.empty()) {
       std::vector<std::string> names;
       for (const Tensor& t : tensors_) {
         if (t.quantise) names.push_back(t.name);
       }
-      awq_ = AwqScales::search(names, calibration,
+      awq_ = AwqScales::search(names, group_, calibration,
                                [this](const std::string& name, std::int64_t& rows, std::int64_t& columns) {
                                  const Tensor& t = find(name);
                                  rows = t.rows();
@@ -100,6 +101,7 @@ class Quantizer {
     return report;
   }
 
+  std::int64_t group() const { return group_; }
   /// Modules with weights that stay as they are.
   std::vector<std::string> kept() const {
     std::vector<std::string> out;
@@ -127,6 +129,7 @@ class Quantizer {
   };
 
   void read_tensors();
+  void choose_group();
   const Tensor& find(const std::string& name) const;
   std::vector<float> values(const Tensor& tensor) const;
   std::vector<float> scaled_values(const Tensor& tensor) const;
@@ -147,6 +150,7 @@ class Quantizer {
   checkpoint::ModelConfig config_;
   Checkpoint checkpoint_;
   std::vector<Tensor> tensors_;  // by name
+  std::int64_t group_ = kInt4Group;
   AwqScales awq_;
   std::map<std::pair<int, LayerKind>, Sums> errors_;  // by layer
 };
@@ -194,6 +198,18 @@ void Quantizer::read_tensors() {
     const bool absorbed = options_.format == Format::kW4A8 && name.ends_with(".kv_b_proj.weight");
     t.quantise = kind && kinds.contains(*kind) && t.shape.size() == 2 && !absorbed;
     tensors_.push_back(std::move(t));
+  }
+}
+
+/// Other readers want whole groups: a model of which some product has no multiple of 128 columns gets smaller ones,
+/// where that helps.
+void Quantizer::choose_group() {
+  for (const std::int64_t group : {kInt4Group, kInt4Group / 2, kInt4Group / 4}) {
+    const bool whole = std::all_of(tensors_.begin(), tensors_.end(),
+                                   [&](const Tensor& t) { return !t.quantise || t.columns() % group == 0; });
+    if (!whole) continue;
+    group_ = group;
+    return;
   }
 }
 
@@ -247,7 +263,7 @@ void Quantizer::add_plan(const Tensor& t, std::vector<PlannedTensor>& plan) cons
     return;
   }
   plan.push_back({t.name + "_packed", "I32", {rows, (columns + 7) / 8}});
-  plan.push_back({t.name + "_scale", "BF16", {rows, (columns + kInt4Group - 1) / kInt4Group}});
+  plan.push_back({t.name + "_scale", "BF16", {rows, (columns + group_ - 1) / group_}});
   plan.push_back({t.name + "_shape", "I64", {2}});
   if (options_.static_activations)
     plan.push_back({std::string(module_of(t.name)) + ".input_scale", "F32", {1}});
@@ -285,12 +301,12 @@ void Quantizer::write_fp8(const Tensor& t, CheckpointWriter& writer) {
 void Quantizer::write_int4(const Tensor& t, CheckpointWriter& writer) {
   const std::vector<float> w = scaled_values(t);
   const std::int64_t rows = t.rows(), columns = t.columns(), words = (columns + 7) / 8;
-  const std::int64_t groups = (columns + kInt4Group - 1) / kInt4Group;
+  const std::int64_t groups = (columns + group_ - 1) / group_;
   std::vector<std::uint8_t> codes(w.size());
   std::vector<float> scales(static_cast<std::size_t>(rows * groups));
-  cpu::quantise_int4(w.data(), rows, columns, kInt4Group, codes.data(), scales.data());
+  cpu::quantise_int4(w.data(), rows, columns, group_, codes.data(), scales.data());
   count_error(t, w, codes, QuantizedType::kInt4, [&](std::int64_t row, std::int64_t column) {
-    return scales[static_cast<std::size_t>(row * groups + column / kInt4Group)];
+    return scales[static_cast<std::size_t>(row * groups + column / group_)];
   });
   std::vector<std::uint32_t> packed(static_cast<std::size_t>(rows * words));
   for (std::int64_t row = 0; row < rows; ++row) {
@@ -405,7 +421,7 @@ QuantizeCheckpointReport write_quantized(const fs::path& model, const fs::path& 
   check(out, options);
   Quantizer quantizer(model, options, calibration);
   Json config = parse_json(read_file(model / "config.json"), (model / "config.json").string());
-  config["quantization_config"] = quantization_config(options, quantizer.kept());
+  config["quantization_config"] = quantization_config(options, quantizer.group(), quantizer.kept());
   fs::path partial = out;
   partial += ".partial";
   if (!fs::create_directory(partial)) {
