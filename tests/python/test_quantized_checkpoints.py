@@ -184,7 +184,8 @@ def dequantised(directory):
             base = name.removesuffix("_packed")
             rows, columns = stored[base + "_shape"].tolist()
             nibbles = torch.stack([(tensor >> (4 * i)) & 15 for i in range(8)], dim=2).reshape(rows, -1)[:, :columns]
-            scale = stored[base + "_scale"].float().repeat_interleave(128, 1)[:, :columns]
+            scale = stored[base + "_scale"].float()
+            scale = scale.repeat_interleave(columns // scale.shape[1], 1)
             out[base] = (nibbles - 8).float() * scale
         elif not name.endswith(("_scale_inv", "weight_scale", "weight_shape", "input_scale")):
             out[name] = tensor

@@ -111,6 +111,11 @@ std::optional<KvFormat> cpu_cache_format(const ModelConfig& config, DType dtype,
 }
 
 std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype,
-                                        std::optional<KvFormat> cache_format, const ModelOptions& options) {}
+                                        std::optional<KvFormat> cache_format, const ModelOptions& options) {
+  if (dtype == DType::kBFloat16 && !cpu::Gemm::supports_bfloat16()) {
+    throw Unsupported("precision bfloat16 needs a processor with AVX-512; use float32");
+  }
+  return std::make_unique<CpuDevice>(config, dtype, cache_format, options);
+}
 
 }  // namespace flash_mla::model
