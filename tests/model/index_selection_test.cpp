@@ -46,8 +46,11 @@ std::vector<float> normal(std::int64_t count, double deviation, unsigned seed) {
 }
 
 Weight weight(const std::vector<float>& values, std::int64_t columns) {
-  return {std::ssize(values) / columns, columns,
-          [&values](void* to) { std::memcpy(to, values.data(), values.size() * sizeof(float)); }};
+  Weight out;
+  out.rows = std::ssize(values) / columns;
+  out.columns = columns;
+  out.read = [&values](void* to) { std::memcpy(to, values.data(), values.size() * sizeof(float)); };
+  return out;
 }
 
 /// An indexer with random weights, and what it reads of a sequence of kLength tokens.
@@ -128,7 +131,9 @@ class Reference {
 std::vector<std::set<std::int64_t>> chosen(const Given& g, const std::vector<std::int32_t>& sizes,
                                            std::optional<KvFormat> format = std::nullopt) {
   const ModelConfig model = config();
-  CpuContext context(model, DType::kFloat32, ModelQuantize::kNone, format, 2);
+  ModelOptions options;
+  options.num_threads = 2;
+  CpuContext context(model, DType::kFloat32, format, options);
   CpuIndexer indexer(context, g.weights());
   const std::vector<std::int32_t> pages = {6, 2, 7, 0, 5};
   std::vector<std::int64_t> position_of(std::size_t{8} * kPageSize, -1);
