@@ -77,7 +77,7 @@ class Size {
   }
 
  private:
-  static constexpr long long kMaxItems = 4 * kMaxRepetitions;
+  static constexpr long long kMaxItems = 4LL * kMaxRepetitions;
 
   std::string where_;
   std::vector<long long> groups_{0};

@@ -99,6 +99,7 @@ void add_call_format(const Engine& engine, const ToolSyntax& syntax, Call& call)
     call.format_field.clear();
   } else if (format.is_free()) {
     calls.trigger = syntax.call_begin;
+    format = {};  // free words have no gate: calls come up anywhere
   }
   format.calls = std::move(calls);
   if (!required || strict) {

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "flash_mla/error.h"
-#include "server/call_format.h"
 #include "server/markers.h"
 
 namespace flash_mla::server {
@@ -83,9 +82,9 @@ void set_thinking(const Engine& engine, Call& call) {
                     call.thinking_field);
 }
 
-// While the model reasons its words are free, unless calls alone are bound, which come up anywhere.
+// While the model reasons its words are free.
 void begin_behind_reasoning(Begin begin, TextFormat& format) {
-  if (format.is_free() || !format.calls.trigger.empty() || begin == Begin::kContent) return;
+  if (begin == Begin::kContent) return;
   format.begins_behind = kClose;
   if (begin == Begin::kUndecided) format.opened_by = kOpen;
 }
@@ -137,7 +136,6 @@ void prepare_chat(const Engine& engine, const ServerOptions& options, Call& call
     output.opening = tool_call_opening(*output.tools, call.tools.named, num_calls(request.messages));
     parts.push_back({begun + output.opening, /*control=*/true});
   }
-  if (tools) add_call_format(engine, *output.tools, call);
   if (call.tools.choice != ToolUse::Choice::kRequired && options.reasoning_parser != "none") {
     begin_behind_reasoning(reasoning_begin(engine, options.reasoning_parser, end), request.sampling.format);
   }

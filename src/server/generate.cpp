@@ -11,6 +11,7 @@
 #include "flash_mla/error.h"
 #include "server/answer.h"
 #include "server/call.h"
+#include "server/call_format.h"
 #include "server/chat_prompt.h"
 #include "server/dialect.h"
 #include "server/mailbox.h"
@@ -114,6 +115,7 @@ void submit(Exchange& x, Call& call, Submitted& submitted, const std::shared_ptr
     }
     if (chat) {
       prepare_chat(x.shared.engine, x.shared.options, call);
+      if (call.output.tools != nullptr) add_call_format(x.shared.engine, *call.output.tools, call);
       prepare_format(x, call);
     }
     submitted.submit(std::move(call.requests), mailbox);
