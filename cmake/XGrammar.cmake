@@ -23,6 +23,21 @@ message(STATUS "XGrammar from ${xgrammar_SOURCE_DIR}")
 
 file(GLOB_RECURSE xgrammar_sources CONFIGURE_DEPENDS "${xgrammar_SOURCE_DIR}/cpp/*.cc")
 list(FILTER xgrammar_sources EXCLUDE REGEX "/cpp/tvm_ffi/.*\\.cc$")
+
+# Strings with bounds of their length may hold tabs and other control characters there, which JSON must escape: one file is
+# compiled with the class of characters put right.
+set(xgrammar_converter "${xgrammar_SOURCE_DIR}/cpp/json_schema_converter.cc")
+file(READ "${xgrammar_converter}" xgrammar_text)
+set(xgrammar_wrong "{{'\"', '\"'}, {'\\\\', '\\\\'}, {'\\r', '\\r'}, {'\\n', '\\n'}}, true")
+string(FIND "${xgrammar_text}" "${xgrammar_wrong}" xgrammar_at)
+if(xgrammar_at EQUAL -1)
+  message(FATAL_ERROR "XGrammar in ${xgrammar_SOURCE_DIR} is not ${xgrammar_release}, for which this build knows a mend")
+endif()
+string(REPLACE "${xgrammar_wrong}" "{{0, 0x1f}, {'\"', '\"'}, {'\\\\', '\\\\'}}, true" xgrammar_text "${xgrammar_text}")
+set(xgrammar_mended "${CMAKE_CURRENT_BINARY_DIR}/xgrammar/json_schema_converter.cc")
+file(CONFIGURE OUTPUT "${xgrammar_mended}" CONTENT "@xgrammar_text@" @ONLY)
+list(REMOVE_ITEM xgrammar_sources "${xgrammar_converter}")
+list(APPEND xgrammar_sources "${xgrammar_mended}")
 add_library(flash_mla_xgrammar OBJECT ${xgrammar_sources})
 flash_mla_target_defaults(flash_mla_xgrammar)
 set_target_properties(flash_mla_xgrammar PROPERTIES CXX_STANDARD 17)

@@ -369,6 +369,8 @@ class Engine {
   /// The token of this spelling in tokenizer.json ("</think>"), or -1.
   std::int32_t token_id(std::string_view spelling) const;
 
+  /// Whether the chat template looks at a variable of this name ("thinking").
+  bool chat_template_reads(std::string_view variable) const;
   /// Where the chat template came from: a file, or a file and its field; or which built-in format stands in for
   /// it, and why. Empty if there is none.
   std::string chat_template_origin() const;

@@ -242,7 +242,7 @@ struct Engine::Impl {
 
   /// Null for a text that is free.
   std::shared_ptr<const grammar::Grammar> grammar(const SamplingParams& p) {
-    if (p.format.kind == TextFormat::Kind::kFree) return nullptr;
+    if (p.format.is_free()) return nullptr;
     return formats.compile(p.format);
   }
 
@@ -368,7 +368,7 @@ std::vector<std::int32_t> Engine::prompt_token_ids(Request request) const {
 }
 
 void Engine::prepare(const TextFormat& format) const {
-  if (format.kind != TextFormat::Kind::kFree) impl_->formats.compile(format);
+  if (!format.is_free()) impl_->formats.compile(format);
 }
 
 std::vector<std::int32_t> Engine::tokenize(std::string_view text, bool add_special_tokens,
@@ -392,6 +392,10 @@ std::vector<TextPart> Engine::apply_chat_template(const Request& request) const 
 ToolFormat Engine::tool_format() const { return impl_->tool_convention.format; }
 std::int32_t Engine::token_id(std::string_view spelling) const {
   return impl_->tokenizer.token_to_id(spelling);
+}
+
+bool Engine::chat_template_reads(std::string_view variable) const {
+  return impl_->chat_template && impl_->chat_template->reads(variable);
 }
 
 std::string Engine::chat_template_origin() const {

@@ -114,7 +114,7 @@ void EngineCore::check(const Request& request) const {
     }
   }
   check_tokens(request.sampling, model_->vocab_size());
-  if (!has_text_ && request.sampling.format.kind != TextFormat::Kind::kFree) {
+  if (!has_text_ && !request.sampling.format.is_free()) {
     throw Unsupported("the format of a text: this engine has no tokenizer");
   }
   if (!has_text_ && !request.sampling.stop.empty()) {

@@ -47,7 +47,7 @@ void validate(const SamplingParams& p) {
     require(!run.empty(), "bad_token_ids", "[]", "runs of tokens that are not empty");
     for (const std::int32_t id : run) require(id >= 0, "bad_token_ids", id, "token ids");
   }
-  require(p.format.kind == TextFormat::Kind::kFree || p.stop.empty(), "stop", p.stop.size(),
+  require(p.format.is_free() || p.stop.empty(), "stop", p.stop.size(),
           "no stop strings together with a format of the text, which they could cut");
   for (const std::string& s : p.stop) require(!s.empty(), "stop", "\"\"", "texts that are not empty");
   for (const std::int32_t id : p.stop_token_ids) require(id >= 0, "stop_token_ids", id, "token ids");

@@ -1,9 +1,11 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "flash_mla/text_format.h"
@@ -19,6 +21,8 @@ class Matcher {
   virtual void allowed(std::span<std::uint32_t> mask) = 0;
   /// Goes on by a token; false if it is not one of those allowed.
   virtual bool accept(std::int32_t token) = 0;
+  /// Goes on by bytes, whatever tokens they came in; false if they are not allowed.
+  virtual bool accept_text(std::string_view bytes) = 0;
   /// Nothing may follow.
   virtual bool ended() const = 0;
 };
@@ -29,6 +33,8 @@ class Grammar {
   virtual ~Grammar() = default;
   /// At the beginning of a text. `end_tokens` come only where it may end; without any it ends as soon as it may.
   virtual std::unique_ptr<Matcher> matcher(std::vector<std::int32_t> end_tokens) const = 0;
+  /// Of memory, about; it grows with the places that texts come to.
+  virtual std::size_t num_bytes() const = 0;
 };
 
 /// The tokens that a text is made of.

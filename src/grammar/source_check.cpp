@@ -77,7 +77,7 @@ class Size {
   }
 
  private:
-  static constexpr long long kMaxItems = 4 * kMaxRepetitions;
+  static constexpr long long kMaxItems = 4LL * kMaxRepetitions;
 
   std::string where_;
   std::vector<long long> groups_{0};
@@ -142,7 +142,19 @@ void check_regex(std::string_view regex, std::string_view where) {
   measure(regex, where, /*regex=*/true);
 }
 
+namespace {
+
+void check_calls(const CallNotation& calls) {
+  std::size_t size = 0;
+  for (const CallNotation::Function& function : calls.functions)
+    size += function.begin.size() + function.parameters.size();
+  if (!calls.functions.empty()) check_size("calls", size, kMaxFormatBytes);
+}
+
+}  // namespace
+
 void check_source(const TextFormat& format) {
+  check_calls(format.calls);
   using Kind = TextFormat::Kind;
   switch (format.kind) {
     case Kind::kFree:

@@ -161,12 +161,14 @@ Json Answer::logprobs_json(Choice& choice, const GenerationEvent& e) const {
   return out;
 }
 
-// What an event's text says, and the tokens of it that are reasoning.
-ChatPiece Answer::take(Choice& choice, const GenerationEvent& e) {
+// What an event's text says, and the tokens of it that are reasoning. One
+// that can only be followed by what nobody sees ends its choice.
+ChatPiece Answer::take(Choice& choice, GenerationEvent& e) {
   const std::int64_t before = choice.reasoning_tokens->count();
   for (const std::int32_t token : e.token_ids) choice.reasoning_tokens->push(engine_.token_bytes(token));
   reasoning_tokens_ += choice.reasoning_tokens->count() - before;
   ChatPiece out = choice.output->push(e.text);
+  if (choice.output->done() && e.finish == FinishReason::kNone) e.finish = FinishReason::kStop;
   if (e.finish != FinishReason::kNone) {
     ChatPiece end = choice.output->finish();
     out.reasoning += end.reasoning;
@@ -183,12 +185,13 @@ std::string Answer::finish_reason(const Choice& choice, const GenerationEvent& e
 }
 
 std::optional<Json> Answer::chunk(int index, GenerationEvent e) {
-  count(e);
   begin(index, e);
   Choice& choice = choices_[static_cast<std::size_t>(index)];
   Json one = {{"index", index}};
+  const ChatPiece piece = chat_ ? take(choice, e) : ChatPiece();
+  choice.over = e.finish != FinishReason::kNone;
+  count(e);
   if (chat_) {
-    const ChatPiece piece = take(choice, e);
     Json delta = Json::object();
     if (!choice.begun) delta["role"] = "assistant";
     if (!piece.reasoning.empty()) {
@@ -223,14 +226,15 @@ Json Answer::usage_chunk() const {
 }
 
 void Answer::collect(int index, GenerationEvent e) {
-  count(e);
   Choice& choice = choices_[static_cast<std::size_t>(index)];
   for (const TokenLogprobs& l : e.logprobs) choice.sum_logprobs += l.chosen.logprob;
   choice.num_tokens += static_cast<std::int64_t>(e.token_ids.size());
   begin(index, e);
   choice.begun = true;
+  const ChatPiece piece = chat_ ? take(choice, e) : ChatPiece();
+  choice.over = e.finish != FinishReason::kNone;
+  count(e);
   if (chat_) {
-    const ChatPiece piece = take(choice, e);
     choice.text += piece.content;
     choice.reasoning += piece.reasoning;
     for (const ToolCallPiece& call : piece.calls) collect_call(call, choice.tool_calls);

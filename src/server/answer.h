@@ -27,6 +27,8 @@ class Answer {
   Json usage_chunk() const;
   /// Collects an event of an answer that is not streamed.
   void collect(int index, GenerationEvent event);
+  /// Whether a choice has ended: with its continuation, or before that, when nothing more can come of it.
+  bool over(int index) const { return choices_[static_cast<std::size_t>(index)].over; }
   /// Of what has ended so far.
   const Usage& tokens() const { return usage_; }
   /// The collected answer. Throws ApiError if a continuation failed.
@@ -45,14 +47,14 @@ class Answer {
     std::int64_t num_characters = 0;
     double sum_logprobs = 0;  // of its tokens, if they have them
     std::int64_t num_tokens = 0;
-    bool begun = false;
+    bool begun = false, over = false;
   };
 
   Json head(const char* object) const;
   void count(const GenerationEvent& event);
   void begin(int index, GenerationEvent& event);
   Json chat_logprobs(std::span<const TokenLogprobs> logprobs) const;
-  ChatPiece take(Choice& choice, const GenerationEvent& event);
+  ChatPiece take(Choice& choice, GenerationEvent& event);
   static std::string finish_reason(const Choice& choice, const GenerationEvent& event);
   static Json message(const Choice& choice);
   Json logprobs_json(Choice& choice, const GenerationEvent& event) const;

@@ -90,6 +90,25 @@ std::string chat_variables(const Body& json, std::string_view body) {
   return std::string(text);
 }
 
+// DeepSeek's own field, and that of others: both ask for the switch that the model's template has.
+void read_thinking(const Body& json, Call& call) {
+  if (const Body* thinking = find(json, "thinking")) {
+    const Body* type = thinking->is_object() ? find(*thinking, "type") : nullptr;
+    if (type == nullptr || thinking->size() > 1 || (*type != "enabled" && *type != "disabled")) {
+      throw bad_request("thinking: expected {\"type\": \"enabled\"} or {\"type\": \"disabled\"}", "thinking");
+    }
+    call.thinking = *type == "enabled";
+    call.thinking_field = "thinking";
+  }
+  if (find(json, "enable_thinking") == nullptr) return;
+  bool on = false;
+  read(json, "enable_thinking", on);
+  if (call.thinking.value_or(on) != on)
+    throw bad_request("thinking and enable_thinking: expected one of them", "enable_thinking");
+  call.thinking = on;
+  call.thinking_field = "enable_thinking";
+}
+
 std::vector<Request> prompts(const Body& json) {
   const Body* prompt = find(json, "prompt");
   if (prompt == nullptr) throw bad_request("prompt is missing, expected text or token ids", "prompt");
@@ -219,6 +238,7 @@ Call parse_call(std::string_view body, bool chat, const std::vector<std::string>
     call.requests.emplace_back().messages = read_messages(json);
     read_end(json, call.requests.back());
     call.requests.back().chat_variables = chat_variables(json, body);
+    read_thinking(json, call);
     call.tools = read_tools(json, body);
     read(json, "separate_reasoning", call.separate_reasoning);
     read(json, "include_reasoning", call.include_reasoning);

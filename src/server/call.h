@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -16,8 +17,10 @@ namespace flash_mla::server {
 struct Call {
   bool chat = false, stream = false, include_usage = false;
   bool logprobs = false;
-  bool prompt_logprobs = false;     ///< in a field of their own
-  bool echo = false;                ///< the prompt comes back in front of each text
+  bool prompt_logprobs = false;  ///< in a field of their own
+  bool echo = false;             ///< the prompt comes back in front of each text
+  /// A grammar has to be made for it, which takes up to a second.
+  bool needs_grammar() const { return !format_field.empty() || tools.wants_grammar(); }
   std::string format_field;         ///< what says that the text must be of a format; empty: nothing
   int n = 1;                        ///< choices of each prompt in the answer
   int num_continuations = 1;        ///< of each prompt: n, or best_of, of which the n best are answered
@@ -25,6 +28,8 @@ struct Call {
   std::vector<Request> requests;    ///< one per prompt
   std::vector<std::string> echoed;  ///< with echo: texts of the prompts; empty where token ids were given
   ToolUse tools;
+  std::optional<bool> thinking;    ///< the model's reasoning, on or off; see prepare_chat
+  std::string thinking_field;      ///< which says so
   bool separate_reasoning = true;  ///< false leaves it where the model wrote it
   bool include_reasoning = true;   ///< false leaves it out of the answer
   ChatOutputOptions output;        ///< see prepare_chat

@@ -19,8 +19,8 @@ bool is_tool_name(const std::string& name) {
   return !name.empty() && name.size() <= kMaxToolName && std::ranges::all_of(name, fits);
 }
 
-// The name of a tool that is well formed.
-std::string check_tool(const Body& tool, std::size_t index) {
+// A tool that is well formed, without its parameters.
+Tool check_tool(const Body& tool, std::size_t index) {
   const auto fail = [&](std::string_view what) {
     return bad_request(fmt::format("tools[{}]{}", index, what), "tools");
   };
@@ -39,10 +39,9 @@ std::string check_tool(const Body& tool, std::size_t index) {
   if (parameters != nullptr && !parameters->is_object()) {
     throw fail(".function.parameters: expected a JSON schema");
   }
-  bool strict = false;
-  read(*function, "strict", strict);
-  if (strict) throw fail(".function.strict is not supported by this server");
-  return name->get<std::string>();
+  Tool out{name->get<std::string>(), {}};
+  read(*function, "strict", out.strict);
+  return out;
 }
 
 void read_choice(const Body& body, ToolUse& use) {
@@ -61,14 +60,14 @@ void read_choice(const Body& body, ToolUse& use) {
         "{\"type\": \"function\", \"function\": {\"name\": ...}}",
         "tool_choice");
   }
-  if (use.names.empty()) throw bad_request("tool_choice: expected together with tools", "tool_choice");
+  if (use.functions.empty()) throw bad_request("tool_choice: expected together with tools", "tool_choice");
   use.choice = ToolUse::Choice::kRequired;
   if (name != nullptr) {
     use.named = name->get<std::string>();
-  } else if (use.names.size() == 1) {
-    use.named = use.names.front();
+  } else if (use.functions.size() == 1) {
+    use.named = use.functions.front().name;
   }
-  if (!use.named.empty() && std::ranges::find(use.names, use.named) == use.names.end()) {
+  if (!use.named.empty() && std::ranges::find(use.functions, use.named, &Tool::name) == use.functions.end()) {
     throw bad_request(fmt::format("tool_choice: \"{}\" is none of tools", use.named), "tool_choice");
   }
 }
@@ -170,7 +169,7 @@ ToolUse read_tools(const Body& body, std::string_view text) {
       throw bad_request(fmt::format("tools has {} tools, expected at most {}", tools->size(), kMaxTools),
                         "tools");
     }
-    for (std::size_t i = 0; i < tools->size(); ++i) use.names.push_back(check_tool((*tools)[i], i));
+    for (std::size_t i = 0; i < tools->size(); ++i) use.functions.push_back(check_tool((*tools)[i], i));
     use.choice = ToolUse::Choice::kAuto;
   }
   read_choice(body, use);
@@ -179,6 +178,11 @@ ToolUse read_tools(const Body& body, std::string_view text) {
   check_width(body, "tools");
   const Json ordered = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   use.tools = dump(ordered["tools"]);
+  for (std::size_t i = 0; i < use.functions.size(); ++i) {
+    const Json& function = ordered["tools"][i]["function"];
+    if (const auto it = function.find("parameters"); it != function.end() && it->is_object() && !it->empty())
+      use.functions[i].parameters = dump(*it);
+  }
   use.schemas = std::make_shared<const ToolSchemas>(ordered["tools"]);
   return use;
 }

@@ -38,6 +38,8 @@ class ChatOutput {
   ChatPiece push(std::string_view text);
   ChatPiece finish();  ///< the text ends here
   bool calls_tools() const { return tools_ && tools_->num_calls() > 0; }
+  /// The one call that there may be has come: what follows is nothing to anybody.
+  bool done() const { return tools_ && tools_->done(); }
 
  private:
   void add(ReasoningSplitter::Parts parts, ChatPiece& out);

@@ -57,6 +57,38 @@ int num_calls(const std::vector<ChatMessage>& messages) {
   return out;
 }
 
+// Asks for reasoning, or for none, by the name that the template has for it.
+void set_thinking(const Engine& engine, Call& call) {
+  if (!call.thinking) return;
+  Request& request = call.requests.front();
+  for (const char* name : {"thinking", "enable_thinking"}) {
+    if (!engine.chat_template_reads(name)) continue;
+    Json variables = request.chat_variables.empty()
+                         ? Json::object()
+                         : Json::parse(request.chat_variables, nullptr, /*allow_exceptions=*/false);
+    if (!variables.is_object()) return;  // refused by the engine
+    const auto given = variables.find(name);
+    if (given != variables.end() && *given != *call.thinking) {
+      throw bad_request(
+          fmt::format("{} and chat_template_kwargs.{}: expected one of them", call.thinking_field, name),
+          call.thinking_field);
+    }
+    variables[name] = *call.thinking;
+    request.chat_variables = dump(variables);
+    return;
+  }
+  throw bad_request(fmt::format("{} is not supported by this model: its chat template has no switch for it",
+                                call.thinking_field),
+                    call.thinking_field);
+}
+
+// While the model reasons its words are free.
+void begin_behind_reasoning(Begin begin, TextFormat& format) {
+  if (begin == Begin::kContent) return;
+  format.begins_behind = kClose;
+  if (begin == Begin::kUndecided) format.opened_by = kOpen;
+}
+
 }  // namespace
 
 void check_reasoning_parser(std::string_view name) {
@@ -82,6 +114,7 @@ void prepare_chat(const Engine& engine, const ServerOptions& options, Call& call
           "tools are not supported by this model: its chat template does not write calls of tools", "tools");
     }
   }
+  set_thinking(engine, call);
   const bool goes_on = request.continue_final_message || !request.add_generation_prompt;
   if (goes_on && call.tools.choice == ToolUse::Choice::kRequired) {
     throw bad_request("tool_choice: expected without continue_final_message and with add_generation_prompt",
@@ -102,6 +135,9 @@ void prepare_chat(const Engine& engine, const ServerOptions& options, Call& call
     output.reasoning = Begin::kContent;
     output.opening = tool_call_opening(*output.tools, call.tools.named, num_calls(request.messages));
     parts.push_back({begun + output.opening, /*control=*/true});
+  }
+  if (call.tools.choice != ToolUse::Choice::kRequired && options.reasoning_parser != "none") {
+    begin_behind_reasoning(reasoning_begin(engine, options.reasoning_parser, end), request.sampling.format);
   }
   request.prompt_parts = std::move(parts);
   request.messages.clear();

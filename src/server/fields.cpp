@@ -47,8 +47,6 @@ constexpr Unsupported kUnsupported[] = {
     {"verbosity", medium},
     {"reasoning", is_empty},
     {"reasoning_effort", is_empty},
-    {"thinking", is_empty},
-    {"enable_thinking", never},
     {"stream_reasoning", is_true},
     {"system", is_empty},
     {"documents", is_empty},
@@ -98,6 +96,8 @@ constexpr Unsupported kUnsupported[] = {
 constexpr Unsupported kOfCompletions[] = {{"suffix", is_empty}, {"echo", is_empty}};
 constexpr Unsupported kOfChats[] = {{"chat_template_kwargs", is_empty},
                                     {"continue_final_message", is_empty},
+                                    {"thinking", is_empty},
+                                    {"enable_thinking", never},
                                     {"add_generation_prompt", is_true}};
 
 // Read elsewhere, or without effect on the answer.
@@ -114,7 +114,7 @@ constexpr std::string_view kKnown[] = {
     // Who asks, and what the asker keeps.
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "request_id", "rid", "priority", "cache_prompt", "parallel_tool_calls", "tools",
-    "tool_choice", "include_reasoning", "separate_reasoning",
+    "tool_choice", "include_reasoning", "separate_reasoning", "thinking", "enable_thinking",
     // Special tokens are left out of texts, so nothing stands between them.
     "spaces_between_special_tokens"};
 

@@ -11,6 +11,7 @@
 #include "flash_mla/error.h"
 #include "server/answer.h"
 #include "server/call.h"
+#include "server/call_format.h"
 #include "server/chat_prompt.h"
 #include "server/dialect.h"
 #include "server/mailbox.h"
@@ -95,25 +96,33 @@ void prepare_format(Exchange& x, const Call& call) {
   }
 }
 
+// Which field an error of the engine is about: all else has been checked.
+std::string field_of(std::string_view error, bool chat) {
+  for (const char* name : {"chat_template_kwargs", "tools"}) {
+    if (error.starts_with(name)) return name;
+  }
+  return chat ? "messages" : "prompt";
+}
+
 // Hands the prompts to the engine, which tokenizes them.
 void submit(Exchange& x, Call& call, Submitted& submitted, const std::shared_ptr<Mailbox>& mailbox) {
   const bool chat = call.chat;
-  prepare_format(x, call);
+  if (!chat) prepare_format(x, call);
   try {
     for (std::size_t i = 0; i < call.echoed.size(); ++i) {
       const Request& r = call.requests[i];
       if (r.prompt.empty()) call.echoed[i] = x.shared.engine.detokenize(r.prompt_token_ids);
     }
-    if (chat) prepare_chat(x.shared.engine, x.shared.options, call);
+    if (chat) {
+      prepare_chat(x.shared.engine, x.shared.options, call);
+      if (call.output.tools != nullptr) add_call_format(x.shared.engine, *call.output.tools, call);
+      prepare_format(x, call);
+    }
     submitted.submit(std::move(call.requests), mailbox);
   } catch (const InvalidArgument& e) {
-    // All else has been checked.
-    const std::string_view what = e.what();
-    throw bad_request(e.what(), what.starts_with("chat_template_kwargs") ? "chat_template_kwargs"
-                                : chat                                   ? "messages"
-                                                                         : "prompt");
+    throw bad_request(e.what(), field_of(e.what(), chat));
   } catch (const Unsupported& e) {
-    throw bad_request(e.what(), chat ? "messages" : "prompt");
+    throw bad_request(e.what(), field_of(e.what(), chat));
   } catch (const Overloaded& e) {
     throw ApiError(429, "rate_limit_error", e.what(), "", "overloaded");
   }
@@ -145,13 +154,18 @@ class Reply {
 
   // News for the client; empty once it has left or its time is over, or when there is none `until` then.
   awaitable<Mailbox::Events> next(TimePoint until = TimePoint::max()) {
-    Mailbox::Events events = co_await mailbox_->take(until);
+    Mailbox::Events events;
+    bool some = true;
+    while (some && events.empty()) {
+      events = co_await mailbox_->take(until);
+      some = !events.empty();
+      std::erase_if(events, [this](const auto& e) { return answer_.over(e.first); });
+    }
     if (!events.empty() && x_.record.first_event_seconds < 0) {
       x_.record.first_event_seconds =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - x_.record.begin).count();
     }
     for (const auto& [index, event] : events) {
-      open_ -= event.finish != FinishReason::kNone;
       if (const std::string limit = limited_by(event); !limit.empty()) x_.record.limited_by = limit;
     }
     co_return events;
@@ -162,7 +176,11 @@ class Reply {
       const Mailbox::Events events = co_await next();
       if (mailbox_->gone()) co_return false;
       if (events.empty()) throw x_.too_late();
-      for (const auto& [index, event] : events) answer_.collect(index, event);
+      for (const auto& [index, event] : events) {
+        if (answer_.over(index)) continue;
+        answer_.collect(index, event);
+        open_ -= answer_.over(index);
+      }
     }
     x_.record.usage = answer_.tokens();
     const Json answer = answer_.complete();
@@ -220,13 +238,16 @@ class Reply {
   std::string event_text(const Mailbox::Events& events) {
     std::string out;
     for (const auto& [index, event] : events) {
+      if (answer_.over(index)) continue;
       if (event.finish == FinishReason::kError) {
+        --open_;
         x_.record.error = event.error;
         const ApiError error(500, "server_error", event.error);
         if (dialect_) return out + dialect_->failed(error);  // of one choice: it was all
         out += "data: " + dump(error.body()) + "\n\n";
       } else if (event.finish != FinishReason::kNone || !event.text.empty() || !event.logprobs.empty()) {
         const std::optional<Json> chunk = answer_.chunk(index, event);
+        open_ -= answer_.over(index);
         if (!chunk) continue;
         out += dialect_ ? dialect_->chunk(*chunk, event.usage) : "data: " + dump(*chunk) + "\n\n";
       }
@@ -275,7 +296,7 @@ awaitable<bool> generate(Exchange& x, Route::Generates api) {
     });
   } else {
     begun = parse(x, api);
-    if (begun.call.format_field.empty()) {
+    if (!begun.call.needs_grammar()) {
       submit(x, begun.call, submitted, mailbox);
     } else {  // a grammar takes longer to make than a body to parse
       co_await on_body_thread(x, [&] {

@@ -155,8 +155,9 @@ void read_thinking(const Json& thinking, Json& chat) {
   if (type == nullptr || (*type != "enabled" && *type != "disabled" && *type != "adaptive")) {
     throw bad_request("thinking.type: expected \"enabled\", \"adaptive\" or \"disabled\"", "thinking");
   }
-  // The switch of the templates that have one. Others think, or do not, whatever is asked.
-  if (*type == "enabled") chat["chat_template_kwargs"] = {{"thinking", true}};
+  if (*type == "enabled") chat["thinking"] = {{"type", "enabled"}};
+  // Obeyed by the templates that have a switch; the others know of no reasoning, or of nothing else.
+  if (*type == "disabled") chat["chat_template_kwargs"] = {{"thinking", false}, {"enable_thinking", false}};
 }
 
 std::vector<std::string> read_stops(const Json& stops) {

@@ -112,9 +112,6 @@ Json read_tools(const Json& tools) {
     }
     Json function = tools[i];
     function.erase("type");
-    if (const auto strict = function.find("strict"); strict != function.end() && asks_nothing(*strict)) {
-      function.erase(strict);
-    }
     out.push_back({{"type", "function"}, {"function", std::move(function)}});
   }
   return out;

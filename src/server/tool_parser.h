@@ -38,6 +38,8 @@ class ToolParser {
   ToolOutput push(std::string_view text);
   ToolOutput finish();  ///< the text ends here
   int num_calls() const { return num_calls_; }
+  /// Nothing more comes of it, whatever the text goes on with.
+  bool done() const { return state_ == State::kDone; }
 
  private:
   enum class State {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 
 #include "server/markers.h"
 
@@ -50,6 +51,14 @@ const Json* referred(const Json& root, const Json& reference) {
   return nullptr;
 }
 
+// `types` of a schema, and whether white space around a text of it is none of its own.
+unsigned trimmed(unsigned types, const Json& schema) {
+  const bool known =
+      std::ranges::any_of(std::array{"enum", "const", "pattern", "format", "minLength", "maxLength"},
+                          [&](const char* name) { return field(schema, name) != nullptr; });
+  return known && (types & ToolSchemas::kString) != 0 ? types | ToolSchemas::kTrimmed : types;
+}
+
 unsigned types_of(const Json& root, const Json& schema, int depth, int& budget) {
   if (depth > kMaxSchemaDepth || --budget < 0) return ToolSchemas::kAny;
   if (const Json* reference = field(schema, "$ref")) {
@@ -62,11 +71,11 @@ unsigned types_of(const Json& root, const Json& schema, int depth, int& budget) 
     return out == 0 ? ToolSchemas::kAny : out;
   };
   if (const Json* type = field(schema, "type")) {
-    return type->is_array() ? all_of(*type, type_named) : type_named(*type);
+    return trimmed(type->is_array() ? all_of(*type, type_named) : type_named(*type), schema);
   }
-  if (const Json* constant = field(schema, "const")) return type_of(*constant);
+  if (const Json* constant = field(schema, "const")) return trimmed(type_of(*constant), schema);
   if (const Json* list = field(schema, "enum"); list != nullptr && list->is_array()) {
-    return all_of(*list, type_of<Json>);
+    return trimmed(all_of(*list, type_of<Json>), schema);
   }
   for (const std::string_view name : {"anyOf", "oneOf"}) {
     if (const Json* list = field(schema, name); list != nullptr && list->is_array()) {
@@ -114,6 +123,8 @@ std::string parameter_json(std::string_view text, unsigned types) {
   const std::size_t begin = std::min(text.find_first_not_of(kWhiteSpace), text.size());
   std::string_view value = text.substr(begin);
   value = value.substr(0, value.find_last_not_of(kWhiteSpace) + 1);
+  if ((types & ToolSchemas::kTrimmed) != 0) text = value;
+  if ((types & ToolSchemas::kAny) == ToolSchemas::kString) return quoted(text);
   // As Python writes them; models mix it up.
   if (value == "True") value = "true";
   if (value == "False") value = "false";

@@ -13,6 +13,8 @@ class ToolSchemas {
  public:
   enum Type : unsigned { kString = 1, kNumber = 2, kBoolean = 4, kNull = 8, kObject = 16, kArray = 32 };
   static constexpr unsigned kAny = 63;
+  /// Beside kString: one of known texts, or of a pattern. White space around it is the notation's, not its own.
+  static constexpr unsigned kTrimmed = 64;
 
   /// `tools`: an array in OpenAI's form. Whatever is not understood in a schema allows every type.
   explicit ToolSchemas(const Json& tools);

@@ -93,27 +93,44 @@ DsmlParameter read_dsml_parameter(std::string_view text) {
   return out;
 }
 
+std::string tool_call_begin(const ToolSyntax& syntax, std::string_view name) {
+  const std::string out(syntax.call_begin);
+  switch (syntax.format) {
+    case ToolFormat::kDeepSeekV3:
+      return out + fmt::format("function{}{}\n```json\n", kSeparator, name);
+    case ToolFormat::kDeepSeekV31:
+      return out + fmt::format("{}{}", name, kSeparator);
+    case ToolFormat::kDeepSeekV32:
+    case ToolFormat::kDeepSeekV4:
+      return out + fmt::format(" name=\"{}\">\n", name);
+    case ToolFormat::kKimiK2:
+      return out + fmt::format("{}{}:", kFunctions, name);
+    case ToolFormat::kGlm45:
+      return out + fmt::format("{}\n", name);
+    default:
+      return out + std::string(name);
+  }
+}
+
 std::string tool_call_opening(const ToolSyntax& syntax, std::string_view name, int num_calls) {
   std::string out =
       fmt::format("{}{}", syntax.section_begin, syntax.arguments == Arguments::kDsml ? "\n" : "");
+  if (!name.empty()) {
+    out += tool_call_begin(syntax, name);
+    if (syntax.format == ToolFormat::kKimiK2) out += fmt::format("{}{}", num_calls, syntax.header_end);
+    return out;
+  }
   out += syntax.call_begin;
   switch (syntax.format) {
     case ToolFormat::kDeepSeekV3:
-      out += fmt::format("function{}", kSeparator);
-      return name.empty() ? out : out + fmt::format("{}\n```json\n", name);
-    case ToolFormat::kDeepSeekV31:
-      return name.empty() ? out : out + fmt::format("{}{}", name, kSeparator);
+      return out + fmt::format("function{}", kSeparator);
     case ToolFormat::kDeepSeekV32:
     case ToolFormat::kDeepSeekV4:
-      out += " name=\"";
-      return name.empty() ? out : out + fmt::format("{}\">\n", name);
+      return out + " name=\"";
     case ToolFormat::kKimiK2:
-      out += kFunctions;
-      return name.empty() ? out : out + fmt::format("{}:{}{}", name, num_calls, syntax.header_end);
-    case ToolFormat::kGlm45:
-      return name.empty() ? out : out + fmt::format("{}\n", name);
+      return out + std::string(kFunctions);
     default:
-      return out + std::string(name);
+      return out;
   }
 }
 

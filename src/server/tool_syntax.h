@@ -43,6 +43,9 @@ struct DsmlParameter {
 /// Of what stands between `<｜DSML｜parameter` and `>`.
 DsmlParameter read_dsml_parameter(std::string_view text);
 
+/// How a call of the tool begins, up to its arguments, or where calls have numbers up to its number.
+std::string tool_call_begin(const ToolSyntax& syntax, std::string_view name);
+
 /// How an answer begins that calls a tool: up to the name, or with `name` up to its arguments. `num_calls`: of
 /// the conversation before.
 std::string tool_call_opening(const ToolSyntax& syntax, std::string_view name, int num_calls);

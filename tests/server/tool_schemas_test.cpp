@@ -18,10 +18,12 @@ TEST(ToolSchemas, KnowsTheTypesOfParameters) {
   using T = ToolSchemas;
   EXPECT_EQ(types_of(R"({"type": "string"})"), T::kString);
   EXPECT_EQ(types_of(R"({"type": ["integer", "null"]})"), T::kNumber | T::kNull);
-  EXPECT_EQ(types_of(R"({"enum": ["a", "b"]})"), T::kString);
+  EXPECT_EQ(types_of(R"({"enum": ["a", "b"]})"), T::kString | T::kTrimmed);
+  EXPECT_EQ(types_of(R"({"type": "string", "pattern": "a"})"), T::kString | T::kTrimmed);
+  EXPECT_EQ(types_of(R"({"enum": [1, 2]})"), T::kNumber);
   EXPECT_EQ(types_of(R"({"const": true})"), T::kBoolean);
   EXPECT_EQ(types_of(R"({"anyOf": [{"type": "array"}, {"type": "object"}]})"), T::kArray | T::kObject);
-  EXPECT_EQ(types_of(R"({"$ref": "#/$defs/E"})", R"({"E": {"enum": ["a"]}})"), T::kString);
+  EXPECT_EQ(types_of(R"({"$ref": "#/$defs/E"})", R"({"E": {"enum": ["a"]}})"), T::kString | T::kTrimmed);
   EXPECT_EQ(types_of(R"({"allOf": [{"$ref": "#/$defs/E"}]})", R"({"E": {"type": "number"}})"), T::kNumber);
 }
 
