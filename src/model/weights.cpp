@@ -37,7 +37,9 @@ class CheckpointWeights : public WeightSource {
     if (q_rank > 0) {
       out.q_norm = norm(self + ".q_a_layernorm", q_rank);
       out.q_b = matrix(q_rank, {{self + ".q_b_proj.weight", q_width()}},
-                       [=](auto* to, std::int64_t width) { pair_rope_rows(to, width, heads, nope); });
+                       [this, heads, nope](auto* to, std::int64_t width) {
+                         this->pair_rope_rows(to, width, heads, nope);
+                       });
     }
     out.kv_norm = norm(self + ".kv_a_layernorm", rank);
     out.kv_b = matrix(self + ".kv_b_proj.weight", heads * (nope + v), rank);
@@ -213,10 +215,11 @@ class CheckpointWeights : public WeightSource {
     const std::int64_t heads = config_.index_n_heads, dim = config_.index_head_dim;
     const std::int64_t hidden = config_.hidden_size, q_rank = config_.q_lora_rank;
     IndexerWeights out;
-    out.q_b = matrix(q_rank, {{name + ".wq_b.weight", heads * dim}},
-                     [=](auto* to, std::int64_t width) { pair_index_rows(to, width, heads); });
+    out.q_b =
+        matrix(q_rank, {{name + ".wq_b.weight", heads * dim}},
+               [this, heads](auto* to, std::int64_t width) { this->pair_index_rows(to, width, heads); });
     out.k = matrix(hidden, {{name + ".wk.weight", dim}},
-                   [=](auto* to, std::int64_t width) { pair_index_rows(to, width, 1); });
+                   [this](auto* to, std::int64_t width) { this->pair_index_rows(to, width, 1); });
     out.k_norm = norm(name + ".k_norm", dim);
     out.k_norm_bias = vector(name + ".k_norm.bias", dim);
     pair_index_rows(out.k_norm.data(), 1, 1);

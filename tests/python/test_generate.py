@@ -55,7 +55,8 @@ def test_json_has_every_continuation_and_the_figures(tmp_path):
 
 
 def test_drafts_leave_the_text_and_are_reported():
-    flags = ["--prompt", PROMPT * 3, "--max-tokens", "60", "--temperature", "0", "--batch-invariant", "--json"]
+    prompt = "It was not so. " * 3 + "It was"
+    flags = ["--prompt", prompt, "--max-tokens", "150", "--temperature", "0", "--batch-invariant", "--json"]
     off = json.loads(generate(*flags)[0])
     assert off["report"]["drafts"]["ngram"]["drafted"] == 0
     for speculative in ("ngram", "auto"):
@@ -63,9 +64,12 @@ def test_drafts_leave_the_text_and_are_reported():
         on = json.loads(out)
         assert on["completions"] == off["completions"]
         drafts = on["report"]["drafts"]["ngram"]
-        assert 0 < drafts["accepted"] <= drafts["drafted"] and drafts["tokens_per_step"] > 1
-        assert on["report"]["steps"] < off["report"]["steps"]
-        assert "ngram drafts accepted" in report
+        assert drafts["accepted"] <= drafts["drafted"]
+        assert on["report"]["steps"] <= off["report"]["steps"]
+        if speculative == "ngram":  # auto may find that they do not pay on this machine
+            assert drafts["accepted"] > 0 and drafts["tokens_per_step"] > 1
+            assert on["report"]["steps"] < off["report"]["steps"]
+            assert "ngram drafts accepted" in report
     for value in ("0", "16"):
         _, error = generate("--prompt", "a", "--speculative", "ngram", "--draft-tokens", value, expected=2)
         assert f"draft_tokens is {value}, expected 1 to 15" in error
