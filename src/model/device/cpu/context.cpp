@@ -58,6 +58,7 @@ void CpuContext::begin_step(const Step& next) {
       sines[t * pairs + i] = std::sin(angle) * rope.scale;
     }
   });
+  if (&next != &narrowed_) selection.clear();  // it was the last step's
   attended_lens = next.absorbed_lens;
   selects_ = false;
   if (config.index_topk > 0) {
