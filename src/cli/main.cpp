@@ -2,6 +2,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <exception>
 #include <string>
 #include <vector>
@@ -18,9 +19,7 @@ namespace {
 constexpr int kFailed = 1;
 constexpr int kBadUsage = 2;
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
   flash_mla::cli::start_with_chosen_threads(argv);
   CLI::App app{"Multi-head latent attention on CPUs and Hopper GPUs", "flash-mla"};
   app.require_subcommand(1);
@@ -68,4 +67,15 @@ int main(int argc, char** argv) {
     return kFailed;
   }
   return exit_code;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "flash-mla: %s\n", e.what());
+  }
+  return kFailed;
 }

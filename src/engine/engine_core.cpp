@@ -216,7 +216,7 @@ void EngineCore::accept_tokens(LaunchedStep& step) {
   std::vector<TokenChoice> choices = chooser_.choose(step, pipeline_, model_->vocab_size(), requests_);
   // What is chosen behind a draft depends on the tokens before: penalties, formats, where the text ends.
   for (int draft = 1; !choices.empty(); ++draft) {
-    accept(step, std::move(choices));
+    accept(step, choices);
     choices = chooser_.choose_behind(draft, step, pipeline_, model_->vocab_size());
   }
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
@@ -227,8 +227,8 @@ void EngineCore::accept_tokens(LaunchedStep& step) {
   }
 }
 
-void EngineCore::accept(LaunchedStep& step, std::vector<TokenChoice> choices) {
-  for (TokenChoice& choice : choices) {
+void EngineCore::accept(LaunchedStep& step, const std::vector<TokenChoice>& choices) {
+  for (const TokenChoice& choice : choices) {
     Continuation& c = *choice.continuation;
     if (!choice.error.empty()) {
       requests_.end(c, FinishReason::kError, choice.error, /*keep_pages=*/false);

@@ -73,7 +73,7 @@ class EngineCore {
   bool empty_inbox();
   void finish(LaunchedStep& step);
   void accept_tokens(LaunchedStep& step);
-  void accept(LaunchedStep& step, std::vector<TokenChoice> choices);
+  void accept(LaunchedStep& step, const std::vector<TokenChoice>& choices);
   void give_up(LaunchedStep& step, const std::string& why);
   void end_all(LaunchedStep& step, const std::string& why);
   void drop_ahead();

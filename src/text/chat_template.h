@@ -27,7 +27,7 @@ struct ChatInput {
 };
 
 /// Most bytes that parse_chat_variables takes: nlohmann::ordered_json searches an object's keys one by one.
-inline constexpr std::size_t kMaxChatVariableBytes = 64 * 1024;
+inline constexpr std::size_t kMaxChatVariableBytes = std::size_t{64} * 1024;
 /// `text` as ChatInput::variables; empty: none. Throws InvalidArgument if it is no JSON object, has one of the
 /// two names, or is longer than kMaxChatVariableBytes.
 nlohmann::ordered_json parse_chat_variables(std::string_view text);

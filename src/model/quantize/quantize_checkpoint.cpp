@@ -159,7 +159,7 @@ class Quantizer {
 std::string owner_of(const Checkpoint& checkpoint, const std::string& name) {
   for (const std::string_view suffix : {"_scale_inv", "_packed", "_scale", "_shape"}) {
     if (!name.ends_with(suffix)) continue;
-    const std::string base = name.substr(0, name.size() - suffix.size());
+    std::string base = name.substr(0, name.size() - suffix.size());
     const bool packed = checkpoint.contains(base + "_packed");
     if (base.ends_with(".weight") && (packed || checkpoint.contains(base))) return base;
   }
