@@ -1,14 +1,13 @@
 """One vLLM on the CPU, in a process of its own: greedy tokens of prompts, and which backend made them.
 
-    serve_vllm.py MODEL PROMPTS.json RESULT.json [--scale FACTOR]
+    serve_vllm.py MODEL PROMPTS.json RESULT.json
 
-PROMPTS.json: lists of token ids. They are served at once, then again one by one. --scale multiplies the softmax scale of
-each decode in the worker: the control that the test would see a wrong kernel.
+PROMPTS.json: lists of token ids. They are served at once, then again one by one, then at once with a wrong softmax scale in
+each call of our decode: the control that the test would see a wrong kernel.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
@@ -16,16 +15,16 @@ from vllm import LLM, SamplingParams
 NEW_TOKENS = 24
 
 
-def prepare(worker, factor):
-    """In the worker: notes the calls of our decode and changes their scale. Returns the classes of the layers."""
+def prepare(worker):
+    """In the worker: notes the calls of our decode. Returns the classes of the attention layers."""
     import flash_mla_vllm.decode as plugin
 
     called = plugin.flash_mla_with_kvcache
-    worker.flash_mla_calls = []
+    worker.flash_mla_calls, worker.flash_mla_factor = [], 1.0
 
     def noted(q, *arguments, softmax_scale, **options):
         worker.flash_mla_calls.append(list(q.shape))
-        return called(q, *arguments, softmax_scale=softmax_scale * factor, **options)
+        return called(q, *arguments, softmax_scale=softmax_scale * worker.flash_mla_factor, **options)
 
     plugin.flash_mla_with_kvcache = noted
     impls = [getattr(module, "impl", None) for module in worker.get_model().modules()]
@@ -34,6 +33,10 @@ def prepare(worker, factor):
 
 def shapes_called(worker):
     return worker.flash_mla_calls
+
+
+def break_the_scale(worker):
+    worker.flash_mla_factor = 1.3
 
 
 def logprobs_of(completion):
@@ -45,7 +48,6 @@ def main():
     parser.add_argument("model")
     parser.add_argument("prompts", type=Path)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--scale", type=float, default=1.0)
     arguments = parser.parse_args()
     prompts = [{"prompt_token_ids": tokens} for tokens in json.loads(arguments.prompts.read_text())]
     llm = LLM(
@@ -58,19 +60,23 @@ def main():
         attention_config={"backend": "CPU_MLA"},
         kv_cache_memory_bytes=1 << 27,
     )
-    impls = llm.collective_rpc(prepare, args=(arguments.scale,))[0]
+    impls = llm.collective_rpc(prepare)[0]
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=1, detokenize=False)
-    start = time.perf_counter()
-    at_once = llm.generate(prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    one_by_one = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt in prompts]
+
+    def serve(prompts):
+        return [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    at_once = serve(prompts)
+    one_by_one = [serve([prompt])[0] for prompt in prompts]
+    calls = llm.collective_rpc(shapes_called)[0]
+    llm.collective_rpc(break_the_scale)
     result = {
         "impls": impls,
-        "calls": llm.collective_rpc(shapes_called)[0],
-        "at_once": [list(output.outputs[0].token_ids) for output in at_once],
-        "one_by_one": [list(output.outputs[0].token_ids) for output in one_by_one],
-        "logprobs": [logprobs_of(output.outputs[0]) for output in at_once],
-        "seconds": seconds,
+        "calls": calls,
+        "at_once": [list(completion.token_ids) for completion in at_once],
+        "logprobs": [logprobs_of(completion) for completion in at_once],
+        "one_by_one": [list(completion.token_ids) for completion in one_by_one],
+        "broken": [list(completion.token_ids) for completion in serve(prompts)],
     }
     arguments.result.write_text(json.dumps(result))
 

@@ -82,57 +82,62 @@ def greedy(model, tokens):
     return out[0, len(tokens) :].tolist()
 
 
+def start(plugins, folder):
+    """vLLM in a process of its own, which ends by writing PLUGINS.json."""
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": plugins,
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(HERE / "serve_vllm.py"), "model", "prompts.json", f"{plugins}.json"]
+    log = open(folder / f"{plugins}.log", "w")
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+
+
 @pytest.fixture(scope="module", params=list(MODELS))
 def served(request, tmp_path_factory):
-    """serve(plugins, scale=1) -> what serve_vllm.py wrote; and transformers' tokens."""
+    """What vLLM gives with our plugin and without, and what transformers gives."""
     folder = tmp_path_factory.mktemp(request.param)
     model = write_checkpoint(request.param, folder / "model")
     lists = prompts()
     (folder / "prompts.json").write_text(json.dumps(lists))
-
-    def serve(plugins, scale=1.0):
-        result = folder / "result.json"
-        result.unlink(missing_ok=True)
-        environment = {
-            **os.environ,
-            "VLLM_PLUGINS": plugins,
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_NO_USAGE_STATS": "1",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        command = [sys.executable, str(HERE / "serve_vllm.py"), str(folder / "model"), str(folder / "prompts.json")]
-        done = subprocess.run(
-            [*command, str(result), "--scale", str(scale)], env=environment, capture_output=True, text=True, cwd=folder
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-        return json.loads(result.read_text())
-
-    return serve, [greedy(model, tokens) for tokens in lists]
+    processes = {plugins: start(plugins, folder) for plugins in ("flash_mla", "none")}
+    expected = [greedy(model, tokens) for tokens in lists]
+    results = {}
+    for plugins, process in processes.items():
+        assert process.wait() == 0, (folder / f"{plugins}.log").read_text()[-6000:]
+        results[plugins] = json.loads((folder / f"{plugins}.json").read_text())
+    return results["flash_mla"], results["none"], expected
 
 
-def test_the_same_tokens_as_vllm_and_transformers(served):
-    serve, expected = served
-    ours, theirs = serve("flash_mla"), serve("none")
+def test_the_classes_that_served(served):
+    ours, theirs, _ = served
     assert ours["impls"] == [OURS] * LAYERS and theirs["impls"] == [VLLMS] * LAYERS
-    assert ours["at_once"] == expected and ours["one_by_one"] == expected
-    assert theirs["at_once"] == expected
-    difference = torch.tensor(ours["logprobs"]) - torch.tensor(theirs["logprobs"])
-    assert difference.abs().max() < 1e-4
 
-    # Otherwise the tokens say nothing about the kernel: each layer called it for each step after the prompt's, with all
-    # of the requests that were served at once, and with one.
+
+def test_the_tokens_are_those_of_vllm_and_of_transformers(served):
+    ours, theirs, expected = served
+    assert theirs["at_once"] == theirs["one_by_one"] == expected
+    assert ours["at_once"] == ours["one_by_one"] == expected
+    assert (torch.tensor(ours["logprobs"]) - torch.tensor(theirs["logprobs"])).abs().max() < 1e-4
+
+
+def test_our_kernel_was_called_in_the_worker(served):
+    """Otherwise the tokens say nothing about it: by each layer in each step after a prompt's, for all requests at once
+    and for one."""
+    ours, theirs, expected = served
     assert not theirs["calls"]
     assert len(ours["calls"]) >= LAYERS * (NEW_TOKENS - 1) * (1 + len(expected))
-    batches = {shape[0] for shape in ours["calls"]}
-    assert {1, len(expected)} <= batches and all(shape[1:] == [1, 16, 576] for shape in ours["calls"])
+    assert {1, len(expected)} <= {shape[0] for shape in ours["calls"]}
+    assert all(shape[1:] == [1, 16, 576] for shape in ours["calls"])
 
 
 def test_a_wrong_scale_changes_the_tokens(served):
-    """The control: were the kernel wrong by this much, the test above would fail. The first token is the prefill's."""
-    serve, expected = served
-    broken = serve("flash_mla", scale=1.3)
-    assert broken["impls"] == [OURS] * LAYERS
-    assert [tokens[0] for tokens in broken["at_once"]] == [tokens[0] for tokens in expected]
-    assert broken["at_once"] != expected and broken["one_by_one"] != expected
+    """The control: were the kernel wrong by this much, the test of the tokens would fail. The first one is the prefill's."""
+    ours, theirs, expected = served
+    assert [tokens[0] for tokens in ours["broken"]] == [tokens[0] for tokens in expected]
+    assert ours["broken"] != expected and theirs["broken"] == expected
