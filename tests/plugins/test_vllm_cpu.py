@@ -58,6 +58,10 @@ def write_checkpoint(name, directory):
             if "norm" not in key:
                 tensor.copy_(0.08 * torch.randn_like(tensor))
     model.save_pretrained(directory)
+    # What published V3 checkpoints say and transformers takes for granted; vLLM goes by it.
+    if name == "v3":
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "topk_method": "noaux_tc", "scoring_func": "sigmoid"}))
     return model
 
 
