@@ -57,7 +57,8 @@ def main():
         max_num_seqs=8,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        # vLLM's own rotary operator for CPUs, which eager mode would take, is not right for the views that MLA gives it.
+        # With vLLM's own operators for CPUs, which eager mode would take, the tokens are not transformers' whatever the
+        # backend: the rotary one is given views here.
         compilation_config={"custom_ops": ["none"]},
         attention_config={"backend": "CPU_MLA"},
         kv_cache_memory_bytes=1 << 27,
