@@ -144,9 +144,14 @@ struct Checkpoint::Impl {
     return tensors.contains(packed) ? packed : "";
   }
 
+  /// What the names of a packed tensor and of those beside it have in common.
+  static std::string base_of_packed(const std::string& packed) {
+    return packed.substr(0, packed.size() - std::string_view("_packed").size());
+  }
+
   /// Words of 8 codes that compressed-tensors packed; refuses zero points and orders of columns.
   WeightView packed_words(const std::string& packed, std::int64_t rows, std::int64_t columns) {
-    const std::string base = packed.substr(0, packed.size() - std::string_view("_packed").size());
+    const std::string base = base_of_packed(packed);
     for (const char* other : {"_zero_point", "_g_idx"}) {
       if (tensors.contains(base + other)) {
         fail(base + other, "weights with such a tensor", "symmetric weights in the order of their columns");
@@ -338,7 +343,7 @@ Checkpoint::Matrix Checkpoint::matrix(std::string_view name, std::int64_t rows, 
     }
     out.format = {QuantizedType::kInt4, format.int4_group > 0 ? format.int4_group : columns};
     out.view = impl_->packed_words(packed, rows, columns);
-    const std::string base = packed.substr(0, packed.size() - std::string_view("_packed").size());
+    const std::string base = Impl::base_of_packed(packed);
     out.scales = impl_->scales(base + "_scale", {rows, out.groups()}, false);
     return out;
   }

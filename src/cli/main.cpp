@@ -62,9 +62,6 @@ int run(int argc, char** argv) {
   } catch (const flash_mla::InvalidArgument& e) {
     fmt::print(stderr, "flash-mla: {}\n", e.what());
     return kBadUsage;
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "flash-mla: {}\n", e.what());
-    return kFailed;
   }
   return exit_code;
 }
