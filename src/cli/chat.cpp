@@ -1,14 +1,18 @@
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <poll.h>
 #include <signal.h>
 #include <unistd.h>
 
-#include <csignal>
+#include <cerrno>
 #include <cstdio>
 #include <iostream>
 #include <iterator>
 #include <limits>
 #include <memory>
 #include <optional>
+#include <system_error>
+#include <utility>
 
 #include "base/json.h"
 #include "cli/commands.h"
@@ -29,26 +33,50 @@ struct ChatOptions {
   SamplingParams sampling;
 };
 
-volatile std::sig_atomic_t interrupted = 0;
-
-/// Ctrl-C sets `interrupted` while one of these lives, and makes read() return.
-class CatchInterrupt {
+/// Ctrl-C, while one of these lives: nothing ends, the next of those who ask is told. A pipe keeps the
+/// signal for who is not yet waiting, so none is lost between a prompt and the read behind it.
+class Interrupts {
  public:
-  CatchInterrupt() {
-    interrupted = 0;
+  Interrupts() {
+    if (pipe2(ends_, O_CLOEXEC | O_NONBLOCK) != 0) {
+      throw std::system_error(errno, std::generic_category(), "pipe2");
+    }
     struct sigaction action = {};
-    action.sa_handler = [](int) { interrupted = 1; };
+    action.sa_handler = [](int) {
+      const int before = errno;
+      [[maybe_unused]] const ssize_t n = ::write(ends_[1], "", 1);  // full: it is told already
+      errno = before;
+    };
+    action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, &before_);
   }
-  ~CatchInterrupt() { sigaction(SIGINT, &before_, nullptr); }
-  CatchInterrupt(const CatchInterrupt&) = delete;
-  CatchInterrupt& operator=(const CatchInterrupt&) = delete;
+  ~Interrupts() {
+    sigaction(SIGINT, &before_, nullptr);
+    for (int& end : ends_) close(std::exchange(end, -1));
+  }
+  Interrupts(const Interrupts&) = delete;
+  Interrupts& operator=(const Interrupts&) = delete;
+
+  /// Whether there was one since the last call of it. Without an object: never.
+  static bool take() {
+    bool any = false;
+    char bytes[64];
+    while (ends_[0] >= 0 && ::read(ends_[0], bytes, sizeof bytes) > 0) any = true;
+    return any;
+  }
+
+  /// Waits until standard input has something (or its end), or for Ctrl-C.
+  static void wait() {
+    pollfd of[2] = {{STDIN_FILENO, POLLIN, 0}, {ends_[0], POLLIN, 0}};
+    poll(of, 2, -1);
+  }
 
  private:
+  static inline int ends_[2] = {-1, -1};
   struct sigaction before_ = {};
 };
 
-/// Lines of standard input. (std::getline does not come back for a signal.)
+/// Lines of standard input. (std::getline does not come back for Ctrl-C.)
 class Lines {
  public:
   enum class Kind { kLine, kInterrupted, kEnd };
@@ -61,17 +89,18 @@ class Lines {
         buffer_.erase(0, end + 1);
         return Kind::kLine;
       }
+      Interrupts::wait();
+      if (Interrupts::take()) {
+        buffer_.clear();
+        return Kind::kInterrupted;
+      }
       char piece[4096];
       const ssize_t got = ::read(STDIN_FILENO, piece, sizeof piece);
       if (got > 0) {
         buffer_.append(piece, static_cast<std::size_t>(got));
         continue;
       }
-      if (got < 0 && interrupted != 0) {
-        interrupted = 0;
-        buffer_.clear();
-        return Kind::kInterrupted;
-      }
+      if (got < 0 && errno == EINTR) continue;
       line = std::move(buffer_);
       buffer_.clear();
       return line.empty() ? Kind::kEnd : Kind::kLine;
@@ -104,14 +133,16 @@ class Chat {
     request.messages = messages_;
     request.chat_variables = options_.variables;
     request.sampling = options_.sampling;
-    interrupted = 0;
+    bool stopped = false;
     try {
       const auto print = [](const GenerationEvent& event) {
         fmt::print("{}", event.text);
         std::fflush(stdout);
       };
-      const Completion answer =
-          engine_.generate(std::span(&request, 1), print, [] { return interrupted == 0; }).at(0);
+      const Completion answer = engine_
+                                    .generate(std::span(&request, 1), print,
+                                              [&] { return !(stopped = stopped || Interrupts::take()); })
+                                    .at(0);
       return take(answer.choices.at(0));
     } catch (const InvalidArgument& e) {
       messages_.pop_back();
@@ -128,7 +159,6 @@ class Chat {
     while (true) {
       fmt::print("{}", text.empty() ? "> " : ". ");
       std::fflush(stdout);
-      interrupted = 0;
       const Lines::Kind kind = lines.next(line);
       if (kind == Lines::Kind::kEnd) break;
       if (kind == Lines::Kind::kInterrupted) {
@@ -224,7 +254,7 @@ int run_chat(const CLI::App& app, ChatOptions o) {
   use_model_defaults(app, engine.default_sampling(), o.sampling);
   if (app.count("--max-tokens") == 0) o.sampling.max_tokens = std::numeric_limits<int>::max();
   Chat chat(engine, o, terminal);
-  std::optional<CatchInterrupt> guard;
+  std::optional<Interrupts> guard;
   if (terminal) guard.emplace();
   bool answered = true;
   if (!first.empty()) answered = chat.ask(first);
