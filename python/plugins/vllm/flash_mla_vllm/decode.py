@@ -1,0 +1,56 @@
+"""What the CPU's and Hopper's backends share: the schedule of a step, and the decode of a layer."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from vllm.model_executor.layers.attention.mla_attention import (
+    MLACommonDecodeMetadata,
+    MLACommonMetadataBuilder,
+    QueryLenSupport,
+)
+
+from flash_mla_kernels import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+
+
+@dataclass
+class DecodeMetadata(MLACommonDecodeMetadata):
+    """vLLM's metadata of a step's decode, and the step's schedule, which its first layer plans.
+
+    Planned there, it is part of a captured CUDA graph, and each replay plans for the lengths that it finds.
+    """
+
+    plan: FlashMLASchedMeta
+
+
+class DecodeMetadataBuilder(MLACommonMetadataBuilder):
+    query_len_support = QueryLenSupport.UNIFORM
+
+    def _build_decode(self, **arguments) -> DecodeMetadata:
+        # vLLM passes them by name, and other ones in other releases; what they become is vLLM's to say.
+        common = super()._build_decode(**arguments)
+        values = {field.name: getattr(common, field.name) for field in fields(common)}
+        return DecodeMetadata(**values, plan=get_mla_metadata()[0])
+
+
+def decode(impl, q, cache, attn_metadata):
+    """One layer's decode: out (tokens, heads, 512) and lse (requests, heads, s_q).
+
+    q: (tokens, heads, 576), or its two parts, of ``num_decodes`` requests with equally many tokens each. cache:
+    (blocks, block_size, 576).
+    """
+    if isinstance(q, tuple):
+        q = torch.cat(q, dim=-1)
+    metadata, requests = attn_metadata.decode, attn_metadata.num_decodes
+    if q.shape[0] % requests != 0:
+        raise ValueError(f"q has {q.shape[0]} tokens, expected equally many for each of {requests} requests")
+    out, lse = flash_mla_with_kvcache(
+        q.unflatten(0, (requests, -1)),
+        cache.unsqueeze(-2),
+        metadata.block_table,
+        metadata.seq_lens,
+        impl.kv_lora_rank,
+        metadata.plan,
+        softmax_scale=impl.scale,
+        causal=True,
+    )
+    return out.flatten(0, 1), lse

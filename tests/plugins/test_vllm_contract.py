@@ -1,0 +1,158 @@
+"""What flash-mla-vllm takes from vLLM is in the releases it supports, by their published sources.
+
+Run by `./run plugin-test`: it downloads some 1.5 GB of wheels, installs none and needs no GPU.
+"""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+from wheels import Wheel, calls_of, parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = ROOT / "python" / "plugins" / "vllm" / "flash_mla_vllm"
+MLA = "vllm.model_executor.layers.attention.mla_attention"
+BACKEND = "vllm.v1.attention.backend"
+REGISTRY = "vllm.v1.attention.backends.registry"
+CPU_MLA = "vllm.v1.attention.backends.mla.cpu_mla"
+# The class of ours: what it derives from.
+ON_GPU = {
+    ("hopper", "FlashMLAHopperBackend"): (MLA, "MLACommonBackend"),
+    ("hopper", "FlashMLAHopperImpl"): (MLA, "MLACommonImpl"),
+    ("hopper", "FlashMLAHopperBuilder"): (MLA, "MLACommonMetadataBuilder"),
+    ("decode", "DecodeMetadataBuilder"): (MLA, "MLACommonMetadataBuilder"),
+}
+ON_CPU = {
+    ("cpu", "FlashMLACpuBackend"): (CPU_MLA, "CPUMLABackend"),
+    ("cpu", "FlashMLACpuImpl"): (CPU_MLA, "CPUMLAImpl"),
+}
+
+
+@pytest.fixture(scope="module", params=["0.26.0", "0.28.0", "0.30.0", "0.33.0"])
+def vllm(request):
+    return Wheel("vllm", request.param)
+
+
+def plugin_module(name):
+    return ast.parse((PLUGIN / f"{name}.py").read_text())
+
+
+def plugin():
+    spec = importlib.util.spec_from_file_location("flash_mla_vllm", PLUGIN / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def has_cpu_mla(vllm):
+    return plugin().refusal(vllm.version, plugin().SUPPORTED_ON_CPU) is None
+
+
+def derived(vllm):
+    return {**ON_GPU, **(ON_CPU if has_cpu_mla(vllm) else {})}
+
+
+def members_of(cls):
+    found = {node.name: node for node in cls.body if isinstance(node, ast.FunctionDef)}
+    for node in cls.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                found[target.id] = node
+    return found
+
+
+def test_the_releases_that_are_refused():
+    refusal = plugin().refusal
+    for version in ("0.26.0", "0.28.1", "0.32.0+cpu", "0.33.2rc1"):
+        assert refusal(version) is None
+    for version in ("0.25.9", "0.34.0", "1.0.0", "dev"):
+        assert refusal(version) == (
+            f"flash-mla-vllm supports vLLM 0.26 to 0.33, this is vLLM {version}; its backend is not registered"
+        )
+
+
+def test_every_name_that_is_imported_is_there(vllm):
+    checked = 0
+    for path in PLUGIN.glob("*.py"):
+        if path.stem == "cpu" and not has_cpu_mla(vllm):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "vllm":
+                missing = {alias.name for alias in node.names} - vllm.names(node.module)
+                assert not missing, f"{path.name}: {node.module} has no {missing}"
+                checked += 1
+    assert checked > 4
+
+
+def test_whatever_a_class_of_ours_overrides_is_there_with_its_arguments(vllm):
+    for (module, name), base in derived(vllm).items():
+        theirs = vllm.members(*base)
+        assert theirs, f"no class {base}"
+        (ours,) = [n for n in plugin_module(module).body if isinstance(n, ast.ClassDef) and n.name == name]
+        for member, node in members_of(ours).items():
+            assert member in theirs, f"{base[1]} has no {member}: what {name} says is never read"
+            if not isinstance(node, ast.FunctionDef) or node.args.kwarg and not node.args.args[1:]:
+                continue
+            wanted, given = parameters(theirs[member]), parameters(node)
+            if member != "__init__":
+                extra = [p for p, default in given.items() if p not in wanted and not default]
+                assert not extra, f"{name}.{member} wants {extra}, which {base[1]} does not give"
+            unknown = [p for p in wanted if p not in given]
+            assert not unknown or node.args.kwarg, f"{name}.{member} does not take {unknown}"
+
+
+def test_supports_combination_is_called_with_our_arguments_in_their_order(vllm):
+    (call,) = calls_of(vllm.module(BACKEND), "supports_combination")
+    ours = next(n for n in ast.walk(plugin_module("hopper")) if getattr(n, "name", "") == "supports_combination")
+    assert not call.keywords and [arg.id for arg in call.args] == list(parameters(ours))
+
+
+def test_build_decode_is_called_by_name(vllm):
+    (call,) = calls_of(vllm.module(MLA), "_build_decode")
+    assert not call.args and all(keyword.arg for keyword in call.keywords)
+    assert {"block_table_tensor", "seq_lens_device"} <= {keyword.arg for keyword in call.keywords}
+
+
+def test_the_decode_metadata_can_be_extended(vllm):
+    (cls,) = vllm.classes(MLA, "MLACommonDecodeMetadata")
+    assert any(ast.unparse(decorator).startswith("dataclass") for decorator in cls.decorator_list)
+    fields = {node.target.id: node.value for node in cls.body if isinstance(node, ast.AnnAssign)}
+    assert {"block_table", "seq_lens"} <= set(fields)
+    assert not any(fields.values()), "a field with a default: ours has none and may not follow it"
+    assert {"decode", "num_decodes"} <= set(vllm.members(MLA, "MLACommonMetadata"))
+
+
+def test_forward_mqa_is_called_as_ours_takes_it_and_the_impl_has_what_it_reads(vllm):
+    calls = calls_of(vllm.module(MLA), "forward_mqa")
+    assert calls and all(len(call.args) == 4 and not call.keywords for call in calls)
+    impl = (CPU_MLA, "CPUMLAImpl") if has_cpu_mla(vllm) else (MLA, "MLACommonImpl")
+    for module, name in {impl, (MLA, "MLACommonImpl")}:
+        assert {"scale", "kv_lora_rank", "supports_quant_query_input"} <= vllm.assigned(module, name)
+    assert "need_to_return_lse_for_decode" in vllm.members(MLA, "MLACommonImpl")
+
+
+def test_the_values_that_are_named_are_there(vllm):
+    assert "UNIFORM_BATCH" in vllm.members(BACKEND, "AttentionCGSupport")
+    assert "DECODER" in vllm.members(BACKEND, "AttentionType")
+    assert "UNIFORM" in vllm.members(MLA, "QueryLenSupport")
+    assert "base" in vllm.members(BACKEND, "MultipleOf")
+    assert "576" in ast.unparse(vllm.members(MLA, "MLACommonBackend")["get_supported_head_sizes"])
+
+
+def test_the_plugin_is_found_and_its_backend_registered(vllm):
+    assert '"vllm.general_plugins"' in ast.unparse(vllm.module("vllm.plugins")).replace("'", '"')
+    assert list(parameters(vllm.function(REGISTRY, "register_backend")))[:2] == ["backend", "class_path"]
+    backends = vllm.members(REGISTRY, "AttentionBackendEnum")
+    assert "CUSTOM" in backends and ("CPU_MLA" in backends or not has_cpu_mla(vllm))
+    assert {"is_cpu", "is_cuda"} <= set(vllm.members("vllm.platforms.interface", "Platform"))
+    assert "current_platform" in ast.unparse(vllm.module("vllm.platforms"))
+    assert "__version__" in ast.unparse(vllm.module("vllm"))
+    if has_cpu_mla(vllm):
+        assert "AttentionBackendEnum.CPU_MLA.get_path()" in ast.unparse(vllm.module("vllm.platforms.cpu"))
+
+
+def test_no_wheel_of_ours_has_a_file_of_vllms(vllm):
+    theirs = {name.split("/")[0] for name in vllm.files}
+    assert "vllm" in theirs
+    assert not theirs & {"flash_mla", "flash_mla_kernels", "flash_mla_alias.py", "flash_mla_vllm", "flash_mla-stubs"}
