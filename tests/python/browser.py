@@ -20,7 +20,7 @@ def find_browser():
 
 
 class Page:
-    def __init__(self, width=1100, height=1100, timeout=30):
+    def __init__(self, width=1100, height=1100, timeout=120):
         self.profile = tempfile.TemporaryDirectory(prefix="flash-mla-browser-", ignore_cleanup_errors=True)
         read_commands, self.commands = os.pipe()
         self.answers, write_answers = os.pipe()

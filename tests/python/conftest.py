@@ -1,10 +1,11 @@
-"""Random problems over a paged cache, and an oracle in torch."""
+"""Random problems over a paged cache, and an oracle in torch; a server for each format of calls."""
 
 from dataclasses import dataclass, field
 from typing import Optional
 
 import pytest
 import torch
+from call_service import TEMPLATES, Service
 
 
 @dataclass
@@ -103,3 +104,11 @@ def assert_close(out, lse, expected_out, expected_lse, dtype):
 @pytest.fixture
 def problem():
     return Problem
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def service(request, tmp_path_factory):
+    service = Service(tmp_path_factory.mktemp(request.param), request.param)
+    yield service
+    service.server.wait_until_idle()
+    assert service.server.stop() == 0

@@ -16,6 +16,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = os.environ.get("FLASH_MLA_PROGRAM", str(ROOT / "build/release/src/cli/flash-mla"))
 
 
+# How long a test waits for what has to come. Cores are few and often busy: what takes a moment may take seconds.
+PATIENCE = 120
+
+
+def wait_for(condition, what, seconds=PATIENCE):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
 class Server:
     BUSY = ("mla_sequences_running", "mla_sequences_waiting", "mla_cache_pages_used")
 
@@ -37,17 +48,18 @@ class Server:
 
     def logged(self, request_id):
         """The log's line of a request; it is written after the answer."""
-        for _ in range(200):
-            lines = [json.loads(x) for x in self.log.read_text().splitlines() if x.startswith("{")]
-            found = [x for x in lines if x.get("request_id") == request_id]
-            if found:
-                assert len(found) == 1
-                return found[0]
-            time.sleep(0.02)
-        raise AssertionError(f"nothing is logged for {request_id}")
+
+        def found():
+            lines = self.log.read_text().rpartition("\n")[0].splitlines()  # the last may be half written
+            lines = [json.loads(x) for x in lines if x.startswith("{")]
+            return [x for x in lines if x.get("request_id") == request_id]
+
+        wait_for(found, f"nothing is logged for {request_id}")
+        (line,) = found()
+        return line
 
     def call(self, path, body=None, headers=None, method=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
         connection.request(method or ("GET" if body is None else "POST"), path, data, headers or {})
         response = connection.getresponse()
@@ -65,20 +77,16 @@ class Server:
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.M).group(1))
 
     def wait_until_idle(self):
-        for _ in range(200):
-            if all(self.metric(m) == 0 for m in self.BUSY):
-                return
-            time.sleep(0.02)
-        raise AssertionError("pages are still in use")
+        wait_for(lambda: all(self.metric(m) == 0 for m in self.BUSY), "pages are still in use")
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(timeout=30)
+        code = self.process.wait(timeout=PATIENCE)
         self.log.unlink()
         return code
 
 
-def raw(server, data, timeout=20, half_close=True):
+def raw(server, data, timeout=PATIENCE, half_close=True):
     """What the server answers to these bytes and an end of input; b"" if it only closes. Without `half_close` it is the
     server that must close."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=timeout) as s:
@@ -94,6 +102,12 @@ def raw(server, data, timeout=20, half_close=True):
         except OSError:
             pass  # closed while bytes of ours were on their way
         return answer
+
+
+def cpu_seconds(server):
+    """Of the server's process, all its threads."""
+    fields = pathlib.Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(server):

@@ -6,9 +6,9 @@ import json
 import jsonschema
 import openai
 import pytest
+from call_service import CALL, CITY, GLM47, MARKERS, SAY, TOOLS, V31, Service, check_calls, parts_of, scripts
 from live_server import Server
 from scripted_model import letter, write_model
-from test_tools import CITY, GLM47, MARKERS, TEMPLATES, TOOLS, V31, Service, check_calls, parts_of, scripts
 
 STRICT = [
     {"type": "function", "function": {
@@ -23,15 +23,6 @@ STRICT = [
         "name": "now", "strict": True, "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}},
 ]  # fmt: skip
 BY_NAME = {tool["function"]["name"]: tool["function"]["parameters"] for tool in STRICT}
-SAY, CALL, FORCE = 0, 1, 3  # of test_tools
-
-
-@pytest.fixture(scope="module", params=TEMPLATES)
-def service(request, tmp_path_factory):
-    service = Service(tmp_path_factory.mktemp(request.param), request.param)
-    yield service
-    service.server.wait_until_idle()
-    assert service.server.stop() == 0
 
 
 def check_valid(answer):

@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from live_server import PROGRAM, ROOT
+from live_server import PATIENCE, PROGRAM, ROOT
 
 MODEL = ROOT / "models" / "small"
 FLAGS = ["-m", str(MODEL), "--precision", "fp32", "--temperature", "0", "--num-pages", "64"]
@@ -29,7 +29,7 @@ class Terminal:
 
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    def until(self, pattern, seconds=60):
+    def until(self, pattern, seconds=PATIENCE):
         """Reads up to what matches, and takes it away with all before it."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self.text)):
@@ -51,7 +51,7 @@ class Terminal:
 
     def end(self):
         try:
-            return self.process.wait(timeout=30)
+            return self.process.wait(timeout=PATIENCE)
         finally:
             self.process.kill()
             os.close(self.main)
@@ -106,7 +106,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_talk():
 
 
 def answer(*flags, text=None):
-    p = subprocess.run([PROGRAM, "chat", *FLAGS, "--max-tokens", "8", *flags], capture_output=True, text=True, timeout=120, **({"stdin": subprocess.DEVNULL} if text is None else {"input": text}))
+    p = subprocess.run([PROGRAM, "chat", *FLAGS, "--max-tokens", "8", *flags], capture_output=True, text=True, timeout=PATIENCE, **({"stdin": subprocess.DEVNULL} if text is None else {"input": text}))
     return p.returncode, p.stdout, p.stderr
 
 

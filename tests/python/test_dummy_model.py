@@ -28,7 +28,7 @@ def directory(tmp_path_factory):
 
 
 def flash_mla(*arguments):
-    return subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 def test_a_server_without_a_checkpoint(directory, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import anthropic
 import pytest
-from live_server import ROOT, Server, raw
+from live_server import PATIENCE, ROOT, Server, raw
 
 SMALL = ROOT / "models" / "small"
 PROMPT = "The family of Dashwood had long been settled in Sussex."
@@ -21,7 +21,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server):
-    with anthropic.Anthropic(base_url=f"http://127.0.0.1:{server.port}", api_key="a key", max_retries=0, timeout=60) as c:
+    with anthropic.Anthropic(base_url=f"http://127.0.0.1:{server.port}", api_key="a key", max_retries=0, timeout=PATIENCE) as c:
         yield c
 
 
@@ -167,7 +167,7 @@ def test_the_wire(server):
 
 def test_a_stream_that_takes_too_long_ends_with_an_error():
     server = Server(SMALL, "--request-timeout", "0.3")
-    body = {"model": "small", "messages": MESSAGES, "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    body = {"model": "small", "messages": MESSAGES, "max_tokens": 2000, "stream": True, "ignore_eos": True}
     last = server.call("/v1/messages", body)[1].removesuffix("\n\n").split("\n\n")[-1]
     assert last.startswith("event: error\n") and json.loads(last.split("data: ")[1])["error"]["type"] == "timeout_error"
     server.wait_until_idle()

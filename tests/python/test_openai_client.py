@@ -2,7 +2,7 @@
 
 import openai
 import pytest
-from live_server import ROOT, Server
+from live_server import PATIENCE, ROOT, Server
 
 PROMPT = "And it came to pass"
 MESSAGES = [
@@ -21,7 +21,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="a key", max_retries=0, timeout=60) as c:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="a key", max_retries=0, timeout=PATIENCE) as c:
         yield c
 
 

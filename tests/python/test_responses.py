@@ -5,7 +5,7 @@ import re
 
 import openai
 import pytest
-from live_server import ROOT, Server, raw
+from live_server import PATIENCE, ROOT, Server, raw
 
 SMALL = ROOT / "models" / "small"
 PROMPT = "The family of Dashwood had long been settled in Sussex."
@@ -21,7 +21,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="a key", max_retries=0, timeout=60) as c:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="a key", max_retries=0, timeout=PATIENCE) as c:
         yield c
 
 
@@ -118,7 +118,7 @@ def test_the_store_is_bounded(server, client):
     request = f"POST /v1/responses HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a key\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
     ids = []
     for _ in range(8):
-        ids += re.findall(rb'"id":"(resp_\w+)"', raw(server, request * 128 + request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), timeout=120, half_close=False))
+        ids += re.findall(rb'"id":"(resp_\w+)"', raw(server, request * 128 + request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1), half_close=False))
     assert len(set(ids)) == len(ids) == 8 * 129
     with pytest.raises(openai.BadRequestError):
         create(client, previous_response_id=first.id)
@@ -173,7 +173,7 @@ def test_the_wire(server):
 
 def test_a_stream_that_takes_too_long_fails_by_event():
     server = Server(SMALL, "--request-timeout", "0.3")
-    body = {"model": "small", "input": PROMPT, "max_output_tokens": 1500, "stream": True, "ignore_eos": True}
+    body = {"model": "small", "input": PROMPT, "max_output_tokens": 2000, "stream": True, "ignore_eos": True}
     last = server.call("/v1/responses", body)[1].removesuffix("\n\n").split("\n\n")[-1]
     assert last.startswith("event: response.failed\n")
     assert json.loads(last.split("data: ")[1])["response"]["error"]["code"] == "request_timeout"

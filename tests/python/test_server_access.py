@@ -4,10 +4,9 @@ import json
 import re
 import socket
 import subprocess
-import time
 
 import pytest
-from live_server import PROGRAM, ROOT, Server, raw
+from live_server import PATIENCE, PROGRAM, ROOT, Server, raw, wait_for
 
 SMALL = ROOT / "models" / "small"
 PAGE = "https://app.example.com"
@@ -94,12 +93,12 @@ def test_at_a_public_address_any_host_is_answered_and_a_missing_key_is_warned_of
     ids=" ".join,
 )  # fmt: skip
 def test_names_that_no_request_could_have_are_refused_at_the_start(flags):
-    done = subprocess.run([PROGRAM, "serve", "--model", str(SMALL), "--port", "0", *flags], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([PROGRAM, "serve", "--model", str(SMALL), "--port", "0", *flags], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and flags[0] in done.stderr, done.stderr
 
 
 def test_a_length_past_the_models_is_refused_at_the_start():
-    done = subprocess.run([PROGRAM, "serve", "--model", str(SMALL), "--port", "0", "--max-model-len", "1000000"], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([PROGRAM, "serve", "--model", str(SMALL), "--port", "0", "--max-model-len", "1000000"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "max_model_len is 1000000" in done.stderr, done.stderr
 
 
@@ -222,14 +221,13 @@ def test_the_longest_text_may_be_set(server):
 def test_a_stream_that_waits_is_kept_alive(server):
     """With one place in the batch the second stream waits for the first: comments, then its text."""
     key = {"Authorization": "Bearer a key"}
-    long = json.dumps(body(model="first", max_tokens=1490, stream=True, n=2))
+    long = json.dumps(body(model="first", max_tokens=1490, stream=True, n=16))  # one after the other
     first = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: bearer a key\r\nContent-Length: {len(long)}\r\n\r\n{long}"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as busy:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as busy:
         busy.sendall(first.encode())
         assert busy.recv(100)
-        while server.metric("mla_sequences_running") == 0:
-            time.sleep(0.01)
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as waiting:
+        wait_for(lambda: server.metric("mla_sequences_running") > 0, "nothing runs")
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as waiting:
             waiting.sendall(first.replace("1490", "4").replace(str(len(long)), str(len(long) - 3)).encode())
             seen = b""
             while seen.count(b": still waiting\n\n") < 2:

@@ -1,11 +1,9 @@
 """Fields of a body: obeyed, refused by name, or let through with a warning; never ignored in silence."""
 
 import json
-import os
-import pathlib
 
 import pytest
-from live_server import ROOT, Server
+from live_server import ROOT, Server, cpu_seconds
 
 
 @pytest.fixture(scope="module")
@@ -14,11 +12,6 @@ def server():
     yield server
     server.wait_until_idle()
     assert server.stop() == 0
-
-
-def cpu_seconds(server):
-    fields = pathlib.Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def completion(**kw):
@@ -109,7 +102,8 @@ def test_a_stop_string_is_included_if_asked_for(server):
 
 
 def warnings(server):
-    lines = [json.loads(x) for x in server.log.read_text().splitlines() if x.startswith("{")]
+    whole = server.log.read_text().rpartition("\n")[0].splitlines()
+    lines = [json.loads(x) for x in whole if x.startswith("{")]
     return [x["field"] for x in lines if x.get("level") == "warning"]
 
 

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from live_server import ROOT, Server, raw
+from live_server import PATIENCE, ROOT, Server, raw
 
 SMALL = ROOT / "models" / "small"
 BODY = json.dumps({"model": "small", "prompt": "And", "max_tokens": 2, "temperature": 0, "ignore_eos": True}).encode()
@@ -101,7 +101,7 @@ def test_head_is_answered_without_a_body(server):
     # Nothing that comes behind is taken for its body.
     both = raw(server, b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     assert answers(both) == [200, 200] and both.count(b'{"status":"ok"}') == 1
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     for method in ("HEAD", "GET", "HEAD", "GET"):
         connection.request(method, "/ready")
         assert connection.getresponse().read() == (b"" if method == "HEAD" else b'{"status":"ready"}')

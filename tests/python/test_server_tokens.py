@@ -2,7 +2,6 @@
 best_of, suffix, and messages that go on."""
 
 import json
-import math
 import shutil
 
 import pytest
@@ -129,24 +128,35 @@ def test_logprobs_of_the_prompt_are_the_models(server):
     assert len(ids) > 300
     with torch.no_grad():
         expected = torch.log_softmax(oracle(torch.tensor([ids])).logits[0].float(), -1)
+    of_prompt = expected[range(len(ids) - 1), ids[1:]].tolist()
+
+    def check_close(values, wanted):
+        """Where two experts are nearly as good, the last bit of a score says which one a token takes, and torch's differs
+        with where its memory lies: what a text's tokens get of that is more than rounding."""
+        errors = [abs(a - b) for a, b in zip(values, wanted, strict=True)]
+        assert max(errors) < 2e-2 and sum(errors) / len(errors) < 3e-4
+
+    rounds = []
     for _ in range(2):  # the second time from pages that the cache has
         for max_tokens in (0, 1):
             (choice,) = complete(server, prompt=ids, echo=True, logprobs=2, max_tokens=max_tokens)
             values = choice["logprobs"]["token_logprobs"]
             assert values[0] is None and choice["logprobs"]["top_logprobs"][0] is None
             assert len(values) == len(ids) + max_tokens == len(choice["logprobs"]["text_offset"])
-            for i in range(1, len(ids)):
-                assert math.isclose(values[i], expected[i - 1, ids[i]], abs_tol=3e-4)
-                top = expected[i - 1].topk(2).values.tolist()
-                assert sorted(choice["logprobs"]["top_logprobs"][i].values(), reverse=True)[:1] == pytest.approx(
-                    top[:1], abs=3e-4
-                )
+            rounds.append(values[1 : len(ids)])
+            check_close(rounds[-1], of_prompt)
+            check_close(
+                [max(top.values()) for top in choice["logprobs"]["top_logprobs"][1 : len(ids)]],
+                expected[:-1].max(-1).values.tolist(),
+            )
         (choice,) = complete(server, prompt=ids, prompt_logprobs=1)
         assert choice["logprobs"] is None and choice["prompt_logprobs"][0] is None
-        for i, one in enumerate(choice["prompt_logprobs"][1:]):
-            chosen = one[str(ids[i + 1])]
-            assert math.isclose(chosen["logprob"], expected[i, ids[i + 1]], abs_tol=3e-4)
-            assert abs(chosen["rank"] - 1 - int((expected[i] > expected[i, ids[i + 1]]).sum())) <= 1  # nearly equals
+        chosen = [one[str(token)] for one, token in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)]
+        rounds.append([one["logprob"] for one in chosen])
+        ranks = [1 + int((row > value).sum()) for row, value in zip(expected, of_prompt)]
+        near = [abs(one["rank"] - rank) <= 1 for one, rank in zip(chosen, ranks, strict=True)]  # nearly equals
+        assert sum(near) > 0.98 * len(near)
+    assert all(values == rounds[0] for values in rounds), "the engine's own are the same to the bit"
     chat = {"model": "small", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "prompt_logprobs": 0}
     assert len(server.json("/v1/chat/completions", chat)["prompt_logprobs"]) == 4
     assert server.json("/v1/completions", body(prompt_logprobs=-1), expected=400)["error"]["param"] == "prompt_logprobs"

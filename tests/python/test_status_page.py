@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from browser import Page
-from live_server import PROGRAM, ROOT, Server
+from live_server import PROGRAM, ROOT, Server, wait_for
 
 TILES = """Object.fromEntries([...document.querySelectorAll(".tile")].map(
     tile => [tile.querySelector("span").textContent, tile.querySelector("b").textContent]))"""
@@ -14,7 +14,26 @@ TILES = """Object.fromEntries([...document.querySelectorAll(".tile")].map(
 BARS = """[...document.querySelectorAll(".tile")].filter(tile => tile.querySelector("b").textContent.includes("%")).map(tile =>
     [parseFloat(tile.querySelector("b").textContent) / 100,
      tile.querySelector("i").getBoundingClientRect().width / tile.querySelector(".bar").getBoundingClientRect().width])"""
+LOAD = ("sequences running", "sequences waiting", "generated tokens/s", "in use by sequences")
 ROWS = """[...document.querySelectorAll("#latency tr")].map(row => [...row.cells].map(cell => cell.textContent))"""
+
+
+def state(page):
+    return page.evaluate("document.getElementById('state')?.textContent ?? ''")
+
+
+def until(page, condition, what):
+    """Waits, and listens to the page."""
+
+    def met():
+        page.wait(0.1)
+        return condition()
+
+    wait_for(met, what)
+
+
+def until_live(page):
+    until(page, lambda: state(page) == "live", "the page does not come to life")
 
 
 def number(text):
@@ -42,8 +61,8 @@ def test_the_page_lives_under_load(server):
     url = f"http://127.0.0.1:{server.port}/"
     with Page() as page:
         page.open(url)
-        page.wait(2.5)
-        assert page.evaluate("document.getElementById('state').textContent") == "live"
+        until_live(page)
+        page.wait(1.2)  # its first picture of how things go
         idle = page.evaluate(TILES)
         assert number(idle["sequences running"]) == number(idle["requests so far"]) == 0
         assert page.evaluate(ROWS)[0][1:] == ["0", "–", "–", "–", "–"]
@@ -59,19 +78,28 @@ def test_the_page_lives_under_load(server):
              "--max-tokens", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         try:
             seen = []
-            while len(seen) < 6 or number(seen[-1]["requests so far"]) <= number(seen[2]["requests so far"]):
+
+            def busy():
                 page.wait(1.1)
                 seen.append(page.evaluate(TILES))
-                assert len(seen) < 40, "no request ends"
-            assert max(number(tiles["sequences running"]) for tiles in seen) == 8
-            assert max(number(tiles["sequences waiting"]) for tiles in seen) >= 8
-            assert max(number(tiles["generated tokens/s"]) for tiles in seen) > 1
-            assert all(number(tiles["open connections"]) >= 24 for tiles in seen[-3:])
+                most = {name: max(number(tiles[name]) for tiles in seen) for name in LOAD}
+                points = page.evaluate("document.getElementById('rate').getAttribute('points')").split()
+                return (
+                    len(seen) >= 6
+                    and number(seen[-1]["requests so far"]) > number(seen[0]["requests so far"])
+                    and most["sequences running"] == 8
+                    and most["sequences waiting"] >= 8
+                    and most["generated tokens/s"] > 1
+                    and most["in use by sequences"] > 0
+                    and all(number(tiles["open connections"]) >= 24 for tiles in seen[-2:])
+                    and len(points) >= 6
+                    and len({point.split(",")[1] for point in points}) > 2
+                )
+
+            wait_for(busy, "the page does not show the load")
             requests = [number(tiles["requests so far"]) for tiles in seen]
-            assert requests == sorted(requests) and requests[-1] > requests[0]
-            assert max(number(tiles["in use by sequences"]) for tiles in seen) > 0
-            points = page.evaluate("document.getElementById('rate').getAttribute('points')").split()
-            assert len(points) >= 6 and len({point.split(",")[1] for point in points}) > 2
+            assert requests == sorted(requests)
+            assert max(number(tiles["sequences running"]) for tiles in seen) == 8, "more than there is room for"
             for share, bar in page.evaluate(BARS):
                 assert abs(bar - share) < 0.02, "a bar is not as long as its figure"
             rows = page.evaluate(ROWS)
@@ -90,8 +118,7 @@ def test_the_page_lives_under_load(server):
             load.wait()
 
         server.wait_until_idle()
-        page.wait(1.5)
-        assert page.evaluate(TILES)["workers busy in decode"] == "idle", "what the last step did is over"
+        until(page, lambda: page.evaluate(TILES).get("workers busy in decode") == "idle", "what the last step did is over")
         outside = [u for u in page.requested() if not u.startswith((url, "data:", "about:"))]
         assert outside == [] and len(page.requested()) > 6
         assert page.complaints() == []
@@ -101,7 +128,7 @@ def test_the_page_lives_under_load(server):
 def test_figures_that_the_page_cannot_know_are_bounds(server):
     with Page() as page:
         page.open(f"http://127.0.0.1:{server.port}/")
-        page.wait(1.5)
+        until_live(page)
         buckets = "[[0.5, 0], [100, 4], [Infinity, 10]]"
         assert page.evaluate(f"figure(quantile({buckets}, .2))").endswith(" s")
         assert page.evaluate(f"[.5, .99].map(q => figure(quantile({buckets}, q)))") == ["> 100 s", "> 100 s"]
@@ -115,8 +142,6 @@ def test_the_page_says_when_the_server_is_gone():
     server = Server(ROOT / "models" / "small")
     with Page() as page:
         page.open(f"http://127.0.0.1:{server.port}/")
-        page.wait(1.5)
-        assert page.evaluate("document.getElementById('state').textContent") == "live"
+        until_live(page)
         assert server.stop() == 0
-        page.wait(2.5)
-        assert page.evaluate("document.getElementById('state').textContent").startswith("no answer")
+        until(page, lambda: state(page).startswith("no answer"), "the page says nothing")
