@@ -17,7 +17,7 @@ PROGRAM = os.environ.get("FLASH_MLA_PROGRAM", str(ROOT / "build/release/src/cli/
 
 
 # How long a test waits for what has to come. Cores are few and often busy: what takes a moment may take seconds.
-PATIENCE = 120
+PATIENCE = 300
 
 
 def wait_for(condition, what, seconds=PATIENCE):
