@@ -40,7 +40,8 @@ const ExchangeApi* exchange_api(PyTypeObject* type) {
     if (api != nullptr && (api->version.major != 1 || api->dltensor_from_py_object_no_sync == nullptr))
       api = nullptr;
   }
-  Py_INCREF(type);  // a remembered type never goes away and comes back as another at the same address
+  // A remembered type never goes away and comes back as another at the same address.
+  nb::handle(reinterpret_cast<PyObject*>(type)).inc_ref();
   last_type = type;
   last_api = api;
   return api;
@@ -115,7 +116,7 @@ nb::object export_through_dlpack(nb::handle object, const char* name) {
   if (method.is_none()) {
     throw InvalidArgument(
         std::string(name) + " is " +
-        (object.is_none() ? "None" : std::string("of type ") + Py_TYPE(object.ptr())->tp_name) +
+        (object.is_none() ? "None" : "of type " + nb::cast<std::string>(object.type().attr("__name__"))) +
         ", expected a torch tensor, a NumPy array or anything else with __dlpack__");
   }
   try {

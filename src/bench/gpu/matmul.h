@@ -9,8 +9,8 @@ namespace flash_mla::bench::gpu {
 
 /// A bf16 matrix product by cuBLASLt, to measure against. Its library (libcublasLt.so of the CUDA runtime's
 /// major version) is opened at run time, from the path in the environment variable FLASH_MLA_CUBLASLT if it
-/// is set, else from where the system finds libraries: the program does not depend on it, nor its build on
-/// the headers.
+/// is set, else from where kernels/gemm/sm90/cublaslt_path.h says: the program does not depend on it, nor
+/// its build on the headers.
 class Matmul {
  public:
   /// For matrices of n x n. Null where there is no such library; `why` then says so.

@@ -11,7 +11,7 @@
 namespace flash_mla::sm90 {
 
 /// Products of many rows by cuBLASLt, whose library (libcublasLt.so.13) is opened at run time: from the path
-/// in the environment variable FLASH_MLA_CUBLASLT if it is set, else from where the system finds libraries.
+/// in the environment variable FLASH_MLA_CUBLASLT if it is set, else from where cublaslt_path.h says.
 class CublasLt {
  public:
   /// Throws Unsupported, saying what to install, where the library is missing or too old.
