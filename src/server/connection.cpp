@@ -1,6 +1,7 @@
 #include "server/connection.h"
 
 #include <array>
+#include <optional>
 
 #include "server/browser.h"
 #include "server/dialect.h"
@@ -56,9 +57,12 @@ awaitable<error_code> read_head(Shared& shared, beast::tcp_stream& stream, Input
   co_return input.refused.empty() ? error_code() : error_code(http::error::bad_field);
 }
 
-awaitable<error_code> read(Shared& shared, beast::tcp_stream& stream, Input& input, RequestParser& parser) {
+/// `counted` from its head on: a server that shuts down reads the rest, too, and answers.
+awaitable<error_code> read(Shared& shared, beast::tcp_stream& stream, Input& input, RequestParser& parser,
+                           std::optional<Counted>& counted) {
   error_code error = co_await read_head(shared, stream, input);
   if (error) co_return error;
+  counted.emplace(shared.num_calls);
   co_await http::async_read_header(stream, input.buffer, parser, redirect_error(use_awaitable, error));
   if (error) co_return error;
   // Some clients wait a second for this before they send a long body.
@@ -156,7 +160,8 @@ awaitable<bool> serve_request(Shared& shared, beast::tcp_stream& stream, Input& 
   RequestParser parser;
   parser.header_limit(kMaxHeadBytes);
   parser.body_limit(shared.options.max_body_bytes);
-  const error_code error = co_await read(shared, stream, input, parser);
+  std::optional<Counted> counted;
+  const error_code error = co_await read(shared, stream, input, parser, counted);
   if (error == http::error::end_of_stream || error == beast::error::timeout) co_return false;
   if (error) {
     const bool head = parser.get().method() == http::verb::head || input.seen().starts_with("HEAD ");

@@ -33,11 +33,9 @@ awaitable<void> write(Exchange& x, HttpResponse& response, bool keep_alive);
 void check_awaited(const Exchange& x);
 
 /// Does `work` for an exchange with a large body on a thread where it holds up no other connection, in the
-/// order of arrival. What nobody waits for any more is not begun. Counts as a call: a server that shuts down
-/// finishes it.
+/// order of arrival. What nobody waits for any more is not begun.
 template <typename Work>
 awaitable<std::invoke_result_t<Work&>> on_body_thread(Exchange& x, Work work) {
-  const Counted counted(x.shared.num_calls);
   x.stream.expires_never();
   const auto job = [&x, &work]() -> awaitable<std::invoke_result_t<Work&>> {
     check_awaited(x);

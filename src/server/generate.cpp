@@ -283,7 +283,6 @@ class Reply {
 
 awaitable<bool> generate(Exchange& x, Route::Generates api) {
   if (x.shared.draining) throw ApiError(503, "server_error", "the server is shutting down");
-  const Counted counted(x.shared.num_calls);
   const auto mailbox = std::make_shared<Mailbox>(x.stream.get_executor());
   mailbox->set_deadline(x.deadline());
   Submitted submitted(x.shared.engine);

@@ -32,7 +32,7 @@ struct Shared {
       std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch())
           .count();
   std::atomic<int> num_connections = 0;
-  std::atomic<int> num_calls = 0;  ///< that a drained server still finishes
+  std::atomic<int> num_calls = 0;  ///< from their heads on; a drained server still finishes them
   std::atomic<bool> draining = false;
   std::atomic<std::uint64_t> next_call = 1;
   ResponseStore responses;
