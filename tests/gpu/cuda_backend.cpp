@@ -21,6 +21,7 @@ class Sm90 : public BackendUnderTest {
         operation == Operation::kSparsePrefill) {
       return true;
     }
+    if (operation == Operation::kDenseFp8Decode) return format != KvFormat::kFp8V4;
     return operation == Operation::kSparseDecode && dtype == DType::kBFloat16 &&
            (format == KvFormat::kFp8V32 || format == KvFormat::kFp8V4);
   }

@@ -115,6 +115,23 @@ __device__ __forceinline__ void named_barrier_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
+/// Waits for all of them; true if `any` of them says so.
+template <int kId, int kThreads>
+__device__ __forceinline__ bool named_barrier_or(bool any) {
+  std::uint32_t of_all;
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q;\n"
+      "setp.ne.u32 q, %1, 0;\n"
+      "bar.red.or.pred p, %2, %3, q;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(of_all)
+      : "r"(static_cast<std::uint32_t>(any)), "n"(kId), "n"(kThreads)
+      : "memory");
+  return of_all != 0;
+}
+
 /// The same where the barrier is known at run time only.
 template <int kThreads>
 __device__ __forceinline__ void named_barrier_sync(int id) {
