@@ -52,7 +52,7 @@ void check_pool(const kv::Pool& pool) {
 void check_supported(const DenseFp8DecodeArgs& a, const DecodeScheduleView& s) {
   const DenseDecodeArgs d = dense_args(a);
   if (!kv::is_fp8(a.cache.format)) {
-    check_supported(d, s);
+    sm90::check_supported(d, s);
     return;
   }
   require_device(a.q.device.index);
@@ -67,14 +67,14 @@ void check_supported(const DenseFp8DecodeArgs& a, const DecodeScheduleView& s) {
 }
 
 std::size_t dense_fp8_decode_workspace_size(const DenseFp8DecodeArgs& a, const DecodeScheduleView& s) {
-  return dense_decode_workspace_size(dense_args(a), s);
+  return sm90::dense_decode_workspace_size(dense_args(a), s);
 }
 
 void dense_fp8_decode(const DenseFp8DecodeArgs& a, const DecodeScheduleView& s, void* workspace,
                       float softmax_scale, bool causal, void* stream) {
   const DenseDecodeArgs d = dense_args(a);
   if (!kv::is_fp8(a.cache.format)) {
-    dense_decode(d, s, workspace, softmax_scale, causal, stream);
+    sm90::dense_decode(d, s, workspace, softmax_scale, causal, stream);
     return;
   }
   const DeviceGuard guard(a.q.device.index);
