@@ -1,6 +1,6 @@
 #pragma once
 
-// Words of 16 bytes in shared memory, and pairs of e4m3.
+// Words of shared memory, and pairs of e4m3.
 
 #include <cuda_fp16.h>
 
@@ -8,13 +8,29 @@
 
 namespace flash_mla::sm90::ptx {
 
-__device__ __forceinline__ uint4 load_shared_16(std::uint32_t from) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(from)
-               : "memory");
-  return x;
+/// T of 4, 8 or 16 bytes at an address that is a multiple of them. By its own instruction: where the compiler
+/// has lost sight of what a pointer points to, loads are generic, and their addresses take 64 bits.
+template <class T>
+__device__ __forceinline__ T load_shared(std::uint32_t from) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  union {
+    std::uint32_t words[sizeof(T) / 4];
+    T value;
+  } x;
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x.words[0]) : "r"(from) : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(x.words[0]), "=r"(x.words[1])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.words[0]), "=r"(x.words[1]), "=r"(x.words[2]), "=r"(x.words[3])
+                 : "r"(from)
+                 : "memory");
+  }
+  return x.value;
 }
 __device__ __forceinline__ void store_shared_16(std::uint32_t to, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)

@@ -108,13 +108,13 @@ struct Consumer {
 
   // ---- S^T = K Q^T
 
-  __device__ const std::byte* key_row(int h) const {
-    return &s.raw[stage][key_of_row(warp * 16 + g + 8 * h) * Row::kPitch];
-  }
-  // Of this lane's two keys, the columns of chunk c that it takes.
-  __device__ void load_keys(uint4 (&x)[2], const std::byte* first, const std::byte* second, int c) const {
-    x[0] = load_as<uint4>(first + c * kChunkColumns + key_column(t));
-    x[1] = load_as<uint4>(second + c * kChunkColumns + key_column(t));
+  __device__ std::uint32_t stage_address() const { return ptx::smem_address(s.raw[stage]); }
+  // Of this lane's two keys, which follow each other, the columns of chunk c that it takes. `first`: of the first key,
+  // where the lane's columns of chunk 0 are.
+  __device__ static void load_keys(uint4 (&x)[2], std::uint32_t first, int c) {
+    static_assert(key_of_row(8) == key_of_row(0) + 1);
+    x[0] = ptx::load_shared<uint4>(first + c * kChunkColumns);
+    x[1] = ptx::load_shared<uint4>(first + c * kChunkColumns + Row::kPitch);
   }
   template <bool kRope>
   __device__ void issue_chunk(float (&scores)[kScores], const Fragment (&a)[4], int c) const {
@@ -130,72 +130,76 @@ struct Consumer {
   __device__ void issue_qk(float (&scores)[kScores], Scales& scales, int count) {
     wait_for_stage();
     if (count < kTileTokens) clear_rows(count);
-    const std::byte *const first = key_row(0), *const second = key_row(1);
-    scales.read(first, second);
+    const std::uint32_t row = stage_address() + key_of_row(warp * 16 + g) * Row::kPitch,
+                        first = row + key_column(t);
+    scales.read(row, Row::kPitch);
     Fragment a[2][4];
-    uint4 x[2];
-    load_keys(x, first, second, 0);
-    chunk<0>(scores, scales, a[0], x, first, second);
-    chunk<1>(scores, scales, a[1], x, first, second);
-    chunk<2>(scores, scales, a[0], x, first, second);
-    chunk<3>(scores, scales, a[1], x, first, second);
-    chunk<4>(scores, scales, a[0], x, first, second);
-    chunk<5>(scores, scales, a[1], x, first, second);
-    chunk<6>(scores, scales, a[0], x, first, second);
-    chunk<7>(scores, scales, a[1], x, first, second);
+    chunk<0>(scores, scales, a[0], first);
+    chunk<1>(scores, scales, a[1], first);
+    chunk<2>(scores, scales, a[0], first);
+    chunk<3>(scores, scales, a[1], first);
+    chunk<4>(scores, scales, a[0], first);
+    chunk<5>(scores, scales, a[1], first);
+    chunk<6>(scores, scales, a[0], first);
+    chunk<7>(scores, scales, a[1], first);
     if constexpr (kScaled) {
       ptx::wgmma_wait<1>();
-      rope_chunk(scores, scales, a[0], first, second);
+      rope_chunk(scores, scales, a[0], row);
     } else {
-      chunk<8>(scores, scales, a[0], x, first, second);
+      chunk<8>(scores, scales, a[0], first);
     }
   }
   template <int kChunk>
-  __device__ void chunk(float (&scores)[kScores], const Scales& scales, Fragment (&a)[4], uint4 (&x)[2],
-                        const std::byte* first, const std::byte* second) const {
+  __device__ void chunk(float (&scores)[kScores], const Scales& scales, Fragment (&a)[4],
+                        std::uint32_t first) const {
     constexpr int kTile = kChunk < 8 ? kChunk * kChunkColumns / kScaleTile : 0;
-    constexpr int kLast = kScaled ? 7 : 8;
+    uint4 x[2];
+    load_keys(x, first, kChunk);
     if (kChunk >= 2) ptx::wgmma_wait<1>();  // `a` has been read
     key_fragments<kScaled>(a, x, scales.template of<kTile>(0), scales.template of<kTile>(1));
-    if (kChunk < kLast) load_keys(x, first, second, kChunk + 1);
     issue_chunk<false>(scores, a, kChunk);
   }
   __device__ void rope_chunk(float (&scores)[kScores], const Scales& scales, Fragment (&a)[4],
-                             const std::byte* first, const std::byte* second) const {
-    const int offset = Row::kRopeOffset + key_column(t) * 2;
+                             std::uint32_t row) const {
+    const std::uint32_t first = row + Row::kRopeOffset + key_column(t) * 2, second = first + Row::kPitch;
     const __nv_bfloat162 f0 = scales.of_rope(0), f1 = scales.of_rope(1);
-    rope_fragments<0>(a, load_as<uint4>(first + offset), load_as<uint4>(second + offset), f0, f1);
-    rope_fragments<1>(a, load_as<uint4>(first + offset + 16), load_as<uint4>(second + offset + 16), f0, f1);
+    rope_fragments<0>(a, ptx::load_shared<uint4>(first), ptx::load_shared<uint4>(second), f0, f1);
+    rope_fragments<1>(a, ptx::load_shared<uint4>(first + 16), ptx::load_shared<uint4>(second + 16), f0, f1);
     issue_chunk<true>(scores, a, 8);
   }
 
   // ---- O^T += V^T P^T
 
-  __device__ void load_values(uint2 (&x)[4], const std::byte* from, int slice) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      x[j] = load_as<uint2>(from + key_of_row(16 * slice + value_position(t, j)) * Row::kPitch);
+  // Eight columns of this lane's keys in a slice: the third and the fourth follow the first and the second.
+  __device__ static void load_values(uint2 (&x)[4], std::uint32_t first, std::uint32_t second, int slice) {
+    static_assert(key_of_row(value_position(0, 2)) == key_of_row(value_position(0, 0)) + 1);
+    const int at = 16 * slice * Row::kPitch;
+    x[0] = ptx::load_shared<uint2>(first + at);
+    x[1] = ptx::load_shared<uint2>(second + at);
+    x[2] = ptx::load_shared<uint2>(first + at + Row::kPitch);
+    x[3] = ptx::load_shared<uint2>(second + at + Row::kPitch);
   }
   // Of the tile in the current stage, whose P lies in `slot`. Releases the stage; waited for.
   __device__ void add_values(Out& o, int slot) {
     wait_for_stage();
     const int column = value_column(kWg, warp, g);
-    const std::byte* const from = &s.raw[stage][column];
-    const __half* const factors = s.factor[slot][column / kScaleTile];
+    const std::uint32_t from = stage_address() + column,
+                        first = from + key_of_row(value_position(t, 0)) * Row::kPitch,
+                        second = from + key_of_row(value_position(t, 1)) * Row::kPitch;
+    const std::uint32_t factors = ptx::smem_address(&s.factor[slot][column / kScaleTile][2 * t]);
     const auto weights = s.weights[slot].k_major();
     Fragment a[2][4];
     uint2 x[4];
-    load_values(x, from, 0);
 #pragma unroll
     for (int i = 0; i < kTileTokens / 16; ++i) {
-      if (i >= 2) ptx::wgmma_wait<1>();
+      load_values(x, first, second, i);
+      if (i >= 2) ptx::wgmma_wait<1>();  // a[i % 2] has been read
       __half2 low{}, high{};
       if constexpr (kScaled) {
-        low = *reinterpret_cast<const __half2*>(&factors[16 * i + 2 * t]);
-        high = *reinterpret_cast<const __half2*>(&factors[16 * i + 2 * t + 8]);
+        low = as_half2(ptx::load_shared<std::uint32_t>(factors + 32 * i));
+        high = as_half2(ptx::load_shared<std::uint32_t>(factors + 32 * i + 16));
       }
       value_fragments<kScaled>(a[i % 2], x, low, high);
-      if (i < kTileTokens / 16 - 1) load_values(x, from, i + 1);
       ptx::wgmma_fence();
 #pragma unroll
       for (int j = 0; j < 4; ++j)
@@ -211,7 +215,8 @@ struct Consumer {
   __device__ void rescale(Out& o, int slot) const {
 #pragma unroll
     for (int n = 0; n < kHeads / 8; ++n) {
-      const auto alpha = *reinterpret_cast<const float2*>(&s.alpha[slot][8 * n + 2 * t]);
+      const auto alpha =
+          ptx::load_shared<float2>(ptx::smem_address(&s.alpha[slot][2 * t]) + n * 8 * sizeof(float));
 #pragma unroll
       for (auto& block : o) {
         block[4 * n] *= alpha.x;
@@ -235,7 +240,7 @@ struct Consumer {
     return softmax.run(scores, scales, is_limited(item, tile), tile * kTileTokens, sum);
   }
   __device__ void follow(Out& o, float (&sum)[2], int slot) const {
-    if (s.moved[slot] == 0) return;
+    if (ptx::load_shared<int>(ptx::smem_address(&s.moved[slot])) == 0) return;
     rescale(o, slot);
     Softmax<kHeads, kWg>{s, warp, g, t}.follow(sum, slot);
   }
@@ -259,45 +264,50 @@ struct Consumer {
       ptx::named_barrier_arrive<kP0Ready, kConsumerThreads>();
       ptx::named_barrier_sync<kBarrier, 128>();
       if (moved) rescale(o, 0);
-      add_values(o, 0);
-      if (!paired) break;
-      ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
-      follow(o, sum, 1);
-      add_values(o, 1);
+        // One copy of the products' code: both warpgroups' loops have to stay in the instruction cache.
+#pragma unroll 1
+      for (int slot = 0;; slot = 1) {
+        add_values(o, slot);
+        if (slot == 1 || !paired) break;
+        ptx::named_barrier_sync<kP1Ready, kConsumerThreads>();
+        follow(o, sum, 1);
+      }
     }
   }
 
-  // As WG1 sees them: begin + 1, begin + 3, ...
+  // As WG1 sees them: begin + 1, begin + 3, ..., and O of the even ones too.
   __device__ void odd_tiles(Out& o, const Item& item, float (&sum)[2]) {
     float scores[kScores];
     Scales scales;
-    int tile = item.begin_block + 1;
-    if (tile >= item.end_block) release_q();
-    for (; tile < item.end_block; tile += 2) {
-      ptx::named_barrier_sync<kOrder, kConsumerThreads>();
-      const int even_stage = stage;
-      const std::uint32_t even_parity = parity;
-      advance_stage();
-      issue_qk(scores, scales, min(item.length - tile * kTileTokens, kTileTokens));
-      stage = even_stage;
-      parity = even_parity;
-      ptx::wgmma_wait<0>();
-      if (tile + 2 >= item.end_block) release_q();
+    if (item.begin_block + 1 >= item.end_block) release_q();
+    for (int tile = item.begin_block + 1; tile <= item.end_block; tile += 2) {
+      const bool paired = tile < item.end_block;  // the last even tile may have no partner
+      if (paired) {
+        ptx::named_barrier_sync<kOrder, kConsumerThreads>();
+        const int even_stage = stage;
+        const std::uint32_t even_parity = parity;
+        advance_stage();
+        issue_qk(scores, scales, min(item.length - tile * kTileTokens, kTileTokens));
+        stage = even_stage;
+        parity = even_parity;
+        ptx::wgmma_wait<0>();
+        if (tile + 2 >= item.end_block) release_q();
+      }
       ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
       follow(o, sum, 0);
-      const bool moved = compute_weights(scores, scales, item, tile, sum);
-      ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
-      ptx::named_barrier_sync<kBarrier, 128>();
-      add_values(o, 0);
-      if (tile + 1 < item.end_block) ptx::named_barrier_arrive<kP0Free, kConsumerThreads>();
-      if (moved) rescale(o, 1);
-      add_values(o, 1);
-    }
-    if (tile == item.end_block) {
-      // The last even tile has no partner.
-      ptx::named_barrier_sync<kP0Ready, kConsumerThreads>();
-      follow(o, sum, 0);
-      add_values(o, 0);
+      bool moved = false;
+      if (paired) {
+        moved = compute_weights(scores, scales, item, tile, sum);
+        ptx::named_barrier_arrive<kP1Ready, kConsumerThreads>();
+        ptx::named_barrier_sync<kBarrier, 128>();
+      }
+#pragma unroll 1
+      for (int slot = 0;; slot = 1) {
+        add_values(o, slot);
+        if (slot == 1 || !paired) break;
+        if (tile + 1 < item.end_block) ptx::named_barrier_arrive<kP0Free, kConsumerThreads>();
+        if (moved) rescale(o, 1);
+      }
     }
   }
 };

@@ -91,12 +91,12 @@ struct KeyScales {
   int exponent[2] = {0, 0};
   std::uint32_t factor[kScaleTiles / 2][2] = {};  // by pair of tiles and key: two fp16
 
-  /// `row`: of the first key, and of the second.
-  __device__ __forceinline__ void read(const std::byte* first, const std::byte* second) {
+  /// `first`: where the row of the first key begins; that of the second is `pitch` behind it.
+  __device__ __forceinline__ void read(std::uint32_t first, int pitch) {
     if constexpr (kScaled) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const auto x = load_as<float4>((h == 0 ? first : second) + RowOf<KvFormat::kFp8V32>::kScaleOffset);
+        const auto x = ptx::load_shared<float4>(first + h * pitch + RowOf<KvFormat::kFp8V32>::kScaleOffset);
         const float most = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
         exponent[h] = most == 0.0f ? 0 : min(max(exponent_of(most), -64), 64);
         const float inverse = power_of_two(-exponent[h]);

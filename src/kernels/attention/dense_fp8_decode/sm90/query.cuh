@@ -36,7 +36,7 @@ __device__ __forceinline__ void convert_row(std::uint32_t chunk, int row, float 
   std::uint32_t x[32];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const uint4 four = ptx::load_shared_16(ptx::swizzled_word(chunk, row, i));
+    const uint4 four = ptx::load_shared<uint4>(ptx::swizzled_word(chunk, row, i));
     x[4 * i] = four.x;
     x[4 * i + 1] = four.y;
     x[4 * i + 2] = four.z;
@@ -66,7 +66,7 @@ __device__ __forceinline__ void convert_query(Smem<kHeads>& s, float scale) {
     const std::uint32_t chunk = ptx::smem_address(s.q.at(c));
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      most = __vmaxu2(most, magnitudes(ptx::load_shared_16(ptx::swizzled_word(chunk, row, i))));
+      most = __vmaxu2(most, magnitudes(ptx::load_shared<uint4>(ptx::swizzled_word(chunk, row, i))));
   }
   most = max(most >> 16, most & 0xFFFFu);
   most = max(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));

@@ -59,9 +59,4 @@ __device__ __forceinline__ float power_of_two(int e) {
   return __uint_as_float(static_cast<std::uint32_t>(e + 127) << 23);
 }
 
-template <class T>
-__device__ __forceinline__ T load_as(const std::byte* from) {
-  return *reinterpret_cast<const T*>(from);
-}
-
 }  // namespace flash_mla::sm90::dense_fp8

@@ -14,6 +14,7 @@
 #include "kernels/attention/dense_fp8_decode/sm90/smem.cuh"
 #include "kernels/ptx/fragment.cuh"
 #include "kernels/ptx/tma.cuh"
+#include "kernels/ptx/words.cuh"
 
 namespace flash_mla::sm90::dense_fp8 {
 
@@ -62,7 +63,8 @@ struct Softmax {
                       float (&sum)[2]) const {
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
-      const auto scale = *reinterpret_cast<const float2*>(&s.q_scale[8 * n + 2 * t]);
+      const auto scale =
+          ptx::load_shared<float2>(ptx::smem_address(&s.q_scale[2 * t]) + n * 8 * sizeof(float));
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const auto e = static_cast<float>(scales.exponent[h]);
@@ -74,7 +76,7 @@ struct Softmax {
     bool beyond = false;
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
-      const auto base = *reinterpret_cast<const float4*>(&s.base[8 * n + 2 * t]);
+      const auto base = ptx::load_shared<float4>(ptx::smem_address(&s.base[2 * t]) + n * 8 * sizeof(Base));
       beyond |= fmaxf(x[4 * n], x[4 * n + 2]) > base.y || fmaxf(x[4 * n + 1], x[4 * n + 3]) > base.w;
     }
     const bool moved = ptx::named_barrier_or<kBarrier, 128>(beyond);
@@ -89,7 +91,7 @@ struct Softmax {
 
   /// Sums of this lane after a move that softmax `slot` made.
   __device__ void follow(float (&sum)[2], int slot) const {
-    const auto alpha = *reinterpret_cast<const float2*>(&s.alpha[slot][kept_head()]);
+    const auto alpha = ptx::load_shared<float2>(ptx::smem_address(&s.alpha[slot][kept_head()]));
     sum[0] *= alpha.x;
     sum[1] *= alpha.y;
   }
@@ -100,7 +102,7 @@ struct Softmax {
     const int key0 = first_key + key_of_row(warp * 16 + g), key1 = first_key + key_of_row(warp * 16 + g + 8);
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
-      const auto limit = *reinterpret_cast<const int2*>(&s.limit[8 * n + 2 * t]);
+      const auto limit = ptx::load_shared<int2>(ptx::smem_address(&s.limit[2 * t]) + n * 8 * sizeof(int));
       if (key0 >= limit.x) x[4 * n] = -INFINITY;
       if (key0 >= limit.y) x[4 * n + 1] = -INFINITY;
       if (key1 >= limit.x) x[4 * n + 2] = -INFINITY;
@@ -134,7 +136,7 @@ struct Softmax {
     float part[kHeads / 4];
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
-      const auto base = *reinterpret_cast<const float4*>(&s.base[8 * n + 2 * t]);
+      const auto base = ptx::load_shared<float4>(ptx::smem_address(&s.base[2 * t]) + n * 8 * sizeof(Base));
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         x[4 * n + 2 * h] = exp2_fast(x[4 * n + 2 * h] - base.x);

@@ -3,9 +3,11 @@
 #include "kernels/ptx/mbarrier.cuh"
 
 namespace flash_mla::sm90::ptx {
-inline uint4 load_shared_16(std::uint32_t from) {
-  uint4 x;
-  std::memcpy(&x, Block::current().shared_at(from, 16), 16);
+template <class T>
+T load_shared(std::uint32_t from) {
+  if (from % sizeof(T) != 0) throw std::logic_error("a load from shared memory that is not aligned");
+  T x;
+  std::memcpy(&x, Block::current().shared_at(from, sizeof(T)), sizeof(T));
   return x;
 }
 inline void store_shared_16(std::uint32_t to, uint4 x) {
