@@ -56,6 +56,9 @@ void check_supported(const DenseFp8DecodeArgs& a, const DecodeScheduleView& s) {
     return;
   }
   require_device(a.q.device.index);
+  if (a.q.dtype == DType::kFloat32) {
+    throw Unsupported("q is float32; dense_fp8_decode on sm90 takes bfloat16 and float16");
+  }
   const kv::Pool pool = kv::make_pool(a.cache);
   if (pool.format != KvFormat::kFp8V32 && pool.format != KvFormat::kFp8Tensor) {
     throw Unsupported(fmt::format(
