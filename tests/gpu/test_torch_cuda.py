@@ -356,14 +356,14 @@ def fp8_problem(kind, lengths, h_q, s_q=2, page_size=64):
         at += pages[i]
         slots += [int(table[i, j // page_size]) * page_size + j % page_size for j in range(n)]
     latent, rope = (torch.randn(len(slots), d, generator=g).bfloat16() / 10 for d in (512, 64))
-    flash_mla.append_kv(latent, rope, torch.tensor(slots), cache, kv_scale=1 / 256)
+    flash_mla_kernels.append_kv(latent, rope, torch.tensor(slots), cache, kv_scale=1 / 256)
     q = torch.randn(len(lengths), s_q, h_q, 576, generator=g).bfloat16()
     return q, cache, table, torch.tensor(lengths, dtype=torch.int32)
 
 
 def dense_fp8(q, cache, table, lengths, parts=4):
-    plan = flash_mla.build_decode_schedule(lengths, parts)
-    return flash_mla.dense_fp8_decode(q, cache, table, lengths, *plan, causal=True, kv_scale=1 / 256)
+    plan = flash_mla_kernels.build_decode_schedule(lengths, parts)
+    return flash_mla_kernels.dense_fp8_decode(q, cache, table, lengths, *plan, causal=True, kv_scale=1 / 256)
 
 
 def assert_as_on_the_cpu(got, wanted):
