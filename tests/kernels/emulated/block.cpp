@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/element.h"
+
 namespace emulated {
 
 void Block::enter() {
@@ -34,7 +36,8 @@ void Block::run(const std::function<void()>& body) {
     bool all_done = true;
     // Now and then a warpgroup, or a warp, falls far behind.
     if (rng_() % 64 == 0)
-      stalled_[rng_() % 4] = {rng_() % fibers_.size() / 32, std::size_t{rng_() % 2 == 0 ? 1U : 4U}, rng_() % 400};
+      stalled_[rng_() % 4] = {rng_() % fibers_.size() / 32, std::size_t{rng_() % 2 == 0 ? 1U : 4U},
+                              rng_() % 400};
     for (Stall& stall : stalled_) stall.passes -= stall.passes > 0 ? 1 : 0;
     const auto is_stalled = [&](std::size_t warp) {
       return std::any_of(stalled_.begin(), stalled_.end(),
@@ -115,17 +118,8 @@ const std::array<std::uint64_t, 32>& Block::exchange(std::uint64_t mine) {
   return table;
 }
 
-float Block::half_to_float(std::uint16_t bits) {
-  _Float16 x;
-  std::memcpy(&x, &bits, 2);
-  return static_cast<float>(x);
-}
-float Block::bf16_to_float(std::uint16_t bits) {
-  const std::uint32_t wide = std::uint32_t{bits} << 16;
-  float x;
-  std::memcpy(&x, &wide, 4);
-  return x;
-}
+float Block::half_to_float(std::uint16_t bits) { return flash_mla::to_float(flash_mla::Fp16{bits}); }
+float Block::bf16_to_float(std::uint16_t bits) { return flash_mla::to_float(flash_mla::Bf16{bits}); }
 
 void Block::execute(const Product& p, std::size_t index) {
   constexpr std::uint64_t kSwizzle128 = 1ull << 62, kFields = 0xC0003FFF00000000ull;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/element.h"
 #include "block.h"
 
 #define __device__
@@ -77,17 +78,8 @@ struct alignas(4) __nv_bfloat162 {
 };
 
 namespace emulated {
-inline __half to_half(float f) {
-  const auto x = static_cast<_Float16>(f);
-  __half h;
-  std::memcpy(&h, &x, 2);
-  return h;
-}
-inline __nv_bfloat16 to_bf16(float f) {
-  const std::uint32_t x = __float_as_uint(f);
-  if (f != f) return {0x7FFF};
-  return {static_cast<std::uint16_t>((x + 0x7FFF + (x >> 16 & 1)) >> 16)};
-}
+inline __half to_half(float f) { return {flash_mla::to_fp16(f).bits}; }
+inline __nv_bfloat16 to_bf16(float f) { return {flash_mla::to_bf16(f).bits}; }
 }  // namespace emulated
 
 inline float2 __half22float2(__half2 h) {

@@ -1,5 +1,5 @@
 #pragma once
-#include "base/element.h"
+#include "base/fp8.h"
 #include "kernels/ptx/mbarrier.cuh"
 
 namespace flash_mla::sm90::ptx {
@@ -13,17 +13,9 @@ T load_shared(std::uint32_t from) {
 inline void store_shared_16(std::uint32_t to, uint4 x) {
   std::memcpy(Block::current().shared_at(to, 16), &x, 16);
 }
-/// e4m3 by its definition: 4 bits of exponent, bias 7, 3 of mantissa, no infinity.
-inline float e4m3(std::uint8_t x) {
-  const int exponent = x >> 3 & 15, mantissa = x & 7;
-  const float sign = x & 0x80 ? -1.0f : 1.0f;
-  if (exponent == 15 && mantissa == 7) return NAN;
-  return sign * (exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
-                               : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10));
-}
 inline std::uint32_t widen_e4m3(std::uint16_t x) {
-  const __half2 h =
-      __floats2half2_rn(e4m3(static_cast<std::uint8_t>(x)), e4m3(static_cast<std::uint8_t>(x >> 8)));
+  const __half2 h = __floats2half2_rn(to_float(E4m3{static_cast<std::uint8_t>(x)}),
+                                      to_float(E4m3{static_cast<std::uint8_t>(x >> 8)}));
   std::uint32_t bits;
   std::memcpy(&bits, &h, 4);
   return bits;
