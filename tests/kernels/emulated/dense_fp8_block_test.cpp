@@ -325,8 +325,8 @@ TEST(DenseFp8Block, ReferencesThatMove) {
 
 TEST(DenseFp8Block, NanOfAKeyReachesItsRequestAlone) {
   Problem p({.lengths = {100, 100}, .h_q = 16, .num_parts = 1});
-  kv::Pool pool = kv::make_pool(p.cache());
-  kv::locate(pool, p.table[1], 3).latent[5] = std::byte{0x7F};
+  // Element 5 of token 3 of the first request's second page.
+  p.bytes[static_cast<std::size_t>(p.table[1] * p.page_stride + 3 * p.width + 5)] = 0x7F;
   p.run();
   p.expect_right();
 }
