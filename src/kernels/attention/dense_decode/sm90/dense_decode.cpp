@@ -270,7 +270,7 @@ void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& opti
   if (schedule_words(cache_seqlens.size(0), options.num_parts) > kMaxScheduleWords) {
     throw Unsupported(fmt::format(
         "b + 3 * num_parts is {} for b = {} and num_parts = {}; a schedule on the device takes up to {}",
-        cache_seqlens.size(0) + 3 * options.num_parts, cache_seqlens.size(0), options.num_parts,
+        cache_seqlens.size(0) + 3 * std::int64_t{options.num_parts}, cache_seqlens.size(0), options.num_parts,
         kMaxScheduleWords - schedule_words(0, 0)));
   }
   const DeviceGuard guard(cache_seqlens.device.index);
