@@ -12,83 +12,95 @@
 
 namespace flash_mla::sm90::fp8_decode {
 
-/// Of Q's latent part: unit i of eight columns, of `kHeads` x 64: where it is read and where its pairs go.
-struct QueryUnit {
-  int head, column;  ///< of the eight columns the first
-  int chunk, word;   ///< pair p goes to 16-byte word word + p of the chunk's row, at byte 4 c
-  int c;
+/// Heads that share a power of two: what the threads' registers hold at a time.
+template <int kHeads>
+inline constexpr int kScaledHeads = kHeads < 32 ? kHeads : 32;
+
+/// What products with Q's latent part are multiplied with, for each kScaledHeads heads.
+template <int kHeads>
+struct QueryFactors {
+  float of[kHeads / kScaledHeads<kHeads>];
 };
-constexpr QueryUnit latent_unit(int i) {
-  // c fastest, then the eight rows of a swizzle's atom: the stores of a warp hit all banks.
-  const int c = i % 4, row = i / 4 % 8, half = i / 32 % 2, chunk = i / 64 % 8, head = i / 512 * 8 + row;
-  return {head, chunk / 2 * 128 + 32 * c + chunk % 2 * 16 + 8 * half, chunk, 4 * half, c};
-}
-/// The same of the rope part, `kHeads` x 8 units.
-constexpr QueryUnit rope_unit(int i) {
-  const int c = i % 4, row = i / 4 % 8, half = i / 32 % 2, head = i / 64 * 8 + row;
-  return {head, 16 * c + 8 * half, 0, 4 * half, c};
-}
 
-__device__ __forceinline__ void store_pairs(std::uint32_t chunk, const QueryUnit& u,
-                                            const std::uint32_t (&pair)[4]) {
+/// Where a thread of the warpgroup reads and writes: eight columns of a row in eight, of a block of 128; its four
+/// pairs of columns go to byte 4 c of four 16-byte words. c is fastest, then the row in a swizzle's atom, so that a
+/// warp's stores hit all banks.
+struct QueryPlace {
+  int c, row, half, odd;
+  __device__ explicit QueryPlace(int thread)
+      : c(thread % 4), row(thread / 4 % 8), half(thread / 32 % 2), odd(thread / 64) {}
+  __device__ int column() const { return 32 * c + 16 * odd + 8 * half; }
+  __device__ int rope_column() const { return 16 * c + 8 * half; }
+  __device__ void store(std::uint32_t rows_of_eight, const std::uint32_t (&pair)[4]) const {
 #pragma unroll
-  for (int p = 0; p < 4; ++p) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(ptx::swizzled_word(chunk, u.head, u.word + p) + 4 * u.c),
-                 "r"(pair[p])
-                 : "memory");
+    for (int p = 0; p < 4; ++p) {
+      asm volatile(
+          "st.shared.u32 [%0], %1;" ::"r"(ptx::swizzled_word(rows_of_eight, row, 4 * half + p) + 4 * c),
+          "r"(pair[p])
+          : "memory");
+    }
   }
-}
+};
 
-/// The latent part as fp16, times a power of two that brings the largest finite element of all heads to 2^14; the
-/// power's inverse is returned. Rows that are no heads become zeros. For all threads of the warpgroup of scores, which
-/// afterwards see it as an operand.
+__device__ __forceinline__ float2 floats(std::uint32_t x) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x));
+}
+__device__ __forceinline__ float finite_magnitude(float x) { return isfinite(x) ? fabsf(x) : 0.0f; }
+
+/// The latent part as fp16, times powers of two that bring the largest finite element of kScaledHeads heads to 2^14;
+/// the powers' inverses are returned. Rows that are no heads become zeros. For all threads of the warpgroup of scores,
+/// which afterwards see it as an operand.
 template <int kHeads, class Work>
-__device__ float load_query(const Work& work, Smem<kHeads>& s, int req) {
-  constexpr int kUnits = kHeads * Row::kLatent / 8, kRopeUnits = kHeads * kv::kRopeWidth / 8;
+__device__ QueryFactors<kHeads> load_query(const Work& work, Smem<kHeads>& s, int req) {
+  constexpr int kEights = kScaledHeads<kHeads> / 8, kLoads = kEights * kBlocks;
+  using Chunk = ptx::Tile<__half, kHeads, 64>;
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
-  float largest = 0.0f;
-#pragma unroll 4
-  for (int i = thread; i < kUnits; i += kGroupThreads) {
-    const QueryUnit u = latent_unit(i);
-    const uint4 x = work.query(req, u.head, u.column);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 f = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(&x)[j]);
-      largest = fmaxf(largest, isfinite(f.x) ? fabsf(f.x) : 0.0f);
-      largest = fmaxf(largest, isfinite(f.y) ? fabsf(f.y) : 0.0f);
-    }
-  }
-  for (int step = 1; step < 32; step *= 2)
-    largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
-  if (thread % 32 == 0) s.warp_scale[thread / 32] = largest;
-  ptx::named_barrier_sync<kScoresReady, kGroupThreads>();
-  for (int w = 0; w < kWarpsOfGroup; ++w) largest = fmaxf(largest, s.warp_scale[w]);
-  const int exponent = largest > 0.0f ? min(14 - ilogbf(largest), 120) : 0;
-  const float power = ldexpf(1.0f, exponent);
+  const QueryPlace place(thread);
+  QueryFactors<kHeads> factors;
   const std::uint32_t q = ptx::smem_address(s.q.at(0)), q_rope = ptx::smem_address(s.q_rope.at(0));
-#pragma unroll 4
-  for (int i = thread; i < kUnits; i += kGroupThreads) {
-    const QueryUnit u = latent_unit(i);
-    const uint4 x = work.query(req, u.head, u.column);
-    std::uint32_t pair[4];
+#pragma unroll 1
+  for (int first = 0; first < kHeads; first += kScaledHeads<kHeads>) {
+    uint4 x[kLoads];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 f = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(&x)[j]);
-      const __half2 h = __floats2half2_rn(f.x * power, f.y * power);
-      pair[j] = reinterpret_cast<const std::uint32_t&>(h);
+    for (int i = 0; i < kLoads; ++i)
+      x[i] = work.query(req, first + i / kBlocks * 8 + place.row, i % kBlocks * 128 + place.column());
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      for (const std::uint32_t two : {x[i].x, x[i].y, x[i].z, x[i].w}) {
+        const float2 f = floats(two);
+        largest = fmaxf(largest, fmaxf(finite_magnitude(f.x), finite_magnitude(f.y)));
+      }
     }
-    store_pairs(q + u.chunk * ptx::Tile<__half, kHeads, 64>::kChunkBytes, u, pair);
-  }
+    for (int step = 1; step < 32; step *= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
+    ptx::named_barrier_sync<kScoresReady, kGroupThreads>();
+    if (thread % 32 == 0) s.warp_scale[thread / 32] = largest;
+    ptx::named_barrier_sync<kScoresReady, kGroupThreads>();
+    for (int w = 0; w < kWarpsOfGroup; ++w) largest = fmaxf(largest, s.warp_scale[w]);
+    const int exponent = largest > 0.0f ? min(14 - ilogbf(largest), 120) : 0;
+    const float power = ldexpf(1.0f, exponent);
+    factors.of[first / kScaledHeads<kHeads>] = ldexpf(1.0f, -exponent);
 #pragma unroll
-  for (int i = thread; i < kRopeUnits; i += kGroupThreads) {
-    const QueryUnit u = rope_unit(i);
-    const uint4 x = work.query(req, u.head, Row::kLatent + u.column);
-    const std::uint32_t pair[4] = {x.x, x.y, x.z, x.w};
-    store_pairs(q_rope, u, pair);
+    for (int i = 0; i < kLoads; ++i) {
+      std::uint32_t pair[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+      for (std::uint32_t& two : pair) {
+        const float2 f = floats(two);
+        const __half2 h = __floats2half2_rn(f.x * power, f.y * power);
+        two = reinterpret_cast<const std::uint32_t&>(h);
+      }
+      place.store(
+          q + (2 * (i % kBlocks) + place.odd) * Chunk::kChunkBytes + (first / 8 + i / kBlocks) * Chunk::kAtom,
+          pair);
+    }
+  }
+  for (int eight = place.odd; eight < kHeads / 8; eight += 2) {
+    const uint4 x = work.query(req, eight * 8 + place.row, Row::kLatent + place.rope_column());
+    place.store(q_rope + eight * Chunk::kAtom, {x.x, x.y, x.z, x.w});
   }
   ptx::fence_async_proxy();
   ptx::named_barrier_sync<kScoresReady, kGroupThreads>();
-  return ldexpf(1.0f, -exponent);
+  return factors;
 }
 
 }  // namespace flash_mla::sm90::fp8_decode

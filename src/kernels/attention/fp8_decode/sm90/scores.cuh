@@ -52,13 +52,13 @@ struct Scores {
       }
       exponent = kNever;
       if (threadIdx.x % kGroupThreads < kHeads) s.reference[threadIdx.x % kGroupThreads] = -INFINITY;
-      const float q_factor = load_query(work, s, item.req);  // ends in a barrier of this warpgroup
+      const auto q_factors = load_query(work, s, item.req);  // ends in a barrier of this warpgroup
       float sum[kOwnHeads] = {};
       for (int tile = item.begin_block; tile < item.end_block; ++tile, ++tiles) {
         float x[kSums], scale[2][kBlocks];
         bool known[2];
         ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
-        score(x, scale, known, place.slot, q_factor);
+        score(x, scale, known, place.slot, q_factors);
         work.mask(x, item, tile, warp, lane, known);
         exponentiate(x, scale, sum, tiles);
         place.advance(kGroups);
@@ -86,7 +86,7 @@ struct Scores {
   // x = scale_log2 q k, of this warp's 16 keys: 16 units of two instructions for the latent, two for the rope part. A
   // unit is made while the one before it runs.
   __device__ void score(float (&x)[kSums], float (&scale)[2][kBlocks], bool (&known)[2], int slot,
-                        float q_factor) {
+                        const QueryFactors<kHeads>& q_factors) {
     const std::uint32_t rows = ptx::smem_address(s.rows[slot]) + lane / 4 * kRowStride;
     const std::uint32_t at = rows + lane % 4 * 32;
     float sums[kSums];
@@ -126,9 +126,8 @@ struct Scores {
 #pragma unroll
     for (int i = 0; i < 4; ++i) ptx::wgmma(sums, rope[i], q_rope.step(i), i > 0);
     ptx::wgmma_commit();
-    const float latent = work.scale_log2() * q_factor;
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) x[i] *= latent;
+    for (int i = 0; i < kSums; ++i) x[i] *= work.scale_log2() * q_factors.of[2 * i / kScaledHeads<kHeads>];
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kSums; ++i) x[i] = fmaf(sums[i], work.scale_log2(), x[i]);

@@ -60,35 +60,41 @@ struct Values {
     }
   }
 
-  // A of two instructions: 16 keys, the two pairs of columns of a block.
-  __device__ void load_values(std::uint32_t (&a)[2][4], int slot, int block) const {
+  // A thread's four columns of a block, of its four of 16 keys.
+  struct Words {
+    std::uint32_t key[4];
+  };
+  __device__ Words load_words(int slot, int block) const {
     const std::uint32_t at = ptx::smem_address(s.rows[slot]) + lane % 4 * 2 * kRowStride +
                              (2 * kWg + block) * 128 + warp * 32 + lane / 4 * 4;
-    const std::uint32_t k0 = load_shared_4(at), k1 = load_shared_4(at + kRowStride),
-                        k8 = load_shared_4(at + 8 * kRowStride), k9 = load_shared_4(at + 9 * kRowStride);
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      const std::uint32_t low = __byte_perm(k0, k1, pair == 0 ? 0x5140 : 0x7362);
-      const std::uint32_t high = __byte_perm(k8, k9, pair == 0 ? 0x5140 : 0x7362);
-      a[pair][0] = widen_low(low);
-      a[pair][1] = widen_high(low);
-      a[pair][2] = widen_low(high);
-      a[pair][3] = widen_high(high);
-    }
+    return {load_shared_4(at), load_shared_4(at + kRowStride), load_shared_4(at + 8 * kRowStride),
+            load_shared_4(at + 9 * kRowStride)};
+  }
+  // A of the first (pair 0) or the last two columns.
+  __device__ static void widen(std::uint32_t (&a)[4], const Words& w, int pair) {
+    const std::uint32_t low = __byte_perm(w.key[0], w.key[1], pair == 0 ? 0x5140 : 0x7362);
+    const std::uint32_t high = __byte_perm(w.key[2], w.key[3], pair == 0 ? 0x5140 : 0x7362);
+    a[0] = widen_low(low);
+    a[1] = widen_high(low);
+    a[2] = widen_low(high);
+    a[3] = widen_high(high);
   }
 
-  // O (+)= P V of a tile: eight units of two instructions, of 16 keys and a block each. A unit is made while the one
-  // before it runs.
+  // O (+)= P V of a tile: 16 instructions, of 16 keys, a block and a pair of its columns each. The registers of one are
+  // filled while the one before it runs; more on their way at a time than two, ptxas would not have (it counts them
+  // against the 128 registers of the start).
   __device__ void add_tile(float (&o)[4][kSums], RingPlace<kHeads>& place, int tile, bool accumulate) {
     const int buffer = tile % kWeightBuffers<kHeads>;
-    std::uint32_t a[2][2][4];
+    std::uint32_t a[2][4];
+    Words w;
 #pragma unroll
-    for (int u = 0; u < 8; ++u) {
-      const int step = u / 2, block = u % 2;
+    for (int u = 0; u < 16; ++u) {
+      const int step = u / 4, block = u / 2 % 2, pair = u % 2;
+      if (u % 4 == 0) ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
+      if (pair == 0) w = load_words(place.slot, block);
       if (u >= 2) ptx::wgmma_wait<1>();  // unit u - 2 has read its registers
-      if (block == 0) ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
-      load_values(a[u % 2], place.slot, block);
-      if (block == 1) {
+      widen(a[pair], w, pair);
+      if (u % 4 == 3) {
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(&s.rows_empty[place.slot]);
         place.advance(1);
@@ -97,10 +103,9 @@ struct Values {
         ptx::mbarrier_wait(&s.weights_full[buffer], tile / kWeightBuffers<kHeads> & 1);
         if (accumulate && s.rescaled[buffer] != 0) rescale(o, buffer);
       }
-      const auto weights = s.weights[buffer][2 * kWg + block].k_major().step(step);
       ptx::wgmma_fence();
-      ptx::wgmma(o[2 * block], a[u % 2][0], weights, accumulate || step > 0);
-      ptx::wgmma(o[2 * block + 1], a[u % 2][1], weights, accumulate || step > 0);
+      ptx::wgmma(o[2 * block + pair], a[pair], s.weights[buffer][2 * kWg + block].k_major().step(step),
+                 accumulate || step > 0);
       ptx::wgmma_commit();
     }
     ptx::wgmma_wait<0>();

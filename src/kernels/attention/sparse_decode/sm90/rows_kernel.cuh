@@ -7,7 +7,7 @@
 // Threads    512: one warpgroup of scores (Q K^T, softmax), two of values (256 columns of O each), one of producers.
 // Shared     kHeads 64: Q 72 KB | P 32 KB, one tile for each of a row's four scales | 11 slots of 16 rows, 113 KB |
 //            2 KB of statistics and barriers.
-// Registers  128 at the start, then scores 136 (two sums of 32, A 16, row sums 16), values 176 (O 128, A 16),
+// Registers  128 at the start, then scores 152 (two sums of 32, A 16, row sums 16), values 168 (O 128, A 16),
 //            producers 24, through setmaxnreg.
 //
 // The 128 heads of a token are two CTAs; each reads all keys.
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(fp8_decode::kThreads, 1)
   if (part.begin_req >= p.batch) return;
   const RowsWork work{p, part, q.data, q.stride_b, q.stride_s, q.stride_h};
   if (warp < 4) {
-    ptx::set_max_registers_up<136>();
+    ptx::set_max_registers_up<152>();
     fp8_decode::Scores<kHeads, RowsWork>(work, s).run();
   } else if (warp < 8) {
-    ptx::set_max_registers_up<176>();
+    ptx::set_max_registers_up<168>();
     fp8_decode::Values<kHeads, RowsWork, 0>(work, s).run();
   } else if (warp < 12) {
-    ptx::set_max_registers_up<176>();
+    ptx::set_max_registers_up<168>();
     fp8_decode::Values<kHeads, RowsWork, 1>(work, s).run();
   } else {
     ptx::set_max_registers_down<24>();
