@@ -50,8 +50,8 @@ __device__ __forceinline__ float finite_magnitude(float x) { return isfinite(x) 
 /// The latent part as fp16, times powers of two that bring the largest finite element of kScaledHeads heads to 2^14;
 /// the powers' inverses are returned. Rows that are no heads become zeros. For all threads of the warpgroup of scores,
 /// which afterwards see it as an operand.
-template <int kHeads, class Work>
-__device__ QueryFactors<kHeads> load_query(const Work& work, Smem<kHeads>& s, int req) {
+template <int kHeads, class Work, class Item>
+__device__ QueryFactors<kHeads> load_query(const Work& work, Smem<kHeads>& s, const Item& item) {
   constexpr int kEights = kScaledHeads<kHeads> / 8, kLoads = kEights * kBlocks;
   using Chunk = ptx::Tile<__half, kHeads, 64>;
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
@@ -63,7 +63,7 @@ __device__ QueryFactors<kHeads> load_query(const Work& work, Smem<kHeads>& s, in
     uint4 x[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
-      x[i] = work.query(req, first + i / kBlocks * 8 + place.row, i % kBlocks * 128 + place.column());
+      x[i] = work.query(item, first + i / kBlocks * 8 + place.row, i % kBlocks * 128 + place.column());
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -95,7 +95,7 @@ __device__ QueryFactors<kHeads> load_query(const Work& work, Smem<kHeads>& s, in
     }
   }
   for (int eight = place.odd; eight < kHeads / 8; eight += 2) {
-    const uint4 x = work.query(req, eight * 8 + place.row, Row::kLatent + place.rope_column());
+    const uint4 x = work.query(item, eight * 8 + place.row, Row::kLatent + place.rope_column());
     place.store(q_rope + eight * Chunk::kAtom, {x.x, x.y, x.z, x.w});
   }
   ptx::fence_async_proxy();

@@ -52,7 +52,7 @@ struct Scores {
       }
       exponent = kNever;
       if (threadIdx.x % kGroupThreads < kHeads) s.reference[threadIdx.x % kGroupThreads] = -INFINITY;
-      const auto q_factors = load_query(work, s, item.req);  // ends in a barrier of this warpgroup
+      const auto q_factors = load_query(work, s, item);  // ends in a barrier of this warpgroup
       float sum[kOwnHeads] = {};
       for (int tile = item.begin_block; tile < item.end_block; ++tile, ++tiles) {
         float x[kSums], scale[2][kBlocks];

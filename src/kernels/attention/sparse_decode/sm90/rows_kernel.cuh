@@ -7,8 +7,8 @@
 // Threads    512: one warpgroup of scores (Q K^T, softmax), two of values (256 columns of O each), one of producers.
 // Shared     kHeads 64: Q 72 KB | P 32 KB, one tile for each of a row's four scales | 11 slots of 16 rows, 113 KB |
 //            2 KB of statistics and barriers.
-// Registers  128 at the start, then scores 152 (two sums of 32, A 16, row sums 16), values 168 (O 128, A 16),
-//            producers 24, through setmaxnreg.
+// Registers  128 at the start, then scores 144 (two sums of 32, A 16, row sums 16), values 168 (O 128, A 16),
+//            producers 32, through setmaxnreg.
 //
 // The 128 heads of a token are two CTAs; each reads all keys.
 
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(fp8_decode::kThreads, 1)
   auto& s = *reinterpret_cast<fp8_decode::Smem<kHeads>*>(
       (reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x == 0) fp8_decode::init_barriers(s, kBulk ? 1 : 32);
+  if (threadIdx.x == 0) fp8_decode::init_barriers(s, fp8_decode::kRowArrivals<kBulk>);
   ptx::grid_dependency_wait();
   const PartRange part = part_of(p, static_cast<int>(blockIdx.z));
   __syncthreads();
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(fp8_decode::kThreads, 1)
   if (part.begin_req >= p.batch) return;
   const RowsWork work{p, part, q.data, q.stride_b, q.stride_s, q.stride_h};
   if (warp < 4) {
-    ptx::set_max_registers_up<152>();
+    ptx::set_max_registers_up<144>();
     fp8_decode::Scores<kHeads, RowsWork>(work, s).run();
   } else if (warp < 8) {
     ptx::set_max_registers_up<168>();
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(fp8_decode::kThreads, 1)
     ptx::set_max_registers_up<168>();
     fp8_decode::Values<kHeads, RowsWork, 1>(work, s).run();
   } else {
-    ptx::set_max_registers_down<24>();
+    ptx::set_max_registers_down<32>();
     RowsProducer<kHeads, kBulk>{p, s, part, warp - 12, static_cast<int>(threadIdx.x) % 32, token_of_block(p)}
         .run();
   }

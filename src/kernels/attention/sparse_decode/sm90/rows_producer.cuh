@@ -1,12 +1,10 @@
 #pragma once
 
-// The four producer warps of sparse decode over 656-byte rows: each brings the rows of 16 of a tile's 64 keys into a
-// slot of the ring, as they are; rows of keys that are none become zeros.
-//
-// kBulk: one bulk copy a row, by the copy engine. Otherwise copies of 16 bytes, which leave no register waiting either.
+// The four producer warps of sparse decode over 656-byte rows: each brings the rows of 16 of a tile's 64 keys.
 
 #include <cstdint>
 
+#include "kernels/attention/fp8_decode/sm90/bring.cuh"
 #include "kernels/attention/fp8_decode/sm90/smem.cuh"
 #include "kernels/attention/sparse_decode/sm90/smem.cuh"
 #include "kernels/ptx/mbarrier.cuh"
@@ -23,8 +21,6 @@ struct RowsProducer {
   const int token;
 
   static constexpr int kKeys = fp8_decode::kGroupKeys;
-  static constexpr int kRowBytes = fp8_decode::kRowStride, kRowUnits = kRowBytes / 16;
-  static constexpr std::uint32_t kNone = 0xFFFFFFFFu;
 
   // The tiles that follow, of a list those in a row.
   struct Cursor {
@@ -81,55 +77,13 @@ struct RowsProducer {
     return index;
   }
 
-  // Where a key's row lies, in units of 16 bytes from the cache's beginning.
-  __device__ std::uint32_t row_of(const ListedKeys& k, int index) const {
-    if (index < 0) return kNone;
+  // Where a key's row lies; null if it is none.
+  __device__ static const std::byte* row_of(const ListedKeys& k, int index) {
+    if (index < 0) return nullptr;
     const auto n = static_cast<std::uint32_t>(index);
     const std::uint32_t page = k.page_magic == 0 ? n : __umulhi(n, k.page_magic) >> k.page_shift;
-    return page * k.page_units + (n - page * k.page_size) * k.token_units;
-  }
-
-  // The rows of one slot.
-  __device__ void bring_bulk(int slot, const std::byte* cache, std::uint32_t row) const {
-    const std::uint32_t valid = __ballot_sync(0xFFFFFFFFu, row != kNone);
-    const std::uint32_t to = ptx::smem_address(s.rows[slot]);
-    for (std::uint32_t none = ~valid & ((1u << kKeys) - 1); none != 0; none &= none - 1) {
-      const std::uint32_t at = to + (__ffs(static_cast<int>(none)) - 1) * kRowBytes;
-      for (int i = lane; i < kRowUnits; i += 32)
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at + i * 16), "r"(0) : "memory");
-    }
-    if (lane == 0) s.valid[slot] = valid;
-    __syncwarp();
-    if (lane == 0) {
-      ptx::mbarrier_arrive_expect_tx(&s.rows_full[slot],
-                                     static_cast<std::uint32_t>(__popc(valid) * kRowBytes));
-    }
-    __syncwarp();
-    if (row != kNone) {
-      ptx::bulk_load(to + lane * kRowBytes, cache + row * std::uint64_t{16}, kRowBytes, &s.rows_full[slot]);
-    }
-  }
-  __device__ void bring_pieces(int slot, const std::byte* cache, std::uint32_t row) const {
-    const std::uint32_t valid = __ballot_sync(0xFFFFFFFFu, row != kNone);
-    if (lane == 0) s.valid[slot] = valid;
-    std::uint32_t to = ptx::smem_address(s.rows[slot]) + lane * 16;
-    int key = 0, unit = lane;  // of this lane's next piece
-#pragma unroll 3
-    for (int i = 0; i < (kKeys * kRowUnits + 31) / 32; ++i) {
-      if (unit >= kRowUnits) {
-        unit -= kRowUnits;
-        ++key;
-      }
-      const std::uint32_t from = __shfl_sync(0xFFFFFFFFu, row, key % kKeys);
-      if (key < kKeys) {
-        ptx::copy_async_16_or_zeros(
-            to, cache + (from == kNone ? 0 : from + static_cast<std::uint32_t>(unit)) * std::uint64_t{16},
-            from != kNone);
-      }
-      to += 512;
-      unit += 32;
-    }
-    ptx::copy_async_arrive(&s.rows_full[slot]);
+    const std::uint32_t units = page * k.page_units + (n - page * k.page_size) * k.token_units;
+    return k.cache + units * std::uint64_t{16};
   }
 
   __device__ void run() const {
@@ -139,17 +93,10 @@ struct RowsProducer {
     fp8_decode::RingPlace<kHeads> place(warp);
     int list, index = take(cursor, list);
     for (bool more = true; more;) {
-      const ListedKeys& k = p.keys[list];
-      const std::uint32_t row = row_of(k, index);
-      const std::byte* cache = k.cache;
+      const std::byte* row = row_of(p.keys[list], index);
       more = cursor.req >= 0;
       if (more) index = take(cursor, list);
-      ptx::mbarrier_wait(&s.rows_empty[place.slot], place.phase ^ 1);
-      if constexpr (kBulk) {
-        bring_bulk(place.slot, cache, row);
-      } else {
-        bring_pieces(place.slot, cache, row);
-      }
+      fp8_decode::bring_rows<kHeads, kBulk>(s, place, lane, row);
       place.advance(fp8_decode::kGroups);
     }
   }

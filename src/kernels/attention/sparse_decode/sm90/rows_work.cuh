@@ -27,10 +27,10 @@ struct RowsWork {
     return r < p.blocks.heads && head < p.h_q;
   }
   /// Eight elements of a row of Q.
-  __device__ uint4 query(int req, int row, int column) const {
+  __device__ uint4 query(const Item& item, int row, int column) const {
     int head;
     if (!locate(row, head)) return {0, 0, 0, 0};
-    return __ldg(reinterpret_cast<const uint4*>(q + req * q_stride_b + token_of_block(p) * q_stride_s +
+    return __ldg(reinterpret_cast<const uint4*>(q + item.req * q_stride_b + token_of_block(p) * q_stride_s +
                                                 head * q_stride_h + column));
   }
   /// Scores of keys that are none become -inf.

@@ -213,7 +213,7 @@ void sparse_decode(const SparseDecodeArgs& a, void* workspace, float softmax_sca
                                             {a.q.size(1), a.q.stride(1) * 2, 1},
                                             {d_qk / 64, 128, 1},
                                             {a.q.size(0), a.q.stride(0) * 2, 1}}});
-  launch_sparse_decode(p, q_map, a.keys.cache.format, plan, stream);
+  launch_sparse_decode(p, a.q, q_map, a.keys.cache.format, plan, stream);
 }
 
 }  // namespace flash_mla::sm90
