@@ -42,8 +42,13 @@ struct QueryPlace {
   }
 };
 
+template <bool kBf16>
 __device__ __forceinline__ float2 floats(std::uint32_t x) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x));
+  if constexpr (kBf16) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x));
+  } else {
+    return __half22float2(reinterpret_cast<const __half2&>(x));
+  }
 }
 __device__ __forceinline__ float finite_magnitude(float x) { return isfinite(x) ? fabsf(x) : 0.0f; }
 
@@ -68,7 +73,7 @@ __device__ QueryFactors<kHeads> load_query(const Work& work, Smem<kHeads>& s, co
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       for (const std::uint32_t two : {x[i].x, x[i].y, x[i].z, x[i].w}) {
-        const float2 f = floats(two);
+        const float2 f = floats<Work::kBf16>(two);
         largest = fmaxf(largest, fmaxf(finite_magnitude(f.x), finite_magnitude(f.y)));
       }
     }
@@ -85,7 +90,7 @@ __device__ QueryFactors<kHeads> load_query(const Work& work, Smem<kHeads>& s, co
     for (int i = 0; i < kLoads; ++i) {
       std::uint32_t pair[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
       for (std::uint32_t& two : pair) {
-        const float2 f = floats(two);
+        const float2 f = floats<Work::kBf16>(two);
         const __half2 h = __floats2half2_rn(f.x * power, f.y * power);
         two = reinterpret_cast<const std::uint32_t&>(h);
       }

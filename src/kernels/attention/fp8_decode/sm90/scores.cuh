@@ -54,16 +54,22 @@ struct Scores {
       if (threadIdx.x % kGroupThreads < kHeads) s.reference[threadIdx.x % kGroupThreads] = -INFINITY;
       const auto q_factors = load_query(work, s, item);  // ends in a barrier of this warpgroup
       float sum[kOwnHeads] = {};
+      float highest[Work::kMaxima ? kOwnHeads : 1];
+      for (float& x : highest) x = -INFINITY;
       for (int tile = item.begin_block; tile < item.end_block; ++tile, ++tiles) {
         float x[kSums], scale[2][kBlocks];
         bool known[2];
         ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
         score(x, scale, known, place.slot, q_factors);
         work.mask(x, item, tile, warp, lane, known);
+        if constexpr (Work::kMaxima) {
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) highest[head_of(i)] = fmaxf(highest[head_of(i)], x[i]);
+        }
         exponentiate(x, scale, sum, tiles);
         place.advance(kGroups);
       }
-      finish(item, sum, items++);
+      finish(item, sum, highest, items++);
     }
   }
 
@@ -114,14 +120,18 @@ struct Scores {
       ptx::wgmma_commit();
     }
     add_block(x, sums, scale, 3);
-    const auto q_rope = s.q_rope.k_major();
     const Words second = load_words(at + Row::kRopeOffset + 16);
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&s.rows_empty[slot]);
-    const std::uint32_t rope[4][4] = {{w.first.x, w.second.x, w.first.y, w.second.y},
-                                      {w.first.z, w.second.z, w.first.w, w.second.w},
-                                      {second.first.x, second.second.x, second.first.y, second.second.y},
-                                      {second.first.z, second.second.z, second.first.w, second.second.w}};
+    const std::uint32_t rope[4][4] = {
+        {rope_pair(w.first.x), rope_pair(w.second.x), rope_pair(w.first.y), rope_pair(w.second.y)},
+        {rope_pair(w.first.z), rope_pair(w.second.z), rope_pair(w.first.w), rope_pair(w.second.w)},
+        {rope_pair(second.first.x), rope_pair(second.second.x), rope_pair(second.first.y),
+         rope_pair(second.second.y)},
+        {rope_pair(second.first.z), rope_pair(second.second.z), rope_pair(second.first.w),
+         rope_pair(second.second.w)}};
+    using RopeTile = ptx::Tile<ptx::Element<Work::kBf16>, kHeads, kv::kRopeWidth>;
+    const auto q_rope = reinterpret_cast<RopeTile&>(s.q_rope).k_major();
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) ptx::wgmma(sums, rope[i], q_rope.step(i), i > 0);
@@ -131,6 +141,12 @@ struct Scores {
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kSums; ++i) x[i] = fmaf(sums[i], work.scale_log2(), x[i]);
+  }
+  // Two bfloat16 of a row as Q's type.
+  __device__ static std::uint32_t rope_pair(std::uint32_t x) {
+    if constexpr (Work::kBf16) return x;
+    const float2 f = floats<true>(x);
+    return pack2<false>(f.x, f.y);
   }
   __device__ void load_scales(float (&scale)[2][kBlocks], bool (&known)[2], std::uint32_t rows,
                               int slot) const {
@@ -270,8 +286,22 @@ struct Scores {
   // ---- the end of an item
 
   // The sums of all keys, the lse or the statistics of a split, and what O is multiplied with.
-  template <class Item>
-  __device__ void finish(const Item& item, float (&sum)[kOwnHeads], int items) {
+  template <class Item, int kMaxima>
+  __device__ void finish(const Item& item, float (&sum)[kOwnHeads], float (&highest)[kMaxima], int items) {
+    const int row = static_cast<int>(threadIdx.x) % kGroupThreads;
+    float of_row = 0.0f;
+    if constexpr (Work::kMaxima) {
+#pragma unroll
+      for (int i = 0; i < kOwnHeads; ++i) {
+        for (int step = 4; step < 32; step *= 2)
+          highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xFFFFFFFFu, highest[i], step));
+        if (lane < 4) s.exchange[warp][i / 2 * 8 + lane * 2 + i % 2] = highest[i];
+      }
+      wait_for_group();
+      of_row = s.exchange[0][row % kHeads];
+      for (int w = 1; w < kWarpsOfGroup; ++w) of_row = fmaxf(of_row, s.exchange[w][row % kHeads]);
+      wait_for_group();
+    }
 #pragma unroll
     for (int i = 0; i < kOwnHeads; ++i) {
       for (int step = 4; step < 32; step *= 2) sum[i] += __shfl_xor_sync(0xFFFFFFFFu, sum[i], step);
@@ -279,7 +309,6 @@ struct Scores {
     }
     wait_for_group();
     ptx::mbarrier_wait(&s.end_empty, (items & 1) ^ 1);
-    const int row = static_cast<int>(threadIdx.x) % kGroupThreads;
     if (row < kHeads) {
       float total = s.exchange[0][row];
       for (int w = 1; w < kWarpsOfGroup; ++w) total += s.exchange[w][row];
@@ -288,7 +317,7 @@ struct Scores {
         work.store_stats(item, row, s.reference[row], total);
         s.factor[row] = unit;
       } else {
-        s.factor[row] = work.finish_row(item, row, s.reference[row], total) * unit;
+        s.factor[row] = work.finish_row(item, row, s.reference[row], total, of_row) * unit;
       }
     }
     __syncwarp();
@@ -303,7 +332,7 @@ struct Scores {
     if (item.is_split) {
       work.store_stats(item, row, -INFINITY, 0.0f);
     } else {
-      work.finish_row(item, row, -INFINITY, 0.0f);
+      work.finish_row(item, row, -INFINITY, 0.0f, -INFINITY);
     }
   }
 };

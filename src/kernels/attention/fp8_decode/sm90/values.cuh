@@ -164,7 +164,8 @@ struct Values {
         for (int block = 0; block < 2; ++block) {
           const float *x = o[2 * block], *y = o[2 * block + 1];
           *reinterpret_cast<uint2*>(to + kWg * 256 + block * 128 + warp * 32 + lane / 4 * 4) =
-              uint2{pack2<true>(x[4 * j + e], x[4 * j + 2 + e]), pack2<true>(y[4 * j + e], y[4 * j + 2 + e])};
+              uint2{pack2<Work::kBf16>(x[4 * j + e], x[4 * j + 2 + e]),
+                    pack2<Work::kBf16>(y[4 * j + e], y[4 * j + 2 + e])};
         }
       }
     }

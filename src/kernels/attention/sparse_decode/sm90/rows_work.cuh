@@ -12,6 +12,9 @@
 namespace flash_mla::sm90::sparse {
 
 struct RowsWork {
+  static constexpr bool kBf16 = true;     ///< type of Q and of the output
+  static constexpr bool kMaxima = false;  ///< finish_row() is told the highest score
+
   const SparseDecodeParams& p;
   const PartRange& part;
   const std::uint16_t* q;
@@ -51,7 +54,7 @@ struct RowsWork {
                                                                                                  sum};
   }
   /// What a row's O has to be multiplied with. Stores its lse, which knows nothing of the sink.
-  __device__ float finish_row(const Item& item, int row, float reference, float sum) const {
+  __device__ float finish_row(const Item& item, int row, float reference, float sum, float) const {
     int head;
     const bool valid = locate(row, head), none = sum == 0.0f;
     if (valid && p.lse != nullptr) {

@@ -9,22 +9,41 @@
 #include "base/cuda/check.h"
 #include "base/cuda/launch.h"
 #include "base/cuda/shared_memory.h"
+#include "kernels/attention/sparse_prefill/sm90/fp8_rows.cuh"
 #include "kernels/attention/sparse_prefill/sm90/kernel.cuh"
 
 namespace flash_mla::sm90::sparse_prefill {
 
-using Launch = void (*)(const SparsePrefillParams&, const CUtensorMap& q_map, const CUtensorMap& out_map,
-                        int sms, cudaStream_t);
+using Launch = void (*)(const SparsePrefillParams&, const QueryView& q, const CUtensorMap& q_map,
+                        const CUtensorMap& out_map, int sms, cudaStream_t);
 
 template <bool kBf16, KvFormat kFormat, int kHeadDim>
-void launch_as(const SparsePrefillParams& p, const CUtensorMap& q_map, const CUtensorMap& out_map, int sms,
-               cudaStream_t stream) {
+void launch_as(const SparsePrefillParams& p, const QueryView&, const CUtensorMap& q_map,
+               const CUtensorMap& out_map, int sms, cudaStream_t stream) {
   constexpr auto kKernel = sparse_prefill_kernel<kBf16, kFormat, kHeadDim>;
   constexpr std::size_t kSmemBytes = sizeof(Smem<ptx::Element<kBf16>>) + 1024;
   check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
   const auto ctas = static_cast<unsigned>(std::min(p.items, sms));
   check(launch(LaunchConfig(ctas, kThreads, kSmemBytes, stream), kKernel, q_map, out_map, p),
         "sparse_prefill_kernel");
+}
+
+/// Over 656-byte rows.
+template <int kHeads, bool kBf16, bool kBulk>
+void launch_fp8_rows(const SparsePrefillParams& p, const QueryView& q, const CUtensorMap&, const CUtensorMap&,
+                     int sms, cudaStream_t stream) {
+  constexpr auto kKernel = sparse_prefill_fp8_kernel<kHeads, kBf16, kBulk>;
+  constexpr std::size_t kSmemBytes = sizeof(fp8_decode::Smem<kHeads>) + 1024;
+  check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
+  const auto ctas = static_cast<unsigned>(std::min(p.items, sms));
+  check(launch(LaunchConfig(ctas, fp8_decode::kThreads, kSmemBytes, stream), kKernel, q, p),
+        "sparse_prefill_fp8_kernel");
+}
+template <bool kBf16, bool kBulk>
+Launch of_fp8_rows(int h_q) {
+  return h_q <= 16   ? launch_fp8_rows<16, kBf16, kBulk>
+         : h_q <= 32 ? launch_fp8_rows<32, kBf16, kBulk>
+                     : launch_fp8_rows<64, kBf16, kBulk>;
 }
 
 /// Over rows of 16-bit elements, and over an FP8 format.
@@ -44,9 +63,12 @@ Launch of_fp8(KvFormat format) {
       return launch_as<kBf16, KvFormat::kFp8Tensor, 576>;
   }
 }
-// Instantiated in launch_rows.cu, launch_fp8.cu and launch_fp16.cu.
+// Instantiated in launch_rows.cu, launch_fp8.cu, launch_fp8_rows.cu and launch_fp16.cu.
 extern template Launch of_rows<true>(int);
 extern template Launch of_rows<false>(int);
+extern template Launch of_fp8_rows<true, true>(int);
+extern template Launch of_fp8_rows<true, false>(int);
+extern template Launch of_fp8_rows<false, true>(int);
 extern template Launch of_fp8<true>(KvFormat);
 extern template Launch of_fp8<false>(KvFormat);
 

@@ -47,6 +47,20 @@ class Cursor {
     }
   }
 
+  /// Where the row of this lane's key begins, of the first 16 lanes; null if it is none, and in other lanes.
+  __device__ const std::byte* own_row() const {
+    if (entry_ >= limit_) return nullptr;
+    const std::uint32_t n = begin_ + entry_;
+    std::uint32_t row = n * p_.token_units;
+    if (!p_.is_flat) {
+      std::uint32_t page = divide(n, p_.by_page_size);
+      const std::uint32_t offset = n - page * p_.page_size;
+      if (p_.block_table != nullptr) page = static_cast<std::uint32_t>(__ldg(table_ + page));
+      row = page * p_.page_units + offset * p_.token_units;
+    }
+    return p_.cache + row * std::uint64_t{16};
+  }
+
   // The rows of this lane's keys. Without branches but those that all take alike.
   template <bool kScales>
   __device__ void locate(Rows& rows) const {
