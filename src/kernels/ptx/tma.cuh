@@ -55,15 +55,6 @@ __device__ __forceinline__ void tma_load_5d_multicast(void* smem, const CUtensor
       : "memory");
 }
 
-/// `bytes` contiguous bytes, a multiple of 16 like both addresses; counted at `barrier`.
-__device__ __forceinline__ void bulk_load(std::uint32_t smem, const void* global, std::uint32_t bytes,
-                                          std::uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
-      "l"(global), "r"(bytes), "r"(smem_address(barrier))
-      : "memory");
-}
-
 /// A box from shared to global memory, as part of the thread's current group of copies.
 __device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, const void* smem, int c0, int c1, int c2,
                                              int c3, int c4) {

@@ -32,6 +32,9 @@ __device__ __forceinline__ T load_shared(std::uint32_t from) {
   }
   return x.value;
 }
+__device__ __forceinline__ void store_shared_4(std::uint32_t to, std::uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
 __device__ __forceinline__ void store_shared_16(std::uint32_t to, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");

@@ -67,7 +67,9 @@ class Block {
 
   // ---- of the running thread
   unsigned thread() const { return static_cast<unsigned>(running_); }
-  Dim3 block_index{};
+  Dim3 block_index{}, grid_size{};
+  /// What copy_async_arrive() has to wait for.
+  std::vector<std::function<void()>>& own_copies() { return fiber().copies; }
   void wait_until(std::function<bool()> ready);
   std::uint32_t shared_address(const void* p) const {
     return static_cast<std::uint32_t>(static_cast<const std::byte*>(p) - shared_);
@@ -83,6 +85,7 @@ class Block {
 
   /// Counts in; waits for the others if `stays`.
   bool meet(int key, int threads, bool stays, bool any = false);
+  void meet_block() { meet(0, static_cast<int>(fibers_.size()), true); }
   void meet_warp() { meet(1000 + static_cast<int>(thread() / 32), 32, true); }
   void meet_warpgroup() { meet(2000 + static_cast<int>(thread() / 128), 128, true); }
 
@@ -102,6 +105,7 @@ class Block {
     std::vector<char> stack;
     std::function<bool()> ready;
     bool done = false;
+    std::vector<std::function<void()>> copies;
     std::vector<Product> products;    // issued
     std::vector<std::size_t> groups;  // ends of groups
     std::size_t executed = 0, groups_done = 0;

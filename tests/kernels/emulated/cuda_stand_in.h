@@ -2,6 +2,7 @@
 
 // What device code takes from CUDA's headers and from the compiler, for block.h.
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +18,7 @@
 #define __launch_bounds__(...)
 #define threadIdx (emulated::Dim3{emulated::Block::current().thread()})
 #define blockIdx (emulated::Block::current().block_index)
+#define gridDim (emulated::Block::current().grid_size)
 
 struct alignas(8) float2 {
   float x, y;
@@ -37,6 +39,7 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+using std::isfinite;
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline std::uint32_t max(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
@@ -85,6 +88,9 @@ inline __nv_bfloat16 to_bf16(float f) { return {flash_mla::to_bf16(f).bits}; }
 inline float2 __half22float2(__half2 h) {
   return {emulated::Block::half_to_float(h.x.bits), emulated::Block::half_to_float(h.y.bits)};
 }
+inline float2 __bfloat1622float2(__nv_bfloat162 h) {
+  return {emulated::Block::bf16_to_float(h.x.bits), emulated::Block::bf16_to_float(h.y.bits)};
+}
 inline __half2 __floats2half2_rn(float x, float y) { return {emulated::to_half(x), emulated::to_half(y)}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {emulated::to_bf16(x), emulated::to_bf16(y)};
@@ -104,7 +110,7 @@ inline __half2 __high2half2(__half2 h) { return {h.y, h.y}; }
 inline __half __low2half(__half2 h) { return h.x; }
 inline __half __high2half(__half2 h) { return h.y; }
 
-inline void __syncthreads() { emulated::Block::current().meet(0, 384, true); }
+inline void __syncthreads() { emulated::Block::current().meet_block(); }
 inline void __syncwarp() { emulated::Block::current().meet_warp(); }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
@@ -114,6 +120,30 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
   const std::uint64_t other = block.exchange(bits)[(block.thread() ^ static_cast<unsigned>(mask)) % 32];
   std::memcpy(&x, &other, sizeof(T));
   return x;
+}
+
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(T));
+  const std::uint64_t other = emulated::Block::current().exchange(bits)[static_cast<unsigned>(lane) % 32];
+  std::memcpy(&x, &other, sizeof(T));
+  return x;
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+  const auto& of_all = emulated::Block::current().exchange(x);
+  unsigned bits = 0;
+  for (unsigned i = 0; i < 32; ++i) bits |= static_cast<unsigned>(of_all[i]) << i;
+  return bits;
+}
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
+inline std::uint32_t __umulhi(std::uint32_t a, std::uint32_t b) {
+  return static_cast<std::uint32_t>(std::uint64_t{a} * b >> 32);
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
 }
 
 /// A tensor of 16-bit elements for the copy engine, innermost dimension of 64 first, written with 128-byte swizzle.

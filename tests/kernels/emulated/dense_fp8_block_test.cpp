@@ -12,6 +12,7 @@
 #include "flash_mla/dense_fp8.h"
 #include "flash_mla/reference.h"
 #include "flash_mla/schedule.h"
+#include "combine.h"
 #include "kernels/attention/dense_fp8_decode/sm90/kernel.cuh"
 
 namespace flash_mla::sm90::dense_fp8 {
@@ -169,54 +170,6 @@ struct Problem {
     }
   }
 
-  /// As combine.cuh, in float64.
-  void combine(const DenseFp8Params& p) {
-    const int groups = row_groups(p.blocks), count = p.blocks.count();
-    for (std::int64_t r = 0; r < b; ++r) {
-      const int before = p.num_splits[r], splits = p.num_splits[r + 1] - before;
-      if (splits <= 1) continue;
-      for (int block = 0; block < count; ++block) {
-        for (int row = 0; row < p.blocks.tokens * p.blocks.heads; ++row) {
-          const RowPlace place = place_of(p.blocks, block, row);
-          if (place.token >= p.s_q || place.head >= p.group) continue;
-          double most = -INFINITY, whole = 0;
-          std::vector<double> sum(512);
-          const auto slot_of = [&](int i) {
-            if (p.split_tiles > 0) return before + i;
-            return before - static_cast<int>(r) + (i == 0 ? p.num_parts : i - 1);
-          };
-          const auto stats_of = [&](int i) {
-            return &partial_stats[static_cast<std::size_t>(
-                2 * ((std::int64_t{slot_of(i)} * count + block) * groups * 16 + row))];
-          };
-          for (int i = 0; i < splits; ++i) most = std::max(most, double{stats_of(i)[0]});
-          for (int i = 0; i < splits; ++i) {
-            const double w = most == -INFINITY ? 0 : std::exp2(stats_of(i)[0] - most);
-            if (stats_of(i)[1] == 0.0f) continue;
-            whole += w * stats_of(i)[1];
-            for (int c = 0; c < 512; ++c) {
-              const int wg = c / 256, group = c % 256 / 8, lane = row % 8 * 4 + c % 8 / 2;
-              const std::int64_t at =
-                  (((std::int64_t{slot_of(i)} * count + block) * groups + row / 16) * 2 + wg) * kFragment +
-                  group * 32 + lane;
-              sum[static_cast<std::size_t>(c)] +=
-                  w * partial_out[static_cast<std::size_t>(4 * at + row % 16 / 8 * 2 + c % 2)];
-            }
-          }
-          const std::int64_t to =
-              r * p.out_stride_b + place.token * p.out_stride_s + place.head * p.out_stride_h;
-          for (int c = 0; c < 512; ++c) {
-            const auto x = static_cast<float>(whole == 0 ? 0 : sum[static_cast<std::size_t>(c)] / whole);
-            out[static_cast<std::size_t>(to + c)] =
-                s.bf16 ? emulated::to_bf16(x).bits : emulated::to_half(x).bits;
-          }
-          lse[static_cast<std::size_t>(r * p.lse_stride_b + place.head * p.lse_stride_h + place.token)] =
-              whole == 0 ? INFINITY : static_cast<float>((most + std::log2(whole)) * 0.6931471805599453);
-        }
-      }
-    }
-  }
-
   void run() {
     const DenseFp8Params p = params();
     if (s.bf16) {
@@ -226,7 +179,7 @@ struct Problem {
       s.format == KvFormat::kFp8V32 ? launch<false, KvFormat::kFp8V32>(p)
                                     : launch<false, KvFormat::kFp8Tensor>(p);
     }
-    combine(p);
+    emulated::combine(p, static_cast<int>(b), s.bf16);
   }
 
   void expect_right() {

@@ -24,7 +24,7 @@ __device__ void bring_by_bulk(Smem<kHeads>& s, int slot, int lane, std::uint32_t
   for (std::uint32_t none = ~valid & ((1u << kGroupKeys) - 1); none != 0; none &= none - 1) {
     const std::uint32_t at = to + (__ffs(static_cast<int>(none)) - 1) * kRowStride;
     for (int i = lane; i < kRowUnits; i += 32) {
-      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at + i * 16), "r"(0) : "memory");
+      ptx::store_shared_16(at + i * 16, uint4{0, 0, 0, 0});
     }
   }
   __syncwarp();
@@ -33,7 +33,7 @@ __device__ void bring_by_bulk(Smem<kHeads>& s, int slot, int lane, std::uint32_t
                                    static_cast<std::uint32_t>(__popc(valid) * kRowStride));
   }
   __syncwarp();
-  if (row != nullptr) ptx::bulk_load(to + lane * kRowStride, row, kRowStride, &s.rows_full[slot]);
+  if (row != nullptr) ptx::bulk_load(s.rows[slot] + lane * kRowStride, row, kRowStride, &s.rows_full[slot]);
 }
 
 /// Copies of 16 bytes, which leave no register waiting either.

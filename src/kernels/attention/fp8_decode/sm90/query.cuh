@@ -34,10 +34,7 @@ struct QueryPlace {
   __device__ void store(std::uint32_t rows_of_eight, const std::uint32_t (&pair)[4]) const {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
-      asm volatile(
-          "st.shared.u32 [%0], %1;" ::"r"(ptx::swizzled_word(rows_of_eight, row, 4 * half + p) + 4 * c),
-          "r"(pair[p])
-          : "memory");
+      ptx::store_shared_4(ptx::swizzled_word(rows_of_eight, row, 4 * half + p) + 4 * c, pair[p]);
     }
   }
 };

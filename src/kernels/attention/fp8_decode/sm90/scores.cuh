@@ -80,7 +80,7 @@ struct Scores {
     uint4 first, second;
   };
   __device__ static Words load_words(std::uint32_t at) {
-    return {load_shared_16(at), load_shared_16(at + 8 * kRowStride)};
+    return {ptx::load_shared<uint4>(at), ptx::load_shared<uint4>(at + 8 * kRowStride)};
   }
   __device__ static void widen(std::uint32_t (&a)[4], std::uint32_t first, std::uint32_t second) {
     a[0] = widen_low(first);
@@ -153,7 +153,7 @@ struct Scores {
     const std::uint32_t valid = s.valid[slot];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint4 x = load_shared_16(rows + 8 * h * kRowStride + Row::kScaleOffset);
+      const uint4 x = ptx::load_shared<uint4>(rows + 8 * h * kRowStride + Row::kScaleOffset);
       scale[h][0] = __uint_as_float(x.x);
       scale[h][1] = __uint_as_float(x.y);
       scale[h][2] = __uint_as_float(x.z);
@@ -219,13 +219,7 @@ struct Scores {
 
   // True in all threads of the warpgroup if it is in one.
   __device__ static bool any_of_group(bool x) {
-    std::uint32_t any;
-    asm volatile(
-        "{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.cta.red.or.pred q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
-        : "=r"(any)
-        : "r"(static_cast<std::uint32_t>(x)), "n"(static_cast<int>(kScoresReady)), "n"(kGroupThreads)
-        : "memory");
-    return any != 0;
+    return ptx::named_barrier_or<kScoresReady, kGroupThreads>(x);
   }
   __device__ static void wait_for_group() { ptx::named_barrier_sync<kScoresReady, kGroupThreads>(); }
 

@@ -15,6 +15,7 @@
 
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/tile.cuh"
+#include "kernels/ptx/words.cuh"
 #include "kv/format.h"
 
 namespace flash_mla::sm90::fp8_decode {
@@ -93,29 +94,12 @@ __device__ void init_barriers(Smem<kHeads>& s, int row_arrivals) {
   ptx::fence_barrier_init();
 }
 
-__device__ __forceinline__ uint4 load_shared_16(std::uint32_t from) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(from)
-               : "memory");
-  return x;
-}
-__device__ __forceinline__ std::uint32_t load_shared_4(std::uint32_t from) {
-  std::uint32_t x;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
-  return x;
-}
 /// Two e4m3 as two fp16, exactly: the low or the high half of x.
 __device__ __forceinline__ std::uint32_t widen_low(std::uint32_t x) {
-  std::uint32_t y;
-  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.rn.f16x2.e4m3x2 %0, l;\n}" : "=r"(y) : "r"(x));
-  return y;
+  return ptx::widen_e4m3(static_cast<std::uint16_t>(x));
 }
 __device__ __forceinline__ std::uint32_t widen_high(std::uint32_t x) {
-  std::uint32_t y;
-  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.rn.f16x2.e4m3x2 %0, h;\n}" : "=r"(y) : "r"(x));
-  return y;
+  return ptx::widen_e4m3(static_cast<std::uint16_t>(x >> 16));
 }
 
 }  // namespace flash_mla::sm90::fp8_decode

@@ -67,8 +67,8 @@ struct Values {
   __device__ Words load_words(int slot, int block) const {
     const std::uint32_t at = ptx::smem_address(s.rows[slot]) + lane % 4 * 2 * kRowStride +
                              (2 * kWg + block) * 128 + warp * 32 + lane / 4 * 4;
-    return {load_shared_4(at), load_shared_4(at + kRowStride), load_shared_4(at + 8 * kRowStride),
-            load_shared_4(at + 9 * kRowStride)};
+    return {ptx::load_shared<std::uint32_t>(at), ptx::load_shared<std::uint32_t>(at + kRowStride), ptx::load_shared<std::uint32_t>(at + 8 * kRowStride),
+            ptx::load_shared<std::uint32_t>(at + 9 * kRowStride)};
   }
   // A of the first (pair 0) or the last two columns.
   __device__ static void widen(std::uint32_t (&a)[4], const Words& w, int pair) {

@@ -4,6 +4,7 @@
 namespace flash_mla::sm90::ptx {
 inline void prefetch_tensor_map(const CUtensorMap*) {}
 inline void fence_async_proxy() {}
+inline void prefetch_l2(const void*) {}
 
 inline void complete(std::uint64_t* barrier, std::uint32_t bytes) {
   auto& x = Block::current().barrier(barrier);

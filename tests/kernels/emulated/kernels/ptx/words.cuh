@@ -10,6 +10,9 @@ T load_shared(std::uint32_t from) {
   std::memcpy(&x, Block::current().shared_at(from, sizeof(T)), sizeof(T));
   return x;
 }
+inline void store_shared_4(std::uint32_t to, std::uint32_t x) {
+  std::memcpy(Block::current().shared_at(to, 4), &x, 4);
+}
 inline void store_shared_16(std::uint32_t to, uint4 x) {
   std::memcpy(Block::current().shared_at(to, 16), &x, 16);
 }

@@ -1,0 +1,167 @@
+// Sparse decode over 656-byte rows: the Hopper kernel's own code, thread by thread, on the CPU, over the problems of the
+// conformance suite.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+#include <numbers>
+#include <vector>
+
+#include "combine.h"
+#include "conformance/sparse_problem.h"
+#include "flash_mla/schedule.h"
+#include "kernels/attention/sparse_decode/sm90/rows_kernel.cuh"
+
+namespace flash_mla::sm90::sparse {
+
+// The kernel's dynamic shared memory.
+alignas(1024) std::byte dynamic_smem[227 << 10];
+
+namespace {
+
+using conformance::Lists;
+using conformance::PoolShape;
+using conformance::SparseProblem;
+using conformance::SparseResult;
+using conformance::SparseShape;
+
+ListedKeys listed(const SparseKeys& keys) {
+  ListedKeys k{};
+  if (!keys.defined()) return k;
+  const kv::Pool pool = kv::make_pool(keys.cache);
+  k.cache = pool.data;
+  k.page_units = static_cast<std::uint32_t>(pool.page_stride / 16);
+  k.token_units = static_cast<std::uint32_t>(pool.token_stride / 16);
+  set_page_size(k, static_cast<int>(pool.page_size));
+  k.topk = static_cast<int>(keys.indices.size(2));
+  k.indices = keys.indices.ptr<const std::int32_t>();
+  k.indices_stride_b = keys.indices.stride(0);
+  k.indices_stride_s = keys.indices.stride(1);
+  if (keys.topk_length.defined()) k.topk_length = keys.topk_length.ptr<const std::int32_t>();
+  return k;
+}
+
+struct Run {
+  int num_parts = 2, fixed_split_blocks = 0;
+  unsigned seed = 1;
+};
+
+template <int kHeads, bool kBulk>
+void launch(const SparseDecodeParams& p, const QueryView& q, unsigned seed) {
+  static_assert(sizeof(fp8_decode::Smem<kHeads>) + 1024 <= sizeof(dynamic_smem));
+  for (int z = 0; z < p.num_parts; ++z) {
+    for (int x = 0; x < p.blocks.count(); ++x) {
+      std::fill(std::begin(dynamic_smem), std::end(dynamic_smem), std::byte{0xFF});
+      emulated::Block block(fp8_decode::kThreads, dynamic_smem, sizeof(dynamic_smem),
+                            seed + static_cast<unsigned>(100 * z + x));
+      block.block_index = {static_cast<unsigned>(x), 0, static_cast<unsigned>(z)};
+      block.run([&] { sparse_decode_rows_kernel<kHeads, kBulk>(q, p); });
+    }
+  }
+}
+
+template <bool kBulk>
+SparseResult decode(const SparseProblem& problem, const Run& run) {
+  const SparseShape& s = problem.shape();
+  SparseDecodeArgs a = problem.host_args();
+  SparseDecodeParams p{};
+  const int heads = std::min(s.h_q, kTileRows);
+  p.blocks = {1, heads, (s.h_q + heads - 1) / heads, s.s_q};
+  p.batch = s.b;
+  p.s_q = s.s_q;
+  p.h_q = p.group = s.h_q;
+  p.num_parts = run.num_parts;
+  p.split_tiles = run.fixed_split_blocks;
+  p.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(576.0f);
+  p.keys[0] = listed(a.keys);
+  p.keys[1] = listed(a.extra);
+  if (s.sink) p.attn_sink = a.attn_sink.ptr<const float>();
+  std::vector<std::int32_t> tokens;
+  for (int r = 0; r < s.b; ++r) {
+    int tiles = 0;
+    for (const ListedKeys& k : p.keys) tiles += tiles_of(list_length(k, r));
+    tokens.push_back(tiles * kTileTokens);
+  }
+  const auto plan = DecodeSchedule::build(
+      tokens, {.num_parts = run.num_parts, .fixed_split_blocks = run.fixed_split_blocks});
+  p.parts = reinterpret_cast<const std::int32_t*>(plan.parts().data());
+  p.num_splits = plan.num_splits().data();
+
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  const auto rows = static_cast<std::size_t>(s.b * s.s_q * s.h_q);
+  std::vector<std::uint16_t> out(rows * 512, 0xFFFF);
+  SparseResult result;
+  result.lse.assign(rows, kNan);
+  p.out = out.data();
+  p.out_stride_h = 512;
+  p.out_stride_s = s.h_q * p.out_stride_h;
+  p.out_stride_b = s.s_q * p.out_stride_s;
+  p.lse = result.lse.data();
+  p.lse_stride_s = 1;
+  p.lse_stride_h = s.s_q;
+  p.lse_stride_b = s.h_q * p.lse_stride_h;
+  const auto slots = std::max<std::size_t>(2 * static_cast<std::size_t>(run.num_parts),
+                                           static_cast<std::size_t>(plan.num_splits().back()));
+  const std::size_t partial_rows = slots * static_cast<std::size_t>(p.blocks.count() * row_groups(p.blocks)) * 16;
+  std::vector<float> partial_out(partial_rows * 512, kNan), partial_stats(partial_rows * 2, kNan);
+  p.partial_out = partial_out.data();
+  p.partial_stats = partial_stats.data();
+
+  const QueryView q{a.q.ptr<const std::uint16_t>(), a.q.stride(0), a.q.stride(1), a.q.stride(2)};
+  if (heads <= 16) {
+    launch<16, kBulk>(p, q, run.seed);
+  } else if (heads <= 32) {
+    launch<32, kBulk>(p, q, run.seed);
+  } else {
+    launch<64, kBulk>(p, q, run.seed);
+  }
+  emulated::combine(p, s.b, true, p.attn_sink);
+  for (const std::uint16_t x : out) result.out.push_back(emulated::Block::bf16_to_float(x));
+  return result;
+}
+
+void expect_right(const SparseShape& shape, const Run& run = {}) {
+  const SparseProblem problem(shape);
+  EXPECT_EQ(problem.difference(decode<true>(problem, run), 100, 128), "");
+  EXPECT_EQ(problem.difference(decode<false>(problem, run), 100, 128), "");
+}
+
+TEST(SparseRowsBlock, OneTile) { expect_right({.b = 1, .keys = {.topk = 64}}, {.num_parts = 1}); }
+TEST(SparseRowsBlock, Heads64) { expect_right({.b = 1, .h_q = 64, .keys = {.topk = 200}}, {.num_parts = 1}); }
+TEST(SparseRowsBlock, Heads32) { expect_right({.b = 1, .h_q = 32, .keys = {.topk = 200}}, {.num_parts = 1}); }
+TEST(SparseRowsBlock, BlocksOf100Heads) {
+  expect_right({.b = 1, .s_q = 2, .h_q = 100, .keys = {.topk = 70}}, {.num_parts = 1});
+}
+TEST(SparseRowsBlock, FewHeads) { expect_right({.b = 2, .h_q = 5, .keys = {.topk = 130}}); }
+TEST(SparseRowsBlock, AnyOrderOfThreads) {
+  for (unsigned seed = 1; seed <= 6; ++seed) {
+    expect_right({.b = 3, .keys = {.topk = 450, .lengths = true}, .seed = seed}, {.num_parts = 2, .seed = seed});
+  }
+}
+TEST(SparseRowsBlock, ListsOfAllKinds) {
+  for (const Lists lists : {Lists::kInvalid, Lists::kDuplicates, Lists::kClustered}) {
+    expect_right({.b = 2, .sink = true, .lists = lists});
+  }
+}
+TEST(SparseRowsBlock, TwoCaches) {
+  expect_right({.b = 3,
+                .s_q = 2,
+                .keys = {.page_size = 2, .topk = 100, .lengths = true, .page_gap = 32},
+                .has_extra = true,
+                .extra = {.tokens = 1024, .page_size = 61, .topk = 200, .lengths = true},
+                .sink = true},
+               {.num_parts = 3});
+}
+TEST(SparseRowsBlock, FixedSplits) {
+  expect_right({.b = 3, .h_q = 20, .keys = {.topk = 576, .lengths = true}, .sink = true},
+               {.num_parts = 3, .fixed_split_blocks = 2});
+}
+TEST(SparseRowsBlock, Recipes) {
+  for (const Fp8Recipe recipe : {Fp8Recipe::kVllm, Fp8Recipe::kSglang}) {
+    expect_right({.b = 1, .keys = {.topk = 140, .recipe = recipe}}, {.num_parts = 1});
+  }
+}
+
+}  // namespace
+}  // namespace flash_mla::sm90::sparse
