@@ -36,7 +36,8 @@ struct PartialRow {
 };
 
 /// `sink`: of each head, or null.
-inline void combine(const flash_mla::sm90::DecodeParams& p, int batch, bool bf16, const float* sink = nullptr) {
+inline void combine(const flash_mla::sm90::DecodeParams& p, int batch, bool bf16,
+                    const float* sink = nullptr) {
   using namespace flash_mla::sm90;
   for (int req = 0; req < batch; ++req) {
     const int splits = p.num_splits[req + 1] - p.num_splits[req];

@@ -9,10 +9,10 @@
 #include <numeric>
 #include <vector>
 
+#include "combine.h"
 #include "flash_mla/dense_fp8.h"
 #include "flash_mla/reference.h"
 #include "flash_mla/schedule.h"
-#include "combine.h"
 #include "kernels/attention/dense_fp8_decode/sm90/kernel.cuh"
 
 namespace flash_mla::sm90::dense_fp8 {

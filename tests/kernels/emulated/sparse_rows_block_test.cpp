@@ -103,7 +103,8 @@ SparseResult decode(const SparseProblem& problem, const Run& run) {
   p.lse_stride_b = s.h_q * p.lse_stride_h;
   const auto slots = std::max<std::size_t>(2 * static_cast<std::size_t>(run.num_parts),
                                            static_cast<std::size_t>(plan.num_splits().back()));
-  const std::size_t partial_rows = slots * static_cast<std::size_t>(p.blocks.count() * row_groups(p.blocks)) * 16;
+  const std::size_t partial_rows =
+      slots * static_cast<std::size_t>(p.blocks.count() * row_groups(p.blocks)) * 16;
   std::vector<float> partial_out(partial_rows * 512, kNan), partial_stats(partial_rows * 2, kNan);
   p.partial_out = partial_out.data();
   p.partial_stats = partial_stats.data();
@@ -136,7 +137,8 @@ TEST(SparseRowsBlock, BlocksOf100Heads) {
 TEST(SparseRowsBlock, FewHeads) { expect_right({.b = 2, .h_q = 5, .keys = {.topk = 130}}); }
 TEST(SparseRowsBlock, AnyOrderOfThreads) {
   for (unsigned seed = 1; seed <= 6; ++seed) {
-    expect_right({.b = 3, .keys = {.topk = 450, .lengths = true}, .seed = seed}, {.num_parts = 2, .seed = seed});
+    expect_right({.b = 3, .keys = {.topk = 450, .lengths = true}, .seed = seed},
+                 {.num_parts = 2, .seed = seed});
   }
 }
 TEST(SparseRowsBlock, ListsOfAllKinds) {

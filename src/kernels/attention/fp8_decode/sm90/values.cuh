@@ -67,7 +67,8 @@ struct Values {
   __device__ Words load_words(int slot, int block) const {
     const std::uint32_t at = ptx::smem_address(s.rows[slot]) + lane % 4 * 2 * kRowStride +
                              (2 * kWg + block) * 128 + warp * 32 + lane / 4 * 4;
-    return {ptx::load_shared<std::uint32_t>(at), ptx::load_shared<std::uint32_t>(at + kRowStride), ptx::load_shared<std::uint32_t>(at + 8 * kRowStride),
+    return {ptx::load_shared<std::uint32_t>(at), ptx::load_shared<std::uint32_t>(at + kRowStride),
+            ptx::load_shared<std::uint32_t>(at + 8 * kRowStride),
             ptx::load_shared<std::uint32_t>(at + 9 * kRowStride)};
   }
   // A of the first (pair 0) or the last two columns.
