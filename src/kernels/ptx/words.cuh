@@ -32,6 +32,11 @@ __device__ __forceinline__ T load_shared(std::uint32_t from) {
   }
   return x.value;
 }
+__device__ __forceinline__ std::uint32_t load_shared_2(std::uint32_t from) {
+  std::uint16_t x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_shared_4(std::uint32_t to, std::uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }

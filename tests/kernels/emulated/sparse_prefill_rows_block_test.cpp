@@ -26,10 +26,10 @@ using conformance::SparseResult;
 
 template <int kHeads, bool kBf16, bool kBulk>
 void launch(const SparsePrefillParams& p, const QueryView& q, unsigned ctas, unsigned seed) {
-  static_assert(sizeof(fp8_decode::Smem<kHeads>) + 1024 <= sizeof(dynamic_smem));
+  static_assert(sizeof(raw_rows::Smem<raw_rows::V32Rows, kHeads>) + 1024 <= sizeof(dynamic_smem));
   for (unsigned x = 0; x < ctas; ++x) {
     std::fill(std::begin(dynamic_smem), std::end(dynamic_smem), std::byte{0xFF});
-    emulated::Block block(fp8_decode::kThreads, dynamic_smem, sizeof(dynamic_smem), seed + x);
+    emulated::Block block(raw_rows::kThreads, dynamic_smem, sizeof(dynamic_smem), seed + x);
     block.block_index = {x, 0, 0};
     block.grid_size = {ctas, 1, 1};
     block.run([&] { sparse_prefill_fp8_kernel<kHeads, kBf16, kBulk>(q, p); });

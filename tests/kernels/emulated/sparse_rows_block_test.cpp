@@ -47,21 +47,21 @@ struct Run {
   unsigned seed = 1;
 };
 
-template <int kHeads, bool kBulk>
+template <class Format, int kHeads, bool kBf16, bool kBulk>
 void launch(const SparseDecodeParams& p, const QueryView& q, unsigned seed) {
-  static_assert(sizeof(fp8_decode::Smem<kHeads>) + 1024 <= sizeof(dynamic_smem));
+  static_assert(sizeof(raw_rows::Smem<Format, kHeads>) + 1024 <= sizeof(dynamic_smem));
   for (int z = 0; z < p.num_parts; ++z) {
     for (int x = 0; x < p.blocks.count(); ++x) {
       std::fill(std::begin(dynamic_smem), std::end(dynamic_smem), std::byte{0xFF});
-      emulated::Block block(fp8_decode::kThreads, dynamic_smem, sizeof(dynamic_smem),
+      emulated::Block block(raw_rows::kThreads, dynamic_smem, sizeof(dynamic_smem),
                             seed + static_cast<unsigned>(100 * z + x));
       block.block_index = {static_cast<unsigned>(x), 0, static_cast<unsigned>(z)};
-      block.run([&] { sparse_decode_rows_kernel<kHeads, kBulk>(q, p); });
+      block.run([&] { sparse_decode_rows_kernel<Format, kHeads, kBf16, kBulk>(q, p); });
     }
   }
 }
 
-template <bool kBulk>
+template <class Format, bool kBf16, bool kBulk>
 SparseResult decode(const SparseProblem& problem, const Run& run) {
   const SparseShape& s = problem.shape();
   SparseDecodeArgs a = problem.host_args();
@@ -73,7 +73,7 @@ SparseResult decode(const SparseProblem& problem, const Run& run) {
   p.h_q = p.group = s.h_q;
   p.num_parts = run.num_parts;
   p.split_tiles = run.fixed_split_blocks;
-  p.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(576.0f);
+  p.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(s.d_qk));
   p.keys[0] = listed(a.keys);
   p.keys[1] = listed(a.extra);
   if (s.sink) p.attn_sink = a.attn_sink.ptr<const float>();
@@ -111,21 +111,34 @@ SparseResult decode(const SparseProblem& problem, const Run& run) {
 
   const QueryView q{a.q.ptr<const std::uint16_t>(), a.q.stride(0), a.q.stride(1), a.q.stride(2)};
   if (heads <= 16) {
-    launch<16, kBulk>(p, q, run.seed);
+    launch<Format, 16, kBf16, kBulk>(p, q, run.seed);
   } else if (heads <= 32) {
-    launch<32, kBulk>(p, q, run.seed);
+    launch<Format, 32, kBf16, kBulk>(p, q, run.seed);
   } else {
-    launch<64, kBulk>(p, q, run.seed);
+    launch<Format, 64, kBf16, kBulk>(p, q, run.seed);
   }
-  emulated::combine(p, s.b, true, p.attn_sink);
-  for (const std::uint16_t x : out) result.out.push_back(emulated::Block::bf16_to_float(x));
+  emulated::combine(p, s.b, kBf16, p.attn_sink);
+  for (const std::uint16_t x : out)
+    result.out.push_back(kBf16 ? emulated::Block::bf16_to_float(x) : emulated::Block::half_to_float(x));
   return result;
 }
 
-void expect_right(const SparseShape& shape, const Run& run = {}) {
+template <class Format, bool kBf16>
+void expect_right_over(const SparseShape& shape, const Run& run) {
   const SparseProblem problem(shape);
-  EXPECT_EQ(problem.difference(decode<true>(problem, run), 100, 128), "");
-  EXPECT_EQ(problem.difference(decode<false>(problem, run), 100, 128), "");
+  EXPECT_EQ(problem.difference(decode<Format, kBf16, true>(problem, run), 100, 128), "");
+  EXPECT_EQ(problem.difference(decode<Format, kBf16, false>(problem, run), 100, 128), "");
+}
+
+void expect_right(const SparseShape& shape, const Run& run = {}) {
+  using namespace raw_rows;
+  const bool bf16 = shape.dtype == DType::kBFloat16;
+  const auto over = [&]<class Format>(Format) {
+    bf16 ? expect_right_over<Format, true>(shape, run) : expect_right_over<Format, false>(shape, run);
+  };
+  if (shape.keys.format == KvFormat::kFp8V32) return over(V32Rows{});
+  if (shape.keys.format == KvFormat::kFp8V4) return over(V4Rows{});
+  shape.d_qk == 576 ? over(WideRows<576>{}) : over(WideRows<512>{});
 }
 
 TEST(SparseRowsBlock, OneTile) { expect_right({.b = 1, .keys = {.topk = 64}}, {.num_parts = 1}); }
@@ -158,6 +171,40 @@ TEST(SparseRowsBlock, TwoCaches) {
 TEST(SparseRowsBlock, FixedSplits) {
   expect_right({.b = 3, .h_q = 20, .keys = {.topk = 576, .lengths = true}, .sink = true},
                {.num_parts = 3, .fixed_split_blocks = 2});
+}
+TEST(SparseRowsBlock, V4) {
+  constexpr PoolShape kPool{.format = KvFormat::kFp8V4, .page_size = 61, .topk = 200, .page_gap = 32};
+  for (const int h_q : {16, 32, 64, 100})
+    expect_right({.b = 1, .h_q = h_q, .d_qk = 512, .keys = kPool}, {.num_parts = 1});
+  expect_right(
+      {.b = 3,
+       .s_q = 2,
+       .d_qk = 512,
+       .keys = kPool,
+       .has_extra = true,
+       .extra = {.format = KvFormat::kFp8V4, .tokens = 700, .page_size = 2, .topk = 130, .lengths = true},
+       .sink = true},
+      {.num_parts = 3});
+  expect_right({.b = 1, .h_q = 20, .d_qk = 512, .keys = kPool, .dtype = DType::kFloat16});
+}
+TEST(SparseRowsBlock, WideRows) {
+  for (const int d_qk : {576, 512}) {
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      const KvFormat format = dtype == DType::kBFloat16 ? KvFormat::kBFloat16 : KvFormat::kFloat16;
+      for (const int h_q : {16, 20, 64}) {
+        expect_right(
+            {.b = 2,
+             .h_q = h_q,
+             .d_qk = d_qk,
+             .keys = {.format = format, .page_size = 61, .topk = 150, .lengths = true, .page_gap = 32},
+             .sink = true,
+             .dtype = dtype});
+      }
+    }
+  }
+}
+TEST(SparseRowsBlock, Float16Queries) {
+  expect_right({.b = 2, .h_q = 64, .keys = {.topk = 150}, .dtype = DType::kFloat16});
 }
 TEST(SparseRowsBlock, Recipes) {
   for (const Fp8Recipe recipe : {Fp8Recipe::kVllm, Fp8Recipe::kSglang}) {

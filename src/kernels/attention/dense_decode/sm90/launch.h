@@ -16,7 +16,7 @@ void launch_combine_parts(const DecodeParams& params, bool bf16, const DecodePla
 
 /// The same for lists, for a kernel that leaves partial results of bfloat16 rows as dense decode does. A row of no
 /// weight has seen no key: p.cache_seqlens is not read.
-void launch_combine_lists(const DecodeParams& params, const ListsOfCombine& lists, const DecodePlan& plan,
-                          void* stream);
+void launch_combine_lists(const DecodeParams& params, const ListsOfCombine& lists, bool bf16,
+                          const DecodePlan& plan, void* stream);
 
 }  // namespace flash_mla::sm90

@@ -1,6 +1,6 @@
 #pragma once
 
-// Launches of the sparse decode kernel over 656-byte rows, by the heads of a CTA.
+// Launches of the sparse decode kernel over rows as they lie in the cache, by the heads of a CTA.
 
 #include <cuda_runtime.h>
 
@@ -12,25 +12,36 @@
 
 namespace flash_mla::sm90::sparse {
 
-template <int kHeads, bool kBulk>
-void launch_rows_of(const SparseDecodeParams& p, const QueryView& q, const DecodePlan& plan,
-                    cudaStream_t stream) {
-  constexpr auto kKernel = sparse_decode_rows_kernel<kHeads, kBulk>;
-  constexpr std::size_t kSmemBytes = sizeof(fp8_decode::Smem<kHeads>) + 1024;
+using RowsLaunch = void (*)(const SparseDecodeParams&, const QueryView&, const DecodePlan&, cudaStream_t);
+
+template <class Format, int kHeads, bool kBf16, bool kBulk>
+void launch_rows(const SparseDecodeParams& p, const QueryView& q, const DecodePlan& plan,
+                 cudaStream_t stream) {
+  constexpr auto kKernel = sparse_decode_rows_kernel<Format, kHeads, kBf16, kBulk>;
+  constexpr std::size_t kSmemBytes = sizeof(raw_rows::Smem<Format, kHeads>) + 1024;
   check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
   const dim3 grid(static_cast<unsigned>(plan.grid.x), 1, static_cast<unsigned>(plan.grid.z));
-  LaunchConfig config(grid, fp8_decode::kThreads, kSmemBytes, stream);
+  LaunchConfig config(grid, raw_rows::kThreads, kSmemBytes, stream);
   check(launch(config.programmatic(), kKernel, q, p), "sparse_decode_rows_kernel");
 }
 
-// Instantiated in launch_rows_16.cu, launch_rows_32.cu and launch_rows_64.cu.
-#define FLASH_MLA_LAUNCH_ROWS(prefix, heads)                                                     \
-  prefix template void launch_rows_of<heads, true>(const SparseDecodeParams&, const QueryView&,  \
-                                                   const DecodePlan&, cudaStream_t);             \
-  prefix template void launch_rows_of<heads, false>(const SparseDecodeParams&, const QueryView&, \
-                                                    const DecodePlan&, cudaStream_t)
-FLASH_MLA_LAUNCH_ROWS(extern, 16);
-FLASH_MLA_LAUNCH_ROWS(extern, 32);
-FLASH_MLA_LAUNCH_ROWS(extern, 64);
+template <class Format, bool kBf16, bool kBulk>
+RowsLaunch rows_launch(int heads) {
+  return heads <= 16   ? launch_rows<Format, 16, kBf16, kBulk>
+         : heads <= 32 ? launch_rows<Format, 32, kBf16, kBulk>
+                       : launch_rows<Format, 64, kBf16, kBulk>;
+}
+
+// Instantiated in launch_v32_rows.cu, launch_v4_rows.cu and launch_wide_rows_*.cu.
+extern template RowsLaunch rows_launch<raw_rows::V32Rows, true, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::V32Rows, true, false>(int);
+extern template RowsLaunch rows_launch<raw_rows::V32Rows, false, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::V4Rows, true, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::V4Rows, true, false>(int);
+extern template RowsLaunch rows_launch<raw_rows::V4Rows, false, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::WideRows<576>, true, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::WideRows<576>, false, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::WideRows<512>, true, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::WideRows<512>, false, true>(int);
 
 }  // namespace flash_mla::sm90::sparse

@@ -1,26 +1,27 @@
 #pragma once
 
-// The four producer warps of sparse decode over 656-byte rows: each brings the rows of 16 of a tile's 64 keys.
+// The four producer warps of sparse decode over rows as they lie in the cache: each brings the rows of 16 of a tile's 64 keys.
 
 #include <cstdint>
 
-#include "kernels/attention/fp8_decode/sm90/bring.cuh"
-#include "kernels/attention/fp8_decode/sm90/smem.cuh"
+#include "kernels/attention/raw_rows/sm90/bring.cuh"
+#include "kernels/attention/raw_rows/sm90/smem.cuh"
 #include "kernels/attention/sparse_decode/sm90/smem.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/tma.cuh"
 
 namespace flash_mla::sm90::sparse {
 
-template <int kHeads, bool kBulk>
+template <class S, bool kBulk>
 struct RowsProducer {
+  using F = typename S::Format;
   const SparseDecodeParams& p;
-  fp8_decode::Smem<kHeads>& s;
+  S& s;
   const PartRange& part;
   const int warp, lane;
   const int token;
 
-  static constexpr int kKeys = fp8_decode::kGroupKeys;
+  static constexpr int kKeys = raw_rows::kGroupKeys;
 
   // The tiles that follow, of a list those in a row.
   struct Cursor {
@@ -77,27 +78,49 @@ struct RowsProducer {
     return index;
   }
 
-  // Where a key's row lies; null if it is none.
-  __device__ static const std::byte* row_of(const ListedKeys& k, int index) {
-    if (index < 0) return nullptr;
+  // Where a key's row lies, null if it is none, and what its scales are.
+  __device__ static raw_rows::Key key_of(const ListedKeys& k, int index) {
+    if (index < 0) return {nullptr, {0, 0}};
     const auto n = static_cast<std::uint32_t>(index);
     const std::uint32_t page = k.page_magic == 0 ? n : __umulhi(n, k.page_magic) >> k.page_shift;
-    const std::uint32_t units = page * k.page_units + (n - page * k.page_size) * k.token_units;
-    return k.cache + units * std::uint64_t{16};
+    const std::uint32_t offset = n - page * k.page_size;
+    const std::uint32_t units = page * k.page_units + offset * k.token_units;
+    raw_rows::Key key{k.cache + units * std::uint64_t{16}, {0, 0}};
+    if constexpr (F::kTable) {
+      const std::uint32_t at = page * k.page_units * 2 + k.page_size * (F::kBytes / F::kScaleBytes) + offset;
+      key.scales = __ldg(reinterpret_cast<const uint2*>(k.cache) + at);
+    }
+    return key;
   }
 
+  // An entry is asked for a tile before it is needed; where a key has scales, these are asked for a tile before, too.
   __device__ void run() const {
     Cursor cursor{};
     begin_item(cursor, walk_of(p, part).first());
     if (cursor.req < 0) return;
-    fp8_decode::RingPlace<kHeads> place(warp);
+    raw_rows::RingPlace<S::kRing> place(warp);
     int list, index = take(cursor, list);
-    for (bool more = true; more;) {
-      const std::byte* row = row_of(p.keys[list], index);
-      more = cursor.req >= 0;
-      if (more) index = take(cursor, list);
-      fp8_decode::bring_rows<kHeads, kBulk>(s, place, lane, row);
-      place.advance(fp8_decode::kGroups);
+    raw_rows::Key key = key_of(p.keys[list], index);
+    bool more = cursor.req >= 0;
+    if (more) index = take(cursor, list);
+    while (true) {
+      const bool last = !more;
+      raw_rows::Key next{nullptr, {0, 0}};
+      if (F::kTable && more) {
+        next = key_of(p.keys[list], index);
+        more = cursor.req >= 0;
+        if (more) index = take(cursor, list);
+      }
+      raw_rows::bring_rows<kBulk>(s, place, lane, key);
+      place.advance(raw_rows::kGroups);
+      if (last) return;
+      if (F::kTable) {
+        key = next;
+      } else {
+        key = key_of(p.keys[list], index);
+        more = cursor.req >= 0;
+        if (more) index = take(cursor, list);
+      }
     }
   }
 };

@@ -1,18 +1,19 @@
 #pragma once
 
-// Sparse decode as the consumers of fp8_decode see it: the rows of a CTA are up to 64 heads of one query token, and a
+// Sparse decode as the consumers of raw_rows see it: the rows of a CTA are up to 64 heads of one query token, and a
 // key is one if its list names it.
 
 #include <cstdint>
 
-#include "kernels/attention/fp8_decode/sm90/smem.cuh"
+#include "kernels/attention/raw_rows/sm90/smem.cuh"
 #include "kernels/attention/sparse_decode/sm90/smem.cuh"
 #include "kernels/ptx/fragment.cuh"
 
 namespace flash_mla::sm90::sparse {
 
+template <bool kIsBf16>
 struct RowsWork {
-  static constexpr bool kBf16 = true;     ///< type of Q and of the output
+  static constexpr bool kBf16 = kIsBf16;  ///< type of Q and of the output
   static constexpr bool kMaxima = false;  ///< finish_row() is told the highest score
 
   const SparseDecodeParams& p;

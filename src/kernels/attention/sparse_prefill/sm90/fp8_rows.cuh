@@ -1,16 +1,16 @@
 #pragma once
 
-// Sparse prefill over a cache of 656-byte rows: the consumers of fp8_decode (their tiles, shared-memory map and registers:
+// Sparse prefill over a cache of 656-byte rows: the consumers of raw_rows (their tiles, shared-memory map and registers:
 // sparse_decode/sm90/rows_kernel.cuh), the items and lists of sparse prefill. CTAs are persistent; an item is a query
 // token and up to 64 of its heads.
 
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/attention/fp8_decode/sm90/bring.cuh"
-#include "kernels/attention/fp8_decode/sm90/scores.cuh"
-#include "kernels/attention/fp8_decode/sm90/smem.cuh"
-#include "kernels/attention/fp8_decode/sm90/values.cuh"
+#include "kernels/attention/raw_rows/sm90/bring.cuh"
+#include "kernels/attention/raw_rows/sm90/scores.cuh"
+#include "kernels/attention/raw_rows/sm90/smem.cuh"
+#include "kernels/attention/raw_rows/sm90/values.cuh"
 #include "kernels/attention/sparse_prefill/sm90/selection.cuh"
 #include "kernels/ptx/cluster.cuh"
 
@@ -89,41 +89,43 @@ struct Fp8Work {
   __device__ static int row_groups() { return 0; }
 };
 
-template <int kHeads, bool kBulk>
-__device__ void bring_all(const SparsePrefillParams& p, fp8_decode::Smem<kHeads>& s, int warp, int lane) {
+template <class S, bool kBulk>
+__device__ void bring_all(const SparsePrefillParams& p, S& s, int warp, int lane) {
   Cursor cursor(p, static_cast<unsigned>(warp), static_cast<unsigned>(lane));
-  fp8_decode::RingPlace<kHeads> place(warp);
+  raw_rows::RingPlace<S::kRing> place(warp);
   while (cursor.holds()) {
-    const std::byte* row = cursor.own_row();
+    const raw_rows::Key key{cursor.own_row(), {0, 0}};
     cursor.advance();
-    fp8_decode::bring_rows<kHeads, kBulk>(s, place, lane, row);
-    place.advance(fp8_decode::kGroups);
+    raw_rows::bring_rows<kBulk>(s, place, lane, key);
+    place.advance(raw_rows::kGroups);
   }
 }
 
 template <int kHeads, bool kBf16, bool kBulk>
-__global__ void __launch_bounds__(fp8_decode::kThreads, 1)
+__global__ void __launch_bounds__(raw_rows::kThreads, 1)
     sparse_prefill_fp8_kernel(const __grid_constant__ QueryView q,
                               const __grid_constant__ SparsePrefillParams p) {
   extern __shared__ std::byte dynamic_smem[];
-  auto& s = *reinterpret_cast<fp8_decode::Smem<kHeads>*>(
-      (reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
+  using F = raw_rows::V32Rows;
+  using S = raw_rows::Smem<F, kHeads>;
+  using Work = Fp8Work<kBf16>;
+  auto& s = *reinterpret_cast<S*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x == 0) fp8_decode::init_barriers(s, fp8_decode::kRowArrivals<kBulk>);
+  if (threadIdx.x == 0) raw_rows::init_barriers(s, raw_rows::kRowArrivals<kBulk>);
   __syncthreads();
-  const Fp8Work<kBf16> work{p, q};
+  const Work work{p, q};
   if (warp < 4) {
     ptx::set_max_registers_up<144>();
-    fp8_decode::Scores<kHeads, Fp8Work<kBf16>>(work, s).run();
+    raw_rows::Scores<kHeads, F, Work>(work, s).run();
   } else if (warp < 8) {
     ptx::set_max_registers_up<168>();
-    fp8_decode::Values<kHeads, Fp8Work<kBf16>, 0>(work, s).run();
+    raw_rows::Values<kHeads, F, Work, 0>(work, s).run();
   } else if (warp < 12) {
     ptx::set_max_registers_up<168>();
-    fp8_decode::Values<kHeads, Fp8Work<kBf16>, 1>(work, s).run();
+    raw_rows::Values<kHeads, F, Work, 1>(work, s).run();
   } else {
     ptx::set_max_registers_down<32>();
-    bring_all<kHeads, kBulk>(p, s, warp - 12, static_cast<int>(threadIdx.x) % 32);
+    bring_all<S, kBulk>(p, s, warp - 12, static_cast<int>(threadIdx.x) % 32);
   }
 }
 

@@ -33,10 +33,10 @@ template <int kHeads, bool kBf16, bool kBulk>
 void launch_fp8_rows(const SparsePrefillParams& p, const QueryView& q, const CUtensorMap&, const CUtensorMap&,
                      int sms, cudaStream_t stream) {
   constexpr auto kKernel = sparse_prefill_fp8_kernel<kHeads, kBf16, kBulk>;
-  constexpr std::size_t kSmemBytes = sizeof(fp8_decode::Smem<kHeads>) + 1024;
+  constexpr std::size_t kSmemBytes = sizeof(raw_rows::Smem<raw_rows::V32Rows, kHeads>) + 1024;
   check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
   const auto ctas = static_cast<unsigned>(std::min(p.items, sms));
-  check(launch(LaunchConfig(ctas, fp8_decode::kThreads, kSmemBytes, stream), kKernel, q, p),
+  check(launch(LaunchConfig(ctas, raw_rows::kThreads, kSmemBytes, stream), kKernel, q, p),
         "sparse_prefill_fp8_kernel");
 }
 template <bool kBf16, bool kBulk>

@@ -10,6 +10,12 @@ T load_shared(std::uint32_t from) {
   std::memcpy(&x, Block::current().shared_at(from, sizeof(T)), sizeof(T));
   return x;
 }
+inline std::uint32_t load_shared_2(std::uint32_t from) {
+  if (from % 2 != 0) throw std::logic_error("a load from shared memory that is not aligned");
+  std::uint16_t x;
+  std::memcpy(&x, Block::current().shared_at(from, 2), 2);
+  return x;
+}
 inline void store_shared_4(std::uint32_t to, std::uint32_t x) {
   std::memcpy(Block::current().shared_at(to, 4), &x, 4);
 }
