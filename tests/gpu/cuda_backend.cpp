@@ -21,6 +21,7 @@ class Sm90 : public BackendUnderTest {
     if (operation == Operation::kSparseDecode) return format != KvFormat::kFp8Tensor;
     return true;
   }
+  bool supports_two_formats() const override { return false; }
   bool supports_top_k() const override { return true; }
   bool supports_index_logits() const override { return true; }
   double index_tolerance() const override { return 1e-3; }

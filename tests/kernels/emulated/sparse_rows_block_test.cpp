@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <numbers>
 #include <vector>
@@ -205,6 +206,21 @@ TEST(SparseRowsBlock, WideRows) {
 }
 TEST(SparseRowsBlock, Float16Queries) {
   expect_right({.b = 2, .h_q = 64, .keys = {.topk = 150}, .dtype = DType::kFloat16});
+}
+// Padding of a caller's heads may hold anything.
+TEST(SparseRowsBlock, AHeadsSizeIsItsOwn) {
+  SparseProblem problem({.b = 1, .h_q = 32, .keys = {.topk = 130}});
+  SparseResult plain = decode<raw_rows::V32Rows, true, true>(problem, {.num_parts = 1});
+  for (std::size_t i = 3 * 576; i < 4 * 576; ++i) {
+    const std::uint16_t bits = i % 2 == 0 ? 0x7149 : 0xFFFF;  // 1e30, NaN
+    std::memcpy(&problem.q[2 * i], &bits, 2);
+  }
+  SparseResult got = decode<raw_rows::V32Rows, true, true>(problem, {.num_parts = 1});
+  std::fill_n(plain.out.begin() + 3 * 512, 512, 0.0f);
+  std::fill_n(got.out.begin() + 3 * 512, 512, 0.0f);
+  plain.lse[3] = got.lse[3] = 0.0f;
+  EXPECT_EQ(conformance::compare("out", got.out, plain.out, 1e-4, 1.01 / 128, 1e-6), "");
+  EXPECT_EQ(conformance::compare("lse", got.lse, plain.lse, 1e-5, 1e-6, 0), "");
 }
 TEST(SparseRowsBlock, Recipes) {
   for (const Fp8Recipe recipe : {Fp8Recipe::kVllm, Fp8Recipe::kSglang}) {

@@ -9,8 +9,8 @@
 #include "base/cuda/check.h"
 #include "base/cuda/launch.h"
 #include "base/cuda/shared_memory.h"
-#include "kernels/attention/sparse_prefill/sm90/fp8_rows.cuh"
 #include "kernels/attention/sparse_prefill/sm90/kernel.cuh"
+#include "kernels/attention/sparse_prefill/sm90/raw_rows.cuh"
 
 namespace flash_mla::sm90::sparse_prefill {
 
@@ -28,22 +28,22 @@ void launch_as(const SparsePrefillParams& p, const QueryView&, const CUtensorMap
         "sparse_prefill_kernel");
 }
 
-/// Over 656-byte rows.
-template <int kHeads, bool kBf16, bool kBulk>
-void launch_fp8_rows(const SparsePrefillParams& p, const QueryView& q, const CUtensorMap&, const CUtensorMap&,
+/// Over rows as they lie in the cache.
+template <class F, int kHeads, bool kBf16, bool kBulk>
+void launch_raw_rows(const SparsePrefillParams& p, const QueryView& q, const CUtensorMap&, const CUtensorMap&,
                      int sms, cudaStream_t stream) {
-  constexpr auto kKernel = sparse_prefill_fp8_kernel<kHeads, kBf16, kBulk>;
-  constexpr std::size_t kSmemBytes = sizeof(raw_rows::Smem<raw_rows::V32Rows, kHeads>) + 1024;
+  constexpr auto kKernel = sparse_prefill_rows_kernel<F, kHeads, kBf16, kBulk>;
+  constexpr std::size_t kSmemBytes = sizeof(raw_rows::Smem<F, kHeads>) + 1024;
   check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
   const auto ctas = static_cast<unsigned>(std::min(p.items, sms));
   check(launch(LaunchConfig(ctas, raw_rows::kThreads, kSmemBytes, stream), kKernel, q, p),
-        "sparse_prefill_fp8_kernel");
+        "sparse_prefill_rows_kernel");
 }
-template <bool kBf16, bool kBulk>
-Launch of_fp8_rows(int h_q) {
-  return h_q <= 16   ? launch_fp8_rows<16, kBf16, kBulk>
-         : h_q <= 32 ? launch_fp8_rows<32, kBf16, kBulk>
-                     : launch_fp8_rows<64, kBf16, kBulk>;
+template <class F, bool kBf16, bool kBulk>
+Launch of_raw_rows(int h_q) {
+  return h_q <= 16   ? launch_raw_rows<F, 16, kBf16, kBulk>
+         : h_q <= 32 ? launch_raw_rows<F, 32, kBf16, kBulk>
+                     : launch_raw_rows<F, 64, kBf16, kBulk>;
 }
 
 /// Over rows of 16-bit elements, and over an FP8 format.
@@ -63,13 +63,17 @@ Launch of_fp8(KvFormat format) {
       return launch_as<kBf16, KvFormat::kFp8Tensor, 576>;
   }
 }
-// Instantiated in launch_rows.cu, launch_fp8.cu, launch_fp8_rows.cu and launch_fp16.cu.
+// Instantiated in launch_rows.cu, launch_fp8.cu, launch_raw_*.cu and launch_fp16.cu.
 extern template Launch of_rows<true>(int);
 extern template Launch of_rows<false>(int);
-extern template Launch of_fp8_rows<true, true>(int);
-extern template Launch of_fp8_rows<true, false>(int);
-extern template Launch of_fp8_rows<false, true>(int);
 extern template Launch of_fp8<true>(KvFormat);
 extern template Launch of_fp8<false>(KvFormat);
+extern template Launch of_raw_rows<raw_rows::V32Rows, true, true>(int);
+extern template Launch of_raw_rows<raw_rows::V32Rows, true, false>(int);
+extern template Launch of_raw_rows<raw_rows::V32Rows, false, true>(int);
+extern template Launch of_raw_rows<raw_rows::V4Rows, true, true>(int);
+extern template Launch of_raw_rows<raw_rows::V4Rows, false, true>(int);
+extern template Launch of_raw_rows<raw_rows::WideRows<576>, true, true>(int);
+extern template Launch of_raw_rows<raw_rows::WideRows<576>, false, true>(int);
 
 }  // namespace flash_mla::sm90::sparse_prefill

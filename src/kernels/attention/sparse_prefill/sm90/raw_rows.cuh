@@ -1,8 +1,8 @@
 #pragma once
 
-// Sparse prefill over a cache of 656-byte rows: the consumers of raw_rows (their tiles, shared-memory map and registers:
-// sparse_decode/sm90/rows_kernel.cuh), the items and lists of sparse prefill. CTAs are persistent; an item is a query
-// token and up to 64 of its heads.
+// Sparse prefill over rows as they lie in the cache: the consumers of raw_rows (their tiles, shared-memory map and
+// registers: sparse_decode/sm90/rows_kernel.cuh), the items and lists of sparse prefill. CTAs are persistent; an item is a
+// query token and up to 64 of its heads.
 
 #include <cstddef>
 #include <cstdint>
@@ -17,7 +17,7 @@
 namespace flash_mla::sm90::sparse_prefill {
 
 template <bool kIsBf16>
-struct Fp8Work {
+struct RowsWork {
   static constexpr bool kBf16 = kIsBf16, kMaxima = true;
 
   const SparsePrefillParams& p;
@@ -89,26 +89,34 @@ struct Fp8Work {
   __device__ static int row_groups() { return 0; }
 };
 
+// Entries are asked for two tiles before they are needed, a key's scales one.
 template <class S, bool kBulk>
 __device__ void bring_all(const SparsePrefillParams& p, S& s, int warp, int lane) {
   Cursor cursor(p, static_cast<unsigned>(warp), static_cast<unsigned>(lane));
   raw_rows::RingPlace<S::kRing> place(warp);
-  while (cursor.holds()) {
-    const raw_rows::Key key{cursor.own_row(), {0, 0}};
+  const auto take = [&] {
+    const raw_rows::Key key = cursor.own_key<S::Format::kTable>();
     cursor.advance();
+    return key;
+  };
+  if (!cursor.holds()) return;
+  raw_rows::Key key = take();
+  while (cursor.holds()) {
+    const raw_rows::Key next = take();
     raw_rows::bring_rows<kBulk>(s, place, lane, key);
     place.advance(raw_rows::kGroups);
+    key = next;
   }
+  raw_rows::bring_rows<kBulk>(s, place, lane, key);
 }
 
-template <int kHeads, bool kBf16, bool kBulk>
+template <class F, int kHeads, bool kBf16, bool kBulk>
 __global__ void __launch_bounds__(raw_rows::kThreads, 1)
-    sparse_prefill_fp8_kernel(const __grid_constant__ QueryView q,
-                              const __grid_constant__ SparsePrefillParams p) {
+    sparse_prefill_rows_kernel(const __grid_constant__ QueryView q,
+                               const __grid_constant__ SparsePrefillParams p) {
   extern __shared__ std::byte dynamic_smem[];
-  using F = raw_rows::V32Rows;
   using S = raw_rows::Smem<F, kHeads>;
-  using Work = Fp8Work<kBf16>;
+  using Work = RowsWork<kBf16>;
   auto& s = *reinterpret_cast<S*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) raw_rows::init_barriers(s, raw_rows::kRowArrivals<kBulk>);
