@@ -25,6 +25,10 @@ struct Scores {
   static constexpr int kSums = kHeads / 2;      // of a thread: two keys' scores
   static constexpr int kOwnHeads = kHeads / 4;  // of a thread: 8 j + 2 c + e is number 2 j + e
 
+  /// Of the highest scores a thread keeps those of its own heads, or, of 64 heads, where registers are few, of two: the
+  /// eight lanes that have the same own heads, 4 g + c, then share them out.
+  static constexpr int kKeptHeads = kHeads == 64 ? 2 : kOwnHeads;
+
   const Work& work;
   S& s;
   const int warp, lane;
@@ -49,7 +53,7 @@ struct Scores {
       if (threadIdx.x % kGroupThreads < kHeads) s.reference[threadIdx.x % kGroupThreads] = -INFINITY;
       load_query<kHeads>(work, s, item);  // ends in a barrier of this warpgroup
       float sum[kOwnHeads] = {};
-      float highest[Work::kMaxima ? kOwnHeads : 1];
+      float highest[Work::kMaxima ? kKeptHeads : 1];
       for (float& x : highest) x = -INFINITY;
       for (int tile = item.begin_block; tile < item.end_block; ++tile, ++tiles) {
         float x[kSums];
@@ -57,10 +61,7 @@ struct Scores {
         ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
         KeyProducts<F, kHeads, Work::kBf16>(s, lane, place.slot).score(x, scales, work.scale_log2());
         work.mask(x, item, tile, warp, lane, scales.known);
-        if constexpr (Work::kMaxima) {
-#pragma unroll
-          for (int i = 0; i < kSums; ++i) highest[head_of(i)] = fmaxf(highest[head_of(i)], x[i]);
-        }
+        if constexpr (Work::kMaxima) find_highest(x, highest);
         exponentiate(x, scales, sum, tiles);
         place.advance(kGroups);
       }
@@ -69,6 +70,28 @@ struct Scores {
   }
 
   // ---- softmax
+
+  // Of a thread's own heads, number of the first that it keeps.
+  __device__ int first_kept() const { return kKeptHeads == 2 ? lane / 4 * 2 : 0; }
+  __device__ void find_highest(const float (&x)[kSums], float (&highest)[kKeptHeads]) const {
+    float own[kOwnHeads];
+#pragma unroll
+    for (int i = 0; i < kOwnHeads; ++i) own[i] = fmaxf(x[i / 2 * 4 + i % 2], x[i / 2 * 4 + i % 2 + 2]);
+    if constexpr (kKeptHeads < kOwnHeads) {
+      // Each step gives half of what is left away: of the lanes that differ in bit 4, 3, 2 the upper one keeps the last.
+#pragma unroll
+      for (int half = kOwnHeads / 2, bit = 16; half >= kKeptHeads; half /= 2, bit /= 2) {
+        const bool upper = (lane & bit) != 0;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+          const float other = __shfl_xor_sync(0xFFFFFFFFu, upper ? own[i] : own[i + half], bit);
+          own[i] = fmaxf(upper ? own[i + half] : own[i], other);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kKeptHeads; ++i) highest[i] = fmaxf(highest[i], own[i]);
+  }
 
   __device__ float2 references(int j) const {
     return *reinterpret_cast<const float2*>(&s.reference[8 * j + lane % 4 * 2]);
@@ -196,10 +219,14 @@ struct Scores {
     float of_row = 0.0f;
     if constexpr (Work::kMaxima) {
 #pragma unroll
-      for (int i = 0; i < kOwnHeads; ++i) {
-        for (int step = 4; step < 32; step *= 2)
-          highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xFFFFFFFFu, highest[i], step));
-        if (lane < 4) s.exchange[warp][i / 2 * 8 + lane * 2 + i % 2] = highest[i];
+      for (int i = 0; i < kMaxima; ++i) {
+        if constexpr (kKeptHeads == kOwnHeads) {
+          for (int step = 4; step < 32; step *= 2)
+            highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xFFFFFFFFu, highest[i], step));
+        }
+        const int own = first_kept() + i;
+        if (kKeptHeads < kOwnHeads || lane < 4)
+          s.exchange[warp][own / 2 * 8 + lane % 4 * 2 + own % 2] = highest[i];
       }
       wait_for_group();
       of_row = s.exchange[0][row % kHeads];
