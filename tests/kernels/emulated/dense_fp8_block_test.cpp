@@ -14,6 +14,7 @@
 #include "flash_mla/reference.h"
 #include "flash_mla/schedule.h"
 #include "kernels/attention/dense_fp8_decode/sm90/kernel.cuh"
+#include "kernels/attention/dense_fp8_decode/sm90/rows_kernel.cuh"
 
 namespace flash_mla::sm90::dense_fp8 {
 
@@ -30,7 +31,8 @@ struct Shape {
   Fp8Recipe recipe = Fp8Recipe::kFlashMla;
   int num_parts = 2, fixed_split_blocks = 0;
   unsigned seed = 1;
-  float spread = 0.1f;  // of the latents
+  float spread = 0.1f;    // of the latents
+  bool raw_rows = false;  // by the consumers of raw_rows
 };
 
 struct Problem {
@@ -151,10 +153,16 @@ struct Problem {
     for (int z = 0; z < s.num_parts; ++z) {
       for (int x = 0; x < p.blocks.count(); ++x) {
         std::fill(std::begin(dynamic_smem), std::end(dynamic_smem), std::byte{0xFF});
-        emulated::Block block(kThreads, dynamic_smem, sizeof(dynamic_smem),
+        emulated::Block block(s.raw_rows ? raw_rows::kThreads : kThreads, dynamic_smem, sizeof(dynamic_smem),
                               s.seed + static_cast<unsigned>(100 * z + x));
         block.block_index = {static_cast<unsigned>(x), 0, static_cast<unsigned>(z)};
-        block.run([&] { dense_fp8_decode_kernel<kBf16, kFormat, kHeads>(map, p); });
+        using Rows =
+            std::conditional_t<kFormat == KvFormat::kFp8V32, raw_rows::V32Rows, raw_rows::TensorRows>;
+        const QueryView view{q.data(), std::int64_t{s.s_q} * s.h_q * 576, std::int64_t{s.h_q} * 576, 576};
+        block.run([&] {
+          s.raw_rows ? dense_fp8_decode_rows_kernel<Rows, kHeads, kBf16>(view, p)
+                     : dense_fp8_decode_kernel<kBf16, kFormat, kHeads>(map, p);
+        });
       }
     }
   }
@@ -230,10 +238,13 @@ struct Problem {
   std::optional<DecodeSchedule> plan;
 };
 
-void expect_right(const Shape& shape) {
-  Problem p(shape);
-  p.run();
-  p.expect_right();
+void expect_right(Shape shape) {
+  for (const bool raw_rows : {false, true}) {
+    shape.raw_rows = raw_rows;
+    Problem p(shape);
+    p.run();
+    p.expect_right();
+  }
 }
 
 TEST(DenseFp8Block, OneTile) { expect_right({.lengths = {64}, .num_parts = 1}); }

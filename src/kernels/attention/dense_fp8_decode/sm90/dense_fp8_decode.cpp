@@ -97,7 +97,7 @@ void dense_fp8_decode(const DenseFp8DecodeArgs& a, const DecodeScheduleView& s, 
                                             {a.q.size(1), a.q.stride(1) * 2, p.blocks.tokens},
                                             {kHeadDim / 64, 128, 1},
                                             {a.q.size(0), a.q.stride(0) * 2, 1}}});
-  launch_dense_fp8_decode(p, q_map, pool.format, a.q.dtype == DType::kBFloat16, plan_of(d, p), stream);
+  launch_dense_fp8_decode(p, a.q, q_map, pool.format, plan_of(d, p), stream);
 }
 
 }  // namespace flash_mla::sm90

@@ -63,29 +63,37 @@ struct ColumnsOfLane {
 };
 
 /// What Values asks of a format: load(), then widen(), of each of a slot's instructions m in order; first(m), this
-/// thread's first column of it, of the warpgroup's 256, are_four(m), whether instruction m + 1 has the next two; the tile
-/// of P, and its type.
+/// thread's first column of it, of the warpgroup's 256, are_four(m), whether instruction m + 1 has the next two; weight(m),
+/// the tile of P.
 template <class F, int kWg>
 struct ValueColumns;
 
-template <int kWg>
-struct ValueColumns<V32Rows, kWg> : ColumnsOfLane {
+/// 512 columns of e4m3, as V32Rows and TensorRows have them.
+template <class F, int kWg>
+struct E4m3Columns : ColumnsOfLane {
   using ColumnsOfLane::ColumnsOfLane;
   FourKeys words{};
 
   __device__ int first(int m) const { return m / 2 * 128 + in_128() + m % 2 * 2; }
   __device__ static constexpr bool are_four(int) { return true; }
-  __device__ static constexpr int weight(int m) { return 2 * kWg + m / 2; }
-  template <bool kBf16>
-  __device__ static constexpr bool is_bf16(int) {
-    return false;
-  }
   template <class S>
   __device__ void load(const S& s, int slot, int m) {
     if (m % 2 == 0)
-      words = ColumnsOfLane::load<V32Rows::kStride>(row(s, slot) + kWg * 256 + m / 2 * 128 + in_128());
+      words = ColumnsOfLane::load<F::kStride>(row(s, slot) + kWg * 256 + m / 2 * 128 + in_128());
   }
   __device__ void widen(std::uint32_t (&a)[4], int m) const { words.widen(a, m % 2); }
+};
+
+template <int kWg>
+struct ValueColumns<V32Rows, kWg> : E4m3Columns<V32Rows, kWg> {
+  using E4m3Columns<V32Rows, kWg>::E4m3Columns;
+  __device__ static constexpr int weight(int m) { return 2 * kWg + m / 2; }
+};
+
+template <int kWg>
+struct ValueColumns<TensorRows, kWg> : E4m3Columns<TensorRows, kWg> {
+  using E4m3Columns<TensorRows, kWg>::E4m3Columns;
+  __device__ static constexpr int weight(int) { return 0; }
 };
 
 /// The second warpgroup has 128 columns, 64, and the rope part.
@@ -98,10 +106,6 @@ struct ValueColumns<V4Rows, kWg> : ColumnsOfLane {
   __device__ static constexpr bool are_four(int m) { return kWg == 0 || m < 2; }
   __device__ static constexpr bool is_rope(int m) { return kWg == 1 && m == 3; }
   __device__ static constexpr int weight(int m) { return is_rope(m) ? 1 : 0; }
-  template <bool kBf16>
-  __device__ static constexpr bool is_bf16(int m) {
-    return is_rope(m);
-  }
   __device__ int first(int m) const {
     return are_four(m) ? m / 2 * 128 + in_128() + m % 2 * 2 : m * 64 + in_64();
   }
@@ -145,10 +149,6 @@ struct ValueColumns<WideRows<kDim>, kWg> : ColumnsOfLane {
   __device__ int first(int m) const { return m / 2 * 128 + in_128() + m % 2 * 2; }
   __device__ static constexpr bool are_four(int) { return true; }
   __device__ static constexpr int weight(int) { return 0; }
-  template <bool kBf16>
-  __device__ static constexpr bool is_bf16(int) {
-    return kBf16;
-  }
   template <class S>
   __device__ void load(const S& s, int slot, int m) {
     if (m % 2 != 0) return;

@@ -21,6 +21,8 @@ struct V32Rows : kv::Fp8V32 {
   static constexpr int kWeights = kScales;    ///< tiles of P
   static constexpr bool kTable = false, kScaled = true;
   static constexpr float kLeastExponent = -100.0f;  ///< smaller scales than 2 to that count as it
+  /// Is tile `i` of P bfloat16, not float16?
+  static constexpr bool is_bf16_weight(int, bool) { return false; }
 };
 
 /// V4's rows of 576 bytes. Scales are powers of two: against 2^-6 of the key's largest they are fp16 (`kTable`), which an
@@ -33,6 +35,7 @@ struct V4Rows : kv::Fp8V4 {
   static constexpr bool kTable = true, kScaled = true;
   static constexpr float kLeastExponent =
       -20.0f;  ///< the rope part's P is divided by it and must not overflow
+  static constexpr bool is_bf16_weight(int i, bool) { return i == 1; }
 };
 
 /// Rows of kDim 16-bit elements of Q's type.
@@ -42,6 +45,16 @@ struct WideRows {
   static constexpr int kKeyScales = 0, kWeights = 1;
   static constexpr bool kTable = false, kScaled = false;
   static constexpr float kLeastExponent = 0.0f;
+  static constexpr bool is_bf16_weight(int, bool bf16_queries) { return bf16_queries; }
+};
+
+/// 576 e4m3 under one scale, which is the caller's to apply.
+struct TensorRows : kv::Fp8Tensor {
+  static constexpr int kHeadDim = 576, kE4m3Chunks = 9, kBytes = kTokenBytes, kStride = kBytes + 16;
+  static constexpr int kKeyScales = 0, kWeights = 1;
+  static constexpr bool kTable = false, kScaled = false;
+  static constexpr float kLeastExponent = 0.0f;
+  static constexpr bool is_bf16_weight(int, bool) { return false; }
 };
 
 }  // namespace flash_mla::sm90::raw_rows

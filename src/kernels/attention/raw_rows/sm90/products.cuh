@@ -237,6 +237,45 @@ struct KeyProducts<V4Rows, kHeads, kBf16> : KeyProductsBase<V4Rows, kHeads, kBf1
   }
 };
 
+template <int kHeads, bool kBf16>
+struct KeyProducts<TensorRows, kHeads, kBf16> : KeyProductsBase<TensorRows, kHeads, kBf16> {
+  using F = TensorRows;
+  using Base = KeyProductsBase<F, kHeads, kBf16>;
+  using Base::Base, Base::kSums, Base::s, Base::widen;
+
+  // x = scale_log2 q k, in 18 units.
+  __device__ void score(float (&x)[kSums], KeyScales<F>& scales, float scale_log2) const {
+    std::uint32_t a[2][2][4];
+    const auto q = s.q.k_major();
+    this->find_known(scales);
+    KeyWords w = this->load_e4m3(0);
+#pragma unroll
+    for (int u = 0; u < 18; ++u) {
+      if (u >= 2) ptx::wgmma_wait<1>();  // unit u - 2 has read its registers
+      if (u % 2 == 0) {
+        widen(a[0][0], w.first.x, w.second.x);
+        widen(a[0][1], w.first.y, w.second.y);
+      } else {
+        widen(a[1][0], w.first.z, w.second.z);
+        widen(a[1][1], w.first.w, w.second.w);
+        if (u < 17) w = this->load_e4m3((u + 1) / 2);
+      }
+      if (u == 17) this->release();
+      ptx::wgmma_fence();
+      ptx::wgmma(x, a[u % 2][0], q.step(2 * u), u > 0);
+      ptx::wgmma(x, a[u % 2][1], q.step(2 * u + 1), true);
+      ptx::wgmma_commit();
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int j = 0; j < kHeads / 8; ++j) {
+      const float2 f = this->factors(j, scale_log2);
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; ++i) x[i] *= i % 2 == 0 ? f.x : f.y;
+    }
+  }
+};
+
 /// Words go into products as they are.
 template <int kDim, int kHeads, bool kBf16>
 struct KeyProducts<WideRows<kDim>, kHeads, kBf16> : KeyProductsBase<WideRows<kDim>, kHeads, kBf16> {

@@ -141,7 +141,7 @@ __device__ void load_query(const Work& work, S& s, const Item& item) {
 #pragma unroll 1
     for (int first = 0; first < kHeads; first += kHeldHeads<kHeads>) load.load_scaled(item, first);
   }
-  load.load_own(item);
+  if constexpr (S::Format::kHeadDim > 64 * S::Format::kE4m3Chunks) load.load_own(item);
   ptx::fence_async_proxy();
   ptx::named_barrier_sync<kScoresReady, kGroupThreads>();
 }

@@ -188,12 +188,12 @@ struct Scores {
 #pragma unroll
     for (int i = 0; i < F::kWeights; ++i) {
       const std::uint32_t to = ptx::smem_address(s.weights[buffer][i].at(0));
-      if constexpr (!F::kScaled) {
-        store_weight<Work::kBf16>(x, 1.0f, 1.0f, to);
-      } else if (i < F::kKeyScales) {
-        store_weight<false>(x, scales.of[0][i] * unit, scales.of[1][i] * unit, to);
+      const float f0 = i < F::kKeyScales ? scales.of[0][i] * unit : unit;
+      const float f1 = i < F::kKeyScales ? scales.of[1][i] * unit : unit;
+      if (F::is_bf16_weight(i, Work::kBf16)) {
+        store_weight<true>(x, f0, f1, to);
       } else {
-        store_weight<true>(x, unit, unit, to);
+        store_weight<false>(x, f0, f1, to);
       }
     }
   }
@@ -246,7 +246,7 @@ struct Scores {
       const float unit = 1.0f / weight_unit();
       if (item.is_split) {
         work.store_stats(item, row, s.reference[row], total);
-        s.factor[row] = unit;
+        s.factor[row] = work.partial_factor() * unit;
       } else {
         s.factor[row] = work.finish_row(item, row, s.reference[row], total, of_row) * unit;
       }

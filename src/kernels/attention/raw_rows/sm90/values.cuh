@@ -80,7 +80,7 @@ struct Values {
       auto& weights = s.weights[buffer][Columns::weight(m)];
       const bool adds = accumulate || step > 0;
       ptx::wgmma_fence();
-      if (Columns::template is_bf16<Work::kBf16>(m)) {
+      if (F::is_bf16_weight(Columns::weight(m), Work::kBf16)) {
         using Tile = ptx::Tile<__nv_bfloat16, kHeads, kTileKeys>;
         ptx::wgmma(o[m], a[u % 2], reinterpret_cast<Tile&>(weights).k_major().step(step), adds);
       } else {

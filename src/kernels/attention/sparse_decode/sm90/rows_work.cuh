@@ -49,6 +49,7 @@ struct RowsWork {
   __device__ float4* partial(const Item& item) const {
     return reinterpret_cast<float4*>(p.partial_out) + partial_block(item) * row_groups() * 2 * kFragment;
   }
+  __device__ static float partial_factor() { return 1.0f; }
   __device__ void store_stats(const Item& item, int row, float reference, float sum) const {
     if (row >= row_groups() * 16) return;
     reinterpret_cast<float2*>(p.partial_stats)[partial_block(item) * row_groups() * 16 + row] = {reference,

@@ -85,6 +85,7 @@ struct RowsWork {
   }
   // Items are never split.
   __device__ void store_stats(const Item&, int, float, float) const {}
+  __device__ static float partial_factor() { return 1.0f; }
   __device__ float4* partial(const Item&) const { return nullptr; }
   __device__ static int row_groups() { return 0; }
 };
