@@ -13,6 +13,8 @@ namespace {
 
 constexpr float kEps = 1e-6f;
 
+std::size_t product(int a, int b) { return static_cast<std::size_t>(a) * static_cast<std::size_t>(b); }
+
 Matrix matrix(const OnDevice<std::uint16_t>& data, std::int64_t rows, std::int64_t columns,
               std::int64_t stride) {
   return {reinterpret_cast<std::byte*>(data.get()), DType::kBFloat16, rows, columns, stride};
@@ -33,7 +35,8 @@ struct Angles {
 /// The first `pairs` pairs of x turned, from bfloat16.
 void turn(std::vector<double>& x, std::size_t head, const Angles& angles, int row, int pairs) {
   for (int i = 0; i < pairs; ++i) {
-    const auto at = static_cast<std::size_t>(row * pairs + i), low = head + 2 * static_cast<std::size_t>(i);
+    const auto at = product(row, pairs) + static_cast<std::size_t>(i),
+               low = head + 2 * static_cast<std::size_t>(i);
     const double a = x[low], b = x[low + 1];
     x[low] = a * angles.cosines[at] - b * angles.sines[at];
     x[low + 1] = b * angles.cosines[at] + a * angles.sines[at];
@@ -48,7 +51,7 @@ TEST(IndexRows, KeysAreNormalisedAndTurned) {
        {std::tuple(128, 32, 1), std::tuple(128, 32, 203), std::tuple(64, 32, 70), std::tuple(128, 64, 9),
         std::tuple(64, 8, 5)}) {
     const int stride = dim + 8;
-    const std::vector<std::uint16_t> k = random.bf16(static_cast<std::size_t>(rows * stride), 2);
+    const std::vector<std::uint16_t> k = random.bf16(product(rows, stride), 2);
     std::vector<float> weight = random.fp32(static_cast<std::size_t>(dim), 0.2f), bias = weight;
     for (float& w : weight) w += 1;
     const Angles angles(random, rows, pairs);
@@ -59,7 +62,7 @@ TEST(IndexRows, KeysAreNormalisedAndTurned) {
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     const std::vector<std::uint16_t> out = device.host();
     for (int t = 0; t < rows; ++t) {
-      const auto first = static_cast<std::size_t>(t * stride);
+      const auto first = product(t, stride);
       std::vector<double> x(static_cast<std::size_t>(dim));
       double sum = 0, squares = 0;
       for (std::size_t i = 0; i < x.size(); ++i) sum += x[i] = from_bf16(k[first + i]);
@@ -84,20 +87,19 @@ TEST(IndexRows, QueriesAreTurned) {
   for (const auto& [heads, dim, rows] :
        {std::tuple(64, 128, 3), std::tuple(5, 64, 40), std::tuple(1, 128, 300)}) {
     const int pairs = 32;
-    const std::vector<std::uint16_t> q = random.bf16(static_cast<std::size_t>(rows * heads * dim), 1);
+    const std::vector<std::uint16_t> q = random.bf16(product(rows, heads * dim), 1);
     const Angles angles(random, rows, pairs);
     const OnDevice<std::uint16_t> device(q);
     const OnDevice<float> cosines(angles.cosines), sines(angles.sines);
-    sm90::rotate_index_queries(matrix(device, rows, heads * dim, heads * dim), dim,
-                               {cosines.get(), sines.get(), pairs}, nullptr);
+    sm90::rotate_index_queries(matrix(device, rows, std::int64_t{heads} * dim, std::int64_t{heads} * dim),
+                               dim, {cosines.get(), sines.get(), pairs}, nullptr);
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     const std::vector<std::uint16_t> out = device.host();
     for (int t = 0; t < rows; ++t) {
-      std::vector<double> x(static_cast<std::size_t>(heads * dim));
+      std::vector<double> x(product(heads, dim));
       for (std::size_t i = 0; i < x.size(); ++i)
         x[i] = from_bf16(q[static_cast<std::size_t>(t) * x.size() + i]);
-      for (int head = 0; head < heads; ++head)
-        turn(x, static_cast<std::size_t>(head * dim), angles, t, pairs);
+      for (int head = 0; head < heads; ++head) turn(x, product(head, dim), angles, t, pairs);
       for (std::size_t i = 0; i < x.size(); ++i) {
         ASSERT_NEAR(from_bf16(out[static_cast<std::size_t>(t) * x.size() + i]), x[i],
                     1e-3 + std::abs(x[i]) / 128);

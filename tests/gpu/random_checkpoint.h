@@ -95,7 +95,8 @@ class RandomCheckpoint {
       feed_forward(name + ".mlp.experts." + std::to_string(e), c_.moe_intermediate_size);
     }
     if (c_.n_shared_experts > 0) {
-      feed_forward(name + ".mlp.shared_experts", c_.n_shared_experts * c_.moe_intermediate_size);
+      feed_forward(name + ".mlp.shared_experts",
+                   std::int64_t{c_.n_shared_experts} * c_.moe_intermediate_size);
     }
   }
 

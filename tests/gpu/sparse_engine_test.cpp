@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <numeric>
 #include <string>
 #include <tuple>
@@ -163,13 +162,14 @@ TEST_P(CudaSparseEngine, BatchesAgreeWithSequencesAlone) {
   mixed.push_back({&sequences[5], 100, 125});
   mixed.push_back({&sequences[6], 0, 46});
   const std::vector<float> logits = forward(*gpu_, mixed).logits;
-  expect_close({logits.begin(), logits.begin() + 4 * kVocab}, rows(4), GetParam().name.c_str(), kWithChoices);
+  expect_close({logits.begin(), logits.begin() + std::ptrdiff_t{4} * kVocab}, rows(4),
+               GetParam().name.c_str(), kWithChoices);
   std::size_t at = 4;
   for (std::size_t i = 4; i < mixed.size(); ++i) {
     const Part& p = mixed[i];
     const auto first = logits.begin() + static_cast<std::ptrdiff_t>(at * kVocab);
-    expect_close({first, first + (p.end - p.begin) * kVocab}, forward(*gpu_, {p}).logits,
-                 "a prompt beside others", kWithChoices);
+    expect_close({first, first + static_cast<std::ptrdiff_t>(p.end - p.begin) * kVocab},
+                 forward(*gpu_, {p}).logits, "a prompt beside others", kWithChoices);
     at += static_cast<std::size_t>(p.end - p.begin);
   }
 }
@@ -186,7 +186,8 @@ TEST_P(CudaSparseEngine, ReplayedStepsOfGrowingLengthsHaveTheBitsOfAPrompt) {
     std::vector<Part> parts{{&again_, i, i + 1}};
     if (i % 3 == 0) parts.push_back({&other, 30, 31});
     const std::vector<float> row = forward(*gpu_, parts, false, true).logits;
-    different += std::memcmp(row.data(), whole.data() + i * kVocab, kVocab * sizeof(float)) != 0 ? 1 : 0;
+    const auto expected = whole.begin() + std::ptrdiff_t{i} * kVocab;
+    different += std::equal(row.begin(), row.begin() + kVocab, expected) ? 0 : 1;
   }
   EXPECT_EQ(different, 0) << "of 240 rows";
 }

@@ -85,7 +85,7 @@ ScheduleOptions schedule_options(int, int, int, int, int) {
   return out;
 }
 void build_schedule(const TensorView&, const ScheduleOptions&, const DecodeScheduleView&, void*) {
-  queue("build_schedule", [] {});
+  queue([] {});
 }
 KernelFacts decode_kernel_facts(const DecodePlan&, bool) { return {}; }
 KernelFacts combine_kernel_facts(const DecodePlan&, bool) { return {}; }
@@ -94,7 +94,7 @@ std::size_t dense_decode_workspace_size(const DenseDecodeArgs&, const DecodeSche
 void check_supported(const DenseDecodeArgs&, const DecodeScheduleView&) {}
 
 void plain_decode(const PlainDecode& a, cudaStream_t) {
-  queue("decode", [=] {
+  queue([=] {
     const std::int64_t width = a.rank + a.rope;
     parallel_for(a.q.rows, default_threads(), [&](std::int64_t t) {
       const auto row = [&](std::int64_t j) {
@@ -128,7 +128,7 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView&, void*, fl
 }
 
 void plain_prefill(const PlainPrefill& a, cudaStream_t) {
-  queue("prefill", [=] {
+  queue([=] {
     const std::int64_t head_width = a.nope + a.v, key_width = a.heads * head_width, q_width = a.nope + a.rope;
     for (int s = 0; s < a.num_seqs; ++s) {
       const std::int64_t first = a.query_starts[s], queries = a.query_starts[s + 1] - first;
@@ -179,7 +179,7 @@ void sparse_decode(const SparseDecodeArgs& given, void*, float scale, int, void*
   SparseDecodeArgs a = given;
   for (TensorView* t : {&a.q, &a.out, &a.keys.indices, &a.keys.topk_length}) *t = on_host(*t);
   a.keys.cache = on_host(a.keys.cache);
-  queue("sparse_decode", [=] {
+  queue([=] {
     SparseDecodeOptions options;
     options.softmax_scale = scale;
     const std::size_t bytes = flash_mla::sparse_decode_workspace_size(a, options);
@@ -193,7 +193,7 @@ void sparse_prefill(const SparsePrefillArgs& given, float scale, void*) {
   SparsePrefillArgs a = given;
   for (TensorView* t : {&a.q, &a.out, &a.indices, &a.topk_length}) *t = on_host(*t);
   a.cache = on_host(a.cache);
-  queue("sparse_prefill", [=] {
+  queue([=] {
     SparsePrefillOptions options;
     options.softmax_scale = scale;
     const std::size_t bytes = flash_mla::sparse_prefill_workspace_size(a, options);
@@ -204,7 +204,7 @@ void sparse_prefill(const SparsePrefillArgs& given, float scale, void*) {
 
 void index_logits(const indexer::Rows& rows, std::int64_t first, std::int64_t last,
                   const indexer::Logits& logits, void*) {
-  queue("index_logits", [=] {
+  queue([=] {
     const Buffer workspace =
         allocate_aligned(cpu::index_logits_workspace_size(rows, cpu::IndexElement::kE4m3, default_threads()));
     cpu::index_logits(rows, cpu::IndexElement::kE4m3, first, last, logits, workspace.data(),
@@ -214,7 +214,7 @@ void index_logits(const indexer::Rows& rows, std::int64_t first, std::int64_t la
 
 void index_lengths(const indexer::Rows& rows, std::int64_t first, std::int64_t last, std::int32_t* lengths,
                    void*) {
-  queue("index_lengths", [=] {
+  queue([=] {
     for (std::int64_t row = first; row < last; ++row) {
       lengths[row - first] =
           static_cast<std::int32_t>(std::max<std::int64_t>(rows.end(row) - rows.begin(row), 0));
@@ -223,7 +223,7 @@ void index_lengths(const indexer::Rows& rows, std::int64_t first, std::int64_t l
 }
 
 void top_k(const TopKArgs& a, std::int64_t first_row, std::int64_t rows_per_request, void*) {
-  queue("top_k", [=] {
+  queue([=] {
     const std::int64_t k = a.indices.size(1);
     for (std::int64_t i = 0; i < a.logits.size(0); ++i) {
       auto* out = a.indices.ptr<std::int32_t>() + i * a.indices.stride(0);
@@ -243,19 +243,19 @@ void top_k(const TopKArgs& a, std::int64_t first_row, std::int64_t rows_per_requ
 void append_index_keys(const IndexKeyAppendArgs& given, void*) {
   IndexKeyAppendArgs a = given;
   for (TensorView* t : {&a.k, &a.slot_mapping, &a.cache}) *t = on_host(*t);
-  queue("append_index_keys", [=] { flash_mla::append_index_keys(a); });
+  queue([=] { flash_mla::append_index_keys(a); });
 }
 void quantise_index_queries(const IndexQueryArgs& given, void*) {
   IndexQueryArgs a = given;
   for (TensorView* t : {&a.q, &a.weights, &a.values, &a.scaled_weights}) *t = on_host(*t);
-  queue("quantise_index_queries", [=] { flash_mla::quantise_index_queries(a); });
+  queue([=] { flash_mla::quantise_index_queries(a); });
 }
 
 void append_kv(const KvAppendArgs& given, void*) {
   KvAppendArgs a = given;
   for (TensorView* t : {&a.latent, &a.rope, &a.slot_mapping}) *t = on_host(*t);
   a.cache = on_host(a.cache);
-  queue("append_kv", [=] { flash_mla::append_kv(a); });
+  queue([=] { flash_mla::append_kv(a); });
 }
 void gather_kv(const KvGatherArgs&, void*) {}
 void merge_states(const TensorView&, const TensorView&, const TensorView&, const TensorView&,

@@ -4,42 +4,18 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <functional>
+#include <utility>
+#include <vector>
 
 #include "queue.h"
 
 namespace flash_mla::emulated {
 namespace {
 
+using Graph = std::vector<std::function<void()>>;
+
 Graph* capturing = nullptr;
-bool traced = false;
-std::vector<std::string> names;
-int replayed = 0;
-
-void perform(const Operation& operation) {
-  if (traced) names.push_back(operation.name);
-  operation.run();
-}
-
-}  // namespace
-
-void queue(const char* name, std::function<void()> run) {
-  Operation operation{name, std::move(run)};
-  if (capturing != nullptr) {
-    capturing->push_back(std::move(operation));
-  } else {
-    perform(operation);
-  }
-}
-
-void keep_trace(bool on) {
-  traced = on;
-  names.clear();
-}
-const std::vector<std::string>& trace() { return names; }
-int replays() { return replayed; }
-
-namespace {
 
 void* allocate(std::size_t bytes) {
   void* out = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
@@ -50,6 +26,15 @@ void* allocate(std::size_t bytes) {
 Graph* graph_of(void* handle) { return static_cast<Graph*>(handle); }
 
 }  // namespace
+
+void queue(std::function<void()> run) {
+  if (capturing != nullptr) {
+    capturing->push_back(std::move(run));
+  } else {
+    run();
+  }
+}
+
 }  // namespace flash_mla::emulated
 
 using namespace flash_mla::emulated;
@@ -71,11 +56,11 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  queue("memcpy", [=] { std::memcpy(to, from, bytes); });
+  queue([=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  queue("memset", [=] { std::memset(to, value, bytes); });
+  queue([=] { std::memset(to, value, bytes); });
   return cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned) {
@@ -106,8 +91,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
   return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
-  ++replayed;
-  for (const Operation& operation : *graph_of(graph)) perform(operation);
+  for (const auto& run : *graph_of(graph)) run();
   return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t* out) {

@@ -73,7 +73,7 @@ void turn(const Bf16* from, Bf16* to, float cosine, float sine) {
 
 void embed(const std::byte* table, const std::int32_t* ids, const std::int32_t* tokens,
            const std::int32_t* positions, const RotationTable& rotations, Matrix out, cudaStream_t) {
-  queue("embed", [=] {
+  queue([=] {
     for (std::int64_t t = 0; t < out.rows; ++t) {
       std::int64_t id = ids[t];
       if (id < 0) id = std::max(tokens[-1 - id], 0);
@@ -88,13 +88,13 @@ void embed(const std::byte* table, const std::int32_t* ids, const std::int32_t* 
 }
 
 void rms_norm(Matrix x, const float* weight, float eps, Matrix out, cudaStream_t) {
-  queue("rms_norm", [=] {
+  queue([=] {
     for (std::int64_t t = 0; t < x.rows; ++t) norm(elements(x, t), weight, eps, x.columns, elements(out, t));
   });
 }
 
 void silu_mul(Matrix gate_up, Matrix out, cudaStream_t) {
-  queue("silu_mul", [=] {
+  queue([=] {
     for (std::int64_t t = 0; t < out.rows; ++t) {
       const Bf16* gate = elements(gate_up, t);
       for (std::int64_t i = 0; i < out.columns; ++i) {
@@ -105,7 +105,7 @@ void silu_mul(Matrix gate_up, Matrix out, cudaStream_t) {
 }
 
 void rope_and_append(const RopeAndAppend& a, cudaStream_t) {
-  queue("rope_and_append", [=] {
+  queue([=] {
     const std::int64_t pairs = a.rope / 2;
     for (std::int64_t t = 0; t < a.q.rows; ++t) {
       const float* cosines = a.rotations.cosines + t * pairs;
@@ -126,7 +126,7 @@ void rope_and_append(const RopeAndAppend& a, cudaStream_t) {
 }
 
 void gather(Matrix x, const std::int32_t* rows, Matrix out, cudaStream_t) {
-  queue("gather", [=] {
+  queue([=] {
     for (std::int64_t t = 0; t < out.rows; ++t) {
       std::memcpy(out.row(t), x.row(rows[t]), static_cast<std::size_t>(out.columns * 2));
     }
@@ -134,7 +134,7 @@ void gather(Matrix x, const std::int32_t* rows, Matrix out, cudaStream_t) {
 }
 
 void add_bias(const float* bias, bool replace, Matrix inout, cudaStream_t) {
-  queue("add_bias", [=] {
+  queue([=] {
     for (std::int64_t t = 0; t < inout.rows; ++t) {
       Bf16* row = elements(inout, t);
       for (std::int64_t i = 0; i < inout.columns; ++i)
@@ -146,7 +146,7 @@ void add_bias(const float* bias, bool replace, Matrix inout, cudaStream_t) {
 std::size_t likeliest_scratch_bytes(std::int64_t rows) { return static_cast<std::size_t>(rows) * 16; }
 
 void likeliest(Matrix x, std::int32_t* tokens, std::byte*, cudaStream_t) {
-  queue("likeliest", [=] {
+  queue([=] {
     for (std::int64_t t = 0; t < x.rows; ++t) {
       const auto* row = reinterpret_cast<const float*>(x.row(t));
       const float* best = std::max_element(row, row + x.columns);
@@ -157,7 +157,7 @@ void likeliest(Matrix x, std::int32_t* tokens, std::byte*, cudaStream_t) {
 }
 
 void gather_keys(const GatherKeys& a, cudaStream_t) {
-  queue("gather_keys", [=] {
+  queue([=] {
     const std::int64_t width = a.rank + a.rope;
     for (int s = 0; s < a.num_seqs; ++s) {
       for (std::int64_t key = a.starts[s]; key < a.starts[s + 1]; ++key) {
@@ -165,7 +165,8 @@ void gather_keys(const GatherKeys& a, cudaStream_t) {
         const std::int64_t page = a.pages[a.tables[s] + position / kPageSize];
         const std::byte* from = a.cache + (page * kPageSize + position % kPageSize) * width * 2;
         std::memcpy(a.latents + key * a.rank * 2, from, static_cast<std::size_t>(a.rank) * 2);
-        std::memcpy(a.k_rope + key * a.rope * 2, from + a.rank * 2, static_cast<std::size_t>(a.rope) * 2);
+        std::memcpy(a.k_rope + key * a.rope * 2, from + std::ptrdiff_t{2} * a.rank,
+                    static_cast<std::size_t>(a.rope) * 2);
       }
     }
   });
@@ -173,7 +174,7 @@ void gather_keys(const GatherKeys& a, cudaStream_t) {
 
 void fill_random(std::byte* out, DType dtype, std::int64_t count, std::uint64_t seed, float deviation,
                  cudaStream_t) {
-  queue("fill_random", [=] {
+  queue([=] {
     std::uint64_t state = seed;
     for (std::int64_t i = 0; i < count; ++i) {
       state = state * 6364136223846793005u + 1442695040888963407u;
@@ -189,7 +190,7 @@ void fill_random(std::byte* out, DType dtype, std::int64_t count, std::uint64_t 
 
 void norm_and_rotate_index_keys(Matrix k, const float* weight, const float* bias, float eps,
                                 const IndexRotation& rotation, cudaStream_t) {
-  queue("norm_and_rotate_index_keys", [=] {
+  queue([=] {
     for (std::int64_t t = 0; t < k.rows; ++t) {
       Bf16* row = elements(k, t);
       const Values x = wide(row, k.columns);
@@ -200,7 +201,7 @@ void norm_and_rotate_index_keys(Matrix k, const float* weight, const float* bias
       const float factor = 1 / std::sqrt(squares / static_cast<float>(k.columns) + eps);
       for (std::size_t i = 0; i < x.size(); ++i)
         row[i] = to_bf16((x[i] - mean) * factor * weight[i] + bias[i]);
-      for (int i = 0; i < rotation.pairs; ++i) {
+      for (std::int64_t i = 0; i < rotation.pairs; ++i) {
         const std::int64_t at = t * rotation.pairs + i;
         turn(row + 2 * i, row + 2 * i, rotation.cosines[at], rotation.sines[at]);
       }
@@ -209,11 +210,11 @@ void norm_and_rotate_index_keys(Matrix k, const float* weight, const float* bias
 }
 
 void rotate_index_queries(Matrix q, int dim, const IndexRotation& rotation, cudaStream_t) {
-  queue("rotate_index_queries", [=] {
+  queue([=] {
     for (std::int64_t t = 0; t < q.rows; ++t) {
       for (std::int64_t head = 0; head < q.columns / dim; ++head) {
         Bf16* x = elements(q, t) + head * dim;
-        for (int i = 0; i < rotation.pairs; ++i) {
+        for (std::int64_t i = 0; i < rotation.pairs; ++i) {
           const std::int64_t at = t * rotation.pairs + i;
           turn(x + 2 * i, x + 2 * i, rotation.cosines[at], rotation.sines[at]);
         }
@@ -223,7 +224,7 @@ void rotate_index_queries(Matrix q, int dim, const IndexRotation& rotation, cuda
 }
 
 cudaError_t skinny_gemm(const SkinnyGemm& a, cudaStream_t) {
-  queue("skinny_gemm", [=] {
+  queue([=] {
     const std::int64_t outputs = a.silu_mul ? a.n / 2 : a.n;
     rows_of(a.m, [&](std::int64_t t) {
       const Values x = wide(static_cast<const Bf16*>(a.x) + t * a.x_stride, a.k);
@@ -248,7 +249,7 @@ cudaError_t skinny_gemm(const SkinnyGemm& a, cudaStream_t) {
 }
 
 void head_gemm(const HeadGemm& a, cudaStream_t) {
-  queue("head_gemm", [=] {
+  queue([=] {
     rows_of(a.x.rows, [&](std::int64_t t) {
       const std::int64_t pairs = a.tail / 2;
       for (std::int64_t head = 0; head < a.heads; ++head) {
@@ -265,7 +266,7 @@ void head_gemm(const HeadGemm& a, cudaStream_t) {
                a.sines[t * pairs + i]);
         }
       }
-      if (a.append.cache == nullptr) return;
+      if (a.append.cache == nullptr || a.cosines == nullptr) return;
       const std::int64_t slot = a.append.slots != nullptr ? a.append.slots[t] : t;
       if (slot < 0) return;
       const Bf16* kv = elements(a.append.kv, t);
@@ -300,7 +301,7 @@ void CublasLt::gemm(Matrix x, const std::byte* weight, Matrix out, bool accumula
 }
 
 cudaError_t choose_experts(const RouteArgs& a, cudaStream_t) {
-  queue("choose_experts", [=] {
+  queue([=] {
     const Routing& r = a.routing;
     const std::int64_t all = r.experts_per_token + r.shared_experts;
     for (std::int64_t t = 0; t < a.tokens; ++t) {
@@ -336,7 +337,7 @@ void norm_and_route(const NormAndRoute&, cudaStream_t) {}
 std::size_t expert_ffn_workspace_size(std::int64_t, std::int64_t, std::int64_t, int, int) { return 256; }
 
 cudaError_t expert_ffn(const ExpertFfn& a, cudaStream_t) {
-  queue("expert_ffn", [=] {
+  queue([=] {
     rows_of(a.tokens, [&](std::int64_t t) {
       const Values x = wide(static_cast<const Bf16*>(a.x) + t * a.x_stride, a.hidden);
       auto* inout = static_cast<Bf16*>(a.inout) + t * a.inout_stride;
@@ -370,7 +371,7 @@ std::size_t one_token_workspace_size() { return 256; }
 cudaError_t one_token(const OneToken&, cudaStream_t) { return cudaErrorInvalidValue; }
 
 void draw_rows(Matrix logits, const Draw* draws, std::int32_t* tokens, cudaStream_t) {
-  queue("draw_rows", [=] {
+  queue([=] {
     cpu::DrawScratch scratch;
     for (std::int64_t t = 0; t < logits.rows; ++t) {
       if (!(draws[t].scale > 0) || tokens[t] < 0) continue;
