@@ -96,6 +96,7 @@ TEST(ChunkGroups, EveryTokenIsInOnePlace) {
 checkpoint::ModelConfig v32() {
   return checkpoint::parse_config(R"({"model_type": "deepseek_v32", "vocab_size": 100, "hidden_size": 64,
     "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "q_lora_rank": 32, "n_routed_experts": null,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "max_position_embeddings": 4096, "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128})",
                                   "test");
 }
