@@ -62,14 +62,12 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
     check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()));
     return make_cpu_device(config, dtype, cache_format, options);
   }
-  if (config.index_topk > 0) {
-    throw Unsupported(fmt::format(
-        "model_type is {}: device cuda has no sparse attention with an indexer yet; use device cpu",
-        config.model_type));
-  }
-  if (options.kv_cache == ModelKvCache::kFloat16 || options.kv_cache == ModelKvCache::kFp8) {
-    throw Unsupported(fmt::format("kv_cache: device cuda keeps its cache in bfloat16; {} needs device cpu",
-                                  options.kv_cache == ModelKvCache::kFp8 ? "fp8" : "float16"));
+  check_cuda_indexer(config);
+  const bool fp8_cache = options.kv_cache == ModelKvCache::kFp8;
+  if (options.kv_cache == ModelKvCache::kFloat16 || (fp8_cache && config.index_topk == 0)) {
+    throw Unsupported(
+        fmt::format("kv_cache: device cuda keeps the cache of this model in bfloat16; {} needs device cpu",
+                    fp8_cache ? "fp8" : "float16"));
   }
   if (options.precision == ModelPrecision::kFloat32) {
     throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");
@@ -81,9 +79,10 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
   }
   // Before anything is loaded; make_cuda_device says what is missing where there is no GPU.
   if (why_no_cuda_device().empty()) {
-    check_fits_device(config, options.cache_pages, static_cast<double>(options.cache_bytes), cuda_memory());
+    check_fits_device(config, options.cache_pages, static_cast<double>(options.cache_bytes), fp8_cache,
+                      cuda_memory());
   }
-  return make_cuda_device(config, options.time_steps);
+  return make_cuda_device(config, options.time_steps, fp8_cache);
 }
 
 /// Weights whose reader is told of: a model asks for those of a layer once it has made the layers before.

@@ -7,6 +7,7 @@
 
 #include "base/page_size.h"
 #include "flash_mla/error.h"
+#include "kv/format.h"
 #include "model/quantized_layers.h"
 
 namespace flash_mla::model {
@@ -81,14 +82,19 @@ double weight_bytes(const checkpoint::ModelConfig& c, DType dtype, ModelQuantize
          bytes_each(LayerKind::kExperts) * w.experts + bytes_each(LayerKind::kHead) * w.head;
 }
 
-double page_bytes(const checkpoint::ModelConfig& c, DType dtype) {
-  return double{kPageSize} * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) *
-         static_cast<double>(dtype_size(dtype));
+double page_bytes(const checkpoint::ModelConfig& c, bool fp8_cache) {
+  const int width = c.kv_lora_rank + c.qk_rope_head_dim;
+  double token = 0;
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    token += static_cast<double>(kv::token_bytes(fp8_cache ? KvFormat::kFp8V32 : KvFormat::kBFloat16, width));
+    if (c.has_indexer(i)) token += c.index_head_dim + 4.0;  // a float32 scale
+  }
+  return kPageSize * token;
 }
 
 void check_fits_device(const checkpoint::ModelConfig& config, int cache_pages, double cache_bytes,
-                       const DeviceMemory& memory) {
-  const double page = page_bytes(config, DType::kBFloat16);
+                       bool fp8_cache, const DeviceMemory& memory) {
+  const double page = page_bytes(config, fp8_cache);
   const double cache = cache_pages > 0 ? cache_pages * page : std::max(cache_bytes, page);
   const double weights = num_weights(config), bytes = 2 * weights;
   if (bytes + cache <= memory.free) return;

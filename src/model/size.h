@@ -12,8 +12,9 @@ double num_weights(const checkpoint::ModelConfig& config);
 /// Of those, how many are in the first `layers` layers, the embedding included.
 double num_weights_before(const checkpoint::ModelConfig& config, int layers);
 
-/// Bytes of a page of the cache, over all layers.
-double page_bytes(const checkpoint::ModelConfig& config, DType dtype);
+/// Bytes of a page of the cache on a GPU, over all layers: latents in bfloat16, or with `fp8_cache` 656 bytes a token,
+/// and index keys in e4m3.
+double page_bytes(const checkpoint::ModelConfig& config, bool fp8_cache);
 
 /// Bytes of a device's own memory.
 struct DeviceMemory {
@@ -24,7 +25,7 @@ struct DeviceMemory {
 /// 0 of `cache_bytes` bytes, or if they are 0 of one page, fit into what is free. To be called before anything is
 /// loaded.
 void check_fits_device(const checkpoint::ModelConfig& config, int cache_pages, double cache_bytes,
-                       const DeviceMemory& memory);
+                       bool fp8_cache, const DeviceMemory& memory);
 
 /// Bytes of those weights on the CPU, in `dtype` where neither `quantize` nor the checkpoint keeps them in fewer bits.
 /// (A checkpoint of 4 bits may keep less so than is counted here: every product but the LM head's.)

@@ -24,6 +24,7 @@ class Sm90 : public BackendUnderTest {
   bool supports_two_formats() const override { return false; }
   bool supports_top_k() const override { return true; }
   bool supports_index_logits() const override { return true; }
+  bool supports_index_quantisers() const override { return true; }
   double index_tolerance() const override { return 1e-3; }
   bool checks_values() const override { return false; }
   bool batch_invariant() const override { return true; }

@@ -50,6 +50,14 @@ class RandomCheckpoint {
     random(name + ".down_proj.weight", {c_.hidden_size, width});
   }
 
+  void indexer(const std::string& name) {
+    random(name + ".wq_b.weight", {std::int64_t{c_.index_n_heads} * c_.index_head_dim, c_.q_lora_rank});
+    random(name + ".wk.weight", {c_.index_head_dim, c_.hidden_size});
+    norm(name + ".k_norm.weight", c_.index_head_dim);
+    random(name + ".k_norm.bias", {c_.index_head_dim}, 0.1f);
+    random(name + ".weights_proj.weight", {c_.index_n_heads, c_.hidden_size});
+  }
+
   void layer(int index) {
     const std::string name = "model.layers." + std::to_string(index), a = name + ".self_attn";
     const std::int64_t heads = c_.num_attention_heads, nope = c_.qk_nope_head_dim;
@@ -72,6 +80,7 @@ class RandomCheckpoint {
       random(a + ".kv_a_proj_with_mqa.bias", {rank + rope});
       random(a + ".o_proj.bias", {hidden});
     }
+    if (c_.has_indexer(index)) indexer(a + ".indexer");
     if (!c_.is_moe_layer(index)) {
       feed_forward(name + ".mlp", c_.intermediate_size);
       return;
@@ -86,7 +95,8 @@ class RandomCheckpoint {
       feed_forward(name + ".mlp.experts." + std::to_string(e), c_.moe_intermediate_size);
     }
     if (c_.n_shared_experts > 0) {
-      feed_forward(name + ".mlp.shared_experts", c_.n_shared_experts * c_.moe_intermediate_size);
+      feed_forward(name + ".mlp.shared_experts",
+                   std::int64_t{c_.n_shared_experts} * c_.moe_intermediate_size);
     }
   }
 

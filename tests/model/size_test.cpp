@@ -34,17 +34,19 @@ TEST(Size, WeightsOfTheLayersAddUp) {
 TEST(Size, WhatDoesNotFitADeviceIsRefusedWithItsSizes) {
   const checkpoint::ModelConfig c = v2_lite();  // 29.2 GiB in bfloat16
   const auto refused = [&](int pages, double bytes, double free) {
-    return message_of<OutOfMemory>([&] { check_fits_device(c, pages, bytes, {free * kGiB, 80 * kGiB}); });
+    return message_of<OutOfMemory>([&] {
+      check_fits_device(c, pages, bytes, false, {free * kGiB, 80 * kGiB});
+    });
   };
   EXPECT_THAT(refused(0, 0, 20), AllOf(HasSubstr("15.7 billion weights in bfloat16 are 29.2 GiB"),
                                        HasSubstr("a cache of one page 0.0 GiB"),
                                        HasSubstr("of 80.0 GiB there are 20.0 GiB free")));
   // A page: 64 tokens of 576 values of 2 bytes in 27 layers.
-  EXPECT_EQ(page_bytes(c, DType::kBFloat16), 64.0 * 576 * 2 * 27);
+  EXPECT_EQ(page_bytes(c, false), 64.0 * 576 * 2 * 27);
   EXPECT_THAT(refused(10'000, 0, 40), HasSubstr("the cache that is asked for 18.5 GiB"));
   EXPECT_THAT(refused(0, 12 * kGiB, 40), HasSubstr("the cache that is asked for 12.0 GiB"));
-  check_fits_device(c, 0, 0, {30 * kGiB, 80 * kGiB});
-  check_fits_device(c, 10'000, 0, {50 * kGiB, 80 * kGiB});
+  check_fits_device(c, 0, 0, false, {30 * kGiB, 80 * kGiB});
+  check_fits_device(c, 10'000, 0, false, {50 * kGiB, 80 * kGiB});
 }
 
 TEST(Size, OfQuantisedWeights) {

@@ -14,8 +14,14 @@ namespace flash_mla::model {
 /// comes in its (padded) size, and replayed from then on. `time_steps`: events are recorded around every
 /// step, for device_seconds().
 ///
+/// With `fp8_cache` latents are KvFormat::kFp8V32, 656 bytes a token, which models with an indexer can have; their index
+/// keys are e4m3 in any case.
+///
 /// Throws Unsupported where there is no such GPU, driver or library, or this build has no kernels for it.
-std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, bool time_steps);
+std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, bool time_steps, bool fp8_cache);
+
+/// Throws Unsupported, naming the field, for sizes of an indexer and of the latents beside it that have no kernels.
+void check_cuda_indexer(const ModelConfig& config);
 
 /// Of the GPU. Throws where make_cuda_device would.
 DeviceMemory cuda_memory();

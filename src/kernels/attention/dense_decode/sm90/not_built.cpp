@@ -50,6 +50,8 @@ void top_k(const TopKArgs&, std::int64_t, std::int64_t, void*) { refuse(); }
 void index_logits(const indexer::Rows&, std::int64_t, std::int64_t, const indexer::Logits&, void*) {
   refuse();
 }
+void append_index_keys(const IndexKeyAppendArgs&, void*) { refuse(); }
+void quantise_index_queries(const IndexQueryArgs&, void*) { refuse(); }
 void index_lengths(const indexer::Rows&, std::int64_t, std::int64_t, std::int32_t*, void*) { refuse(); }
 void merge_states(const TensorView&, const TensorView&, const TensorView&, const TensorView&,
                   const TensorView&, const TensorView&, LseBase, void*) {
