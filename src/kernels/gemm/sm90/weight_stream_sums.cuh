@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "kernels/gemm/sm90/widen_e4m3.cuh"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/mma.cuh"
 
@@ -111,21 +112,6 @@ __device__ __forceinline__ void multiply_tile(const uint4& lo, const uint4& hi, 
   for (int i = 0; i < kGroups; ++i) {
     ptx::mma_m16n8k16_bf16(sums[i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
   }
-}
-
-/// Four e4m3 weights to four of bfloat16, exactly. Shifted to bfloat16's fields they are 2^-120 of themselves.
-__device__ __forceinline__ uint2 expand_e4m3(std::uint32_t codes) {
-  uint2 out;
-  const std::uint32_t pair[2] = {__byte_perm(codes, 0, 0x1404), __byte_perm(codes, 0, 0x3424)};
-  const __nv_bfloat162 factor = __float2bfloat162_rn(0x1p120f);
-  std::uint32_t* const to[2] = {&out.x, &out.y};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const std::uint32_t bits = (pair[i] & 0x80008000u) | ((pair[i] >> 4) & 0x07F007F0u);
-    const __nv_bfloat162 value = __hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), factor);
-    *to[i] = reinterpret_cast<const std::uint32_t&>(value);
-  }
-  return out;
 }
 
 /// sums += a tile of 16 rows of W by 64 columns of k in e4m3, times x, whose columns are in two halves; the upper 8

@@ -20,9 +20,9 @@ constexpr std::int64_t kElement = 2;
 
 }  // namespace
 
-CudaContext::CudaContext(const ModelConfig& model_config)
+CudaContext::CudaContext(const ModelConfig& model_config, ModelQuantize quantize)
     : config(model_config),
-      weights(*pool, stream),
+      weights(*pool, stream, quantize),
       schedule_options_(cuda_schedule_options(0, 1, model_config.num_attention_heads, 1)) {
   const Rope rope = make_rope(config);
   inv_freq_ = weights.vector(rope.inv_freq);
@@ -120,6 +120,11 @@ void CudaContext::grow_expanded(std::int64_t keys) {
   activations(buffers.k_rope, keys, config.qk_rope_head_dim);
   activations(buffers.expanded, keys,
               std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim));
+}
+
+void CudaContext::prepare_e4m3() {
+  grow(buffers.widened, static_cast<std::size_t>(kMaxWidenedBytes));
+  one_token = {};
 }
 
 void CudaContext::download(const std::byte* from, std::size_t bytes, void* to) {

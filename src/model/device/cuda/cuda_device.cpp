@@ -25,8 +25,8 @@ namespace {
 
 class CudaDevice : public Device {
  public:
-  CudaDevice(const ModelConfig& config, bool time_steps)
-      : context_(config), timer_(time_steps ? std::make_unique<StepTimer>() : nullptr) {}
+  CudaDevice(const ModelConfig& config, ModelQuantize quantize, bool time_steps)
+      : context_(config, quantize), timer_(time_steps ? std::make_unique<StepTimer>() : nullptr) {}
   ~CudaDevice() override { cudaStreamSynchronize(context_.stream); }
 
   std::size_t free_memory() const override { return context_.pool->free_memory(); }
@@ -113,9 +113,9 @@ DeviceMemory cuda_memory() {
   return {static_cast<double>(free), static_cast<double>(total)};
 }
 
-std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, bool time_steps) {
+std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, ModelQuantize quantize, bool time_steps) {
   if (const std::string why = why_no_cuda_device(); !why.empty()) throw Unsupported("device cuda: " + why);
-  return std::make_unique<CudaDevice>(config, time_steps);
+  return std::make_unique<CudaDevice>(config, quantize, time_steps);
 }
 
 }  // namespace flash_mla::model
