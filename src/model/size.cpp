@@ -59,7 +59,7 @@ std::optional<QuantizedFormat> stored_format(const checkpoint::ModelConfig& c) {
 
 /// With `wide` bytes for each that is never quantised, and bytes_each(kind) for the others.
 template <class F>
-double weight_bytes(const checkpoint::ModelConfig& c, double wide, const F& bytes_each) {
+double sum_bytes(const checkpoint::ModelConfig& c, double wide, const F& bytes_each) {
   const Weights w = count_weights(c, c.num_hidden_layers);
   return wide * (w.embedding + w.kv_b) + bytes_each(LayerKind::kAttention) * w.attention +
          bytes_each(LayerKind::kDense) * w.dense + bytes_each(LayerKind::kShared) * w.shared +
@@ -77,7 +77,7 @@ double num_weights_before(const checkpoint::ModelConfig& c, int layers) {
 
 double weight_bytes(const checkpoint::ModelConfig& c, DType dtype, ModelQuantize quantize) {
   const double wide = static_cast<double>(dtype_size(dtype));
-  return weight_bytes(c, wide, [&](LayerKind kind) {
+  return sum_bytes(c, wide, [&](LayerKind kind) {
     if (quantize == ModelQuantize::kInt8) return 1.0;
     std::optional<QuantizedFormat> format = quantized_format(quantize, kind);
     if (!format && kind != LayerKind::kHead) format = stored_format(c);
@@ -91,7 +91,7 @@ double device_weight_bytes(const checkpoint::ModelConfig& c, ModelQuantize quant
   constexpr double kWide = 2, kE4m3 = 1 + static_cast<double>(sizeof(float)) / (kE4m3Rows * kE4m3Columns);
   const bool stored = c.stored.fp8_block_columns > 0 && c.stored.fp8_block_columns % kE4m3Columns == 0 &&
                       c.stored.fp8_block_rows % kE4m3Rows == 0;
-  return weight_bytes(c, kWide, [&](LayerKind kind) {
+  return sum_bytes(c, kWide, [&](LayerKind kind) {
     const bool e4m3 = asks_for_e4m3(quantize, kind) || (stored && kind != LayerKind::kHead);
     return e4m3 ? kE4m3 : kWide;
   });
