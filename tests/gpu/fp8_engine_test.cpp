@@ -84,11 +84,13 @@ class Fp8Engine : public testing::TestWithParam<Fp8Case> {
   TemporaryDirectory fp8_directory_, twin_directory_;
 };
 
+// Where scales are no powers of two the twin's weights are rounded once more than those that kernels of few rows expand.
 TEST_P(Fp8Engine, AgreesWithItsDequantisedTwin) {
+  const double times = GetParam().stored == Stored::kFp8Powers ? 1 : 2;
   const auto fp8 = load(fp8_directory_, ModelDevice::kCuda), twin = load(twin_directory_, ModelDevice::kCuda);
   for (const bool batch_invariant : {false, true}) {
     const std::vector<float> got = run(*fp8, batch_invariant);
-    expect_close(got, run(*twin, batch_invariant), GetParam().name);
+    expect_close(got, run(*twin, batch_invariant), GetParam().name, times);
     EXPECT_EQ(got, run(*fp8, batch_invariant));  // recorded steps are replayed
   }
 }

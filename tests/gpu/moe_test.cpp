@@ -168,17 +168,17 @@ struct E4m3Matrices {
   std::vector<float> make(Random& random, std::vector<std::uint16_t>& weights, int matrices, int rows,
                           int columns, bool powers) {
     const int scale_rows = (rows + 7) / 8, scale_columns = (columns + 127) / 128;
-    std::vector<float> scales(std::size_t(matrices) * scale_rows * scale_columns);
+    std::vector<float> out(std::size_t(matrices) * scale_rows * scale_columns);
     const auto scale_of = [&](std::size_t i) -> float& {
       const std::size_t row = i / columns;
-      return scales[(row / rows * scale_rows + row % rows / 8) * scale_columns + i % columns / 128];
+      return out[(row / rows * scale_rows + row % rows / 8) * scale_columns + i % columns / 128];
     };
     std::vector<float> wide(weights.size());
     for (std::size_t i = 0; i < wide.size(); ++i) {
       wide[i] = from_bf16(weights[i]) * (random.below(1000) == 0 ? 40.0f : 1.0f);
       scale_of(i) = std::max(scale_of(i), std::abs(wide[i]));
     }
-    for (float& s : scales) {
+    for (float& s : out) {
       s = s > 0 ? s / kE4m3Max : 1;
       if (powers) s = next_power_of_two(s);
     }
@@ -187,7 +187,7 @@ struct E4m3Matrices {
       codes_host[i] = code.bits;
       weights[i] = to_bf16(to_float(code) * scale_of(i));
     }
-    return scales;
+    return out;
   }
 
   std::vector<std::uint8_t> codes_host;

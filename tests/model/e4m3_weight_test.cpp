@@ -20,7 +20,7 @@ namespace {
 
 constexpr const char* kConfig =
     R"({"model_type": "deepseek_v3", "vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256,
-        "hidden_size": 208, "intermediate_size": 144, "num_attention_heads": 2, "kv_lora_rank": 64, "q_lora_rank": 136,
+        "hidden_size": 208, "intermediate_size": 144, "num_attention_heads": 2, "kv_lora_rank": 64, "q_lora_rank": 144,
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 64, "n_routed_experts": 4, "n_shared_experts": 2,
         "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
         "norm_topk_prob": true, "routed_scaling_factor": 1.0,
