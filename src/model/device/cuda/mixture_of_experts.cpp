@@ -164,7 +164,7 @@ void CudaMixtureOfExperts::make_up_experts() {
     down_ = loader.made_up_e4m3(num_experts_, hidden, intermediate_);
     return;
   }
-  gate_up_ = {loader.matrix(nullptr, num_experts_ * 2 * expert_elements()), {}};
+  gate_up_ = {loader.matrix(nullptr, std::int64_t{2} * num_experts_ * expert_elements()), {}};
   down_ = {loader.matrix(nullptr, num_experts_ * expert_elements()), {}};
 }
 
