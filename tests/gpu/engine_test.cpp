@@ -16,8 +16,8 @@
 #include "engine_steps.h"
 #include "kernels/sampling/cpu/draw.h"
 #include "model/model.h"
+#include "model/random_checkpoint.h"
 #include "model/temporary_directory.h"
-#include "random_checkpoint.h"
 
 namespace flash_mla::model {
 namespace {

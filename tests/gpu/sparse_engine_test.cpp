@@ -13,8 +13,8 @@
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
 #include "model/model.h"
+#include "model/random_checkpoint.h"
 #include "model/temporary_directory.h"
-#include "random_checkpoint.h"
 
 namespace flash_mla::model {
 namespace {

@@ -65,6 +65,30 @@ TEST(Size, OfQuantisedWeights) {
   EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kNone) / all, 0.58, 0.02);
 }
 
+TEST(Size, OnADevice) {
+  checkpoint::ModelConfig c = v2_lite();
+  const double all = num_weights(c);
+  EXPECT_EQ(device_weight_bytes(c, ModelQuantize::kNone), 2 * all);
+  // Without the 128-fold scales of the CPU's rows.
+  const double fp8 = device_weight_bytes(c, ModelQuantize::kFp8);
+  EXPECT_LT(fp8, weight_bytes(c, DType::kBFloat16, ModelQuantize::kFp8));
+  EXPECT_NEAR(fp8 / all, 1.038, 0.005);
+  c.stored = {128, 128, 0};
+  EXPECT_NEAR(device_weight_bytes(c, ModelQuantize::kNone) / all, 1.034, 0.005);
+  const auto refused = [&](double free) {
+    return message_of<OutOfMemory>([&] { check_fits_device(c, 0, 0, false, {free * kGiB, 80 * kGiB}); });
+  };
+  EXPECT_THAT(refused(12), HasSubstr("15.7 billion weights of 1.03 bytes are 15.1 GiB"));
+  check_fits_device(c, 0, 0, false, {16 * kGiB, 80 * kGiB});
+  // Of other blocks and of 4 bits nothing is kept.
+  for (const checkpoint::StoredFormat& stored :
+       {checkpoint::StoredFormat{4, 128, 0}, checkpoint::StoredFormat{128, 64, 0},
+        checkpoint::StoredFormat{0, 0, 128}}) {
+    c.stored = stored;
+    EXPECT_EQ(device_weight_bytes(c, ModelQuantize::kNone), 2 * all);
+  }
+}
+
 /// The planner counts what the engine counts, to the norms and biases.
 TEST(Size, IsThePlanners) {
   for (const std::string name :

@@ -27,10 +27,10 @@ bool has_sm90_prefill(const ModelConfig& config) {
          config.qk_rope_head_dim == sm90::kPrefillHeadDimRope && config.v_head_dim == sm90::kPrefillHeadDimV;
 }
 
-CudaContext::CudaContext(const ModelConfig& model_config, bool fp8_latents)
+CudaContext::CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents)
     : config(model_config),
       fp8_cache(fp8_latents),
-      weights(*pool, stream),
+      weights(*pool, stream, quantize),
       schedule_options_(cuda_schedule_options(0, 1, model_config.num_attention_heads, 1)) {
   const Rope rope = make_rope(config);
   inv_freq_ = weights.vector(rope.inv_freq);
@@ -161,6 +161,11 @@ void CudaContext::grow_expanded(std::int64_t keys) {
   activations(buffers.k_rope, keys, config.qk_rope_head_dim);
   activations(buffers.expanded, keys,
               std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim));
+}
+
+void CudaContext::prepare_e4m3() {
+  grow(buffers.widened, static_cast<std::size_t>(kMaxWidenedBytes));
+  one_token = {};
 }
 
 void CudaContext::download(const std::byte* from, std::size_t bytes, void* to) {

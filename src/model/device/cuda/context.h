@@ -22,11 +22,14 @@
 
 namespace flash_mla::model {
 
+/// Of a weight in e4m3, what is widened to bfloat16 at a time.
+inline constexpr std::int64_t kMaxWidenedBytes = std::int64_t{64} << 20;
+
 /// What the layers of a GPU share: stream and memory, the step that runs, and memory for activations that
 /// grows and stays. All activations are bfloat16 but where it says so.
 struct CudaContext {
   /// `fp8_latents`: the latent cache is that of KvFormat::kFp8V32; only with an indexer.
-  explicit CudaContext(const ModelConfig& model_config, bool fp8_latents = false);
+  CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents);
 
   ScheduleOptions schedule_options(int sequences, bool batch_invariant) const;
   /// As Device::reserve.
@@ -50,6 +53,9 @@ struct CudaContext {
   void grow_expanded(std::int64_t keys);
   /// Chosen experts of a token, with the shared ones.
   int experts_per_token() const { return config.num_experts_per_tok + config.n_shared_experts; }
+  /// To be called when a layer has got weights in e4m3: they are widened where many rows are multiplied, and the kernel
+  /// of one token takes bfloat16 alone.
+  void prepare_e4m3();
   /// To the host; returns when everything queued has run.
   void download(const std::byte* from, std::size_t bytes, void* to);
   void rms_norm(const Matrix& x, const Buffer& weight, double eps, const Matrix& out) const;
@@ -72,6 +78,7 @@ struct CudaContext {
     Buffer x, h, qkv_a, q_a, q, q_latent, out_latent, attended, gate_up, act;
     Buffer decode_workspace, prefill_workspace;
     Buffer latents, k_rope, expanded;  ///< grow_expanded
+    Buffer widened;                    ///< kMaxWidenedBytes where there are weights in e4m3
     Buffer router_logits, expert_weights, expert_workspace;
     std::vector<Buffer> expert_ids;  ///< of each mixture layer (tokens, experts_per_token()) int32
     Buffer logit_h, logits, tokens, likeliest_scratch;  ///< of the logit rows
