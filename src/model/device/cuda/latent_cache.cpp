@@ -67,7 +67,7 @@ void CudaLatentCache::attend_listed(const Matrix& q, const Matrix& out, std::int
   const auto* selection = reinterpret_cast<const std::int32_t*>(context_.buffers.selection.data());
   const TensorView lists = on_device(selection + first_token * topk, DType::kInt32, {n, topk});
   // Where nothing may depend on other tokens, a list is not divided by how many there are.
-  if (context_.fp8_cache && !context_.step->batch_invariant && n <= kMostDecodeTokens &&
+  if (!context_.step->batch_invariant && n <= kMostDecodeTokens &&
       context_.config.num_attention_heads <= kMostDecodeHeads) {
     decode_listed(q, out, lengths, lists);
   } else {
