@@ -24,16 +24,14 @@ Continuation& continuation(Sequence* s) { return static_cast<Continuation&>(*s);
 }  // namespace
 
 Speculation::Speculation(const EngineOptions& options, std::unique_ptr<Drafter> drafter,
-                         std::int64_t max_length)
+                         std::int64_t max_length, bool by_module)
     : options_(options),
       max_length_(max_length),
-      drafter_(drafter ? std::move(drafter) : std::make_unique<NgramDrafter>()) {
+      drafter_(drafter ? std::move(drafter) : std::make_unique<NgramDrafter>()),
+      by_module_(by_module) {
   if (options.draft_tokens < 1 || options.draft_tokens > kMaxDraftTokens) {
     throw InvalidArgument(
         fmt::format("draft_tokens is {}, expected 1 to {}", options.draft_tokens, kMaxDraftTokens));
-  }
-  if (options.speculative == Speculative::kMtp) {
-    throw Unsupported("speculative is mtp: modules for multi-token prediction are not loaded yet");
   }
 }
 
@@ -55,7 +53,12 @@ void Speculation::propose(std::span<Sequence* const> running) {
     ++sequences;
     // The first token comes with the prompt's others, or for several continuations at once.
     if (c.num_generated == 0 || room(c) < 1) continue;
-    c.drafts = drafter_->draft(c, room(c));
+    c.draft_source = by_module_ ? DraftSource::kMtp : DraftSource::kNgram;
+    if (by_module_) {
+      c.drafts.assign(static_cast<std::size_t>(room(c)), 0);
+    } else {
+      c.drafts = drafter_->draft(c, room(c));
+    }
     if (!c.drafts.empty()) drafted.push_back(&c);
   }
   if (options_.speculative == Speculative::kAuto && !drafted.empty()) keep_what_pays(drafted, sequences);
@@ -102,7 +105,8 @@ void Speculation::keep_what_pays(const std::vector<Continuation*>& drafted, int 
 
 bool Speculation::wants_drafts_after(const LaunchedStep& step) const {
   if (!on()) return false;
-  if (options_.speculative != Speculative::kAuto) return true;
+  // The module goes over the tokens of every step before the next begins.
+  if (options_.speculative != Speculative::kAuto || by_module_) return true;
   // The best that a draft could do there.
   const auto sequences = static_cast<double>(step.plan.work.size());
   double best = 0;

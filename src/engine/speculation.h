@@ -14,12 +14,14 @@ namespace flash_mla::engine {
 /// Decides which sequences get drafts in a step, and how many.
 class Speculation {
  public:
-  /// `drafter`: null for n-grams. Throws InvalidArgument for options out of range.
-  Speculation(const EngineOptions& options, std::unique_ptr<Drafter> drafter, std::int64_t max_length);
+  /// `drafter`: null for n-grams. `by_module`: drafts come of the model's module instead. Throws InvalidArgument for options out of range.
+  Speculation(const EngineOptions& options, std::unique_ptr<Drafter> drafter, std::int64_t max_length,
+              bool by_module);
 
   bool on() const { return options_.speculative != EngineOptions::Speculative::kOff; }
 
-  /// Gives those of `running` that are past their prompt drafts for the step that is planned next.
+  /// Gives those of `running` that are past their prompt drafts for the step that is planned next, or if they
+  /// come of the module (ModuleDrafts), room for as many.
   void propose(std::span<Sequence* const> running);
 
   /// Whether sequences of `step` are to get drafts in the next one, which then has to wait for its tokens.
@@ -36,6 +38,7 @@ class Speculation {
   const EngineOptions& options_;
   std::int64_t max_length_;
   std::unique_ptr<Drafter> drafter_;
+  bool by_module_;
   Acceptance all_;      // of every continuation
   StepTime step_time_;  // of steps that only decode
 };
