@@ -236,7 +236,9 @@ void EngineCore::accept_tokens(LaunchedStep& step) {
   }
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     Continuation& c = step.continuation(i);
-    if (!c.ended && step.plan.work[i].num_drafts() > 0) scheduler_.drop_drafts(c);
+    // Where the module had fewer drafts than there is room for, the room goes back too.
+    const ScheduledWork& work = step.plan.work[i];
+    if (!c.ended && (work.num_drafts() > 0 || (module_drafts_ && work.decoding))) scheduler_.drop_drafts(c);
     if (step.plan.work[i].samples && !c.ended && c.request->sampling.max_tokens == 0)
       requests_.end_at_prompt(c);
   }

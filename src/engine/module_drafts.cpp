@@ -4,6 +4,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/page_size.h"
+
 namespace flash_mla::engine {
 namespace {
 
@@ -44,10 +46,16 @@ void ModuleDrafts::note(const LaunchedStep& step) {
     const ScheduledWork& work = step.plan.work[i];
     c.states = {step_, work.begin, step.first_rows[i], work.count + step.drafts[i].committed};
     if (!work.samples || work.begin + work.count != std::ssize(c.request->prompt)) continue;
-    // Those that have forked here share all but what follows the last token.
-    const int last = work.count - 1;
+    // Those that have forked here share the pages that are full: one of them has the module go over these. The last
+    // page is copied for each before the module has gone over what this step has left there.
+    const std::int64_t end = work.begin + work.count;
+    bool left = c.ended;
     for (const auto& sibling : c.request->continuations) {
-      if (sibling.get() != &c) sibling->states = {step_, work.begin + last, step.first_rows[i] + last, 1};
+      if (sibling.get() == &c) continue;
+      const std::int64_t begin = std::max(work.begin, left ? 0 : (end - 1) / kPageSize * kPageSize);
+      left = left && !sibling->running;
+      sibling->states = {step_, begin, step.first_rows[i] + static_cast<std::int32_t>(begin - work.begin),
+                         static_cast<int>(end - begin)};
     }
   }
 }
@@ -68,7 +76,9 @@ void ModuleDrafts::draft(StepPlan& plan, std::span<Sequence* const> running, boo
     // The state of a token that nothing follows yet is of no use.
     const std::int64_t followed = static_cast<std::int64_t>(c.tokens.size()) - 1 - c.states.begin;
     c.states.count = static_cast<int>(std::min<std::int64_t>(c.states.count, followed));
-    if (c.states.step != last_step || c.states.count < 1) continue;
+    // Nor is one whose token is to be computed again.
+    const bool gone = c.num_computed() < c.states.begin + c.states.count;
+    if (c.states.step != last_step || c.states.count < 1 || gone) continue;
     const auto work = drafting.find(s);
     all.add(c, work == drafting.end() ? nullptr : work->second);
     sequences.push_back(&c);

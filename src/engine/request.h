@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -25,6 +26,7 @@ struct ActiveRequest;
 
 /// Where drafts come from.
 enum class DraftSource { kNgram, kMtp };
+inline constexpr std::size_t kDraftSources = 2;
 
 /// How many drafts turned out to be the model's own tokens, the older the less.
 struct Acceptance {
@@ -64,9 +66,9 @@ struct Continuation : Sequence {
     std::int32_t row = 0;
     int count = 0;
   } states;
-  Acceptance acceptance;            // of its drafts
-  std::size_t num_kept_drafts = 0;  // while it is decided how many pay
-  std::size_t token_index = 0;      // of its token among those that the last step launched with it chooses
+  std::array<Acceptance, kDraftSources> acceptance;  // of its drafts, by source
+  std::size_t num_kept_drafts = 0;                   // while it is decided how many pay
+  std::size_t token_index = 0;  // of its token among those that the last step launched with it chooses
   bool ended = false;
   Clock::time_point first_token{}, last_token{};
 };

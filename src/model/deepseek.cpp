@@ -107,6 +107,9 @@ void DeepSeek::allocate_cache(int num_pages) {
   num_pages_ = 0;
   for_each_cache([](Attention& attention) { attention.free_cache(); });
   for_each_cache([&](Attention& attention) { attention.allocate_cache(num_pages); });
+  // A sequence that ends, or is preempted, leaves pages to the prefix cache whose last tokens the module has not gone
+  // over.
+  if (module_) module_->layer.attention->clear_cache();
   num_pages_ = num_pages;
 }
 

@@ -14,7 +14,8 @@ namespace flash_mla::model {
 /// A DeepSeek-V2 or V3 decoder (arXiv 2405.04434, 2412.19437), written over the layers of a device.
 class DeepSeek : public Model {
  public:
-  /// Reads all `weights` onto the device, those of the module for multi-token prediction with `draft_module`. Throws InvalidArgument as they do, or std::bad_alloc.
+  /// Reads all `weights` onto the device, those of the module for multi-token prediction with `draft_module`. Throws
+  /// InvalidArgument as they do, or std::bad_alloc.
   DeepSeek(ModelConfig config, std::unique_ptr<Device> device, WeightSource& weights,
            bool draft_module = false);
 

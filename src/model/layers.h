@@ -51,6 +51,8 @@ class Attention {
   virtual void free_cache() = 0;
   /// A new cache, with anything in it. Throws std::bad_alloc.
   virtual void allocate_cache(int num_pages) = 0;
+  /// Zeros all of it, where some of it may be read before it is written: by the module for multi-token prediction.
+  virtual void clear_cache() {}
   /// Copies one page; queued as forward() is.
   virtual void copy_page(int source, int target) = 0;
 };

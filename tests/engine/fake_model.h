@@ -48,12 +48,13 @@ class FakeModel : public model::Model {
   }
   void allocate_cache(int num_pages) override {
     cache_.assign(static_cast<std::size_t>(num_pages) * kPageSize, -1);
+    module_cache_ = cache_;
   }
   void copy_page(int source, int target) override {
     queue_.push_back([this, source, target] {
-      for (std::size_t i = 0; i < kPageSize; ++i) {
-        cache_.at(static_cast<std::size_t>(target) * kPageSize + i) =
-            cache_.at(static_cast<std::size_t>(source) * kPageSize + i);
+      for (Tokens* cache : {&cache_, &module_cache_}) {
+        const auto page = [&](int p) { return cache->begin() + std::ptrdiff_t{p} * kPageSize; };
+        std::copy_n(page(source), kPageSize, page(target));
       }
     });
     if (runs_now()) run_queue();
@@ -99,7 +100,7 @@ class FakeModel : public model::Model {
   /// a greedy sequence goes on with.
   void draft(const model::DraftBatch& batch, std::int32_t* tokens) override {
     require(has_module && flights_.empty() && batch.states.size() == batch.tokens.token_ids.size());
-    module_cache_.resize(cache_.size(), -1);
+    run_queue();
     for (std::size_t s = 0; s < batch.num_drafts.size(); ++s) {
       const auto pages =
           batch.tokens.block_table.subspan(s * static_cast<std::size_t>(batch.tokens.max_blocks));
@@ -292,7 +293,7 @@ class FakeModel : public model::Model {
   std::int64_t max_position_;
   FakeRuns runs_;
   std::mt19937 random_{3};
-  std::vector<std::int32_t> cache_;
+  Tokens cache_;
   std::deque<std::function<void()>> queue_;
   std::deque<std::shared_ptr<Step>> flights_;
   Tokens last_tokens_;                // that the last step has chosen

@@ -96,6 +96,7 @@ TEST(SmallModel, DraftsChangeNoText) {
     const EngineStats stats = engine.stats();
     EXPECT_EQ(stats.pages_used, 0);
     EXPECT_EQ(stats.failed, 0);
+    if (speculative == Speculative::kAuto) continue;  // whether drafts pay is a matter of time
     const DraftStats& drafts = speculative == Speculative::kNgram ? stats.ngram_drafts : stats.mtp_drafts;
     EXPECT_GT(drafts.accepted, 50);
     EXPECT_LT(drafts.accepted, drafts.drafted);

@@ -135,8 +135,13 @@ TEST(Speculation, AModuleGoesOverEveryTokenAndChangesNoText) {
       for (const Speculative speculative : {Speculative::kMtp, Speculative::kAuto}) {
         scenario.options.speculative = speculative;
         expect_same(expected, scenario.run(runs, true, &flights, &stats));
-        EXPECT_EQ(scenario.module_gaps, 0);
-        EXPECT_EQ(stats.ngram_drafts.drafted, 0);
+        // What ends or is preempted leaves pages to others that the module has not gone over.
+        if (!scenario.options.prefix_cache) {
+          EXPECT_EQ(scenario.module_gaps, 0);
+        }
+        if (speculative == Speculative::kMtp) {
+          EXPECT_EQ(stats.ngram_drafts.drafted, 0);
+        }
         all.drafted += stats.mtp_drafts.drafted;
         all.accepted += stats.mtp_drafts.accepted;
       }

@@ -46,11 +46,21 @@ class Weights {
   }
 
   const std::vector<float>& at(const std::string& name) const { return values_.at(name + ".weight"); }
-  std::string bytes(bool with_module) const {
+  /// `without`: a tensor that is missing; `misshapen`: one that has a row too few.
+  std::string bytes(bool with_module, const std::string& without = "",
+                    const std::string& misshapen = "") const {
     SafetensorsFile file;
     for (const auto& [name, values] : values_) {
       const bool of_module = name.starts_with("model.layers." + std::to_string(kLayers));
-      if (with_module || !of_module) file.add(name, "F32", shapes_.at(name), values);
+      if ((of_module && !with_module) || name == without) continue;
+      std::vector<std::int64_t> shape = shapes_.at(name);
+      std::vector<float> kept = values;
+      if (name == misshapen) {
+        kept.resize(kept.size() / static_cast<std::size_t>(shape[0]) *
+                    static_cast<std::size_t>(shape[0] - 1));
+        --shape[0];
+      }
+      file.add(name, "F32", shape, kept);
     }
     return file.bytes();
   }
@@ -218,8 +228,11 @@ std::vector<Draft> reference(const Weights& w, const Ids& tokens, int drafts) {
 class Mtp : public testing::Test {
  protected:
   std::unique_ptr<Model> load(bool with_module, bool wanted = true) {
+    return load(weights_.bytes(with_module), wanted);
+  }
+  std::unique_ptr<Model> load(const std::string& bytes, bool wanted) {
     directory_.write("config.json", kConfig);
-    directory_.write("model.safetensors", weights_.bytes(with_module));
+    directory_.write("model.safetensors", bytes);
     ModelOptions options;
     options.device = ModelDevice::kCpu;
     options.precision = ModelPrecision::kFloat32;
@@ -295,6 +308,23 @@ TEST_F(Mtp, ACheckpointWithoutAModuleWorksAsBefore) {
   const std::size_t bytes = without->bytes_per_page();
   EXPECT_FALSE(load(/*with_module=*/true, /*wanted=*/false)->has_draft_module());
   EXPECT_EQ(load(true)->bytes_per_page(), bytes / kLayers * (kLayers + 1));
+}
+
+TEST_F(Mtp, NamesTensorsThatAreMissingOrMisshapen) {
+  const std::string module = "model.layers." + std::to_string(kLayers);
+  for (const char* part : {".enorm", ".hnorm", ".shared_head.norm", ".input_layernorm",
+                           ".self_attn.kv_b_proj", ".mlp.up_proj", ".eh_proj"}) {
+    const std::string name = module + part + ".weight";
+    if (name != module + ".eh_proj.weight") {  // without it there is no module
+      const std::string missing =
+          message_of<InvalidArgument>([&] { load(weights_.bytes(true, name), /*wanted=*/true); });
+      EXPECT_NE(missing.find(name), std::string::npos) << missing;
+    }
+    const std::string misshapen =
+        message_of<InvalidArgument>([&] { load(weights_.bytes(true, "", name), /*wanted=*/true); });
+    EXPECT_NE(misshapen.find(name), std::string::npos) << misshapen;
+    load(weights_.bytes(true, "", name), /*wanted=*/false);  // nobody reads it
+  }
 }
 
 TEST_F(Mtp, RefusesWhatIsOutOfRange) {

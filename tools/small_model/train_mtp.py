@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
 """Trains a multi-token-prediction module (arXiv 2412.19437, section 2.2) for the small model and adds it to its weights.
 
-usage: train_mtp.py FOLDER MODEL [--minutes M] [--threads N]
+usage: train_mtp.py FOLDER MODEL PROGRAM [--minutes M] [--threads N]
 
 FOLDER holds what prepare.py downloaded (it is downloaded if it is missing); MODEL is the model directory, whose own
-weights are frozen and stay what they are, byte for byte. The module becomes layer N of MODEL/model.safetensors, N
-being the number of layers, in the names of DeepSeek-V3's checkpoints; MODEL/mtp_training.json has the record. Of
-position i the module sees the model's last hidden state, normed, and the token at i + 1, and learns the model's own
-distribution of the token at i + 2; applied again it sees its own state in place of the model's. One core is enough.
+weights are frozen and stay what they are, byte for byte; PROGRAM is flash-mla, which writes texts of the model's own: half
+of what the module learns from, for those are what it will have to guess. The module becomes layer N of
+MODEL/model.safetensors, N being the number of layers, in the names of DeepSeek-V3's checkpoints (one that is there is
+trained further); MODEL/mtp_training.json has the record. Of position i the module sees the model's last hidden state,
+normed, and the token at i + 1, and learns the model's own distribution of the token at i + 2; applied again it sees its
+own state in place of the model's. One core is enough.
 """
 
 import argparse
 import json
 import math
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -28,12 +31,15 @@ from train import all_experts
 from transformers import DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
-WINDOW, ROWS = 512, 2
+WINDOW, ROWS = 512, 2  # a row of the corpus, one of the model's own text
 PEAK_LR = 1e-3
 FIT_WINDOWS = 24  # for the regression that training begins with
 DEPTHS = (1.0, 0.5)  # weight of each application's loss
 SCORED = 0.2  # of the positions: logits and their softmax cost as much as all the rest
 HELD_OUT_WINDOWS = 6
+OWN_TEXTS, OWN_HELD_OUT = 120, 6  # of each temperature
+TEMPERATURES = (0.0, 1.0)
+PROMPT_TOKENS = 24
 
 
 class Module(nn.Module):
@@ -78,6 +84,25 @@ class Module(nn.Module):
         self.eh_proj.weight.copy_(torch.linalg.solve(moments, products).T)
 
 
+def own_texts(program, folder, tokenizer, texts, rng):
+    """Of each temperature (OWN_TEXTS, WINDOW) tokens: how the model goes on from beginnings of documents."""
+    out = []
+    for temperature in TEMPERATURES:
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in rng.sample(texts, OWN_TEXTS)]
+        prompts = [tokenizer.decode(of[:PROMPT_TOKENS]) for of in ids]
+        command = [program, "generate", "--model", folder, "--json", "--quiet", "--ignore-eos", "--seed", "0"]
+        command += ["--temperature", str(temperature), "--max-tokens", str(WINDOW)]
+        command += [word for prompt in prompts for word in ("--prompt", prompt)]
+        answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        windows = []
+        for prompt, completion in zip(prompts, answer["completions"]):
+            head = tokenizer.encode(prompt, add_special_tokens=False).ids
+            head = [tokenizer.token_to_id(prepare.BOS)] * (completion["usage"]["prompt_tokens"] - len(head)) + head
+            windows.append((head + completion["choices"][0]["token_ids"])[:WINDOW])
+        out.append(np.array(windows))
+    return out
+
+
 @torch.no_grad()
 def states(model, tokens):
     """The model's normed hidden states, its rotations and its embeddings of (rows, length) tokens."""
@@ -115,20 +140,21 @@ def loss_of(model, module, tokens):
 
 
 @torch.no_grad()
-def agreement(model, module, tokens):
-    """Per application: how often the likeliest token is the model's own, and the model's probability of it."""
-    same, chance, count = [0.0] * len(DEPTHS), [0.0] * len(DEPTHS), 0
-    for i in range(HELD_OUT_WINDOWS):
-        window = torch.from_numpy(tokens[i * WINDOW : (i + 1) * WINDOW].astype(np.int64))[None]
-        for d, (own, target) in enumerate(applications(model, module, window)):
-            guess, target = model.lm_head(own).argmax(-1, keepdim=True), model.lm_head(target)
-            same[d] += float((guess[..., 0] == target.argmax(-1)).float().mean())
-            chance[d] += float(target.softmax(-1).gather(-1, guess).mean())
-        count += 1
-    return [round(x / count, 4) for x in same], [round(x / count, 4) for x in chance]
+def agreement(model, module, held_out):
+    """Of each kind of text, per application: how often the likeliest token is the model's own."""
+    out = {}
+    for kind, windows in held_out.items():
+        same = [0.0] * len(DEPTHS)
+        for window in windows:
+            tokens = torch.from_numpy(window.astype(np.int64))[None]
+            for d, (own, target) in enumerate(applications(model, module, tokens)):
+                guess = model.lm_head(own).argmax(-1)
+                same[d] += float((guess == model.lm_head(target).argmax(-1)).float().mean()) / len(windows)
+        out[kind] = [round(x, 4) for x in same]
+    return out
 
 
-def train(model, module, tokens, held_out, minutes, save):
+def train(model, module, tokens, own, held_out, minutes, save):
     rng = np.random.default_rng(0)
     groups = [
         {"params": [p for p in module.parameters() if p.ndim >= 2], "weight_decay": 0.05},
@@ -140,8 +166,9 @@ def train(model, module, tokens, held_out, minutes, save):
         warm = min(1.0, (step + 1) / 40)
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        starts = rng.integers(0, len(tokens) - WINDOW, ROWS)
-        batch = torch.from_numpy(np.stack([tokens[s : s + WINDOW] for s in starts]).astype(np.int64))
+        start_at = rng.integers(0, len(tokens) - WINDOW)
+        rows = [tokens[start_at : start_at + WINDOW], own[step % len(own)][rng.integers(0, len(own[0]))]]
+        batch = torch.from_numpy(np.stack(rows).astype(np.int64))
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(model, module, batch)
         loss.backward()
@@ -156,11 +183,10 @@ def train(model, module, tokens, held_out, minutes, save):
     return step, mean, round(time.time() - start)
 
 
-def tensors_of(module, layer):
-    """In the names of DeepSeek-V3's checkpoints."""
+def views(module, layer):
+    """The module's parameters by their names in DeepSeek-V3's checkpoints."""
     out = {}
     for name, value in module.state_dict().items():
-        value = value.detach().to(torch.bfloat16)
         if name == "norm.weight":
             out["shared_head.norm.weight"] = value
         elif name == "layer.mlp.experts.gate_up_proj":
@@ -172,18 +198,30 @@ def tensors_of(module, layer):
                 out[f"mlp.experts.{e}.down_proj.weight"] = down
         else:
             out[name.removeprefix("layer.")] = value
-    return {f"model.layers.{layer}.{name}": value.contiguous().clone() for name, value in out.items()}
+    return {f"model.layers.{layer}.{name}": value for name, value in out.items()}
 
 
-def add_to(path, tensors, layer):
+def read(module, path, layer):
+    """Takes the module that a checkpoint has; whether it has one."""
+    stored = load_file(path)
+    if f"model.layers.{layer}.eh_proj.weight" not in stored:
+        return False
+    for name, view in views(module, layer).items():
+        view.copy_(stored[name])
+    return True
+
+
+def write(module, path, layer):
     kept = {k: v for k, v in load_file(path).items() if not k.startswith(f"model.layers.{layer}.")}
-    save_file({**kept, **tensors}, path, metadata={"format": "pt"})
+    added = {k: v.detach().to(torch.bfloat16).contiguous().clone() for k, v in views(module, layer).items()}
+    save_file({**kept, **added}, path, metadata={"format": "pt"})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("model", type=Path)
+    parser.add_argument("program", type=Path)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -195,8 +233,14 @@ def main():
     every = [text for texts in corpus.documents(root).values() for text in texts]
     tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
     rng = random.Random(0)
-    tokens = prepare.encode(tokenizer, [t for i, t in enumerate(every) if i % prepare.HELD_OUT != 0], rng)
-    held_out = prepare.encode(tokenizer, [t for i, t in enumerate(every) if i % prepare.HELD_OUT == 0], rng)
+    learned = [t for i, t in enumerate(every) if i % prepare.HELD_OUT != 0]
+    tokens = prepare.encode(tokenizer, learned, rng)
+    unseen = prepare.encode(tokenizer, [t for i, t in enumerate(every) if i % prepare.HELD_OUT == 0], rng)
+    held_out = {"documents": unseen[: HELD_OUT_WINDOWS * WINDOW].reshape(HELD_OUT_WINDOWS, WINDOW)}
+    own = own_texts(arguments.program, arguments.model, tokenizer, [t for t in learned if len(t) > 200], rng)
+    for temperature, windows in zip(TEMPERATURES, own):
+        held_out[f"temperature {temperature:g}"] = windows[:OWN_HELD_OUT]
+    own = [windows[OWN_HELD_OUT:] for windows in own]
 
     model = DeepseekV3ForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).requires_grad_(False).eval()
     for layer in model.model.layers:
@@ -204,25 +248,24 @@ def main():
             layer.mlp.experts.forward = all_experts.__get__(layer.mlp.experts)
     module = Module(model)
     module.requires_grad_(True)
-    module.fit(model, tokens)
-    print("fitted, agreement", agreement(model, module, held_out), flush=True)
     layer = model.config.num_hidden_layers
+    path = arguments.model / "model.safetensors"
+    if not read(module, path, layer):
+        module.fit(model, tokens)
+    print("begins with agreement", agreement(model, module, held_out), flush=True)
 
-    def save():
-        add_to(arguments.model / "model.safetensors", tensors_of(module, layer), layer)
-
-    step, loss, seconds = train(model, module, tokens, held_out, arguments.minutes, save)
-    same, chance = agreement(model, module, held_out)
+    step, loss, seconds = train(
+        model, module, tokens, own, held_out, arguments.minutes, lambda: write(module, path, layer)
+    )
     record = {
         "steps": step,
         "tokens_per_step": ROWS * WINDOW,
         "seconds": seconds,
         "parameters": sum(p.numel() for p in module.parameters()),
         "loss": round(loss, 4),
-        "held_out_agreement": same,
-        "held_out_probability": chance,
+        "agreement": agreement(model, module, held_out),
     }
-    save()
+    write(module, path, layer)
     (arguments.model / "mtp_training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
 

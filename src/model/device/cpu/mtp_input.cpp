@@ -10,7 +10,7 @@ CpuMtpInput::CpuMtpInput(CpuContext& context, const MtpWeights& weights)
       state_norm_(weights.state_norm),
       model_norm_(weights.model_norm),
       head_norm_(weights.head_norm),
-      projection_(context, weights.projection) {}
+      projection_(context, weights.projection, LayerKind::kDense) {}
 
 void CpuMtpInput::keep(const Residual& x) {
   const Matrix states = context_.activations(states_, x.x.rows, x.x.columns);
