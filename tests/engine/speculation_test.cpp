@@ -122,7 +122,7 @@ TEST(Speculation, TheTruthIsAlwaysAcceptedAndLiesNever) {
 
 TEST(Speculation, AModuleGoesOverEveryTokenAndChangesNoText) {
   DraftStats all;
-  for (unsigned seed = 0; seed < 24; ++seed) {
+  for (unsigned seed = 0; seed < 12; ++seed) {
     SCOPED_TRACE(seed);
     Scenario scenario(seed);
     std::size_t flights = 0;
@@ -151,7 +151,7 @@ TEST(Speculation, AModuleGoesOverEveryTokenAndChangesNoText) {
     }
     Harness::has_module = false;
   }
-  EXPECT_GT(all.accepted, 1000);
+  EXPECT_GT(all.accepted, 500);
   EXPECT_GT(all.drafted, all.accepted);
 }
 
