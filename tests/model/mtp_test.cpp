@@ -22,8 +22,8 @@ using Vector = std::vector<double>;
 using Vectors = std::vector<Vector>;
 using Ids = std::vector<std::int32_t>;
 
-constexpr int kVocab = 40, kHidden = 24, kHeads = 3, kNope = 6, kRope = 4, kV = 5, kRank = 16, kQRank = 10,
-              kWide = 20;
+constexpr std::int64_t kVocab = 40, kHidden = 24, kHeads = 3, kNope = 6, kRope = 4, kV = 5, kRank = 16,
+                       kQRank = 10, kWide = 20;
 constexpr int kLayers = 2;
 constexpr const char* kConfig = R"({
   "model_type": "deepseek_v3", "vocab_size": 40, "hidden_size": 24, "intermediate_size": 20,
@@ -100,11 +100,11 @@ class Weights {
     matrix(name + ".mlp.up_proj", kWide, kHidden);
     matrix(name + ".mlp.down_proj", kHidden, kWide);
   }
-  void matrix(const std::string& name, int rows, int columns) {
+  void matrix(const std::string& name, std::int64_t rows, std::int64_t columns) {
     std::normal_distribution<float> normal(0, 2 / std::sqrt(static_cast<float>(columns)));
     add(name, {rows, columns}, [&] { return normal(random_); });
   }
-  void norm(const std::string& name, int size) {
+  void norm(const std::string& name, std::int64_t size) {
     std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
     add(name, {size}, [&] { return uniform(random_); });
   }
@@ -123,9 +123,10 @@ class Weights {
 };
 
 void rotate(double* x, int position) {
-  for (int i = 0; i < kRope / 2; ++i) {
-    const double angle = position * std::pow(10000.0, -2.0 * i / kRope), c = std::cos(angle),
-                 s = std::sin(angle);
+  for (std::int64_t i = 0; i < kRope / 2; ++i) {
+    const double angle =
+                     position * std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(kRope)),
+                 c = std::cos(angle), s = std::sin(angle);
     const double a = x[2 * i], b = x[2 * i + 1];
     x[2 * i] = a * c - b * s;
     x[2 * i + 1] = a * s + b * c;
@@ -164,7 +165,7 @@ Vectors layer(const Weights& w, const std::string& name, Vectors x) {
           score += q[t][static_cast<std::size_t>(head * (kNope + kRope) + kNope + i)] *
                    keys[j][static_cast<std::size_t>(i)];
         }
-        sum += weights[j] = std::exp(score / std::sqrt(kNope + kRope));
+        sum += weights[j] = std::exp(score / std::sqrt(static_cast<double>(kNope + kRope)));
       }
       for (std::size_t j = 0; j <= t; ++j) {
         for (int i = 0; i < kV; ++i) {
