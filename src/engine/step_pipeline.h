@@ -25,8 +25,9 @@ struct LaunchedStep {
   std::vector<StepBatch::Result> results;  // of each work
   std::vector<DraftOutcome> drafts;        // of each work
   std::size_t num_logit_rows = 0, num_tokens = 0;
-  bool launched = false;
-  std::string failure;  // what went wrong with the model
+  bool launched = false;  // and not collected
+  bool masked = false;    // the model waits for StepPipeline::choose
+  std::string failure;    // what went wrong with the model
   StepRecord record;
   double utilisation = 0;
 
@@ -51,6 +52,10 @@ class StepPipeline {
   /// last has a place in that step in vain: what comes of it is dropped, and what it wrote to its pages is
   /// written before anything that a later owner of them writes. Null: it must wait for the results.
   std::unique_ptr<LaunchedStep> launch_ahead(const LaunchedStep& step);
+
+  /// Tells the model which tokens the formats of a masked step's texts allow: TokenChooser::prepare has computed it. An
+  /// error of the model's is the step's failure.
+  void choose(LaunchedStep& step);
 
   /// Waits for the step's results; then nothing of it is in flight any more.
   void collect(LaunchedStep& step);
