@@ -45,7 +45,7 @@ struct RegexSurroundings {
 };
 
 /// Of a regular expression as XGrammar reads it. None where it does not, where no text matches, or where the automaton
-/// would have more than some 10,000 states.
+/// would have more than 65,536 states or take too long to make.
 std::optional<ByteAutomaton> regex_automaton(const std::string& regex, const RegexSurroundings& around);
 
 /// The tokens of a vocabulary in the order of their bytes, so that what neighbours share is looked at once.
