@@ -328,6 +328,8 @@ class Engine {
 
   /// Ends a request at the next step with kCancelled; without effect if it has ended.
   void cancel(RequestId id);
+  /// The same for one of its continuations (GenerationEvent::index); without effect before that one's first event.
+  void cancel(RequestId id, int continuation);
 
   /// One step: joins, at most max_tokens_per_step tokens through the model, events. False if there was
   /// nothing to do. Not while the engine runs in its own thread.

@@ -82,6 +82,8 @@ class Borrowed : public model::Model {
   void copy_page(int source, int target) override { model_.copy_page(source, target); }
   void reserve(int num_tokens, int num_rows) override { model_.reserve(num_tokens, num_rows); }
   void launch(const model::ForwardBatch& batch) override { model_.launch(batch); }
+  bool draws_take_masks() const override { return model_.draws_take_masks(); }
+  void choose(std::span<const std::uint32_t* const> masks) override { model_.choose(masks); }
   void collect(float* logits, std::int32_t* tokens) override { model_.collect(logits, tokens); }
   bool launches_ahead() const override { return model_.launches_ahead(); }
 

@@ -294,6 +294,7 @@ RequestId Engine::submit(Request request, EventHandler on_event) {
 }
 
 void Engine::cancel(RequestId id) { impl_->core.cancel(id); }
+void Engine::cancel(RequestId id, int continuation) { impl_->core.cancel(id, continuation); }
 
 bool Engine::step() { return impl_->core.step(); }
 

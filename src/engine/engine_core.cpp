@@ -140,7 +140,7 @@ RequestId EngineCore::submit(Request request, EventHandler on_event, bool bounde
 bool EngineCore::empty_inbox() {
   Inbox::Contents contents = inbox_.take();
   for (auto& request : contents.submitted) requests_.begin(std::move(request));
-  for (const RequestId id : contents.cancelled) requests_.cancel(id);
+  for (const auto& [id, continuation] : contents.cancelled) requests_.cancel(id, continuation);
   requests_.drop_ended();
   return !contents.empty();
 }
@@ -170,6 +170,7 @@ bool EngineCore::step() {
     for (const auto& [continuation, error] : chooser_.prepare(*step, model_->vocab_size())) {
       requests_.end(*continuation, FinishReason::kError, error, /*keep_pages=*/false);
     }
+    pipeline_.choose(*step);
     finish(*step);
   } catch (const std::exception& e) {
     give_up(*step, e.what());
@@ -253,6 +254,7 @@ void EngineCore::accept(LaunchedStep& step, const std::vector<TokenChoice>& choi
 // The host has failed with a step's results: its requests end, whatever they have got of them, and the step
 // behind it, made for what they would have been, counts for nothing.
 void EngineCore::give_up(LaunchedStep& step, const std::string& why) {
+  pipeline_.collect(step);  // if it has not been
   drop_ahead();
   end_all(step, fmt::format("the step failed: {}", why));
 }

@@ -57,6 +57,7 @@ class EngineCore {
   RequestId submit(Request request, EventHandler on_event, bool bounded = true,
                    std::shared_ptr<const grammar::Grammar> grammar = nullptr);
   void cancel(RequestId id) { inbox_.cancel(id); }
+  void cancel(RequestId id, int continuation) { inbox_.cancel(id, continuation); }
   bool step();
   void cancel_all();
 

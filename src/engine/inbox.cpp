@@ -26,10 +26,10 @@ RequestId Inbox::submit(std::unique_ptr<ActiveRequest> request, bool bounded) {
   return id;
 }
 
-void Inbox::cancel(RequestId id) {
+void Inbox::cancel(RequestId id, int continuation) {
   {
     const std::lock_guard lock(mutex_);
-    contents_.cancelled.push_back(id);
+    contents_.cancelled.push_back({id, continuation});
   }
   changed_.notify_all();
 }

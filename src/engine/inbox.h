@@ -19,11 +19,16 @@ class Inbox {
 
   /// Gives the request its id. Throws Overloaded past max_waiting, if `bounded`.
   RequestId submit(std::unique_ptr<ActiveRequest> request, bool bounded);
-  void cancel(RequestId id);
+  /// One of its continuations, or all (-1).
+  void cancel(RequestId id, int continuation = -1);
 
+  struct Cancellation {
+    RequestId id = 0;
+    int continuation = -1;
+  };
   struct Contents {
     std::vector<std::unique_ptr<ActiveRequest>> submitted;
-    std::vector<RequestId> cancelled;
+    std::vector<Cancellation> cancelled;
     bool empty() const { return submitted.empty() && cancelled.empty(); }
   };
   /// Empties it.

@@ -37,13 +37,15 @@ void Requests::begin(std::unique_ptr<ActiveRequest> request) {
   requests_.emplace(r.id, std::move(request));
 }
 
-void Requests::cancel(RequestId id) {
+void Requests::cancel(RequestId id, int continuation) {
   const auto it = requests_.find(id);
   if (it == requests_.end()) return;  // it has ended
-  for (const auto& c : it->second->continuations) {
-    if (!c->ended) end(*c, FinishReason::kCancelled, {});
+  ActiveRequest& request = *it->second;
+  if (continuation >= 0 && !request.forked && request.sampling.n > 1) return;  // it has not begun
+  for (const auto& c : request.continuations) {
+    if (!c->ended && (continuation < 0 || c->index == continuation)) end(*c, FinishReason::kCancelled, {});
   }
-  started(*it->second);
+  if (request.open == 0) started(request);
 }
 
 void Requests::cancel_all() {

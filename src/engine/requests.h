@@ -22,8 +22,8 @@ class Requests {
            std::vector<std::int32_t> eos_token_ids, std::int64_t max_length, LengthLimit limit);
 
   void begin(std::unique_ptr<ActiveRequest> request);
-  /// Without effect on a request that has ended.
-  void cancel(RequestId id);
+  /// Without effect on a request that has ended. `continuation`: one of several that have begun, or all (-1).
+  void cancel(RequestId id, int continuation = -1);
   void cancel_all();
   /// The request has been in a step, or has ended: it is no longer one that waits.
   void started(ActiveRequest& request);

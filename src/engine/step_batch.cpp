@@ -15,6 +15,7 @@ model::ForwardBatch StepBatch::view(bool batch_invariant) const {
   batch.drawn_rows = drawn_rows;
   batch.draws = draws;
   batch.greedy_rows = greedy_rows;
+  batch.masked = masked;
   batch.batch_invariant = batch_invariant;
   return batch;
 }
@@ -45,7 +46,7 @@ StepBatch make_batch(const StepPlan& plan, const WantedOf& wanted_of, const Scor
       out.logit_rows.push_back(end - w.count + scored.skipped + i);
     }
     if (!w.samples) continue;
-    result.wanted = wanted_of(w, out.draws);
+    result.wanted = wanted_of(w, out.draws, out.masked);
     std::vector<std::int32_t>& rows = result.wanted == Wanted::kLogits  ? out.logit_rows
                                       : result.wanted == Wanted::kDrawn ? out.drawn_rows
                                                                         : out.greedy_rows;

@@ -31,6 +31,7 @@ struct StepBatch {
 
   std::vector<Result> results;  ///< of each work of the plan
   std::size_t num_tokens = 0;   ///< that the model chooses
+  bool masked = false;          ///< some of them not among all tokens
 
   std::vector<std::int32_t> token_ids, query_starts{0}, seq_lens, block_table;
   std::vector<std::int32_t> logit_rows, drawn_rows, greedy_rows;
@@ -41,8 +42,8 @@ struct StepBatch {
 };
 
 /// Says what is wanted of a work that samples. If that is kDrawn, adds a draw for its last token and one for
-/// every draft.
-using WantedOf = std::function<Wanted(const ScheduledWork&, std::vector<Draw>&)>;
+/// every draft. Sets `masked` where a format says which tokens the model may choose.
+using WantedOf = std::function<Wanted(const ScheduledWork&, std::vector<Draw>&, bool& masked)>;
 /// How many of a work's tokens, and behind how many others of it, have a successor in the prompt whose
 /// log-probability is wanted.
 struct ScoredTokens {

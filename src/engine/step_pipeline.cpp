@@ -20,7 +20,8 @@ bool leaves_choice_to_model(const SamplingParams& p) {
 // The continuation's request has yet to fork: several tokens come of its prompt's last row.
 bool forks_here(const Continuation& c) { return c.request->sampling.n > 1 && !c.request->forked; }
 
-Wanted wanted(const ScheduledWork& w, std::vector<Draw>& draws) {
+// `takes_masks`: the model chooses among the tokens of a format.
+Wanted wanted(const ScheduledWork& w, bool takes_masks, std::vector<Draw>& draws, bool& masked) {
   const auto& c = static_cast<const Continuation&>(*w.sequence);
   const SamplingParams& sampling = c.request->sampling;
   if (sampling.max_tokens == 0) return Wanted::kNothing;
@@ -28,9 +29,12 @@ Wanted wanted(const ScheduledWork& w, std::vector<Draw>& draws) {
   // A token that is still on its way counts as generated.
   const std::int64_t on_its_way = w.begin - (static_cast<std::int64_t>(c.tokens.size()) - w.count);
   // What rules need of this token they need of no later one, unless of all.
-  if (c.format || c.request->rules.needed(c.num_generated + on_its_way)) return Wanted::kLogits;
+  if (c.request->rules.needed(c.num_generated + on_its_way)) return Wanted::kLogits;
+  // What may follow a draft is known when the draft is.
+  if (c.format && (!takes_masks || w.num_drafts() > 0)) return Wanted::kLogits;
+  if (sampling.temperature > 0 && forks_here(c)) return Wanted::kLogits;
+  if (c.format) masked = true;
   if (sampling.temperature == 0) return Wanted::kLikeliest;
-  if (forks_here(c)) return Wanted::kLogits;
   for (int i = 0; i <= w.num_drafts(); ++i) {
     draws.push_back(draw_of(sampling, {c.request->seed, static_cast<std::uint32_t>(c.index),
                                        static_cast<std::uint64_t>(c.num_generated + on_its_way + i)}));
@@ -86,7 +90,12 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_po
   record.planned = statistics_.seconds(Clock::now());
   try {
     for (const kv::PageCopy& copy : step->plan.copies) model_.copy_page(copy.source, copy.target);
-    StepBatch batch = make_batch(step->plan, wanted, scored, token_index);
+    const bool takes_masks = model_.draws_take_masks();
+    const WantedOf wanted_of = [&](const ScheduledWork& w, std::vector<Draw>& draws, bool& masked) {
+      return wanted(w, takes_masks, draws, masked);
+    };
+    StepBatch batch = make_batch(step->plan, wanted_of, scored, token_index);
+    step->masked = batch.masked;
     step->results = std::move(batch.results);
     step->num_logit_rows = batch.logit_rows.size();
     step->num_tokens = batch.num_tokens;
@@ -104,6 +113,7 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_po
 std::unique_ptr<LaunchedStep> StepPipeline::launch_ahead(const LaunchedStep& step) {
   if (!options_.overlap_steps || !model_.launches_ahead() || !step.failure.empty()) return nullptr;
   if (step.num_logit_rows > 0) return nullptr;  // of a prompt that is scored: to be collected first
+  if (step.masked) return nullptr;              // what a format allows depends on the token before
   std::vector<Sequence*> continuing;
   int unfinished = 0;
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
@@ -121,14 +131,31 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch_ahead(const LaunchedStep& ste
   return plan ? launch(std::move(*plan), Clock::now()) : nullptr;
 }
 
+void StepPipeline::choose(LaunchedStep& step) {
+  if (!step.launched || !step.masked) return;
+  const auto vocab_size = static_cast<std::size_t>(model_.vocab_size());
+  std::vector<const std::uint32_t*> masks(step.num_tokens, nullptr);
+  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
+    Continuation& c = step.continuation(i);
+    if (!c.format || c.ended || !step.results[i].is_token()) continue;
+    masks[step.results[i].index] = c.format_mask(vocab_size).data();
+  }
+  try {
+    model_.choose(masks);
+  } catch (const std::exception& e) {
+    step.failure = fmt::format("the model failed: {}", e.what());
+  }
+}
+
 void StepPipeline::collect(LaunchedStep& step) {
+  if (std::exchange(step.collected, true)) return;
   if (step.launched) {
     logits_.resize(num_logits(step));
     tokens_.resize(step.num_tokens);
     try {
       model_.collect(logits_.data(), tokens_.data());
     } catch (const std::exception& e) {
-      step.failure = fmt::format("the model failed: {}", e.what());
+      if (step.failure.empty()) step.failure = fmt::format("the model failed: {}", e.what());
     }
   }
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) --step.continuation(i).request->num_in_flight;

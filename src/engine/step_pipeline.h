@@ -26,6 +26,8 @@ struct LaunchedStep {
   std::vector<DraftOutcome> drafts;        // of each work
   std::size_t num_logit_rows = 0, num_tokens = 0;
   bool launched = false;
+  bool collected = false;
+  bool masked = false;  // the model waits for StepPipeline::choose
   std::string failure;  // what went wrong with the model
   StepRecord record;
   double utilisation = 0;
@@ -52,7 +54,11 @@ class StepPipeline {
   /// written before anything that a later owner of them writes. Null: it must wait for the results.
   std::unique_ptr<LaunchedStep> launch_ahead(const LaunchedStep& step);
 
-  /// Waits for the step's results; then nothing of it is in flight any more.
+  /// Tells the model which tokens the formats of a masked step's texts allow: TokenChooser::prepare has computed it. An
+  /// error of the model's is the step's failure.
+  void choose(LaunchedStep& step);
+
+  /// Waits for the step's results; then nothing of it is in flight any more. Without effect the second time.
   void collect(LaunchedStep& step);
 
   /// Results of the step that was collected last: logits (rows, vocab_size) and tokens that the model chose.

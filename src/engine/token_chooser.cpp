@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <ctime>
 #include <exception>
-#include <limits>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -73,12 +72,6 @@ double cpu_seconds() {
   timespec time{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
-void exclude_others(std::span<const std::uint32_t> allowed, std::span<float> logits) {
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    if ((allowed[i / 32] >> (i % 32) & 1) == 0) logits[i] = -std::numeric_limits<float>::infinity();
-  }
 }
 
 }  // namespace
@@ -210,7 +203,8 @@ void TokenChooser::sample(TokenChoice& choice, Sampler& sampler) {
     choice.sampled.token = choice.token;
     if (choice.token < 0) {
       choice.error =
-          "the model's logits hold NaN or infinity, or exclude every token; weights or cache may be damaged";
+          "no token can be chosen: the model's logits hold NaN or infinity (weights or cache may be damaged), or what "
+          "the request allows excludes every token";
     }
     return;
   }
@@ -222,7 +216,7 @@ void TokenChooser::sample(TokenChoice& choice, Sampler& sampler) {
                       static_cast<std::uint64_t>(c.num_generated)};
     const LogitEdit edit = [&](std::span<float> logits) {
       if (c.request->rules.needed(c.num_generated)) c.request->rules.apply(c.generated(), logits);
-      if (c.format) exclude_others(c.format_mask(logits.size()), logits);
+      if (c.format) cpu::exclude_others(logits, c.format_mask(logits.size()));
     };
     choice.sampled = sampler.sample(c.request->sampling, c.history, key,
                                     choice.shared ? std::span<float>(own) : choice.logits, edit);

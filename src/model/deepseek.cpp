@@ -36,13 +36,15 @@ void DeepSeek::forward_pass() {
     layer.feed_forward->forward(x);                                  // x += ffn(norm(x)), or experts'
   }
   const Matrix logits = head_->forward(x);  // logits = W · norm(x)
-  device_->choose(logits);  // tokens: the likeliest, or drawn by softmax(logits / temperature)
+  // tokens: the likeliest, or drawn by softmax(logits / temperature)
+  if (!step_.masked) device_->choose(logits);
 }
 
 void DeepSeek::launch(const ForwardBatch& batch) {
   if (!flights_.empty() && flights_.back().num_logit_rows > 0) {
     throw std::logic_error("launch: a step with logit_rows has not been collected");
   }
+  if (batch.masked && !draws_take_masks()) throw Unsupported("masked steps on this device");
   step_ =
       plan_step(batch, {config_.vocab_size, config_.max_position_embeddings, num_pages_, num_tokens_chosen_});
   num_tokens_chosen_ = 0;
@@ -53,12 +55,29 @@ void DeepSeek::launch(const ForwardBatch& batch) {
     device_->begin_step(step_);
     device_->run([&] { forward_pass(); });
   }
-  if (flight.num_tokens > 0) {
-    const auto tokens = static_cast<std::int64_t>(flight.num_tokens);
-    flight.tokens = device_->start_token_download(static_cast<std::int64_t>(flight.num_logit_rows), tokens);
-    if (flight.num_logit_rows == 0) num_tokens_chosen_ = tokens;
-  }
+  if (flight.num_tokens > 0 && !batch.masked) start_download(flight);
   flights_.push_back(std::move(flight));
+}
+
+void DeepSeek::choose(std::span<const std::uint32_t* const> masks) {
+  if (flights_.empty() || !step_.masked || flights_.back().tokens) {
+    throw std::logic_error("choose: the last step is not masked, or its tokens are chosen");
+  }
+  Flight& flight = flights_.back();
+  if (masks.size() != flight.num_tokens) {
+    throw InvalidArgument(fmt::format("masks has {} rows, expected {}, those of drawn_rows and greedy_rows",
+                                      masks.size(), flight.num_tokens));
+  }
+  if (flight.num_tokens == 0) return;
+  device_->choose_among(masks);
+  start_download(flight);
+}
+
+// Of the tokens that the last step has chosen.
+void DeepSeek::start_download(Flight& flight) {
+  const auto tokens = static_cast<std::int64_t>(flight.num_tokens);
+  flight.tokens = device_->start_token_download(static_cast<std::int64_t>(flight.num_logit_rows), tokens);
+  if (flight.num_logit_rows == 0) num_tokens_chosen_ = tokens;
 }
 
 void DeepSeek::collect(float* logits, std::int32_t* tokens) {
@@ -68,6 +87,8 @@ void DeepSeek::collect(float* logits, std::int32_t* tokens) {
   if (flight.num_logit_rows > 0) {
     device_->download_logits(static_cast<std::int64_t>(flight.num_logit_rows), logits);
   }
+  if (flight.num_tokens > 0 && !flight.tokens)
+    throw std::logic_error("collect: the step's tokens are not chosen");
   if (flight.tokens) std::memcpy(tokens, flight.tokens->wait(), flight.num_tokens * sizeof(std::int32_t));
 }
 

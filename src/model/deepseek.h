@@ -28,6 +28,8 @@ class DeepSeek : public Model {
   void copy_page(int source, int target) override;
   void reserve(int num_tokens, int num_rows) override { device_->reserve(num_tokens, num_rows); }
   void launch(const ForwardBatch& batch) override;
+  bool draws_take_masks() const override { return device_->chooses_among(); }
+  void choose(std::span<const std::uint32_t* const> masks) override;
   void collect(float* logits, std::int32_t* tokens) override;
   bool launches_ahead() const override { return device_->queues(); }
   double device_seconds() const override { return device_->device_seconds(); }
@@ -45,6 +47,7 @@ class DeepSeek : public Model {
   };
 
   void forward_pass();
+  void start_download(Flight& flight);
 
   ModelConfig config_;
   std::unique_ptr<Device> device_;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 
 #include "flash_mla/schedule.h"
 #include "flash_mla/tensor.h"
@@ -64,6 +65,11 @@ class Device {
   /// Chooses the tokens of the logit rows from the step's first_chosen on (and maybe of those before): the
   /// likeliest or the drawn one, as Model::collect says.
   virtual void choose(const Matrix& logits) = 0;
+
+  /// Whether it has choose_among.
+  virtual bool chooses_among() const = 0;
+  /// The same for a step that is masked, behind run(): Model::choose.
+  virtual void choose_among(std::span<const std::uint32_t* const> masks) = 0;
 
   // Results of the last step.
   /// The first `rows` rows of its logits to the host (rows, vocab_size); returns when they have come.

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
 
 #include "base/matrix.h"
@@ -38,6 +39,8 @@ struct ForwardBatch {
   std::span<const std::int32_t> drawn_rows;   ///< tokens of which only a successor is wanted, drawn as
   std::span<const Draw> draws;                ///< (drawn_rows.size()) these say
   std::span<const std::int32_t> greedy_rows;  ///< tokens of which only the likeliest successor is wanted
+  /// Successors of drawn_rows and greedy_rows wait for Model::choose, which says among which tokens.
+  bool masked = false;
   /// The same bits for a sequence whatever else is in the batch.
   bool batch_invariant = false;
 };
@@ -65,6 +68,16 @@ class Model {
   /// of pages among them. Two may be on their way, but one with logit_rows must be collected before the next
   /// is launched. If it throws, the step counts as not launched.
   virtual void launch(const ForwardBatch& batch) = 0;
+  /// Whether it takes steps that are masked.
+  virtual bool draws_take_masks() const { return false; }
+  /// Chooses the tokens of the step that was launched last and is masked, once, before it is collected or another is
+  /// launched: what they may be takes the host time, in which the device works. `masks`: of each drawn row, then of each
+  /// greedy row, (vocab_size + 31) / 32 words, of which bit t % 32 of word t / 32 allows token t; null: all. They are read
+  /// in the call. Where a mask leaves no token, there is none (-1).
+  virtual void choose(std::span<const std::uint32_t* const> masks) {
+    static_cast<void>(masks);
+    throw std::logic_error("choose: this model takes no masks");
+  }
   /// Waits for the oldest step on its way and writes to host memory: logits (logit_rows.size(), vocab_size)
   /// float32, and tokens (drawn_rows.size() + greedy_rows.size()), the drawn ones first; of greedy rows the
   /// token of the largest logit, the first among equals. A token is -1 where a logit is NaN or +inf or all

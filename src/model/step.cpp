@@ -27,6 +27,7 @@ class Planner {
   Step plan() {
     check();
     step_.batch_invariant = batch_.batch_invariant;
+    step_.masked = batch_.masked;
     step_.max_blocks = std::max(batch_.max_blocks, 1);
     order_.resize(static_cast<std::size_t>(tokens_));
     for (std::int64_t s = 0; s < seqs_; ++s) {

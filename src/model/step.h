@@ -33,6 +33,7 @@ struct Step {
   std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted, then those of first_chosen on:
   std::int64_t first_chosen = 0;         ///< of them only a token is
   std::vector<Draw> draws;               ///< (logit_rows), which is drawn where a scale is set; or empty
+  bool masked = false;                   ///< tokens are chosen by Device::choose_among
   bool batch_invariant = false;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }

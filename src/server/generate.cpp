@@ -37,13 +37,21 @@ class Submitted {
       ids_.push_back(engine_.submit(std::move(request), [mailbox, first](const GenerationEvent& e) {
         mailbox->put(first + e.index, e);
       }));
+      for (int i = 0; i < n; ++i) choices_.emplace_back(ids_.back(), i);
       first += n;
     }
+  }
+
+  /// Ends a choice that has begun: its text goes on where nobody looks.
+  void cancel(int choice) {
+    const auto& [id, continuation] = choices_[static_cast<std::size_t>(choice)];
+    engine_.cancel(id, continuation);
   }
 
  private:
   Engine& engine_;
   std::vector<RequestId> ids_;
+  std::vector<std::pair<RequestId, int>> choices_;  // and which of the request's continuations each is
 };
 
 /// Sends what the socket takes at once, which is nearly always all, without the timer and the round through
@@ -131,8 +139,9 @@ void submit(Exchange& x, Call& call, Submitted& submitted, const std::shared_ptr
 /// Sends or collects the events of one call.
 class Reply {
  public:
-  Reply(Exchange& x, const Begun& begun, std::shared_ptr<Mailbox> mailbox)
+  Reply(Exchange& x, const Begun& begun, Submitted& submitted, std::shared_ptr<Mailbox> mailbox)
       : x_(x),
+        submitted_(submitted),
         call_(begun.call),
         dialect_(begun.dialect.get()),
         mailbox_(std::move(mailbox)),
@@ -171,6 +180,13 @@ class Reply {
     co_return events;
   }
 
+  // Behind an event that the answer has taken, which may have ended a choice before its text does.
+  void note_end(int index, FinishReason finish) {
+    if (!answer_.over(index)) return;
+    --open_;
+    if (finish == FinishReason::kNone) submitted_.cancel(index);
+  }
+
   awaitable<bool> whole() {
     while (open_ > 0) {
       const Mailbox::Events events = co_await next();
@@ -179,7 +195,7 @@ class Reply {
       for (const auto& [index, event] : events) {
         if (answer_.over(index)) continue;
         answer_.collect(index, event);
-        open_ -= answer_.over(index);
+        note_end(index, event.finish);
       }
     }
     x_.record.usage = answer_.tokens();
@@ -247,7 +263,7 @@ class Reply {
         out += "data: " + dump(error.body()) + "\n\n";
       } else if (event.finish != FinishReason::kNone || !event.text.empty() || !event.logprobs.empty()) {
         const std::optional<Json> chunk = answer_.chunk(index, event);
-        open_ -= answer_.over(index);
+        note_end(index, event.finish);
         if (!chunk) continue;
         out += dialect_ ? dialect_->chunk(*chunk, event.usage) : "data: " + dump(*chunk) + "\n\n";
       }
@@ -271,6 +287,7 @@ class Reply {
   }
 
   Exchange& x_;
+  Submitted& submitted_;
   const Call& call_;
   Dialect* dialect_;  // null: chats and completions as they are
   std::shared_ptr<Mailbox> mailbox_;
@@ -310,7 +327,7 @@ awaitable<bool> generate(Exchange& x, Route::Generates api) {
   x.record.num_choices = call.num_choices;
   x.stream.expires_never();
   const Watcher watcher(x.stream, mailbox);
-  Reply reply(x, begun, mailbox);
+  Reply reply(x, begun, submitted, mailbox);
   co_return co_await reply.run();
 }
 

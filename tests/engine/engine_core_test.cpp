@@ -496,6 +496,92 @@ TEST_P(EngineCoreTest, Cancel) {
   EXPECT_FALSE(h.core->step());
 }
 
+TEST_P(EngineCoreTest, CancelOneContinuation) {
+  Harness h;
+  SamplingParams p = greedy(40);
+  p.n = 3;
+  p.temperature = 1;
+  const RequestId id = h.submit({2}, p);
+  h.core->cancel(id, 1);  // it has not begun
+  for (int i = 0; i < 5; ++i) h.core->step();
+  EXPECT_EQ(h.results[id][1].finish, FinishReason::kNone);
+  h.core->cancel(id, 1);
+  h.core->cancel(id, 7);
+  h.core->step();
+  EXPECT_EQ(h.results[id][1].finish, FinishReason::kCancelled);
+  EXPECT_FALSE(h.ended[id]);
+  h.run();
+  EXPECT_TRUE(h.ended[id]);
+  for (const int other : {0, 2}) {
+    EXPECT_EQ(h.results[id][other].finish, FinishReason::kLength);
+    EXPECT_EQ(h.results[id][other].tokens.size(), 40u);
+  }
+  EXPECT_LT(h.results[id][1].tokens.size(), 10u);
+}
+
+// Tokens whose remainders by 3 take turns, forty of them.
+class Turns : public grammar::Matcher {
+ public:
+  void allowed(std::span<std::uint32_t> mask) override {
+    std::ranges::fill(mask, 0U);
+    for (std::size_t t = 1; t < 90; ++t) {
+      if (t % 3 == turn_ % 3) mask[t / 32] |= 1U << (t % 32);
+    }
+  }
+  bool accept(std::int32_t token) override { return static_cast<std::size_t>(token) % 3 == turn_++ % 3; }
+  bool accept_text(std::string_view) override { return false; }
+  bool ended() const override { return turn_ == 40; }
+
+ private:
+  std::size_t turn_ = 0;
+};
+
+class TurnsGrammar : public grammar::Grammar {
+ public:
+  std::unique_ptr<grammar::Matcher> matcher(std::vector<std::int32_t>) const override {
+    return std::make_unique<Turns>();
+  }
+  std::size_t num_bytes() const override { return 0; }
+};
+
+TEST_P(EngineCoreTest, AModelThatTakesMasksChoosesWhatTheHostWould) {
+  std::vector<std::map<RequestId, std::map<int, Result>>> results;
+  for (const bool takes_masks : {false, true}) {
+    Harness h;
+    h.model->takes_masks = takes_masks;
+    std::size_t masked = 0, rows = 0;
+    h.model->on_forward = [&](const model::ForwardBatch& batch) {
+      masked += batch.masked;
+      rows += batch.logit_rows.size();
+    };
+    for (int i = 0; i < 12; ++i) {
+      SamplingParams p = greedy(60);
+      p.seed = static_cast<std::uint64_t>(i);
+      p.temperature = i % 3 == 0 ? 0 : 1;
+      p.top_k = i % 3 == 1 ? 20 : 0;
+      if (i == 5) p.n = 3;
+      if (i == 6) p.logprobs = 1;  // the host's in any case
+      Request r = request({1 + i, 2, 3}, p);
+      h.core->submit(
+          std::move(r), [&](const GenerationEvent& e) { h.take(e); }, /*bounded=*/true,
+          i % 4 == 3 ? nullptr : std::make_shared<TurnsGrammar>());
+    }
+    h.run();
+    EXPECT_EQ(masked > 0, takes_masks);
+    EXPECT_EQ(rows < 100, takes_masks) << rows;
+    results.push_back(h.results);
+  }
+  ASSERT_EQ(results[0].size(), 12u);
+  for (const auto& [id, continuations] : results[0]) {
+    for (const auto& [index, expected] : continuations) {
+      const Result& got = results[1][id][index];
+      EXPECT_EQ(got.tokens, expected.tokens) << id << " " << index;
+      EXPECT_EQ(got.finish, expected.finish);
+      EXPECT_EQ(got.tokens.size(), id % 4 == 0 ? 60u : 40u);
+    }
+  }
+}
+
 TEST_P(EngineCoreTest, TheQueueIsBounded) {
   EngineOptions o = Harness::defaults();
   o.max_waiting = 2;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <deque>
 #include <exception>
@@ -83,11 +84,26 @@ class FakeModel : public model::Model {
     }
   }
 
+  bool draws_take_masks() const override { return takes_masks; }
+
+  void choose(std::span<const std::uint32_t* const> masks) override {
+    require(!flights_.empty() && flights_.back()->batch.masked && !flights_.back()->is_masked);
+    const std::shared_ptr<Step> step = flights_.back();
+    require(masks.size() == step->drawn_rows.size() + step->greedy_rows.size());
+    step->is_masked = true;
+    for (const std::uint32_t* mask : masks) {
+      step->masks.emplace_back(mask, mask == nullptr ? mask : mask + (kVocabSize + 31) / 32);
+    }
+    queue_.push_back([this, step] { choose_tokens(*step); });
+    if (runs_now()) run_queue();
+  }
+
   void collect(float* logits, std::int32_t* tokens) override {
     require(!flights_.empty());
     const std::shared_ptr<Step> step = flights_.front();
     flights_.pop_front();
-    while (!step->has_run && !queue_.empty()) run_one();
+    require(step->is_masked == step->batch.masked);
+    while ((!step->has_run || (step->is_masked && !step->has_chosen)) && !queue_.empty()) run_one();
     if (step->error) std::rethrow_exception(step->error);
     std::ranges::copy(step->logits, logits);
     std::ranges::copy(step->tokens, tokens);
@@ -95,6 +111,7 @@ class FakeModel : public model::Model {
 
   std::function<void(const model::ForwardBatch&)> on_forward;
   std::size_t free_bytes = 0;
+  bool takes_masks = false;
   bool refuses_to_plan_ahead = false;  ///< as if the host had no memory for it
   std::size_t most_flights = 0;        ///< that were on their way at a time
 
@@ -126,7 +143,9 @@ class FakeModel : public model::Model {
     model::ForwardBatch batch;  // of these
     std::vector<float> logits;
     Tokens tokens;
-    bool has_run = false;
+    std::vector<float> token_logits;                // of the rows of which a token is wanted
+    std::vector<std::vector<std::uint32_t>> masks;  // empty: all tokens
+    bool is_masked = false, has_run = false, has_chosen = false;
     std::exception_ptr error;
   };
 
@@ -199,25 +218,37 @@ class FakeModel : public model::Model {
                  : special ? -std::numeric_limits<float>::infinity()
                            : static_cast<float>(hash >> 40) * 0x1p-22f;
       }
-      return !nan;
     };
     step.logits.resize(batch.logit_rows.size() * kVocabSize);
     for (std::size_t i = 0; i < batch.logit_rows.size(); ++i) {
       logits_of(batch.logit_rows[i], step.logits.data() + i * kVocabSize);
     }
-    std::vector<float> own(kVocabSize);
+    for (const auto& rows : {batch.drawn_rows, batch.greedy_rows}) {
+      for (const std::int32_t row : rows) {
+        step.token_logits.resize(step.token_logits.size() + kVocabSize);
+        logits_of(row, step.token_logits.data() + step.token_logits.size() - kVocabSize);
+      }
+    }
+    if (!batch.masked) choose_tokens(step);
+    if (on_forward) on_forward(batch);
+  }
+
+  void choose_tokens(Step& step) {
+    step.has_chosen = true;
+    if (step.error) return;
+    const model::ForwardBatch& batch = step.batch;
     cpu::DrawScratch scratch;
     for (std::size_t i = 0; i < batch.drawn_rows.size() + batch.greedy_rows.size(); ++i) {
-      const bool drawn = i < batch.drawn_rows.size();
-      const bool good =
-          logits_of(drawn ? batch.drawn_rows[i] : batch.greedy_rows[i - batch.drawn_rows.size()], own.data());
+      const std::span own = std::span(step.token_logits).subspan(i * kVocabSize, kVocabSize);
+      const bool good = std::ranges::none_of(own, [](float x) { return std::isnan(x); });
+      if (step.is_masked && !step.masks[i].empty()) cpu::exclude_others(own, step.masks[i]);
       const auto best = std::ranges::max_element(own);
-      step.tokens.push_back(!good   ? -1
-                            : drawn ? cpu::draw_token(own, *best, batch.draws[i], scratch)
-                                    : static_cast<std::int32_t>(best - own.begin()));
+      step.tokens.push_back(!good || std::isinf(*best) ? -1
+                            : i < batch.drawn_rows.size()
+                                ? cpu::draw_token(own, *best, batch.draws[i], scratch)
+                                : static_cast<std::int32_t>(best - own.begin()));
     }
     if (batch.logit_rows.empty()) last_tokens_ = step.tokens;
-    if (on_forward) on_forward(batch);
   }
 
   static std::uint64_t mix(std::uint64_t x) {

@@ -106,6 +106,10 @@ class RecordingDevice : public Device {
     calls_.push_back("begin step of " + std::to_string(step.num_tokens()));
   }
   void run(const std::function<void()>& pass) override { pass(); }
+  bool chooses_among() const override { return true; }
+  void choose_among(std::span<const std::uint32_t* const> /*masks*/) override {
+    calls_.push_back("choose among");
+  }
   void choose(const Matrix&) override { calls_.push_back("choose"); }
   void download_logits(std::int64_t rows, float*) override {
     calls_.push_back("download " + std::to_string(rows) + " rows of logits");

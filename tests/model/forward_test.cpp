@@ -193,6 +193,58 @@ TEST_F(Forward, StepsLaunchedAheadChooseTheSameTokens) {
   EXPECT_EQ(run(true), expected);
 }
 
+// Greedy and drawn tokens among those that a mask leaves, beside what the host makes of the same logits.
+TEST_F(Forward, ChoosesAmongTheTokensOfAMask) {
+  const auto vocab_size = static_cast<std::size_t>(model_->vocab_size());
+  const std::size_t words = (vocab_size + 31) / 32;
+  step(20, 20, {0});
+  const std::int32_t ids[] = {7}, starts[] = {0, 1}, lengths[] = {21}, pages[] = {0}, row[] = {0};
+  ForwardBatch batch;
+  batch.token_ids = ids;
+  batch.query_starts = starts;
+  batch.seq_lens = lengths;
+  batch.block_table = pages;
+  batch.max_blocks = 1;
+  batch.logit_rows = row;
+  std::vector<float> plain(vocab_size);
+  model_->forward(batch, plain.data(), nullptr);
+  batch.logit_rows = {};
+  batch.drawn_rows = row;
+  batch.greedy_rows = row;
+  batch.masked = true;
+  ASSERT_TRUE(model_->draws_take_masks());
+  cpu::DrawScratch scratch;
+  for (std::uint32_t i = 0; i < 12; ++i) {
+    std::vector<std::uint32_t> mask(words);
+    for (std::uint32_t& word : mask)
+      word = (0x9e3779b9U * (i + 1)) ^ static_cast<std::uint32_t>(&word - mask.data());
+    if (i == 11) std::ranges::fill(mask, 0U);
+    const Draw draws[] = {cpu::make_draw(0.08 * i, 3.0, i % 2 == 0 ? 5 : 0, 0.9, 0)};
+    batch.draws = draws;
+    model_->launch(batch);
+    const std::uint32_t* masks[] = {mask.data(), i % 3 == 0 ? nullptr : mask.data()};
+    model_->choose(masks);
+    std::int32_t tokens[2];
+    model_->collect(nullptr, tokens);
+    std::vector<float> masked = plain;
+    cpu::exclude_others(masked, mask);
+    const auto best = std::ranges::max_element(masked);
+    const auto likeliest = static_cast<std::int32_t>(
+        i % 3 == 0 ? std::ranges::max_element(plain) - plain.begin() : best - masked.begin());
+    if (i == 11) {
+      EXPECT_EQ(tokens[0], -1) << "nothing is left";
+      EXPECT_EQ(tokens[1], -1);
+      continue;
+    }
+    EXPECT_EQ(tokens[0], cpu::draw_token(masked, *best, draws[0], scratch)) << i;
+    EXPECT_EQ(tokens[1], likeliest) << i;
+  }
+  model_->launch(batch);
+  EXPECT_THROW(model_->choose({}), InvalidArgument);
+  EXPECT_THROW(model_->collect(nullptr, nullptr), std::logic_error);  // not chosen
+  EXPECT_THROW(model_->choose({}), std::logic_error);                 // nothing is on its way
+}
+
 TEST_F(Forward, RefusesWhatIsOutOfRange) {
   const std::int32_t ids[] = {-1}, starts[] = {0, 1}, lengths[] = {1}, pages[] = {0};
   ForwardBatch batch;

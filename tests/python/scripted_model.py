@@ -68,7 +68,8 @@ def write_tokenizer(directory, pieces, markers):
 
 
 def write_weights(directory, size, width, chains, starts, letters):
-    """`chains`: pairs of tokens that follow each other; `starts`, `letters`: the first token of each script, and its letter."""
+    """`chains`: pairs of tokens that follow each other; `starts`: pairs of a script and a token that it may begin with;
+    `letters`: of each script."""
     embedding, head = np.zeros((size, width), np.float32), np.zeros((size, width), np.float32)
     own = width - MAX_SCRIPTS  # behind it a direction for each script
     for token in range(size):
@@ -78,7 +79,7 @@ def write_weights(directory, size, width, chains, starts, letters):
         embedding[token, own + script] = 1
     for token, following in chains:
         head[following, token] = 1e9
-    for script, token in enumerate(starts):
+    for script, token in starts:
         head[token, own + script] = 1e3
     a = np.zeros((RANK + 64, width), np.float32)
     b = np.zeros((HEADS * (64 + V_DIM), RANK), np.float32)
@@ -121,15 +122,18 @@ def config(size, width, ids):
     }  # fmt: skip
 
 
-def write_model(directory, scripts, chat_template, markers=(), spoken=()):
+def write_model(directory, scripts, chat_template, markers=(), spoken=(), endless=(), either=()):
     """A model directory. `markers` are tokens of the vocabulary, found in what the chat template writes; scripts spell them
-    out in other tokens, but for those of `spoken`, which must not be what a prompt ends with."""
+    out in other tokens, but for those of `spoken`, which must not be what a prompt ends with. Scripts of `endless` begin again
+    at their end. `either`: pairs of scripts; the letter of the first one begins one or the other, at even odds."""
     assert len(scripts) <= MAX_SCRIPTS and set(spoken) <= set(markers)
     taken = set(markers) - set(spoken)
     cuts = [cut(script, taken, spoken) for script in scripts]
     ids, letters, size = write_tokenizer(directory, [piece for one in cuts for piece in one], list(markers))
-    chains = [(ids[a], ids[b]) for one in cuts for a, b in zip(one, [*one[1:], EOS])]
-    starts = [ids[one[0]] if one else ids[EOS] for one in cuts]
+    ends = [one[0] if i in endless else EOS for i, one in enumerate(cuts)]
+    chains = [(ids[a], ids[b]) for one, end in zip(cuts, ends) for a, b in zip(one, [*one[1:], end])]
+    begins = [ids[one[0]] if one else ids[EOS] for one in cuts]
+    starts = [*enumerate(begins), *((script, begins[other]) for script, other in either)]
     width = -(-(size + MAX_SCRIPTS) // 64) * 64
     write_weights(directory, size, width, chains, starts, letters)
     (directory / "config.json").write_text(json.dumps(config(size, width, ids)))

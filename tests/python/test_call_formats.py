@@ -6,8 +6,8 @@ import json
 import jsonschema
 import openai
 import pytest
-from call_service import CALL, CITY, GLM47, MARKERS, SAY, TOOLS, V31, Service, check_calls, parts_of, scripts
-from live_server import Server
+from call_service import CALL, CALLS, CITY, GLM47, MARKERS, SAY, TOOLS, V31, Service, check_calls, parts_of, scripts
+from live_server import Server, wait_for
 from scripted_model import letter, write_model
 
 STRICT = [
@@ -86,6 +86,33 @@ def test_generation_ends_behind_the_one_call(service):
     both = service.chat(CALL, tools=TOOLS, parallel_tool_calls=False, n=2)
     assert [len(c.message.tool_calls) for c in both.choices] == [1, 1]
     service.server.wait_until_idle()
+
+
+def test_each_choice_ends_behind_its_one_call(tmp_path):
+    """A choice that has its call is cancelled while another goes on: neither would ever come to an end."""
+    words = "Words, and more of them; "
+    calls = "".join(CALLS["deepseek_v31"])
+    write_model(tmp_path, [calls, words], V31, MARKERS["deepseek"], endless=(0, 1), either=[(0, 1)])
+    service = Service.__new__(Service)
+    service.start(tmp_path, "deepseek_v31")
+    cancelled = 'mla_continuations_finished_total{reason="cancelled"}'
+    fields = {"parallel_tool_calls": False, "n": 8, "seed": 1, "temperature": 1, "max_tokens": 7000}
+    stream = service.chat(0, tools=TOOLS, stream=True, **fields)
+    texts, ended = [""] * 8, {}
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            if choice.finish_reason:
+                ended[choice.index] = choice.finish_reason
+        if all(words in text for i, text in enumerate(texts) if i not in ended):
+            break
+    assert 0 < len(ended) < 8 and set(ended.values()) == {"tool_calls"}
+    wait_for(lambda: service.server.metric(cancelled) == len(ended), "a choice that has its call goes on")
+    wait_for(lambda: service.server.metric("mla_sequences_running") == 8 - len(ended), "the others ended as well")
+    stream.close()
+    service.server.wait_until_idle()
+    assert service.server.metric(cancelled) == 8
+    assert service.server.stop() == 0
 
 
 def test_words_of_a_format_or_calls(service):

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/sampling/draw_weight.h"
 
@@ -32,6 +33,12 @@ Draw make_draw(double u, double temperature, int top_k, double top_p, double min
   out.scale = static_cast<float>(1.0 / std::clamp(temperature, 1e-30, 1e30));
   out.top_k = top_k;
   return out;
+}
+
+void exclude_others(std::span<float> logits, std::span<const std::uint32_t> allowed) {
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    if ((allowed[i / 32] >> (i % 32) & 1) == 0) logits[i] = -std::numeric_limits<float>::infinity();
+  }
 }
 
 std::int32_t draw_token(std::span<const float> logits, float largest, const Draw& draw,

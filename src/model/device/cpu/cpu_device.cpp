@@ -55,10 +55,12 @@ class CpuDevice : public Device {
   }
   void begin_step(Step& step) override { context_.begin_step(step); }
   void run(const std::function<void()>& pass) override { pass(); }
-  void choose(const Matrix& logits) override {
-    if (logits.rows == 0) return;
-    const Matrix tokens = CpuContext::matrix(context_.buffers.tokens, DType::kInt32, logits.rows, 1);
-    choose_tokens(context_, logits, reinterpret_cast<std::int32_t*>(tokens.data));
+  void choose(const Matrix& logits) override { choose(logits, {}); }
+  bool chooses_among() const override { return true; }
+  void choose_among(std::span<const std::uint32_t* const> masks) override {
+    const auto rows = static_cast<std::int64_t>(context_.step->logit_rows.size());
+    choose(CpuContext::matrix(context_.buffers.logits, DType::kFloat32, rows, context_.config.vocab_size),
+           masks);
   }
 
   void download_logits(std::int64_t rows, float* logits) override {
@@ -78,6 +80,12 @@ class CpuDevice : public Device {
   }
 
  private:
+  void choose(const Matrix& logits, std::span<const std::uint32_t* const> masks) {
+    if (logits.rows == 0) return;
+    const Matrix tokens = CpuContext::matrix(context_.buffers.tokens, DType::kInt32, logits.rows, 1);
+    choose_tokens(context_, logits, reinterpret_cast<std::int32_t*>(tokens.data), masks);
+  }
+
   CpuContext context_;
 };
 

@@ -8,19 +8,19 @@ namespace flash_mla::model {
 namespace {
 
 // The token of the largest logit, the first among equals; -1 where one is NaN or +inf, or all are -inf.
-std::int32_t likeliest(const float* logits, std::int64_t size) {
+std::int32_t likeliest(std::span<const float> logits) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   float largest = -kInfinity;
-  std::int64_t best = -1;
+  std::int32_t best = -1;
   bool bad = false;
-  for (std::int64_t i = 0; i < size; ++i) {
+  for (std::size_t i = 0; i < logits.size(); ++i) {
     bad |= !(logits[i] < kInfinity);  // NaN, +inf
     if (logits[i] > largest) {
       largest = logits[i];
-      best = i;
+      best = static_cast<std::int32_t>(i);
     }
   }
-  return bad ? -1 : static_cast<std::int32_t>(best);
+  return bad ? -1 : best;
 }
 
 }  // namespace
@@ -40,17 +40,24 @@ Matrix CpuHead::forward(const Residual& x) {
   return logits;
 }
 
-void choose_tokens(const CpuContext& context, const Matrix& logits, std::int32_t* tokens) {
+void choose_tokens(const CpuContext& context, const Matrix& logits, std::int32_t* tokens,
+                   std::span<const std::uint32_t* const> masks) {
   const Step& step = *context.step;
   const std::int64_t first = step.first_chosen;
   context.for_rows(logits.rows - first, logits.columns, [&](std::int64_t i) {
-    const auto* row = reinterpret_cast<const float*>(logits.row(first + i));
+    const std::span row(reinterpret_cast<float*>(logits.row(first + i)),
+                        static_cast<std::size_t>(logits.columns));
     std::int32_t& token = tokens[first + i];
-    token = likeliest(row, logits.columns);
+    token = likeliest(row);
+    const std::uint32_t* mask = masks.empty() ? nullptr : masks[static_cast<std::size_t>(i)];
+    if (token >= 0 && mask != nullptr) {
+      cpu::exclude_others(row, {mask, (row.size() + 31) / 32});
+      token = likeliest(row);
+    }
     const Draw draw = step.draws.empty() ? Draw() : step.draws[static_cast<std::size_t>(first + i)];
     if (token < 0 || draw.scale == 0) return;
     thread_local cpu::DrawScratch scratch;
-    token = cpu::draw_token({row, static_cast<std::size_t>(logits.columns)}, row[token], draw, scratch);
+    token = cpu::draw_token(row, row[static_cast<std::size_t>(token)], draw, scratch);
   });
 }
 

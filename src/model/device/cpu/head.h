@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+#include <span>
 #include <vector>
 
 #include "base/matrix.h"
@@ -22,6 +24,8 @@ class CpuHead : public Head {
 };
 
 /// tokens[i] (int32) of logit row i from the step's first_chosen on: the likeliest or the drawn one.
-void choose_tokens(const CpuContext& context, const Matrix& logits, std::int32_t* tokens);
+/// `masks`: of each of them, as Model::choose takes them, or none; logits that they exclude become -inf.
+void choose_tokens(const CpuContext& context, const Matrix& logits, std::int32_t* tokens,
+                   std::span<const std::uint32_t* const> masks = {});
 
 }  // namespace flash_mla::model

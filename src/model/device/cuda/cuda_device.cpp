@@ -76,6 +76,11 @@ class CudaDevice : public Device {
   }
 
   void choose(const Matrix& logits) override { choose_tokens(context_, logits); }
+  // Rows of logits whose tokens a format excludes go to the host.
+  bool chooses_among() const override { return false; }
+  void choose_among(std::span<const std::uint32_t* const> /*masks*/) override {
+    throw Unsupported("masked steps on cuda");
+  }
 
   void download_logits(std::int64_t rows, float* logits) override {
     const std::size_t bytes = static_cast<std::size_t>(rows * context_.config.vocab_size) * sizeof(float);
