@@ -212,6 +212,8 @@ TEST_F(Forward, ChoosesAmongTheTokensOfAMask) {
   batch.drawn_rows = row;
   batch.greedy_rows = row;
   batch.masked = true;
+  Draw draws[1];
+  batch.draws = draws;
   ASSERT_TRUE(model_->draws_take_masks());
   cpu::DrawScratch scratch;
   for (std::uint32_t i = 0; i < 12; ++i) {
@@ -219,8 +221,7 @@ TEST_F(Forward, ChoosesAmongTheTokensOfAMask) {
     for (std::uint32_t& word : mask)
       word = (0x9e3779b9U * (i + 1)) ^ static_cast<std::uint32_t>(&word - mask.data());
     if (i == 11) std::ranges::fill(mask, 0U);
-    const Draw draws[] = {cpu::make_draw(0.08 * i, 3.0, i % 2 == 0 ? 5 : 0, 0.9, 0)};
-    batch.draws = draws;
+    draws[0] = cpu::make_draw(0.08 * i, 3.0, i % 2 == 0 ? 5 : 0, 0.9, 0);
     model_->launch(batch);
     const std::uint32_t* masks[] = {mask.data(), i % 3 == 0 ? nullptr : mask.data()};
     model_->choose(masks);
