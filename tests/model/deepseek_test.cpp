@@ -161,7 +161,7 @@ TEST_F(DeepSeekTest, WalksTheLayersInOrderAndNarrowsInTheLast) {
   batch.max_blocks = 1;
   batch.logit_rows = rows;
   batch.greedy_rows = greedy;
-  std::vector<float> logits(2 * 30);
+  std::vector<float> logits(60);
   std::int32_t token = 0;
   model_->forward(batch, logits.data(), &token);
   EXPECT_EQ(token, 7);
