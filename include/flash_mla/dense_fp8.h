@@ -22,8 +22,8 @@ struct DenseFp8DecodeArgs {
 };
 
 struct DenseFp8DecodeOptions : DenseDecodeOptions {
-  /// sm90: multiply in FP8 where the format allows it (q and the softmax's weights are rounded to e4m3 as
-  /// well), which is faster and less exact. Without effect elsewhere.
+  /// Asks for products in FP8 (q and the softmax's weights rounded to e4m3 as well), faster and less exact. No
+  /// backend has them yet: it is taken and without effect.
   bool fp8_mma = false;
 };
 

@@ -7,6 +7,7 @@
 #include "api/sparse_checks.h"
 #include "kernels/attention/dense_decode/cpu/dense_decode.h"
 #include "kernels/attention/dense_fp8_decode/reference/dense_fp8_decode.h"
+#include "kernels/attention/dense_fp8_decode/sm90/dense_fp8_decode.h"
 
 namespace flash_mla {
 namespace {
@@ -27,16 +28,23 @@ void check_shapes(const DenseFp8DecodeArgs& args, const DecodeScheduleView& sche
                   const DenseFp8DecodeOptions& options) {
   api::check_dense_fp8_decode_shapes(args, options, /*allow_reference_types=*/false);
   api::check_schedule_shapes(schedule, args.q.size(0), args.q);
-  if (api::backend_of(options.backend, args.q, "q") == Backend::kSm90) {
-    throw Unsupported("dense_fp8_decode has no sm90 backend yet; pass CPU tensors");
-  }
+}
+
+bool is_on_sm90(const DenseFp8DecodeArgs& args, const DenseFp8DecodeOptions& options) {
+  return api::backend_of(options.backend, args.q, "q") == Backend::kSm90;
+}
+float softmax_scale_of(const DenseFp8DecodeArgs& args, const DenseFp8DecodeOptions& options) {
+  return options.softmax_scale.value_or(1.0f / std::sqrt(static_cast<float>(args.q.size(3))));
+}
+bool causal_of(const DenseFp8DecodeArgs& args, const DenseFp8DecodeOptions& options) {
+  return options.causal && args.q.size(1) > 1;
 }
 
 cpu::DenseDecodeParams cpu_params(const DenseFp8DecodeArgs& args, const DecodeScheduleView& schedule,
                                   const DenseFp8DecodeOptions& options, const kv::Pool& pool) {
   cpu::DenseDecodeParams params;
-  params.softmax_scale = options.softmax_scale.value_or(1.0f / std::sqrt(static_cast<float>(args.q.size(3))));
-  params.causal = options.causal && args.q.size(1) > 1;
+  params.softmax_scale = softmax_scale_of(args, options);
+  params.causal = causal_of(args, options);
   const int threads = options.num_threads > 0 ? options.num_threads : cpu::default_num_threads();
   params.num_threads = static_cast<int>(std::min<std::int64_t>(threads, schedule.parts.size(0)));
   params.pool = args.cache.data.dtype != args.q.dtype ? &pool : nullptr;
@@ -49,6 +57,10 @@ std::size_t dense_fp8_decode_workspace_size(const DenseFp8DecodeArgs& args,
                                             const DecodeScheduleView& schedule,
                                             const DenseFp8DecodeOptions& options) {
   check_shapes(args, schedule, options);
+  if (is_on_sm90(args, options)) {
+    sm90::check_supported(args, schedule);
+    return sm90::dense_fp8_decode_workspace_size(args, schedule);
+  }
   if (schedule.fixed_split_blocks > 0) api::check_num_splits(schedule);
   const kv::Pool pool = kv::make_pool(args.cache);
   return cpu::dense_decode_workspace_size(dense_args(args), schedule,
@@ -58,6 +70,16 @@ std::size_t dense_fp8_decode_workspace_size(const DenseFp8DecodeArgs& args,
 void dense_fp8_decode(const DenseFp8DecodeArgs& args, const DecodeScheduleView& schedule, void* workspace,
                       std::size_t workspace_bytes, const DenseFp8DecodeOptions& options) {
   check_shapes(args, schedule, options);
+  if (is_on_sm90(args, options)) {
+    sm90::check_supported(args, schedule);
+    api::check_workspace_bytes(workspace, workspace_bytes,
+                               sm90::dense_fp8_decode_workspace_size(args, schedule),
+                               "dense_fp8_decode_workspace_size");
+    if (args.q.size(0) == 0) return;
+    sm90::dense_fp8_decode(args, schedule, workspace, softmax_scale_of(args, options),
+                           causal_of(args, options), options.stream);
+    return;
+  }
   api::check_dense_fp8_decode_values(args);
   api::check_schedule_values(schedule, args.cache_seqlens);
   const kv::Pool pool = kv::make_pool(args.cache);

@@ -26,13 +26,6 @@ bool on_gpu(const IndexerOptions& options, const TensorView& q) {
   return api::backend_of(options.backend, q, "q") == Backend::kSm90;
 }
 
-/// Throws where the call is not for the CPU.
-void require_cpu(const IndexerOptions& options, const TensorView& q, const char* name, const char* function) {
-  if (api::backend_of(options.backend, q, name) == Backend::kSm90) {
-    throw Unsupported(fmt::format("{} has no sm90 backend yet; pass CPU tensors", function));
-  }
-}
-
 void check_shapes(const MqaLogitsArgs& args, const IndexerOptions& options, bool with_logits,
                   bool allow_reference_types = false) {
   api::check_mqa_logits_shapes(args, options, with_logits, allow_reference_types);
@@ -231,14 +224,16 @@ void paged_mqa_top_k(const PagedMqaLogitsArgs& args, const TopKOutput& output, c
 
 void append_index_keys(const IndexKeyAppendArgs& args, const IndexerOptions& options) {
   api::check_index_append_shapes(args, options);
-  require_cpu(options, args.k, "k", "append_index_keys");
+  if (api::backend_of(options.backend, args.k, "k") == Backend::kSm90) {
+    return sm90::append_index_keys(args, options.stream);
+  }
   api::check_index_append_values(args);
   cpu::append_index_keys(args, options.num_threads);
 }
 
 void quantise_index_queries(const IndexQueryArgs& args, const IndexerOptions& options) {
   api::check_index_query_shapes(args, options);
-  require_cpu(options, args.q, "q", "quantise_index_queries");
+  if (on_gpu(options, args.q)) return sm90::quantise_index_queries(args, options.stream);
   cpu::quantise_index_queries(args, options.num_threads);
 }
 

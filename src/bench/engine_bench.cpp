@@ -50,6 +50,10 @@ double weight_bytes(const checkpoint::ModelConfig& c, std::int64_t experts) {
   double total = hidden * c.vocab_size;
   for (int i = 0; i < c.num_hidden_layers; ++i) {
     total += attention;
+    if (c.has_indexer(i)) {
+      total += double{1} * c.index_n_heads * c.index_head_dim * c.q_lora_rank + c.index_head_dim * hidden +
+               2.0 * c.index_n_heads * hidden;
+    }
     if (c.is_moe_layer(i)) {
       total +=
           3.0 * hidden * c.moe_intermediate_size * c.n_shared_experts + 2.0 * hidden * c.n_routed_experts;
@@ -58,7 +62,20 @@ double weight_bytes(const checkpoint::ModelConfig& c, std::int64_t experts) {
     }
   }
   total += 3.0 * hidden * c.moe_intermediate_size * static_cast<double>(experts);
-  return 2 * total;  // bfloat16; the router's float32 counts twice above
+  return 2 * total;  // bfloat16; float32, of routers and of index heads, counts twice above
+}
+
+/// Bytes of the cache that a token reads which sees `context` others: of all of them, or of those that an indexer chooses
+/// and of all index keys.
+double cache_bytes(const checkpoint::ModelConfig& c, int context, bool fp8) {
+  const double token = fp8 ? 656 : 2.0 * (c.kv_lora_rank + c.qk_rope_head_dim);
+  const double attended = c.index_topk > 0 ? std::min(context, c.index_topk) : context;
+  double total = 0;
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    total += attended * token;
+    if (c.has_indexer(i) && context > c.index_topk) total += context * (c.index_head_dim + 4.0);
+  }
+  return total;
 }
 
 double parameters(const checkpoint::ModelConfig& c) {
@@ -102,6 +119,7 @@ class EngineBench {
     model::ModelOptions model_options;
     model_options.device = ModelDevice::kCuda;
     model_options.time_steps = true;
+    if (options_.fp8_cache) model_options.kv_cache = ModelKvCache::kFp8;
     model_ = model::make_random_model(config_, model_options);
     const int most_batch = *std::ranges::max_element(options_.batch);
     const int most_context = *std::ranges::max_element(options_.context);
@@ -232,8 +250,7 @@ class EngineBench {
           tokens = random_tokens(b);
         }
         const double bytes = weight_bytes(config_, std::llround(experts)) +
-                             double{1} * b * context * (config_.kv_lora_rank + config_.qk_rope_head_dim) * 2 *
-                                 config_.num_hidden_layers;
+                             b * cache_bytes(config_, context, options_.fp8_cache);
         const double floor = bytes / options_.bandwidth, time = median(wall), busy = median(device);
         rows.add({fmt::format("{}", b), fmt::format("{}", context), fmt::format("{:.3f}", time * 1e3),
                   fmt::format("{:.3f}", busy * 1e3), fmt::format("{:.1f}%", 100 * (1 - busy / time)),

@@ -22,7 +22,7 @@ constexpr double kIndex = 4;
 constexpr std::array kOperations{SparseOperation::kSparseDecode, SparseOperation::kSparsePrefill,
                                  SparseOperation::kDenseFp8Decode, SparseOperation::kAppend,
                                  SparseOperation::kMerge};
-constexpr std::array kFormats{KvFormat::kBFloat16, KvFormat::kFp8V32, KvFormat::kFp8V4};
+constexpr std::array kFormats{KvFormat::kBFloat16, KvFormat::kFp8V32, KvFormat::kFp8V4, KvFormat::kFp8Tensor};
 
 /// The one of `values` whose name the text under `key` is.
 template <class T, std::size_t kCount, class Name>

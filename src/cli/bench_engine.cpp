@@ -23,6 +23,8 @@ void register_bench_engine(CLI::App& app, int& exit_code) {
   sub->add_option("--generate", o->generated, "Tokens that each request of the engine generates")
       ->check(CLI::Range(2, 100000));
   sub->add_option("--bandwidth", o->bandwidth, "Bytes per second of the floor")->check(CLI::PositiveNumber);
+  sub->add_flag("--fp8-cache", o->fp8_cache,
+                "A cache of 656 bytes per token and layer, for a model with an indexer");
   sub->add_option("--json", o->json, "Write the figures, with machine, command and commit, to this file");
   sub->callback([o, &exit_code] { exit_code = bench::run_engine_bench(*o); });
 }

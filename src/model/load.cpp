@@ -52,7 +52,8 @@ bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
   }
   return config.index_topk == 0 && options.kv_cache != ModelKvCache::kFloat16 &&
          options.kv_cache != ModelKvCache::kFp8 && options.precision != ModelPrecision::kFloat32 &&
-         options.quantize == ModelQuantize::kNone && why_no_cuda_device().empty();
+         (options.quantize == ModelQuantize::kNone || options.quantize == ModelQuantize::kFp8) &&
+         why_no_cuda_device().empty();
 }
 
 std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOptions& options) {
@@ -62,28 +63,27 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
     check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()));
     return make_cpu_device(config, dtype, cache_format, options);
   }
-  if (config.index_topk > 0) {
-    throw Unsupported(fmt::format(
-        "model_type is {}: device cuda has no sparse attention with an indexer yet; use device cpu",
-        config.model_type));
-  }
-  if (options.kv_cache == ModelKvCache::kFloat16 || options.kv_cache == ModelKvCache::kFp8) {
-    throw Unsupported(fmt::format("kv_cache: device cuda keeps its cache in bfloat16; {} needs device cpu",
-                                  options.kv_cache == ModelKvCache::kFp8 ? "fp8" : "float16"));
+  check_cuda_indexer(config);
+  const bool fp8_cache = options.kv_cache == ModelKvCache::kFp8;
+  if (options.kv_cache == ModelKvCache::kFloat16 || (fp8_cache && config.index_topk == 0)) {
+    throw Unsupported(
+        fmt::format("kv_cache: device cuda keeps the cache of this model in bfloat16; {} needs device cpu",
+                    fp8_cache ? "fp8" : "float16"));
   }
   if (options.precision == ModelPrecision::kFloat32) {
     throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");
   }
-  if (options.quantize != ModelQuantize::kNone) {
+  if (options.quantize != ModelQuantize::kNone && options.quantize != ModelQuantize::kFp8) {
     throw Unsupported(
-        fmt::format("quantize is {}: device cuda keeps weights in bfloat16 so far; use device cpu",
+        fmt::format("quantize is {}: device cuda keeps weights in bfloat16 or fp8 so far; use device cpu",
                     name_of(options.quantize)));
   }
   // Before anything is loaded; make_cuda_device says what is missing where there is no GPU.
   if (why_no_cuda_device().empty()) {
-    check_fits_device(config, options.cache_pages, static_cast<double>(options.cache_bytes), cuda_memory());
+    check_fits_device(config, options.cache_pages, static_cast<double>(options.cache_bytes), fp8_cache,
+                      cuda_memory(), options.quantize);
   }
-  return make_cuda_device(config, options.time_steps);
+  return make_cuda_device(config, options.quantize, options.time_steps, fp8_cache);
 }
 
 /// Weights whose reader is told of: a model asks for those of a layer once it has made the layers before.
@@ -121,7 +121,7 @@ std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelOptions&
                                   std::unique_ptr<Device> device, std::unique_ptr<WeightSource> source) {
   const double all = num_weights(config);
   const double bytes = takes_cuda(config, options)
-                           ? 2 * all
+                           ? device_weight_bytes(config, options.quantize)
                            : weight_bytes(config, cpu_dtype(options.precision), options.quantize);
   WatchedWeights weights(config, std::move(source), bytes / all, options.on_load);
   auto model = std::make_unique<DeepSeek>(config, std::move(device), weights);

@@ -107,6 +107,8 @@ struct ModelOptions {
   ModelPrecision precision = ModelPrecision::kAuto;
   ModelQuantize quantize = ModelQuantize::kNone;
   ModelKvCache kv_cache = ModelKvCache::kAuto;
+  /// CPU: index keys in e4m3 whatever kv_cache says, as a GPU has them. For comparisons.
+  bool fp8_index_keys = false;
   int num_threads = 0;      ///< CPU: 0 for as many as OpenMP would use
   bool time_steps = false;  ///< CUDA: keep count of Model::device_seconds
   /// CUDA: the cache that there must be room for besides the weights; pages, or if they are 0 bytes.

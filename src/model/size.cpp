@@ -7,6 +7,8 @@
 
 #include "base/page_size.h"
 #include "flash_mla/error.h"
+#include "kv/format.h"
+#include "model/e4m3_weight.h"
 #include "model/quantized_layers.h"
 
 namespace flash_mla::model {
@@ -56,6 +58,15 @@ std::optional<QuantizedFormat> stored_format(const checkpoint::ModelConfig& c) {
   return QuantizedFormat{QuantizedType::kInt4, c.stored.int4_group > 0 ? c.stored.int4_group : c.hidden_size};
 }
 
+/// With `wide` bytes for each that is never quantised, and bytes_each(kind) for the others.
+template <class F>
+double sum_bytes(const checkpoint::ModelConfig& c, double wide, const F& bytes_each) {
+  const Weights w = count_weights(c, c.num_hidden_layers);
+  return wide * (w.embedding + w.kv_b) + bytes_each(LayerKind::kAttention) * w.attention +
+         bytes_each(LayerKind::kDense) * w.dense + bytes_each(LayerKind::kShared) * w.shared +
+         bytes_each(LayerKind::kExperts) * w.experts + bytes_each(LayerKind::kHead) * w.head;
+}
+
 }  // namespace
 
 double num_weights(const checkpoint::ModelConfig& c) { return count_weights(c, c.num_hidden_layers).all(); }
@@ -66,36 +77,48 @@ double num_weights_before(const checkpoint::ModelConfig& c, int layers) {
 }
 
 double weight_bytes(const checkpoint::ModelConfig& c, DType dtype, ModelQuantize quantize) {
-  const Weights w = count_weights(c, c.num_hidden_layers);
   const double wide = static_cast<double>(dtype_size(dtype));
-  const auto bytes_each = [&](LayerKind kind) {
+  return sum_bytes(c, wide, [&](LayerKind kind) {
     if (quantize == ModelQuantize::kInt8) return 1.0;
     std::optional<QuantizedFormat> format = quantized_format(quantize, kind);
     if (!format && kind != LayerKind::kHead) format = stored_format(c);
     if (!format) return wide;
     const double bits = format->type == QuantizedType::kInt4 ? 0.5 : 1.0;
     return bits + static_cast<double>(sizeof(float)) / static_cast<double>(format->group);
-  };
-  return wide * (w.embedding + w.kv_b) + bytes_each(LayerKind::kAttention) * w.attention +
-         bytes_each(LayerKind::kDense) * w.dense + bytes_each(LayerKind::kShared) * w.shared +
-         bytes_each(LayerKind::kExperts) * w.experts + bytes_each(LayerKind::kHead) * w.head;
+  });
 }
 
-double page_bytes(const checkpoint::ModelConfig& c, DType dtype) {
-  return double{kPageSize} * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) *
-         static_cast<double>(dtype_size(dtype));
+double device_weight_bytes(const checkpoint::ModelConfig& c, ModelQuantize quantize) {
+  constexpr double kWide = 2, kE4m3 = 1 + static_cast<double>(sizeof(float)) / (kE4m3Rows * kE4m3Columns);
+  const bool stored = c.stored.fp8_block_columns > 0 && c.stored.fp8_block_columns % kE4m3Columns == 0 &&
+                      c.stored.fp8_block_rows % kE4m3Rows == 0;
+  return sum_bytes(c, kWide, [&](LayerKind kind) {
+    const bool e4m3 = asks_for_e4m3(quantize, kind) || (stored && kind != LayerKind::kHead);
+    return e4m3 ? kE4m3 : kWide;
+  });
+}
+
+double page_bytes(const checkpoint::ModelConfig& c, bool fp8_cache) {
+  const int width = c.kv_lora_rank + c.qk_rope_head_dim;
+  double token = 0;
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    token += static_cast<double>(kv::token_bytes(fp8_cache ? KvFormat::kFp8V32 : KvFormat::kBFloat16, width));
+    if (c.has_indexer(i)) token += c.index_head_dim + 4.0;  // a float32 scale
+  }
+  return kPageSize * token;
 }
 
 void check_fits_device(const checkpoint::ModelConfig& config, int cache_pages, double cache_bytes,
-                       const DeviceMemory& memory) {
-  const double page = page_bytes(config, DType::kBFloat16);
+                       bool fp8_cache, const DeviceMemory& memory, ModelQuantize quantize) {
+  const double page = page_bytes(config, fp8_cache);
   const double cache = cache_pages > 0 ? cache_pages * page : std::max(cache_bytes, page);
-  const double weights = num_weights(config), bytes = 2 * weights;
+  const double weights = num_weights(config), bytes = device_weight_bytes(config, quantize);
   if (bytes + cache <= memory.free) return;
   throw OutOfMemory(fmt::format(
-      "the model does not fit into the device's memory: {:.1f} billion weights in bfloat16 are {:.1f} GiB, "
+      "the model does not fit into the device's memory: {:.1f} billion weights {} are {:.1f} GiB, "
       "{} {:.1f} GiB (--num-pages, --memory), and of {:.1f} GiB there are {:.1f} GiB free",
-      weights / 1e9, bytes / kGiB,
+      weights / 1e9, bytes == 2 * weights ? "in bfloat16" : fmt::format("of {:.3g} bytes", bytes / weights),
+      bytes / kGiB,
       cache_pages > 0 || cache_bytes > 0 ? "the cache that is asked for" : "a cache of one page",
       cache / kGiB, memory.total / kGiB, memory.free / kGiB));
 }

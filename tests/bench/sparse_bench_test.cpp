@@ -88,8 +88,8 @@ TEST(SparsePreset, ErrorsNameTheKeyAndItsValue) {
   expect(with(R"([{}, {"s_k": 1}])"), "cases[1]: unknown key \"s_k\"");
   expect(with(R"([{"operation": "decode"}])"),
          "\"operation\" is \"decode\", expected one of: sparse_decode, ");
-  expect(with(R"([{"format": "fp8_tensor"}])"),
-         "\"format\" is \"fp8_tensor\", expected one of: bfloat16, fp8_v32");
+  expect(with(R"([{"format": "float16"}])"),
+         "\"format\" is \"float16\", expected one of: bfloat16, fp8_v32, fp8_v4, fp8_tensor");
   expect(with(R"([{"topk": 40000}])"), "\"topk\" is 40000, expected an integer from 1 to 32768");
   expect(with(R"([{"operation": "append_kv", "s_q": 99, "s_kv": 98, "topk": 1}])"),
          "expected at least the 99 tokens");

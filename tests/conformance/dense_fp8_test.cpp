@@ -13,6 +13,7 @@
 #include "base/element.h"
 #include "flash_mla/error.h"
 #include "guarded.h"
+#include "kv/format.h"
 #include "sparse_problem.h"
 
 namespace flash_mla::conformance {
@@ -187,7 +188,7 @@ TEST_P(DenseFp8, NumericsOverFormats) {
 }
 
 TEST_P(DenseFp8, NumericsOverSplitsAndPages) {
-  for (const int page_size : {16, 64, 128}) {
+  for (const int page_size : {1, 16, 61, 64, 128}) {
     for (const int parts : {1, 7}) {
       for (const int fixed : {0, 2}) {
         expect_matches(
@@ -195,6 +196,45 @@ TEST_P(DenseFp8, NumericsOverSplitsAndPages) {
             fixed);
       }
     }
+  }
+}
+
+TEST_P(DenseFp8, NumericsOverHeads) {
+  for (const KvFormat format : {KvFormat::kFp8V32, KvFormat::kFp8Tensor}) {
+    for (const int h_q : {1, 16, 17, 32, 33, 64, 100, 128}) {
+      for (const int s_q : {1, 2}) {
+        expect_matches({.lengths = {257, 31}, .s_q = s_q, .h_q = h_q, .format = format, .causal = s_q > 1});
+      }
+    }
+  }
+}
+
+TEST_P(DenseFp8, BatchInvariant) {
+  if (!backend().batch_invariant()) return;
+  for (const KvFormat format : {KvFormat::kFp8V32, KvFormat::kFp8Tensor}) {
+    DenseProblem p({.lengths = {333, 900, 64}, .h_q = 16, .format = format});
+    if (!backend().supports(Operation::kDenseFp8Decode, p.s.format, p.s.dtype)) return;
+    const SparseResult all = p.run(backend(), 5, 3);
+    // The second request alone.
+    DenseProblem one = p;
+    const auto rows = static_cast<std::ptrdiff_t>(p.s.h_q);
+    one.b = 1;
+    one.s.lengths = {900};
+    one.q.assign(p.q.begin() + rows * p.d_qk, p.q.begin() + 2 * rows * p.d_qk);
+    one.table.assign(p.table.begin() + p.max_blocks, p.table.begin() + 2 * p.max_blocks);
+    const std::ptrdiff_t bytes = rows * 512 * 2;
+    const std::vector<std::uint8_t> second(all.bits.begin() + bytes, all.bits.begin() + 2 * bytes);
+    for (const int parts : {1, 2, 7}) EXPECT_EQ(one.run(backend(), parts, 3).bits, second) << parts;
+  }
+}
+
+TEST_P(DenseFp8, ANanKeyReachesItsRequestAlone) {
+  for (const KvFormat format : {KvFormat::kFp8V32, KvFormat::kFp8Tensor}) {
+    DenseProblem p({.lengths = {150, 150}, .h_q = 16, .format = format});
+    if (!backend().supports(Operation::kDenseFp8Decode, p.s.format, p.s.dtype)) return;
+    const kv::Pool pool = kv::make_pool(p.pool.host_view());
+    kv::locate(pool, p.table[1], 5).latent[100] = std::byte{0x7F};
+    EXPECT_EQ(p.difference(p.run(backend())), "");
   }
 }
 

@@ -27,7 +27,8 @@ class SparseDecode : public ::testing::TestWithParam<std::shared_ptr<BackendUnde
 
   bool supports(const SparseShape& s) {
     return backend().supports(Operation::kSparseDecode, s.keys.format, s.dtype) &&
-           (!s.has_extra || backend().supports(Operation::kSparseDecode, s.extra.format, s.dtype));
+           (!s.has_extra || (backend().supports(Operation::kSparseDecode, s.extra.format, s.dtype) &&
+                             (backend().supports_two_formats() || s.extra.format == s.keys.format)));
   }
 
   void expect_matches(const SparseShape& s, const SparseDecodeOptions& options = {}) {

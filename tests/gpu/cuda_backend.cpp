@@ -16,16 +16,15 @@ class Sm90 : public BackendUnderTest {
     return dtype != DType::kFloat32 && d_qk == 576 && d_v == 512 &&
            (page_size == 16 || page_size == 32 || page_size % 64 == 0);
   }
-  bool supports(Operation operation, KvFormat format, DType dtype) const override {
-    if (operation == Operation::kAppend || operation == Operation::kGather ||
-        operation == Operation::kSparsePrefill) {
-      return true;
-    }
-    return operation == Operation::kSparseDecode && dtype == DType::kBFloat16 &&
-           (format == KvFormat::kFp8V32 || format == KvFormat::kFp8V4);
+  bool supports(Operation operation, KvFormat format, DType) const override {
+    if (operation == Operation::kDenseFp8Decode) return format != KvFormat::kFp8V4;
+    if (operation == Operation::kSparseDecode) return format != KvFormat::kFp8Tensor;
+    return true;
   }
+  bool supports_two_formats() const override { return false; }
   bool supports_top_k() const override { return true; }
   bool supports_index_logits() const override { return true; }
+  bool supports_index_quantisers() const override { return true; }
   double index_tolerance() const override { return 1e-3; }
   bool checks_values() const override { return false; }
   bool batch_invariant() const override { return true; }

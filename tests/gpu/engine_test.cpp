@@ -13,15 +13,15 @@
 #include <random>
 
 #include "checkpoint/config.h"
+#include "engine_steps.h"
 #include "kernels/sampling/cpu/draw.h"
 #include "model/model.h"
+#include "model/random_checkpoint.h"
 #include "model/temporary_directory.h"
-#include "random_checkpoint.h"
 
 namespace flash_mla::model {
 namespace {
 
-constexpr int kVocab = 160;
 constexpr int kPages = 40;
 
 struct Case {
@@ -87,94 +87,6 @@ const std::vector<Case>& cases() {
       {"dense_odd", kText[0].c_str()}, {"v2_lite", kText[1].c_str()},  {"v2_groups", kText[2].c_str()},
       {"v3", kText[3].c_str()},        {"v3_plain", kText[4].c_str()}, {"v3_unpaired", kText[5].c_str()}};
   return kCases;
-}
-
-/// A sequence as the tests run it: its tokens, its pages, how many tokens are cached.
-struct Sequence {
-  std::vector<std::int32_t> tokens;
-  std::vector<std::int32_t> pages;
-};
-
-std::vector<std::int32_t> random_tokens(int count, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<std::int32_t> out(static_cast<std::size_t>(count));
-  for (std::int32_t& t : out) t = static_cast<std::int32_t>(random() % kVocab);
-  return out;
-}
-
-/// New tokens [begin, end) of a sequence.
-struct Part {
-  const Sequence* sequence;
-  int begin, end;
-};
-
-struct Result {
-  std::vector<float> logits;         // of all new tokens, if not greedy
-  std::vector<std::int32_t> greedy;  // of all new tokens, if greedy or drawn
-};
-
-Result forward(Model& model, const std::vector<Part>& parts, bool greedy = false,
-               bool batch_invariant = false, const std::vector<Draw>& draws = {}) {
-  std::vector<std::int32_t> ids, starts{0}, lens, rows, table;
-  std::size_t blocks = 0;
-  for (const Part& p : parts) blocks = std::max(blocks, p.sequence->pages.size());
-  for (const Part& p : parts) {
-    for (int i = p.begin; i < p.end; ++i) {
-      rows.push_back(static_cast<std::int32_t>(ids.size()));
-      ids.push_back(p.sequence->tokens[static_cast<std::size_t>(i)]);
-    }
-    starts.push_back(static_cast<std::int32_t>(ids.size()));
-    lens.push_back(p.end);
-    table.insert(table.end(), p.sequence->pages.begin(), p.sequence->pages.end());
-    table.resize(table.size() + blocks - p.sequence->pages.size(), -1);
-  }
-  ForwardBatch batch;
-  batch.token_ids = ids;
-  batch.query_starts = starts;
-  batch.seq_lens = lens;
-  batch.block_table = table;
-  batch.max_blocks = static_cast<int>(blocks);
-  (greedy ? batch.greedy_rows : draws.empty() ? batch.logit_rows : batch.drawn_rows) = rows;
-  batch.draws = draws;
-  batch.batch_invariant = batch_invariant;
-  Result out;
-  if (greedy || !draws.empty()) {
-    out.greedy.assign(rows.size(), -7);
-  } else {
-    out.logits.assign(rows.size() * kVocab, std::nanf(""));
-  }
-  model.forward(batch, out.logits.data(), out.greedy.data());
-  return out;
-}
-
-/// |a - b| / |b| of every row, sorted.
-std::vector<double> row_errors(const std::vector<float>& a, const std::vector<float>& b) {
-  EXPECT_EQ(a.size(), b.size());
-  std::vector<double> out;
-  for (std::size_t row = 0; row < a.size(); row += kVocab) {
-    double difference = 0, size = 0;
-    for (std::size_t i = row; i < row + kVocab; ++i) {
-      difference += (double{a[i]} - b[i]) * (double{a[i]} - b[i]);
-      size += double{b[i]} * b[i];
-    }
-    const double error = std::sqrt(difference / size);
-    out.push_back(std::isfinite(error) ? error : 1e9);
-  }
-  std::sort(out.begin(), out.end());
-  return out;
-}
-
-// A row whose token takes other experts, because rounding decided, is far off: a tenth of the rows may be.
-// The rest differs by the rounding of bfloat16, which a large routed_scaling_factor magnifies.
-void expect_close(const std::vector<float>& a, const std::vector<float>& b, const char* what) {
-  const std::vector<double> errors = row_errors(a, b);
-  const std::size_t far = std::min(errors.size() - 1, std::max<std::size_t>(errors.size() / 10, 1));
-  const double median = errors[errors.size() / 2], most = errors[errors.size() - 1 - far];
-  EXPECT_LT(median, 0.03) << what;
-  EXPECT_LT(most, 0.1) << what;
-  if (std::getenv("FLASH_MLA_TEST_VERBOSE") != nullptr) {
-    std::printf("%s: median error %.4f, 90%% %.4f, worst %.4f\n", what, median, most, errors.back());
-  }
 }
 
 class CudaEngine : public testing::TestWithParam<Case> {

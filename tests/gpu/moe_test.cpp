@@ -7,6 +7,7 @@
 #include <numeric>
 #include <string>
 
+#include "base/fp8.h"
 #include "kernels/moe/cpu/router.h"
 #include "model_data.h"
 
@@ -154,6 +155,45 @@ TEST(Router, LogitsKeepFp32Weights) {
 
 struct Layer {
   int hidden, intermediate, experts, chosen;
+};
+
+/// bfloat16 weights (matrices, rows, columns) as e4m3 codes with a scale for every 8 rows and 128 columns of each.
+struct E4m3Matrices {
+  /// Replaces the weights by what the codes mean, rounded to bfloat16. A few become 40 times as large; scales are what the
+  /// largest asks for, or with `powers` the next power of two.
+  E4m3Matrices(Random& random, std::vector<std::uint16_t>& weights, int matrices, int rows, int columns,
+               bool powers)
+      : codes_host(weights.size()), scales_host(make(random, weights, matrices, rows, columns, powers)) {}
+
+  std::vector<float> make(Random& random, std::vector<std::uint16_t>& weights, int matrices, int rows,
+                          int columns, bool powers) {
+    const int scale_rows = (rows + 7) / 8, scale_columns = (columns + 127) / 128;
+    std::vector<float> out(std::size_t(matrices) * scale_rows * scale_columns);
+    const auto scale_of = [&](std::size_t i) -> float& {
+      const std::size_t row = i / columns;
+      return out[(row / rows * scale_rows + row % rows / 8) * scale_columns + i % columns / 128];
+    };
+    std::vector<float> wide(weights.size());
+    for (std::size_t i = 0; i < wide.size(); ++i) {
+      wide[i] = from_bf16(weights[i]) * (random.below(1000) == 0 ? 40.0f : 1.0f);
+      scale_of(i) = std::max(scale_of(i), std::abs(wide[i]));
+    }
+    for (float& s : out) {
+      s = s > 0 ? s / kE4m3Max : 1;
+      if (powers) s = next_power_of_two(s);
+    }
+    for (std::size_t i = 0; i < wide.size(); ++i) {
+      const E4m3 code = to_e4m3(wide[i] / scale_of(i));
+      codes_host[i] = code.bits;
+      weights[i] = to_bf16(to_float(code) * scale_of(i));
+    }
+    return out;
+  }
+
+  std::vector<std::uint8_t> codes_host;
+  std::vector<float> scales_host;
+  OnDevice<std::uint8_t> codes{codes_host};
+  OnDevice<float> scales{scales_host};
 };
 
 /// Weights of a layer and the tokens of a step.
@@ -310,6 +350,98 @@ TEST(ExpertFfn, V2Lite) {
              (testing::Message() << "tokens " << tokens).GetString());
     if (HasFatalFailure()) return;
   }
+}
+
+/// Weights in e4m3, on the device, of experts whose host copy holds what they mean in bfloat16.
+struct E4m3Experts {
+  E4m3Experts(Random& random, Experts& e, bool powers)
+      : gate_up(random, e.gate_up, e.layer.experts, 2 * e.layer.intermediate, e.layer.hidden, powers),
+        down(random, e.down, e.layer.experts, e.layer.hidden, e.layer.intermediate, powers) {
+    e.args.gate_up = gate_up.codes.get();
+    e.args.gate_up_scales = gate_up.scales.get();
+    e.args.down = down.codes.get();
+    e.args.down_scales = down.scales.get();
+  }
+  E4m3Matrices gate_up, down;
+};
+
+// Few pairs for each expert, many, and a favourite of all tokens beside experts that nobody takes; the last two shapes
+// are not for the fast path.
+TEST(ExpertFfn, E4m3WeightsOfSmallAndOddShapes) {
+  Random random(47);
+  for (const Layer layer :
+       {Layer{64, 48, 8, 2}, Layer{144, 80, 5, 3}, Layer{256, 144, 16, 4}, Layer{16, 16, 1, 1},
+        Layer{336, 272, 300, 8}, Layer{72, 40, 5, 3}, Layer{50, 30, 6, 2}}) {
+    for (const int tokens : {1, 2, 7, 40, 333, 2000}) {
+      for (const int favourite : {-1, layer.experts - 1}) {
+        Experts e(random, layer, tokens, favourite, tokens % 2 == 0 ? 16 : 0);
+        const E4m3Experts weights(random, e, random.coin());
+        e.args.programmatic_launch = random.coin();
+        e.args.batch_invariant = random.coin();
+        e.verify(e.run(e.args), some_tokens(random, tokens, 20),
+                 (testing::Message() << "e4m3 hidden " << layer.hidden << " tokens " << tokens).GetString());
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// Every number of rows, by every kernel that takes them; where there are few, some experts are taken by nobody.
+TEST(ExpertFfn, E4m3WeightsOfEveryRowCount) {
+  Random random(53);
+  for (int tokens = 1; tokens <= 300; ++tokens) {
+    Experts e(random, {272, 144, 6, 2}, tokens, tokens % 3 == 0 ? 2 : -1);
+    const E4m3Experts weights(random, e, tokens % 2 == 0);
+    e.args.programmatic_launch = true;
+    e.verify(e.run(e.args), some_tokens(random, tokens, 6),
+             (testing::Message() << "e4m3 tokens " << tokens).GetString());
+    if (HasFatalFailure()) return;
+  }
+}
+
+// Tiles of 128 rows multiply by what is rounded to bfloat16: the bits of the same weights stored so.
+TEST(ExpertFfn, TilesOfE4m3HaveTheBitsOfBfloat16) {
+  Random random(59);
+  for (const Layer layer : {Layer{2048, 1408, 12, 6}, Layer{512, 384, 4, 2}, Layer{208, 112, 3, 2}}) {
+    for (const int tokens : {100, 333, 1500}) {
+      Experts e(random, layer, tokens);
+      const ExpertFfn bf16 = e.args;
+      const E4m3Experts weights(random, e, tokens == 333);
+      e.gate_up_device.upload(e.gate_up);
+      e.down_device.upload(e.down);
+      EXPECT_EQ(e.run(e.args), e.run(bf16)) << "hidden " << layer.hidden << " tokens " << tokens;
+    }
+  }
+}
+
+TEST(ExpertFfn, BatchInvariantTokensOfE4m3) {
+  Random random(61);
+  constexpr int kAll = 700;
+  Experts e(random, {512, 384, 16, 4}, kAll);
+  const E4m3Experts weights(random, e, false);
+  e.args.batch_invariant = true;
+  const std::vector<std::uint16_t> want = e.run(e.args);
+  for (const int tokens : {1, 2, 9, 40, 100, 350}) {
+    const int first = random.below(kAll - tokens + 1);
+    ExpertFfn part = e.args;
+    part.tokens = tokens;
+    part.x = e.x_device.get() + std::int64_t(first) * part.x_stride;
+    part.inout = e.inout.get() + std::int64_t(first) * part.inout_stride;
+    part.ids += std::int64_t(first) * part.experts_per_token;
+    part.weights += std::int64_t(first) * part.experts_per_token;
+    const std::vector<std::uint16_t> got = e.run(part);
+    for (int i = 0; i < tokens * 512; ++i) {
+      const std::size_t at = std::size_t(first) * 512 + std::size_t(i);
+      ASSERT_EQ(got[at], want[at]) << "tokens " << tokens << " element " << i;
+    }
+  }
+}
+
+TEST(ExpertFfn, ScalesOfOneProductAloneAreRefused) {
+  Random random(67);
+  Experts e(random, {64, 48, 8, 2}, 3);
+  e.args.gate_up_scales = e.weights_device.get();
+  EXPECT_EQ(sm90::expert_ffn(e.args, nullptr), cudaErrorInvalidValue);
 }
 
 TEST(ExpertFfn, SameBitsEveryTime) {

@@ -68,6 +68,7 @@ step "the model's kernels" "$model_kernels" --gtest_brief=1
 if engine=$(find_program engine_gpu); then
   small=$root/models/small
   if [ ! -d "$small" ]; then small=$here/small; fi
+  export FLASH_MLA_SMALL_SPARSE_MODEL="$small-sparse"
   # torch brings cuBLAS, where the system does not.
   if [ -z "${FLASH_MLA_CUBLASLT:-}" ] && ! ldconfig -p | grep -q libcublasLt.so.13; then
     FLASH_MLA_CUBLASLT=$("$python" -c 'import nvidia.cu13 as n; print(list(n.__path__)[0])' 2>/dev/null)/lib/libcublasLt.so.13

@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "base/fp8.h"
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "model_data.h"
 
@@ -150,6 +151,36 @@ struct Problem {
   OnDevice<std::uint16_t> out;
 };
 
+/// Turns a problem's weights into e4m3 with scales of 2^-24 to 2^-11 for every 8 rows and 128 columns, every code but NaN
+/// among them; its host copy holds what they mean.
+struct E4m3Weights {
+  E4m3Weights(Random& random, Problem& p) : codes(make_codes(random, p)), scales(make_scales(random, p)) {
+    p.args.weight = codes.get();
+    p.args.weight_scales = scales.get();
+  }
+
+  std::vector<std::uint8_t> make_codes(Random& random, Problem& p) {
+    std::vector<std::uint8_t> out(p.weight_host.size());
+    for (std::uint8_t& c : out) c = static_cast<std::uint8_t>(random.below(127) + 128 * random.below(2));
+    for (std::size_t i = 0; i < out.size(); ++i) p.weight_host[i] = to_float(E4m3{out[i]});
+    return out;
+  }
+  std::vector<float> make_scales(Random& random, Problem& p) {
+    const std::int64_t columns = (p.args.k + 127) / 128;
+    std::vector<float> out(static_cast<std::size_t>((p.args.n + 7) / 8 * columns));
+    for (float& s : out) s = std::ldexp(1.0f + float(random.below(1000)) / 1000, random.below(13) - 24);
+    for (std::int64_t n = 0; n < p.args.n; ++n) {
+      for (std::int64_t k = 0; k < p.args.k; ++k) {
+        p.weight_host[std::size_t(n * p.args.k + k)] *= out[std::size_t(n / 8 * columns + k / 128)];
+      }
+    }
+    return out;
+  }
+
+  OnDevice<std::uint8_t> codes;
+  OnDevice<float> scales;
+};
+
 void run(const SkinnyGemm& args) {
   check(skinny_gemm(args, nullptr), "skinny_gemm");
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
@@ -182,6 +213,109 @@ TEST_P(Rows, MatchFp64Sums) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(SkinnyGemm, Rows, testing::Values(1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 130));
+
+TEST(SkinnyGemm, E4m3WeightsMatchFp64Sums) {
+  for (const int m : {1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 130}) {
+    Random random(2000 + std::uint64_t(m));
+    // The last two are not for the fast path: rows of no 16 bytes, and halves of no 8 rows.
+    for (const Shape shape : {Shape{576, 2048}, Shape{8, 16}, Shape{16, 144}, Shape{1000, 400},
+                              Shape{2816, 1024}, Shape{4096, 512}, Shape{40, 72}, Shape{36, 256}}) {
+      for (int variant = 0; variant < 6; ++variant) {
+        SkinnyGemm flags;
+        flags.silu_mul = variant == 2 || variant == 5;
+        flags.out_fp32 = variant != 3;
+        flags.accumulate = variant == 3 || variant == 4;
+        flags.batch_invariant = variant == 4;
+        flags.programmatic_launch = random.coin();
+        Problem p(random, m, shape, flags, variant % 3 == 0, variant == 5 ? 24 : 0, 4 * (variant % 2));
+        const E4m3Weights weights(random, p);
+        run(p.args);
+        p.verify(random, (testing::Message()
+                          << "e4m3 m" << m << " n" << shape.n << " k" << shape.k << " variant " << variant)
+                             .GetString());
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(SkinnyGemm, E4m3WeightsOfEveryRowCount) {
+  for (int m = 1; m <= 300; ++m) {
+    Random random(3000 + std::uint64_t(m));
+    SkinnyGemm flags;
+    flags.out_fp32 = true;
+    flags.silu_mul = m % 2 == 0;
+    flags.batch_invariant = m % 3 == 0;
+    Problem p(random, m, {272, 400}, flags, m % 5 == 0, 0, 0);
+    const E4m3Weights weights(random, p);
+    run(p.args);
+    p.verify(random, (testing::Message() << "e4m3 m" << m).GetString());
+    if (HasFailure()) return;
+  }
+}
+
+TEST(SkinnyGemm, EveryDivisionOfE4m3) {
+  Random random(6);
+  for (const bool silu : {false, true}) {
+    for (const int m : {1, 13, 27, 60, 100}) {
+      SkinnyGemm flags;
+      flags.silu_mul = silu;
+      flags.out_fp32 = true;
+      Problem p(random, m, {silu ? 1200 : 616, 2128}, flags, true, 8, 4);
+      const E4m3Weights weights(random, p);
+      sm90::WeightStream s;
+      s.weight = p.args.weight;
+      s.scales = p.args.weight_scales;
+      s.bias = p.args.bias;
+      s.x = p.args.x;
+      s.out = p.args.out;
+      s.x_stride = p.args.x_stride;
+      s.out_stride = p.args.out_stride;
+      s.n = p.args.n;
+      s.k = p.args.k;
+      s.m = m;
+      s.out_fp32 = true;
+      s.silu_mul = silu;
+      const std::vector<sm90::StreamPlan> plans = sm90::stream_plans(s, 132);
+      ASSERT_GE(plans.size(), 4u);
+      for (const sm90::StreamPlan& plan : plans) {
+        p.reset();
+        check(sm90::launch_stream(s, plan, nullptr), "launch_stream");
+        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+        p.verify(random, (testing::Message() << "m" << m << " silu " << silu << " tiles " << plan.tiles
+                                             << " warps_n " << plan.warps_n << " cluster " << plan.cluster
+                                             << " width " << plan.width << " x" << plan.ctas_per_sm)
+                             .GetString());
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(SkinnyGemm, BatchInvariantRowsOfE4m3) {
+  Random random(14);
+  for (const Shape shape : {Shape{576, 2048}, Shape{4096, 2048}, Shape{2048, 1408}}) {
+    SkinnyGemm flags;
+    flags.out_fp32 = true;
+    flags.batch_invariant = true;
+    Problem all(random, 100, shape, flags, true, 0, 0);
+    const E4m3Weights weights(random, all);
+    run(all.args);
+    const std::vector<float> want = all.result();
+    for (const int m : {1, 3, 8, 9, 16, 20, 32, 40, 64, 70}) {
+      const int first = random.below(100 - m + 1);
+      SkinnyGemm part = all.args;
+      part.m = m;
+      part.x = all.x.get() + std::int64_t(first) * part.x_stride;
+      all.reset();
+      run(part);
+      EXPECT_EQ(std::memcmp(all.result().data(), want.data() + std::size_t(first) * shape.n,
+                            std::size_t(m) * shape.n * 4),
+                0)
+          << "m " << m << " n " << shape.n;
+    }
+  }
+}
 
 TEST(SkinnyGemm, EveryDivisionOfTheWork) {
   Random random(5);

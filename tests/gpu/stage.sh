@@ -12,7 +12,7 @@ cp "$build/tests/gpu/gpu_tests" "$build/tests/gpu/conformance_gpu" "$build/tests
 programs="$folder/gpu_tests $folder/flash-mla"
 if [ -x "$build/tests/gpu/engine_gpu" ]; then
   cp "$build/tests/gpu/engine_gpu" "$here/../../bench/compare_transformers_gpu.py" "$folder/"
-  cp -r "$here/../../models/small" "$folder/"
+  cp -r "$here/../../models/small" "$here/../../models/small-sparse" "$folder/"
   programs="$programs $folder/engine_gpu"
 fi
 # Libraries that machine may lack.

@@ -343,6 +343,80 @@ def test_flashmlas_name_for_sparse_decode():
     torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)
 
 
+def fp8_problem(kind, lengths, h_q, s_q=2, page_size=64):
+    """A cache that is NaN wherever no token is, with pages further apart than they are long."""
+    g = torch.Generator().manual_seed(7)
+    width = {"v32": 656, "tensor": 576}[kind]
+    pages = [-(-n // page_size) for n in lengths]
+    cache = torch.full((sum(pages) + 2, page_size + 1, 1, width), 255, dtype=torch.uint8)[:, :page_size]
+    table = torch.full((len(lengths), max(pages) + 2), 2147480000, dtype=torch.int32)
+    order, at, slots = torch.randperm(sum(pages) + 2, generator=g).to(torch.int32), 0, []
+    for i, n in enumerate(lengths):
+        table[i, : pages[i]] = order[at : at + pages[i]]
+        at += pages[i]
+        slots += [int(table[i, j // page_size]) * page_size + j % page_size for j in range(n)]
+    latent, rope = (torch.randn(len(slots), d, generator=g).bfloat16() / 10 for d in (512, 64))
+    flash_mla_kernels.append_kv(latent, rope, torch.tensor(slots), cache, kv_scale=1 / 256)
+    q = torch.randn(len(lengths), s_q, h_q, 576, generator=g).bfloat16()
+    return q, cache, table, torch.tensor(lengths, dtype=torch.int32)
+
+
+def dense_fp8(q, cache, table, lengths, parts=4):
+    plan = flash_mla_kernels.build_decode_schedule(lengths, parts)
+    return flash_mla_kernels.dense_fp8_decode(q, cache, table, lengths, *plan, causal=True, kv_scale=1 / 256)
+
+
+def assert_as_on_the_cpu(got, wanted):
+    torch.testing.assert_close(got[0].cpu().float(), wanted[0].float(), atol=1e-3, rtol=2.01 / 128)
+    torch.testing.assert_close(got[1].cpu(), wanted[1], atol=1e-4, rtol=1e-4)
+
+
+def same_on_the_gpu(x):
+    """With the strides it has: a copy of a slice would be dense."""
+    if x.is_contiguous():
+        return x.cuda()
+    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+    return y.copy_(x)
+
+
+@pytest.mark.parametrize("kind", ["v32", "tensor"])
+@pytest.mark.parametrize("h_q", [8, 32, 64, 128])
+@pytest.mark.parametrize("page_size", [16, 61, 64])
+def test_dense_fp8_decode_as_on_the_cpu(kind, h_q, page_size):
+    problem = fp8_problem(kind, [700, 0, 65, 1], h_q, page_size=page_size)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        got = dense_fp8(*(same_on_the_gpu(x) for x in problem))
+    stream.synchronize()
+    assert_as_on_the_cpu(got, dense_fp8(*problem))
+
+
+def test_dense_fp8_decode_in_a_graph_with_refilled_lengths():
+    q, cache, table, lengths = fp8_problem("v32", [1500, 800, 64], 64)
+    on_gpu = [same_on_the_gpu(x) for x in (q, cache, table, lengths)]
+
+    def decode():
+        return flash_mla_with_kvcache(*on_gpu, 512, *get_mla_metadata(), causal=True, is_fp8_kvcache=True)
+
+    decode()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers = [decode() for _ in range(3)]
+    for now in ([1500, 800, 64], [0, 0, 0], [77, 800, 1]):
+        refilled = torch.tensor(now, dtype=torch.int32)
+        on_gpu[3].copy_(refilled)
+        for out, _ in layers:
+            out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        wanted = flash_mla_with_kvcache(
+            q, cache, table, refilled, 512, *get_mla_metadata(), causal=True, is_fp8_kvcache=True
+        )
+        for got in layers:
+            assert_as_on_the_cpu(got, wanted)
+
+
 @pytest.mark.parametrize("width", [656, 584, 576])
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_append_and_gather_have_the_cpus_bytes(width, device):

@@ -34,17 +34,19 @@ TEST(Size, WeightsOfTheLayersAddUp) {
 TEST(Size, WhatDoesNotFitADeviceIsRefusedWithItsSizes) {
   const checkpoint::ModelConfig c = v2_lite();  // 29.2 GiB in bfloat16
   const auto refused = [&](int pages, double bytes, double free) {
-    return message_of<OutOfMemory>([&] { check_fits_device(c, pages, bytes, {free * kGiB, 80 * kGiB}); });
+    return message_of<OutOfMemory>([&] {
+      check_fits_device(c, pages, bytes, false, {free * kGiB, 80 * kGiB});
+    });
   };
   EXPECT_THAT(refused(0, 0, 20), AllOf(HasSubstr("15.7 billion weights in bfloat16 are 29.2 GiB"),
                                        HasSubstr("a cache of one page 0.0 GiB"),
                                        HasSubstr("of 80.0 GiB there are 20.0 GiB free")));
   // A page: 64 tokens of 576 values of 2 bytes in 27 layers.
-  EXPECT_EQ(page_bytes(c, DType::kBFloat16), 64.0 * 576 * 2 * 27);
+  EXPECT_EQ(page_bytes(c, false), 64.0 * 576 * 2 * 27);
   EXPECT_THAT(refused(10'000, 0, 40), HasSubstr("the cache that is asked for 18.5 GiB"));
   EXPECT_THAT(refused(0, 12 * kGiB, 40), HasSubstr("the cache that is asked for 12.0 GiB"));
-  check_fits_device(c, 0, 0, {30 * kGiB, 80 * kGiB});
-  check_fits_device(c, 10'000, 0, {50 * kGiB, 80 * kGiB});
+  check_fits_device(c, 0, 0, false, {30 * kGiB, 80 * kGiB});
+  check_fits_device(c, 10'000, 0, false, {50 * kGiB, 80 * kGiB});
 }
 
 TEST(Size, OfQuantisedWeights) {
@@ -61,6 +63,30 @@ TEST(Size, OfQuantisedWeights) {
   EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kNone) / all, 1.061, 0.005);
   c.stored = {0, 0, 128};
   EXPECT_NEAR(weight_bytes(c, DType::kBFloat16, ModelQuantize::kNone) / all, 0.58, 0.02);
+}
+
+TEST(Size, OnADevice) {
+  checkpoint::ModelConfig c = v2_lite();
+  const double all = num_weights(c);
+  EXPECT_EQ(device_weight_bytes(c, ModelQuantize::kNone), 2 * all);
+  // Without the 128-fold scales of the CPU's rows.
+  const double fp8 = device_weight_bytes(c, ModelQuantize::kFp8);
+  EXPECT_LT(fp8, weight_bytes(c, DType::kBFloat16, ModelQuantize::kFp8));
+  EXPECT_NEAR(fp8 / all, 1.038, 0.005);
+  c.stored = {128, 128, 0};
+  EXPECT_NEAR(device_weight_bytes(c, ModelQuantize::kNone) / all, 1.034, 0.005);
+  const auto refused = [&](double free) {
+    return message_of<OutOfMemory>([&] { check_fits_device(c, 0, 0, false, {free * kGiB, 80 * kGiB}); });
+  };
+  EXPECT_THAT(refused(12), HasSubstr("15.7 billion weights of 1.03 bytes are 15.1 GiB"));
+  check_fits_device(c, 0, 0, false, {16 * kGiB, 80 * kGiB});
+  // Of other blocks and of 4 bits nothing is kept.
+  for (const checkpoint::StoredFormat& stored :
+       {checkpoint::StoredFormat{4, 128, 0}, checkpoint::StoredFormat{128, 64, 0},
+        checkpoint::StoredFormat{0, 0, 128}}) {
+    c.stored = stored;
+    EXPECT_EQ(device_weight_bytes(c, ModelQuantize::kNone), 2 * all);
+  }
 }
 
 /// The planner counts what the engine counts, to the norms and biases.

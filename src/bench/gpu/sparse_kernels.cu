@@ -41,7 +41,9 @@ __global__ void fill_tokens_kernel(kv::Pool pool, std::uint64_t seed) {
     const std::uint64_t first = (seed << 44) + static_cast<std::uint64_t>(slot) * 1024;
     for (int i = static_cast<int>(threadIdx.x); i < pool.d_qk; i += static_cast<int>(blockDim.x)) {
       const float x = half_normal(first + static_cast<std::uint64_t>(i));
-      if (i >= latent) {
+      if (pool.format == KvFormat::kFp8Tensor) {
+        reinterpret_cast<E4m3*>(token.latent)[i] = to_e4m3(x / pool.scale);
+      } else if (i >= latent) {
         reinterpret_cast<__nv_bfloat16*>(token.rope)[i - latent] = __float2bfloat16(x);
       } else if (!fp8) {
         reinterpret_cast<__nv_bfloat16*>(token.latent)[i] = __float2bfloat16(x);
@@ -64,6 +66,8 @@ __global__ void fill_tokens_kernel(kv::Pool pool, std::uint64_t seed) {
 
 /// Element i of a token.
 __device__ float element(const kv::Pool& pool, const kv::Token& token, int i) {
+  if (pool.format == KvFormat::kFp8Tensor)
+    return to_float(reinterpret_cast<const E4m3*>(token.latent)[i]) * pool.scale;
   const int latent = pool.latent();
   if (i >= latent) return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(token.rope)[i - latent]);
   if (pool.format == KvFormat::kBFloat16)

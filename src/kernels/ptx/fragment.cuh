@@ -44,6 +44,14 @@ __device__ __forceinline__ void stmatrix_x4(std::uint32_t to, std::uint32_t a, s
                : "memory");
 }
 
+/// The same, each matrix transposed.
+__device__ __forceinline__ void stmatrix_x4_transposed(std::uint32_t to, std::uint32_t a, std::uint32_t b,
+                                                       std::uint32_t c, std::uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a),
+               "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

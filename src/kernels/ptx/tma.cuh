@@ -14,6 +14,16 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+/// `bytes` in a row, a multiple of 16 as both addresses are; they are counted at `barrier`.
+__device__ __forceinline__ void bulk_load(void* smem, const void* global, std::uint32_t bytes,
+                                          std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          smem_address(smem)),
+      "l"(global), "r"(bytes), "r"(smem_address(barrier))
+      : "memory");
+}
+
 /// A box of a 4-D tensor; its bytes are counted at `barrier`.
 __device__ __forceinline__ void tma_load_4d(void* smem, const CUtensorMap* map, std::uint64_t* barrier,
                                             int c0, int c1, int c2, int c3) {

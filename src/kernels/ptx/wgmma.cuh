@@ -40,6 +40,8 @@ __device__ __forceinline__ std::uint64_t advance(std::uint64_t descriptor, std::
 // clang-format off
 
 // The accumulators of a product m64nNk16, N / 2 to a thread: in the assembler's text and as operands.
+#define FLASH_MLA_WGMMA_TEXT_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define FLASH_MLA_WGMMA_TEXT_16 FLASH_MLA_WGMMA_TEXT_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define FLASH_MLA_WGMMA_TEXT_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -51,10 +53,12 @@ __device__ __forceinline__ std::uint64_t advance(std::uint64_t descriptor, std::
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define FLASH_MLA_WGMMA_SUMS_8(i) \
+#define FLASH_MLA_WGMMA_SUMS_8_AT(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FLASH_MLA_WGMMA_SUMS_32_AT(i) \
-  FLASH_MLA_WGMMA_SUMS_8(i), FLASH_MLA_WGMMA_SUMS_8(i + 8), FLASH_MLA_WGMMA_SUMS_8(i + 16), FLASH_MLA_WGMMA_SUMS_8(i + 24)
+  FLASH_MLA_WGMMA_SUMS_8_AT(i), FLASH_MLA_WGMMA_SUMS_8_AT(i + 8), FLASH_MLA_WGMMA_SUMS_8_AT(i + 16), FLASH_MLA_WGMMA_SUMS_8_AT(i + 24)
+#define FLASH_MLA_WGMMA_SUMS_8 FLASH_MLA_WGMMA_SUMS_8_AT(0)
+#define FLASH_MLA_WGMMA_SUMS_16 FLASH_MLA_WGMMA_SUMS_8_AT(0), FLASH_MLA_WGMMA_SUMS_8_AT(8)
 #define FLASH_MLA_WGMMA_SUMS_32 FLASH_MLA_WGMMA_SUMS_32_AT(0)
 #define FLASH_MLA_WGMMA_SUMS_64 FLASH_MLA_WGMMA_SUMS_32, FLASH_MLA_WGMMA_SUMS_32_AT(32)
 #define FLASH_MLA_WGMMA_SUMS_128 FLASH_MLA_WGMMA_SUMS_64, FLASH_MLA_WGMMA_SUMS_32_AT(64), FLASH_MLA_WGMMA_SUMS_32_AT(96)
@@ -90,8 +94,14 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kSums], std::uint64_t a, std
 /// The same with A in registers.
 template <bool kBf16, bool kMnMajor, int kSums>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kSums], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {
-  static_assert(kSums == 32 || kSums == 64 || kSums == 128);
-  if constexpr (kSums == 32) {
+  static_assert(kSums == 8 || kSums == 16 || kSums == 32 || kSums == 64 || kSums == 128);
+  if constexpr (kSums == 8) {
+    FLASH_MLA_WGMMA_EITHER(16, 8, "{%8, %9, %10, %11}, %12", "%13", "%14",
+                           "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  } else if constexpr (kSums == 16) {
+    FLASH_MLA_WGMMA_EITHER(32, 16, "{%16, %17, %18, %19}, %20", "%21", "%22",
+                           "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  } else if constexpr (kSums == 32) {
     FLASH_MLA_WGMMA_EITHER(64, 32, "{%32, %33, %34, %35}, %36", "%37", "%38",
                            "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   } else if constexpr (kSums == 64) {
@@ -108,11 +118,15 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kSums], const std::uint32_t 
 #undef FLASH_MLA_WGMMA_SUMS_128
 #undef FLASH_MLA_WGMMA_SUMS_64
 #undef FLASH_MLA_WGMMA_SUMS_32
+#undef FLASH_MLA_WGMMA_SUMS_16
 #undef FLASH_MLA_WGMMA_SUMS_32_AT
 #undef FLASH_MLA_WGMMA_SUMS_8
+#undef FLASH_MLA_WGMMA_SUMS_8_AT
 #undef FLASH_MLA_WGMMA_TEXT_128
 #undef FLASH_MLA_WGMMA_TEXT_64
 #undef FLASH_MLA_WGMMA_TEXT_32
+#undef FLASH_MLA_WGMMA_TEXT_16
+#undef FLASH_MLA_WGMMA_TEXT_8
 
 // clang-format on
 

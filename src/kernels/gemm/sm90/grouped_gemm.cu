@@ -7,6 +7,8 @@
 //            gathered, so it uses cp.async, 16 bytes a thread, eight threads for 128 contiguous bytes.
 // Memory:    4 stages of A (128 x 128 bytes) and B (256 x 128 bytes), in the 128-byte swizzle of wgmma:
 //            192 KB.
+// e4m3:      weights with scales come through the registers of warpgroup 2, a stage ahead, which writes them as
+//            bfloat16: four threads for 64 contiguous codes.
 // Registers: 65536 / 384 threads = 170 each, enough for the accumulators without setmaxnreg.
 //
 // A CTA takes tiles in turn; copies run ahead across them, so that results are stored under the next tile's
@@ -20,6 +22,7 @@
 #include "base/cuda/launch.h"
 #include "base/cuda/shared_memory.h"
 #include "kernels/gemm/sm90/grouped_gemm.h"
+#include "kernels/gemm/sm90/widen_e4m3.cuh"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/tma.cuh"
@@ -55,29 +58,59 @@ struct Pipeline {
   std::uint64_t full[kStages], empty[kStages];
 };
 
+/// What a thread of the copying warpgroup reads of x: pieces of 16 bytes in rows kRowsPerPass apart.
+struct RowsOfX {
+  static constexpr int kPasses = kRows / kRowsPerPass;
+  const __nv_bfloat16* rows[kPasses];
+  std::uint32_t valid;
+
+  __device__ RowsOfX(const WeightStream& p, const ExpertUnit& unit, int first_row) : valid(0) {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const int row = first_row + i * kRowsPerPass;
+      rows[i] = static_cast<const __nv_bfloat16*>(p.x);
+      if (row < unit.count) {
+        valid |= 1u << i;
+        rows[i] += std::int64_t(__ldcg(p.pairs + unit.first + row) / p.x_divisor) * p.x_stride;
+      }
+    }
+  }
+
+  __device__ void copy(std::uint32_t stage, std::int64_t column, bool inside) const {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const bool here = inside && (valid >> i & 1);
+      ptx::cp_async_16(stage + i * kRowsPerPass * kRowBytes, rows[i] + (here ? column : 0), here ? 16 : 0);
+    }
+  }
+};
+
+/// The row of the weights, within an expert's, that row `row` of a tile at `column` stands for: with silu_mul the
+/// second half of a tile's rows are the up rows of the same outputs. -1: there is none.
+__device__ std::int64_t weight_row(const Grid& grid, std::int64_t outputs, std::int64_t column, int row) {
+  const bool up = row >= grid.width;
+  const std::int64_t output = column + (up ? row - grid.width : row);
+  return output < outputs ? output + (up ? outputs : 0) : -1;
+}
+
+/// Where a thread puts its pieces in a stage. Rows 16 apart have the same place in the swizzle.
+__device__ std::uint32_t swizzled(const std::uint8_t* shared, int row, int chunk) {
+  return ptx::smem_address(shared) + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+}
+
+/// Weights of bfloat16 as they are.
 __device__ void copy_tiles(const WeightStream& p, const Grid& grid, std::int64_t tiles, int steps,
                            std::uint8_t* shared, Pipeline& pipeline) {
   const int thread = threadIdx.x % kWarpgroup;
   const int chunk = thread % 8, first_row = thread / 8;
-  constexpr int kPassesA = kRows / kRowsPerPass, kPassesB = kColumns / kRowsPerPass;
-  // Rows 16 apart have the same place in the swizzle.
-  const std::uint32_t to =
-      ptx::smem_address(shared) + first_row * kRowBytes + ((chunk ^ (first_row & 7)) << 4);
+  constexpr int kPassesB = kColumns / kRowsPerPass;
+  const std::uint32_t to = swizzled(shared, first_row, chunk);
   const std::int64_t outputs = p.silu_mul ? p.n / 2 : p.n;
   std::int64_t count = 0;  // stages so far
   for (std::int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Tile tile = tile_at(p, grid, index);
-    const __nv_bfloat16* rows[kPassesA];
-    std::uint32_t valid_a = 0, valid_b = 0;
-#pragma unroll
-    for (int i = 0; i < kPassesA; ++i) {
-      const int row = first_row + i * kRowsPerPass;
-      rows[i] = static_cast<const __nv_bfloat16*>(p.x);
-      if (row < tile.unit.count) {
-        valid_a |= 1u << i;
-        rows[i] += std::int64_t(__ldcg(p.pairs + tile.unit.first + row) / p.x_divisor) * p.x_stride;
-      }
-    }
+    const RowsOfX x(p, tile.unit, first_row);
+    std::uint32_t valid_b = 0;
     const auto* weight =
         static_cast<const __nv_bfloat16*>(p.weight) + (tile.unit.expert * p.n + tile.column) * p.k;
 #pragma unroll
@@ -91,12 +124,7 @@ __device__ void copy_tiles(const WeightStream& p, const Grid& grid, std::int64_t
       const std::int64_t column = std::int64_t(step) * kStepK + chunk * 8;
       const bool inside = column < p.k;
       const std::uint32_t stage = to + slot * kStageBytes;
-#pragma unroll
-      for (int i = 0; i < kPassesA; ++i) {
-        const bool valid = inside && (valid_a >> i & 1);
-        ptx::cp_async_16(stage + i * kRowsPerPass * kRowBytes, rows[i] + (valid ? column : 0),
-                         valid ? 16 : 0);
-      }
+      x.copy(stage, column, inside);
 #pragma unroll
       for (int i = 0; i < kPassesB; ++i) {
         const bool valid = inside && (valid_b >> i & 1);
@@ -107,6 +135,73 @@ __device__ void copy_tiles(const WeightStream& p, const Grid& grid, std::int64_t
                          weight + (valid ? at * p.k + column : 0), valid ? 16 : 0);
       }
       ptx::cp_async_arrive(&pipeline.full[slot]);
+    }
+  }
+}
+
+/// A thread's weights of a stage: 16 codes in rows kE4m3Rows apart, and their scales.
+constexpr int kE4m3Rows = kWarpgroup / 4, kE4m3Passes = kColumns / kE4m3Rows;
+struct E4m3Stage {
+  uint4 codes[kE4m3Passes];
+  float scales[kE4m3Passes];
+};
+
+__device__ __forceinline__ void load_stage(const WeightStream& p, const std::int64_t (&rows)[kE4m3Passes],
+                                           std::int64_t expert, std::int64_t column, E4m3Stage& out) {
+  const auto* codes = static_cast<const std::uint8_t*>(p.weight) + expert * p.n * p.k + column;
+  const std::int64_t scale_columns = (p.k + 127) / 128;
+  const float* scales = p.scales + expert * ((p.n + 7) / 8) * scale_columns + column / 128;
+#pragma unroll
+  for (int i = 0; i < kE4m3Passes; ++i) {
+    out.codes[i] = make_uint4(0, 0, 0, 0);
+    out.scales[i] = 0;
+    if (rows[i] >= 0 && column < p.k) {
+      out.codes[i] = __ldg(reinterpret_cast<const uint4*>(codes + rows[i] * p.k));
+      out.scales[i] = __ldg(scales + rows[i] / 8 * scale_columns);
+    }
+  }
+}
+
+/// Weights of e4m3, widened on the way.
+__device__ void copy_e4m3_tiles(const WeightStream& p, const Grid& grid, std::int64_t tiles, int steps,
+                                std::uint8_t* shared, Pipeline& pipeline) {
+  const int thread = threadIdx.x % kWarpgroup;
+  const int chunk = thread % 8, first_row = thread / 8;      // of x
+  const int chunk_b = thread % 4, first_row_b = thread / 4;  // of the weights: 16 columns
+  const std::uint32_t to = swizzled(shared, first_row, chunk);
+  const std::uint32_t low = swizzled(shared, first_row_b, 2 * chunk_b) - ptx::smem_address(shared);
+  const std::uint32_t high = swizzled(shared, first_row_b, 2 * chunk_b + 1) - ptx::smem_address(shared);
+  const std::int64_t outputs = p.silu_mul ? p.n / 2 : p.n;
+  std::int64_t count = 0;  // stages so far
+  for (std::int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = tile_at(p, grid, index);
+    const RowsOfX x(p, tile.unit, first_row);
+    std::int64_t rows[kE4m3Passes];
+#pragma unroll
+    for (int i = 0; i < kE4m3Passes; ++i) {
+      rows[i] = weight_row(grid, outputs, tile.column, first_row_b + i * kE4m3Rows);
+    }
+    E4m3Stage now, next;
+    load_stage(p, rows, tile.unit.expert, chunk_b * 16, now);
+    for (int step = 0; step < steps; ++step, ++count) {
+      const int slot = static_cast<int>(count % kStages);
+      if (count >= kStages) ptx::mbarrier_wait(&pipeline.empty[slot], (count / kStages - 1) & 1);
+      const std::int64_t column = std::int64_t(step) * kStepK + chunk * 8;
+      x.copy(to + slot * kStageBytes, column, column < p.k);
+      ptx::cp_async_arrive(&pipeline.full[slot]);
+      // On their way while this stage's are widened; past the last column there are none.
+      load_stage(p, rows, tile.unit.expert, std::int64_t(step + 1) * kStepK + chunk_b * 16, next);
+      std::uint8_t* const stage = shared + slot * kStageBytes + kBytesA;
+#pragma unroll
+      for (int i = 0; i < kE4m3Passes; ++i) {
+        const uint4 codes = now.codes[i];
+        const std::uint32_t at = i * kE4m3Rows * kRowBytes;
+        *reinterpret_cast<uint4*>(stage + low + at) = widen_e4m3(codes.x, codes.y, now.scales[i]);
+        *reinterpret_cast<uint4*>(stage + high + at) = widen_e4m3(codes.z, codes.w, now.scales[i]);
+      }
+      ptx::fence_async_proxy();  // ordinary writes, read by wgmma
+      ptx::mbarrier_arrive(&pipeline.full[slot]);
+      now = next;
     }
   }
 }
@@ -175,6 +270,7 @@ __device__ void multiply_tiles(const WeightStream& p, const Grid& grid, std::int
   }
 }
 
+template <bool kE4m3>
 __global__ __launch_bounds__(kThreads, 1) void grouped_gemm(const __grid_constant__ WeightStream p,
                                                             const __grid_constant__ Grid grid) {
   extern __shared__ std::uint8_t raw[];
@@ -182,7 +278,8 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_gemm(const __grid_constan
   std::uint8_t* const shared = raw + (1024 - ptx::smem_address(raw) % 1024) % 1024;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&pipeline.full[i], kWarpgroup);
+      // With e4m3 a thread arrives for its copies of x and for the weights that it wrote itself.
+      ptx::mbarrier_init(&pipeline.full[i], kE4m3 ? 2 * kWarpgroup : kWarpgroup);
       ptx::mbarrier_init(&pipeline.empty[i], 2);
     }
     ptx::fence_barrier_init();
@@ -193,7 +290,11 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_gemm(const __grid_constan
   const std::int64_t tiles = grid.column_tiles * __ldcg(p.num_units);
   const int steps = static_cast<int>((p.k + kStepK - 1) / kStepK);
   if (threadIdx.x / kWarpgroup == 2) {
-    copy_tiles(p, grid, tiles, steps, shared, pipeline);
+    if constexpr (kE4m3) {
+      copy_e4m3_tiles(p, grid, tiles, steps, shared, pipeline);
+    } else {
+      copy_tiles(p, grid, tiles, steps, shared, pipeline);
+    }
   } else {
     multiply_tiles(p, grid, tiles, steps, shared, pipeline);
   }
@@ -206,7 +307,11 @@ cudaError_t launch_grouped_gemm(const WeightStream& args, cudaStream_t stream) {
       args.out_stride % 2 != 0) {
     return cudaErrorInvalidValue;
   }
-  if (const cudaError_t e = allow_shared_memory<grouped_gemm>(kSharedBytes)) return e;
+  const bool e4m3 = args.scales != nullptr;
+  if (const cudaError_t e = e4m3 ? allow_shared_memory<grouped_gemm<true>>(kSharedBytes)
+                                 : allow_shared_memory<grouped_gemm<false>>(kSharedBytes)) {
+    return e;
+  }
   int num_sms = 0;
   if (const cudaError_t e = multiprocessors(num_sms)) return e;
   Grid grid{};
@@ -215,7 +320,8 @@ cudaError_t launch_grouped_gemm(const WeightStream& args, cudaStream_t stream) {
   const std::int64_t most = grid.column_tiles * args.max_units;
   LaunchConfig config(static_cast<unsigned>(std::min<std::int64_t>(most, num_sms)), kThreads, kSharedBytes,
                       stream);
-  return launch(config.programmatic(args.programmatic_launch), grouped_gemm, args, grid);
+  return launch(config.programmatic(args.programmatic_launch),
+                e4m3 ? grouped_gemm<true> : grouped_gemm<false>, args, grid);
 }
 
 }  // namespace flash_mla::sm90

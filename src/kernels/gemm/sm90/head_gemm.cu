@@ -55,9 +55,10 @@ constexpr int kSharedBytes = kStages*(kRows + kColumns) * kPitch * 2;
 /// The keys of `rows` tokens, the block being the `part`-th of `parts` that share them.
 __device__ void append(const Params& p, int first, int rows, int part, int parts) {
   for (int t = first + part; t < first + rows; t += parts) {
-    if (p.slots[t] < 0) continue;
+    const std::int64_t slot = p.slots != nullptr ? p.slots[t] : t;
+    if (slot < 0) continue;
     const bf16* kv = p.kv + t * p.kv_stride;
-    bf16* key = p.cache + p.slots[t] * (p.rank + p.tail);
+    bf16* key = p.cache + slot * (p.rank + p.tail);
     if (p.wide_kv) {
       norm_row<8>(kv, p.kv_norm, p.eps, p.rank, key);
     } else {

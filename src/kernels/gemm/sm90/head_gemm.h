@@ -18,12 +18,12 @@ namespace flash_mla::sm90 {
 struct HeadGemm {
   /// What else the kernel does, where `cache` is given: the latent of kv (tokens, rank + tail) is normalised,
   /// its last columns are turned as the tails are, and both go to the token's slot of the cache, if that is
-  /// not -1.
+  /// not -1; to its row, where no slots are given.
   struct Append {
     Matrix kv;
     const float* norm = nullptr;
     float eps = 0;
-    const std::int64_t* slots = nullptr;
+    const std::int64_t* slots = nullptr;  ///< or null
     std::byte* cache = nullptr;
     int rank = 0;
   };

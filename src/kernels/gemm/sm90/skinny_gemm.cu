@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 
 #include "base/cuda/launch.h"
+#include "base/fp8.h"
 #include "kernels/gemm/sm90/skinny_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/ptx/cluster.cuh"
@@ -16,7 +17,12 @@ namespace {
 
 constexpr int kPlainThreads = 256;
 
-__device__ float weight_at(const SkinnyGemm& p, std::int64_t i) {
+__device__ float weight_at(const SkinnyGemm& p, std::int64_t n, std::int64_t k) {
+  const std::int64_t i = n * p.k + k;
+  if (p.weight_scales != nullptr) {
+    return to_float(static_cast<const E4m3*>(p.weight)[i]) *
+           p.weight_scales[n / 8 * ((p.k + 127) / 128) + k / 128];
+  }
   return p.weight_fp32 ? static_cast<const float*>(p.weight)[i]
                        : __bfloat162float(static_cast<const __nv_bfloat16*>(p.weight)[i]);
 }
@@ -26,7 +32,7 @@ __device__ float dot(const SkinnyGemm& p, std::int64_t row, std::int64_t n) {
   const __nv_bfloat16* x = static_cast<const __nv_bfloat16*>(p.x) + row * p.x_stride;
   float sum = 0;
   for (std::int64_t i = threadIdx.x % 32; i < p.k; i += 32) {
-    sum += __bfloat162float(x[i]) * weight_at(p, n * p.k + i);
+    sum += __bfloat162float(x[i]) * weight_at(p, n, i);
   }
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
   return sum + (p.bias != nullptr ? p.bias[n] : 0.0f);
@@ -58,6 +64,7 @@ __global__ __launch_bounds__(kPlainThreads) void plain_gemm(const SkinnyGemm p) 
 bool valid(const SkinnyGemm& p) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || (p.silu_mul && p.n % 2 != 0)) return false;
   if (p.m == 0 || p.n == 0) return true;
+  if (p.weight_scales != nullptr && p.weight_fp32) return false;
   if (p.out == nullptr || (p.k > 0 && (p.x == nullptr || p.weight == nullptr))) return false;
   return p.m == 1 || (p.x_stride >= p.k && p.out_stride >= (p.silu_mul ? p.n / 2 : p.n));
 }
@@ -67,12 +74,15 @@ bool valid(const SkinnyGemm& p) {
 cudaError_t skinny_gemm(const SkinnyGemm& p, cudaStream_t stream) {
   if (!valid(p)) return cudaErrorInvalidValue;
   if (p.m == 0 || p.n == 0) return cudaSuccess;
-  if (!fits_stream(p.x, p.m == 1 ? 0 : p.x_stride, p.weight, p.k)) {
+  const bool e4m3 = p.weight_scales != nullptr;
+  const bool whole_rows = !e4m3 || (p.silu_mul ? p.n / 2 : p.n) % 8 == 0;
+  if (!whole_rows || !fits_stream(p.x, p.m == 1 ? 0 : p.x_stride, p.weight, p.k, e4m3)) {
     return launch(LaunchConfig(8 * 132, kPlainThreads, 0, stream).programmatic(p.programmatic_launch),
                   plain_gemm, p);
   }
   WeightStream s;
   s.weight = p.weight;
+  s.scales = p.weight_scales;
   s.bias = p.bias;
   s.x = p.x;
   s.out = p.out;

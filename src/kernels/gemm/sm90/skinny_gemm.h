@@ -18,9 +18,13 @@ struct SkinnyGemm {
   const void* x = nullptr;       ///< (m, k) bfloat16, rows x_stride elements apart
   std::int64_t x_stride = 0;     ///< elements, at least k
   const void* weight = nullptr;  ///< (n, k) bfloat16 (float32 if weight_fp32), dense
-  const float* bias = nullptr;   ///< (n), or null
-  void* out = nullptr;           ///< (m, n), with silu_mul (m, n / 2); rows out_stride elements apart
-  std::int64_t out_stride = 0;   ///< elements
+  /// Not null: `weight` is e4m3, and weight[n][k] means its value times weight_scales[n / 8][k / 128]; (ceil(n / 8),
+  /// ceil(k / 128)). Sums over 128 columns are taken on the values, exact in bfloat16, and scaled in fp32. The fast path
+  /// asks for k divisible by 16 and n (with silu_mul n / 2) divisible by 8.
+  const float* weight_scales = nullptr;
+  const float* bias = nullptr;  ///< (n), or null
+  void* out = nullptr;          ///< (m, n), with silu_mul (m, n / 2); rows out_stride elements apart
+  std::int64_t out_stride = 0;  ///< elements
   std::int64_t m = 0, n = 0, k = 0;
 
   bool out_fp32 = false;  ///< out is float32 instead of bfloat16
@@ -41,7 +45,7 @@ struct SkinnyGemm {
 
 /// Queues the product on `stream`: no allocation, no synchronisation, no workspace; may be captured in a CUDA
 /// graph. m == 0 or n == 0 queues nothing. k == 0 gives the bias. Returns cudaErrorInvalidValue for negative
-/// sizes, missing pointers, strides below the row length or an odd n with silu_mul.
+/// sizes, missing pointers, strides below the row length, an odd n with silu_mul, or weight_scales with weight_fp32.
 cudaError_t skinny_gemm(const SkinnyGemm& args, cudaStream_t stream);
 
 }  // namespace flash_mla::sm90

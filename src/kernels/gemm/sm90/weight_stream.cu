@@ -29,7 +29,8 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b;
 template <class Shape>
 cudaError_t launch_shape(const WeightStream& args, const StreamPlan& plan, int num_sms, cudaStream_t stream) {
   if (const cudaError_t e = allow_shared_memory<stream_weights<Shape>>(Shape::kSharedBytes)) return e;
-  if (plan.width * (args.silu_mul ? 2 : 1) > Shape::kRows || plan.width % 4 != 0)
+  const int unit = Shape::kE4m3 ? 8 : 4;
+  if (plan.width * (args.silu_mul ? 2 : 1) > Shape::kRows || plan.width % unit != 0)
     return cudaErrorInvalidValue;
   StreamGrid grid{};
   grid.row_tiles = divide_up(args.silu_mul ? args.n / 2 : args.n, plan.width);
@@ -48,27 +49,43 @@ cudaError_t launch_shape(const WeightStream& args, const StreamPlan& plan, int n
 
 struct TableEntry {
   StreamPlan plan;  // groups, tiles and warps
-  bool fp32;
+  StreamWeight weight;
   int flight;  // bytes on their way for each row of the weights
   cudaError_t (*launch)(const WeightStream&, const StreamPlan&, int, cudaStream_t);
 };
 
-template <int kGroups, int kTiles, int kWarpsN, int kWarpsK, bool kFp32>
+StreamWeight weight_of(const WeightStream& args) {
+  return args.weight_fp32         ? StreamWeight::kFp32
+         : args.scales != nullptr ? StreamWeight::kE4m3
+                                  : StreamWeight::kBf16;
+}
+
+template <int kGroups, int kTiles, int kWarpsN, int kWarpsK, StreamWeight kWeight>
 constexpr TableEntry entry() {
+  using Shape = StreamShape<kGroups, kTiles, kWarpsN, kWarpsK, kWeight>;
   return {{kGroups, kTiles, kWarpsN, kWarpsK, 0, 0, 0},
-          kFp32,
-          StreamShape<kGroups, kTiles, kWarpsN, kWarpsK, kFp32>::kDepth * kWarpsK * (kFp32 ? 128 : 64),
-          launch_shape<StreamShape<kGroups, kTiles, kWarpsN, kWarpsK, kFp32>>};
+          kWeight,
+          Shape::kDepth * kWarpsK * (kWeight == StreamWeight::kFp32 ? 128 : 64),
+          launch_shape<Shape>};
 }
 
 // Of equals the plan takes the first: fewer tiles make a deeper ring.
 constexpr TableEntry kTable[] = {
-    entry<1, 1, 1, 4, false>(), entry<1, 2, 1, 4, false>(), entry<1, 3, 1, 4, false>(),
-    entry<1, 4, 1, 4, false>(), entry<2, 1, 1, 4, false>(), entry<2, 2, 1, 4, false>(),
-    entry<2, 3, 1, 4, false>(), entry<2, 4, 1, 4, false>(), entry<4, 2, 1, 4, false>(),
-    entry<4, 4, 1, 4, false>(), entry<4, 4, 2, 2, false>(), entry<8, 2, 1, 4, false>(),
-    entry<8, 3, 1, 4, false>(), entry<8, 4, 2, 2, false>(), entry<1, 1, 1, 4, true>(),
-    entry<2, 1, 1, 4, true>(),  entry<4, 1, 1, 4, true>(),  entry<8, 1, 1, 4, true>(),
+    entry<1, 1, 1, 4, StreamWeight::kBf16>(), entry<1, 2, 1, 4, StreamWeight::kBf16>(),
+    entry<1, 3, 1, 4, StreamWeight::kBf16>(), entry<1, 4, 1, 4, StreamWeight::kBf16>(),
+    entry<2, 1, 1, 4, StreamWeight::kBf16>(), entry<2, 2, 1, 4, StreamWeight::kBf16>(),
+    entry<2, 3, 1, 4, StreamWeight::kBf16>(), entry<2, 4, 1, 4, StreamWeight::kBf16>(),
+    entry<4, 2, 1, 4, StreamWeight::kBf16>(), entry<4, 4, 1, 4, StreamWeight::kBf16>(),
+    entry<4, 4, 2, 2, StreamWeight::kBf16>(), entry<8, 2, 1, 4, StreamWeight::kBf16>(),
+    entry<8, 3, 1, 4, StreamWeight::kBf16>(), entry<8, 4, 2, 2, StreamWeight::kBf16>(),
+    entry<1, 1, 1, 4, StreamWeight::kFp32>(), entry<2, 1, 1, 4, StreamWeight::kFp32>(),
+    entry<4, 1, 1, 4, StreamWeight::kFp32>(), entry<8, 1, 1, 4, StreamWeight::kFp32>(),
+    entry<1, 1, 1, 4, StreamWeight::kE4m3>(), entry<1, 2, 1, 4, StreamWeight::kE4m3>(),
+    entry<1, 3, 1, 4, StreamWeight::kE4m3>(), entry<1, 4, 1, 4, StreamWeight::kE4m3>(),
+    entry<2, 1, 1, 4, StreamWeight::kE4m3>(), entry<2, 2, 1, 4, StreamWeight::kE4m3>(),
+    entry<2, 3, 1, 4, StreamWeight::kE4m3>(), entry<4, 1, 1, 4, StreamWeight::kE4m3>(),
+    entry<4, 2, 1, 4, StreamWeight::kE4m3>(), entry<8, 1, 1, 4, StreamWeight::kE4m3>(),
+    entry<8, 2, 2, 2, StreamWeight::kE4m3>(),
 };
 
 /// Microseconds, but for a constant; sets plan.width to the best.
@@ -80,6 +97,8 @@ double cost_of(const WeightStream& args, const TableEntry& entry, StreamPlan& pl
   const std::int64_t slots = std::max(1, num_sms * plan.ctas_per_sm / plan.cluster);
   const double k = static_cast<double>(divide_up(divide_up(args.k, 64), plan.cluster) * 64);
   const Costs& costs = plan.groups <= 2 ? kFewRows : kManyRows;
+  const double weight_bytes = args.weight_fp32 ? 4 : args.scales != nullptr ? 1 : 2;
+  const std::int64_t unit = args.scales != nullptr ? 8 : 4;  // of widths
   double best = std::numeric_limits<double>::infinity();
   const auto consider = [&](std::int64_t width) {
     const std::int64_t items = divide_up(outputs, width) * units;
@@ -87,7 +106,7 @@ double cost_of(const WeightStream& args, const TableEntry& entry, StreamPlan& pl
         std::clamp<std::int64_t>(divide_up(items * plan.cluster, num_sms), 1, plan.ctas_per_sm);
     const double weight_rows = static_cast<double>(width * halves);
     const double x_rows = static_cast<double>(rows);
-    const double bytes = k * (weight_rows * (args.weight_fp32 ? 4 : 2) + x_rows * 2 * costs.row_byte) +
+    const double bytes = k * (weight_rows * weight_bytes + x_rows * 2 * costs.row_byte) +
                          (plan.cluster > 1 ? weight_rows * x_rows * 4 * costs.shared_byte : 0);
     const double flight = weight_rows * entry.flight * static_cast<double>(together);
     const double rate = std::min(costs.rate[plan.ctas_per_sm - 1], flight / costs.latency);
@@ -103,7 +122,7 @@ double cost_of(const WeightStream& args, const TableEntry& entry, StreamPlan& pl
   const std::int64_t first = std::max<std::int64_t>(1, outputs * units / (slots * capacity));
   for (std::int64_t rounds = first; rounds < first + 3; ++rounds) {
     const std::int64_t tiles = std::max<std::int64_t>(1, slots * rounds / units);
-    const std::int64_t width = divide_up(divide_up(outputs, tiles), 4) * 4;
+    const std::int64_t width = divide_up(divide_up(outputs, tiles), unit) * unit;
     if (width <= capacity) consider(width);
   }
   return best;
@@ -128,7 +147,7 @@ void for_plans(const WeightStream& args, int num_sms, F&& visit) {
     fixed_cluster = plan_stream(single, num_sms).cluster;
   }
   for (const TableEntry& e : kTable) {
-    if (e.plan.groups != groups || e.fp32 != args.weight_fp32) continue;
+    if (e.plan.groups != groups || e.weight != weight_of(args)) continue;
     if (args.batch_invariant && e.plan.warps_k != 4) continue;
     for (const int cluster : {1, 2, 4, 8}) {
       if (cluster > 1 && args.k < 64 * e.plan.warps_k * cluster) continue;
@@ -146,9 +165,9 @@ void for_plans(const WeightStream& args, int num_sms, F&& visit) {
 
 }  // namespace
 
-bool fits_stream(const void* x, std::int64_t x_stride, const void* weight, std::int64_t k) {
+bool fits_stream(const void* x, std::int64_t x_stride, const void* weight, std::int64_t k, bool e4m3) {
   const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
-  return k > 0 && k % 8 == 0 && x_stride % 8 == 0 && aligned(x) && aligned(weight);
+  return k > 0 && k % (e4m3 ? 16 : 8) == 0 && x_stride % 8 == 0 && aligned(x) && aligned(weight);
 }
 
 StreamPlan plan_stream(const WeightStream& args, int num_sms) {
@@ -174,7 +193,7 @@ cudaError_t launch_stream(const WeightStream& args, const StreamPlan& plan, cuda
   if (const cudaError_t e = multiprocessors(num_sms)) return e;
   for (const TableEntry& e : kTable) {
     if (e.plan.groups == plan.groups && e.plan.tiles == plan.tiles && e.plan.warps_n == plan.warps_n &&
-        e.plan.warps_k == plan.warps_k && e.fp32 == args.weight_fp32) {
+        e.plan.warps_k == plan.warps_k && e.weight == weight_of(args)) {
       return e.launch(args, plan, num_sms, stream);
     }
   }

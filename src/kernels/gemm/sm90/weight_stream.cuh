@@ -13,6 +13,8 @@
 //          as fragments of two products. The order of k within a product is free as long as W and x agree, so
 //          thread t of a quad takes columns 8t to 8t + 7. Hence neither bank conflicts nor, where kWarpsN is
 //          1, any barrier in the main loop. Behind the ring: the sums, [plane][row of x][row of W].
+//          e4m3: 16 bytes are 16 columns, so a stage is 64 of them, two pieces of x and a scale for every 8 rows,
+//          which a lane each copies; a stage's sums are scaled before they are added.
 // Registers: 95 to 242 a thread by shape; two CTAs fit on a multiprocessor.
 // Flight:  some 100 KB for every CTA, all of it on its way at the start. One CTA leaves room for one of the
 //          next kernel, whose weights then come in while this one ends (programmatic launch): weights depend
@@ -38,15 +40,21 @@ struct StreamGrid {
   int cluster;
 };
 
-template <int kGroups_, int kTiles_, int kWarpsN_, int kWarpsK_, bool kFp32_>
+enum class StreamWeight { kBf16, kFp32, kE4m3 };
+
+template <int kGroups_, int kTiles_, int kWarpsN_, int kWarpsK_, StreamWeight kWeight>
 struct StreamShape {
   static constexpr int kGroups = kGroups_, kTiles = kTiles_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
-  static constexpr bool kFp32 = kFp32_;
+  static constexpr bool kFp32 = kWeight == StreamWeight::kFp32, kE4m3 = kWeight == StreamWeight::kE4m3;
+  static constexpr int kHalves = kE4m3 ? 2 : 1;       ///< 16-byte pieces of x, per thread, group and stage
+  static constexpr int kColumns = 32 * kHalves;       ///< of a stage, for every k group
+  static constexpr int kScaleBytes = kE4m3 ? 32 : 0;  ///< a scale for every 8 rows of a warp
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRows = 16 * kTiles * kWarpsN;
+  static_assert(!kE4m3 || 2 * kTiles * 4 <= 32);
   static constexpr int kChunks = kTiles * 2 * (kFp32 ? 2 : 1);  ///< 16-byte pieces of W, per thread and stage
   static constexpr int kWarpBytes = kChunks * 512;
-  static constexpr int kGroupBytes = kWarpsN * kWarpBytes + kGroups * 512;
+  static constexpr int kGroupBytes = kWarpsN * (kWarpBytes + kScaleBytes) + kGroups * kHalves * 512;
   static constexpr int kStageBytes = kWarpsK * kGroupBytes;
   static constexpr int kSumStride = kRows + 4;  ///< floats; conflict-free for the accumulators' layout
   static constexpr int kPlane = 8 * kGroups * kSumStride;
@@ -146,7 +154,9 @@ __global__ __launch_bounds__(Shape::kThreads,
   constexpr int kGroups = Shape::kGroups, kTiles = Shape::kTiles, kWarpsN = Shape::kWarpsN;
   constexpr int kWarpsK = Shape::kWarpsK, kDepth = Shape::kDepth, kRows = Shape::kRows;
   constexpr bool kFp32 = Shape::kFp32;
-  constexpr int kWeightSize = kFp32 ? 4 : 2;
+  constexpr bool kE4m3 = Shape::kE4m3;
+  constexpr int kWeightSize = kFp32 ? 4 : kE4m3 ? 1 : 2;
+  constexpr int kHalves = Shape::kHalves;
   constexpr int kShare = kGroups / kWarpsN;  // groups of x that a warp copies
   extern __shared__ __align__(128) std::uint8_t shared[];
 
@@ -168,9 +178,12 @@ __global__ __launch_bounds__(Shape::kThreads,
   const int blocks_per_rank = (blocks + cluster - 1) / cluster;
   const int first_block = rank * blocks_per_rank;
   const int own_blocks = max(0, min(blocks - first_block, blocks_per_rank));
-  const int steps = own_blocks > warp_k ? 2 * ((own_blocks - warp_k + kWarpsK - 1) / kWarpsK) : 0;
+  constexpr int kStepsPerBlock = 64 / Shape::kColumns;
+  const int steps =
+      own_blocks > warp_k ? kStepsPerBlock * ((own_blocks - warp_k + kWarpsK - 1) / kWarpsK) : 0;
   const auto column_of = [&](int step) {
-    return std::int64_t(first_block + (step >> 1) * kWarpsK + warp_k) * 64 + (step & 1) * 32 + quad * 8;
+    return std::int64_t(first_block + step / kStepsPerBlock * kWarpsK + warp_k) * 64 +
+           step % kStepsPerBlock * 32 + quad * 8 * kHalves;
   };
 
   // What this thread copies: the cursor is ahead of the products by up to kDepth - 1 steps. Lambdas, since as
@@ -178,6 +191,10 @@ __global__ __launch_bounds__(Shape::kThreads,
   std::int64_t copy_item = blockIdx.x / cluster;
   int copy_step = 0, fill = 0;
   const char* rows[2 * kTiles];
+  const float* scale_row =
+      p.scales;  // e4m3: of the 8 rows that this lane copies the scales of, lane < 2 * kTiles
+  bool scale_valid = false;
+  const std::int64_t scale_columns = (p.k + 127) / 128;
   const __nv_bfloat16* x_rows[kShare];
   std::uint32_t row_valid = 0, x_valid = 0;
   const std::int64_t half = p.n / 2;
@@ -201,6 +218,18 @@ __global__ __launch_bounds__(Shape::kThreads,
       rows[i] = weight + (valid ? row + (up ? half : 0) : 0) * p.k * kWeightSize;
     }
   };
+  const auto point_at_scales = [&](const StreamItem& item) {
+    if constexpr (kE4m3) {
+      int local = warp_n * kTiles * 16 + lane * 8;
+      const bool up = p.silu_mul && local >= kRows / 2;
+      if (up) local -= kRows / 2;
+      const std::int64_t row = item.tile * grid.width + local;
+      scale_valid = lane < 2 * kTiles && local < grid.width && row < (p.silu_mul ? half : p.n);
+      if (!scale_valid) return;
+      const std::int64_t at = std::int64_t(item.unit.expert) * ((p.n + 7) / 8) + (row + (up ? half : 0)) / 8;
+      scale_row = p.scales + at * scale_columns;
+    }
+  };
   const auto point_at_x = [&](const StreamItem& item) {
     x_valid = 0;
 #pragma unroll
@@ -216,6 +245,8 @@ __global__ __launch_bounds__(Shape::kThreads,
 
   const int own_weights = warp_k * Shape::kGroupBytes + warp_n * Shape::kWarpBytes + lane * 16;
   const int own_x = warp_k * Shape::kGroupBytes + kWarpsN * Shape::kWarpBytes + lane * 16;
+  const int own_scales = warp_k * Shape::kGroupBytes + kWarpsN * Shape::kWarpBytes + kGroups * kHalves * 512 +
+                         warp_n * Shape::kScaleBytes;
   const std::uint32_t ring = ptx::smem_address(shared);
   const auto copy_weights = [&] {
     const std::int64_t column = column_of(copy_step);
@@ -233,14 +264,23 @@ __global__ __launch_bounds__(Shape::kThreads,
         ptx::cp_async_16(to + i * 512, from, bytes);
       }
     }
+    if constexpr (kE4m3) {
+      if (lane < 2 * kTiles) {
+        const bool valid = scale_valid && column - quad * 16 < p.k;
+        ptx::cp_async_4(ring + own_scales + fill * Shape::kStageBytes + lane * 4,
+                        scale_row + (valid ? column / 128 : 0), valid ? 4 : 0);
+      }
+    }
   };
   const auto copy_x = [&] {
     const std::int64_t column = column_of(copy_step);
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const bool valid = column < p.k && (x_valid >> i & 1);
-      ptx::cp_async_16(ring + own_x + fill * Shape::kStageBytes + (i * kWarpsN + warp_n) * 512,
-                       x_rows[i] + (valid ? column : 0), valid ? 16 : 0);
+    for (int i = 0; i < kShare * kHalves; ++i) {
+      const int group = i / kHalves, piece = i % kHalves;
+      const bool valid = column < p.k && (x_valid >> group & 1);
+      ptx::cp_async_16(
+          ring + own_x + fill * Shape::kStageBytes + (piece * kGroups + group * kWarpsN + warp_n) * 512,
+          x_rows[group] + (valid ? column + piece * 8 : 0), valid ? 16 : 0);
     }
   };
   const auto advance = [&] {
@@ -252,6 +292,7 @@ __global__ __launch_bounds__(Shape::kThreads,
     if (copy_item < items) {
       const StreamItem next = stream_item(p, grid, 8 * kGroups, copy_item);
       point_at_weights(next);
+      point_at_scales(next);
       point_at_x(next);
     }
   };
@@ -273,6 +314,7 @@ __global__ __launch_bounds__(Shape::kThreads,
     if (any) {
       first = stream_item(p, grid, 8 * kGroups, copy_item);
       point_at_weights(first);
+      point_at_scales(first);
     }
     const int early = any ? min(steps, kDepth - 1) : 0;
     for (; fill < early; ++fill, ++copy_step) {
@@ -284,15 +326,16 @@ __global__ __launch_bounds__(Shape::kThreads,
       ptx::grid_dependency_launch();
     }
     if (any) point_at_x(first);
-    uint4 x_early[kDepth - 1][kShare];
+    uint4 x_early[kDepth - 1][kShare * kHalves];
 #pragma unroll
     for (int s = 0; s < kDepth - 1; ++s) {
       const std::int64_t column = column_of(s);
 #pragma unroll
-      for (int i = 0; i < kShare; ++i) {
+      for (int i = 0; i < kShare * kHalves; ++i) {
         x_early[s][i] = make_uint4(0, 0, 0, 0);
-        if (s < early && column < p.k && (x_valid >> i & 1)) {
-          x_early[s][i] = __ldcg(reinterpret_cast<const uint4*>(x_rows[i] + column));
+        if (s < early && column < p.k && (x_valid >> i / kHalves & 1)) {
+          x_early[s][i] =
+              __ldcg(reinterpret_cast<const uint4*>(x_rows[i / kHalves] + column + i % kHalves * 8));
         }
       }
     }
@@ -300,9 +343,9 @@ __global__ __launch_bounds__(Shape::kThreads,
     for (int s = 0; s < kDepth - 1; ++s) {
       if (s < early) {
 #pragma unroll
-        for (int i = 0; i < kShare; ++i) {
-          *reinterpret_cast<uint4*>(shared + own_x + s * Shape::kStageBytes + (i * kWarpsN + warp_n) * 512) =
-              x_early[s][i];
+        for (int i = 0; i < kShare * kHalves; ++i) {
+          const int at = i % kHalves * kGroups + i / kHalves * kWarpsN + warp_n;
+          *reinterpret_cast<uint4*>(shared + own_x + s * Shape::kStageBytes + at * 512) = x_early[s][i];
         }
       }
     }
@@ -312,6 +355,7 @@ __global__ __launch_bounds__(Shape::kThreads,
       if (copy_item < items) {
         const StreamItem next = stream_item(p, grid, 8 * kGroups, copy_item);
         point_at_weights(next);
+        point_at_scales(next);
         point_at_x(next);
       }
     }
@@ -340,19 +384,25 @@ __global__ __launch_bounds__(Shape::kThreads,
       const auto weights_at = [&](int i) {
         return *reinterpret_cast<const uint4*>(stage + own_weights + i * 512);
       };
-      uint4 b[kGroups];
+      uint4 b[kHalves][kGroups];
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) b[i] = *reinterpret_cast<const uint4*>(stage + own_x + i * 512);
+      for (int i = 0; i < kHalves * kGroups; ++i) {
+        b[i / kGroups][i % kGroups] = *reinterpret_cast<const uint4*>(stage + own_x + i * 512);
+      }
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         if constexpr (kFp32) {
           uint4 low[3], high[3];
           split_fp32(weights_at(4 * t), weights_at(4 * t + 1), low);
           split_fp32(weights_at(4 * t + 2), weights_at(4 * t + 3), high);
-          multiply_tile(low, high, b, sums[t]);
+          multiply_tile(low, high, b[0], sums[t]);
+        } else if constexpr (kE4m3) {
+          const auto* scales = reinterpret_cast<const float*>(stage + own_scales);
+          multiply_tile(weights_at(2 * t), weights_at(2 * t + 1), b, scales[2 * t], scales[2 * t + 1],
+                        sums[t]);
         } else {
           const uint4 lo = weights_at(2 * t), hi = weights_at(2 * t + 1);
-          multiply_tile(lo, hi, b, sums[t]);
+          multiply_tile(lo, hi, b[0], sums[t]);
         }
       }
       slot = slot + 1 == kDepth ? 0 : slot + 1;

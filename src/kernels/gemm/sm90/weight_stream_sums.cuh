@@ -3,8 +3,11 @@
 // The sums of the weight stream (weight_stream.cuh): the products of a stage, and how warps and CTAs add up
 // theirs.
 
+#include <cuda_bf16.h>
+
 #include <cstdint>
 
+#include "kernels/gemm/sm90/widen_e4m3.cuh"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/mma.cuh"
 
@@ -108,6 +111,26 @@ __device__ __forceinline__ void multiply_tile(const uint4& lo, const uint4& hi, 
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     ptx::mma_m16n8k16_bf16(sums[i], lo.z, hi.z, lo.w, hi.w, b[i].z, b[i].w);
+  }
+}
+
+/// sums += a tile of 16 rows of W by 64 columns of k in e4m3, times x, whose columns are in two halves; the upper 8
+/// rows by `upper`, the lower by `lower`.
+template <int kGroups>
+__device__ __forceinline__ void multiply_tile(const uint4& lo, const uint4& hi, const uint4 (&b)[2][kGroups],
+                                              float upper, float lower, float (&sums)[kGroups][4]) {
+  float part[kGroups][4] = {};
+  const std::uint32_t low[4] = {lo.x, lo.y, lo.z, lo.w}, high[4] = {hi.x, hi.y, hi.z, hi.w};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint2 l0 = expand_e4m3(low[2 * half]), l1 = expand_e4m3(low[2 * half + 1]);
+    const uint2 h0 = expand_e4m3(high[2 * half]), h1 = expand_e4m3(high[2 * half + 1]);
+    multiply_tile(make_uint4(l0.x, l0.y, l1.x, l1.y), make_uint4(h0.x, h0.y, h1.x, h1.y), b[half], part);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    sums[i][0] += upper * part[i][0], sums[i][1] += upper * part[i][1];
+    sums[i][2] += lower * part[i][2], sums[i][3] += lower * part[i][3];
   }
 }
 

@@ -19,6 +19,7 @@
 #include "base/cuda/device.h"
 #include "base/cuda/launch.h"
 #include "base/cuda/shared_memory.h"
+#include "base/fp8.h"
 #include "kernels/gemm/sm90/grouped_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/moe/sm90/moe.h"
@@ -219,11 +220,30 @@ struct PlainArgs {
   float* results;      // (pairs, hidden)
 };
 
-__device__ float plain_dot(const __nv_bfloat16* a, const __nv_bfloat16* b, std::int64_t n) {
-  float sum = 0;
-  for (std::int64_t i = threadIdx.x % 32; i < n; i += 32) {
-    sum += __bfloat162float(a[i]) * __bfloat162float(b[i]);
+/// A row of weights.
+struct PlainRow {
+  const __nv_bfloat16* values;
+  const E4m3* codes;    // or null
+  const float* scales;  // of the codes
+
+  __device__ float at(std::int64_t i) const {
+    if (codes == nullptr) return __bfloat162float(values[i]);
+    return to_float(codes[i]) * scales[i / 128];
   }
+};
+
+/// Row n of expert e in (num_experts, rows, columns).
+__device__ PlainRow plain_row(const void* weights, const float* scales, std::int64_t e, std::int64_t rows,
+                              std::int64_t columns, std::int64_t n) {
+  const std::int64_t at = (e * rows + n) * columns;
+  if (scales == nullptr) return {static_cast<const __nv_bfloat16*>(weights) + at, nullptr, nullptr};
+  return {nullptr, static_cast<const E4m3*>(weights) + at,
+          scales + (e * ((rows + 7) / 8) + n / 8) * ((columns + 127) / 128)};
+}
+
+__device__ float plain_dot(const __nv_bfloat16* x, const PlainRow& weight, std::int64_t n) {
+  float sum = 0;
+  for (std::int64_t i = threadIdx.x % 32; i < n; i += 32) sum += __bfloat162float(x[i]) * weight.at(i);
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
   return sum;
 }
@@ -241,15 +261,16 @@ __global__ __launch_bounds__(kRowThreads) void plain_experts(const PlainArgs p) 
        i += stride) {
     const std::int64_t pair = i / columns, n = i % columns, e = f.ids[pair];
     if constexpr (kDown) {
-      const auto* weight = static_cast<const __nv_bfloat16*>(f.down) + (e * f.hidden + n) * f.intermediate;
-      const float value = plain_dot(p.act + pair * f.intermediate, weight, f.intermediate);
+      const PlainRow row = plain_row(f.down, f.down_scales, e, f.hidden, f.intermediate, n);
+      const float value = plain_dot(p.act + pair * f.intermediate, row, f.intermediate);
       if (threadIdx.x % 32 == 0) p.results[pair * f.hidden + n] = value;
     } else {
       const auto* x = static_cast<const __nv_bfloat16*>(f.x) + pair / f.experts_per_token * f.x_stride;
-      const auto* weight =
-          static_cast<const __nv_bfloat16*>(f.gate_up) + (e * 2 * f.intermediate + n) * f.hidden;
-      const float gate = plain_dot(x, weight, f.hidden);
-      const float up = plain_dot(x, weight + f.intermediate * f.hidden, f.hidden);
+      const auto row = [&](std::int64_t at) {
+        return plain_row(f.gate_up, f.gate_up_scales, e, 2 * f.intermediate, f.hidden, at);
+      };
+      const float gate = plain_dot(x, row(n), f.hidden);
+      const float up = plain_dot(x, row(n + f.intermediate), f.hidden);
       if (threadIdx.x % 32 == 0) {
         p.act[pair * f.intermediate + n] = __float2bfloat16(silu(gate) * up);
       }
@@ -359,6 +380,7 @@ cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream
 
   WeightStream gate_up = s;
   gate_up.weight = p.gate_up;
+  gate_up.scales = p.gate_up_scales;
   gate_up.x = p.x;
   gate_up.x_stride = p.x_stride;
   gate_up.x_divisor = p.experts_per_token;
@@ -376,6 +398,7 @@ cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream
 
   WeightStream down = s;
   down.weight = p.down;
+  down.scales = p.down_scales;
   down.x = w.act;
   down.x_stride = p.intermediate;
   down.n = p.hidden;
@@ -391,6 +414,7 @@ bool valid(const ExpertFfn& p) {
       p.num_experts > kMaxExperts || p.experts_per_token < 1 || p.experts_per_token > p.num_experts) {
     return false;
   }
+  if ((p.gate_up_scales == nullptr) != (p.down_scales == nullptr)) return false;
   if (p.tokens == 0) return true;
   return p.x != nullptr && p.gate_up != nullptr && p.down != nullptr && p.ids != nullptr &&
          p.weights != nullptr && p.inout != nullptr && p.workspace != nullptr &&
@@ -413,8 +437,9 @@ cudaError_t expert_ffn(const ExpertFfn& p, cudaStream_t stream) {
   if (const cudaError_t e = multiprocessors(num_sms)) return e;
   const Workspace w =
       lay_out(p.workspace, p.tokens, p.hidden, p.intermediate, p.num_experts, p.experts_per_token);
-  const bool fast = fits_stream(p.x, p.tokens == 1 ? 0 : p.x_stride, p.gate_up, p.hidden) &&
-                    fits_stream(w.act, p.intermediate, p.down, p.intermediate);
+  const bool e4m3 = p.gate_up_scales != nullptr;
+  const bool fast = fits_stream(p.x, p.tokens == 1 ? 0 : p.x_stride, p.gate_up, p.hidden, e4m3) &&
+                    fits_stream(w.act, p.intermediate, p.down, p.intermediate, e4m3);
   if (const cudaError_t e = fast ? run_fast(p, w, stream) : run_plain(p, w, num_sms, stream)) return e;
   return launch_combine(p, w.results, stream);
 }

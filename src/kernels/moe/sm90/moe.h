@@ -47,6 +47,10 @@ struct ExpertFfn {
   const void* gate_up =
       nullptr;  ///< (num_experts, 2 * intermediate, hidden) bfloat16, gate rows first; 16 bytes
   const void* down = nullptr;  ///< (num_experts, hidden, intermediate) bfloat16; 16 bytes
+  /// Not null, both: the weights are e4m3 with the scales of SkinnyGemm::weight_scales, expert after expert:
+  /// (num_experts, ceil(2 * intermediate / 8), ceil(hidden / 128)) and (num_experts, ceil(hidden / 8),
+  /// ceil(intermediate / 128)). Products of few rows are exact in them, tiles round value times scale to bfloat16.
+  const float *gate_up_scales = nullptr, *down_scales = nullptr;
   const std::int32_t* ids =
       nullptr;  ///< (tokens, experts_per_token), each in [0, num_experts), distinct for a token
   const float* weights = nullptr;  ///< (tokens, experts_per_token)
@@ -70,7 +74,7 @@ std::size_t expert_ffn_workspace_size(std::int64_t tokens, std::int64_t hidden, 
                                       int num_experts, int experts_per_token);
 
 /// Queues the experts of all tokens. Same guarantees as skinny_gemm(); fast path for hidden and intermediate
-/// divisible by 8.
+/// divisible by 8, with e4m3 by 16.
 cudaError_t expert_ffn(const ExpertFfn& args, cudaStream_t stream);
 
 }  // namespace flash_mla::sm90

@@ -93,9 +93,10 @@ __global__ void __launch_bounds__(kThreads) rope_and_append_kernel(RopeParams p)
   const float* cosines = p.cosines + t * pairs;
   const float* sines = p.sines + t * pairs;
   if (blockIdx.y == 0) {
-    if (p.slots[t] < 0) return;
+    const std::int64_t slot = p.slots != nullptr ? p.slots[t] : t;
+    if (slot < 0) return;
     const bf16* kv = p.kv + t * p.kv_stride;
-    bf16* key = p.cache + p.slots[t] * (p.rank + p.rope);
+    bf16* key = p.cache + slot * (p.rank + p.rope);
     norm_row<kVec>(kv, p.kv_norm, p.eps, p.rank, key);
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
       rotate(kv + p.rank + 2 * i, key + p.rank + 2 * i, cosines[i], sines[i]);

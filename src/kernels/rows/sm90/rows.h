@@ -34,12 +34,12 @@ void silu_mul(Matrix gate_up, Matrix out, cudaStream_t stream);
 
 /// Rotates the rope part of every head of q (tokens, heads * (nope + rope)) in place; normalises the latent in
 /// kv (tokens, rank + rope), rotates its rope part and writes both to the token's slot of the cache. A slot of
-/// -1 is not written.
+/// -1 is not written; without slots it is the token's row.
 struct RopeAndAppend {
   Matrix q, kv;
   const float* kv_norm = nullptr;
   float eps = 0;
-  const std::int64_t* slots = nullptr;
+  const std::int64_t* slots = nullptr;  ///< or null
   RotationTable rotations;
   std::byte* cache = nullptr;
   int heads = 0, nope = 0, rope = 0, rank = 0;

@@ -30,6 +30,7 @@ struct CpuContext {
         dtype(type),
         quantize(options.quantize),
         cache_format(format),
+        fp8_index_keys(options.fp8_index_keys || format == KvFormat::kFp8V32),
         on_product(options.on_product),
         threads(options.num_threads > 0 ? options.num_threads : default_threads()),
         rope(make_rope(model_config)) {}
@@ -77,6 +78,7 @@ struct CpuContext {
   const DType dtype;  ///< of weights, activations and cache
   const ModelQuantize quantize;
   const std::optional<KvFormat> cache_format;  ///< of the cache, where its rows are not of `dtype`
+  const bool fp8_index_keys;                   ///< index keys are e4m3, else of `dtype`
   const std::function<void(std::span<const std::string>, const Matrix&)> on_product;  ///< ModelOptions'
   const int threads;
   const Rope rope;

@@ -32,7 +32,7 @@ class CpuIndexer {
   void copy_page(int source, int target);
 
  private:
-  bool fp8() const { return context_.cache_format == KvFormat::kFp8V32; }
+  bool fp8() const { return context_.fp8_index_keys; }
   std::int64_t key_bytes() const { return fp8() ? dim_ : dim_ * context_.element(); }
   void normalise_and_rotate(std::int64_t token, std::byte* key) const;
   void quantise_keys(const Matrix& k);

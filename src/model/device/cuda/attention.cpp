@@ -50,24 +50,28 @@ CudaAttention::CudaAttention(CudaContext& context, const AttentionWeights& weigh
       q_b_(weights.q_b.rows > 0 ? std::make_unique<CudaLinear>(context, weights.q_b) : nullptr),
       kv_norm_(context.weights.vector(weights.kv_norm)),
       kv_b_(context, weights.kv_b),
-      o_(context, weights.o, weights.o_bias) {}
+      o_(context, weights.o, weights.o_bias),
+      indexer_(weights.indexer.q_b.rows > 0 ? std::make_unique<CudaIndexer>(context, weights.indexer)
+                                            : nullptr),
+      cache_(context) {}
 
 std::size_t CudaAttention::bytes_per_page() const {
-  return static_cast<std::size_t>(kPageSize) *
-         static_cast<std::size_t>(context_.config.kv_lora_rank + context_.config.qk_rope_head_dim) *
-         dtype_size(kType);
+  return cache_.bytes_per_page() + (indexer_ ? indexer_->bytes_per_page() : 0);
+}
+
+void CudaAttention::free_cache() {
+  cache_.free();
+  if (indexer_) indexer_->free_cache();
 }
 
 void CudaAttention::allocate_cache(int num_pages) {
-  cache_ = context_.pool->allocate(bytes_per_page() * static_cast<std::size_t>(num_pages));
+  cache_.allocate(num_pages);
+  if (indexer_) indexer_->allocate_cache(num_pages);
 }
 
 void CudaAttention::copy_page(int source, int target) {
-  const std::size_t bytes = bytes_per_page();
-  check(cudaMemcpyAsync(cache_.data() + static_cast<std::size_t>(target) * bytes,
-                        cache_.data() + static_cast<std::size_t>(source) * bytes, bytes,
-                        cudaMemcpyDeviceToDevice, context_.stream),
-        "cudaMemcpyAsync");
+  cache_.copy_page(source, target);
+  if (indexer_) indexer_->copy_page(source, target);
 }
 
 void CudaAttention::forward(Residual& x, Rows /*rows*/) {
@@ -80,7 +84,9 @@ void CudaAttention::forward(Residual& x, Rows /*rows*/) {
   const Matrix h = context_.activations(context_.buffers.h, tokens, config.hidden_size);
   if (x.normed_for != this) context_.rms_norm(x.x, norm_, config.rms_norm_eps, h);
   x.normed_for = nullptr;
-  const auto [q, kv] = project(h);
+  const auto [q, kv, q_a] = project(h);
+  if (indexer_) indexer_->append(h);
+  if (indexer_ && context_.selects()) indexer_->select(h, q_a);
   const Matrix attended = context_.activations(context_.buffers.attended, tokens,
                                                std::int64_t{config.num_attention_heads} * config.v_head_dim);
   if (absorbed > 0) {
@@ -90,7 +96,9 @@ void CudaAttention::forward(Residual& x, Rows /*rows*/) {
   if (expanded > 0) {
     const Matrix chunk_q = q.row_range(absorbed, expanded);
     rope_and_append({chunk_q, kv.row_range(absorbed, expanded)}, absorbed);
-    expanded_attention(chunk_q, attended.row_range(absorbed, expanded));
+    const Matrix chunk_out = attended.row_range(absorbed, expanded);
+    expanded_attention(chunk_q, chunk_out);
+    listed_attention(chunk_q, chunk_out);
   }
   o_.multiply_add(context_, attended, x.x);
 }
@@ -103,7 +111,7 @@ void CudaAttention::list(sm90::OneTokenLayer& layer) const {
   layer.o = o_.weight();
   layer.input_norm = norm();
   layer.kv_norm = floats(kv_norm_);
-  layer.cache = cache_.data();
+  layer.cache = cache_.rows();
 }
 
 // Queries, latents and keys of h, before rope.
@@ -118,13 +126,21 @@ CudaAttention::Projected CudaAttention::project(const Matrix& h) {
   qkv_a_.multiply(context_, h, qkv_a);
   const Matrix kv = qkv_a.column_range(q_a_width, kv_width);
   Matrix q = qkv_a.column_range(0, q_a_width);
+  Matrix q_a;
   if (q_b_) {
-    const Matrix q_a = context_.activations(context_.buffers.q_a, h.rows, q_a_width);
+    q_a = context_.activations(context_.buffers.q_a, h.rows, q_a_width);
     context_.rms_norm(q, q_norm_, checkpoint::kLatentNormEps, q_a);
     q = context_.activations(context_.buffers.q, h.rows, q_width);
     q_b_->multiply(context_, q_a, q);
   }
-  return {q, kv};
+  return {q, kv, q_a};
+}
+
+// Where keys of `tokens` tokens go before they are in the cache: into it, where it has their rows.
+Matrix CudaAttention::key_rows(std::int64_t tokens) {
+  const std::int64_t width = std::int64_t{context_.config.kv_lora_rank} + context_.config.qk_rope_head_dim;
+  if (cache_.rows() != nullptr) return {cache_.rows(), kType, 0, width, width};
+  return context_.activations(context_.buffers.keys, tokens, width);
 }
 
 // Of the step's absorbed tokens, before rope. One kernel turns and absorbs the queries,
@@ -142,11 +158,17 @@ void CudaAttention::absorbed_attention(const Projected& projected, const Matrix&
   absorb.append.kv = projected.kv;
   absorb.append.norm = floats(kv_norm_);
   absorb.append.eps = static_cast<float>(checkpoint::kLatentNormEps);
-  absorb.append.slots = context_.data.slots;
-  absorb.append.cache = cache_.data();
+  const Matrix keys = key_rows(tokens);
+  absorb.append.slots = cache_.rows() != nullptr ? context_.data.slots : nullptr;
+  absorb.append.cache = keys.data;
   absorb.append.rank = config.kv_lora_rank;
   sm90::head_gemm(absorb, context_.stream);
-  decode(q_latent, out_latent);
+  if (cache_.rows() == nullptr) cache_.append(keys, 0);
+  if (context_.selects()) {
+    cache_.attend_listed(q_latent, out_latent, 0);
+  } else {
+    decode(q_latent, out_latent);
+  }
   sm90::head_gemm(kv_b_.uv.product(out_latent, out, 0), context_.stream);
 }
 
@@ -158,7 +180,7 @@ void CudaAttention::decode(const Matrix& q_latent, const Matrix& out_latent) {
     sm90::PlainDecode args;
     args.q = q_latent;
     args.out = out_latent;
-    args.cache = cache_.data();
+    args.cache = cache_.rows();
     args.lens = data.lens;
     args.table = data.table;
     args.max_blocks = data.max_blocks;
@@ -171,10 +193,9 @@ void CudaAttention::decode(const Matrix& q_latent, const Matrix& out_latent) {
   }
   const std::int64_t n = context_.step->num_absorbed, heads = config.num_attention_heads;
   const std::int64_t rank = config.kv_lora_rank, width = rank + config.qk_rope_head_dim;
-  const auto pages = static_cast<std::int64_t>(cache_.bytes() / bytes_per_page());
   DenseDecodeArgs args;
   args.q = on_device(q_latent.data, kType, {n, 1, heads, width});
-  args.k_cache = on_device(cache_.data(), kType, {pages, kPageSize, 1, width});
+  args.k_cache = on_device(cache_.rows(), kType, {cache_.num_pages(), kPageSize, 1, width});
   args.block_table = on_device(data.table, DType::kInt32, {n, data.max_blocks});
   args.cache_seqlens = on_device(data.lens, DType::kInt32, {n});
   args.out = on_device(out_latent.data, kType, {n, 1, heads, rank});
@@ -184,6 +205,23 @@ void CudaAttention::decode(const Matrix& q_latent, const Matrix& out_latent) {
   const std::size_t bytes = dense_decode_workspace_size(args, context_.schedule, options);
   context_.grow(context_.buffers.decode_workspace, bytes);
   dense_decode(args, context_.schedule, context_.buffers.decode_workspace.data(), bytes, options);
+}
+
+// Of the step's chunks, q rotated: the tokens that attend to lists, in the absorbed form.
+void CudaAttention::listed_attention(const Matrix& q, const Matrix& out) {
+  const ModelConfig& config = context_.config;
+  const std::int64_t heads = config.num_attention_heads, rank = config.kv_lora_rank;
+  const std::int64_t width = rank + config.qk_rope_head_dim;
+  for (const StepData::Listed& part : context_.data.listed) {
+    const std::int64_t row = part.first_token - context_.step->num_absorbed;
+    const Matrix q_latent = context_.activations(context_.buffers.q_latent, part.num_tokens, heads * width);
+    const Matrix out_latent =
+        context_.activations(context_.buffers.out_latent, part.num_tokens, heads * rank);
+    sm90::head_gemm(kv_b_.uk.product(q.row_range(row, part.num_tokens), q_latent, config.qk_rope_head_dim),
+                    context_.stream);
+    cache_.attend_listed(q_latent, out_latent, part.first_token);
+    sm90::head_gemm(kv_b_.uv.product(out_latent, out.row_range(row, part.num_tokens), 0), context_.stream);
+  }
 }
 
 }  // namespace flash_mla::model

@@ -6,6 +6,8 @@
 #include "base/buffer.h"
 #include "base/matrix.h"
 #include "model/device/cuda/context.h"
+#include "model/device/cuda/indexer.h"
+#include "model/device/cuda/latent_cache.h"
 #include "model/device/cuda/linear.h"
 #include "model/device/cuda/step_data.h"
 #include "model/layers.h"
@@ -21,7 +23,7 @@ class CudaAttention : public Attention {
   void forward(Residual& x, Rows rows) override;
 
   std::size_t bytes_per_page() const override;
-  void free_cache() override { cache_ = {}; }
+  void free_cache() override;
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
 
@@ -32,6 +34,7 @@ class CudaAttention : public Attention {
   /// The part of the layer's first product that is the queries', and that of latents and keys.
   struct Projected {
     Matrix q, kv;
+    Matrix q_a{};  ///< what q was made from, normalised; with q_lora_rank
   };
   /// kv_b_proj in the layouts of both forms of attention.
   struct KeyValueWeights {
@@ -48,6 +51,7 @@ class CudaAttention : public Attention {
 
   void list(sm90::OneTokenLayer& layer) const;
   Projected project(const Matrix& h);
+  Matrix key_rows(std::int64_t tokens);
   void absorbed_attention(const Projected& projected, const Matrix& out);
   void decode(const Matrix& q_latent, const Matrix& out_latent);
   void rope_and_append(const Projected& projected, std::int64_t first_token);
@@ -55,6 +59,7 @@ class CudaAttention : public Attention {
   void gather_and_expand(const StepData::Group& group);
   void attend_sm90(const StepData::Group& group, const Matrix& q, const Matrix& out);
   void attend_plain(const StepData::Group& group, const Matrix& q, const Matrix& out);
+  void listed_attention(const Matrix& q, const Matrix& out);
 
   CudaContext& context_;
   Buffer norm_;
@@ -64,7 +69,8 @@ class CudaAttention : public Attention {
   Buffer kv_norm_;
   KeyValueWeights kv_b_;
   CudaLinear o_;
-  Buffer cache_;  ///< (pages, kPageSize, 1, rank + rope)
+  std::unique_ptr<CudaIndexer> indexer_;  ///< null: attention is dense, or another layer chooses
+  CudaLatentCache cache_;
 };
 
 }  // namespace flash_mla::model

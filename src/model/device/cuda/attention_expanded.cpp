@@ -11,11 +11,6 @@ namespace {
 
 constexpr DType kType = DType::kBFloat16;
 
-bool has_sm90_prefill(const ModelConfig& config) {
-  return config.qk_nope_head_dim == sm90::kPrefillHeadDimNope &&
-         config.qk_rope_head_dim == sm90::kPrefillHeadDimRope && config.v_head_dim == sm90::kPrefillHeadDimV;
-}
-
 }  // namespace
 
 // Rotates the rope part of every head of q in place; normalises the latents, rotates the rope part of the
@@ -28,16 +23,18 @@ void CudaAttention::rope_and_append(const Projected& projected, std::int64_t fir
   args.kv = projected.kv;
   args.kv_norm = floats(kv_norm_);
   args.eps = static_cast<float>(checkpoint::kLatentNormEps);
-  args.slots = context_.data.slots + first_token;
+  args.slots = cache_.rows() != nullptr ? context_.data.slots + first_token : nullptr;
   args.rotations = context_.rotations;
   args.rotations.cosines += first_token * context_.rotations.pairs;
   args.rotations.sines += first_token * context_.rotations.pairs;
-  args.cache = cache_.data();
+  const Matrix keys = key_rows(projected.kv.rows);
+  args.cache = keys.data;
   args.heads = config.num_attention_heads;
   args.nope = config.qk_nope_head_dim;
   args.rope = config.qk_rope_head_dim;
   args.rank = config.kv_lora_rank;
   sm90::rope_and_append(args, context_.stream);
+  if (cache_.rows() == nullptr) cache_.append(keys, first_token);
 }
 
 void CudaAttention::expanded_attention(const Matrix& q, const Matrix& out) {
@@ -60,7 +57,7 @@ void CudaAttention::gather_and_expand(const StepData::Group& group) {
   context_.grow_expanded(group.num_keys);
   auto& buffers = context_.buffers;
   sm90::GatherKeys keys;
-  keys.cache = cache_.data();
+  keys.cache = cache_.rows();
   keys.starts = group.key_starts;
   keys.tables = group.tables;
   keys.pages = group.pages;

@@ -1,9 +1,11 @@
 #include "model/device/cuda/context.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "base/cuda/check.h"
+#include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 #include "kernels/moe/sm90/moe.h"
 #include "model/rope.h"
 
@@ -20,9 +22,15 @@ constexpr std::int64_t kElement = 2;
 
 }  // namespace
 
-CudaContext::CudaContext(const ModelConfig& model_config)
+bool has_sm90_prefill(const ModelConfig& config) {
+  return config.qk_nope_head_dim == sm90::kPrefillHeadDimNope &&
+         config.qk_rope_head_dim == sm90::kPrefillHeadDimRope && config.v_head_dim == sm90::kPrefillHeadDimV;
+}
+
+CudaContext::CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents)
     : config(model_config),
-      weights(*pool, stream),
+      fp8_cache(fp8_latents),
+      weights(*pool, stream, quantize),
       schedule_options_(cuda_schedule_options(0, 1, model_config.num_attention_heads, 1)) {
   const Rope rope = make_rope(config);
   inv_freq_ = weights.vector(rope.inv_freq);
@@ -74,8 +82,36 @@ void CudaContext::reserve(std::int64_t num_tokens, std::int64_t num_rows) {
   }
   // Prompts that are processed whole.
   grow_expanded(tokens);
+  activations(buffers.keys, fp8_cache ? tokens : 0, latent + rope);
+  if (config.index_topk > 0) reserve_index(tokens);
   weights.finish();
   check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+}
+
+// Scores of the longest sequences; shorter ones have no larger chunks of them.
+void CudaContext::reserve_index(std::int64_t tokens) {
+  const std::int64_t width = std::int64_t{config.index_n_heads} * config.index_head_dim;
+  activations(buffers.index_k, tokens, config.index_head_dim);
+  activations(buffers.index_q, tokens, width);
+  activations(buffers.index_weights, tokens, config.index_n_heads, DType::kFloat32);
+  activations(buffers.index_values, tokens, width, DType::kUInt8);
+  activations(buffers.index_scaled_weights, tokens, config.index_n_heads, DType::kFloat32);
+  activations(buffers.selection, tokens, config.index_topk, DType::kInt32);
+  const auto pages = static_cast<std::size_t>((config.max_position_embeddings + kPageSize - 1) / kPageSize);
+  const std::size_t row = std::bit_ceil(pages) * kPageSize * sizeof(float),
+                    rows = static_cast<std::size_t>(tokens);
+  // Behind a length for each row.
+  grow(buffers.index_workspace,
+       std::min(rows * row, std::max(row, kIndexLogitsBytes)) + (rows + 64) * sizeof(std::int32_t));
+}
+
+bool CudaContext::has_to_select(const Step& next) const {
+  if (config.index_topk == 0) return false;
+  // Attention over lists reads an FP8 cache, and takes heads of any dimensions.
+  if (fp8_cache || next.batch_invariant) return true;
+  if (!next.chunks.empty() && !has_sm90_prefill(config)) return true;
+  return std::ranges::any_of(next.positions,
+                             [&](std::int32_t position) { return position >= config.index_topk; });
 }
 
 void CudaContext::begin_step(Step& next) {
@@ -85,12 +121,17 @@ void CudaContext::begin_step(Step& next) {
   grow_step_buffers(next.num_tokens(), next.num_absorbed, std::ssize(next.logit_rows));
   const std::int64_t key_bytes =
       std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim) * kElement;
-  data = uploader_.upload(next, kMaxExpandedBytes / key_bytes, *pool, stream);
+  selects_ = has_to_select(next);
+  StepCut cut;
+  cut.most_keys = kMaxExpandedBytes / key_bytes;
+  cut.index_topk = config.index_topk;
+  if (selects_) cut.dense_keys = fp8_cache || !has_sm90_prefill(config) ? 0 : config.index_topk;
+  data = uploader_.upload(next, cut, *pool, stream);
 }
 
 void CudaContext::begin_pass() {
   one_token.begin();
-  if (step->num_absorbed == 0 || !has_sm90_decode(config) || is_one_token_step()) return;
+  if (step->num_absorbed == 0 || !has_sm90_decode(config) || is_one_token_step() || selects_) return;
   // Of the step's absorbed tokens, each a request.
   const ScheduleOptions options =
       schedule_options(static_cast<int>(step->num_absorbed), step->batch_invariant);
@@ -120,6 +161,11 @@ void CudaContext::grow_expanded(std::int64_t keys) {
   activations(buffers.k_rope, keys, config.qk_rope_head_dim);
   activations(buffers.expanded, keys,
               std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim));
+}
+
+void CudaContext::prepare_e4m3() {
+  grow(buffers.widened, static_cast<std::size_t>(kMaxWidenedBytes));
+  one_token = {};
 }
 
 void CudaContext::download(const std::byte* from, std::size_t bytes, void* to) {

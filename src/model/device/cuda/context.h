@@ -22,10 +22,14 @@
 
 namespace flash_mla::model {
 
+/// Of a weight in e4m3, what is widened to bfloat16 at a time.
+inline constexpr std::int64_t kMaxWidenedBytes = std::int64_t{64} << 20;
+
 /// What the layers of a GPU share: stream and memory, the step that runs, and memory for activations that
 /// grows and stays. All activations are bfloat16 but where it says so.
 struct CudaContext {
-  explicit CudaContext(const ModelConfig& model_config);
+  /// `fp8_latents`: the latent cache is that of KvFormat::kFp8V32; only with an indexer.
+  CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents);
 
   ScheduleOptions schedule_options(int sequences, bool batch_invariant) const;
   /// As Device::reserve.
@@ -36,6 +40,10 @@ struct CudaContext {
   void begin_pass();
   /// Whether one kernel does all layers of the step.
   bool is_one_token_step() const;
+  /// Keys that sparse attention lets a token see at most; and whether the step's tokens attend to lists, all but those
+  /// of StepData::groups. A batch-invariant step always does, since whether it has to depends on other sequences.
+  std::int64_t index_topk() const { return config.index_topk; }
+  bool selects() const { return selects_; }
 
   /// Of at least that many bytes: contents are lost when it grows.
   void grow(Buffer& buffer, std::size_t bytes);
@@ -45,11 +53,15 @@ struct CudaContext {
   void grow_expanded(std::int64_t keys);
   /// Chosen experts of a token, with the shared ones.
   int experts_per_token() const { return config.num_experts_per_tok + config.n_shared_experts; }
+  /// To be called when a layer has got weights in e4m3: they are widened where many rows are multiplied, and the kernel
+  /// of one token takes bfloat16 alone.
+  void prepare_e4m3();
   /// To the host; returns when everything queued has run.
   void download(const std::byte* from, std::size_t bytes, void* to);
   void rms_norm(const Matrix& x, const Buffer& weight, double eps, const Matrix& out) const;
 
   const ModelConfig config;
+  const bool fp8_cache;
   Stream stream;
   std::shared_ptr<DevicePool> pool = std::make_shared<DevicePool>();
   sm90::CublasLt lt;
@@ -66,17 +78,24 @@ struct CudaContext {
     Buffer x, h, qkv_a, q_a, q, q_latent, out_latent, attended, gate_up, act;
     Buffer decode_workspace, prefill_workspace;
     Buffer latents, k_rope, expanded;  ///< grow_expanded
+    Buffer widened;                    ///< kMaxWidenedBytes where there are weights in e4m3
     Buffer router_logits, expert_weights, expert_workspace;
     std::vector<Buffer> expert_ids;  ///< of each mixture layer (tokens, experts_per_token()) int32
     Buffer logit_h, logits, tokens, likeliest_scratch;  ///< of the logit rows
+    Buffer keys;  ///< (tokens, rank + rope), on their way into an FP8 cache
+    Buffer index_k, index_q, index_weights, index_values, index_scaled_weights, index_workspace;
+    Buffer selection;  ///< (tokens, index_topk) int32: slots that the last indexer chose, then -1
   } buffers;
 
  private:
   std::int64_t padded(std::int64_t num_tokens) const;
   void pad(Step& next) const;
+  bool has_to_select(const Step& next) const;
+  void reserve_index(std::int64_t tokens);
   void grow_step_buffers(std::int64_t tokens, std::int64_t absorbed, std::int64_t logit_rows);
   DecodeScheduleView schedule_view(const ScheduleOptions& options) const;
 
+  bool selects_ = false;
   ScheduleOptions schedule_options_;  // of batches of any size: no other has more parts
   StepUploader uploader_;
   PinnedBuffer download_;
@@ -96,5 +115,10 @@ inline TensorView on_device(const void* data, DType dtype, std::initializer_list
 inline bool has_sm90_decode(const ModelConfig& config) {
   return config.kv_lora_rank == 512 && config.qk_rope_head_dim == 64;
 }
+/// The same of prefill attention.
+bool has_sm90_prefill(const ModelConfig& config);
+
+/// Scores of an indexer that are kept at a time; at least those of one token are.
+inline constexpr std::size_t kIndexLogitsBytes = std::size_t{256} << 20;
 
 }  // namespace flash_mla::model

@@ -25,8 +25,8 @@ namespace {
 
 class CudaDevice : public Device {
  public:
-  CudaDevice(const ModelConfig& config, bool time_steps)
-      : context_(config), timer_(time_steps ? std::make_unique<StepTimer>() : nullptr) {}
+  CudaDevice(const ModelConfig& config, ModelQuantize quantize, bool time_steps, bool fp8_cache)
+      : context_(config, quantize, fp8_cache), timer_(time_steps ? std::make_unique<StepTimer>() : nullptr) {}
   ~CudaDevice() override { cudaStreamSynchronize(context_.stream); }
 
   std::size_t free_memory() const override { return context_.pool->free_memory(); }
@@ -67,7 +67,8 @@ class CudaDevice : public Device {
     };
     const Step& step = *context_.step;
     if (context_.recorded) {
-      graphs_.run({step.num_tokens(), context_.data.max_blocks, step.batch_invariant, !step.draws.empty()},
+      graphs_.run({step.num_tokens(), context_.data.max_blocks, step.batch_invariant, !step.draws.empty(),
+                   context_.selects()},
                   *context_.pool, context_.stream, planned_pass);
     } else {
       planned_pass();
@@ -118,9 +119,10 @@ DeviceMemory cuda_memory() {
   return {static_cast<double>(free), static_cast<double>(total)};
 }
 
-std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, bool time_steps) {
+std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, ModelQuantize quantize, bool time_steps,
+                                         bool fp8_cache) {
   if (const std::string why = why_no_cuda_device(); !why.empty()) throw Unsupported("device cuda: " + why);
-  return std::make_unique<CudaDevice>(config, time_steps);
+  return std::make_unique<CudaDevice>(config, quantize, time_steps, fp8_cache);
 }
 
 }  // namespace flash_mla::model

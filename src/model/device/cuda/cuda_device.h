@@ -8,14 +8,22 @@
 
 namespace flash_mla::model {
 
-/// A Hopper GPU (CUDA device 0): bfloat16 weights, activations and cache, sums in fp32. Attention by the sm90
+/// A Hopper GPU (CUDA device 0): bfloat16 activations and cache, weights in bfloat16 or, where they are stored so or
+/// `quantize` is kFp8, in e4m3 (e4m3_weight.h); sums in fp32. Attention by the sm90
 /// kernels where the model has their head dimensions and by plain kernels where not, products of many rows by
 /// cuBLASLt. A step whose tokens all take the absorbed form is recorded as a CUDA graph the first time it
 /// comes in its (padded) size, and replayed from then on. `time_steps`: events are recorded around every
 /// step, for device_seconds().
 ///
+/// With `fp8_cache` latents are KvFormat::kFp8V32, 656 bytes a token, which models with an indexer can have; their index
+/// keys are e4m3 in any case.
+///
 /// Throws Unsupported where there is no such GPU, driver or library, or this build has no kernels for it.
-std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, bool time_steps);
+std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, ModelQuantize quantize, bool time_steps,
+                                         bool fp8_cache);
+
+/// Throws Unsupported, naming the field, for sizes of an indexer and of the latents beside it that have no kernels.
+void check_cuda_indexer(const ModelConfig& config);
 
 /// Of the GPU. Throws where make_cuda_device would.
 DeviceMemory cuda_memory();

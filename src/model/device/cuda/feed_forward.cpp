@@ -5,8 +5,8 @@ namespace flash_mla::model {
 CudaFeedForward::CudaFeedForward(CudaContext& context, const FeedForwardWeights& weights)
     : context_(context),
       norm_(context.weights.vector(weights.norm)),
-      gate_up_(context, weights.gate_up),
-      down_(context, weights.down),
+      gate_up_(context, weights.gate_up, {}, LayerKind::kDense),
+      down_(context, weights.down, {}, LayerKind::kDense),
       intermediate_(weights.down.columns) {}
 
 void CudaFeedForward::forward(Residual& x) {

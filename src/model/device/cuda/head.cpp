@@ -6,7 +6,9 @@
 namespace flash_mla::model {
 
 CudaHead::CudaHead(CudaContext& context, const HeadWeights& weights)
-    : context_(context), norm_(context.weights.vector(weights.norm)), weight_(context, weights.weight) {}
+    : context_(context),
+      norm_(context.weights.vector(weights.norm)),
+      weight_(context, weights.weight, {}, LayerKind::kHead) {}
 
 Matrix CudaHead::forward(const Residual& x) {
   const ModelConfig& config = context_.config;

@@ -1,54 +1,69 @@
 #include "model/device/cuda/linear.h"
 
+#include <algorithm>
+
 #include "base/cuda/check.h"
-#include "kernels/gemm/sm90/skinny_gemm.h"
+#include "kernels/gemm/sm90/widen_weights.h"
 #include "kernels/rows/sm90/rows.h"
 
 namespace flash_mla::model {
 namespace {
 
-// Rows up to which a product is a matter of reading the weights.
-constexpr std::int64_t kSkinnyRows = 64;
+// Rows up to which a product is a matter of reading the weights. Of e4m3 these are half the bytes, and to widen them
+// takes five bytes a weight.
+constexpr std::int64_t kSkinnyRows = 64, kSkinnyRowsE4m3 = 128;
 
-// Batch-invariant products are all made by the kernel that can do it.
-bool few_rows(const CudaContext& context, const Matrix& x) {
-  return x.rows <= kSkinnyRows || context.step->batch_invariant;
+// Of a matrix with so many columns, those that fit into the memory for them; of whole blocks of scales.
+std::int64_t widened_rows(std::int64_t columns) {
+  return kMaxWidenedBytes / (2 * columns) / kFp8Block * kFp8Block;
 }
 
-sm90::SkinnyGemm skinny_args(const CudaContext& context, const Matrix& x, const Matrix& out) {
+}  // namespace
+
+CudaLinear::CudaLinear(CudaContext& context, const Weight& weight, std::span<const float> bias,
+                       LayerKind kind)
+    : weight_(context.weights.matrix(weight, kind)),
+      bias_(context.weights.vector(bias)),
+      out_features_(weight.rows),
+      in_features_(weight.columns) {
+  if (weight_.e4m3()) context.prepare_e4m3();
+}
+
+CudaLinear::CudaLinear(CudaContext& context, const std::uint16_t* weight, std::int64_t out_features,
+                       std::int64_t in_features)
+    : weight_{context.weights.matrix(weight, out_features * in_features), {}},
+      out_features_(out_features),
+      in_features_(in_features) {}
+
+// Batch-invariant products are all made by the kernel that can do it.
+bool CudaLinear::few_rows(const CudaContext& context, std::int64_t rows) const {
+  if (context.step->batch_invariant) return true;
+  if (!weight_.e4m3()) return rows <= kSkinnyRows;
+  return rows <= kSkinnyRowsE4m3 || widened_rows(in_features_) == 0;
+}
+
+sm90::SkinnyGemm CudaLinear::skinny_args(const CudaContext& context, const Matrix& x,
+                                         const Matrix& out) const {
   sm90::SkinnyGemm args;
   args.x = x.data;
   args.x_stride = x.stride;
+  args.weight = weight_.values.data();
+  args.weight_scales = floats(weight_.scales);
+  args.bias = floats(bias_);
   args.out = out.data;
   args.out_stride = out.stride;
   args.m = x.rows;
+  args.n = out_features_;
+  args.k = in_features_;
   args.out_fp32 = out.dtype == DType::kFloat32;
   args.batch_invariant = context.step->batch_invariant;
   args.programmatic_launch = true;
   return args;
 }
 
-}  // namespace
-
-CudaLinear::CudaLinear(CudaContext& context, const Weight& weight, std::span<const float> bias)
-    : weight_(context.weights.matrix(weight)),
-      bias_(context.weights.vector(bias)),
-      out_features_(weight.rows),
-      in_features_(weight.columns) {}
-
-CudaLinear::CudaLinear(CudaContext& context, const std::uint16_t* weight, std::int64_t out_features,
-                       std::int64_t in_features)
-    : weight_(context.weights.matrix(weight, out_features * in_features)),
-      out_features_(out_features),
-      in_features_(in_features) {}
-
 void CudaLinear::run(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const {
-  if (few_rows(context, x)) {
+  if (few_rows(context, x.rows)) {
     sm90::SkinnyGemm args = skinny_args(context, x, out);
-    args.weight = weight_.data();
-    args.bias = floats(bias_);
-    args.n = out_features_;
-    args.k = in_features_;
     args.accumulate = accumulate;
     check(sm90::skinny_gemm(args, context.stream), "skinny_gemm");
     return;
@@ -57,16 +72,31 @@ void CudaLinear::run(CudaContext& context, const Matrix& x, const Matrix& out, b
     sm90::add_bias(floats(bias_), !accumulate, out, context.stream);
     accumulate = true;
   }
-  context.lt.gemm(x, weight_.data(), out, accumulate, context.stream);
+  if (weight_.e4m3()) return multiply_widened(context, x, out, accumulate);
+  context.lt.gemm(x, weight_.values.data(), out, accumulate, context.stream);
+}
+
+// Panels of the weight, and so of out's columns, one after the other through the same memory.
+void CudaLinear::multiply_widened(CudaContext& context, const Matrix& x, const Matrix& out,
+                                  bool accumulate) const {
+  const std::int64_t most = widened_rows(in_features_);
+  const std::int64_t scale_columns = (in_features_ + kE4m3Columns - 1) / kE4m3Columns;
+  std::byte* const widened = context.buffers.widened.data();
+  for (std::int64_t row = 0; row < out_features_; row += most) {
+    sm90::WidenWeights args;
+    args.codes = weight_.values.data() + row * in_features_;
+    args.scales = floats(weight_.scales) + row / kE4m3Rows * scale_columns;
+    args.out = widened;
+    args.rows = std::min(most, out_features_ - row);
+    args.columns = in_features_;
+    check(sm90::widen_weights(args, context.stream), "widen_weights");
+    context.lt.gemm(x, widened, out.column_range(row, args.rows), accumulate, context.stream);
+  }
 }
 
 void CudaLinear::multiply_silu_mul(CudaContext& context, const Matrix& x, const Matrix& out) const {
-  if (few_rows(context, x)) {
+  if (few_rows(context, x.rows)) {
     sm90::SkinnyGemm args = skinny_args(context, x, out);
-    args.weight = weight_.data();
-    args.bias = floats(bias_);
-    args.n = out_features_;
-    args.k = in_features_;
     args.silu_mul = true;
     check(sm90::skinny_gemm(args, context.stream), "skinny_gemm");
     return;

@@ -6,15 +6,19 @@
 #include "base/buffer.h"
 #include "base/matrix.h"
 #include "kernels/gemm/sm90/head_gemm.h"
+#include "kernels/gemm/sm90/skinny_gemm.h"
 #include "model/device/cuda/context.h"
 #include "model/weights.h"
 
 namespace flash_mla::model {
 
-/// x·W^T + bias: few rows by skinny_gemm, many by cuBLASLt.
+/// x·W^T + bias: few rows by skinny_gemm, many by cuBLASLt, for which weights in e4m3 are widened a panel at a time.
 class CudaLinear {
  public:
-  CudaLinear(CudaContext& context, const Weight& weight, std::span<const float> bias = {});
+  /// `kind`: what may be quantised as the model is loaded.
+  CudaLinear(CudaContext& context, const Weight& weight, std::span<const float> bias = {},
+             LayerKind kind = LayerKind::kAttention);
+  /// Always bfloat16.
   CudaLinear(CudaContext& context, const std::uint16_t* weight, std::int64_t out_features,
              std::int64_t in_features);
 
@@ -29,12 +33,15 @@ class CudaLinear {
   /// out = silu(x·G^T) * (x·U^T), where the rows of W are [G; U].
   void multiply_silu_mul(CudaContext& context, const Matrix& x, const Matrix& out) const;
 
-  const std::byte* weight() const { return weight_.data(); }
+  const std::byte* weight() const { return weight_.values.data(); }
 
  private:
+  bool few_rows(const CudaContext& context, std::int64_t rows) const;
+  sm90::SkinnyGemm skinny_args(const CudaContext& context, const Matrix& x, const Matrix& out) const;
+  void multiply_widened(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
   void run(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
 
-  Buffer weight_;
+  CudaMatrix weight_;
   Buffer bias_;  // empty: none
   std::int64_t out_features_, in_features_;
 };

@@ -25,7 +25,9 @@ class CudaMixtureOfExperts : public FeedForward {
   std::vector<std::int32_t> experts_taken(int num_tokens) const override;
 
  private:
+  bool takes_e4m3_experts(const MixtureWeights& weights) const;
   void read_experts(const MixtureWeights& weights);
+  void read_e4m3_experts(const MixtureWeights& weights);
   void make_up_experts();
   Buffer& ids() const { return context_.buffers.expert_ids[index_]; }
   std::int64_t expert_elements() const;
@@ -38,10 +40,10 @@ class CudaMixtureOfExperts : public FeedForward {
   Buffer router_;           ///< (n_routed_experts, hidden) float32
   Buffer correction_bias_;  ///< (n_routed_experts) float32, or empty
   std::int64_t intermediate_;
-  int num_experts_;    ///< with the shared ones
-  Buffer gate_up_;     ///< (num_experts, 2 * intermediate, hidden)
-  Buffer down_;        ///< (num_experts, hidden, intermediate)
-  std::size_t index_;  ///< among the mixture layers
+  int num_experts_;     ///< with the shared ones
+  CudaMatrix gate_up_;  ///< (num_experts, 2 * intermediate, hidden)
+  CudaMatrix down_;     ///< (num_experts, hidden, intermediate); both e4m3 or neither
+  std::size_t index_;   ///< among the mixture layers
   const CudaAttention* next_ = nullptr;
 };
 

@@ -9,7 +9,7 @@ std::string why_no_cuda_device() { return FLASH_MLA_NO_CUDA_ENGINE; }
 
 DeviceMemory cuda_memory() { throw Unsupported("device cuda: " + why_no_cuda_device()); }
 
-std::unique_ptr<Device> make_cuda_device(const ModelConfig&, bool) {
+std::unique_ptr<Device> make_cuda_device(const ModelConfig&, ModelQuantize, bool, bool) {
   throw Unsupported("device cuda: " + why_no_cuda_device());
 }
 

@@ -13,6 +13,15 @@ namespace {
 constexpr std::size_t kAlignment = 256;
 constexpr std::int64_t kFewestBlocks = 16;
 
+// Keys that each token of the step attends to, of at most `most`: none, if it only fills the step up.
+void write_attended(const Step& step, std::int64_t most, std::int32_t* to) {
+  for (std::int64_t i = 0; i < step.num_tokens(); ++i) {
+    const auto token = static_cast<std::size_t>(i);
+    const std::int64_t length = i < step.num_absorbed ? step.absorbed_lens[token] : step.positions[token] + 1;
+    to[i] = static_cast<std::int32_t>(std::min(length, most));
+  }
+}
+
 }  // namespace
 
 /// Places arrays one behind the other: first to learn the size (host == nullptr), then to write.
@@ -46,31 +55,24 @@ StepUploader::StepUploader() {
 }
 StepUploader::~StepUploader() { cudaEventDestroy(sent_); }
 
-StepData StepUploader::upload(const Step& step, std::int64_t most_keys, DevicePool& pool,
-                              cudaStream_t stream) {
-  struct GroupArrays {
-    std::vector<std::int32_t> query_starts{0}, key_starts{0}, tables, pages;
-  };
-  std::vector<GroupArrays> arrays;
+StepData StepUploader::upload(const Step& step, const StepCut& cut, DevicePool& pool, cudaStream_t stream) {
+  const ChunkGroups chunks = group_chunks(step, cut.most_keys, cut.dense_keys);
   StepData data;
   data.max_blocks = static_cast<std::int64_t>(
       std::bit_ceil(static_cast<std::uint64_t>(std::max(step.max_blocks, kFewestBlocks))));
-  for (const Chunk& chunk : step.chunks) {
-    if (data.groups.empty() || data.groups.back().num_keys + chunk.seq_len > most_keys) {
-      data.groups.emplace_back().first_query = chunk.first_token - step.num_absorbed;
-      arrays.emplace_back();
-    }
-    StepData::Group& group = data.groups.back();
-    GroupArrays& a = arrays.back();
-    ++group.num_seqs;
-    group.num_queries += chunk.num_tokens;
-    group.num_keys += chunk.seq_len;
-    a.query_starts.push_back(static_cast<std::int32_t>(group.num_queries));
-    a.key_starts.push_back(static_cast<std::int32_t>(group.num_keys));
-    a.tables.push_back(static_cast<std::int32_t>(a.pages.size()));
-    a.pages.insert(a.pages.end(), chunk.pages.begin(), chunk.pages.end());
+  for (const ChunkGroups::Dense& group : chunks.dense) {
+    StepData::Group& out = data.groups.emplace_back();
+    out.first_query = group.first_query;
+    out.num_queries = group.num_queries;
+    out.num_keys = group.num_keys;
+    out.num_seqs = static_cast<int>(group.tables.size());
   }
-
+  for (const ChunkGroups::Listed& part : chunks.listed) {
+    StepData::Listed& out = data.listed.emplace_back();
+    out.first_token = part.first_token;
+    out.num_tokens = part.num_tokens;
+    out.num_pages = std::ssize(part.pages);
+  }
   const auto pack = [&](Packer& packer) {
     data.token_ids = packer.place(step.token_ids);
     data.positions = packer.place(step.positions);
@@ -85,11 +87,21 @@ StepData StepUploader::upload(const Step& step, std::int64_t most_keys, DevicePo
             std::copy_n(from + i * step.max_blocks, step.max_blocks, to + i * data.max_blocks);
           }
         });
-    for (std::size_t i = 0; i < arrays.size(); ++i) {
-      data.groups[i].query_starts = packer.place(arrays[i].query_starts);
-      data.groups[i].key_starts = packer.place(arrays[i].key_starts);
-      data.groups[i].tables = packer.place(arrays[i].tables);
-      data.groups[i].pages = packer.place(arrays[i].pages);
+    for (std::size_t i = 0; i < chunks.dense.size(); ++i) {
+      data.groups[i].query_starts = packer.place(chunks.dense[i].query_starts);
+      data.groups[i].key_starts = packer.place(chunks.dense[i].key_starts);
+      data.groups[i].tables = packer.place(chunks.dense[i].tables);
+      data.groups[i].pages = packer.place(chunks.dense[i].pages);
+    }
+    if (cut.index_topk > 0) {
+      data.attended_lens =
+          packer.place<std::int32_t>(static_cast<std::size_t>(step.num_tokens()),
+                                     [&](auto* to) { write_attended(step, cut.index_topk, to); });
+    }
+    for (std::size_t i = 0; i < chunks.listed.size(); ++i) {
+      data.listed[i].seq_len =
+          packer.place<std::int32_t>(1, [&](auto* to) { *to = chunks.listed[i].seq_len; });
+      data.listed[i].pages = packer.place(chunks.listed[i].pages);
     }
   };
   Packer measure(nullptr, nullptr);

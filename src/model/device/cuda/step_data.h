@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/buffer.h"
+#include "model/device/cuda/chunk_groups.h"
 #include "model/device/cuda/memory.h"
 #include "model/step.h"
 
@@ -35,6 +36,25 @@ struct StepData {
     const std::int32_t* pages = nullptr;
   };
   std::vector<Group> groups;
+
+  // Of models with an indexer.
+  /// (tokens): keys that a token attends to, at most index_topk.
+  const std::int32_t* attended_lens = nullptr;
+  /// Tokens of a chunk that attend to those that the indexer chose.
+  struct Listed {
+    std::int64_t first_token = 0, num_tokens = 0;
+    const std::int32_t* seq_len = nullptr;  ///< (1): keys that the last of them sees
+    const std::int32_t* pages = nullptr;
+    std::int64_t num_pages = 0;
+  };
+  std::vector<Listed> listed;
+};
+
+/// What the device makes of a step's chunks and lengths.
+struct StepCut {
+  std::int64_t most_keys = 0;           ///< of a group of chunks, unless it is one chunk
+  std::int64_t dense_keys = kAllDense;  ///< as group_chunks has it
+  std::int64_t index_topk = 0;          ///< 0: there is no indexer
 };
 
 /// Packs metadata into page-locked memory and sends it to the device in one copy.
@@ -45,8 +65,7 @@ class StepUploader {
   StepUploader(const StepUploader&) = delete;
   StepUploader& operator=(const StepUploader&) = delete;
 
-  /// Groups of chunks have up to `most_keys` keys, or one chunk.
-  StepData upload(const Step& step, std::int64_t most_keys, DevicePool& pool, cudaStream_t stream);
+  StepData upload(const Step& step, const StepCut& cut, DevicePool& pool, cudaStream_t stream);
 
  private:
   class Packer;

@@ -10,14 +10,30 @@
 #include "base/buffer.h"
 #include "model/device/cuda/memory.h"
 #include "model/device/cuda/weight_uploader.h"
+#include "model/e4m3_weight.h"
 #include "model/weights.h"
 
 namespace flash_mla::model {
 
+/// A matrix on the device: bfloat16, or e4m3 with the scales of kernels/gemm/sm90 where `scales` is not empty.
+struct CudaMatrix {
+  Buffer values, scales;
+  bool e4m3() const { return scales.bytes() > 0; }
+};
+
 /// Makes the weights of layers on the device: reads them, or makes up what is not to be read.
 class WeightLoader {
  public:
-  WeightLoader(DevicePool& pool, cudaStream_t stream) : pool_(pool), stream_(stream) {}
+  WeightLoader(DevicePool& pool, cudaStream_t stream, ModelQuantize quantize)
+      : pool_(pool), stream_(stream), quantize_(quantize) {}
+
+  /// Whether bfloat16 weights of layers of this kind are to be quantised.
+  bool quantises(LayerKind kind) const { return asks_for_e4m3(quantize_, kind); }
+  /// A weight of a layer of this kind: e4m3 as it is stored, or as the model's options ask for, else bfloat16. Throws
+  /// Unsupported where e4m3 is asked for and the sizes do not allow it.
+  CudaMatrix matrix(const Weight& weight, LayerKind kind);
+  /// `matrices` of that many rows and columns each, in e4m3, made up.
+  CudaMatrix made_up_e4m3(std::int64_t matrices, std::int64_t rows, std::int64_t columns);
 
   /// Norms and biases, float32; empty for none.
   Buffer vector(std::span<const float> values);
@@ -33,11 +49,17 @@ class WeightLoader {
   void finish() { uploader_.reset(); }
 
  private:
+  CudaMatrix upload(const E4m3Weight& weight);
+
   DevicePool& pool_;
   cudaStream_t stream_;
+  ModelQuantize quantize_;
   std::unique_ptr<WeightUploader> uploader_;
   std::uint64_t seed_ = 1;  // of the next weight that is made up
 };
+
+/// Throws Unsupported, naming the weight, unless takes_e4m3() takes one that is to be quantised.
+void check_takes_e4m3(const Weight& weight);
 
 /// A weight's bits of bfloat16 on the host; null where it is to be made up.
 std::unique_ptr<std::uint16_t[]> read_bfloat16(const Weight& weight);

@@ -15,6 +15,7 @@
 #include "base/cuda/check.h"
 #include "base/cuda/device.h"
 #include "flash_mla/error.h"
+#include "kernels/attention/dense_decode/sm90/call.h"
 #include "kernels/attention/dense_decode/sm90/launch.h"
 #include "kernels/ptx/tensor_map.h"
 #include "schedule/device_schedule.h"
@@ -80,11 +81,7 @@ RowBlocks blocks_of(const DenseDecodeArgs& a) {
 
 std::size_t align_up(std::size_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
 
-/// Rows of partial results: those of 2 * num_parts slots, or with fixed split points of every split that the
-/// block table has room for.
-struct PartialLayout {
-  std::size_t out_bytes, stats_bytes;
-};
+}  // namespace
 
 PartialLayout partial_layout(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
   std::int64_t slots = 2 * s.parts.size(0);
@@ -99,8 +96,6 @@ PartialLayout partial_layout(const DenseDecodeArgs& a, const DecodeScheduleView&
       align_up(slot_blocks * static_cast<std::size_t>(row_groups(blocks)) * 16 * kHeadDimV * sizeof(float)),
       align_up(slot_blocks * static_cast<std::size_t>(row_groups(blocks)) * 16 * 2 * sizeof(float))};
 }
-
-}  // namespace
 
 std::vector<Gpu> gpus() { return known_gpus().all; }
 
@@ -147,6 +142,11 @@ void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
     throw Unsupported(
         fmt::format("page_size is {}; the sm90 backend takes 16, 32 and multiples of 64", page));
   }
+  check_work(a, s);
+  require_stride(a.k_cache, "k_cache");
+}
+
+void check_work(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
   if (a.q.size(0) > 65535)
     throw Unsupported(fmt::format("b is {}; the sm90 backend takes up to 65535", a.q.size(0)));
   if (s.block_size != kTileTokens) {
@@ -174,7 +174,6 @@ void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
   }
   check_schedule_layout(s);
   require_stride(a.q, "q");
-  require_stride(a.k_cache, "k_cache");
   require_stride(a.out, "out");
 }
 
@@ -184,9 +183,8 @@ std::size_t dense_decode_workspace_size(const DenseDecodeArgs& a, const DecodeSc
   return layout.out_bytes + layout.stats_bytes;
 }
 
-void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* workspace, float softmax_scale,
-                  bool causal, void* stream) {
-  const DeviceGuard guard(a.q.device.index);
+DecodeParams decode_params(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* workspace,
+                           float softmax_scale, bool causal) {
   DecodeParams p{};
   p.blocks = blocks_of(a);
   p.groups_inverse = 1.0f / static_cast<float>(row_groups(p.blocks));
@@ -194,8 +192,7 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   p.batch = static_cast<int>(a.q.size(0));
   p.s_q = static_cast<int>(a.q.size(1));
   p.h_q = static_cast<int>(a.q.size(2));
-  const int h_kv = static_cast<int>(a.k_cache.size(2));
-  p.group = p.h_q / h_kv;
+  p.group = p.h_q / static_cast<int>(a.k_cache.size(2));
   p.page_size = static_cast<int>(a.k_cache.size(1));
   p.num_parts = static_cast<int>(s.parts.size(0));
   p.split_tiles = s.fixed_split_blocks;
@@ -221,8 +218,20 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   p.partial_out = static_cast<float*>(workspace);
   p.partial_stats =
       reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + partial_layout(a, s).out_bytes);
-  const DecodePlan plan =
-      plan_decode(p.batch, gpu(a.q.device.index).sms, p.blocks, h_kv, p.num_parts, p.split_tiles > 0);
+  return p;
+}
+
+DecodePlan plan_of(const DenseDecodeArgs& a, const DecodeParams& p) {
+  return plan_decode(p.batch, gpu(a.q.device.index).sms, p.blocks, static_cast<int>(a.k_cache.size(2)),
+                     p.num_parts, p.split_tiles > 0);
+}
+
+void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* workspace, float softmax_scale,
+                  bool causal, void* stream) {
+  const DeviceGuard guard(a.q.device.index);
+  DecodeParams p = decode_params(a, s, workspace, softmax_scale, causal);
+  const int h_kv = static_cast<int>(a.k_cache.size(2));
+  const DecodePlan plan = plan_of(a, p);
   // One copy brings all of Q where a chunk has 64 rows; else the chunks, 64 rows apart, come one by one.
   p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows ? 3 : 1;
   const CUtensorMap q_map = tensor_map<5>("q", a.q,
@@ -261,7 +270,7 @@ void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& opti
   if (schedule_words(cache_seqlens.size(0), options.num_parts) > kMaxScheduleWords) {
     throw Unsupported(fmt::format(
         "b + 3 * num_parts is {} for b = {} and num_parts = {}; a schedule on the device takes up to {}",
-        cache_seqlens.size(0) + 3 * options.num_parts, cache_seqlens.size(0), options.num_parts,
+        cache_seqlens.size(0) + 3 * std::int64_t{options.num_parts}, cache_seqlens.size(0), options.num_parts,
         kMaxScheduleWords - schedule_words(0, 0)));
   }
   const DeviceGuard guard(cache_seqlens.device.index);

@@ -89,9 +89,14 @@ void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const 
   bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
 }
 
-void launch_combine_lists(const DecodeParams& p, const ListsOfCombine& lists, const DecodePlan& plan,
-                          void* stream) {
-  launch_combine<true, true>(p, lists, plan, static_cast<cudaStream_t>(stream));
+void launch_combine_parts(const DecodeParams& p, bool bf16, const DecodePlan& plan, void* stream) {
+  (bf16 ? launch_combine<true> : launch_combine<false>)(p, {}, plan, static_cast<cudaStream_t>(stream));
+}
+
+void launch_combine_lists(const DecodeParams& p, const ListsOfCombine& lists, bool bf16,
+                          const DecodePlan& plan, void* stream) {
+  const auto combine = bf16 ? launch_combine<true, true> : launch_combine<false, true>;
+  combine(p, lists, plan, static_cast<cudaStream_t>(stream));
 }
 
 KernelFacts decode_kernel_facts(const DecodePlan& plan, bool bf16) {

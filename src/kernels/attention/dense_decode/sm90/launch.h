@@ -11,9 +11,12 @@ void launch_dense_decode(const DecodeParams& params, const CUtensorMap& q_map, c
                          const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16,
                          const DecodePlan& plan, void* stream);
 
-/// Combine alone, for a kernel that leaves partial results of bfloat16 rows as dense decode does. A row of no
+/// Combine alone, for a kernel that leaves partial results as dense decode does.
+void launch_combine_parts(const DecodeParams& params, bool bf16, const DecodePlan& plan, void* stream);
+
+/// The same for lists, for a kernel that leaves partial results of bfloat16 rows as dense decode does. A row of no
 /// weight has seen no key: p.cache_seqlens is not read.
-void launch_combine_lists(const DecodeParams& params, const ListsOfCombine& lists, const DecodePlan& plan,
-                          void* stream);
+void launch_combine_lists(const DecodeParams& params, const ListsOfCombine& lists, bool bf16,
+                          const DecodePlan& plan, void* stream);
 
 }  // namespace flash_mla::sm90

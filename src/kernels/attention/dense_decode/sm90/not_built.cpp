@@ -3,6 +3,7 @@
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
+#include "kernels/attention/dense_fp8_decode/sm90/dense_fp8_decode.h"
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 #include "kernels/attention/indexer/sm90/indexer.h"
 #include "kernels/attention/merge/sm90/merge.h"
@@ -33,6 +34,14 @@ void build_schedule(const TensorView&, const ScheduleOptions&, const DecodeSched
 KernelFacts decode_kernel_facts(const DecodePlan&, bool) { return {}; }
 KernelFacts combine_kernel_facts(const DecodePlan&, bool) { return {}; }
 
+void check_supported(const DenseFp8DecodeArgs&, const DecodeScheduleView&) { refuse(); }
+std::size_t dense_fp8_decode_workspace_size(const DenseFp8DecodeArgs&, const DecodeScheduleView&) {
+  refuse();
+}
+void dense_fp8_decode(const DenseFp8DecodeArgs&, const DecodeScheduleView&, void*, float, bool, void*) {
+  refuse();
+}
+
 void check_supported(const SparseDecodeArgs&, int) { refuse(); }
 std::size_t sparse_decode_workspace_size(const SparseDecodeArgs&, int) { refuse(); }
 void sparse_decode(const SparseDecodeArgs&, void*, float, int, void*) { refuse(); }
@@ -41,6 +50,8 @@ void top_k(const TopKArgs&, std::int64_t, std::int64_t, void*) { refuse(); }
 void index_logits(const indexer::Rows&, std::int64_t, std::int64_t, const indexer::Logits&, void*) {
   refuse();
 }
+void append_index_keys(const IndexKeyAppendArgs&, void*) { refuse(); }
+void quantise_index_queries(const IndexQueryArgs&, void*) { refuse(); }
 void index_lengths(const indexer::Rows&, std::int64_t, std::int64_t, std::int32_t*, void*) { refuse(); }
 void merge_states(const TensorView&, const TensorView&, const TensorView&, const TensorView&,
                   const TensorView&, const TensorView&, LseBase, void*) {

@@ -61,9 +61,9 @@ constexpr ScheduleOptions schedule_options(int batch, int sms, const RowBlocks& 
 /// at 4.65 TB/s a tile of 72 KiB for each of 132 SMs arrives in 3660.
 constexpr bool compute_bound(const RowBlocks& blocks) { return blocks.count() * 2176 > 3660; }
 
-constexpr std::size_t kSmemPerSm = 228 * 1024;  ///< of sm_90, of which each block takes
-constexpr std::size_t kSmemReserved = 1024;     ///< so much more than it asks for
-constexpr std::size_t kSmemUnit = 128;          ///< what shared memory is given in
+constexpr std::size_t kSmemPerSm = std::size_t{228} * 1024;  ///< of sm_90, of which each block takes
+constexpr std::size_t kSmemReserved = 1024;                  ///< so much more than it asks for
+constexpr std::size_t kSmemUnit = 128;                       ///< what shared memory is given in
 constexpr std::size_t kMaxSmem = kSmemPerSm - kSmemReserved;
 
 constexpr DecodePlan plan_decode(int batch, int sms, const RowBlocks& blocks, int h_kv, int num_parts,

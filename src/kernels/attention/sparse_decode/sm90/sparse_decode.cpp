@@ -72,9 +72,10 @@ Shape shape_of(const SparseDecodeArgs& a, int fixed_split_blocks) {
 void check_pool(const SparseKeys& keys, const char* name) {
   const kv::Pool pool = kv::make_pool(keys.cache);
   const TensorView& t = keys.cache.data;
-  if (pool.format != KvFormat::kFp8V32 && pool.format != KvFormat::kFp8V4) {
-    throw Unsupported(fmt::format("{}.cache.format is {}; sparse_decode on sm90 takes fp8_v32 and fp8_v4",
-                                  name, kv_format_name(pool.format)));
+  if (pool.format == KvFormat::kFp8Tensor) {
+    throw Unsupported(
+        fmt::format("{}.cache.format is {}; sparse_decode on sm90 takes fp8_v32, fp8_v4, bfloat16 and float16",
+                    name, kv_format_name(pool.format)));
   }
   if (reinterpret_cast<std::uintptr_t>(t.data) % kUnit != 0) {
     throw InvalidArgument(fmt::format("{}.cache.data is {}, expected a pointer aligned to {} bytes", name,
@@ -117,9 +118,6 @@ ListedKeys listed(const SparseKeys& keys) {
 
 void check_supported(const SparseDecodeArgs& a, int fixed_split_blocks) {
   require_device(a.q.device.index);
-  if (a.q.dtype != DType::kBFloat16) {
-    throw Unsupported(fmt::format("q is {}; sparse_decode on sm90 takes bfloat16", dtype_name(a.q.dtype)));
-  }
   check_pool(a.keys, "keys");
   if (a.extra.defined()) {
     check_pool(a.extra, "extra");
@@ -213,7 +211,7 @@ void sparse_decode(const SparseDecodeArgs& a, void* workspace, float softmax_sca
                                             {a.q.size(1), a.q.stride(1) * 2, 1},
                                             {d_qk / 64, 128, 1},
                                             {a.q.size(0), a.q.stride(0) * 2, 1}}});
-  launch_sparse_decode(p, q_map, a.keys.cache.format, plan, stream);
+  launch_sparse_decode(p, a.q, q_map, a.keys.cache.format, plan, stream);
 }
 
 }  // namespace flash_mla::sm90

@@ -1,5 +1,7 @@
 // Launches the sparse prefill kernel. Everything a launch depends on has been decided in sparse_prefill.cpp.
 
+#include <cstdlib>
+
 #include "kernels/attention/sparse_prefill/sm90/launch.cuh"
 #include "kernels/attention/sparse_prefill/sm90/launch.h"
 #include "kv/format.h"
@@ -8,17 +10,32 @@ namespace flash_mla::sm90 {
 namespace {
 
 template <bool kBf16>
-sparse_prefill::Launch launch_of(KvFormat format, int head_dim) {
-  return kv::is_fp8(format) ? sparse_prefill::of_fp8<kBf16>(format)
-                            : sparse_prefill::of_rows<kBf16>(head_dim);
+sparse_prefill::Launch launch_of(KvFormat format, int head_dim, int h_q) {
+  using namespace sparse_prefill;
+  // For a first comparison: 0 the kernel that has keys in tiles, 1 bulk copies, 2 copies of 16 bytes; 3: V4's rows and those
+  // of 16-bit elements too, whose products ptxas serialises with 64 heads.
+  const char* const rows = std::getenv("FLASH_MLA_ROWS");
+  const char choice = rows == nullptr ? '1' : *rows;
+  if (choice != '0' && format == KvFormat::kFp8V32) {
+    if constexpr (kBf16) {
+      if (choice == '2') return of_raw_rows<raw_rows::V32Rows, true, false>(h_q);
+    }
+    return of_raw_rows<raw_rows::V32Rows, kBf16, true>(h_q);
+  }
+  if (choice == '3' && format == KvFormat::kFp8V4) return of_raw_rows<raw_rows::V4Rows, kBf16, true>(h_q);
+  if (choice == '3' && !kv::is_fp8(format) && head_dim == 576)
+    return of_raw_rows<raw_rows::WideRows<576>, kBf16, true>(h_q);
+  return kv::is_fp8(format) ? of_fp8<kBf16>(format) : of_rows<kBf16>(head_dim);
 }
 
 }  // namespace
 
-void launch_sparse_prefill(const SparsePrefillParams& p, const CUtensorMap& q_map, const CUtensorMap& out_map,
-                           bool bf16, KvFormat format, int head_dim, int sms, void* stream) {
-  const auto prefill = bf16 ? launch_of<true>(format, head_dim) : launch_of<false>(format, head_dim);
-  prefill(p, q_map, out_map, sms, static_cast<cudaStream_t>(stream));
+void launch_sparse_prefill(const SparsePrefillParams& p, const QueryView& q, const CUtensorMap& q_map,
+                           const CUtensorMap& out_map, bool bf16, KvFormat format, int head_dim, int sms,
+                           void* stream) {
+  const auto prefill =
+      bf16 ? launch_of<true>(format, head_dim, p.h_q) : launch_of<false>(format, head_dim, p.h_q);
+  prefill(p, q, q_map, out_map, sms, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace flash_mla::sm90

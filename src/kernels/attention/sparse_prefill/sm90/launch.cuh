@@ -10,21 +10,40 @@
 #include "base/cuda/launch.h"
 #include "base/cuda/shared_memory.h"
 #include "kernels/attention/sparse_prefill/sm90/kernel.cuh"
+#include "kernels/attention/sparse_prefill/sm90/raw_rows.cuh"
 
 namespace flash_mla::sm90::sparse_prefill {
 
-using Launch = void (*)(const SparsePrefillParams&, const CUtensorMap& q_map, const CUtensorMap& out_map,
-                        int sms, cudaStream_t);
+using Launch = void (*)(const SparsePrefillParams&, const QueryView& q, const CUtensorMap& q_map,
+                        const CUtensorMap& out_map, int sms, cudaStream_t);
 
 template <bool kBf16, KvFormat kFormat, int kHeadDim>
-void launch_as(const SparsePrefillParams& p, const CUtensorMap& q_map, const CUtensorMap& out_map, int sms,
-               cudaStream_t stream) {
+void launch_as(const SparsePrefillParams& p, const QueryView&, const CUtensorMap& q_map,
+               const CUtensorMap& out_map, int sms, cudaStream_t stream) {
   constexpr auto kKernel = sparse_prefill_kernel<kBf16, kFormat, kHeadDim>;
   constexpr std::size_t kSmemBytes = sizeof(Smem<ptx::Element<kBf16>>) + 1024;
   check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
   const auto ctas = static_cast<unsigned>(std::min(p.items, sms));
   check(launch(LaunchConfig(ctas, kThreads, kSmemBytes, stream), kKernel, q_map, out_map, p),
         "sparse_prefill_kernel");
+}
+
+/// Over rows as they lie in the cache.
+template <class F, int kHeads, bool kBf16, bool kBulk>
+void launch_raw_rows(const SparsePrefillParams& p, const QueryView& q, const CUtensorMap&, const CUtensorMap&,
+                     int sms, cudaStream_t stream) {
+  constexpr auto kKernel = sparse_prefill_rows_kernel<F, kHeads, kBf16, kBulk>;
+  constexpr std::size_t kSmemBytes = sizeof(raw_rows::Smem<F, kHeads>) + 1024;
+  check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
+  const auto ctas = static_cast<unsigned>(std::min(p.items, sms));
+  check(launch(LaunchConfig(ctas, raw_rows::kThreads, kSmemBytes, stream), kKernel, q, p),
+        "sparse_prefill_rows_kernel");
+}
+template <class F, bool kBf16, bool kBulk>
+Launch of_raw_rows(int h_q) {
+  return h_q <= 16   ? launch_raw_rows<F, 16, kBf16, kBulk>
+         : h_q <= 32 ? launch_raw_rows<F, 32, kBf16, kBulk>
+                     : launch_raw_rows<F, 64, kBf16, kBulk>;
 }
 
 /// Over rows of 16-bit elements, and over an FP8 format.
@@ -44,10 +63,17 @@ Launch of_fp8(KvFormat format) {
       return launch_as<kBf16, KvFormat::kFp8Tensor, 576>;
   }
 }
-// Instantiated in launch_rows.cu, launch_fp8.cu and launch_fp16.cu.
+// Instantiated in launch_rows.cu, launch_fp8.cu, launch_raw_*.cu and launch_fp16.cu.
 extern template Launch of_rows<true>(int);
 extern template Launch of_rows<false>(int);
 extern template Launch of_fp8<true>(KvFormat);
 extern template Launch of_fp8<false>(KvFormat);
+extern template Launch of_raw_rows<raw_rows::V32Rows, true, true>(int);
+extern template Launch of_raw_rows<raw_rows::V32Rows, true, false>(int);
+extern template Launch of_raw_rows<raw_rows::V32Rows, false, true>(int);
+extern template Launch of_raw_rows<raw_rows::V4Rows, true, true>(int);
+extern template Launch of_raw_rows<raw_rows::V4Rows, false, true>(int);
+extern template Launch of_raw_rows<raw_rows::WideRows<576>, true, true>(int);
+extern template Launch of_raw_rows<raw_rows::WideRows<576>, false, true>(int);
 
 }  // namespace flash_mla::sm90::sparse_prefill

@@ -8,7 +8,7 @@
 namespace flash_mla::sm90 {
 
 /// On `sms` multiprocessors.
-void launch_sparse_prefill(const SparsePrefillParams& params, const CUtensorMap& q_map,
+void launch_sparse_prefill(const SparsePrefillParams& params, const QueryView& q, const CUtensorMap& q_map,
                            const CUtensorMap& out_map, bool bf16, KvFormat format, int head_dim, int sms,
                            void* stream);
 

@@ -21,6 +21,12 @@ constexpr Divisor divisor(std::uint32_t n) {
   return d;
 }
 
+/// Q by its elements, of 16 bits: (n, h_q, d_qk); strides count them.
+struct QueryView {
+  const std::uint16_t* data;
+  std::int64_t stride_n, stride_h;
+};
+
 /// Strides count elements, but for those of the cache.
 struct SparsePrefillParams {
   const std::byte* cache;

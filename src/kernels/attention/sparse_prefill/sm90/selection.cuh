@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels/attention/raw_rows/sm90/bring.cuh"
 #include "kernels/attention/sparse_prefill/sm90/smem.cuh"
 #include "kv/format.h"
 
@@ -45,6 +46,28 @@ class Cursor {
     } else {
       next_item();
     }
+  }
+
+  /// This lane's key, of the first 16 lanes; none in the others.
+  template <bool kScales>
+  __device__ raw_rows::Key own_key() const {
+    if (entry_ >= limit_) return {nullptr, {0, 0}};
+    const std::uint32_t n = begin_ + entry_;
+    std::uint32_t row = n * p_.token_units;
+    raw_rows::Key key{nullptr, {0, 0}};
+    if (!p_.is_flat) {
+      std::uint32_t page = divide(n, p_.by_page_size);
+      const std::uint32_t offset = n - page * p_.page_size;
+      if (p_.block_table != nullptr) page = static_cast<std::uint32_t>(__ldg(table_ + page));
+      row = page * p_.page_units + offset * p_.token_units;
+      if constexpr (kScales) {
+        const std::uint32_t at = page * p_.page_units * 2 +
+                                 p_.page_size * (kv::Fp8V4::kRowBytes / kv::Fp8V4::kScaleBytes) + offset;
+        key.scales = __ldg(reinterpret_cast<const uint2*>(p_.cache) + at);
+      }
+    }
+    key.row = p_.cache + row * std::uint64_t{16};
+    return key;
   }
 
   // The rows of this lane's keys. Without branches but those that all take alike.

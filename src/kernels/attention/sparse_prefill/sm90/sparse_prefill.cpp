@@ -130,7 +130,8 @@ void sparse_prefill(const SparsePrefillArgs& a, float softmax_scale, void* strea
   int sms = 0;
   check(multiprocessors(sms), "cudaDeviceGetAttribute");
   const int head_dim = static_cast<int>(a.q.size(2));
-  launch_sparse_prefill(p, map_of("q", a.q, head_dim / 64), map_of("out", a.out, 4),
+  const QueryView q{static_cast<const std::uint16_t*>(a.q.data), a.q.stride(0), a.q.stride(1)};
+  launch_sparse_prefill(p, q, map_of("q", a.q, head_dim / 64), map_of("out", a.out, 4),
                         a.q.dtype == DType::kBFloat16, a.cache.format, head_dim, sms, stream);
 }
 

@@ -92,11 +92,21 @@ class Row {
     for (int i = static_cast<int>(threadIdx.x); i < p_.k; i += kThreads) out_[i] = i < n_ ? place(i) : -1;
   }
 
-  /// All scores of a short row.
+  /// All scores of a short row. (Loads past the end are of the last score: a branch for each would make them wait
+  /// for one another.)
   __device__ void take_candidates() {
-    for (int i = static_cast<int>(threadIdx.x); i < n_; i += kThreads) {
-      s_.list[i] = selection::order_key(__ldg(scores_ + i));
-      s_.list[kCapacity + i] = static_cast<unsigned>(i);
+    constexpr int kLoads = 8;
+    for (int first = static_cast<int>(threadIdx.x); first < n_; first += kThreads * kLoads) {
+      float x[kLoads];
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) x[j] = __ldg(scores_ + min(first + j * kThreads, n_ - 1));
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const int i = first + j * kThreads;
+        if (i >= n_) continue;
+        s_.list[i] = selection::order_key(x[j]);
+        s_.list[kCapacity + i] = static_cast<unsigned>(i);
+      }
     }
     __syncthreads();
   }
@@ -222,24 +232,34 @@ class Row {
     if (tail < end) consider(tail, threshold);
   }
 
-  /// The other blocks' candidates behind those of the first.
+  /// The other blocks' candidates behind those of the first; each of them has some warps to bring them.
   __device__ void gather(cg::cluster_group& cluster, int blocks) {
-    unsigned total = s_.num_candidates;
-    for (int b = 1; b < blocks; ++b) {
-      const Shared* other = cluster.map_shared_rank(&s_, static_cast<unsigned>(b));
-      const unsigned count = other->num_candidates;
-      if (count > kCapacity || total > kCapacity || total + count > kCapacity) {
-        total = kCapacity + 1;  // no room: the row itself is counted
-        break;
+    const unsigned own = s_.num_candidates;
+    const int team = kThreads / blocks, other = static_cast<int>(threadIdx.x) / team;
+    unsigned count[kMaxCluster], at = 0, total = 0;
+#pragma unroll
+    for (int b = 0; b < kMaxCluster; ++b) {
+      count[b] = b == 0       ? own
+                 : b < blocks ? cluster.map_shared_rank(&s_, static_cast<unsigned>(b))->num_candidates
+                              : 0;
+    }
+#pragma unroll
+    for (int b = 0; b < kMaxCluster; ++b) {
+      if (b < other) at += min(count[b], kCapacity + 1);
+      total += min(count[b], kCapacity + 1);
+    }
+    if (total <= kCapacity && other > 0) {
+      const Shared* from = cluster.map_shared_rank(&s_, static_cast<unsigned>(other));
+      const unsigned n = from->num_candidates;
+      for (unsigned i = static_cast<unsigned>(static_cast<int>(threadIdx.x) % team); i < n;
+           i += static_cast<unsigned>(team)) {
+        s_.list[at + i] = from->list[i];
+        s_.list[kCapacity + at + i] = from->list[kCapacity + i];
       }
-      for (unsigned i = threadIdx.x; i < count; i += kThreads) {
-        s_.list[total + i] = other->list[i];
-        s_.list[kCapacity + total + i] = other->list[kCapacity + i];
-      }
-      total += count;
     }
     __syncthreads();
-    if (threadIdx.x == 0) s_.num_candidates = total;
+    if (threadIdx.x == 0)
+      s_.num_candidates = total;  // more than there is room for: the row itself is counted
     __syncthreads();
   }
 
@@ -250,11 +270,19 @@ class Row {
     const unsigned n = kCandidates ? count : static_cast<unsigned>(n_);
     for (unsigned first = 0; first < n; first += kThreads * kLoads) {
       unsigned key[kLoads];
+      float x[kLoads];
 #pragma unroll
       for (unsigned j = 0; j < kLoads; ++j) {
-        const unsigned i = first + j * kThreads + threadIdx.x;
-        key[j] = 0;
-        if (i < n) key[j] = kCandidates ? s_.list[i] : selection::order_key(__ldg(scores_ + i));
+        const unsigned i = min(first + j * kThreads + threadIdx.x, n - 1);
+        if constexpr (kCandidates) {
+          key[j] = s_.list[i];
+        } else {
+          x[j] = __ldg(scores_ + i);
+        }
+      }
+      if constexpr (!kCandidates) {
+#pragma unroll
+        for (unsigned j = 0; j < kLoads; ++j) key[j] = selection::order_key(x[j]);
       }
 #pragma unroll
       for (unsigned j = 0; j < kLoads; ++j) f(key[j], first + j * kThreads + threadIdx.x < n);
@@ -349,11 +377,18 @@ class Row {
     return b.found_count == wanted ? Boundary{key - 1, 0} : Boundary{key, wanted};
   }
 
+  /// Words that the maps of positions from `first` on have, each thread the same number of them.
+  __device__ int words_of(int first) const {
+    const int words = (min(n_ - first, kWindow) + 31) / 32;
+    return (words + kThreads - 1) / kThreads * kThreads;
+  }
+
   /// The maps of positions [first, first + kWindow).
   template <bool kCandidates>
   __device__ void fill_maps(Boundary boundary, unsigned count, int first) {
     if constexpr (kCandidates) {
-      for (int w = static_cast<int>(threadIdx.x); w < kWords; w += kThreads) s_.above[w] = s_.equal[w] = 0;
+      for (int w = static_cast<int>(threadIdx.x); w < words_of(first); w += kThreads)
+        s_.above[w] = s_.equal[w] = 0;
       __syncthreads();
       for (unsigned i = threadIdx.x; i < count; i += kThreads) {
         const unsigned key = s_.list[i], at = s_.list[kCapacity + i] - static_cast<unsigned>(first);
@@ -361,14 +396,22 @@ class Row {
         atomicOr(key > boundary.key ? &s_.above[at / 32] : &s_.equal[at / 32], 1u << at % 32);
       }
     } else {
-#pragma unroll 8
-      for (int i = static_cast<int>(threadIdx.x); i < kWindow; i += kThreads) {
-        const unsigned key = first + i < n_ ? selection::order_key(__ldg(scores_ + first + i)) : 0;
-        const unsigned above = __ballot_sync(~0u, key > boundary.key);
-        const unsigned equal = __ballot_sync(~0u, key == boundary.key);
-        if (i % kWarp == 0) {
-          s_.above[i / 32] = above;
-          s_.equal[i / 32] = equal;
+      constexpr int kLoads = 8;
+      const int words = words_of(first), last = n_ - 1;
+      for (int i = static_cast<int>(threadIdx.x); i < words * 32; i += kThreads * kLoads) {
+        float x[kLoads];
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) x[j] = __ldg(scores_ + min(first + i + j * kThreads, last));
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) {
+          const int at = i + j * kThreads;
+          const unsigned key = first + at <= last ? selection::order_key(x[j]) : 0;
+          const unsigned above = __ballot_sync(~0u, key > boundary.key);
+          const unsigned equal = __ballot_sync(~0u, key == boundary.key);
+          if (at % kWarp == 0 && at < kWindow) {
+            s_.above[at / 32] = above;
+            s_.equal[at / 32] = equal;
+          }
         }
       }
     }
@@ -377,19 +420,18 @@ class Row {
 
   template <bool kCandidates>
   __device__ void emit(Boundary boundary, unsigned count) {
-    constexpr int kOwn = kWords / kThreads;
     unsigned written = 0, ties = boundary.ties;
     for (int first = 0; first < n_ && written < static_cast<unsigned>(p_.k); first += kWindow) {
       fill_maps<kCandidates>(boundary, count, first);
-      const int word = static_cast<int>(threadIdx.x) * kOwn;
+      const int own = words_of(first) / kThreads, word = static_cast<int>(threadIdx.x) * own;
       unsigned above = 0, equal = 0;
-      for (int w = word; w < word + kOwn; ++w) {
+      for (int w = word; w < word + own; ++w) {
         above += static_cast<unsigned>(__popc(s_.above[w]));
         equal += static_cast<unsigned>(__popc(s_.equal[w]));
       }
       const Prefix before = prefix_sum(s_.block, above, equal);
       unsigned tie = before.b, at = written + before.a + min(tie, ties);
-      for (int w = word; w < word + kOwn; ++w) {
+      for (int w = word; w < word + own; ++w) {
         const unsigned more = s_.above[w];
         for (unsigned bits = more | s_.equal[w]; bits != 0; bits &= bits - 1) {
           const int bit = __ffs(static_cast<int>(bits)) - 1;

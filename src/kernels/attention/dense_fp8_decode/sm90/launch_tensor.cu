@@ -1,0 +1,10 @@
+// The kernels over rows of e4m3 with one scale for all.
+
+#include "kernels/attention/dense_fp8_decode/sm90/launch.cuh"
+
+namespace flash_mla::sm90::dense_fp8 {
+
+template void launch_format<KvFormat::kFp8Tensor>(const DenseFp8Params&, const CUtensorMap&, bool,
+                                                  const DecodePlan&, cudaStream_t);
+
+}  // namespace flash_mla::sm90::dense_fp8

@@ -1,0 +1,108 @@
+#pragma once
+
+// What a producer warp does with 16 keys of a tile: their rows into a slot of the ring, as they are; those of keys that
+// are none become zeros.
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/attention/raw_rows/sm90/smem.cuh"
+#include "kernels/ptx/tma.cuh"
+
+namespace flash_mla::sm90::raw_rows {
+
+/// Arrivals of a warp at a slot's barrier.
+template <bool kBulk>
+inline constexpr int kRowArrivals = kBulk ? 1 : 33;
+
+/// A key of lanes 0 to 15: where its row begins, or null; null in other lanes. Of formats with a table its scales.
+struct Key {
+  const std::byte* row;
+  uint2 scales;
+};
+
+/// One copy a row, by the copy engine.
+template <class S>
+__device__ void bring_by_bulk(S& s, int slot, int lane, std::uint32_t valid, const std::byte* row) {
+  using F = typename S::Format;
+  const std::uint32_t to = ptx::smem_address(s.rows[slot]);
+  for (std::uint32_t none = ~valid & ((1u << kGroupKeys) - 1); none != 0; none &= none - 1) {
+    const std::uint32_t at = to + (__ffs(static_cast<int>(none)) - 1) * F::kStride;
+    for (int i = lane; i < F::kBytes / 16; i += 32) ptx::store_shared_16(at + i * 16, uint4{0, 0, 0, 0});
+    ptx::fence_async_proxy();  // the copy engine's are next to write there
+  }
+  __syncwarp();
+  if (lane == 0) {
+    ptx::mbarrier_arrive_expect_tx(&s.rows_full[slot], static_cast<std::uint32_t>(__popc(valid) * F::kBytes));
+  }
+  __syncwarp();
+  if (row != nullptr) ptx::bulk_load(s.rows[slot] + lane * F::kStride, row, F::kBytes, &s.rows_full[slot]);
+}
+
+/// Copies of 16 bytes, which leave no register waiting either.
+template <class S>
+__device__ void bring_by_pieces(S& s, int slot, int lane, const std::byte* row) {
+  using F = typename S::Format;
+  constexpr int kUnits = F::kBytes / 16;
+  const std::uint32_t to = ptx::smem_address(s.rows[slot]);
+  int key = 0, unit = lane;  // of this lane's next piece
+#pragma unroll 3
+  for (int i = 0; i < (kGroupKeys * kUnits + 31) / 32; ++i) {
+    if (unit >= kUnits) {
+      unit -= kUnits;
+      ++key;
+    }
+    const auto from = reinterpret_cast<const std::byte*>(
+        __shfl_sync(0xFFFFFFFFu, reinterpret_cast<unsigned long long>(row), key % kGroupKeys));
+    // Of a key that is none nothing is read.
+    if (key < kGroupKeys)
+      ptx::copy_async_16_or_zeros(to + key * F::kStride + unit * 16, from + unit * 16, from != nullptr);
+    unit += 32;
+  }
+  ptx::copy_async_arrive(&s.rows_full[slot]);
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(&s.rows_full[slot]);  // for what was stored
+}
+
+/// 2^n for n of -24 to 15, else 0 or NaN for 129, as fp16.
+__device__ __forceinline__ std::uint16_t half_power(int n) {
+  if (n < -24) return 0;
+  if (n > 15) return 0x7FFF;
+  return static_cast<std::uint16_t>(n >= -14 ? (n + 15) << 10 : 1 << (n + 24));
+}
+
+/// A key's e8m0 scales as the slot's table has them. A scale of 0xFF is NaN, and so is what is multiplied with it.
+__device__ inline void store_scales(ScaleTable& table, int key, uint2 scales) {
+  const auto exponent = [&](int block) {
+    return static_cast<int>((block < 4 ? scales.x >> (8 * block) : scales.y >> (8 * block - 32)) & 0xFF);
+  };
+  int largest = 7;  // so that the key's number is a normal one
+#pragma unroll
+  for (int b = 0; b < V4Rows::kScales; ++b) {
+    if (exponent(b) != 0xFF) largest = max(largest, exponent(b));
+  }
+#pragma unroll
+  for (int b = 0; b < V4Rows::kScales; ++b) {
+    const int e = exponent(b);
+    table.of[b][key] = half_power(e == 0xFF ? 129 : e - largest + 6);
+  }
+  table.of_key[key] = __uint_as_float(static_cast<std::uint32_t>(largest - 6) << 23);
+}
+
+template <bool kBulk, class S>
+__device__ void bring_rows(S& s, const RingPlace<S::kRing>& place, int lane, const Key& key) {
+  const std::uint32_t valid = __ballot_sync(0xFFFFFFFFu, key.row != nullptr);
+  ptx::mbarrier_wait(&s.rows_empty[place.slot], place.phase ^ 1);
+  if (lane == 0) s.valid[place.slot] = valid;
+  if constexpr (S::Format::kTable) {
+    if (lane < kGroupKeys) store_scales(s.scales[place.slot], lane, key.scales);
+  }
+  if constexpr (kBulk) {
+    bring_by_bulk(s, place.slot, lane, valid, key.row);
+  } else {
+    bring_by_pieces(s, place.slot, lane, key.row);
+  }
+}
+
+}  // namespace flash_mla::sm90::raw_rows

@@ -1,0 +1,11 @@
+// Sparse decode over V4's rows.
+
+#include "kernels/attention/sparse_decode/sm90/launch_rows.cuh"
+
+namespace flash_mla::sm90::sparse {
+
+template RowsLaunch rows_launch<raw_rows::V4Rows, true, true>(int);
+template RowsLaunch rows_launch<raw_rows::V4Rows, true, false>(int);
+template RowsLaunch rows_launch<raw_rows::V4Rows, false, true>(int);
+
+}  // namespace flash_mla::sm90::sparse

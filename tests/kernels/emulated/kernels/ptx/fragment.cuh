@@ -1,0 +1,37 @@
+#pragma once
+#include "kernels/ptx/mbarrier.cuh"
+
+namespace flash_mla::sm90 {
+template <bool kBf16>
+std::uint32_t pack2(float low, float high) {
+  std::uint32_t bits;
+  if constexpr (kBf16) {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    std::memcpy(&bits, &x, 4);
+  } else {
+    const __half2 x = __floats2half2_rn(low, high);
+    std::memcpy(&bits, &x, 4);
+  }
+  return bits;
+}
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
+
+/// Lane l gives the address of row l % 8 of matrix l / 8, which takes column l % 8 of that matrix: of each row i the
+/// half l % 2 of what lane 4 i + l % 8 / 2 holds.
+inline void stmatrix_x4_transposed(std::uint32_t to, std::uint32_t a, std::uint32_t b, std::uint32_t c,
+                                   std::uint32_t d) {
+  auto& block = emulated::Block::current();
+  const unsigned lane = block.thread() % 32, matrix = lane / 8, column = lane % 8;
+  const std::uint32_t own[4] = {a, b, c, d};
+  for (unsigned m = 0; m < 4; ++m) {
+    const auto held = block.exchange(own[m]);
+    if (m != matrix) continue;
+    for (unsigned i = 0; i < 8; ++i) {
+      const auto x = static_cast<std::uint16_t>(held[4 * i + column / 2] >> (16 * (column % 2)));
+      std::memcpy(block.shared_at(to + 2 * i, 2), &x, 2);
+    }
+  }
+  block.meet_warp();
+}
+}  // namespace flash_mla::sm90

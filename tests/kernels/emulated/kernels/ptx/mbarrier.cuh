@@ -1,0 +1,66 @@
+#pragma once
+#include <utility>
+
+#include "cuda_stand_in.h"
+
+namespace flash_mla::sm90::ptx {
+using emulated::Block;
+
+inline std::uint32_t smem_address(const void* p) { return Block::current().shared_address(p); }
+
+inline void mbarrier_init(std::uint64_t* b, std::uint32_t arrivals) {
+  const int n = static_cast<int>(arrivals);
+  Block::current().barrier(b) = {n, n, 0, 0};
+}
+inline void fence_barrier_init() {}
+inline void mbarrier_arrive(std::uint64_t* b, std::uint32_t count = 1) {
+  auto& x = Block::current().barrier(b);
+  x.pending -= static_cast<int>(count);
+  Block::settle(x);
+}
+inline void mbarrier_arrive_expect_tx(std::uint64_t* b, std::uint32_t bytes) {
+  auto& x = Block::current().barrier(b);
+  x.bytes += bytes;
+  x.pending -= 1;
+  Block::settle(x);
+}
+inline void mbarrier_wait(std::uint64_t* b, std::uint32_t parity) {
+  auto& x = Block::current().barrier(b);
+  if (x.phase == parity) Block::current().wait_until([&x, parity] { return x.phase != parity; });
+}
+
+inline void copy_async_16_or_zeros(std::uint32_t smem, const void* global, bool wanted) {
+  if (smem % 16 != 0 || (wanted && reinterpret_cast<std::uintptr_t>(global) % 16 != 0))
+    throw std::logic_error("a copy that is not aligned");
+  std::byte* const to = Block::current().shared_at(smem, 16);
+  Block::current().own_copies().push_back([=] {
+    if (wanted) {
+      std::memcpy(to, global, 16);
+    } else {
+      std::memset(to, 0, 16);
+    }
+  });
+}
+inline void copy_async_arrive(std::uint64_t* b) {
+  Block::current().later([copies = std::exchange(Block::current().own_copies(), {}), b] {
+    for (const auto& copy : copies) copy();
+    mbarrier_arrive(b);
+  });
+}
+
+template <int kId, int kThreads>
+void named_barrier_sync() {
+  Block::current().meet(kId, kThreads, true);
+}
+template <int kId, int kThreads>
+void named_barrier_arrive() {
+  Block::current().meet(kId, kThreads, false);
+}
+template <int kId, int kThreads>
+bool named_barrier_or(bool any) {
+  return Block::current().meet(kId, kThreads, true, any);
+}
+
+inline void grid_dependency_wait() {}
+inline void grid_dependency_launch() {}
+}  // namespace flash_mla::sm90::ptx
