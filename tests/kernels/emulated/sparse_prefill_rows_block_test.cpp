@@ -24,7 +24,7 @@ using conformance::PrefillProblem;
 using conformance::PrefillShape;
 using conformance::SparseResult;
 
-template <class F, int kHeads, bool kBf16, bool kBulk>
+template <class F, int kHeads, bool kBf16>
 void launch(const SparsePrefillParams& p, const QueryView& q, unsigned ctas, unsigned seed) {
   static_assert(sizeof(raw_rows::Smem<F, kHeads>) + 1024 <= sizeof(dynamic_smem));
   for (unsigned x = 0; x < ctas; ++x) {
@@ -32,7 +32,7 @@ void launch(const SparsePrefillParams& p, const QueryView& q, unsigned ctas, uns
     emulated::Block block(raw_rows::kThreads, dynamic_smem, sizeof(dynamic_smem), seed + x);
     block.block_index = {x, 0, 0};
     block.grid_size = {ctas, 1, 1};
-    block.run([&] { sparse_prefill_rows_kernel<F, kHeads, kBf16, kBulk>(q, p); });
+    block.run([&] { sparse_prefill_rows_kernel<F, kHeads, kBf16>(q, p); });
   }
 }
 
@@ -75,7 +75,7 @@ SparsePrefillParams params_of(const SparsePrefillArgs& a, int h_q) {
   return p;
 }
 
-template <class F, bool kBf16, bool kBulk>
+template <class F, bool kBf16>
 SparseResult prefill(PrefillProblem& problem, unsigned ctas) {
   const int h_q = problem.s.h_q;
   const SparsePrefillArgs a = problem.host_args();
@@ -90,11 +90,11 @@ SparseResult prefill(PrefillProblem& problem, unsigned ctas) {
   p.lse = result.lse.data();
   const QueryView q{problem.q.data(), a.q.stride(0), a.q.stride(1)};
   if (h_q <= 16) {
-    launch<F, 16, kBf16, kBulk>(p, q, ctas, problem.s.seed);
+    launch<F, 16, kBf16>(p, q, ctas, problem.s.seed);
   } else if (h_q <= 32) {
-    launch<F, 32, kBf16, kBulk>(p, q, ctas, problem.s.seed);
+    launch<F, 32, kBf16>(p, q, ctas, problem.s.seed);
   } else {
-    launch<F, 64, kBf16, kBulk>(p, q, ctas, problem.s.seed);
+    launch<F, 64, kBf16>(p, q, ctas, problem.s.seed);
   }
   for (const std::uint16_t x : out)
     result.out.push_back(kBf16 ? emulated::Block::bf16_to_float(x) : emulated::Block::half_to_float(x));
@@ -105,10 +105,9 @@ template <class F>
 void expect_right_over(const PrefillShape& shape, unsigned ctas) {
   PrefillProblem problem(shape);
   if (shape.dtype == DType::kFloat16) {
-    EXPECT_EQ(problem.difference(prefill<F, false, true>(problem, ctas)), "");
+    EXPECT_EQ(problem.difference(prefill<F, false>(problem, ctas)), "");
   } else {
-    EXPECT_EQ(problem.difference(prefill<F, true, true>(problem, ctas)), "");
-    EXPECT_EQ(problem.difference(prefill<F, true, false>(problem, ctas)), "");
+    EXPECT_EQ(problem.difference(prefill<F, true>(problem, ctas)), "");
   }
 }
 void expect_right(const PrefillShape& shape, unsigned ctas = 2) {

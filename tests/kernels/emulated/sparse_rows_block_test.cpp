@@ -48,7 +48,7 @@ struct Run {
   unsigned seed = 1;
 };
 
-template <class Format, int kHeads, bool kBf16, bool kBulk>
+template <class Format, int kHeads, bool kBf16>
 void launch(const SparseDecodeParams& p, const QueryView& q, unsigned seed) {
   static_assert(sizeof(raw_rows::Smem<Format, kHeads>) + 1024 <= sizeof(dynamic_smem));
   for (int z = 0; z < p.num_parts; ++z) {
@@ -57,12 +57,12 @@ void launch(const SparseDecodeParams& p, const QueryView& q, unsigned seed) {
       emulated::Block block(raw_rows::kThreads, dynamic_smem, sizeof(dynamic_smem),
                             seed + static_cast<unsigned>(100 * z + x));
       block.block_index = {static_cast<unsigned>(x), 0, static_cast<unsigned>(z)};
-      block.run([&] { sparse_decode_rows_kernel<Format, kHeads, kBf16, kBulk>(q, p); });
+      block.run([&] { sparse_decode_rows_kernel<Format, kHeads, kBf16>(q, p); });
     }
   }
 }
 
-template <class Format, bool kBf16, bool kBulk>
+template <class Format, bool kBf16>
 SparseResult decode(const SparseProblem& problem, const Run& run) {
   const SparseShape& s = problem.shape();
   SparseDecodeArgs a = problem.host_args();
@@ -112,11 +112,11 @@ SparseResult decode(const SparseProblem& problem, const Run& run) {
 
   const QueryView q{a.q.ptr<const std::uint16_t>(), a.q.stride(0), a.q.stride(1), a.q.stride(2)};
   if (heads <= 16) {
-    launch<Format, 16, kBf16, kBulk>(p, q, run.seed);
+    launch<Format, 16, kBf16>(p, q, run.seed);
   } else if (heads <= 32) {
-    launch<Format, 32, kBf16, kBulk>(p, q, run.seed);
+    launch<Format, 32, kBf16>(p, q, run.seed);
   } else {
-    launch<Format, 64, kBf16, kBulk>(p, q, run.seed);
+    launch<Format, 64, kBf16>(p, q, run.seed);
   }
   emulated::combine(p, s.b, kBf16, p.attn_sink);
   for (const std::uint16_t x : out)
@@ -127,8 +127,7 @@ SparseResult decode(const SparseProblem& problem, const Run& run) {
 template <class Format, bool kBf16>
 void expect_right_over(const SparseShape& shape, const Run& run) {
   const SparseProblem problem(shape);
-  EXPECT_EQ(problem.difference(decode<Format, kBf16, true>(problem, run), 100, 128), "");
-  EXPECT_EQ(problem.difference(decode<Format, kBf16, false>(problem, run), 100, 128), "");
+  EXPECT_EQ(problem.difference(decode<Format, kBf16>(problem, run), 100, 128), "");
 }
 
 void expect_right(const SparseShape& shape, const Run& run = {}) {
@@ -210,12 +209,12 @@ TEST(SparseRowsBlock, Float16Queries) {
 // Padding of a caller's heads may hold anything.
 TEST(SparseRowsBlock, AHeadsSizeIsItsOwn) {
   SparseProblem problem({.b = 1, .h_q = 32, .keys = {.topk = 130}});
-  SparseResult plain = decode<raw_rows::V32Rows, true, true>(problem, {.num_parts = 1});
+  SparseResult plain = decode<raw_rows::V32Rows, true>(problem, {.num_parts = 1});
   for (std::size_t i = 3 * 576; i < 4 * 576; ++i) {
     const std::uint16_t bits = i % 2 == 0 ? 0x7149 : 0xFFFF;  // 1e30, NaN
     std::memcpy(&problem.q[2 * i], &bits, 2);
   }
-  SparseResult got = decode<raw_rows::V32Rows, true, true>(problem, {.num_parts = 1});
+  SparseResult got = decode<raw_rows::V32Rows, true>(problem, {.num_parts = 1});
   std::fill_n(plain.out.begin() + 3 * 512, 512, 0.0f);
   std::fill_n(got.out.begin() + 3 * 512, 512, 0.0f);
   plain.lse[3] = got.lse[3] = 0.0f;

@@ -169,9 +169,10 @@ struct Combine {
     if (of_row == 0) {
       const bool none = r.l == 0.0f;
       const float whole = kLists ? r.l + exp2f(target.sink - r.m) : r.l;
-      s.scale[row] = !none ? 1.0f / whole : target.unseen ? 0.0f : NAN;
+      const bool unseen = kLists ? r.m == -INFINITY : target.unseen;
+      s.scale[row] = !none ? 1.0f / whole : unseen ? 0.0f : NAN;
       if (target.lse != nullptr) {
-        *target.lse = !none ? (r.m + log2_fast(r.l)) * 0.69314718056f : target.unseen ? INFINITY : NAN;
+        *target.lse = !none ? (r.m + log2_fast(r.l)) * 0.69314718056f : unseen ? INFINITY : NAN;
       }
     }
   }

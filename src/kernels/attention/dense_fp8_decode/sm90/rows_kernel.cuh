@@ -23,33 +23,64 @@ struct RowsProducer {
   const PartRange& part;
   const int warp, lane;
 
+  /// This lane's key of the warp's 16 in a tile, which has `count` of them.
+  struct Keys {
+    raw_rows::Key<F> own;
+    int count;
+  };
+
+  // Keys are looked up, and their scales asked for, a tile before they are needed.
   __device__ void run() const {
     raw_rows::RingPlace<S::kRing> place(warp);
     const auto walk = walk_of(p, part);
-    for (Item item = walk.first(); walk.holds(item); item = walk.next(item)) {
-      for (int tile = item.begin_block; tile < item.end_block; ++tile) {
-        const int first = tile * kTileTokens + warp * raw_rows::kGroupKeys;
-        const int count = min(max(item.length - first, 0), raw_rows::kGroupKeys);
-        const std::byte* row =
-            lane < count ? row_of(item.req, first + lane) : nullptr;  // looked up before the wait
-        if (p.whole_tiles && count == raw_rows::kGroupKeys) {
-          ptx::mbarrier_wait(&s.rows_empty[place.slot], place.phase ^ 1);
-          if (lane == 0) {
-            s.valid[place.slot] = 0xFFFF;
-            ptx::mbarrier_arrive_expect_tx(&s.rows_full[place.slot], raw_rows::kGroupKeys * F::kBytes);
-            ptx::bulk_load(s.rows[place.slot], row, raw_rows::kGroupKeys * F::kBytes,
-                           &s.rows_full[place.slot]);
-          }
-          __syncwarp();
-        } else {
-          raw_rows::bring_rows<true>(s, place, lane, raw_rows::Key{row, {0, 0}});
-        }
-        place.advance(raw_rows::kGroups);
+    Item item = walk.first();
+    while (walk.holds(item) && item.begin_block >= item.end_block) item = walk.next(item);
+    if (!walk.holds(item)) return;
+    int tile = item.begin_block;
+    Keys next = keys_of(item, tile);
+    while (true) {
+      const Keys keys = next;
+      if (++tile == item.end_block) {
+        do item = walk.next(item);
+        while (walk.holds(item) && item.begin_block >= item.end_block);
+        tile = item.begin_block;
       }
+      const bool more = walk.holds(item);
+      if (more) next = keys_of(item, tile);
+      bring(place, keys);
+      if (!more) return;
+      place.advance(raw_rows::kGroups);
     }
   }
 
  private:
+  __device__ Keys keys_of(const Item& item, int tile) const {
+    const int first = tile * kTileTokens + warp * raw_rows::kGroupKeys;
+    Keys keys{};
+    keys.count = min(max(item.length - first, 0), raw_rows::kGroupKeys);
+    if (lane < keys.count) {
+      keys.own.row = row_of(item.req, first + lane);
+      if constexpr (F::kTable)
+        keys.own.scales = __ldg(reinterpret_cast<const uint4*>(keys.own.row + F::kScaleOffset));
+    }
+    return keys;
+  }
+  __device__ void bring(const raw_rows::RingPlace<S::kRing>& place, const Keys& keys) const {
+    if (!p.whole_tiles || keys.count < raw_rows::kGroupKeys)
+      return raw_rows::bring_rows(s, place, lane, keys.own);
+    ptx::mbarrier_wait(&s.rows_empty[place.slot], place.phase ^ 1);
+    if constexpr (F::kTable) {
+      if (lane < raw_rows::kGroupKeys) raw_rows::store_scales(s.scales(place.slot), lane, keys.own.scales);
+      __syncwarp();
+    }
+    if (lane == 0) {
+      s.valid[place.slot] = 0xFFFF;
+      ptx::mbarrier_arrive_expect_tx(&s.rows_full[place.slot], raw_rows::kGroupKeys * F::kBytes);
+      ptx::bulk_load(s.rows[place.slot], keys.own.row, raw_rows::kGroupKeys * F::kBytes,
+                     &s.rows_full[place.slot]);
+    }
+    __syncwarp();
+  }
   __device__ const std::byte* row_of(int req, int token) const {
     const int index = token / p.page_size;
     const std::int64_t page = p.block_table[req * p.block_table_stride + index];
@@ -66,7 +97,7 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
   using Work = RowsWork<kBf16>;
   auto& s = *reinterpret_cast<S*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x == 0) raw_rows::init_barriers(s, raw_rows::kRowArrivals<true>);
+  if (threadIdx.x == 0) raw_rows::init_barriers(s);
   ptx::grid_dependency_wait();
   const PartRange part = part_of(p, static_cast<int>(blockIdx.z));
   __syncthreads();

@@ -12,19 +12,16 @@
 
 namespace flash_mla::sm90::raw_rows {
 
-/// Arrivals of a warp at a slot's barrier.
-template <bool kBulk>
-inline constexpr int kRowArrivals = kBulk ? 1 : 33;
-
 /// A key of lanes 0 to 15: where its row begins, or null; null in other lanes. Of formats with a table its scales.
+template <class Format>
 struct Key {
   const std::byte* row;
-  uint2 scales;
+  typename Format::Scales scales;
 };
 
 /// One copy a row, by the copy engine.
 template <class S>
-__device__ void bring_by_bulk(S& s, int slot, int lane, std::uint32_t valid, const std::byte* row) {
+__device__ void copy_rows(S& s, int slot, int lane, std::uint32_t valid, const std::byte* row) {
   using F = typename S::Format;
   const std::uint32_t to = ptx::smem_address(s.rows[slot]);
   for (std::uint32_t none = ~valid & ((1u << kGroupKeys) - 1); none != 0; none &= none - 1) {
@@ -40,31 +37,6 @@ __device__ void bring_by_bulk(S& s, int slot, int lane, std::uint32_t valid, con
   if (row != nullptr) ptx::bulk_load(s.rows[slot] + lane * F::kStride, row, F::kBytes, &s.rows_full[slot]);
 }
 
-/// Copies of 16 bytes, which leave no register waiting either.
-template <class S>
-__device__ void bring_by_pieces(S& s, int slot, int lane, const std::byte* row) {
-  using F = typename S::Format;
-  constexpr int kUnits = F::kBytes / 16;
-  const std::uint32_t to = ptx::smem_address(s.rows[slot]);
-  int key = 0, unit = lane;  // of this lane's next piece
-#pragma unroll 3
-  for (int i = 0; i < (kGroupKeys * kUnits + 31) / 32; ++i) {
-    if (unit >= kUnits) {
-      unit -= kUnits;
-      ++key;
-    }
-    const auto from = reinterpret_cast<const std::byte*>(
-        __shfl_sync(0xFFFFFFFFu, reinterpret_cast<unsigned long long>(row), key % kGroupKeys));
-    // Of a key that is none nothing is read.
-    if (key < kGroupKeys)
-      ptx::copy_async_16_or_zeros(to + key * F::kStride + unit * 16, from + unit * 16, from != nullptr);
-    unit += 32;
-  }
-  ptx::copy_async_arrive(&s.rows_full[slot]);
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(&s.rows_full[slot]);  // for what was stored
-}
-
 /// 2^n for n of -24 to 15, else 0 or NaN for 129, as fp16.
 __device__ __forceinline__ std::uint16_t half_power(int n) {
   if (n < -24) return 0;
@@ -73,7 +45,7 @@ __device__ __forceinline__ std::uint16_t half_power(int n) {
 }
 
 /// A key's e8m0 scales as the slot's table has them. A scale of 0xFF is NaN, and so is what is multiplied with it.
-__device__ inline void store_scales(ScaleTable& table, int key, uint2 scales) {
+__device__ inline void store_scales(ScaleTable<V4Rows>& table, int key, uint2 scales) {
   const auto exponent = [&](int block) {
     return static_cast<int>((block < 4 ? scales.x >> (8 * block) : scales.y >> (8 * block - 32)) & 0xFF);
   };
@@ -89,20 +61,34 @@ __device__ inline void store_scales(ScaleTable& table, int key, uint2 scales) {
   }
   table.of_key[key] = __uint_as_float(static_cast<std::uint32_t>(largest - 6) << 23);
 }
+/// A key's float32 scales. Infinite and NaN ones are no measure of the others, and stay what they are.
+__device__ inline void store_scales(ScaleTable<V32Rows>& table, int key, uint4 scales) {
+  const std::uint32_t of[4] = {scales.x, scales.y, scales.z, scales.w};
+  std::uint32_t largest = static_cast<std::uint32_t>(127 + static_cast<int>(V32Rows::kLeastExponent));
+#pragma unroll
+  for (const std::uint32_t x : of) {
+    const std::uint32_t e = x >> 23 & 0xFF;
+    if (e != 0xFF) largest = max(largest, e);
+  }
+  const float inverse = __uint_as_float((254 + 6 - largest) << 23);
+#pragma unroll
+  for (int b = 0; b < V32Rows::kScales; ++b) {
+    const __half2 h = __floats2half2_rn(__uint_as_float(of[b]) * inverse, 0.0f);
+    table.of[b][key] = static_cast<std::uint16_t>(reinterpret_cast<const std::uint32_t&>(h));
+  }
+  table.of_key[key] = __uint_as_float((largest - 6) << 23);
+}
 
-template <bool kBulk, class S>
-__device__ void bring_rows(S& s, const RingPlace<S::kRing>& place, int lane, const Key& key) {
+template <class S>
+__device__ void bring_rows(S& s, const RingPlace<S::kRing>& place, int lane,
+                           const Key<typename S::Format>& key) {
   const std::uint32_t valid = __ballot_sync(0xFFFFFFFFu, key.row != nullptr);
   ptx::mbarrier_wait(&s.rows_empty[place.slot], place.phase ^ 1);
   if (lane == 0) s.valid[place.slot] = valid;
   if constexpr (S::Format::kTable) {
-    if (lane < kGroupKeys) store_scales(s.scales[place.slot], lane, key.scales);
+    if (lane < kGroupKeys) store_scales(s.scales(place.slot), lane, key.scales);
   }
-  if constexpr (kBulk) {
-    bring_by_bulk(s, place.slot, lane, valid, key.row);
-  } else {
-    bring_by_pieces(s, place.slot, lane, key.row);
-  }
+  copy_rows(s, place.slot, lane, valid, key.row);
 }
 
 }  // namespace flash_mla::sm90::raw_rows

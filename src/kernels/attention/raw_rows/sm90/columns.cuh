@@ -84,10 +84,38 @@ struct E4m3Columns : ColumnsOfLane {
   __device__ void widen(std::uint32_t (&a)[4], int m) const { words.widen(a, m % 2); }
 };
 
+/// What elements of a thread's four keys are multiplied with in a block of columns: of the first and the last two keys.
+struct KeyPowers {
+  std::uint32_t of[2];
+
+  template <class S>
+  __device__ void load(const S& s, int slot, int lane, int block) {
+    const std::uint32_t at = ptx::smem_address(&s.scales(slot).of[block][lane % 4 * 2]);
+    of[0] = ptx::load_shared<std::uint32_t>(at);
+    of[1] = ptx::load_shared<std::uint32_t>(at + 16);
+  }
+  __device__ void apply(std::uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = times(a[i], of[i / 2]);
+  }
+};
+
 template <int kWg>
 struct ValueColumns<V32Rows, kWg> : E4m3Columns<V32Rows, kWg> {
-  using E4m3Columns<V32Rows, kWg>::E4m3Columns;
-  __device__ static constexpr int weight(int m) { return 2 * kWg + m / 2; }
+  using Base = E4m3Columns<V32Rows, kWg>;
+  using Base::Base, Base::words, Base::lane;
+  KeyPowers powers{};
+
+  __device__ static constexpr int weight(int) { return 0; }
+  template <class S>
+  __device__ void load(const S& s, int slot, int m) {
+    Base::load(s, slot, m);
+    if (m % 2 == 0) powers.load(s, slot, lane, kWg * 2 + m / 2);
+  }
+  __device__ void widen(std::uint32_t (&a)[4], int m) const {
+    words.widen(a, m % 2);
+    powers.apply(a);
+  }
 };
 
 template <int kWg>
@@ -101,7 +129,7 @@ template <int kWg>
 struct ValueColumns<V4Rows, kWg> : ColumnsOfLane {
   using ColumnsOfLane::ColumnsOfLane;
   FourKeys words{};
-  std::uint32_t powers[2]{};  // of the first and the last two keys, what their elements are multiplied with
+  KeyPowers powers{};
 
   __device__ static constexpr bool are_four(int m) { return kWg == 0 || m < 2; }
   __device__ static constexpr bool is_rope(int m) { return kWg == 1 && m == 3; }
@@ -118,25 +146,16 @@ struct ValueColumns<V4Rows, kWg> : ColumnsOfLane {
       const std::uint32_t at = from + kWg * 256 + m * 64 + in_64();
       words = {ptx::load_shared_2(at), ptx::load_shared_2(at + V4Rows::kStride),
                ptx::load_shared_2(at + 8 * V4Rows::kStride), ptx::load_shared_2(at + 9 * V4Rows::kStride)};
-      load_powers(s, slot, 6);
+      powers.load(s, slot, lane, 6);
     } else if (m % 2 == 0) {
       words = ColumnsOfLane::load<V4Rows::kStride>(from + kWg * 256 + m / 2 * 128 + in_128());
-      load_powers(s, slot, kWg * 4 + m + warp / 2);
+      powers.load(s, slot, lane, kWg * 4 + m + warp / 2);
     }
   }
   __device__ void widen(std::uint32_t (&a)[4], int m) const {
     if (is_rope(m)) return words.select(a);
     words.widen(a, are_four(m) ? m % 2 : 0);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = times(a[i], powers[i / 2]);
-  }
-
- private:
-  template <class S>
-  __device__ void load_powers(const S& s, int slot, int block) {
-    const std::uint32_t at = ptx::smem_address(&s.scales[slot].of[block][lane % 4 * 2]);
-    powers[0] = ptx::load_shared<std::uint32_t>(at);
-    powers[1] = ptx::load_shared<std::uint32_t>(at + 16);
+    powers.apply(a);
   }
 };
 

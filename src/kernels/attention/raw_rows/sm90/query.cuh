@@ -8,13 +8,10 @@
 #include <cstdint>
 
 #include "kernels/attention/raw_rows/sm90/smem.cuh"
+#include "kernels/ptx/fragment.cuh"
 #include "kernels/ptx/tma.cuh"
 
 namespace flash_mla::sm90::raw_rows {
-
-/// Heads whose elements a thread holds at a time.
-template <int kHeads>
-inline constexpr int kHeldHeads = kHeads < 32 ? kHeads : 32;
 
 /// Where lane c of four has its 16 bytes of a row's chunk of e4m3: two chunks are loaded by turns from 128 bytes, of which
 /// a lane has 32; the last of an odd number is 64 bytes by itself. Element k = 8 h + 2 c + e of the chunk's instruction t
@@ -27,19 +24,15 @@ __device__ constexpr int e4m3_column(int chunk, int c) {
 /// The same of a chunk of 16-bit elements, of which a lane has 16: two words of 16 bytes, for two instructions each.
 __device__ constexpr int own_column(int chunk, int c) { return chunk * 64 + 16 * c; }
 
-/// Where a thread of the warpgroup reads and writes: eight columns of a row in eight, of every other chunk; its four pairs
-/// of columns go to byte 4 c of four 16-byte words. c is fastest, then the row in a swizzle's atom, so that a warp's
-/// stores hit all banks.
-struct QueryPlace {
-  int c, row, half, odd;
-  __device__ explicit QueryPlace(int thread)
-      : c(thread % 4), row(thread / 4 % 8), half(thread / 32 % 2), odd(thread / 64) {}
-  __device__ void store(std::uint32_t rows_of_eight, const std::uint32_t (&pair)[4]) const {
-#pragma unroll
-    for (int p = 0; p < 4; ++p)
-      ptx::store_shared_4(ptx::swizzled_word(rows_of_eight, row, 4 * half + p) + 4 * c, pair[p]);
-  }
-};
+/// Four pairs of columns 8 half to 8 half + 7 of a lane's 16 of a chunk: to byte 4 c of four 16-byte words of row `row` of
+/// eight. A warp's stores hit all banks if its lanes have all c and either all rows or both halves and four rows.
+__device__ __forceinline__ void store_query(std::uint32_t rows_of_eight, int row, int half, int c,
+                                            const uint4& pairs) {
+  ptx::store_shared_4(ptx::swizzled_word(rows_of_eight, row, 4 * half) + 4 * c, pairs.x);
+  ptx::store_shared_4(ptx::swizzled_word(rows_of_eight, row, 4 * half + 1) + 4 * c, pairs.y);
+  ptx::store_shared_4(ptx::swizzled_word(rows_of_eight, row, 4 * half + 2) + 4 * c, pairs.z);
+  ptx::store_shared_4(ptx::swizzled_word(rows_of_eight, row, 4 * half + 3) + 4 * c, pairs.w);
+}
 
 template <bool kBf16>
 __device__ __forceinline__ float2 floats(std::uint32_t x) {
@@ -49,98 +42,97 @@ __device__ __forceinline__ float2 floats(std::uint32_t x) {
     return __half22float2(reinterpret_cast<const __half2&>(x));
   }
 }
-__device__ __forceinline__ float finite_magnitude(float x) { return isfinite(x) ? fabsf(x) : 0.0f; }
+template <bool kBf16>
+__device__ __forceinline__ std::uint32_t scaled_halves(std::uint32_t x, float power) {
+  const float2 f = floats<kBf16>(x);
+  return pack2<false>(f.x * power, f.y * power);
+}
+/// The n for which 2^n brings a 16-bit element of this magnitude to [2^14, 2^15); within [-120, 120].
+template <bool kBf16>
+__device__ __forceinline__ int query_exponent(std::uint32_t magnitude) {
+  const int e = static_cast<int>(magnitude >> (kBf16 ? 7 : 10));
+  return kBf16 ? min(14 + 127 - e, 120) : 14 + 15 - max(e, 1);
+}
+__device__ __forceinline__ float power_of_two(int n) {
+  return __uint_as_float(static_cast<std::uint32_t>(n + 127) << 23);
+}
 
 template <int kHeads, class Work, class S>
 struct QueryLoad {
   using F = typename S::Format;
   using Chunk = ptx::Tile<__half, kHeads, 64>;
-  static constexpr int kEights = kHeldHeads<kHeads> / 8;
-  static constexpr int kChunks = (F::kE4m3Chunks + 1) / 2;  // of a thread
-  static constexpr int kLoads = kEights * kChunks;
+  static constexpr int kScaled = F::kE4m3Chunks > 0 ? F::kE4m3Chunks : 1;
 
   const Work& work;
   S& s;
-  const QueryPlace place{static_cast<int>(threadIdx.x) % kGroupThreads};
+  const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
 
   __device__ std::uint32_t chunk_at(int chunk, int eight) const {
     return ptx::smem_address(s.q.at(0)) + chunk * Chunk::kChunkBytes + eight * Chunk::kAtom;
   }
-  // kHeldHeads heads from `first` on, as fp16 times a head's power of two; its inverse goes to s.q_factor.
+  // Eight columns of each chunk for e4m3, of a head of sixteen: a warp has four, eight lanes one.
   template <class Item>
-  __device__ void load_scaled(const Item& item, int first) const {
-    uint4 x[kLoads];
-    float power[kEights];
+  __device__ void ask_scaled(const Item& item, int first, uint4 (&x)[kScaled]) const {
+    const int head = first + thread / 8;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int chunk = 2 * (i % kChunks) + place.odd;
-      x[i] = chunk < F::kE4m3Chunks ? work.query(item, first + i / kChunks * 8 + place.row,
-                                                 e4m3_column<F>(chunk, place.c) + 8 * place.half)
-                                    : uint4{0, 0, 0, 0};
+    for (int i = 0; i < kScaled; ++i)
+      x[i] = work.query(item, head, e4m3_column<F>(i, thread % 4) + 8 * (thread / 4 % 2));
+  }
+  // These as fp16 times the head's power of two; its inverse goes to s.q_factor.
+  __device__ void store_scaled(int first, const uint4 (&x)[kScaled]) const {
+    const int head = first + thread / 8;
+    std::uint32_t two = 0;
+#pragma unroll
+    for (int i = 0; i < kScaled; ++i) {
+      for (const std::uint32_t y : {x[i].x, x[i].y, x[i].z, x[i].w}) two = __vmaxu2(two, y & 0x7FFF7FFFu);
     }
-    const int warp = static_cast<int>(threadIdx.x) / 32 % kWarpsOfGroup;
-    ptx::named_barrier_sync<kScoresReady, kGroupThreads>();
+    std::uint32_t largest = max(two & 0xFFFFu, two >> 16);
+    for (int step = 1; step < 8; step *= 2)
+      largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
+    const int exponent = query_exponent<Work::kBf16>(largest);
+    const float power = power_of_two(exponent);
+    if (thread % 8 == 0) s.q_factor[head] = power_of_two(-exponent);
 #pragma unroll
-    for (int e = 0; e < kEights; ++e) {
-      float largest = 0.0f;
-#pragma unroll
-      for (int i = e * kChunks; i < (e + 1) * kChunks; ++i) {
-        for (const std::uint32_t two : {x[i].x, x[i].y, x[i].z, x[i].w}) {
-          const float2 f = floats<Work::kBf16>(two);
-          largest = fmaxf(largest, fmaxf(finite_magnitude(f.x), finite_magnitude(f.y)));
-        }
-      }
-      // A row's columns are with the four lanes of its c, in each of the four warps.
-      for (int step = 1; step < 4; step *= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
-      if (place.c == 0) s.exchange[warp][first + 8 * e + place.row] = largest;
-    }
-    ptx::named_barrier_sync<kScoresReady, kGroupThreads>();
-#pragma unroll
-    for (int e = 0; e < kEights; ++e) {
-      const int head = first + 8 * e + place.row;
-      float largest = s.exchange[0][head];
-      for (int w = 1; w < kWarpsOfGroup; ++w) largest = fmaxf(largest, s.exchange[w][head]);
-      const int exponent = largest > 0.0f ? min(14 - ilogbf(largest), 120) : 0;
-      power[e] = ldexpf(1.0f, exponent);
-      if (warp == 0 && place.c == 0) s.q_factor[head] = ldexpf(1.0f, -exponent);
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      std::uint32_t pair[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-      for (std::uint32_t& two : pair) {
-        const float2 f = floats<Work::kBf16>(two);
-        const __half2 h = __floats2half2_rn(f.x * power[i / kChunks], f.y * power[i / kChunks]);
-        two = reinterpret_cast<const std::uint32_t&>(h);
-      }
-      const int chunk = 2 * (i % kChunks) + place.odd;
-      if (F::kE4m3Chunks % 2 == 0 || chunk < F::kE4m3Chunks)
-        place.store(chunk_at(chunk, first / 8 + i / kChunks), pair);
+    for (int i = 0; i < kScaled; ++i) {
+      const auto halves = [&](std::uint32_t y) { return scaled_halves<Work::kBf16>(y, power); };
+      store_query(chunk_at(i, head / 8), head % 8, thread / 4 % 2, thread % 4,
+                  {halves(x[i].x), halves(x[i].y), halves(x[i].z), halves(x[i].w)});
     }
   }
-  // The chunks of Q's own type.
+  // Rolled: what runs once an item waits for its instructions.
+  template <class Item>
+  __device__ void load_scaled(const Item& item) const {
+    uint4 x[kScaled], next[kScaled] = {};
+    ask_scaled(item, 0, x);
+#pragma unroll 1
+    for (int first = 0; first < kHeads; first += 16) {
+      if (first + 16 < kHeads) ask_scaled(item, first + 16, next);
+      store_scaled(first, x);
+#pragma unroll
+      for (int i = 0; i < kScaled; ++i) x[i] = next[i];
+    }
+  }
+  // The chunks of Q's own type: a warp has eight rows of half a chunk.
   template <class Item>
   __device__ void load_own(const Item& item) const {
     constexpr int kOwn = F::kHeadDim / 64 - F::kE4m3Chunks;
+    const int c = thread % 4, row = thread / 4 % 8, half = thread / 32 % 2;
 #pragma unroll 4
-    for (int i = place.odd; i < kOwn * (kHeads / 8); i += 2) {
+    for (int i = thread / 64; i < kOwn * (kHeads / 8); i += 2) {
       const int chunk = F::kE4m3Chunks + i % kOwn, eight = i / kOwn;
-      const uint4 x = work.query(item, eight * 8 + place.row, own_column(chunk, place.c) + 8 * place.half);
-      place.store(chunk_at(chunk, eight), {x.x, x.y, x.z, x.w});
+      store_query(chunk_at(chunk, eight), row, half, c,
+                  work.query(item, eight * 8 + row, own_column(chunk, c) + 8 * half));
     }
   }
 };
 
-/// Q's chunks for e4m3 as fp16, a head's times the power of two that brings its largest finite element to 2^14; the powers'
+/// Q's chunks for e4m3 as fp16, a head's times the power of two that brings its largest element to 2^14; the powers'
 /// inverses go to s.q_factor. The others as they are. Rows that are no heads become zeros. For all threads of the
 /// warpgroup of scores, which afterwards see it as an operand.
 template <int kHeads, class Work, class S, class Item>
 __device__ void load_query(const Work& work, S& s, const Item& item) {
   const QueryLoad<kHeads, Work, S> load{work, s};
-  if constexpr (S::Format::kE4m3Chunks > 0) {
-#pragma unroll 1
-    for (int first = 0; first < kHeads; first += kHeldHeads<kHeads>) load.load_scaled(item, first);
-  }
+  if constexpr (S::Format::kE4m3Chunks > 0) load.load_scaled(item);
   if constexpr (S::Format::kHeadDim > 64 * S::Format::kE4m3Chunks) load.load_own(item);
   ptx::fence_async_proxy();
   ptx::named_barrier_sync<kScoresReady, kGroupThreads>();

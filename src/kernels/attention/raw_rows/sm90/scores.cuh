@@ -50,9 +50,10 @@ struct Scores {
         continue;
       }
       exponent = F::kLeastExponent;
-      if (threadIdx.x % kGroupThreads < kHeads) s.reference[threadIdx.x % kGroupThreads] = -INFINITY;
+      if (threadIdx.x % kGroupThreads < kHeads) s.reference[threadIdx.x % kGroupThreads] = kNoReference;
       load_query<kHeads>(work, s, item);  // ends in a barrier of this warpgroup
       float sum[kOwnHeads] = {};
+      bool seen = false;  // a key, by this thread
       float highest[Work::kMaxima ? kKeptHeads : 1];
       for (float& x : highest) x = -INFINITY;
       for (int tile = item.begin_block; tile < item.end_block; ++tile, ++tiles) {
@@ -60,12 +61,13 @@ struct Scores {
         KeyScales<F> scales;
         ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
         KeyProducts<F, kHeads, Work::kBf16>(s, lane, place.slot).score(x, scales, work.scale_log2());
+        seen = seen || scales.known[0] || scales.known[1];
         work.mask(x, item, tile, warp, lane, scales.known);
         if constexpr (Work::kMaxima) find_highest(x, highest);
         exponentiate(x, scales, sum, tiles);
         place.advance(kGroups);
       }
-      finish(item, sum, highest, items++);
+      finish(item, sum, highest, seen, items++);
     }
   }
 
@@ -102,11 +104,8 @@ struct Scores {
                                int tile) {
     const int buffer = tile % S::kBuffers;
     const std::uint32_t phase = tile / S::kBuffers & 1;
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2 * F::kKeyScales; ++i) largest = fmaxf(largest, fabsf(scales.of[i % 2][i / 2]));
-    bool passes = F::kScaled && largest > exp2_fast(exponent);
-    float base[kOwnHeads];
+    const float largest = F::kTable ? fmaxf(scales.of[0], scales.of[1]) : 0.0f;
+    float base[kOwnHeads], growth = -INFINITY;
 #pragma unroll
     for (int j = 0; j < kHeads / 8; ++j) {
       const float2 reference = references(j);
@@ -114,13 +113,12 @@ struct Scores {
       base[2 * j + 1] = reference.y;
     }
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) passes |= x[i] > base[head_of(i)] + kMaxGrowth;
-    const bool moved = any_of_group(passes);
+    for (int i = 0; i < kOwnHeads; ++i)
+      growth = fmaxf(growth, fmaxf(x[i / 2 * 4 + i % 2], x[i / 2 * 4 + i % 2 + 2]) - base[i]);
+    const bool moved = any_of_group(growth > kMaxGrowth || (F::kTable && largest > exp2_fast(exponent)));
     ptx::mbarrier_wait(&s.weights_empty[buffer], phase ^ 1);
-    if (moved) move_references(x, largest, base, sum, buffer);
+    if (__builtin_expect(moved, 0)) move_references(x, largest, base, sum, buffer);
     if (threadIdx.x % kGroupThreads == 0) s.rescaled[buffer] = moved;
-#pragma unroll
-    for (int i = 0; i < kOwnHeads; ++i) base[i] = base[i] == -INFINITY ? 0.0f : base[i];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) x[i] = exp2_fast(x[i] - base[head_of(i)]);
 #pragma unroll
@@ -157,9 +155,7 @@ struct Scores {
     wait_for_group();
     for (int i = 0; i < kWarpsOfGroup; ++i) largest = fmaxf(largest, s.warp_scale[i]);
     const float before = exponent;
-    // Scales that are infinite are no measure of the others.
-    if (F::kScaled && largest > exp2f(exponent) && largest < INFINITY)
-      exponent = static_cast<float>(ilogbf(largest) + 1);
+    if (F::kTable && largest > exp2f(exponent)) exponent = static_cast<float>(ilogbf(largest) + 1);
     const float shift = exp2f(before - exponent);
 #pragma unroll
     for (int i = 0; i < kOwnHeads; ++i) {
@@ -167,7 +163,7 @@ struct Scores {
       float best = s.exchange[0][head];
       for (int w = 1; w < kWarpsOfGroup; ++w) best = fmaxf(best, s.exchange[w][head]);
       const float to = best > base[i] + kMaxGrowth ? best : base[i];
-      const float alpha = to == base[i] || base[i] == -INFINITY ? 1.0f : exp2_fast(base[i] - to);
+      const float alpha = to == base[i] ? 1.0f : exp2_fast(base[i] - to);
       sum[i] *= alpha;
       base[i] = to;
       if (warp == 0 && lane < 4) {
@@ -180,7 +176,7 @@ struct Scores {
 
   // What every P is multiplied with, so that it is a good fp16.
   __device__ float weight_unit() const {
-    return F::kScaled ? exp2f(static_cast<float>(kWeightShift) - exponent) : 1.0f;
+    return F::kTable ? exp2f(static_cast<float>(kWeightShift) - exponent) : 1.0f;
   }
   // P times each of a key's scales: (heads, keys).
   __device__ void store_weights(const float (&x)[kSums], const KeyScales<F>& scales, int buffer) {
@@ -188,8 +184,9 @@ struct Scores {
 #pragma unroll
     for (int i = 0; i < F::kWeights; ++i) {
       const std::uint32_t to = ptx::smem_address(s.weights[buffer][i].at(0));
-      const float f0 = i < F::kKeyScales ? scales.of[0][i] * unit : unit;
-      const float f1 = i < F::kKeyScales ? scales.of[1][i] * unit : unit;
+      // V4's rope part has no scale.
+      const bool scaled = F::kTable && i == 0;
+      const float f0 = scaled ? scales.of[0] * unit : unit, f1 = scaled ? scales.of[1] * unit : unit;
       if (F::is_bf16_weight(i, Work::kBf16)) {
         store_weight<true>(x, f0, f1, to);
       } else {
@@ -212,9 +209,11 @@ struct Scores {
 
   // ---- the end of an item
 
-  // The sums of all keys, the lse or the statistics of a split, and what O is multiplied with.
+  // The sums of all keys, the lse or the statistics of a split, and what O is multiplied with. An item whose keys all have
+  // scores of -inf has a reference, kNoReference; one without keys has -inf.
   template <class Item, int kMaxima>
-  __device__ void finish(const Item& item, float (&sum)[kOwnHeads], float (&highest)[kMaxima], int items) {
+  __device__ void finish(const Item& item, float (&sum)[kOwnHeads], float (&highest)[kMaxima], bool seen,
+                         int items) {
     const int row = static_cast<int>(threadIdx.x) % kGroupThreads;
     float of_row = 0.0f;
     if constexpr (Work::kMaxima) {
@@ -238,17 +237,18 @@ struct Scores {
       for (int step = 4; step < 32; step *= 2) sum[i] += __shfl_xor_sync(0xFFFFFFFFu, sum[i], step);
       if (lane < 4) s.exchange[warp][i / 2 * 8 + lane * 2 + i % 2] = sum[i];
     }
-    wait_for_group();
+    seen = any_of_group(seen);
     ptx::mbarrier_wait(&s.end_empty, (items & 1) ^ 1);
     if (row < kHeads) {
+      const float reference = seen ? s.reference[row] : -INFINITY;
       float total = s.exchange[0][row];
       for (int w = 1; w < kWarpsOfGroup; ++w) total += s.exchange[w][row];
       const float unit = 1.0f / weight_unit();
       if (item.is_split) {
-        work.store_stats(item, row, s.reference[row], total);
+        work.store_stats(item, row, reference, total);
         s.factor[row] = work.partial_factor() * unit;
       } else {
-        s.factor[row] = work.finish_row(item, row, s.reference[row], total, of_row) * unit;
+        s.factor[row] = work.finish_row(item, row, reference, total, of_row) * unit;
       }
     }
     __syncwarp();

@@ -10,6 +10,7 @@
 //
 // So keys and columns are M, and the heads N: 16, 32 or 64.
 
+#include <cfloat>
 #include <cstddef>
 #include <cstdint>
 
@@ -26,16 +27,22 @@ inline constexpr int kGroups = kTileKeys / kGroupKeys;  ///< of a tile
 inline constexpr int kThreads = 512;                    ///< scores, values (two), producers
 inline constexpr int kWarpsOfGroup = 4;
 inline constexpr int kValueWarps = 8;
+inline constexpr float kNoReference = -FLT_MAX;
 inline constexpr float kMaxGrowth = 8.0f;  ///< base 2: scores may pass their reference by so much
 /// P is stored times scale * 2^(kWeightShift - exponent), scales being at most 2^exponent: at most 2^15. So the weights of
 /// keys whose scales are 2^14 times smaller than the largest of the item lose bits, and of 2^31 times all.
 inline constexpr int kWeightShift = 7;
 
-/// V4Rows' scales of a slot: of block b and key k against 2^-6 of the key's largest, fp16; that, of each key.
+/// Scales of a slot: of block b and key k against of_key, fp16, up to 128; of_key, of each key, a power of two.
+template <class Format>
 struct ScaleTable {
-  std::uint16_t of[8][kGroupKeys];  // the last is not used
+  std::uint16_t of[Format::kScaleBlocks][kGroupKeys];
   float of_key[kGroupKeys];
 };
+template <class Format, bool = Format::kTable>
+inline constexpr std::size_t kTableBytes = 0;
+template <class Format>
+inline constexpr std::size_t kTableBytes<Format, true> = sizeof(ScaleTable<Format>);
 
 template <class Format, int kHeads>
 inline constexpr int kWeightBuffers = Format::kWeights* kHeads > 128 ? 1 : 2;
@@ -43,7 +50,7 @@ inline constexpr int kWeightBuffers = Format::kWeights* kHeads > 128 ? 1 : 2;
 template <class Format, int kHeads>
 inline constexpr int kSlots = (226 * 1024 - 3072 - kHeads * 2 * Format::kHeadDim -
                                kWeightBuffers<Format, kHeads> * Format::kWeights * kHeads * 2 * kTileKeys) /
-                              (kGroupKeys * Format::kStride + (Format::kTable ? sizeof(ScaleTable) : 0));
+                              (kGroupKeys * Format::kStride + kTableBytes<Format>);
 
 template <class F, int kHeads>
 struct alignas(1024) Smem {
@@ -55,9 +62,9 @@ struct alignas(1024) Smem {
   ptx::Tile<__half, kHeads, F::kHeadDim> q;
   ptx::Tile<__half, kHeads, kTileKeys> weights[kBuffers][F::kWeights];
   std::byte rows[kRing][kGroupKeys * F::kStride];
-  ScaleTable scales[F::kTable ? kRing : 1];
+  alignas(16) std::byte scale_tables[F::kTable ? kRing * kTableBytes<F> : 16];
   float q_factor[kHeads];                 ///< what a score's part from e4m3 is multiplied with
-  float reference[kHeads];                ///< of the softmax, base 2; -inf until a key has been seen
+  float reference[kHeads];                ///< of the softmax, base 2; kNoReference until a key has been seen
   float rescale[kBuffers][kHeads];        ///< what O is multiplied with before a tile
   float exchange[kWarpsOfGroup][kHeads];  ///< between the warps that score
   float warp_scale[kWarpsOfGroup];
@@ -68,6 +75,10 @@ struct alignas(1024) Smem {
   std::uint64_t weights_full[kBuffers], weights_empty[kBuffers];
   std::uint64_t end_full, end_empty;  ///< of an item: `factor`
 
+  __device__ ScaleTable<F>& scales(int slot) { return reinterpret_cast<ScaleTable<F>*>(scale_tables)[slot]; }
+  __device__ const ScaleTable<F>& scales(int slot) const {
+    return reinterpret_cast<const ScaleTable<F>*>(scale_tables)[slot];
+  }
   /// Q's chunks of its own type.
   template <class T>
   __device__ auto& own_q() {
@@ -98,9 +109,9 @@ struct RingPlace {
 };
 
 template <class S>
-__device__ void init_barriers(S& s, int row_arrivals) {
+__device__ void init_barriers(S& s) {
   for (int i = 0; i < S::kRing; ++i) {
-    ptx::mbarrier_init(&s.rows_full[i], row_arrivals);
+    ptx::mbarrier_init(&s.rows_full[i], 1);
     ptx::mbarrier_init(&s.rows_empty[i], 1 + kValueWarps);
   }
   for (int i = 0; i < S::kBuffers; ++i) {

@@ -14,6 +14,7 @@ namespace flash_mla::sm90::raw_rows {
 template <int kHeads, class F, class Work, int kWg>
 struct Values {
   static constexpr int kSums = kHeads / 2;
+  static constexpr int kStages = 2;  ///< sets of registers for V^T
   using S = Smem<F, kHeads>;
   using Columns = ValueColumns<F, kWg>;
 
@@ -54,25 +55,19 @@ struct Values {
     }
   }
 
-  // O (+)= P V of a tile: 16 instructions, of 16 keys and 64 columns each. The registers of one are filled while the one
-  // before it runs; more on their way at a time than two, ptxas would not have (it counts them against the 128 registers
-  // of the start).
+  // O (+)= P V of a tile: 16 instructions, of 16 keys and 64 columns each. The registers of one are filled while those
+  // before it run, and its words are loaded behind the one before it.
   __device__ void add_tile(float (&o)[4][kSums], RingPlace<S::kRing>& place, int tile, bool accumulate) {
     const int buffer = tile % S::kBuffers;
-    std::uint32_t a[2][4];
+    std::uint32_t a[kStages][4];
     Columns columns(warp, lane);
+    ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
+    columns.load(s, place.slot, 0);
 #pragma unroll
     for (int u = 0; u < 16; ++u) {
       const int step = u / 4, m = u % 4;
-      if (m == 0) ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
-      columns.load(s, place.slot, m);
-      if (u >= 2) ptx::wgmma_wait<1>();  // instruction u - 2 has read its registers
-      columns.widen(a[u % 2], m);
-      if (m == 3) {
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&s.rows_empty[place.slot]);
-        place.advance(1);
-      }
+      if (u >= kStages) ptx::wgmma_wait<kStages - 1>();  // instruction u - kStages has read its registers
+      columns.widen(a[u % kStages], m);
       if (u == 0) {
         ptx::mbarrier_wait(&s.weights_full[buffer], tile / S::kBuffers & 1);
         if (accumulate && s.rescaled[buffer] != 0) rescale(o, buffer);
@@ -82,11 +77,18 @@ struct Values {
       ptx::wgmma_fence();
       if (F::is_bf16_weight(Columns::weight(m), Work::kBf16)) {
         using Tile = ptx::Tile<__nv_bfloat16, kHeads, kTileKeys>;
-        ptx::wgmma(o[m], a[u % 2], reinterpret_cast<Tile&>(weights).k_major().step(step), adds);
+        ptx::wgmma(o[m], a[u % kStages], reinterpret_cast<Tile&>(weights).k_major().step(step), adds);
       } else {
-        ptx::wgmma(o[m], a[u % 2], weights.k_major().step(step), adds);
+        ptx::wgmma(o[m], a[u % kStages], weights.k_major().step(step), adds);
       }
       ptx::wgmma_commit();
+      if (m == 3) {
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&s.rows_empty[place.slot]);
+        place.advance(1);
+        if (step < 3) ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
+      }
+      if (u < 15) columns.load(s, place.slot, (m + 1) % 4);
     }
     ptx::wgmma_wait<0>();
     __syncwarp();

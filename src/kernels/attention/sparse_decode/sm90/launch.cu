@@ -32,20 +32,17 @@ sparse::RowsLaunch rows_launch_of(KvFormat format, bool bf16, int head_dim, int 
   using namespace sparse;
   using namespace raw_rows;
   if (!kv::is_fp8(format)) {
-    const auto launch =
-        head_dim == 576
-            ? (bf16 ? rows_launch<WideRows<576>, true, true> : rows_launch<WideRows<576>, false, true>)
-            : (bf16 ? rows_launch<WideRows<512>, true, true> : rows_launch<WideRows<512>, false, true>);
+    const auto launch = head_dim == 576
+                            ? (bf16 ? rows_launch<WideRows<576>, true> : rows_launch<WideRows<576>, false>)
+                            : (bf16 ? rows_launch<WideRows<512>, true> : rows_launch<WideRows<512>, false>);
     return launch(heads);
   }
   const bool v32 = format == KvFormat::kFp8V32;
-  if (!bf16) return (v32 ? rows_launch<V32Rows, false, true> : rows_launch<V4Rows, false, true>)(heads);
-  // For a first comparison: 0 the kernel that widens keys into shared memory, 1 bulk copies, 2 copies of 16 bytes.
+  if (!bf16) return (v32 ? rows_launch<V32Rows, false> : rows_launch<V4Rows, false>)(heads);
+  // For a comparison: 0 the kernel that widens keys into shared memory.
   const char* const rows = std::getenv("FLASH_MLA_ROWS");
   if (rows != nullptr && *rows == '0') return nullptr;
-  if (rows != nullptr && *rows == '2')
-    return (v32 ? rows_launch<V32Rows, true, false> : rows_launch<V4Rows, true, false>)(heads);
-  return (v32 ? rows_launch<V32Rows, true, true> : rows_launch<V4Rows, true, true>)(heads);
+  return (v32 ? rows_launch<V32Rows, true> : rows_launch<V4Rows, true>)(heads);
 }
 
 }  // namespace

@@ -14,10 +14,10 @@ namespace flash_mla::sm90::sparse {
 
 using RowsLaunch = void (*)(const SparseDecodeParams&, const QueryView&, const DecodePlan&, cudaStream_t);
 
-template <class Format, int kHeads, bool kBf16, bool kBulk>
+template <class Format, int kHeads, bool kBf16>
 void launch_rows(const SparseDecodeParams& p, const QueryView& q, const DecodePlan& plan,
                  cudaStream_t stream) {
-  constexpr auto kKernel = sparse_decode_rows_kernel<Format, kHeads, kBf16, kBulk>;
+  constexpr auto kKernel = sparse_decode_rows_kernel<Format, kHeads, kBf16>;
   constexpr std::size_t kSmemBytes = sizeof(raw_rows::Smem<Format, kHeads>) + 1024;
   check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
   const dim3 grid(static_cast<unsigned>(plan.grid.x), 1, static_cast<unsigned>(plan.grid.z));
@@ -25,23 +25,21 @@ void launch_rows(const SparseDecodeParams& p, const QueryView& q, const DecodePl
   check(launch(config.programmatic(), kKernel, q, p), "sparse_decode_rows_kernel");
 }
 
-template <class Format, bool kBf16, bool kBulk>
+template <class Format, bool kBf16>
 RowsLaunch rows_launch(int heads) {
-  return heads <= 16   ? launch_rows<Format, 16, kBf16, kBulk>
-         : heads <= 32 ? launch_rows<Format, 32, kBf16, kBulk>
-                       : launch_rows<Format, 64, kBf16, kBulk>;
+  return heads <= 16   ? launch_rows<Format, 16, kBf16>
+         : heads <= 32 ? launch_rows<Format, 32, kBf16>
+                       : launch_rows<Format, 64, kBf16>;
 }
 
 // Instantiated in launch_v32_rows.cu, launch_v4_rows.cu and launch_wide_rows_*.cu.
-extern template RowsLaunch rows_launch<raw_rows::V32Rows, true, true>(int);
-extern template RowsLaunch rows_launch<raw_rows::V32Rows, true, false>(int);
-extern template RowsLaunch rows_launch<raw_rows::V32Rows, false, true>(int);
-extern template RowsLaunch rows_launch<raw_rows::V4Rows, true, true>(int);
-extern template RowsLaunch rows_launch<raw_rows::V4Rows, true, false>(int);
-extern template RowsLaunch rows_launch<raw_rows::V4Rows, false, true>(int);
-extern template RowsLaunch rows_launch<raw_rows::WideRows<576>, true, true>(int);
-extern template RowsLaunch rows_launch<raw_rows::WideRows<576>, false, true>(int);
-extern template RowsLaunch rows_launch<raw_rows::WideRows<512>, true, true>(int);
-extern template RowsLaunch rows_launch<raw_rows::WideRows<512>, false, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::V32Rows, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::V32Rows, false>(int);
+extern template RowsLaunch rows_launch<raw_rows::V4Rows, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::V4Rows, false>(int);
+extern template RowsLaunch rows_launch<raw_rows::WideRows<576>, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::WideRows<576>, false>(int);
+extern template RowsLaunch rows_launch<raw_rows::WideRows<512>, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::WideRows<512>, false>(int);
 
 }  // namespace flash_mla::sm90::sparse

@@ -4,8 +4,7 @@
 
 namespace flash_mla::sm90::sparse {
 
-template RowsLaunch rows_launch<raw_rows::V32Rows, true, true>(int);
-template RowsLaunch rows_launch<raw_rows::V32Rows, true, false>(int);
-template RowsLaunch rows_launch<raw_rows::V32Rows, false, true>(int);
+template RowsLaunch rows_launch<raw_rows::V32Rows, true>(int);
+template RowsLaunch rows_launch<raw_rows::V32Rows, false>(int);
 
 }  // namespace flash_mla::sm90::sparse

@@ -4,8 +4,7 @@
 
 namespace flash_mla::sm90::sparse {
 
-template RowsLaunch rows_launch<raw_rows::V4Rows, true, true>(int);
-template RowsLaunch rows_launch<raw_rows::V4Rows, true, false>(int);
-template RowsLaunch rows_launch<raw_rows::V4Rows, false, true>(int);
+template RowsLaunch rows_launch<raw_rows::V4Rows, true>(int);
+template RowsLaunch rows_launch<raw_rows::V4Rows, false>(int);
 
 }  // namespace flash_mla::sm90::sparse

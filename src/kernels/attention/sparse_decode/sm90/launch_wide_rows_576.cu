@@ -4,7 +4,7 @@
 
 namespace flash_mla::sm90::sparse {
 
-template RowsLaunch rows_launch<raw_rows::WideRows<576>, true, true>(int);
-template RowsLaunch rows_launch<raw_rows::WideRows<576>, false, true>(int);
+template RowsLaunch rows_launch<raw_rows::WideRows<576>, true>(int);
+template RowsLaunch rows_launch<raw_rows::WideRows<576>, false>(int);
 
 }  // namespace flash_mla::sm90::sparse

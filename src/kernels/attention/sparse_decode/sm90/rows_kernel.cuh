@@ -31,7 +31,7 @@ struct QueryView {
   std::int64_t stride_b, stride_s, stride_h;
 };
 
-template <class Format, int kHeads, bool kBf16, bool kBulk>
+template <class Format, int kHeads, bool kBf16>
 __global__ void __launch_bounds__(raw_rows::kThreads, 1)
     sparse_decode_rows_kernel(const QueryView q, const __grid_constant__ SparseDecodeParams p) {
   extern __shared__ std::byte dynamic_smem[];
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
   using Work = RowsWork<kBf16>;
   auto& s = *reinterpret_cast<S*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x == 0) raw_rows::init_barriers(s, raw_rows::kRowArrivals<kBulk>);
+  if (threadIdx.x == 0) raw_rows::init_barriers(s);
   ptx::grid_dependency_wait();
   const PartRange part = part_of(p, static_cast<int>(blockIdx.z));
   __syncthreads();
@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
     raw_rows::Values<kHeads, Format, Work, 1>(work, s).run();
   } else {
     ptx::set_max_registers_down<32>();
-    RowsProducer<S, kBulk>{p, s, part, warp - 12, static_cast<int>(threadIdx.x) % 32, token_of_block(p)}
-        .run();
+    RowsProducer<S>{p, s, part, warp - 12, static_cast<int>(threadIdx.x) % 32, token_of_block(p)}.run();
   }
 }
 

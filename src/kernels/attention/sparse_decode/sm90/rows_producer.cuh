@@ -3,6 +3,7 @@
 // The four producer warps of sparse decode over rows as they lie in the cache: each brings the rows of 16 of a tile's 64 keys.
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/attention/raw_rows/sm90/bring.cuh"
 #include "kernels/attention/raw_rows/sm90/smem.cuh"
@@ -12,7 +13,7 @@
 
 namespace flash_mla::sm90::sparse {
 
-template <class S, bool kBulk>
+template <class S>
 struct RowsProducer {
   using F = typename S::Format;
   const SparseDecodeParams& p;
@@ -79,14 +80,17 @@ struct RowsProducer {
   }
 
   // Where a key's row lies, null if it is none, and what its scales are.
-  __device__ static raw_rows::Key key_of(const ListedKeys& k, int index) {
-    if (index < 0) return {nullptr, {0, 0}};
+  __device__ static raw_rows::Key<F> key_of(const ListedKeys& k, int index) {
+    raw_rows::Key<F> key{};
+    if (index < 0) return key;
     const auto n = static_cast<std::uint32_t>(index);
     const std::uint32_t page = k.page_magic == 0 ? n : __umulhi(n, k.page_magic) >> k.page_shift;
     const std::uint32_t offset = n - page * k.page_size;
     const std::uint32_t units = page * k.page_units + offset * k.token_units;
-    raw_rows::Key key{k.cache + units * std::uint64_t{16}, {0, 0}};
-    if constexpr (F::kTable) {
+    key.row = k.cache + units * std::uint64_t{16};
+    if constexpr (std::is_same_v<F, raw_rows::V32Rows>) {
+      key.scales = __ldg(reinterpret_cast<const uint4*>(key.row + F::kScaleOffset));
+    } else if constexpr (F::kTable) {
       const std::uint32_t at = page * k.page_units * 2 + k.page_size * (F::kBytes / F::kScaleBytes) + offset;
       key.scales = __ldg(reinterpret_cast<const uint2*>(k.cache) + at);
     }
@@ -100,18 +104,18 @@ struct RowsProducer {
     if (cursor.req < 0) return;
     raw_rows::RingPlace<S::kRing> place(warp);
     int list, index = take(cursor, list);
-    raw_rows::Key key = key_of(p.keys[list], index);
+    raw_rows::Key<F> key = key_of(p.keys[list], index);
     bool more = cursor.req >= 0;
     if (more) index = take(cursor, list);
     while (true) {
       const bool last = !more;
-      raw_rows::Key next{nullptr, {0, 0}};
+      raw_rows::Key<F> next{};
       if (F::kTable && more) {
         next = key_of(p.keys[list], index);
         more = cursor.req >= 0;
         if (more) index = take(cursor, list);
       }
-      raw_rows::bring_rows<kBulk>(s, place, lane, key);
+      raw_rows::bring_rows(s, place, lane, key);
       place.advance(raw_rows::kGroups);
       if (last) return;
       if (F::kTable) {

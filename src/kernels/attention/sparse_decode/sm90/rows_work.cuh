@@ -58,12 +58,15 @@ struct RowsWork {
   /// What a row's O has to be multiplied with. Stores its lse, which knows nothing of the sink.
   __device__ float finish_row(const Item& item, int row, float reference, float sum, float) const {
     int head;
-    const bool valid = locate(row, head), none = sum == 0.0f;
+    const bool valid = locate(row, head), none = sum == 0.0f,
+               unseen = reference == -INFINITY;  // else every score of the row is -inf
     if (valid && p.lse != nullptr) {
       p.lse[item.req * p.lse_stride_b + head * p.lse_stride_h + token_of_block(p) * p.lse_stride_s] =
-          none ? INFINITY : (reference + log2_fast(sum)) * 0.69314718056f;
+          unseen ? INFINITY
+          : none ? NAN
+                 : (reference + log2_fast(sum)) * 0.69314718056f;
     }
-    if (none) return 0.0f;
+    if (none) return unseen ? 0.0f : NAN;
     if (valid && p.attn_sink != nullptr) sum += exp2f(p.attn_sink[head] * 1.44269504089f - reference);
     return 1.0f / sum;
   }

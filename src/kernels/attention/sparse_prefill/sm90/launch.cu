@@ -12,19 +12,13 @@ namespace {
 template <bool kBf16>
 sparse_prefill::Launch launch_of(KvFormat format, int head_dim, int h_q) {
   using namespace sparse_prefill;
-  // For a first comparison: 0 the kernel that has keys in tiles, 1 bulk copies, 2 copies of 16 bytes; 3: V4's rows and those
-  // of 16-bit elements too, whose products ptxas serialises with 64 heads.
+  // For a first comparison: 0 the kernel that has keys in tiles, 3: V4's rows and those of 16-bit elements too.
   const char* const rows = std::getenv("FLASH_MLA_ROWS");
   const char choice = rows == nullptr ? '1' : *rows;
-  if (choice != '0' && format == KvFormat::kFp8V32) {
-    if constexpr (kBf16) {
-      if (choice == '2') return of_raw_rows<raw_rows::V32Rows, true, false>(h_q);
-    }
-    return of_raw_rows<raw_rows::V32Rows, kBf16, true>(h_q);
-  }
-  if (choice == '3' && format == KvFormat::kFp8V4) return of_raw_rows<raw_rows::V4Rows, kBf16, true>(h_q);
+  if (choice != '0' && format == KvFormat::kFp8V32) return of_raw_rows<raw_rows::V32Rows, kBf16>(h_q);
+  if (choice == '3' && format == KvFormat::kFp8V4) return of_raw_rows<raw_rows::V4Rows, kBf16>(h_q);
   if (choice == '3' && !kv::is_fp8(format) && head_dim == 576)
-    return of_raw_rows<raw_rows::WideRows<576>, kBf16, true>(h_q);
+    return of_raw_rows<raw_rows::WideRows<576>, kBf16>(h_q);
   return kv::is_fp8(format) ? of_fp8<kBf16>(format) : of_rows<kBf16>(head_dim);
 }
 

@@ -29,21 +29,21 @@ void launch_as(const SparsePrefillParams& p, const QueryView&, const CUtensorMap
 }
 
 /// Over rows as they lie in the cache.
-template <class F, int kHeads, bool kBf16, bool kBulk>
+template <class F, int kHeads, bool kBf16>
 void launch_raw_rows(const SparsePrefillParams& p, const QueryView& q, const CUtensorMap&, const CUtensorMap&,
                      int sms, cudaStream_t stream) {
-  constexpr auto kKernel = sparse_prefill_rows_kernel<F, kHeads, kBf16, kBulk>;
+  constexpr auto kKernel = sparse_prefill_rows_kernel<F, kHeads, kBf16>;
   constexpr std::size_t kSmemBytes = sizeof(raw_rows::Smem<F, kHeads>) + 1024;
   check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
   const auto ctas = static_cast<unsigned>(std::min(p.items, sms));
   check(launch(LaunchConfig(ctas, raw_rows::kThreads, kSmemBytes, stream), kKernel, q, p),
         "sparse_prefill_rows_kernel");
 }
-template <class F, bool kBf16, bool kBulk>
+template <class F, bool kBf16>
 Launch of_raw_rows(int h_q) {
-  return h_q <= 16   ? launch_raw_rows<F, 16, kBf16, kBulk>
-         : h_q <= 32 ? launch_raw_rows<F, 32, kBf16, kBulk>
-                     : launch_raw_rows<F, 64, kBf16, kBulk>;
+  return h_q <= 16   ? launch_raw_rows<F, 16, kBf16>
+         : h_q <= 32 ? launch_raw_rows<F, 32, kBf16>
+                     : launch_raw_rows<F, 64, kBf16>;
 }
 
 /// Over rows of 16-bit elements, and over an FP8 format.
@@ -68,12 +68,11 @@ extern template Launch of_rows<true>(int);
 extern template Launch of_rows<false>(int);
 extern template Launch of_fp8<true>(KvFormat);
 extern template Launch of_fp8<false>(KvFormat);
-extern template Launch of_raw_rows<raw_rows::V32Rows, true, true>(int);
-extern template Launch of_raw_rows<raw_rows::V32Rows, true, false>(int);
-extern template Launch of_raw_rows<raw_rows::V32Rows, false, true>(int);
-extern template Launch of_raw_rows<raw_rows::V4Rows, true, true>(int);
-extern template Launch of_raw_rows<raw_rows::V4Rows, false, true>(int);
-extern template Launch of_raw_rows<raw_rows::WideRows<576>, true, true>(int);
-extern template Launch of_raw_rows<raw_rows::WideRows<576>, false, true>(int);
+extern template Launch of_raw_rows<raw_rows::V32Rows, true>(int);
+extern template Launch of_raw_rows<raw_rows::V32Rows, false>(int);
+extern template Launch of_raw_rows<raw_rows::V4Rows, true>(int);
+extern template Launch of_raw_rows<raw_rows::V4Rows, false>(int);
+extern template Launch of_raw_rows<raw_rows::WideRows<576>, true>(int);
+extern template Launch of_raw_rows<raw_rows::WideRows<576>, false>(int);
 
 }  // namespace flash_mla::sm90::sparse_prefill

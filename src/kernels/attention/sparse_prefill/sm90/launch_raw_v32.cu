@@ -4,8 +4,7 @@
 
 namespace flash_mla::sm90::sparse_prefill {
 
-template Launch of_raw_rows<raw_rows::V32Rows, true, true>(int);
-template Launch of_raw_rows<raw_rows::V32Rows, true, false>(int);
-template Launch of_raw_rows<raw_rows::V32Rows, false, true>(int);
+template Launch of_raw_rows<raw_rows::V32Rows, true>(int);
+template Launch of_raw_rows<raw_rows::V32Rows, false>(int);
 
 }  // namespace flash_mla::sm90::sparse_prefill

@@ -4,7 +4,7 @@
 
 namespace flash_mla::sm90::sparse_prefill {
 
-template Launch of_raw_rows<raw_rows::V4Rows, true, true>(int);
-template Launch of_raw_rows<raw_rows::V4Rows, false, true>(int);
+template Launch of_raw_rows<raw_rows::V4Rows, true>(int);
+template Launch of_raw_rows<raw_rows::V4Rows, false>(int);
 
 }  // namespace flash_mla::sm90::sparse_prefill

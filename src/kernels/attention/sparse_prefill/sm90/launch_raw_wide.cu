@@ -4,7 +4,7 @@
 
 namespace flash_mla::sm90::sparse_prefill {
 
-template Launch of_raw_rows<raw_rows::WideRows<576>, true, true>(int);
-template Launch of_raw_rows<raw_rows::WideRows<576>, false, true>(int);
+template Launch of_raw_rows<raw_rows::WideRows<576>, true>(int);
+template Launch of_raw_rows<raw_rows::WideRows<576>, false>(int);
 
 }  // namespace flash_mla::sm90::sparse_prefill

@@ -66,14 +66,17 @@ struct RowsWork {
   __device__ float finish_row(const Item& item, int row, float reference, float sum, float highest) const {
     constexpr float kLog2e = 1.44269504089f, kLn2 = 0.69314718056f;
     int head;
-    const bool valid = locate(item, row, head), none = sum == 0.0f;
+    const bool valid = locate(item, row, head), none = sum == 0.0f,
+               unseen = reference == -INFINITY;  // else every score of the row is -inf
     if (valid && p.lse != nullptr) {
-      p.lse[item.token * p.lse_stride_n + head * p.lse_stride_h] =
-          none ? INFINITY : (reference + log2_fast(sum)) * kLn2;
+      p.lse[item.token * p.lse_stride_n + head * p.lse_stride_h] = unseen ? INFINITY
+                                                                   : none
+                                                                       ? NAN
+                                                                       : (reference + log2_fast(sum)) * kLn2;
     }
     if (valid && p.max_logits != nullptr)
       p.max_logits[item.token * p.max_logits_stride_n + head * p.max_logits_stride_h] = highest * kLn2;
-    if (none) return 0.0f;
+    if (none) return unseen ? 0.0f : NAN;
     if (valid && p.attn_sink != nullptr) sum += exp2f(p.attn_sink[head] * kLog2e - reference);
     return 1.0f / sum;
   }
@@ -91,27 +94,28 @@ struct RowsWork {
 };
 
 // Entries are asked for two tiles before they are needed, a key's scales one.
-template <class S, bool kBulk>
+template <class S>
 __device__ void bring_all(const SparsePrefillParams& p, S& s, int warp, int lane) {
+  using F = typename S::Format;
   Cursor cursor(p, static_cast<unsigned>(warp), static_cast<unsigned>(lane));
   raw_rows::RingPlace<S::kRing> place(warp);
   const auto take = [&] {
-    const raw_rows::Key key = cursor.own_key<S::Format::kTable>();
+    const raw_rows::Key<F> key = cursor.own_key<F>();
     cursor.advance();
     return key;
   };
   if (!cursor.holds()) return;
-  raw_rows::Key key = take();
+  raw_rows::Key<F> key = take();
   while (cursor.holds()) {
-    const raw_rows::Key next = take();
-    raw_rows::bring_rows<kBulk>(s, place, lane, key);
+    const raw_rows::Key<F> next = take();
+    raw_rows::bring_rows(s, place, lane, key);
     place.advance(raw_rows::kGroups);
     key = next;
   }
-  raw_rows::bring_rows<kBulk>(s, place, lane, key);
+  raw_rows::bring_rows(s, place, lane, key);
 }
 
-template <class F, int kHeads, bool kBf16, bool kBulk>
+template <class F, int kHeads, bool kBf16>
 __global__ void __launch_bounds__(raw_rows::kThreads, 1)
     sparse_prefill_rows_kernel(const __grid_constant__ QueryView q,
                                const __grid_constant__ SparsePrefillParams p) {
@@ -120,7 +124,7 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
   using Work = RowsWork<kBf16>;
   auto& s = *reinterpret_cast<S*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x == 0) raw_rows::init_barriers(s, raw_rows::kRowArrivals<kBulk>);
+  if (threadIdx.x == 0) raw_rows::init_barriers(s);
   __syncthreads();
   const Work work{p, q};
   if (warp < 4) {
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
     raw_rows::Values<kHeads, F, Work, 1>(work, s).run();
   } else {
     ptx::set_max_registers_down<32>();
-    bring_all<S, kBulk>(p, s, warp - 12, static_cast<int>(threadIdx.x) % 32);
+    bring_all<S>(p, s, warp - 12, static_cast<int>(threadIdx.x) % 32);
   }
 }
 

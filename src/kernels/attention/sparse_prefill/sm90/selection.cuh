@@ -4,6 +4,7 @@
 // (kernels/attention/sparse_prefill/selection.h does it for host tensors).
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/attention/raw_rows/sm90/bring.cuh"
 #include "kernels/attention/sparse_prefill/sm90/smem.cuh"
@@ -49,24 +50,26 @@ class Cursor {
   }
 
   /// This lane's key, of the first 16 lanes; none in the others.
-  template <bool kScales>
-  __device__ raw_rows::Key own_key() const {
-    if (entry_ >= limit_) return {nullptr, {0, 0}};
+  template <class F>
+  __device__ raw_rows::Key<F> own_key() const {
+    raw_rows::Key<F> key{};
+    if (entry_ >= limit_) return key;
     const std::uint32_t n = begin_ + entry_;
     std::uint32_t row = n * p_.token_units;
-    raw_rows::Key key{nullptr, {0, 0}};
     if (!p_.is_flat) {
       std::uint32_t page = divide(n, p_.by_page_size);
       const std::uint32_t offset = n - page * p_.page_size;
       if (p_.block_table != nullptr) page = static_cast<std::uint32_t>(__ldg(table_ + page));
       row = page * p_.page_units + offset * p_.token_units;
-      if constexpr (kScales) {
+      if constexpr (std::is_same_v<F, raw_rows::V4Rows>) {
         const std::uint32_t at = page * p_.page_units * 2 +
                                  p_.page_size * (kv::Fp8V4::kRowBytes / kv::Fp8V4::kScaleBytes) + offset;
         key.scales = __ldg(reinterpret_cast<const uint2*>(p_.cache) + at);
       }
     }
     key.row = p_.cache + row * std::uint64_t{16};
+    if constexpr (std::is_same_v<F, raw_rows::V32Rows>)
+      key.scales = __ldg(reinterpret_cast<const uint4*>(key.row + F::kScaleOffset));
     return key;
   }
 
