@@ -29,7 +29,7 @@ struct RowsProducer {
     int count;
   };
 
-  // Keys are looked up, and their scales asked for, a tile before they are needed.
+  // Keys are looked up a tile before they are needed.
   __device__ void run() const {
     raw_rows::RingPlace<S::kRing> place(warp);
     const auto walk = walk_of(p, part);
@@ -60,8 +60,6 @@ struct RowsProducer {
     keys.count = min(max(item.length - first, 0), raw_rows::kGroupKeys);
     if (lane < keys.count) {
       keys.own.row = row_of(item.req, first + lane);
-      if constexpr (F::kTable)
-        keys.own.scales = __ldg(reinterpret_cast<const uint4*>(keys.own.row + F::kScaleOffset));
     }
     return keys;
   }
@@ -69,10 +67,6 @@ struct RowsProducer {
     if (!p.whole_tiles || keys.count < raw_rows::kGroupKeys)
       return raw_rows::bring_rows(s, place, lane, keys.own);
     ptx::mbarrier_wait(&s.rows_empty[place.slot], place.phase ^ 1);
-    if constexpr (F::kTable) {
-      if (lane < raw_rows::kGroupKeys) raw_rows::store_scales(s.scales(place.slot), lane, keys.own.scales);
-      __syncwarp();
-    }
     if (lane == 0) {
       s.valid[place.slot] = 0xFFFF;
       ptx::mbarrier_arrive_expect_tx(&s.rows_full[place.slot], raw_rows::kGroupKeys * F::kBytes);
@@ -96,6 +90,7 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
   using S = raw_rows::Smem<F, kHeads>;
   using Work = RowsWork<kBf16>;
   auto& s = *reinterpret_cast<S*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
+  using Registers = raw_rows::Registers<kHeads>;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) raw_rows::init_barriers(s);
   ptx::grid_dependency_wait();
@@ -105,16 +100,16 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
   if (part.begin_req >= p.batch) return;
   const Work work{p, part, q};
   if (warp < 4) {
-    ptx::set_max_registers_up<144>();
+    ptx::set_max_registers_up<Registers::kScores>();
     raw_rows::Scores<kHeads, F, Work>(work, s).run();
   } else if (warp < 8) {
-    ptx::set_max_registers_up<168>();
+    ptx::set_max_registers_up<Registers::kValues>();
     raw_rows::Values<kHeads, F, Work, 0>(work, s).run();
   } else if (warp < 12) {
-    ptx::set_max_registers_up<168>();
+    ptx::set_max_registers_up<Registers::kValues>();
     raw_rows::Values<kHeads, F, Work, 1>(work, s).run();
   } else {
-    ptx::set_max_registers_down<32>();
+    ptx::set_max_registers_down<Registers::kProducers>();
     RowsProducer<S>{p, s, part, warp - 12, static_cast<int>(threadIdx.x) % 32}.run();
   }
 }

@@ -61,24 +61,6 @@ __device__ inline void store_scales(ScaleTable<V4Rows>& table, int key, uint2 sc
   }
   table.of_key[key] = __uint_as_float(static_cast<std::uint32_t>(largest - 6) << 23);
 }
-/// A key's float32 scales. Infinite and NaN ones are no measure of the others, and stay what they are.
-__device__ inline void store_scales(ScaleTable<V32Rows>& table, int key, uint4 scales) {
-  const std::uint32_t of[4] = {scales.x, scales.y, scales.z, scales.w};
-  std::uint32_t largest = static_cast<std::uint32_t>(127 + static_cast<int>(V32Rows::kLeastExponent));
-#pragma unroll
-  for (const std::uint32_t x : of) {
-    const std::uint32_t e = x >> 23 & 0xFF;
-    if (e != 0xFF) largest = max(largest, e);
-  }
-  const float inverse = __uint_as_float((254 + 6 - largest) << 23);
-#pragma unroll
-  for (int b = 0; b < V32Rows::kScales; ++b) {
-    const __half2 h = __floats2half2_rn(__uint_as_float(of[b]) * inverse, 0.0f);
-    table.of[b][key] = static_cast<std::uint16_t>(reinterpret_cast<const std::uint32_t&>(h));
-  }
-  table.of_key[key] = __uint_as_float((largest - 6) << 23);
-}
-
 template <class S>
 __device__ void bring_rows(S& s, const RingPlace<S::kRing>& place, int lane,
                            const Key<typename S::Format>& key) {

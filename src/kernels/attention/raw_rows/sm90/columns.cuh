@@ -102,20 +102,8 @@ struct KeyPowers {
 
 template <int kWg>
 struct ValueColumns<V32Rows, kWg> : E4m3Columns<V32Rows, kWg> {
-  using Base = E4m3Columns<V32Rows, kWg>;
-  using Base::Base, Base::words, Base::lane;
-  KeyPowers powers{};
-
-  __device__ static constexpr int weight(int) { return 0; }
-  template <class S>
-  __device__ void load(const S& s, int slot, int m) {
-    Base::load(s, slot, m);
-    if (m % 2 == 0) powers.load(s, slot, lane, kWg * 2 + m / 2);
-  }
-  __device__ void widen(std::uint32_t (&a)[4], int m) const {
-    words.widen(a, m % 2);
-    powers.apply(a);
-  }
+  using E4m3Columns<V32Rows, kWg>::E4m3Columns;
+  __device__ static constexpr int weight(int m) { return 2 * kWg + m / 2; }
 };
 
 template <int kWg>

@@ -15,46 +15,46 @@
 
 namespace flash_mla::sm90::raw_rows {
 
-/// 656-byte rows. A block of 128 columns has a scale, any float32. Against 2^-6 of the power of two below the key's largest
-/// it is fp16 (`kTable`), which an element is multiplied with where it is widened; that power, one number for a key, is
-/// applied to the key's scores, and in P.
+/// Of rows whose producer has no scales to bring.
+struct NoScales {};
+
+/// 656-byte rows. A block of 128 columns has a scale of its own, any float32: it is applied in fp32, to the block's part
+/// of a score, and to P, which is there once for each block.
 struct V32Rows : kv::Fp8V32 {
   static constexpr int kHeadDim = 576, kE4m3Chunks = 8, kBytes = kTokenBytes, kStride = kBytes;
-  using Scales = uint4;                                  ///< of a key, as the cache has them
-  static constexpr int kScaleBlocks = kScales;           ///< of a slot's table
-  static constexpr int kWeights = 1;                     ///< tiles of P
-  static constexpr bool kTable = true, kHasRope = true;  ///< a rope part of 16-bit elements behind e4m3
-  static constexpr float kLeastExponent = -100.0f;       ///< smaller scales than 2 to that count as it
-  /// Which of the table's blocks lane c of four meets in the i-th two chunks.
-  __device__ static constexpr int scale_block(int i, int) { return i; }
+  using Scales = NoScales;                    ///< of a key, that a producer brings
+  static constexpr int kKeyScales = kScales;  ///< factors of a key that P is multiplied with
+  static constexpr int kWeights = kScales;    ///< tiles of P
+  static constexpr bool kTable = false, kScaled = true, kHasRope = true;
+  static constexpr float kLeastExponent = -100.0f;  ///< smaller scales than 2 to that count as it
   /// Is tile `i` of P bfloat16, not float16?
   static constexpr bool is_bf16_weight(int, bool) { return false; }
 };
 
-/// V4's rows of 576 bytes. Scales are powers of two, one for 64 columns; the rest is as in V32Rows. The rope part belongs
-/// to V; its products are in bfloat16.
+/// V4's rows of 576 bytes. Scales are powers of two, one for 64 columns: against 2^-6 of the key's largest they are fp16
+/// (`kTable`), which an element is multiplied with where it is widened; the rest of them, one number for a key, is applied
+/// as V32Rows' are. The rope part belongs to V; its products are in bfloat16.
 struct V4Rows : kv::Fp8V4 {
   static constexpr int kHeadDim = 512, kE4m3Chunks = 7, kBytes = kRowBytes, kStride = kBytes + 16;
   using Scales = uint2;
-  static constexpr int kScaleBlocks = 8;  ///< the last is not used
-  static constexpr int kWeights = 2;      ///< for e4m3, and for the rope part
-  static constexpr bool kTable = true, kHasRope = true;
+  static constexpr int kScaleBlocks = 8;  ///< of a slot's table; the last is not used
+  static constexpr int kKeyScales = 1;
+  static constexpr int kWeights = 2;  ///< for e4m3, and for the rope part
+  static constexpr bool kTable = true, kScaled = true, kHasRope = true;
   static constexpr float kLeastExponent =
       -20.0f;  ///< the rope part's P is divided by it and must not overflow
+  /// Which of the table's blocks lane c of four meets in the i-th two chunks.
   __device__ static constexpr int scale_block(int i, int c) { return i == 3 ? 6 : 2 * i + c / 2; }
   static constexpr bool is_bf16_weight(int i, bool) { return i == 1; }
 };
-
-/// Of rows without scales of their own.
-struct NoScales {};
 
 /// Rows of kDim 16-bit elements of Q's type.
 template <int kDim>
 struct WideRows {
   static constexpr int kHeadDim = kDim, kE4m3Chunks = 0, kBytes = 2 * kDim, kStride = kBytes + 16;
   using Scales = NoScales;
-  static constexpr int kWeights = 1;
-  static constexpr bool kTable = false, kHasRope = false;
+  static constexpr int kKeyScales = 0, kWeights = 1;
+  static constexpr bool kTable = false, kScaled = false, kHasRope = false;
   static constexpr float kLeastExponent = 0.0f;
   static constexpr bool is_bf16_weight(int, bool bf16_queries) { return bf16_queries; }
 };
@@ -63,8 +63,8 @@ struct WideRows {
 struct TensorRows : kv::Fp8Tensor {
   static constexpr int kHeadDim = 576, kE4m3Chunks = 9, kBytes = kTokenBytes, kStride = kBytes + 16;
   using Scales = NoScales;
-  static constexpr int kWeights = 1;
-  static constexpr bool kTable = false, kHasRope = false;
+  static constexpr int kKeyScales = 0, kWeights = 1;
+  static constexpr bool kTable = false, kScaled = false, kHasRope = false;
   static constexpr float kLeastExponent = 0.0f;
   static constexpr bool is_bf16_weight(int, bool) { return false; }
 };

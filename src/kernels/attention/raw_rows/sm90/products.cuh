@@ -20,13 +20,15 @@
 
 namespace flash_mla::sm90::raw_rows {
 
-/// Instructions on their way, and sets of registers for them.
-inline constexpr int kInFlight = 4;
+/// Instructions of 16 columns that are made at a time, while those made before run. With 64 heads there are no registers
+/// for more.
+template <int kHeads>
+inline constexpr int kUnit = kHeads < 64 ? 4 : 2;
 
-/// What P of a thread's two keys is multiplied with (of formats with a table), and whether they are keys at all.
+/// What P of a thread's two keys is multiplied with, and whether they are keys at all.
 template <class F>
 struct KeyScales {
-  float of[2];
+  float of[2][F::kKeyScales > 0 ? F::kKeyScales : 1];
   bool known[2];
 };
 
@@ -54,6 +56,15 @@ struct KeyProductsBase {
   __device__ KeyWords load_rope(int half) const {
     return load_words(F::kRopeOffset + lane % 4 * 32 + half * 16);
   }
+  __device__ static void widen(std::uint32_t (&a)[4], std::uint32_t first, std::uint32_t second) {
+    a[0] = widen_low(first);
+    a[1] = widen_low(second);
+    a[2] = widen_high(first);
+    a[3] = widen_high(second);
+  }
+  __device__ static constexpr std::uint32_t word(const uint4& x, int i) {
+    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+  }
   // Of heads 8 j + 2 c and the next: what sums over e4m3 are multiplied with.
   __device__ float2 factors(int j, float scale_log2) const {
     const float2 f = *reinterpret_cast<const float2*>(&s.q_factor[8 * j + lane % 4 * 2]);
@@ -76,54 +87,66 @@ struct KeyProductsBase {
     const float2 f = floats<true>(x);
     return pack2<false>(f.x, f.y);
   }
+  // The products of the rope part, one group; the slot is released.
+  __device__ void multiply_rope(float (&sums)[kSums], const KeyWords& w) const {
+    const KeyWords second = load_rope(1);
+    release();
+    const std::uint32_t a[4][4] = {
+        {rope_pair(w.first.x), rope_pair(w.second.x), rope_pair(w.first.y), rope_pair(w.second.y)},
+        {rope_pair(w.first.z), rope_pair(w.second.z), rope_pair(w.first.w), rope_pair(w.second.w)},
+        {rope_pair(second.first.x), rope_pair(second.second.x), rope_pair(second.first.y),
+         rope_pair(second.second.y)},
+        {rope_pair(second.first.z), rope_pair(second.second.z), rope_pair(second.first.w),
+         rope_pair(second.second.w)}};
+    const auto q = s.template own_q<ptx::Element<kBf16>>().k_major();
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ptx::wgmma(sums, a[i], q.step(i), i > 0);
+    ptx::wgmma_commit();
+  }
 };
 
 template <class F, int kHeads, bool kBf16>
 struct KeyProducts : KeyProductsBase<F, kHeads, kBf16> {
   using Base = KeyProductsBase<F, kHeads, kBf16>;
-  using Base::Base, Base::kSums, Base::lane, Base::s, Base::slot;
+  using Base::Base, Base::kSums, Base::lane, Base::s, Base::slot, Base::word;
 
-  static constexpr int kSteps = 4 * F::kE4m3Chunks, kRopeSteps = F::kHasRope ? 4 : 0;
+  static constexpr int kSteps = 4 * F::kE4m3Chunks;
   using Powers = std::uint32_t[2][4];
 
-  // x = scale_log2 q k: instructions of 16 columns, each in the registers of the one kInFlight before it.
+  // x = scale_log2 q k.
   __device__ void score(float (&x)[kSums], KeyScales<F>& scales, float scale_log2) const {
     float rope[F::kHasRope ? kSums : 1];
-    std::uint32_t a[kInFlight][4];
+    std::uint32_t a[2][kUnit<kHeads>][4];
     Powers powers;
     KeyWords w = this->load_e4m3(0);
     if constexpr (F::kTable) load_scales(scales, powers);
     this->find_known(scales);
     const auto q = s.q.k_major();
 #pragma unroll
-    for (int t = 0; t < kSteps + kRopeSteps; ++t) {
-      std::uint32_t(&to)[4] = a[t % kInFlight];
-      if (t >= kInFlight) ptx::wgmma_wait<kInFlight - 1>();  // step t - kInFlight has read its registers
-      if (t < kSteps) {
-        widen(to, word(w.first, t % 4), word(w.second, t % 4), powers, t / 8);
-      } else {
-        const int at = (t - kSteps) % 2 * 2;
-        to[0] = this->rope_pair(word(w.first, at));
-        to[1] = this->rope_pair(word(w.second, at));
-        to[2] = this->rope_pair(word(w.first, at + 1));
-        to[3] = this->rope_pair(word(w.second, at + 1));
+    for (int t = 0; t < kSteps; t += kUnit<kHeads>) {
+      auto& to = a[t / kUnit<kHeads> % 2];
+      if (t >= 2 * kUnit<kHeads>) ptx::wgmma_wait<1>();  // the unit before the last has read its registers
+#pragma unroll
+      for (int i = 0; i < kUnit<kHeads>; ++i)
+        widen(to[i], word(w.first, (t + i) % 4), word(w.second, (t + i) % 4), powers, t / 8);
+      const int next = t + kUnit<kHeads>;
+      if (next == kSteps) {
+        if constexpr (F::kHasRope) {
+          w = this->load_rope(0);
+        } else {
+          this->release();
+        }
+      } else if (next % 4 == 0) {
+        w = this->load_e4m3(next / 4);
       }
       ptx::wgmma_fence();
-      if (t < kSteps) {
-        ptx::wgmma(x, to, q.step(t), t > 0);
-      } else if constexpr (F::kHasRope) {
-        ptx::wgmma(rope, to, s.template own_q<ptx::Element<kBf16>>().k_major().step(t - kSteps), t > kSteps);
-      }
+#pragma unroll
+      for (int i = 0; i < kUnit<kHeads>; ++i) ptx::wgmma(x, to[i], q.step(t + i), t + i > 0);
       ptx::wgmma_commit();
-      if (t + 1 == kSteps + kRopeSteps) {
-        this->release();
-      } else if (t + 1 < kSteps) {
-        if (t % 4 == 3) w = this->load_e4m3((t + 1) / 4);
-      } else if ((t + 1 - kSteps) % 2 == 0) {
-        w = this->load_rope((t + 1 - kSteps) / 2);
-      }
     }
-    ptx::wgmma_wait<kRopeSteps>();
+    if constexpr (F::kHasRope) this->multiply_rope(rope, w);
+    ptx::wgmma_wait<F::kHasRope ? 1 : 0>();
 #pragma unroll
     for (int j = 0; j < kHeads / 8; ++j) {
       const float2 f = this->factors(j, scale_log2);
@@ -138,11 +161,8 @@ struct KeyProducts : KeyProductsBase<F, kHeads, kBf16> {
   }
 
  private:
-  __device__ static constexpr std::uint32_t word(const uint4& x, int i) {
-    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
-  }
   __device__ static float of_key(const KeyScales<F>& scales, int i) {
-    if constexpr (F::kTable) return scales.of[i % 4 / 2];
+    if constexpr (F::kTable) return scales.of[i % 4 / 2][0];
     return 1.0f;
   }
   // powers[h][i], twice: what key h's elements of this thread in the i-th two chunks are multiplied with.
@@ -151,22 +171,102 @@ struct KeyProducts : KeyProductsBase<F, kHeads, kBf16> {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int key = lane / 4 + 8 * h;
-      scales.of[h] = table.of_key[key];
+      scales.of[h][0] = table.of_key[key];
 #pragma unroll
       for (int i = 0; i < 4; ++i) powers[h][i] = table.of[F::scale_block(i, lane % 4)][key] * 0x10001u;
     }
   }
   __device__ static void widen(std::uint32_t (&a)[4], std::uint32_t first, std::uint32_t second,
                                const Powers& powers, int pair) {
-    a[0] = widen_low(first);
-    a[1] = widen_low(second);
-    a[2] = widen_high(first);
-    a[3] = widen_high(second);
+    Base::widen(a, first, second);
     if constexpr (F::kTable) {
       a[0] = times(a[0], powers[0][pair]);
       a[1] = times(a[1], powers[1][pair]);
       a[2] = times(a[2], powers[0][pair]);
       a[3] = times(a[3], powers[1][pair]);
+    }
+  }
+};
+
+/// Scales are applied to the sums of a block, in fp32.
+template <int kHeads, bool kBf16>
+struct KeyProducts<V32Rows, kHeads, kBf16> : KeyProductsBase<V32Rows, kHeads, kBf16> {
+  using F = V32Rows;
+  using Base = KeyProductsBase<F, kHeads, kBf16>;
+  using Base::Base, Base::kSums, Base::s, Base::rows, Base::widen, Base::word;
+
+  // x = scale_log2 q k. With fewer than 64 heads a block's sums are added while the next one's are on their way.
+  __device__ void score(float (&x)[kSums], KeyScales<F>& scales, float scale_log2) const {
+    constexpr int kSets = kHeads < 64 ? 2 : 1, kStepsOfBlock = 8;
+    float sums[kSets][kSums];
+    std::uint32_t a[2][kUnit<kHeads>][4];
+    const auto q = s.q.k_major();
+    KeyWords w = this->load_e4m3(0);
+    load_scales(scales);
+#pragma unroll
+    for (int t = 0; t < 32; t += kUnit<kHeads>) {
+      const int b = t / kStepsOfBlock;
+      const bool first = t % kStepsOfBlock == 0;
+      auto& to = a[t / kUnit<kHeads> % 2];
+      if (t >= 2 * kUnit<kHeads>) ptx::wgmma_wait<1>();  // the unit before the last has read its registers
+#pragma unroll
+      for (int i = 0; i < kUnit<kHeads>; ++i)
+        widen(to[i], word(w.first, (t + i) % 4), word(w.second, (t + i) % 4));
+      const int next = t + kUnit<kHeads>;
+      if (next % 4 == 0) w = next < 32 ? this->load_e4m3(next / 4) : this->load_rope(0);
+      if (kSets == 1 && first && b > 0) {
+        ptx::wgmma_wait<0>();
+        add_block(x, sums[0], scales, b - 1);
+      }
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kUnit<kHeads>; ++i)
+        ptx::wgmma(sums[b % kSets], to[i], q.step(t + i), !first || i > 0);
+      ptx::wgmma_commit();
+      if (kSets == 2 && first && b > 0) {
+        ptx::wgmma_wait<1>();
+        add_block(x, sums[(b - 1) % kSets], scales, b - 1);
+      }
+    }
+    if constexpr (kSets == 1) {
+      ptx::wgmma_wait<0>();
+      add_block(x, sums[0], scales, 3);
+    }
+    this->multiply_rope(sums[0], w);
+    if constexpr (kSets == 2) {
+      ptx::wgmma_wait<1>();
+      add_block(x, sums[1], scales, 3);
+    }
+#pragma unroll
+    for (int j = 0; j < kHeads / 8; ++j) {
+      const float2 f = this->factors(j, scale_log2);
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; ++i) x[i] *= i % 2 == 0 ? f.x : f.y;
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) x[i] = fmaf(sums[0][i], scale_log2, x[i]);
+  }
+
+ private:
+  __device__ void load_scales(KeyScales<F>& scales) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const auto x = ptx::load_shared<uint4>(rows + 8 * h * F::kStride + F::kScaleOffset);
+      scales.of[h][0] = __uint_as_float(x.x);
+      scales.of[h][1] = __uint_as_float(x.y);
+      scales.of[h][2] = __uint_as_float(x.z);
+      scales.of[h][3] = __uint_as_float(x.w);
+    }
+    this->find_known(scales);
+  }
+  // x (+)= scale * sums of block b.
+  __device__ void add_block(float (&x)[kSums], const float (&sums)[kSums], const KeyScales<F>& scales,
+                            int b) const {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const float f = scales.of[i % 4 / 2][b];
+      x[i] = b == 0 ? sums[i] * f : fmaf(sums[i], f, x[i]);
     }
   }
 };

@@ -104,7 +104,9 @@ struct Scores {
                                int tile) {
     const int buffer = tile % S::kBuffers;
     const std::uint32_t phase = tile / S::kBuffers & 1;
-    const float largest = F::kTable ? fmaxf(scales.of[0], scales.of[1]) : 0.0f;
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2 * F::kKeyScales; ++i) largest = fmaxf(largest, fabsf(scales.of[i % 2][i / 2]));
     float base[kOwnHeads], growth = -INFINITY;
 #pragma unroll
     for (int j = 0; j < kHeads / 8; ++j) {
@@ -115,7 +117,7 @@ struct Scores {
 #pragma unroll
     for (int i = 0; i < kOwnHeads; ++i)
       growth = fmaxf(growth, fmaxf(x[i / 2 * 4 + i % 2], x[i / 2 * 4 + i % 2 + 2]) - base[i]);
-    const bool moved = any_of_group(growth > kMaxGrowth || (F::kTable && largest > exp2_fast(exponent)));
+    const bool moved = any_of_group(growth > kMaxGrowth || (F::kScaled && largest > exp2_fast(exponent)));
     ptx::mbarrier_wait(&s.weights_empty[buffer], phase ^ 1);
     if (__builtin_expect(moved, 0)) move_references(x, largest, base, sum, buffer);
     if (threadIdx.x % kGroupThreads == 0) s.rescaled[buffer] = moved;
@@ -155,7 +157,9 @@ struct Scores {
     wait_for_group();
     for (int i = 0; i < kWarpsOfGroup; ++i) largest = fmaxf(largest, s.warp_scale[i]);
     const float before = exponent;
-    if (F::kTable && largest > exp2f(exponent)) exponent = static_cast<float>(ilogbf(largest) + 1);
+    // Scales that are infinite are no measure of the others.
+    if (F::kScaled && largest > exp2f(exponent) && largest < INFINITY)
+      exponent = static_cast<float>(ilogbf(largest) + 1);
     const float shift = exp2f(before - exponent);
 #pragma unroll
     for (int i = 0; i < kOwnHeads; ++i) {
@@ -176,7 +180,7 @@ struct Scores {
 
   // What every P is multiplied with, so that it is a good fp16.
   __device__ float weight_unit() const {
-    return F::kTable ? exp2f(static_cast<float>(kWeightShift) - exponent) : 1.0f;
+    return F::kScaled ? exp2f(static_cast<float>(kWeightShift) - exponent) : 1.0f;
   }
   // P times each of a key's scales: (heads, keys).
   __device__ void store_weights(const float (&x)[kSums], const KeyScales<F>& scales, int buffer) {
@@ -184,9 +188,8 @@ struct Scores {
 #pragma unroll
     for (int i = 0; i < F::kWeights; ++i) {
       const std::uint32_t to = ptx::smem_address(s.weights[buffer][i].at(0));
-      // V4's rope part has no scale.
-      const bool scaled = F::kTable && i == 0;
-      const float f0 = scaled ? scales.of[0] * unit : unit, f1 = scaled ? scales.of[1] * unit : unit;
+      const float f0 = i < F::kKeyScales ? scales.of[0][i] * unit : unit;
+      const float f1 = i < F::kKeyScales ? scales.of[1][i] * unit : unit;
       if (F::is_bf16_weight(i, Work::kBf16)) {
         store_weight<true>(x, f0, f1, to);
       } else {

@@ -33,7 +33,7 @@ inline constexpr float kMaxGrowth = 8.0f;  ///< base 2: scores may pass their re
 /// keys whose scales are 2^14 times smaller than the largest of the item lose bits, and of 2^31 times all.
 inline constexpr int kWeightShift = 7;
 
-/// Scales of a slot: of block b and key k against of_key, fp16, up to 128; of_key, of each key, a power of two.
+/// Scales of a slot: of block b and key k against 2^-6 of the key's largest, fp16; that, of each key.
 template <class Format>
 struct ScaleTable {
   std::uint16_t of[Format::kScaleBlocks][kGroupKeys];
@@ -89,6 +89,15 @@ struct alignas(1024) Smem {
 static_assert(sizeof(Smem<V32Rows, 64>) <= 226 * 1024 && sizeof(Smem<V32Rows, 32>) <= 226 * 1024 &&
               sizeof(Smem<V32Rows, 16>) <= 226 * 1024 && sizeof(Smem<V4Rows, 64>) <= 226 * 1024 &&
               sizeof(Smem<WideRows<576>, 64>) <= 226 * 1024 && sizeof(Smem<WideRows<512>, 16>) <= 226 * 1024);
+
+/// Registers of a thread, by its role; 128 at the start. With 64 heads O takes 128 of a values' thread.
+template <int kHeads>
+struct Registers {
+  static constexpr int kScores = kHeads < 64 ? 200 : 144;
+  static constexpr int kValues = kHeads < 64 ? 136 : 168;
+  static constexpr int kProducers = kHeads < 64 ? 40 : 32;
+  static_assert(kScores + 2 * kValues + kProducers == 512);
+};
 
 enum NamedBarrier : int { kScoresReady = 1 };
 inline constexpr int kGroupThreads = 128;

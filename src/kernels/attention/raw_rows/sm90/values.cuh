@@ -14,7 +14,9 @@ namespace flash_mla::sm90::raw_rows {
 template <int kHeads, class F, class Work, int kWg>
 struct Values {
   static constexpr int kSums = kHeads / 2;
-  static constexpr int kStages = 2;  ///< sets of registers for V^T
+  /// Instructions that are made at a time, and sets of registers for them. With 64 heads ptxas would have no more: it
+  /// counts them against the registers of the start.
+  static constexpr int kUnit = kHeads < 64 ? 2 : 1, kStages = kHeads < 64 ? 3 : 2;
   using S = Smem<F, kHeads>;
   using Columns = ValueColumns<F, kWg>;
 
@@ -59,40 +61,49 @@ struct Values {
   // before it run, and its words are loaded behind the one before it.
   __device__ void add_tile(float (&o)[4][kSums], RingPlace<S::kRing>& place, int tile, bool accumulate) {
     const int buffer = tile % S::kBuffers;
-    std::uint32_t a[kStages][4];
+    std::uint32_t a[kStages][kUnit][4];
     Columns columns(warp, lane);
     ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
     columns.load(s, place.slot, 0);
 #pragma unroll
-    for (int u = 0; u < 16; ++u) {
+    for (int u = 0; u < 16; u += kUnit) {
       const int step = u / 4, m = u % 4;
-      if (u >= kStages) ptx::wgmma_wait<kStages - 1>();  // instruction u - kStages has read its registers
-      columns.widen(a[u % kStages], m);
+      auto& to = a[u / kUnit % kStages];
+      if (u >= kStages * kUnit) ptx::wgmma_wait<kStages - 1>();  // kStages units ago has read its registers
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        if (i > 0) columns.load(s, place.slot, m + i);
+        columns.widen(to[i], m + i);
+      }
       if (u == 0) {
         ptx::mbarrier_wait(&s.weights_full[buffer], tile / S::kBuffers & 1);
         if (accumulate && s.rescaled[buffer] != 0) rescale(o, buffer);
       }
-      auto& weights = s.weights[buffer][Columns::weight(m)];
-      const bool adds = accumulate || step > 0;
       ptx::wgmma_fence();
-      if (F::is_bf16_weight(Columns::weight(m), Work::kBf16)) {
-        using Tile = ptx::Tile<__nv_bfloat16, kHeads, kTileKeys>;
-        ptx::wgmma(o[m], a[u % kStages], reinterpret_cast<Tile&>(weights).k_major().step(step), adds);
-      } else {
-        ptx::wgmma(o[m], a[u % kStages], weights.k_major().step(step), adds);
-      }
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) multiply(o[m + i], to[i], buffer, m + i, step, accumulate || step > 0);
       ptx::wgmma_commit();
-      if (m == 3) {
+      if (m + kUnit == 4) {
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(&s.rows_empty[place.slot]);
         place.advance(1);
         if (step < 3) ptx::mbarrier_wait(&s.rows_full[place.slot], place.phase);
       }
-      if (u < 15) columns.load(s, place.slot, (m + 1) % 4);
+      if (u + kUnit < 16) columns.load(s, place.slot, (m + kUnit) % 4);
     }
     ptx::wgmma_wait<0>();
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&s.weights_empty[buffer]);
+  }
+  __device__ void multiply(float (&sums)[kSums], const std::uint32_t (&a)[4], int buffer, int m, int step,
+                           bool adds) {
+    auto& weights = s.weights[buffer][Columns::weight(m)];
+    if (F::is_bf16_weight(Columns::weight(m), Work::kBf16)) {
+      using Tile = ptx::Tile<__nv_bfloat16, kHeads, kTileKeys>;
+      ptx::wgmma(sums, a, reinterpret_cast<Tile&>(weights).k_major().step(step), adds);
+    } else {
+      ptx::wgmma(sums, a, weights.k_major().step(step), adds);
+    }
   }
   __device__ void load_factors(float (&factor)[kHeads / 4], const float* of_head) const {
 #pragma unroll

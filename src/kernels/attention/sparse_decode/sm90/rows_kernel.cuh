@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
   using S = raw_rows::Smem<Format, kHeads>;
   using Work = RowsWork<kBf16>;
   auto& s = *reinterpret_cast<S*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
+  using Registers = raw_rows::Registers<kHeads>;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) raw_rows::init_barriers(s);
   ptx::grid_dependency_wait();
@@ -47,16 +48,16 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
   if (part.begin_req >= p.batch) return;
   const Work work{p, part, q.data, q.stride_b, q.stride_s, q.stride_h};
   if (warp < 4) {
-    ptx::set_max_registers_up<144>();
+    ptx::set_max_registers_up<Registers::kScores>();
     raw_rows::Scores<kHeads, Format, Work>(work, s).run();
   } else if (warp < 8) {
-    ptx::set_max_registers_up<168>();
+    ptx::set_max_registers_up<Registers::kValues>();
     raw_rows::Values<kHeads, Format, Work, 0>(work, s).run();
   } else if (warp < 12) {
-    ptx::set_max_registers_up<168>();
+    ptx::set_max_registers_up<Registers::kValues>();
     raw_rows::Values<kHeads, Format, Work, 1>(work, s).run();
   } else {
-    ptx::set_max_registers_down<32>();
+    ptx::set_max_registers_down<Registers::kProducers>();
     RowsProducer<S>{p, s, part, warp - 12, static_cast<int>(threadIdx.x) % 32, token_of_block(p)}.run();
   }
 }

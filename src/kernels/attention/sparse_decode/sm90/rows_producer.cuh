@@ -3,7 +3,6 @@
 // The four producer warps of sparse decode over rows as they lie in the cache: each brings the rows of 16 of a tile's 64 keys.
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/attention/raw_rows/sm90/bring.cuh"
 #include "kernels/attention/raw_rows/sm90/smem.cuh"
@@ -88,9 +87,7 @@ struct RowsProducer {
     const std::uint32_t offset = n - page * k.page_size;
     const std::uint32_t units = page * k.page_units + offset * k.token_units;
     key.row = k.cache + units * std::uint64_t{16};
-    if constexpr (std::is_same_v<F, raw_rows::V32Rows>) {
-      key.scales = __ldg(reinterpret_cast<const uint4*>(key.row + F::kScaleOffset));
-    } else if constexpr (F::kTable) {
+    if constexpr (F::kTable) {
       const std::uint32_t at = page * k.page_units * 2 + k.page_size * (F::kBytes / F::kScaleBytes) + offset;
       key.scales = __ldg(reinterpret_cast<const uint2*>(k.cache) + at);
     }

@@ -123,21 +123,22 @@ __global__ void __launch_bounds__(raw_rows::kThreads, 1)
   using S = raw_rows::Smem<F, kHeads>;
   using Work = RowsWork<kBf16>;
   auto& s = *reinterpret_cast<S*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
+  using Registers = raw_rows::Registers<kHeads>;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) raw_rows::init_barriers(s);
   __syncthreads();
   const Work work{p, q};
   if (warp < 4) {
-    ptx::set_max_registers_up<144>();
+    ptx::set_max_registers_up<Registers::kScores>();
     raw_rows::Scores<kHeads, F, Work>(work, s).run();
   } else if (warp < 8) {
-    ptx::set_max_registers_up<168>();
+    ptx::set_max_registers_up<Registers::kValues>();
     raw_rows::Values<kHeads, F, Work, 0>(work, s).run();
   } else if (warp < 12) {
-    ptx::set_max_registers_up<168>();
+    ptx::set_max_registers_up<Registers::kValues>();
     raw_rows::Values<kHeads, F, Work, 1>(work, s).run();
   } else {
-    ptx::set_max_registers_down<32>();
+    ptx::set_max_registers_down<Registers::kProducers>();
     bring_all<S>(p, s, warp - 12, static_cast<int>(threadIdx.x) % 32);
   }
 }

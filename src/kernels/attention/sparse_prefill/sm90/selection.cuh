@@ -4,7 +4,6 @@
 // (kernels/attention/sparse_prefill/selection.h does it for host tensors).
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/attention/raw_rows/sm90/bring.cuh"
 #include "kernels/attention/sparse_prefill/sm90/smem.cuh"
@@ -61,15 +60,13 @@ class Cursor {
       const std::uint32_t offset = n - page * p_.page_size;
       if (p_.block_table != nullptr) page = static_cast<std::uint32_t>(__ldg(table_ + page));
       row = page * p_.page_units + offset * p_.token_units;
-      if constexpr (std::is_same_v<F, raw_rows::V4Rows>) {
+      if constexpr (F::kTable) {
         const std::uint32_t at = page * p_.page_units * 2 +
                                  p_.page_size * (kv::Fp8V4::kRowBytes / kv::Fp8V4::kScaleBytes) + offset;
         key.scales = __ldg(reinterpret_cast<const uint2*>(p_.cache) + at);
       }
     }
     key.row = p_.cache + row * std::uint64_t{16};
-    if constexpr (std::is_same_v<F, raw_rows::V32Rows>)
-      key.scales = __ldg(reinterpret_cast<const uint4*>(key.row + F::kScaleOffset));
     return key;
   }
 
