@@ -14,7 +14,6 @@
 #include "flash_mla/reference.h"
 #include "flash_mla/schedule.h"
 #include "kernels/attention/dense_fp8_decode/sm90/kernel.cuh"
-#include "kernels/attention/dense_fp8_decode/sm90/rows_kernel.cuh"
 
 namespace flash_mla::sm90::dense_fp8 {
 
@@ -31,8 +30,7 @@ struct Shape {
   Fp8Recipe recipe = Fp8Recipe::kFlashMla;
   int num_parts = 2, fixed_split_blocks = 0;
   unsigned seed = 1;
-  float spread = 0.1f;    // of the latents
-  bool raw_rows = false;  // by the consumers of raw_rows
+  float spread = 0.1f;  // of the latents
 };
 
 struct Problem {
@@ -139,53 +137,33 @@ struct Problem {
     return p;
   }
 
-  template <bool kBf16, KvFormat kFormat, int kHeads>
+  template <class Rows, bool kBf16, int kHeads>
   void launch(const DenseFp8Params& p) {
-    CUtensorMap map{};
-    map.data = reinterpret_cast<const std::byte*>(q.data());
-    const std::int64_t row = 1152;
-    const std::int64_t sizes[5] = {64, s.h_q, s.s_q, 9, b},
-                       strides[5] = {2, row, row * s.h_q, 128, row * s.h_q * s.s_q};
-    const int box[5] = {64, p.blocks.heads, p.blocks.tokens, 1, 1};
-    std::copy_n(sizes, 5, map.size);
-    std::copy_n(strides, 5, map.stride);
-    std::copy_n(box, 5, map.box);
+    const QueryView view{q.data(), std::int64_t{s.s_q} * s.h_q * 576, std::int64_t{s.h_q} * 576, 576};
     for (int z = 0; z < s.num_parts; ++z) {
       for (int x = 0; x < p.blocks.count(); ++x) {
         std::fill(std::begin(dynamic_smem), std::end(dynamic_smem), std::byte{0xFF});
-        emulated::Block block(s.raw_rows ? raw_rows::kThreads : kThreads, dynamic_smem, sizeof(dynamic_smem),
+        emulated::Block block(raw_rows::kThreads, dynamic_smem, sizeof(dynamic_smem),
                               s.seed + static_cast<unsigned>(100 * z + x));
         block.block_index = {static_cast<unsigned>(x), 0, static_cast<unsigned>(z)};
-        using Rows =
-            std::conditional_t<kFormat == KvFormat::kFp8V32, raw_rows::V32Rows, raw_rows::TensorRows>;
-        const QueryView view{q.data(), std::int64_t{s.s_q} * s.h_q * 576, std::int64_t{s.h_q} * 576, 576};
-        block.run([&] {
-          s.raw_rows ? dense_fp8_decode_rows_kernel<Rows, kHeads, kBf16>(view, p)
-                     : dense_fp8_decode_kernel<kBf16, kFormat, kHeads>(map, p);
-        });
+        block.run([&] { dense_fp8_decode_kernel<Rows, kHeads, kBf16>(view, p); });
       }
     }
   }
-  template <bool kBf16, KvFormat kFormat>
+  template <class Rows, bool kBf16>
   void launch(const DenseFp8Params& p) {
-    switch (heads_for(p.blocks.tokens * p.blocks.heads)) {
-      case 16:
-        return launch<kBf16, kFormat, 16>(p);
-      case 32:
-        return launch<kBf16, kFormat, 32>(p);
-      default:
-        return launch<kBf16, kFormat, 64>(p);
-    }
+    const int rows = p.blocks.tokens * p.blocks.heads;
+    rows <= 16   ? launch<Rows, kBf16, 16>(p)
+    : rows <= 32 ? launch<Rows, kBf16, 32>(p)
+                 : launch<Rows, kBf16, 64>(p);
   }
 
   void run() {
     const DenseFp8Params p = params();
-    if (s.bf16) {
-      s.format == KvFormat::kFp8V32 ? launch<true, KvFormat::kFp8V32>(p)
-                                    : launch<true, KvFormat::kFp8Tensor>(p);
+    if (s.format == KvFormat::kFp8V32) {
+      s.bf16 ? launch<raw_rows::V32Rows, true>(p) : launch<raw_rows::V32Rows, false>(p);
     } else {
-      s.format == KvFormat::kFp8V32 ? launch<false, KvFormat::kFp8V32>(p)
-                                    : launch<false, KvFormat::kFp8Tensor>(p);
+      s.bf16 ? launch<raw_rows::TensorRows, true>(p) : launch<raw_rows::TensorRows, false>(p);
     }
     emulated::combine(p, static_cast<int>(b), s.bf16);
   }
@@ -239,12 +217,9 @@ struct Problem {
 };
 
 void expect_right(Shape shape) {
-  for (const bool raw_rows : {false, true}) {
-    shape.raw_rows = raw_rows;
-    Problem p(shape);
-    p.run();
-    p.expect_right();
-  }
+  Problem p(std::move(shape));
+  p.run();
+  p.expect_right();
 }
 
 TEST(DenseFp8Block, OneTile) { expect_right({.lengths = {64}, .num_parts = 1}); }

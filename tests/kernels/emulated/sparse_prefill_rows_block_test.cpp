@@ -62,6 +62,7 @@ SparsePrefillParams params_of(const SparsePrefillArgs& a, int h_q) {
   p.block_table = pointer<std::int32_t>(a.block_table);
   p.cache_seqlens = pointer<std::int32_t>(a.cache_seqlens);
   if (a.block_table.defined()) p.block_table_stride = a.block_table.stride(0);
+  p.cache_scale = a.cache.format == KvFormat::kFp8Tensor ? a.cache.scale : 1.0f;
   p.head_blocks = (h_q + 63) / 64;
   p.by_head_blocks = divisor(static_cast<std::uint32_t>(p.head_blocks));
   p.items = static_cast<int>(a.q.size(0)) * p.head_blocks;
@@ -114,7 +115,7 @@ void expect_right(const PrefillShape& shape, unsigned ctas = 2) {
   using namespace raw_rows;
   if (shape.pool.format == KvFormat::kFp8V32) return expect_right_over<V32Rows>(shape, ctas);
   if (shape.pool.format == KvFormat::kFp8V4) return expect_right_over<V4Rows>(shape, ctas);
-  expect_right_over<WideRows<576>>(shape, ctas);
+  expect_right_over<TensorRows>(shape, ctas);
 }
 
 TEST(SparsePrefillRowsBlock, Heads) {
@@ -133,7 +134,7 @@ TEST(SparsePrefillRowsBlock, NamesOfTokens) {
   }
 }
 TEST(SparsePrefillRowsBlock, Formats) {
-  for (const KvFormat format : {KvFormat::kFp8V4, KvFormat::kBFloat16}) {
+  for (const KvFormat format : {KvFormat::kFp8V4, KvFormat::kFp8Tensor}) {
     const int d_qk = format == KvFormat::kFp8V4 ? 512 : 576;
     for (const Naming naming : {Naming::kSlots, Naming::kPaged}) {
       expect_right({.queries = {3, 1},

@@ -14,7 +14,6 @@
 #include "kernels/attention/dense_decode/sm90/call.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
 #include "kernels/attention/dense_fp8_decode/sm90/launch.h"
-#include "kernels/ptx/tensor_map.h"
 #include "kv/format.h"
 
 namespace flash_mla::sm90 {
@@ -91,13 +90,7 @@ void dense_fp8_decode(const DenseFp8DecodeArgs& a, const DecodeScheduleView& s, 
   p.whole_tiles = pool.format == KvFormat::kFp8V32 && pool.page_size % kTileTokens == 0 &&
                   pool.token_stride == kv::Fp8V32::kTokenBytes;
   p.cache_scale = pool.format == KvFormat::kFp8Tensor ? pool.scale : 1.0f;
-  const CUtensorMap q_map = tensor_map<5>("q", a.q,
-                                          {{{64, 0, 64},
-                                            {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
-                                            {a.q.size(1), a.q.stride(1) * 2, p.blocks.tokens},
-                                            {kHeadDim / 64, 128, 1},
-                                            {a.q.size(0), a.q.stride(0) * 2, 1}}});
-  launch_dense_fp8_decode(p, a.q, q_map, pool.format, plan_of(d, p), stream);
+  launch_dense_fp8_decode(p, a.q, pool.format, plan_of(d, p), stream);
 }
 
 }  // namespace flash_mla::sm90

@@ -4,7 +4,7 @@
 
 namespace flash_mla::sm90::dense_fp8 {
 
-template void launch_format<KvFormat::kFp8Tensor>(const DenseFp8Params&, const CUtensorMap&, bool,
+template void launch_format<raw_rows::TensorRows>(const DenseFp8Params&, const QueryView&, bool,
                                                   const DecodePlan&, cudaStream_t);
 
 }  // namespace flash_mla::sm90::dense_fp8

@@ -2,7 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdlib>
+#include <cstdint>
 
 #include "base/cuda/check.h"
 #include "base/cuda/launch.h"
@@ -27,22 +27,32 @@ void launch_decode(const SparseDecodeParams& p, const CUtensorMap& q_map, const 
         "sparse_decode_kernel");
 }
 
-/// Null where the kernel that widens keys into shared memory is to be used.
+/// Over e4m3, the kernel that widens keys into shared memory (kernel.cuh) has up to 128 rows of O in a CTA's registers and a
+/// short way to the first tile; the one over rows as they lie makes P V of as many columns as there are heads, and takes
+/// about 12 us to its first tile. Measured on an H200 (docs/kernels/sparse-decode-sm90.md): of 656-byte rows the latter is
+/// ahead with up to 32 heads from seven tiles a CTA on, of V4's with up to 16. Which one it is must not depend on the
+/// batch where splits do not.
+bool takes_rows(const SparseDecodeParams& p, KvFormat format, const DecodePlan& plan) {
+  const bool v32 = format == KvFormat::kFp8V32;
+  if (p.blocks.heads > (v32 ? 32 : 16)) return false;
+  if (p.split_tiles > 0 || !v32) return true;
+  const auto tiles = [](int topk) { return (topk + kTileTokens - 1) / kTileTokens; };
+  return std::int64_t{p.batch} * (tiles(p.keys[0].topk) + tiles(p.keys[1].topk)) >= 7 * plan.grid.z;
+}
+
 sparse::RowsLaunch rows_launch_of(KvFormat format, bool bf16, int head_dim, int heads) {
   using namespace sparse;
   using namespace raw_rows;
-  if (!kv::is_fp8(format)) {
-    const auto launch = head_dim == 576
-                            ? (bf16 ? rows_launch<WideRows<576>, true> : rows_launch<WideRows<576>, false>)
-                            : (bf16 ? rows_launch<WideRows<512>, true> : rows_launch<WideRows<512>, false>);
-    return launch(heads);
+  switch (format) {
+    case KvFormat::kFp8V32:
+      return bf16 ? rows_launch<V32Rows, true>(heads) : rows_launch<V32Rows, false>(heads);
+    case KvFormat::kFp8V4:
+      return bf16 ? rows_launch<V4Rows, true>(heads) : rows_launch<V4Rows, false>(heads);
+    default:
+      if (head_dim == 576)
+        return bf16 ? rows_launch<WideRows<576>, true>(heads) : rows_launch<WideRows<576>, false>(heads);
+      return bf16 ? rows_launch<WideRows<512>, true>(heads) : rows_launch<WideRows<512>, false>(heads);
   }
-  const bool v32 = format == KvFormat::kFp8V32;
-  if (!bf16) return (v32 ? rows_launch<V32Rows, false> : rows_launch<V4Rows, false>)(heads);
-  // For a comparison: 0 the kernel that widens keys into shared memory.
-  const char* const rows = std::getenv("FLASH_MLA_ROWS");
-  if (rows != nullptr && *rows == '0') return nullptr;
-  return (v32 ? rows_launch<V32Rows, true> : rows_launch<V4Rows, true>)(heads);
 }
 
 }  // namespace
@@ -50,8 +60,8 @@ sparse::RowsLaunch rows_launch_of(KvFormat format, bool bf16, int head_dim, int 
 void launch_sparse_decode(const SparseDecodeParams& p, const TensorView& q, const CUtensorMap& q_map,
                           KvFormat format, const DecodePlan& plan, void* stream) {
   const bool bf16 = q.dtype == DType::kBFloat16;
-  const auto launch = rows_launch_of(format, bf16, static_cast<int>(q.size(3)), p.blocks.heads);
-  if (launch != nullptr) {
+  if (!kv::is_fp8(format) || !bf16 || takes_rows(p, format, plan)) {
+    const auto launch = rows_launch_of(format, bf16, static_cast<int>(q.size(3)), p.blocks.heads);
     launch(p, {q.ptr<const std::uint16_t>(), q.stride(0), q.stride(1), q.stride(2)}, plan,
            static_cast<cudaStream_t>(stream));
     if (plan.combines) launch_combine_lists(p, p, bf16, plan, stream);

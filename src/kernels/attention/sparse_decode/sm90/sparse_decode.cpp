@@ -73,9 +73,9 @@ void check_pool(const SparseKeys& keys, const char* name) {
   const kv::Pool pool = kv::make_pool(keys.cache);
   const TensorView& t = keys.cache.data;
   if (pool.format == KvFormat::kFp8Tensor) {
-    throw Unsupported(
-        fmt::format("{}.cache.format is {}; sparse_decode on sm90 takes fp8_v32, fp8_v4, bfloat16 and float16",
-                    name, kv_format_name(pool.format)));
+    throw Unsupported(fmt::format(
+        "{}.cache.format is {}; sparse_decode on sm90 takes fp8_v32, fp8_v4, bfloat16 and float16", name,
+        kv_format_name(pool.format)));
   }
   if (reinterpret_cast<std::uintptr_t>(t.data) % kUnit != 0) {
     throw InvalidArgument(fmt::format("{}.cache.data is {}, expected a pointer aligned to {} bytes", name,

@@ -23,14 +23,14 @@
 
 namespace flash_mla::sm90::sparse_prefill {
 
-template <bool kBf16, KvFormat kFormat, int kHeadDim>
+template <bool kBf16, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_prefill_kernel(const __grid_constant__ CUtensorMap q_map,
                           const __grid_constant__ CUtensorMap out_map,
                           const __grid_constant__ SparsePrefillParams p) {
   extern __shared__ std::byte dynamic_smem[];
   using T = ptx::Element<kBf16>;
-  using Rule = Gather<kBf16, kFormat, kHeadDim>;
+  using Rule = Gather;
   // 384 threads start with 168 each: 504 for a thread of each of the three warpgroups.
   constexpr int kProducers = Rule::kRegisters, kConsumers = (504 - kProducers) / 2;
   auto& s =
@@ -54,14 +54,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (warp >= kConsumerThreads / 32) {
     ptx::set_max_registers_down<kProducers>();
-    Producer<kBf16, kFormat, kHeadDim>(p, s, &q_map, &out_map, warp - kConsumerThreads / 32, threadIdx.x % 32)
-        .run();
+    Producer<kBf16, kHeadDim>(p, s, &q_map, &out_map, warp - kConsumerThreads / 32, threadIdx.x % 32).run();
   } else if (warp < 4) {
     ptx::set_max_registers_up<kConsumers>();
-    Consumer<kBf16, kHeadDim, 0, !kv::is_fp8(kFormat)>(p, s).run();
+    Consumer<kBf16, kHeadDim, 0, true>(p, s).run();
   } else {
     ptx::set_max_registers_up<kConsumers>();
-    Consumer<kBf16, kHeadDim, 1, !kv::is_fp8(kFormat)>(p, s).run();
+    Consumer<kBf16, kHeadDim, 1, true>(p, s).run();
   }
 }
 

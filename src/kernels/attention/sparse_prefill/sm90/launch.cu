@@ -1,7 +1,5 @@
 // Launches the sparse prefill kernel. Everything a launch depends on has been decided in sparse_prefill.cpp.
 
-#include <cstdlib>
-
 #include "kernels/attention/sparse_prefill/sm90/launch.cuh"
 #include "kernels/attention/sparse_prefill/sm90/launch.h"
 #include "kv/format.h"
@@ -12,14 +10,16 @@ namespace {
 template <bool kBf16>
 sparse_prefill::Launch launch_of(KvFormat format, int head_dim, int h_q) {
   using namespace sparse_prefill;
-  // For a first comparison: 0 the kernel that has keys in tiles, 3: V4's rows and those of 16-bit elements too.
-  const char* const rows = std::getenv("FLASH_MLA_ROWS");
-  const char choice = rows == nullptr ? '1' : *rows;
-  if (choice != '0' && format == KvFormat::kFp8V32) return of_raw_rows<raw_rows::V32Rows, kBf16>(h_q);
-  if (choice == '3' && format == KvFormat::kFp8V4) return of_raw_rows<raw_rows::V4Rows, kBf16>(h_q);
-  if (choice == '3' && !kv::is_fp8(format) && head_dim == 576)
-    return of_raw_rows<raw_rows::WideRows<576>, kBf16>(h_q);
-  return kv::is_fp8(format) ? of_fp8<kBf16>(format) : of_rows<kBf16>(head_dim);
+  switch (format) {
+    case KvFormat::kFp8V32:
+      return of_raw_rows<raw_rows::V32Rows, kBf16>(h_q);
+    case KvFormat::kFp8V4:
+      return of_raw_rows<raw_rows::V4Rows, kBf16>(h_q);
+    case KvFormat::kFp8Tensor:
+      return of_raw_rows<raw_rows::TensorRows, kBf16>(h_q);
+    default:
+      return of_rows<kBf16>(head_dim);
+  }
 }
 
 }  // namespace

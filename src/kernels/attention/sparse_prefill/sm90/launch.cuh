@@ -17,10 +17,10 @@ namespace flash_mla::sm90::sparse_prefill {
 using Launch = void (*)(const SparsePrefillParams&, const QueryView& q, const CUtensorMap& q_map,
                         const CUtensorMap& out_map, int sms, cudaStream_t);
 
-template <bool kBf16, KvFormat kFormat, int kHeadDim>
+template <bool kBf16, int kHeadDim>
 void launch_as(const SparsePrefillParams& p, const QueryView&, const CUtensorMap& q_map,
                const CUtensorMap& out_map, int sms, cudaStream_t stream) {
-  constexpr auto kKernel = sparse_prefill_kernel<kBf16, kFormat, kHeadDim>;
+  constexpr auto kKernel = sparse_prefill_kernel<kBf16, kHeadDim>;
   constexpr std::size_t kSmemBytes = sizeof(Smem<ptx::Element<kBf16>>) + 1024;
   check(allow_shared_memory<kKernel>(kSmemBytes), "cudaFuncSetAttribute");
   const auto ctas = static_cast<unsigned>(std::min(p.items, sms));
@@ -46,33 +46,19 @@ Launch of_raw_rows(int h_q) {
                      : launch_raw_rows<F, 64, kBf16>;
 }
 
-/// Over rows of 16-bit elements, and over an FP8 format.
+/// Over rows of 16-bit elements.
 template <bool kBf16>
 Launch of_rows(int head_dim) {
-  constexpr KvFormat kRows = KvFormat::kBFloat16;  // or float16: the kernel does not tell them apart by this
-  return head_dim == 576 ? launch_as<kBf16, kRows, 576> : launch_as<kBf16, kRows, 512>;
+  return head_dim == 576 ? launch_as<kBf16, 576> : launch_as<kBf16, 512>;
 }
-template <bool kBf16>
-Launch of_fp8(KvFormat format) {
-  switch (format) {
-    case KvFormat::kFp8V32:
-      return launch_as<kBf16, KvFormat::kFp8V32, 576>;
-    case KvFormat::kFp8V4:
-      return launch_as<kBf16, KvFormat::kFp8V4, 512>;
-    default:
-      return launch_as<kBf16, KvFormat::kFp8Tensor, 576>;
-  }
-}
-// Instantiated in launch_rows.cu, launch_fp8.cu, launch_raw_*.cu and launch_fp16.cu.
+// Instantiated in launch_rows.cu, launch_fp16.cu and launch_raw_*.cu.
 extern template Launch of_rows<true>(int);
 extern template Launch of_rows<false>(int);
-extern template Launch of_fp8<true>(KvFormat);
-extern template Launch of_fp8<false>(KvFormat);
 extern template Launch of_raw_rows<raw_rows::V32Rows, true>(int);
 extern template Launch of_raw_rows<raw_rows::V32Rows, false>(int);
 extern template Launch of_raw_rows<raw_rows::V4Rows, true>(int);
 extern template Launch of_raw_rows<raw_rows::V4Rows, false>(int);
-extern template Launch of_raw_rows<raw_rows::WideRows<576>, true>(int);
-extern template Launch of_raw_rows<raw_rows::WideRows<576>, false>(int);
+extern template Launch of_raw_rows<raw_rows::TensorRows, true>(int);
+extern template Launch of_raw_rows<raw_rows::TensorRows, false>(int);
 
 }  // namespace flash_mla::sm90::sparse_prefill

@@ -5,6 +5,5 @@
 namespace flash_mla::sm90::sparse_prefill {
 
 template Launch of_rows<false>(int);
-template Launch of_fp8<false>(KvFormat);
 
 }  // namespace flash_mla::sm90::sparse_prefill

@@ -35,7 +35,7 @@ struct SparsePrefillParams {
   Divisor by_page_size;
   bool is_flat;  ///< slot n is n tokens from the beginning, whatever the pages, and no table says otherwise
   std::uint32_t slots;  ///< of the cache
-  float cache_scale;    ///< of kFp8Tensor
+  float cache_scale;    ///< of kFp8Tensor, else 1
 
   const std::int32_t* indices;  ///< (n, topk)
   std::int64_t indices_stride;

@@ -19,10 +19,14 @@
 
 namespace flash_mla::sm90::sparse_prefill {
 
-template <bool kBf16, KvFormat kFormat, int kHeadDim>
+__device__ __forceinline__ void store_1(std::uint32_t to, std::uint32_t x) {
+  asm volatile("st.shared.u8 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+
+template <bool kBf16, int kHeadDim>
 class Producer {
   using T = ptx::Element<kBf16>;
-  using Rule = Gather<kBf16, kFormat, kHeadDim>;
+  using Rule = Gather;
 
  public:
   __device__ Producer(const SparsePrefillParams& params, Smem<T>& smem, const CUtensorMap* q_map,
@@ -38,7 +42,7 @@ class Producer {
     int staged = -1;                                             // the item whose O lies in slot 1, or will
     while (cursor.holds()) {
       Rows rows;
-      cursor.template locate<Rule::kScales>(rows);
+      cursor.locate(rows);
       const int index = cursor.index(), tile = cursor.tile();
       const bool is_last = cursor.is_last();
       cursor.advance();

@@ -44,7 +44,7 @@ struct RowsWork {
   };
 
   __device__ Walk walk() const { return {p}; }
-  __device__ float scale_log2() const { return p.scale_log2; }
+  __device__ float scale_log2() const { return p.scale_log2 * p.cache_scale; }
 
   // Head of row r; false if it is padding.
   __device__ bool locate(const Item& item, int r, int& head) const {
@@ -78,7 +78,7 @@ struct RowsWork {
       p.max_logits[item.token * p.max_logits_stride_n + head * p.max_logits_stride_h] = highest * kLn2;
     if (none) return unseen ? 0.0f : NAN;
     if (valid && p.attn_sink != nullptr) sum += exp2f(p.attn_sink[head] * kLog2e - reference);
-    return 1.0f / sum;
+    return p.cache_scale / sum;
   }
   /// Null if the row is padding.
   __device__ std::uint16_t* out_row(const Item& item, int row) const {

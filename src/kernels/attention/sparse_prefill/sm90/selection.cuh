@@ -11,11 +11,10 @@
 
 namespace flash_mla::sm90::sparse_prefill {
 
-/// Of a warp's 16 keys of a tile, a lane looks after those 4 i + lane / 8, i from 0 to 3: where their rows begin, where
-/// kFp8V4's scales lie, and a bit i for each that is one. Of those that are none, rows and scales of some token.
+/// Of a warp's 16 keys of a tile, a lane looks after those 4 i + lane / 8, i from 0 to 3: where their rows begin, and
+/// a bit i for each that is one. Of those that are none, the row of some token.
 struct Rows {
   const std::byte* at[kWarpKeys / 4];
-  std::uint32_t scales[kWarpKeys / 4];  // from the cache's beginning, in units of 8 bytes
   std::uint32_t valid;
 
   __device__ bool is_valid(int i) const { return (valid >> i & 1) != 0; }
@@ -71,7 +70,6 @@ class Cursor {
   }
 
   // The rows of this lane's keys. Without branches but those that all take alike.
-  template <bool kScales>
   __device__ void locate(Rows& rows) const {
     rows.valid = 0;
 #pragma unroll
@@ -86,10 +84,6 @@ class Cursor {
         const std::uint32_t offset = n - page * p_.page_size;
         if (p_.block_table != nullptr) page = valid ? static_cast<std::uint32_t>(__ldg(table_ + page)) : 0;
         row = page * p_.page_units + offset * p_.token_units;
-        if constexpr (kScales) {
-          rows.scales[i] = page * p_.page_units * 2 +
-                           p_.page_size * (kv::Fp8V4::kRowBytes / kv::Fp8V4::kScaleBytes) + offset;
-        }
       }
       rows.at[i] = p_.cache + row * std::uint64_t{16};
     }

@@ -76,7 +76,7 @@ void set_selection(SparsePrefillParams& p, const SparsePrefillArgs& a) {
   p.is_flat = !a.block_table.defined() && pool.format != KvFormat::kFp8V4 &&
               (pool.num_pages <= 1 || pool.page_stride == pool.page_size * pool.token_stride);
   p.slots = static_cast<std::uint32_t>(pool.num_slots());
-  p.cache_scale = pool.scale;
+  p.cache_scale = pool.format == KvFormat::kFp8Tensor ? pool.scale : 1.0f;
   p.indices = a.indices.ptr<const std::int32_t>();
   p.indices_stride = a.indices.stride(0);
   p.topk_length = pointer<std::int32_t>(a.topk_length);
