@@ -16,6 +16,7 @@
 #include "checkpoint/config.h"
 #include "engine/engine_core.h"
 #include "flash_mla/info.h"
+#include "model/e4m3_weight.h"
 #include "model/model.h"
 #include "planner/read.h"
 
@@ -41,28 +42,35 @@ double median(std::vector<double> x) {
 }
 
 /// Bytes of weights that a decoding step reads, `experts` of them (over all layers) taken.
-double weight_bytes(const checkpoint::ModelConfig& c, std::int64_t experts) {
+double weight_bytes(const checkpoint::ModelConfig& c, std::int64_t experts, ModelQuantize quantize) {
+  constexpr double kBf16 = 2, kFp32 = 4, kScale = 4;
+  const auto each = [&](model::LayerKind kind) {
+    return model::asks_for_e4m3(quantize, kind) ? 1 + kScale / (model::kE4m3Rows * model::kE4m3Columns)
+                                                : kBf16;
+  };
+  const double of_attention = each(model::LayerKind::kAttention);
   const double hidden = c.hidden_size, heads = c.num_attention_heads, rank = c.kv_lora_rank;
   const double nope = c.qk_nope_head_dim, rope = c.qk_rope_head_dim, v = c.v_head_dim;
   const double q =
       c.q_lora_rank > 0 ? c.q_lora_rank * (hidden + heads * (nope + rope)) : hidden * heads * (nope + rope);
-  const double attention = q + (rank + rope) * hidden + heads * rank * (nope + v) + heads * v * hidden;
-  double total = hidden * c.vocab_size;
+  const double attention =
+      of_attention * (q + (rank + rope) * hidden + heads * v * hidden) + kBf16 * heads * rank * (nope + v);
+  const double expert = 3.0 * hidden * c.moe_intermediate_size;
+  double total = each(model::LayerKind::kHead) * hidden * c.vocab_size;
   for (int i = 0; i < c.num_hidden_layers; ++i) {
     total += attention;
     if (c.has_indexer(i)) {
-      total += double{1} * c.index_n_heads * c.index_head_dim * c.q_lora_rank + c.index_head_dim * hidden +
-               2.0 * c.index_n_heads * hidden;
+      total += of_attention * c.index_head_dim * (double{1} * c.index_n_heads * c.q_lora_rank + hidden) +
+               kFp32 * c.index_n_heads * hidden;
     }
     if (c.is_moe_layer(i)) {
       total +=
-          3.0 * hidden * c.moe_intermediate_size * c.n_shared_experts + 2.0 * hidden * c.n_routed_experts;
+          each(model::LayerKind::kShared) * expert * c.n_shared_experts + kFp32 * hidden * c.n_routed_experts;
     } else {
-      total += 3.0 * hidden * c.intermediate_size;
+      total += each(model::LayerKind::kDense) * 3 * hidden * c.intermediate_size;
     }
   }
-  total += 3.0 * hidden * c.moe_intermediate_size * static_cast<double>(experts);
-  return 2 * total;  // bfloat16; float32, of routers and of index heads, counts twice above
+  return total + each(model::LayerKind::kExperts) * expert * static_cast<double>(experts);
 }
 
 /// Bytes of the cache that a token reads which sees `context` others: of all of them, or of those that an indexer chooses
@@ -81,7 +89,8 @@ double cache_bytes(const checkpoint::ModelConfig& c, int context, bool fp8) {
 double parameters(const checkpoint::ModelConfig& c) {
   std::int64_t layers = 0;
   for (int i = 0; i < c.num_hidden_layers; ++i) layers += c.is_moe_layer(i);
-  return weight_bytes(c, layers * c.n_routed_experts) / 2 + double{1} * c.hidden_size * c.vocab_size;
+  return weight_bytes(c, layers * c.n_routed_experts, ModelQuantize::kNone) / 2 +
+         double{1} * c.hidden_size * c.vocab_size;
 }
 
 /// A model that outlives the engine it is given to.
@@ -112,6 +121,7 @@ class EngineBench {
  public:
   explicit EngineBench(const EngineBenchOptions& options)
       : options_(options),
+        quantize_(options.fp8_weights ? ModelQuantize::kFp8 : ModelQuantize::kNone),
         config_(options.config.empty() ? v2_lite() : checkpoint::read_config(options.config)) {}
 
   int run() {
@@ -119,6 +129,7 @@ class EngineBench {
     model::ModelOptions model_options;
     model_options.device = ModelDevice::kCuda;
     model_options.time_steps = true;
+    model_options.quantize = quantize_;
     if (options_.fp8_cache) model_options.kv_cache = ModelKvCache::kFp8;
     model_ = model::make_random_model(config_, model_options);
     const int most_batch = *std::ranges::max_element(options_.batch);
@@ -131,6 +142,8 @@ class EngineBench {
     for (const BackendInfo& b : backends()) {
       if (b.backend == Backend::kSm90) out_["gpu"] = b.device;
     }
+    out_["weights"] = options_.fp8_weights ? "fp8" : "bf16";
+    out_["cache"] = options_.fp8_cache ? "fp8" : "bf16";
     out_["parameters"] = parameters(config_);
     out_["bandwidth_of_floor"] = options_.bandwidth;
     out_["load_seconds"] = seconds_since(begin);
@@ -249,7 +262,7 @@ class EngineBench {
           // Not the greedy continuation, which a random model repeats: all rows would share their experts.
           tokens = random_tokens(b);
         }
-        const double bytes = weight_bytes(config_, std::llround(experts)) +
+        const double bytes = weight_bytes(config_, std::llround(experts), quantize_) +
                              b * cache_bytes(config_, context, options_.fp8_cache);
         const double floor = bytes / options_.bandwidth, time = median(wall), busy = median(device);
         rows.add({fmt::format("{}", b), fmt::format("{}", context), fmt::format("{:.3f}", time * 1e3),
@@ -326,6 +339,7 @@ class EngineBench {
   }
 
   const EngineBenchOptions& options_;
+  ModelQuantize quantize_;
   checkpoint::ModelConfig config_;
   std::unique_ptr<model::Model> model_;
   int pages_per_sequence_ = 0;

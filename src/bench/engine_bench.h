@@ -15,6 +15,7 @@ struct EngineBenchOptions {
   int generated = 64;                     ///< tokens per request of the engine
   double bandwidth = 4.65e12;             ///< bytes per second of the floor
   bool fp8_cache = false;                 ///< 656 bytes a token; models with an indexer
+  bool fp8_weights = false;               ///< what --quantize fp8 makes of a checkpoint
 };
 
 /// Measures decode steps, prefill and generation of a model with random weights on the GPU and prints them

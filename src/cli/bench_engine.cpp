@@ -25,6 +25,8 @@ void register_bench_engine(CLI::App& app, int& exit_code) {
   sub->add_option("--bandwidth", o->bandwidth, "Bytes per second of the floor")->check(CLI::PositiveNumber);
   sub->add_flag("--fp8-cache", o->fp8_cache,
                 "A cache of 656 bytes per token and layer, for a model with an indexer");
+  sub->add_flag("--fp8-weights", o->fp8_weights,
+                "Weights of attention and experts in FP8, as --quantize fp8 makes them");
   sub->add_option("--json", o->json, "Write the figures, with machine, command and commit, to this file");
   sub->callback([o, &exit_code] { exit_code = bench::run_engine_bench(*o); });
 }

@@ -37,13 +37,13 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
       ->check(CLI::IsMember({"auto", "fp32", "bf16"}));
   app.add_option_function<std::string>(
          "--quantize", [&o](const std::string& name) { o.quantize = quantizations.at(name); },
-         "Of the weights: none (as the checkpoint has them); on the CPU int8 with one scale per output channel, "
-         "fp8 with one per block of 128 x 128 (attention, experts), or w4a8: experts in 4 bits")
+         "Of the weights: none (as the checkpoint has them); fp8 with one scale per block of 128 x 128 (attention, "
+         "experts); on the CPU int8 with one per output channel, or w4a8: experts in 4 bits")
       ->check(CLI::IsMember({"none", "int8", "fp8", "w4a8"}));
   app.add_option_function<std::string>(
          "--kv-cache", [&o](const std::string& name) { o.kv_cache = kv_caches.at(name); },
-         "Of the cache's rows: auto (as --precision), bf16, fp16, or fp8 with 656 bytes per token and layer "
-         "(CPU only)")
+         "Of the cache's rows: auto (as --precision), bf16, fp16 (CPU only), or fp8 with 656 bytes per token and "
+         "layer (on a GPU for models with an indexer)")
       ->check(CLI::IsMember({"auto", "bf16", "fp16", "fp8"}));
   app.add_option_function<std::string>(
          "--load-format", [&o](const std::string& name) { o.load_format = load_formats.at(name); },

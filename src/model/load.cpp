@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "base/host_memory.h"
@@ -50,8 +51,9 @@ bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
     case ModelDevice::kAuto:
       break;
   }
-  return config.index_topk == 0 && options.kv_cache != ModelKvCache::kFloat16 &&
-         options.kv_cache != ModelKvCache::kFp8 && options.precision != ModelPrecision::kFloat32 &&
+  return why_no_cuda_indexer(config).empty() && options.kv_cache != ModelKvCache::kFloat16 &&
+         (options.kv_cache != ModelKvCache::kFp8 || config.index_topk > 0) &&
+         options.precision != ModelPrecision::kFloat32 &&
          (options.quantize == ModelQuantize::kNone || options.quantize == ModelQuantize::kFp8) &&
          why_no_cuda_device().empty();
 }
@@ -63,7 +65,7 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
     check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()));
     return make_cpu_device(config, dtype, cache_format, options);
   }
-  check_cuda_indexer(config);
+  if (const std::string why = why_no_cuda_indexer(config); !why.empty()) throw Unsupported(why);
   const bool fp8_cache = options.kv_cache == ModelKvCache::kFp8;
   if (options.kv_cache == ModelKvCache::kFloat16 || (fp8_cache && config.index_topk == 0)) {
     throw Unsupported(

@@ -92,6 +92,16 @@ inline std::vector<double> row_errors(const std::vector<float>& a, const std::ve
   return out;
 }
 
+/// The greatest |a - b| / |b| of a row stays below `bound`: for models and contexts where rounding has nothing to choose.
+inline void expect_all_close(const std::vector<float>& a, const std::vector<float>& b, const char* what,
+                             double bound) {
+  const std::vector<double> errors = row_errors(a, b);
+  EXPECT_LT(errors.back(), bound) << what;
+  if (std::getenv("FLASH_MLA_TEST_VERBOSE") != nullptr) {
+    std::printf("%s: median error %.4f, worst %.4f\n", what, errors[errors.size() / 2], errors.back());
+  }
+}
+
 // A row whose token takes other experts, because rounding decided, is far off: a tenth of the rows may be.
 // The rest differs by the rounding of bfloat16, which a large routed_scaling_factor magnifies. `times` what
 // such a row may be off, where other choices are made by rounding as well.

@@ -4,10 +4,9 @@
 
 #include <gtest/gtest.h>
 
-#include <numeric>
 #include <string>
 
-#include "base/fp8.h"
+#include "experts.h"
 #include "kernels/moe/cpu/router.h"
 #include "model_data.h"
 
@@ -153,165 +152,6 @@ TEST(Router, LogitsKeepFp32Weights) {
 
 // ---- Experts
 
-struct Layer {
-  int hidden, intermediate, experts, chosen;
-};
-
-/// bfloat16 weights (matrices, rows, columns) as e4m3 codes with a scale for every 8 rows and 128 columns of each.
-struct E4m3Matrices {
-  /// Replaces the weights by what the codes mean, rounded to bfloat16. A few become 40 times as large; scales are what the
-  /// largest asks for, or with `powers` the next power of two.
-  E4m3Matrices(Random& random, std::vector<std::uint16_t>& weights, int matrices, int rows, int columns,
-               bool powers)
-      : codes_host(weights.size()), scales_host(make(random, weights, matrices, rows, columns, powers)) {}
-
-  std::vector<float> make(Random& random, std::vector<std::uint16_t>& weights, int matrices, int rows,
-                          int columns, bool powers) {
-    const int scale_rows = (rows + 7) / 8, scale_columns = (columns + 127) / 128;
-    std::vector<float> out(std::size_t(matrices) * scale_rows * scale_columns);
-    const auto scale_of = [&](std::size_t i) -> float& {
-      const std::size_t row = i / columns;
-      return out[(row / rows * scale_rows + row % rows / 8) * scale_columns + i % columns / 128];
-    };
-    std::vector<float> wide(weights.size());
-    for (std::size_t i = 0; i < wide.size(); ++i) {
-      wide[i] = from_bf16(weights[i]) * (random.below(1000) == 0 ? 40.0f : 1.0f);
-      scale_of(i) = std::max(scale_of(i), std::abs(wide[i]));
-    }
-    for (float& s : out) {
-      s = s > 0 ? s / kE4m3Max : 1;
-      if (powers) s = next_power_of_two(s);
-    }
-    for (std::size_t i = 0; i < wide.size(); ++i) {
-      const E4m3 code = to_e4m3(wide[i] / scale_of(i));
-      codes_host[i] = code.bits;
-      weights[i] = to_bf16(to_float(code) * scale_of(i));
-    }
-    return out;
-  }
-
-  std::vector<std::uint8_t> codes_host;
-  std::vector<float> scales_host;
-  OnDevice<std::uint8_t> codes{codes_host};
-  OnDevice<float> scales{scales_host};
-};
-
-/// Weights of a layer and the tokens of a step.
-struct Experts {
-  Experts(Random& random, Layer l, int tokens, int favourite = -1, int pad = 0)
-      : layer(l),
-        gate_up(random.bf16(std::size_t(l.experts) * 2 * l.intermediate * l.hidden,
-                            1 / std::sqrt(float(l.hidden)))),
-        down(random.bf16(std::size_t(l.experts) * l.intermediate * l.hidden,
-                         1 / std::sqrt(float(l.intermediate)))),
-        x(random.bf16(std::size_t(tokens) * (l.hidden + pad), 1.0f)),
-        before(random.bf16(std::size_t(tokens) * (l.hidden + pad), 1.0f)),
-        weights(random.fp32(std::size_t(tokens) * l.chosen, 0.5f)),
-        gate_up_device(gate_up),
-        down_device(down),
-        x_device(x),
-        inout(before),
-        weights_device(weights),
-        ids(choose(random, l, tokens, favourite)),
-        ids_device(ids),
-        workspace(sm90::expert_ffn_workspace_size(tokens, l.hidden, l.intermediate, l.experts, l.chosen)) {
-    args.x = x_device.get();
-    args.x_stride = args.inout_stride = l.hidden + pad;
-    args.gate_up = gate_up_device.get();
-    args.down = down_device.get();
-    args.ids = ids_device.get();
-    args.weights = weights_device.get();
-    args.inout = inout.get();
-    args.tokens = tokens;
-    args.hidden = l.hidden;
-    args.intermediate = l.intermediate;
-    args.num_experts = l.experts;
-    args.experts_per_token = l.chosen;
-    args.workspace = workspace.get();
-  }
-
-  /// Distinct experts for every token; `favourite` always among them, if any.
-  static std::vector<std::int32_t> choose(Random& random, Layer l, int tokens, int favourite) {
-    std::vector<std::int32_t> ids, all(std::size_t(l.experts));
-    for (int t = 0; t < tokens; ++t) {
-      std::iota(all.begin(), all.end(), 0);
-      for (int i = 0; i < l.chosen; ++i)
-        std::swap(all[std::size_t(i)], all[std::size_t(i + random.below(l.experts - i))]);
-      if (favourite >= 0 &&
-          std::find(all.begin(), all.begin() + l.chosen, favourite) == all.begin() + l.chosen) {
-        all[0] = favourite;
-      }
-      ids.insert(ids.end(), all.begin(), all.begin() + l.chosen);
-    }
-    return ids;
-  }
-
-  std::vector<std::uint16_t> run(const ExpertFfn& a) {
-    inout.upload(before);
-    workspace.poison();
-    check(sm90::expert_ffn(a, nullptr), "expert_ffn");
-    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    return inout.host();
-  }
-
-  /// All columns of one token, in fp64 but for the rounding of the activations.
-  std::vector<double> expected(int token) const {
-    const std::size_t hidden = std::size_t(layer.hidden), intermediate = std::size_t(layer.intermediate);
-    std::vector<double> out(hidden), act(intermediate), in(hidden);
-    for (std::size_t i = 0; i < hidden; ++i) {
-      in[i] = double(from_bf16(x[std::size_t(token) * args.x_stride + i]));
-      out[i] = double(from_bf16(before[std::size_t(token) * args.inout_stride + i]));
-    }
-    for (int c = 0; c < layer.chosen; ++c) {
-      const std::size_t e = std::size_t(ids[std::size_t(token) * layer.chosen + c]);
-      const auto dot = [](const std::uint16_t* w, const std::vector<double>& v) {
-        double sum = 0;
-        for (std::size_t i = 0; i < v.size(); ++i) sum += double(from_bf16(w[i])) * v[i];
-        return sum;
-      };
-      const std::uint16_t* up = gate_up.data() + (e * 2 + 1) * intermediate * hidden;
-      for (std::size_t i = 0; i < intermediate; ++i) {
-        const double gate = dot(up - (intermediate - i) * hidden, in);
-        act[i] = double(from_bf16(to_bf16(float(silu(gate) * dot(up + i * hidden, in)))));
-      }
-      const double w = double(weights[std::size_t(token) * layer.chosen + c]);
-      for (std::size_t i = 0; i < hidden; ++i) {
-        out[i] += w * dot(down.data() + (e * hidden + i) * intermediate, act);
-      }
-    }
-    return out;
-  }
-
-  void verify(const std::vector<std::uint16_t>& got, const std::vector<int>& tokens,
-              const std::string& name) {
-    for (const int t : tokens) {
-      const std::vector<double> want = expected(t);
-      for (int i = 0; i < layer.hidden; ++i) {
-        const double v = double(from_bf16(got[std::size_t(t) * args.inout_stride + i]));
-        const double w = want[std::size_t(i)];
-        ASSERT_LE(std::abs(v - w), 2e-3 + std::abs(w) / 250) << name << ": token " << t << " column " << i;
-      }
-    }
-    for (std::size_t i = 0; i < got.size(); ++i) {
-      if (std::int64_t(i) % args.inout_stride >= layer.hidden) {
-        ASSERT_EQ(got[i], before[i]) << name << ": padding";
-      } else {
-        ASSERT_TRUE(std::isfinite(from_bf16(got[i]))) << name << ": element " << i;
-      }
-    }
-  }
-
-  Layer layer;
-  std::vector<std::uint16_t> gate_up, down, x, before;
-  std::vector<float> weights;
-  OnDevice<std::uint16_t> gate_up_device, down_device, x_device, inout;
-  OnDevice<float> weights_device;
-  std::vector<std::int32_t> ids;
-  OnDevice<std::int32_t> ids_device;
-  OnDevice<std::byte> workspace;
-  ExpertFfn args;
-};
-
 std::vector<int> some_tokens(Random& random, int tokens, int most) {
   std::vector<int> v;
   if (tokens <= most) {
@@ -351,19 +191,6 @@ TEST(ExpertFfn, V2Lite) {
     if (HasFatalFailure()) return;
   }
 }
-
-/// Weights in e4m3, on the device, of experts whose host copy holds what they mean in bfloat16.
-struct E4m3Experts {
-  E4m3Experts(Random& random, Experts& e, bool powers)
-      : gate_up(random, e.gate_up, e.layer.experts, 2 * e.layer.intermediate, e.layer.hidden, powers),
-        down(random, e.down, e.layer.experts, e.layer.hidden, e.layer.intermediate, powers) {
-    e.args.gate_up = gate_up.codes.get();
-    e.args.gate_up_scales = gate_up.scales.get();
-    e.args.down = down.codes.get();
-    e.args.down_scales = down.scales.get();
-  }
-  E4m3Matrices gate_up, down;
-};
 
 // Few pairs for each expert, many, and a favourite of all tokens beside experts that nobody takes; the last two shapes
 // are not for the fast path.

@@ -20,10 +20,13 @@ namespace flash_mla::model {
 namespace {
 
 constexpr int kPages = 60;
-// Where rounding lets one of two tokens in, with as good as equal scores, a random model goes on differently: the CPU in
-// bfloat16 and in float32 differ by up to 0.11 in the median and 0.30 in nine rows of ten, which have no such choice 0.01.
-// Attention to other tokens altogether is further off.
-constexpr double kWithChoices = 6;
+// Where rounding lets one of two tokens in, with as good as equal scores, a random model goes on differently: kernels
+// emulated on the host, in bfloat16, and the CPU in float32 differ by up to 0.11 in the median and 0.18 in nine rows of
+// ten. Attention to other tokens altogether is further off.
+constexpr double kWithChoices = 5, kLongWithChoices = 6;
+// Up to index_topk tokens there is nothing to choose, and each row of the same comparison is within 0.010, or with an FP8
+// cache 0.042.
+constexpr double kWithoutChoices = 0.03, kFp8WithoutChoices = 0.1;
 
 struct Case {
   std::string name;
@@ -33,10 +36,12 @@ struct Case {
 
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 
+// Every token takes all experts: which of nearly equal ones it takes would be up to rounding, and a row with another one
+// is off by as much as one that attends to other tokens. engine_test.cpp has the choice of experts.
 std::string config_text(const std::string& fields) {
   return R"({"vocab_size": 160, "num_hidden_layers": 3, "max_position_embeddings": 2048, "hidden_size": 256,
-    "intermediate_size": 320, "n_routed_experts": 16, "n_shared_experts": 2, "num_experts_per_tok": 4,
-    "moe_intermediate_size": 96, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": true,
+    "intermediate_size": 320, "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 4,
+    "moe_intermediate_size": 96, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": true,
     "kv_lora_rank": 512, "qk_rope_head_dim": 64, )" +
          fields + "}";
 }
@@ -101,8 +106,14 @@ TEST_P(CudaSparseEngine, AgreesWithTheCpu) {
   for (const auto& [begin, end] :
        std::vector<std::pair<int, int>>{{0, 50}, {50, 66}, {66, 150}, {150, 280}, {280, 293}}) {
     const std::vector<Part> part{{&long_, begin, end}};
-    expect_close(forward(*gpu_, part).logits, forward(*cpu, part).logits,
-                 (GetParam().name + " " + std::to_string(begin)).c_str(), end <= topk_ ? 1 : kWithChoices);
+    const std::string what = GetParam().name + " " + std::to_string(begin);
+    const std::vector<float> a = forward(*gpu_, part).logits, b = forward(*cpu, part).logits;
+    if (end > topk_) {
+      expect_close(a, b, what.c_str(), kWithChoices);
+    } else {
+      expect_all_close(a, b, what.c_str(),
+                       GetParam().kv_cache == ModelKvCache::kFp8 ? kFp8WithoutChoices : kWithoutChoices);
+    }
   }
   std::vector<float> ours, theirs;
   for (const auto& [begin, end] : {std::pair(topk_ - 6, topk_ + 6), std::pair(293, 300)}) {
@@ -229,6 +240,8 @@ TEST_P(CudaSparseEngine, CountsTheBytesOfItsCache) {
     if (config.has_indexer(i)) expected += static_cast<std::size_t>(config.index_head_dim) + 4;
   }
   EXPECT_EQ(gpu_->bytes_per_page(), 64 * expected);
+  EXPECT_EQ(make(ModelDevice::kAuto)->bytes_per_page(),
+            64 * expected);  // the GPU, where it can run the model
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, CudaSparseEngine, testing::ValuesIn(cases()),
@@ -265,18 +278,20 @@ TEST(CudaLongPrompt, AgreesWithTheCpu) {
       }
     }
     expect_close(rows[0], rows[1], kv_cache == ModelKvCache::kFp8 ? "20,000 tokens, fp8" : "20,000 tokens",
-                 kWithChoices);
+                 kLongWithChoices);
   }
 }
 
-TEST(CudaIndexerSizes, RefusesByName) {
+TEST(CudaIndexerSizes, AreRefusedByNameOrLeftToTheCpu) {
   const auto message = [](const std::string& from, const std::string& to) {
     std::string text = config_text(cases()[0].fields);
     text.replace(text.find(from), from.size(), to);
+    const checkpoint::ModelConfig config = checkpoint::parse_config(text, "test");
     ModelOptions options;
+    make_random_model(config, options);
     options.device = ModelDevice::kCuda;
     try {
-      make_random_model(checkpoint::parse_config(text, "test"), options);
+      make_random_model(config, options);
     } catch (const Unsupported& e) {
       return std::string(e.what());
     }

@@ -14,6 +14,7 @@
 #include "flash_mla/sparse.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
+#include "kernels/attention/dense_fp8_decode/sm90/dense_fp8_decode.h"
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 #include "kernels/attention/indexer/cpu/indexer.h"
 #include "kernels/attention/indexer/sm90/indexer.h"
@@ -92,6 +93,13 @@ KernelFacts combine_kernel_facts(const DecodePlan&, bool) { return {}; }
 
 std::size_t dense_decode_workspace_size(const DenseDecodeArgs&, const DecodeScheduleView&) { return 256; }
 void check_supported(const DenseDecodeArgs&, const DecodeScheduleView&) {}
+
+// The engine never calls it; the library does.
+std::size_t dense_fp8_decode_workspace_size(const DenseFp8DecodeArgs&, const DecodeScheduleView&) {
+  return 256;
+}
+void check_supported(const DenseFp8DecodeArgs&, const DecodeScheduleView&) {}
+void dense_fp8_decode(const DenseFp8DecodeArgs&, const DecodeScheduleView&, void*, float, bool, void*) {}
 
 void plain_decode(const PlainDecode& a, cudaStream_t) {
   queue([=] {

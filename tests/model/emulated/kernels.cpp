@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/element.h"
+#include "base/fp8.h"
 #include "base/page_size.h"
 #include "base/parallel.h"
 #include "kernels/attention/plain/sm90/plain_attention.h"
@@ -13,6 +14,7 @@
 #include "kernels/gemm/sm90/cublaslt.h"
 #include "kernels/gemm/sm90/head_gemm.h"
 #include "kernels/gemm/sm90/skinny_gemm.h"
+#include "kernels/gemm/sm90/widen_weights.h"
 #include "kernels/moe/cpu/router.h"
 #include "kernels/moe/sm90/moe.h"
 #include "kernels/moe/sm90/norm_route.h"
@@ -53,6 +55,26 @@ float dot(const float* x, const float* w, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) sum += x[i] * w[i];
   return sum;
 }
+
+/// Weights (matrices, rows, columns) in bfloat16, or in e4m3 where they have scales (SkinnyGemm::weight_scales).
+struct Weights {
+  const void* values;
+  const float* scales;
+  std::int64_t rows, columns;
+
+  /// x times row n of a matrix.
+  float dot_row(const float* x, std::int64_t matrix, std::int64_t n) const {
+    const std::int64_t at = (matrix * rows + n) * columns;
+    if (scales == nullptr) return dot(x, static_cast<const Bf16*>(values) + at, columns);
+    const auto* codes = static_cast<const E4m3*>(values) + at;
+    const std::int64_t scale_rows = (rows + kE4m3ScaleRows - 1) / kE4m3ScaleRows;
+    const std::int64_t scale_columns = (columns + kE4m3ScaleColumns - 1) / kE4m3ScaleColumns;
+    const float* own = scales + (matrix * scale_rows + n / kE4m3ScaleRows) * scale_columns;
+    float sum = 0;
+    for (std::int64_t i = 0; i < columns; ++i) sum += x[i] * to_float(codes[i]) * own[i / kE4m3ScaleColumns];
+    return sum;
+  }
+};
 
 float silu(float x) { return x / (1 + std::exp(-x)); }
 
@@ -226,12 +248,13 @@ void rotate_index_queries(Matrix q, int dim, const IndexRotation& rotation, cuda
 cudaError_t skinny_gemm(const SkinnyGemm& a, cudaStream_t) {
   queue([=] {
     const std::int64_t outputs = a.silu_mul ? a.n / 2 : a.n;
+    const Weights weights{a.weight, a.weight_scales, a.n, a.k};
     rows_of(a.m, [&](std::int64_t t) {
       const Values x = wide(static_cast<const Bf16*>(a.x) + t * a.x_stride, a.k);
       const auto product = [&](std::int64_t n) {
         const float bias = a.bias != nullptr ? a.bias[n] : 0;
         return bias + (a.weight_fp32 ? dot(x.data(), static_cast<const float*>(a.weight) + n * a.k, a.k)
-                                     : dot(x.data(), static_cast<const Bf16*>(a.weight) + n * a.k, a.k));
+                                     : weights.dot_row(x.data(), 0, n));
       };
       for (std::int64_t n = 0; n < outputs; ++n) {
         float value = a.silu_mul ? silu(product(n)) * product(outputs + n) : product(n);
@@ -338,23 +361,22 @@ std::size_t expert_ffn_workspace_size(std::int64_t, std::int64_t, std::int64_t, 
 
 cudaError_t expert_ffn(const ExpertFfn& a, cudaStream_t) {
   queue([=] {
+    const Weights gate_up{a.gate_up, a.gate_up_scales, 2 * a.intermediate, a.hidden};
+    const Weights down{a.down, a.down_scales, a.hidden, a.intermediate};
     rows_of(a.tokens, [&](std::int64_t t) {
       const Values x = wide(static_cast<const Bf16*>(a.x) + t * a.x_stride, a.hidden);
       auto* inout = static_cast<Bf16*>(a.inout) + t * a.inout_stride;
       Values sum = wide(inout, a.hidden), act(static_cast<std::size_t>(a.intermediate));
       for (int i = 0; i < a.experts_per_token; ++i) {
         const std::int64_t e = a.ids[t * a.experts_per_token + i];
-        const auto* gate = static_cast<const Bf16*>(a.gate_up) + e * 2 * a.intermediate * a.hidden;
-        const auto* down = static_cast<const Bf16*>(a.down) + e * a.intermediate * a.hidden;
         for (std::int64_t n = 0; n < a.intermediate; ++n) {
-          const float up = dot(x.data(), gate + (a.intermediate + n) * a.hidden, a.hidden);
-          act[static_cast<std::size_t>(n)] =
-              to_float(to_bf16(silu(dot(x.data(), gate + n * a.hidden, a.hidden)) * up));
+          const float gate = gate_up.dot_row(x.data(), e, n);
+          const float up = gate_up.dot_row(x.data(), e, a.intermediate + n);
+          act[static_cast<std::size_t>(n)] = to_float(to_bf16(silu(gate) * up));
         }
         const float weight = a.weights[t * a.experts_per_token + i];
         for (std::int64_t n = 0; n < a.hidden; ++n) {
-          sum[static_cast<std::size_t>(n)] +=
-              weight * dot(act.data(), down + n * a.intermediate, a.intermediate);
+          sum[static_cast<std::size_t>(n)] += weight * down.dot_row(act.data(), e, n);
         }
       }
       for (std::int64_t n = 0; n < a.hidden; ++n) inout[n] = to_bf16(sum[static_cast<std::size_t>(n)]);
@@ -362,6 +384,30 @@ cudaError_t expert_ffn(const ExpertFfn& a, cudaStream_t) {
         norm(inout, a.norm, a.norm_eps, a.hidden, static_cast<Bf16*>(a.norm_out) + t * a.norm_stride);
       }
     });
+  });
+  return cudaSuccess;
+}
+
+cudaError_t widen_weights(const WidenWeights& a, cudaStream_t) {
+  queue([=] {
+    const std::int64_t scale_columns = (a.columns + kE4m3ScaleColumns - 1) / kE4m3ScaleColumns;
+    for (std::int64_t i = 0; i < a.rows * a.columns; ++i) {
+      const std::int64_t row = i / a.columns, column = i % a.columns;
+      const float scale = a.scales[row / kE4m3ScaleRows * scale_columns + column / kE4m3ScaleColumns];
+      static_cast<Bf16*>(a.out)[i] = to_bf16(to_float(static_cast<const E4m3*>(a.codes)[i]) * scale);
+    }
+  });
+  return cudaSuccess;
+}
+cudaError_t fill_random_e4m3(void* codes, std::int64_t count, std::uint64_t seed, cudaStream_t) {
+  queue([=] {
+    std::uint64_t state = seed;
+    for (std::int64_t i = 0; i < count; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      // Even over an interval of deviation 1.
+      const float x = (static_cast<float>(state >> 40) * 0x1p-24f - 0.5f) * 3.46f;
+      static_cast<E4m3*>(codes)[i] = to_e4m3(x * kRandomE4m3Deviation);
+    }
   });
   return cudaSuccess;
 }

@@ -22,8 +22,8 @@ namespace flash_mla::model {
 std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, ModelQuantize quantize, bool time_steps,
                                          bool fp8_cache);
 
-/// Throws Unsupported, naming the field, for sizes of an indexer and of the latents beside it that have no kernels.
-void check_cuda_indexer(const ModelConfig& config);
+/// Why sizes of the model's indexer, or of the latents beside it, have no kernels, with the field's name; or "".
+std::string why_no_cuda_indexer(const ModelConfig& config);
 
 /// Of the GPU. Throws where make_cuda_device would.
 DeviceMemory cuda_memory();

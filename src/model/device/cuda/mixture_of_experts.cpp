@@ -135,7 +135,7 @@ bool CudaMixtureOfExperts::takes_e4m3_experts(const MixtureWeights& weights) con
     if (cuts && sizes) return true;
     throw Unsupported(fmt::format(
         "quantize is fp8: moe_intermediate_size is {} and hidden_size {}; device cuda takes both divisible by 16, and with "
-        "several shared experts moe_intermediate_size divisible by {}",
+        "several shared experts moe_intermediate_size divisible by {}; use device cpu",
         intermediate_, context_.config.hidden_size, kE4m3Columns));
   }
   if (!cuts || !sizes) return false;

@@ -90,7 +90,8 @@ Buffer WeightLoader::float32_matrix(const Weight& weight) {
 void check_takes_e4m3(const Weight& weight) {
   if (takes_e4m3(weight.rows, weight.columns)) return;
   throw Unsupported(fmt::format(
-      "quantize is fp8: {} is {} x {}; device cuda takes rows divisible by {} and columns divisible by 16",
+      "quantize is fp8: {} is {} x {}; device cuda takes rows divisible by {} and columns divisible by 16; use "
+      "device cpu",
       weight.tensors.empty() ? "a weight" : "tensor " + weight.tensors.front(), weight.rows, weight.columns,
       kE4m3Rows));
 }
