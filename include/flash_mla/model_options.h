@@ -10,11 +10,11 @@ enum class ModelPrecision { kAuto, kFloat32, kBFloat16 };
 
 /// Rows of the latent cache. kAuto: as precision says. kBFloat16, kFloat16: 2 bytes an element; float16 beside
 /// float32 only. kFp8: 656 bytes a token (KvFormat::kFp8V32), and index keys of 132 (index_head_dim 128) or 68 (64)
-/// where there is an indexer. What precision does not say by itself needs kv_lora_rank 512 and qk_rope_head_dim 64,
-/// and the CPU.
+/// where there is an indexer. What precision does not say by itself needs kv_lora_rank 512 and qk_rope_head_dim 64, and
+/// the CPU, but that a GPU takes kFp8 where there is an indexer.
 enum class ModelKvCache { kAuto, kBFloat16, kFloat16, kFp8 };
 
-/// Of weights when they are loaded; activations, sums, norms and cache keep the precision above. On the CPU only.
+/// Of weights when they are loaded; activations, sums, norms and cache keep the precision above. On a GPU kNone and kFp8.
 enum class ModelQuantize {
   /// As the checkpoint has them: FP8 and weights of 4 bits stay so.
   kNone,

@@ -1,11 +1,11 @@
 // Times the weight-streaming products over the shapes of V2-Lite and V3.
 //
-//   weight_stream_rows [--sweep] [--dense] [--experts] [--m 1,8,32]
+//   weight_stream_rows [--e4m3] [--sweep] [--dense] [--experts] [--m 1,8,32]
 //
 // "cold": one launch behind a read pass over 256 MiB and a spin kernel, events around it; median. "chain": a
 // CUDA graph of products back to back over different weights (more than the L2 holds), launched early; time
 // of one. GB/s counts the weights once, x and out. --sweep tries every division of the work instead of the
-// planned one. Correctness is model_kernels_gpu's affair.
+// planned one; --e4m3 has weights in e4m3 with scales. Correctness is model_kernels_gpu's affair.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -71,6 +71,14 @@ T* scratch(std::size_t n) {
   void* p = nullptr;
   CHECK(cudaMalloc(&p, n * sizeof(T) + 256));
   return static_cast<T*>(p);
+}
+
+/// Scales of e4m3 weights, of as many as any shape here has.
+float* small_scales() {
+  constexpr std::size_t kWeights = std::size_t(2) * 256 * 7168 * 2048;
+  float* const scales = scratch<float>(kWeights / 1024);
+  CHECK(cudaMemset(scales, 0x3c, kWeights / 1024 * sizeof(float)));  // 0.0115
+  return scales;
 }
 
 class Timer {
@@ -199,7 +207,9 @@ void sweep_experts(Timer& timer, const char* name, WeightStream a, const std::ve
   }
 }
 
-void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) {
+/// `scales`: null for weights of bfloat16.
+void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms, const float* scales) {
+  const std::size_t size = scales != nullptr ? 1 : 2;  // of a weight
   constexpr std::size_t kPool = std::size_t(640) << 20;
   __nv_bfloat16* weights = random_array(kPool / 2, 0.03f);
   const auto most = static_cast<std::size_t>(*std::max_element(rows.begin(), rows.end()));
@@ -209,11 +219,12 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) 
               "chain us", "GB/s", "%");
   for (const Shape& shape : kShapes) {
     const std::size_t elements = std::size_t(shape.n * shape.k);
-    const int copies = static_cast<int>(std::clamp<std::size_t>(kPool / 2 / elements, 1, 40));
+    const int copies = static_cast<int>(std::clamp<std::size_t>(kPool / size / elements, 1, 40));
     for (const int m : rows) {
       WeightStream a;
       a.x = x;
       a.weight = weights;
+      a.scales = scales;
       a.out = out;
       a.x_stride = a.k = shape.k;
       a.n = shape.n;
@@ -225,21 +236,23 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) 
       if (sweep) {
         for (const StreamPlan& plan : stream_plans(a, num_sms)) plans.push_back(plan);
       }
-      const double bytes = 2.0 * static_cast<double>(shape.n * shape.k + m * (shape.k + a.out_stride));
+      const double bytes =
+          static_cast<double>(size * elements) + 2.0 * static_cast<double>(m * (shape.k + a.out_stride));
       double best = 1e30;
       StreamPlan best_plan{};
       for (std::size_t i = 0; i < plans.size(); ++i) {
         const StreamPlan& plan = plans[i];
-        const double chain = timer.graph(
-                                 [&](cudaStream_t s) {
-                                   for (int c = 0; c < copies; ++c) {
-                                     WeightStream b = a;
-                                     b.weight = weights + std::size_t(c) * elements;
-                                     CHECK(launch_stream(b, plan, s));
-                                   }
-                                 },
-                                 sweep ? 3 : 7) /
-                             copies;
+        const double chain =
+            timer.graph(
+                [&](cudaStream_t s) {
+                  for (int c = 0; c < copies; ++c) {
+                    WeightStream b = a;
+                    b.weight = reinterpret_cast<const std::byte*>(weights) + std::size_t(c) * elements * size;
+                    CHECK(launch_stream(b, plan, s));
+                  }
+                },
+                sweep ? 3 : 7) /
+            copies;
         if (chain < best) {
           best = chain;
           best_plan = plan;
@@ -265,7 +278,7 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) 
   CHECK(cudaFree(out));
 }
 
-void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms) {
+void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms, const float* scales) {
   struct Layer {
     const char* name;
     int hidden, intermediate, experts, chosen, groups, kept;
@@ -301,6 +314,7 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
       f.x_stride = f.inout_stride = f.hidden = l.hidden;
       f.gate_up = gate_up;
       f.down = down;
+      f.gate_up_scales = f.down_scales = scales;
       f.ids = ids;
       f.weights = weights;
       f.inout = inout;
@@ -329,6 +343,7 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
         auto* results = scratch<float>(pairs * static_cast<std::size_t>(l.hidden));
         WeightStream a;
         a.weight = gate_up;
+        a.scales = scales;
         a.x = x;
         a.x_stride = a.k = l.hidden;
         a.x_divisor = l.chosen;
@@ -339,6 +354,7 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
         sweep_experts(timer, (std::string(l.name) + " gate_up").c_str(), a, host, l.experts, tokens, num_sms);
         a = {};
         a.weight = down;
+        a.scales = scales;
         a.x = act;
         a.x_stride = a.k = l.intermediate;
         a.n = l.hidden;
@@ -350,7 +366,8 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
         CHECK(cudaFree(results));
       }
       const double hit = static_cast<double>(std::set<std::int32_t>(host.begin(), host.end()).size());
-      const double bytes = hit * 6.0 * static_cast<double>(each) + 6.0 * tokens * l.hidden;
+      const double bytes =
+          hit * (scales != nullptr ? 3.0 : 6.0) * static_cast<double>(each) + 6.0 * tokens * l.hidden;
       const double flop = 6.0 * static_cast<double>(each) * static_cast<double>(pairs);
       const double cold = timer.cold([&](cudaStream_t s) { CHECK(expert_ffn(f, s)); }, 7);
       const double graph = timer.graph([&](cudaStream_t s) { CHECK(expert_ffn(f, s)); }, 7);
@@ -373,11 +390,13 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool sweep = false, only_dense = false, only_experts = false;
+  bool e4m3 = false, sweep = false, only_dense = false, only_experts = false;
   std::vector<int> rows = {1, 8, 32, 64};
   std::vector<int> tokens = {1, 8, 32, 64, 128, 512, 4096};
   for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--sweep") == 0) {
+    if (std::strcmp(argv[i], "--e4m3") == 0) {
+      e4m3 = true;
+    } else if (std::strcmp(argv[i], "--sweep") == 0) {
       sweep = true;
     } else if (std::strcmp(argv[i], "--dense") == 0) {
       only_dense = true;
@@ -399,6 +418,7 @@ int main(int argc, char** argv) {
   std::printf("%s, %d multiprocessors; %% of %.0f GB/s\n", device.name, device.multiProcessorCount,
               kStreamRate);
   Timer timer;
-  if (!only_experts) dense(timer, rows, sweep, device.multiProcessorCount);
-  if (!only_dense) experts(timer, tokens, sweep, device.multiProcessorCount);
+  const float* const scales = e4m3 ? small_scales() : nullptr;
+  if (!only_experts) dense(timer, rows, sweep, device.multiProcessorCount, scales);
+  if (!only_dense) experts(timer, tokens, sweep, device.multiProcessorCount, scales);
 }
