@@ -27,11 +27,10 @@ void launch_decode(const SparseDecodeParams& p, const CUtensorMap& q_map, const 
         "sparse_decode_kernel");
 }
 
-/// Over e4m3, the kernel that widens keys into shared memory (kernel.cuh) has up to 128 rows of O in a CTA's registers and a
-/// short way to the first tile; the one over rows as they lie makes P V of as many columns as there are heads, and takes
-/// about 12 us to its first tile. Measured on an H200 (docs/kernels/sparse-decode-sm90.md): of 656-byte rows the latter is
-/// ahead with up to 32 heads from seven tiles a CTA on, of V4's with up to 16. Which one it is must not depend on the
-/// batch where splits do not.
+/// Over e4m3: the kernel over rows as they lie, or the one that widens keys into shared memory (kernel.cuh)? The former does
+/// not pad heads to 64, but takes longer to its first tile. Measured on an H200 (docs/kernels/raw-rows-sm90.md): of 656-byte
+/// rows it is ahead with up to 32 heads from seven tiles a CTA on, of V4's with up to 16. Where splits do not depend on the
+/// batch, the kernel must not either.
 bool takes_rows(const SparseDecodeParams& p, KvFormat format, const DecodePlan& plan) {
   const bool v32 = format == KvFormat::kFp8V32;
   if (p.blocks.heads > (v32 ? 32 : 16)) return false;
