@@ -218,7 +218,7 @@ def test_a_message_goes_on(server):
 
 def test_suffix(server, tmp_path):
     error = server.json("/v1/completions", body(suffix="the end"), expected=400)["error"]
-    assert "suffix" in error["message"] and "fill in the middle" in error["message"]
+    assert "suffix" in error["message"] and "fill in the middle" in error["message"] and error["param"] == "suffix"
     # The small model with DeepSeek's tokens to fill in the middle in place of others.
     shutil.copytree(SMALL, tmp_path / "small")
     names = {"<｜▁pad▁｜>": "<｜fim▁begin｜>", "<｜User｜>": "<｜fim▁hole｜>", "<｜Assistant｜>": "<｜fim▁end｜>"}
