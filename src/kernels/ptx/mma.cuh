@@ -28,7 +28,8 @@ __device__ __forceinline__ void cp_async_16(std::uint32_t smem, const void* glob
 }
 /// The same of 4 bytes.
 __device__ __forceinline__ void cp_async_4(std::uint32_t smem, const void* global, std::uint32_t bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(global), "r"(bytes)
+               : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most kPending of this thread's committed groups are under way.
