@@ -175,7 +175,7 @@ struct EngineOptions {
   /// Where drafts come from: tokens that may follow, which the model checks in one step. kNgram: what came
   /// behind the last tokens when they occurred before, in prompt or continuation. kMtp: the model's own module
   /// for multi-token prediction; refused where it has none. kAuto: only as many drafts as have paid so far, of
-  /// the module where there is one, else of n-grams.
+  /// n-grams where there are any, else of the module where there is one.
   enum class Speculative { kOff, kNgram, kAuto, kMtp };
   Device device = Device::kAuto;
   Precision precision = Precision::kAuto;

@@ -102,8 +102,9 @@ class LLM:
     longer prompts are processed in chunks. ``prefix_cache`` computes equal beginnings once. ``batch_invariant``
     gives a request the same bits whatever else is in the batch. ``overlap_steps``: on a GPU the next step is queued
     while the current one runs, with the same tokens. ``num_threads``: 0 for all.
-    ``speculative``: "off", "ngram" or "auto" for drafts of up to ``draft_tokens`` tokens, which a step checks and which
-    leave a text as it is: what came behind the last tokens before, with "auto" only as much as pays (CPU only).
+    ``speculative``: "off", "ngram", "mtp" or "auto" for drafts of up to ``draft_tokens`` tokens, which a step checks and
+    which leave a text as it is: what came behind the last tokens before, or those of the model's module for multi-token
+    prediction; with "auto" the one or, where that has none or guesses better, the other, and only as many as pay (CPU only).
     ``generation_config``: "auto" for the sampling that the directory's generation_config.json asks for where a call has no
     sampling_params, "none" for SamplingParams' own defaults. ``chat_template``: a Jinja file instead of the directory's own.
 

@@ -65,7 +65,8 @@ Speculative speculative_named(const std::string& name) {
   if (name == "off") return Speculative::kOff;
   if (name == "ngram") return Speculative::kNgram;
   if (name == "auto") return Speculative::kAuto;
-  throw InvalidArgument("speculative is \"" + name + "\", expected off, ngram or auto");
+  if (name == "mtp") return Speculative::kMtp;
+  throw InvalidArgument("speculative is \"" + name + "\", expected off, ngram, auto or mtp");
 }
 
 nb::list to_python(const std::vector<TokenLogprobs>& logprobs) {
@@ -168,6 +169,7 @@ nb::dict to_python(const EngineStats& s) {
   d["prefix_tokens_hit"] = s.prefix_tokens_hit;
   d["preemptions"] = s.preemptions;
   d["ngram_drafts"] = to_python(s.ngram_drafts);
+  d["mtp_drafts"] = to_python(s.mtp_drafts);
   d["steps"] = s.steps;
   d["step_seconds"] = s.step_seconds;
   d["ttft_seconds_mean"] = mean(s.ttft_seconds);

@@ -47,7 +47,7 @@ nlohmann::ordered_json generation_report(const Engine& engine, double load_secon
            rate(static_cast<double>(s.prefix_tokens_hit), static_cast<double>(s.prefix_tokens_looked_up))},
           {"steps", s.steps},
           {"preemptions", s.preemptions},
-          {"drafts", {{"ngram", to_json(s.ngram_drafts)}}},
+          {"drafts", {{"ngram", to_json(s.ngram_drafts)}, {"mtp", to_json(s.mtp_drafts)}}},
           {"pages_total", s.pages_total},
           {"bytes_per_page", s.bytes_per_page}};
 }

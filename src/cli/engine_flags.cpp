@@ -26,8 +26,10 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   static const std::map<std::string, LoadFormat> load_formats = {{"auto", LoadFormat::kAuto},
                                                                  {"dummy", LoadFormat::kDummy}};
   using Speculative = EngineOptions::Speculative;
-  static const std::map<std::string, Speculative> speculative = {
-      {"off", Speculative::kOff}, {"ngram", Speculative::kNgram}, {"auto", Speculative::kAuto}};
+  static const std::map<std::string, Speculative> speculative = {{"off", Speculative::kOff},
+                                                                 {"ngram", Speculative::kNgram},
+                                                                 {"auto", Speculative::kAuto},
+                                                                 {"mtp", Speculative::kMtp}};
   app.add_option_function<std::string>(
          "--device", [&o](const std::string& name) { o.device = devices.at(name); }, "auto, cpu or cuda")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
@@ -76,9 +78,9 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
                "CUDA: wait for every step's tokens before the next is queued");
   app.add_option_function<std::string>(
          "--speculative", [&o](const std::string& name) { o.speculative = speculative.at(name); },
-         "Drafts that a step checks, with the same text: off, ngram (what came behind the last tokens before) "
-         "or auto (as many as pay). CPU only")
-      ->check(CLI::IsMember({"off", "ngram", "auto"}));
+         "Drafts that a step checks, with the same text: off, ngram (what came behind the last tokens before), "
+         "mtp (the model's module for multi-token prediction) or auto (as many as pay). CPU only")
+      ->check(CLI::IsMember({"off", "ngram", "auto", "mtp"}));
   app.add_option("--draft-tokens", o.draft_tokens,
                  "Drafts of a sequence and step, 1 to 15; with auto at most")
       ->capture_default_str();

@@ -46,6 +46,8 @@ model::ModelOptions model_options(const EngineOptions& o) {
   out.num_threads = o.num_threads;
   out.cache_pages = o.num_pages;
   out.cache_bytes = o.memory_bytes;
+  using Speculative = EngineOptions::Speculative;
+  out.draft_module = o.speculative == Speculative::kMtp || o.speculative == Speculative::kAuto;
   out.on_load = o.on_load;
   return out;
 }

@@ -43,6 +43,18 @@ int max_drafts_per_step(const EngineOptions& options) {
   return options.speculative == EngineOptions::Speculative::kOff ? 0 : 128;
 }
 
+// Whether drafts come of the model's module.
+bool uses_module(const model::Model& model, const EngineOptions& options) {
+  using Speculative = EngineOptions::Speculative;
+  if (options.speculative == Speculative::kMtp && !model.has_draft_module()) {
+    throw InvalidArgument(
+        "speculative is mtp, expected off, ngram or auto: the checkpoint has no module for multi-token prediction "
+        "(eh_proj.weight of the layer behind the last)");
+  }
+  return model.has_draft_module() &&
+         (options.speculative == Speculative::kMtp || options.speculative == Speculative::kAuto);
+}
+
 // Room for steps is made before the cache, which by default takes most of what is left.
 std::unique_ptr<model::Model> with_room_for_steps(std::unique_ptr<model::Model> model,
                                                   const EngineOptions& options) {
@@ -75,9 +87,11 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
       inbox_(options.max_waiting, statistics_),
       requests_(scheduler_, inbox_, statistics_, std::move(make_decoder), std::move(eos_token_ids),
                 max_length_, limit_of(max_length_, *model_, options)),
-      pipeline_(*model_, scheduler_, pool_, requests_, statistics_, options_, max_length_),
+      module_drafts_(uses_module(*model_, options) ? std::make_unique<ModuleDrafts>(*model_) : nullptr),
+      pipeline_(*model_, scheduler_, pool_, requests_, statistics_, options_, max_length_,
+                module_drafts_.get()),
       chooser_(options.num_threads),
-      speculation_(options_, std::move(drafter), max_length_) {
+      speculation_(options_, std::move(drafter), max_length_, module_drafts_ != nullptr) {
   options_.num_pages = pool_.num_pages();
   allocate_cache(*model_, pool_.num_pages());
 }
@@ -196,6 +210,7 @@ void EngineCore::finish(LaunchedStep& step) {
   }
   if (step.failure.empty()) {
     accept_tokens(step);
+    if (module_drafts_) module_drafts_->note(step);
   } else {
     end_all(step, step.failure);
   }
@@ -222,7 +237,9 @@ void EngineCore::accept_tokens(LaunchedStep& step) {
   }
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     Continuation& c = step.continuation(i);
-    if (!c.ended && step.plan.work[i].num_drafts() > 0) scheduler_.drop_drafts(c);
+    // Where the module had fewer drafts than there is room for, the room goes back too.
+    const ScheduledWork& work = step.plan.work[i];
+    if (!c.ended && (work.num_drafts() > 0 || (module_drafts_ && work.decoding))) scheduler_.drop_drafts(c);
     if (step.plan.work[i].samples && !c.ended && c.request->sampling.max_tokens == 0)
       requests_.end_at_prompt(c);
   }

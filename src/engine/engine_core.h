@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/inbox.h"
+#include "engine/module_drafts.h"
 #include "engine/requests.h"
 #include "engine/scheduler.h"
 #include "engine/speculation.h"
@@ -91,6 +92,7 @@ class EngineCore {
 
   std::mutex step_mutex_;  // one step at a time; of what follows
   Requests requests_;
+  std::unique_ptr<ModuleDrafts> module_drafts_;  // null: the model's module, if it has one, does not draft
   StepPipeline pipeline_;
   TokenChooser chooser_;
   Speculation speculation_;

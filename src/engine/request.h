@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -22,6 +23,10 @@ using text::TextDecoderFactory;
 using Clock = std::chrono::steady_clock;
 
 struct ActiveRequest;
+
+/// Where drafts come from.
+enum class DraftSource { kNgram, kMtp };
+inline constexpr std::size_t kDraftSources = 2;
 
 /// How many drafts turned out to be the model's own tokens, the older the less.
 struct Acceptance {
@@ -53,9 +58,17 @@ struct Continuation : Sequence {
   std::span<const std::int32_t> generated() const;
   /// What `format` allows next.
   std::span<const std::uint32_t> format_mask(std::size_t vocab_size);
-  Acceptance acceptance;            // of its drafts
-  std::size_t num_kept_drafts = 0;  // while it is decided how many pay
-  std::size_t token_index = 0;      // of its token among those that the last step launched with it chooses
+  DraftSource draft_source = DraftSource::kNgram;  // of its drafts
+  /// Its tokens whose states the model has left in the last step that it was in, as far as its module has not gone over
+  /// them: `count` from position `begin` on, in rows from `row` on.
+  struct {
+    std::int64_t step = 0, begin = 0;
+    std::int32_t row = 0;
+    int count = 0;
+  } states;
+  std::array<Acceptance, kDraftSources> acceptance;  // of its drafts, by source
+  std::size_t num_kept_drafts = 0;                   // while it is decided how many pay
+  std::size_t token_index = 0;  // of its token among those that the last step launched with it chooses
   bool ended = false;
   Clock::time_point first_token{}, last_token{};
 };

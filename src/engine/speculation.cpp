@@ -21,19 +21,20 @@ constexpr double kForgottenUntried = 0.97;
 
 Continuation& continuation(Sequence* s) { return static_cast<Continuation&>(*s); }
 
+constexpr std::size_t index_of(DraftSource source) { return static_cast<std::size_t>(source); }
+constexpr std::size_t kNgram = index_of(DraftSource::kNgram), kMtp = index_of(DraftSource::kMtp);
+
 }  // namespace
 
 Speculation::Speculation(const EngineOptions& options, std::unique_ptr<Drafter> drafter,
-                         std::int64_t max_length)
+                         std::int64_t max_length, bool by_module)
     : options_(options),
       max_length_(max_length),
-      drafter_(drafter ? std::move(drafter) : std::make_unique<NgramDrafter>()) {
+      drafter_(drafter ? std::move(drafter) : std::make_unique<NgramDrafter>()),
+      by_module_(by_module) {
   if (options.draft_tokens < 1 || options.draft_tokens > kMaxDraftTokens) {
     throw InvalidArgument(
         fmt::format("draft_tokens is {}, expected 1 to {}", options.draft_tokens, kMaxDraftTokens));
-  }
-  if (options.speculative == Speculative::kMtp) {
-    throw Unsupported("speculative is mtp: modules for multi-token prediction are not loaded yet");
   }
 }
 
@@ -55,15 +56,29 @@ void Speculation::propose(std::span<Sequence* const> running) {
     ++sequences;
     // The first token comes with the prompt's others, or for several continuations at once.
     if (c.num_generated == 0 || room(c) < 1) continue;
-    c.drafts = drafter_->draft(c, room(c));
+    draft(c);
     if (!c.drafts.empty()) drafted.push_back(&c);
   }
   if (options_.speculative == Speculative::kAuto && !drafted.empty()) keep_what_pays(drafted, sequences);
 }
 
-double Speculation::acceptance(const Continuation& c) const {
-  const double general = (all_.accepted + 0.4 * kPrior) / (all_.decided + kPrior);
-  return (c.acceptance.accepted + general * kPrior) / (c.acceptance.decided + kPrior);
+// With `auto` what the text has said before comes first, for it costs nothing, unless the module guesses better.
+void Speculation::draft(Continuation& c) {
+  const bool by_ngrams =
+      !by_module_ || (options_.speculative == Speculative::kAuto &&
+                      acceptance(c, DraftSource::kNgram) >= acceptance(c, DraftSource::kMtp));
+  c.draft_source = DraftSource::kNgram;
+  if (by_ngrams) c.drafts = drafter_->draft(c, room(c));
+  if (!c.drafts.empty() || !by_module_) return;
+  c.draft_source = DraftSource::kMtp;
+  c.drafts.assign(static_cast<std::size_t>(room(c)), 0);
+}
+
+double Speculation::acceptance(const Continuation& c, DraftSource source) const {
+  const Acceptance& all = all_[index_of(source)];
+  const Acceptance& own = c.acceptance[index_of(source)];
+  const double general = (all.accepted + 0.4 * kPrior) / (all.decided + kPrior);
+  return (own.accepted + general * kPrior) / (own.decided + kPrior);
 }
 
 // A draft is worth its row if the tokens that it can be expected to bring take less time than those before: the
@@ -76,54 +91,68 @@ void Speculation::keep_what_pays(const std::vector<Continuation*>& drafted, int 
   };
   std::vector<Candidate> candidates;
   for (Continuation* c : drafted) {
-    const double each = acceptance(*c);
+    const double each = acceptance(*c, c->draft_source);
     double chance = 1;
     for (std::size_t i = 1; i <= c->drafts.size(); ++i) candidates.push_back({chance *= each, c, i});
   }
   std::ranges::stable_sort(candidates,
                            [](const Candidate& a, const Candidate& b) { return a.chance > b.chance; });
-  double tokens = sequences, seconds = step_time_.at(sequences);
-  const double slope = step_time_.slope();
+  double tokens = sequences, seconds = step_time_[kNgram].at(sequences);
   for (Continuation* c : drafted) c->num_kept_drafts = 0;
   for (const Candidate& candidate : candidates) {
-    if (candidate.chance * seconds < kMargin * tokens * slope) break;
+    // A draft of the module's is an application of it besides. And none without those before it.
+    const double slope = step_time_[index_of(candidate.c->draft_source)].slope();
+    if (candidate.chance * seconds < kMargin * tokens * slope) continue;
+    if (candidate.c->num_kept_drafts + 1 != candidate.count) continue;
     tokens += candidate.chance;
     seconds += slope;
     candidate.c->num_kept_drafts = candidate.count;
   }
-  bool tried = false;
+  std::array<bool, kDraftSources> thought_of{}, tried{};
   for (Continuation* c : drafted) {
+    const std::size_t source = index_of(c->draft_source);
     c->drafts.resize(c->num_kept_drafts);
-    tried = tried || !c->drafts.empty();
-    if (c->drafts.empty()) c->acceptance.forget(kForgottenUntried);
+    thought_of[source] = true;
+    tried[source] = tried[source] || !c->drafts.empty();
+    if (c->drafts.empty()) c->acceptance[source].forget(kForgottenUntried);
   }
-  if (!tried) all_.forget(kForgottenUntried);
+  for (const std::size_t source : {kNgram, kMtp}) {
+    if (thought_of[source] && !tried[source]) all_[source].forget(kForgottenUntried);
+  }
 }
 
 bool Speculation::wants_drafts_after(const LaunchedStep& step) const {
   if (!on()) return false;
-  if (options_.speculative != Speculative::kAuto) return true;
+  // The module goes over the tokens of every step before the next begins.
+  if (options_.speculative != Speculative::kAuto || by_module_) return true;
   // The best that a draft could do there.
   const auto sequences = static_cast<double>(step.plan.work.size());
   double best = 0;
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     const Continuation& c = step.continuation(i);
-    if (!c.ended && room(c) >= 1) best = std::max(best, acceptance(c));
+    if (!c.ended && room(c) >= 1) best = std::max(best, acceptance(c, DraftSource::kNgram));
   }
-  return best * step_time_.at(sequences) >= kMargin * sequences * step_time_.slope();
+  const StepTime& time = step_time_[kNgram];
+  return best * time.at(sequences) >= kMargin * sequences * time.slope();
 }
 
 void Speculation::learn(const LaunchedStep& step, double seconds) {
   if (!on()) return;
   bool decodes = true;
+  std::array<bool, kDraftSources> drafted{};
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     decodes = decodes && step.plan.work[i].decoding;
+    const std::size_t source = index_of(step.continuation(i).draft_source);
+    drafted[source] = drafted[source] || step.plan.work[i].num_drafts() > 0;
     const DraftOutcome& outcome = step.drafts[i];
     if (outcome.decided == 0) continue;
-    step.continuation(i).acceptance.add(outcome.accepted, outcome.decided, kRemembered);
-    all_.add(outcome.accepted, outcome.decided, kRememberedOfAll);
+    step.continuation(i).acceptance[source].add(outcome.accepted, outcome.decided, kRemembered);
+    all_[source].add(outcome.accepted, outcome.decided, kRememberedOfAll);
   }
-  if (decodes) step_time_.add(step.plan.num_tokens, seconds);
+  if (!decodes) return;
+  // What a step takes without any draft is where both begin.
+  if (!drafted[kMtp]) step_time_[kNgram].add(step.plan.num_tokens, seconds);
+  if (drafted[kMtp] || !drafted[kNgram]) step_time_[kMtp].add(step.plan.num_tokens, seconds);
 }
 
 }  // namespace flash_mla::engine

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -14,12 +15,15 @@ namespace flash_mla::engine {
 /// Decides which sequences get drafts in a step, and how many.
 class Speculation {
  public:
-  /// `drafter`: null for n-grams. Throws InvalidArgument for options out of range.
-  Speculation(const EngineOptions& options, std::unique_ptr<Drafter> drafter, std::int64_t max_length);
+  /// `drafter`: null for n-grams. `by_module`: drafts come of the model's module, with `auto` where the drafter has
+  /// none or the worse ones. Throws InvalidArgument for options out of range.
+  Speculation(const EngineOptions& options, std::unique_ptr<Drafter> drafter, std::int64_t max_length,
+              bool by_module);
 
   bool on() const { return options_.speculative != EngineOptions::Speculative::kOff; }
 
-  /// Gives those of `running` that are past their prompt drafts for the step that is planned next.
+  /// Gives those of `running` that are past their prompt drafts for the step that is planned next, or if they
+  /// come of the module (ModuleDrafts), room for as many.
   void propose(std::span<Sequence* const> running);
 
   /// Whether sequences of `step` are to get drafts in the next one, which then has to wait for its tokens.
@@ -30,14 +34,17 @@ class Speculation {
 
  private:
   int room(const Continuation& c) const;
-  double acceptance(const Continuation& c) const;
+  void draft(Continuation& c);
+  double acceptance(const Continuation& c, DraftSource source) const;
   void keep_what_pays(const std::vector<Continuation*>& drafted, int sequences);
 
   const EngineOptions& options_;
   std::int64_t max_length_;
   std::unique_ptr<Drafter> drafter_;
-  Acceptance all_;      // of every continuation
-  StepTime step_time_;  // of steps that only decode
+  bool by_module_;
+  // Of every continuation's drafts; of steps that only decode and have no drafts of another source: by source.
+  std::array<Acceptance, kDraftSources> all_;
+  std::array<StepTime, kDraftSources> step_time_;
 };
 
 }  // namespace flash_mla::engine

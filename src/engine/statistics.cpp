@@ -74,7 +74,8 @@ void Statistics::drafted(const LaunchedStep& step) {
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     const int drafts = step.plan.work[i].num_drafts();
     if (drafts == 0 || step.drafts[i].tokens == 0) continue;
-    DraftStats& to = stats_.ngram_drafts;
+    const bool by_module = step.continuation(i).draft_source == DraftSource::kMtp;
+    DraftStats& to = by_module ? stats_.mtp_drafts : stats_.ngram_drafts;
     ++to.steps;
     to.drafted += drafts;
     to.accepted += step.drafts[i].accepted;

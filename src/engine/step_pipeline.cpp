@@ -7,6 +7,7 @@
 #include <optional>
 #include <utility>
 
+#include "engine/module_drafts.h"
 #include "engine/utilisation.h"
 
 namespace flash_mla::engine {
@@ -63,14 +64,15 @@ bool LaunchedStep::all_ended() const {
 
 StepPipeline::StepPipeline(model::Model& model, Scheduler& scheduler, const kv::PagePool& pool,
                            Requests& requests, const Statistics& statistics, const EngineOptions& options,
-                           std::int64_t max_length)
+                           std::int64_t max_length, ModuleDrafts* module_drafts)
     : model_(model),
       scheduler_(scheduler),
       pool_(pool),
       requests_(requests),
       statistics_(statistics),
       options_(options),
-      max_length_(max_length) {}
+      max_length_(max_length),
+      module_drafts_(module_drafts) {}
 
 std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_point begin) {
   auto step = std::make_unique<LaunchedStep>();
@@ -90,6 +92,9 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_po
   record.planned = statistics_.seconds(Clock::now());
   try {
     for (const kv::PageCopy& copy : step->plan.copies) model_.copy_page(copy.source, copy.target);
+    if (module_drafts_ != nullptr) {
+      module_drafts_->draft(step->plan, scheduler_.running(), options_.batch_invariant);
+    }
     const bool takes_masks = model_.draws_take_masks();
     const WantedOf wanted_of = [&](const ScheduledWork& w, std::vector<Draw>& draws, bool& masked) {
       return wanted(w, takes_masks, draws, masked);
@@ -97,6 +102,7 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_po
     StepBatch batch = make_batch(step->plan, wanted_of, scored, token_index);
     step->masked = batch.masked;
     step->results = std::move(batch.results);
+    step->first_rows = batch.query_starts;
     step->num_logit_rows = batch.logit_rows.size();
     step->num_tokens = batch.num_tokens;
     // collect() cannot fail for want of memory.

@@ -24,6 +24,7 @@ struct LaunchedStep {
   StepPlan plan;
   std::vector<StepBatch::Result> results;  // of each work
   std::vector<DraftOutcome> drafts;        // of each work
+  std::vector<std::int32_t> first_rows;    // of each work, its first token's place in the batch
   std::size_t num_logit_rows = 0, num_tokens = 0;
   bool launched = false;
   bool collected = false;
@@ -38,12 +39,16 @@ struct LaunchedStep {
   bool all_ended() const;
 };
 
+class ModuleDrafts;
+
 /// Gives steps to the model and collects their results; where the model can, the next step is given before
 /// the results of the one that runs are there.
 class StepPipeline {
  public:
+  /// `module_drafts`: null where the model's module for multi-token prediction does not draft.
   StepPipeline(model::Model& model, Scheduler& scheduler, const kv::PagePool& pool, Requests& requests,
-               const Statistics& statistics, const EngineOptions& options, std::int64_t max_length);
+               const Statistics& statistics, const EngineOptions& options, std::int64_t max_length,
+               ModuleDrafts* module_drafts = nullptr);
 
   /// Gives the model a planned step. An error of the model's is the step's failure.
   std::unique_ptr<LaunchedStep> launch(StepPlan plan, Clock::time_point begin);
@@ -76,6 +81,7 @@ class StepPipeline {
   const Statistics& statistics_;
   const EngineOptions& options_;
   std::int64_t max_length_;
+  ModuleDrafts* module_drafts_;  // or null
   std::vector<float> logits_;
   std::vector<std::int32_t> tokens_;
 };

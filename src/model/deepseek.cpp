@@ -12,29 +12,42 @@
 
 namespace flash_mla::model {
 
-DeepSeek::DeepSeek(ModelConfig config, std::unique_ptr<Device> device, WeightSource& weights)
+DeepSeek::DeepSeek(ModelConfig config, std::unique_ptr<Device> device, WeightSource& weights,
+                   bool draft_module)
     : config_(std::move(config)), device_(std::move(device)) {
   embedding_ = device_->make_embedding(weights.embedding());
   for (int i = 0; i < config_.num_hidden_layers; ++i) {
-    Layer layer;
-    layer.attention = device_->make_attention(weights.attention(i));
-    layer.feed_forward = config_.is_moe_layer(i) ? device_->make_mixture_of_experts(weights.mixture(i))
-                                                 : device_->make_feed_forward(weights.feed_forward(i));
+    Layer layer = make_layer(weights, i);
     if (i > 0) layers_.back().feed_forward->set_next(*layer.attention);
     layers_.push_back(std::move(layer));
   }
   head_ = device_->make_head(weights.head());
+  if (!draft_module || !weights.has_mtp()) return;
+  const MtpWeights mtp = weights.mtp();
+  module_ = std::make_unique<Module>();
+  module_->input = device_->make_mtp_input(mtp);
+  module_->layer = make_layer(weights, config_.num_hidden_layers);
+  module_->head = device_->make_mtp_head(*head_, mtp);
+}
+
+DeepSeek::Layer DeepSeek::make_layer(WeightSource& weights, int i) {
+  Layer layer;
+  layer.attention = device_->make_attention(weights.attention(i));
+  layer.feed_forward = config_.is_moe_layer(i) ? device_->make_mixture_of_experts(weights.mixture(i))
+                                               : device_->make_feed_forward(weights.feed_forward(i));
+  return layer;
 }
 
 // The model.
 void DeepSeek::forward_pass() {
   Residual x = embedding_->forward();  // x = E[tokens]
   for (const Layer& layer : layers_) {
-    // Nothing reads what the last layer makes of a prompt's tokens but the last.
-    const bool last = &layer == &layers_.back();
+    // Nothing reads what the last layer makes of a prompt's tokens but the last, unless the module does.
+    const bool last = &layer == &layers_.back() && !module_;
     layer.attention->forward(x, last ? Rows::kLogits : Rows::kAll);  // x += attention(norm(x))
     layer.feed_forward->forward(x);                                  // x += ffn(norm(x)), or experts'
   }
+  if (module_) module_->input->keep(x);
   const Matrix logits = head_->forward(x);  // logits = W · norm(x)
   // tokens: the likeliest, or drawn by softmax(logits / temperature)
   if (!step_.masked) device_->choose(logits);
@@ -106,15 +119,18 @@ std::int64_t DeepSeek::experts_hit(int num_tokens) {
 
 std::size_t DeepSeek::bytes_per_page() const {
   std::size_t bytes = 0;
-  for (const Layer& layer : layers_) bytes += layer.attention->bytes_per_page();
+  for_each_cache([&](const Attention& attention) { bytes += attention.bytes_per_page(); });
   return bytes;
 }
 
 void DeepSeek::allocate_cache(int num_pages) {
   if (num_pages < 0) throw InvalidArgument(fmt::format("num_pages is {}, expected >= 0", num_pages));
   num_pages_ = 0;
-  for (const Layer& layer : layers_) layer.attention->free_cache();
-  for (const Layer& layer : layers_) layer.attention->allocate_cache(num_pages);
+  for_each_cache([](Attention& attention) { attention.free_cache(); });
+  for_each_cache([&](Attention& attention) { attention.allocate_cache(num_pages); });
+  // A sequence that ends, or is preempted, leaves pages to the prefix cache whose last tokens the module has not gone
+  // over.
+  if (module_) module_->layer.attention->clear_cache();
   num_pages_ = num_pages;
 }
 
@@ -125,7 +141,7 @@ void DeepSeek::copy_page(int source, int target) {
           fmt::format("{} is {}, expected 0 to {}, the pages of the cache", name, page, num_pages_ - 1));
     }
   }
-  for (const Layer& layer : layers_) layer.attention->copy_page(source, target);
+  for_each_cache([&](Attention& attention) { attention.copy_page(source, target); });
 }
 
 }  // namespace flash_mla::model

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "base/matrix.h"
@@ -50,6 +51,8 @@ class Attention {
   virtual void free_cache() = 0;
   /// A new cache, with anything in it. Throws std::bad_alloc.
   virtual void allocate_cache(int num_pages) = 0;
+  /// Zeros all of it, where some of it may be read before it is written: by the module for multi-token prediction.
+  virtual void clear_cache() {}
   /// Copies one page; queued as forward() is.
   virtual void copy_page(int source, int target) = 0;
 };
@@ -69,6 +72,23 @@ class FeedForward {
     static_cast<void>(num_tokens);
     return {};
   }
+};
+
+/// x = W · [norm(E[token]) ; norm(state)]: the input of the module for multi-token prediction, of tokens and the states
+/// that the model, or the module itself, has left of the tokens before them.
+class MtpInput {
+ public:
+  enum class States {
+    kModels,  ///< of the last step's tokens
+    kOwn,     ///< of the logit rows of the module's last application
+  };
+  virtual ~MtpInput() = default;
+  /// Keeps the states that the model's last layer leaves of all tokens of a step, after the model's last norm.
+  virtual void keep(const Residual& x) = 0;
+  /// Keeps what the module's layer leaves of the step's logit rows, after its norm.
+  virtual void keep_own(const Residual& x) = 0;
+  /// x is the embedding of the step's tokens; token i goes with the kept state rows[i].
+  virtual void forward(Residual& x, std::span<const std::int32_t> rows, States states) = 0;
 };
 
 /// logits = W · norm(x), of the step's logit_rows.

@@ -97,12 +97,14 @@ class WatchedWeights : public WeightSource {
 
   Weight embedding() override { return source_->embedding(); }
   AttentionWeights attention(int layer) override {
-    report(layer, num_weights_before(config_, layer));
+    if (layer < config_.num_hidden_layers) report(layer, num_weights_before(config_, layer));
     return source_->attention(layer);
   }
   FeedForwardWeights feed_forward(int layer) override { return source_->feed_forward(layer); }
   MixtureWeights mixture(int layer) override { return source_->mixture(layer); }
   HeadWeights head() override { return source_->head(); }
+  bool has_mtp() const override { return source_->has_mtp(); }
+  MtpWeights mtp() override { return source_->mtp(); }
 
   void report_end() const { report(config_.num_hidden_layers, num_weights(config_)); }
 
@@ -126,7 +128,7 @@ std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelOptions&
                            ? device_weight_bytes(config, options.quantize)
                            : weight_bytes(config, cpu_dtype(options.precision), options.quantize);
   WatchedWeights weights(config, std::move(source), bytes / all, options.on_load);
-  auto model = std::make_unique<DeepSeek>(config, std::move(device), weights);
+  auto model = std::make_unique<DeepSeek>(config, std::move(device), weights, options.draft_module);
   weights.report_end();
   return model;
 }

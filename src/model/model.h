@@ -45,6 +45,17 @@ struct ForwardBatch {
   bool batch_invariant = false;
 };
 
+/// What the module for multi-token prediction is to go over behind a step, and draft.
+struct DraftBatch {
+  /// Tokens that follow tokens of the last step, one after another in each sequence; positions, and places in the
+  /// module's cache, are those of the tokens that they follow. Pages reach as far as the drafts. Of rows and draws
+  /// nothing counts.
+  ForwardBatch tokens;
+  std::span<const std::int32_t> states;  ///< (num_tokens): the last step's token (index) that each follows
+  std::span<const std::int32_t> num_drafts;  ///< (num_seqs), >= 0: tokens wanted behind the sequence's last
+  std::span<const Draw> draws;  ///< (sum of num_drafts): how each is drawn; scale 0: the likeliest
+};
+
 /// A loaded model with its paged latent cache. Position of a sequence's n-th new token is
 /// seq_len - new tokens + n; forward appends every new token's latent to the pages before it attends.
 class Model {
@@ -88,6 +99,12 @@ class Model {
     launch(batch);
     collect(logits, tokens);
   }
+  /// Whether the model has a module for multi-token prediction, and draft() its service.
+  virtual bool has_draft_module() const { return false; }
+  /// Has the module go over tokens, which become part of its cache, and draft: writes the drafts, sequence after
+  /// sequence, to `tokens`; -1 from where the module's logits are not finite. No step may be on its way. Throws
+  /// InvalidArgument.
+  virtual void draft(const DraftBatch& batch, std::int32_t* tokens);
   /// Whether launch() returns before the step has run.
   virtual bool launches_ahead() const { return false; }
 
@@ -109,7 +126,9 @@ struct ModelOptions {
   ModelKvCache kv_cache = ModelKvCache::kAuto;
   /// CPU: index keys in e4m3 whatever kv_cache says, as a GPU has them. For comparisons.
   bool fp8_index_keys = false;
-  int num_threads = 0;      ///< CPU: 0 for as many as OpenMP would use
+  int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use
+  bool draft_module =
+      false;                ///< load the module for multi-token prediction too, where the checkpoint has one
   bool time_steps = false;  ///< CUDA: keep count of Model::device_seconds
   /// CUDA: the cache that there must be room for besides the weights; pages, or if they are 0 bytes.
   int cache_pages = 0;

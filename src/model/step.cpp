@@ -29,7 +29,7 @@ class Planner {
     step_.batch_invariant = batch_.batch_invariant;
     step_.masked = batch_.masked;
     step_.max_blocks = std::max(batch_.max_blocks, 1);
-    order_.resize(static_cast<std::size_t>(tokens_));
+    step_.order.resize(static_cast<std::size_t>(tokens_));
     for (std::int64_t s = 0; s < seqs_; ++s) {
       if (absorbed(s)) add_absorbed(s);
     }
@@ -39,7 +39,8 @@ class Planner {
     }
     step_.first_chosen = std::ssize(batch_.logit_rows);
     for (const auto& rows : {batch_.logit_rows, batch_.drawn_rows, batch_.greedy_rows}) {
-      for (const std::int32_t row : rows) step_.logit_rows.push_back(order_[static_cast<std::size_t>(row)]);
+      for (const std::int32_t row : rows)
+        step_.logit_rows.push_back(step_.order[static_cast<std::size_t>(row)]);
     }
     if (!batch_.draws.empty()) {
       step_.draws.resize(step_.logit_rows.size());
@@ -130,7 +131,7 @@ class Planner {
   void add_token(std::int64_t s, std::int64_t i) {
     const std::int64_t position = seq_len(s) - new_tokens(s) + i;
     const std::int64_t page = pages(s)[static_cast<std::size_t>(position / kPageSize)];
-    order_[static_cast<std::size_t>(start(s) + i)] = static_cast<std::int32_t>(step_.num_tokens());
+    step_.order[static_cast<std::size_t>(start(s) + i)] = static_cast<std::int32_t>(step_.num_tokens());
     step_.token_ids.push_back(batch_.token_ids[static_cast<std::size_t>(start(s) + i)]);
     step_.positions.push_back(static_cast<std::int32_t>(position));
     step_.slots.push_back(page * kPageSize + position % kPageSize);
@@ -161,7 +162,6 @@ class Planner {
   const StepLimits& limits_;
   std::int64_t tokens_, seqs_;
   Step step_;
-  std::vector<std::int32_t> order_;  // of the batch's tokens, the index in the step
 };
 
 }  // namespace

@@ -23,6 +23,8 @@ struct Step {
   std::vector<std::int32_t> positions;  ///< (num_tokens)
   std::vector<std::int64_t> slots;      ///< (num_tokens): page * kPageSize + offset
 
+  std::vector<std::int32_t> order;  ///< (num_tokens): of the batch's tokens, their places here
+
   std::int64_t num_absorbed = 0;
   std::int64_t max_blocks = 1;
   std::vector<std::int32_t> absorbed_lens;   ///< (num_absorbed): keys the token sees

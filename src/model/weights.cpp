@@ -90,8 +90,22 @@ class CheckpointWeights : public WeightSource {
                                         : matrix("lm_head.weight", config_.vocab_size, config_.hidden_size)};
   }
 
+  // Where layers share an index it is not known whose the module's layer would have.
+  bool has_mtp() const override {
+    return config_.shares_index.empty() && checkpoint_.contains(mtp_name() + ".eh_proj.weight");
+  }
+
+  MtpWeights mtp() override {
+    const std::int64_t hidden = config_.hidden_size;
+    return {norm(mtp_name() + ".enorm", hidden), norm(mtp_name() + ".hnorm", hidden),
+            matrix(mtp_name() + ".eh_proj.weight", hidden, 2 * hidden), norm("model.norm", hidden),
+            norm(mtp_name() + ".shared_head.norm", hidden)};
+  }
+
  private:
   using Values = std::vector<float>;
+
+  std::string mtp_name() const { return fmt::format("model.layers.{}", config_.num_hidden_layers); }
 
   static bool finite(float x) { return std::isfinite(x); }
   static bool finite(std::uint16_t bits) { return (bits & 0x7f80u) != 0x7f80u; }

@@ -83,6 +83,15 @@ struct HeadWeights {
   Weight weight;  ///< (vocab_size, hidden)
 };
 
+/// Of the module for multi-token prediction (arXiv 2412.19437, section 2.2), besides its decoder layer, which is layer
+/// num_hidden_layers. Embedding and LM head are the model's.
+struct MtpWeights {
+  std::vector<float> token_norm, state_norm;  ///< enorm, hnorm
+  Weight projection;  ///< eh_proj (hidden, 2 * hidden): columns of the token, then those of the state
+  std::vector<float> model_norm;  ///< the model's last norm, which its states have gone through
+  std::vector<float> head_norm;   ///< shared_head.norm, which the module's have
+};
+
 /// Gives the weights of a model; it must live as long as what it gives is read.
 class WeightSource {
  public:
@@ -92,6 +101,9 @@ class WeightSource {
   virtual FeedForwardWeights feed_forward(int layer) = 0;  ///< of a dense layer
   virtual MixtureWeights mixture(int layer) = 0;           ///< of a mixture layer
   virtual HeadWeights head() = 0;
+  /// Whether there is a module for multi-token prediction; then mtp() and layer num_hidden_layers are its.
+  virtual bool has_mtp() const { return false; }
+  virtual MtpWeights mtp() { return {}; }
 };
 
 /// A checkpoint's, in float32 or bfloat16. It and what it gives throw InvalidArgument for a tensor that is

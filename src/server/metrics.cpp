@@ -103,7 +103,7 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   f.counter("mla_preemptions_total", "Sequences that lost their pages to earlier ones.", s.preemptions);
   f.counter("mla_pages_evicted_total", "Cached pages that were taken for new tokens.", s.pages_evicted);
   const auto drafts = [&](const char* name, const char* help, std::int64_t DraftStats::*value) {
-    f.counters(name, help, "source", {{"ngram", s.ngram_drafts.*value}});
+    f.counters(name, help, "source", {{"ngram", s.ngram_drafts.*value}, {"mtp", s.mtp_drafts.*value}});
   };
   drafts("mla_drafted_tokens_total", "Drafts that went through the model, by where they came from.",
          &DraftStats::drafted);

@@ -49,12 +49,13 @@ class FakeModel : public model::Model {
   }
   void allocate_cache(int num_pages) override {
     cache_.assign(static_cast<std::size_t>(num_pages) * kPageSize, -1);
+    module_cache_ = cache_;
   }
   void copy_page(int source, int target) override {
     queue_.push_back([this, source, target] {
-      for (std::size_t i = 0; i < kPageSize; ++i) {
-        cache_.at(static_cast<std::size_t>(target) * kPageSize + i) =
-            cache_.at(static_cast<std::size_t>(source) * kPageSize + i);
+      for (Tokens* cache : {&cache_, &module_cache_}) {
+        const auto page = [&](int p) { return cache->begin() + std::ptrdiff_t{p} * kPageSize; };
+        std::copy_n(page(source), kPageSize, page(target));
       }
     });
     if (runs_now()) run_queue();
@@ -109,7 +110,48 @@ class FakeModel : public model::Model {
     std::ranges::copy(step->tokens, tokens);
   }
 
+  bool has_draft_module() const override { return has_module; }
+
+  /// Like a module, it wants every token that follows one of the last step, and has a cache of them. Some drafts are what
+  /// a greedy sequence goes on with.
+  void draft(const model::DraftBatch& batch, std::int32_t* tokens) override {
+    require(has_module && flights_.empty() && batch.states.size() == batch.tokens.token_ids.size());
+    run_queue();
+    for (std::size_t s = 0; s < batch.num_drafts.size(); ++s) {
+      const auto pages =
+          batch.tokens.block_table.subspan(s * static_cast<std::size_t>(batch.tokens.max_blocks));
+      const auto slot = [&](std::int32_t p) {
+        return static_cast<std::size_t>(pages[static_cast<std::size_t>(p / kPageSize)]) * kPageSize +
+               static_cast<std::size_t>(p % kPageSize);
+      };
+      const std::int32_t begin = batch.tokens.query_starts[s], end = batch.tokens.query_starts[s + 1];
+      const std::int32_t length = batch.tokens.seq_lens[s];
+      for (std::int32_t t = begin; t < end; ++t) {
+        const std::int32_t position = length - (end - t);
+        const auto state = static_cast<std::size_t>(batch.states[static_cast<std::size_t>(t)]);
+        require(last_positions_.at(state) == position && last_ids_.at(state) == cache_.at(slot(position)));
+        module_cache_.at(slot(position)) = batch.tokens.token_ids[static_cast<std::size_t>(t)];
+      }
+      for (std::int32_t p = 0; p + 1 < length; ++p) {
+        // What follows a page's last token may have been another sequence's.
+        const bool shared = p % kPageSize == kPageSize - 1;
+        if (!shared && module_cache_.at(slot(p)) != cache_.at(slot(p + 1))) ++module_gaps;
+      }
+      Tokens sequence;
+      for (std::int32_t p = 0; p < length; ++p) sequence.push_back(cache_.at(slot(p)));
+      sequence.push_back(batch.tokens.token_ids[static_cast<std::size_t>(end) - 1]);
+      for (std::int32_t i = 0; i < batch.num_drafts[s]; ++i) {
+        require(pages[static_cast<std::size_t>((length + i - 1) / kPageSize)] >= 0);
+        const bool lie = random_() % 4 == 0;
+        *tokens = lie ? static_cast<std::int32_t>(random_() % 90) : likeliest_behind(sequence);
+        sequence.push_back(*tokens++);
+      }
+    }
+  }
+
   std::function<void(const model::ForwardBatch&)> on_forward;
+  bool has_module = false;
+  int module_gaps = 0;  ///< tokens of sequences that the module has not gone over
   std::size_t free_bytes = 0;
   bool takes_masks = false;
   bool refuses_to_plan_ahead = false;  ///< as if the host had no memory for it
@@ -168,6 +210,21 @@ class FakeModel : public model::Model {
     while (!queue_.empty()) run_one();
   }
 
+  static std::int32_t likeliest_behind(const Tokens& sequence) {
+    std::uint64_t hash = 1;
+    for (const std::int32_t token : sequence) hash = mix(hash ^ static_cast<std::uint32_t>(token));
+    float best = -1;
+    std::int32_t token = 0;
+    for (std::int32_t v = 0; v < kVocabSize; ++v) {
+      hash = mix(hash);
+      const float logit = static_cast<float>(hash >> 40) * 0x1p-22f;
+      if (v == kNaN || v == kCrash || logit <= best) continue;
+      best = logit;
+      token = v;
+    }
+    return token;
+  }
+
   void run(Step& step) {
     step.has_run = true;
     const model::ForwardBatch& batch = step.batch;
@@ -193,10 +250,15 @@ class FakeModel : public model::Model {
     for (std::size_t s = 0; s < num_seqs; ++s) {
       require(batch.query_starts[s] < batch.query_starts[s + 1] && batch.seq_lens[s] <= max_position_);
       std::int32_t position = first_position(s);
+      if (s == 0) {
+        last_ids_ = step.token_ids;
+        last_positions_.clear();
+      }
       for (std::int32_t t = batch.query_starts[s]; t < batch.query_starts[s + 1]; ++t) {
         const std::int32_t token = batch.token_ids[static_cast<std::size_t>(t)];
         require(token >= 0 && token < kVocabSize);
         if (token == kCrash) throw std::runtime_error("the fake model met its crash token");
+        last_positions_.push_back(position);
         slot(s, position++) = token;
       }
     }
@@ -262,10 +324,12 @@ class FakeModel : public model::Model {
   std::int64_t max_position_;
   FakeRuns runs_;
   std::mt19937 random_{3};
-  std::vector<std::int32_t> cache_;
+  Tokens cache_;
   std::deque<std::function<void()>> queue_;
   std::deque<std::shared_ptr<Step>> flights_;
-  Tokens last_tokens_;  // that the last step has chosen
+  Tokens last_tokens_;                // that the last step has chosen
+  Tokens last_ids_, last_positions_;  // of its tokens
+  Tokens module_cache_;               // of every slot, the token that follows
 };
 
 /// Tokens as letters; the end of sentence has none.

@@ -43,6 +43,7 @@ class Harness {
   explicit Harness(const EngineOptions& options = defaults(), std::int64_t max_position = 4096,
                    std::unique_ptr<Drafter> drafter = nullptr) {
     auto fake = std::make_unique<FakeModel>(max_position, runs);
+    fake->has_module = has_module;
     model = fake.get();
     core.emplace(
         std::move(fake), [] { return std::make_unique<FakeDecoder>(); }, Tokens{FakeModel::kEos}, options,
@@ -94,6 +95,7 @@ class Harness {
   }
 
   static inline FakeRuns runs = FakeRuns::kAtOnce;
+  static inline bool has_module = false;
 
   FakeModel* model = nullptr;
   std::optional<EngineCore> core;

@@ -86,6 +86,7 @@ struct Scenario {
     }
     *most_flights = h.model->most_flights;
     *stats = h.core->stats();
+    module_gaps = h.model->module_gaps;
     return out;
   }
 
@@ -94,6 +95,7 @@ struct Scenario {
   std::vector<Tokens> prompts;
   std::vector<SamplingParams> params;
   std::vector<int> waits, cancels;
+  int module_gaps = 0;  ///< in the last run
 };
 
 inline void expect_same(const std::vector<Scenario::Outcome>& expected,

@@ -120,6 +120,50 @@ TEST(Speculation, TheTruthIsAlwaysAcceptedAndLiesNever) {
   }
 }
 
+TEST(Speculation, AModuleGoesOverEveryTokenAndChangesNoText) {
+  DraftStats all;
+  for (unsigned seed = 0; seed < 8; ++seed) {
+    SCOPED_TRACE(seed);
+    Scenario scenario(seed);
+    std::size_t flights = 0;
+    EngineStats stats;
+    Harness::has_module = false;
+    const auto expected = scenario.run(FakeRuns::kAtOnce, true, &flights, &stats);
+    Harness::has_module = true;
+    scenario.options.draft_tokens = 1 + static_cast<int>(seed % 5);
+    for (const FakeRuns runs : {FakeRuns::kAtOnce, FakeRuns::kLate}) {
+      for (const Speculative speculative : {Speculative::kMtp, Speculative::kAuto}) {
+        scenario.options.speculative = speculative;
+        expect_same(expected, scenario.run(runs, true, &flights, &stats));
+        // What ends or is preempted leaves pages to others that the module has not gone over.
+        if (!scenario.options.prefix_cache) {
+          EXPECT_EQ(scenario.module_gaps, 0);
+        }
+        if (speculative == Speculative::kMtp) {
+          EXPECT_EQ(stats.ngram_drafts.drafted, 0);
+        }
+        all.drafted += stats.mtp_drafts.drafted;
+        all.accepted += stats.mtp_drafts.accepted;
+      }
+      scenario.options.speculative = Speculative::kNgram;
+      expect_same(expected, scenario.run(runs, true, &flights, &stats));
+      EXPECT_EQ(stats.mtp_drafts.drafted, 0);
+    }
+    Harness::has_module = false;
+  }
+  EXPECT_GT(all.accepted, 300);
+  EXPECT_GT(all.drafted, all.accepted);
+}
+
+TEST(Speculation, AModelWithoutAModuleIsRefused) {
+  EngineOptions o = Harness::defaults();
+  o.speculative = Speculative::kMtp;
+  EXPECT_THROW(Harness{o}, InvalidArgument);
+  o.speculative = Speculative::kAuto;  // n-grams then
+  Harness h(o);
+  EXPECT_EQ(h.generate({5, 6, 7}, greedy(20)).tokens, continuation({5, 6, 7}, 20));
+}
+
 TEST(Speculation, DraftsTakeNoPageThatIsOfUse) {
   Harness::runs = FakeRuns::kAtOnce;
   EngineOptions o = Harness::defaults();

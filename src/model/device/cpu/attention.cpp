@@ -50,6 +50,11 @@ void CpuAttention::allocate_cache(int num_pages) {
   if (indexer_) indexer_->allocate_cache(num_pages);
 }
 
+void CpuAttention::clear_cache() {
+  cache_.clear();
+  if (indexer_) indexer_->clear_cache();
+}
+
 void CpuAttention::copy_page(int source, int target) {
   cache_.copy_page(source, target);
   if (indexer_) indexer_->copy_page(source, target);
@@ -62,8 +67,10 @@ void CpuAttention::forward(Residual& x, Rows rows) {
   Projected projected = project(h);
   rope_and_append(projected);
   if (indexer_) indexer_->append(h);
-  const bool has_prompt = context_.step->num_absorbed < context_.step->num_tokens();
-  if (rows == Rows::kLogits && has_prompt) {
+  const Step& step = *context_.step;
+  const bool has_prompt = step.num_absorbed < step.num_tokens();
+  const bool wants_all = std::ssize(step.logit_rows) >= step.num_tokens();
+  if (rows == Rows::kLogits && (has_prompt || !wants_all)) {
     auto& buffers = context_.buffers;
     if (indexer_) {
       context_.narrow({{&x.x, &buffers.logit_x},
@@ -136,22 +143,27 @@ void CpuAttention::attend(const Matrix& q, const Matrix& out) {
   const std::int64_t absorbed = context_.step->num_absorbed, expanded = q.rows - absorbed;
   if (absorbed > 0) {
     const Step& step = *context_.step;
-    Lists lists{step.absorbed_table.data(), step.max_blocks, kPageSize, context_.attended_lens.data(),
-                context_.schedule.view()};
-    if (context_.selects()) {
-      fill_slots(0, absorbed);
-      lists.table = slots_.data();
-      lists.width = context_.index_topk();
-      lists.page_size = 1;
+    if (context_.selects()) fill_slots(0, absorbed);
+    lists_.clear();
+    for (const CpuContext::Runs& runs : context_.runs) {
+      Lists& lists = lists_.emplace_back();
+      const bool chosen = context_.selects();
+      lists.width = chosen ? context_.index_topk() : step.max_blocks;
+      lists.page_size = chosen ? 1 : kPageSize;
+      lists.table = (chosen ? slots_.data() : step.absorbed_table.data()) + runs.first * lists.width;
+      lists.lengths = runs.lengths.data();
+      lists.count = std::ssize(runs.lengths);
+      lists.schedule = runs.schedule.view();
+      lists.run = runs.tokens;
     }
-    absorbed_attention(q.row_range(0, absorbed), out.row_range(0, absorbed), lists);
+    absorbed_attention(q.row_range(0, absorbed), out.row_range(0, absorbed), lists_);
   }
   if (expanded > 0) expanded_attention(q.row_range(absorbed, expanded), out.row_range(absorbed, expanded));
 }
 
 // q_latent[h] = [q_nope[h] · W_UK[h] | q_rope[h]]; out_latent = softmax(scale * q_latent · cache^T) · cache;
 // out[h] = out_latent[h] · W_UV[h]^T.
-void CpuAttention::absorbed_attention(const Matrix& q, const Matrix& out, const Lists& lists) {
+void CpuAttention::absorbed_attention(const Matrix& q, const Matrix& out, std::span<const Lists> lists) {
   const ModelConfig& config = context_.config;
   const std::int64_t heads = config.num_attention_heads, element = context_.element();
   const std::int64_t nope = config.qk_nope_head_dim, rope = config.qk_rope_head_dim;
@@ -164,7 +176,13 @@ void CpuAttention::absorbed_attention(const Matrix& q, const Matrix& out, const 
                   q.row(t) + (h * (nope + rope) + nope) * element, static_cast<std::size_t>(rope * element));
     }
   });
-  cache_.attend(q_latent, out_latent, lists, context_.buffers.decode_workspace);
+  std::int64_t first = 0;
+  for (const Lists& of : lists) {
+    const std::int64_t tokens = of.count * of.run;
+    cache_.attend(q_latent.row_range(first, tokens), out_latent.row_range(first, tokens), of,
+                  context_.buffers.decode_workspace);
+    first += tokens;
+  }
   kv_b_.uv.multiply(context_, out_latent, rank, out, config.v_head_dim, [](std::int64_t) {});
 }
 
@@ -222,8 +240,8 @@ void CpuAttention::chosen_attention(const Matrix& q, const Matrix& out) {
       const DecodeSchedule schedule =
           DecodeSchedule::build(lengths_, context_.schedule_options(step.batch_invariant));
       const std::int64_t row = token - step.num_absorbed;
-      absorbed_attention(q.row_range(row, count), out.row_range(row, count),
-                         {slots_.data(), context_.index_topk(), 1, lengths_.data(), schedule.view()});
+      const Lists lists{slots_.data(), context_.index_topk(), 1, lengths_.data(), count, schedule.view(), 1};
+      absorbed_attention(q.row_range(row, count), out.row_range(row, count), {&lists, 1});
     }
   }
 }

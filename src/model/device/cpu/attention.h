@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "base/matrix.h"
@@ -18,12 +19,14 @@ class CpuAttention : public Attention {
  public:
   CpuAttention(CpuContext& context, const AttentionWeights& weights);
 
-  /// With Rows::kLogits, where the step has a prompt: only the logit rows go on, as absorbed ones.
+  /// With Rows::kLogits, where the step has a prompt or other tokens whose logits nobody wants: only the logit rows go
+  /// on, as absorbed ones.
   void forward(Residual& x, Rows rows) override;
 
   std::size_t bytes_per_page() const override;
   void free_cache() override;
   void allocate_cache(int num_pages) override;
+  void clear_cache() override;
   void copy_page(int source, int target) override;
 
  private:
@@ -47,7 +50,8 @@ class CpuAttention : public Attention {
   Projected project(const Matrix& h);
   void rope_and_append(const Projected& projected);
   void attend(const Matrix& q, const Matrix& out);
-  void absorbed_attention(const Matrix& q, const Matrix& out, const Lists& lists);
+  /// Of the tokens that `lists` are of, one behind the other.
+  void absorbed_attention(const Matrix& q, const Matrix& out, std::span<const Lists> lists);
   void expanded_attention(const Matrix& q, const Matrix& out);
   std::int64_t whole_tokens(const Chunk& chunk) const;
   void chosen_attention(const Matrix& q, const Matrix& out);
@@ -64,6 +68,7 @@ class CpuAttention : public Attention {
   CpuLinear o_;
   std::unique_ptr<CpuIndexer> indexer_;        ///< null: attention is dense, or another layer chooses
   std::vector<std::int32_t> slots_, lengths_;  ///< of fill_slots
+  std::vector<Lists> lists_;                   ///< of the step's absorbed tokens
   CpuLatentCache cache_;
 };
 

@@ -14,6 +14,22 @@ namespace {
 // Blocks of 64 keys between the fixed split points of a batch-invariant step.
 constexpr int kInvariantSplitBlocks = 16;
 
+// Query rows (tokens times heads) of a run: dense decode takes up to 16 in the time of one, and 128 over the keys at
+// once; and 64 tokens at all. And runs of many lengths are calls of many kinds, none of which has work for all threads.
+constexpr std::int64_t kRowsOfVector = 16, kRowsOfRun = 128, kTokensOfRun = 64, kMaxKindsOfRuns = 8;
+
+// Whether token t goes on where the absorbed token before it ends. In a batch-invariant step what it attends to is then
+// also cut at the same keys, so that it has the bits that it has alone.
+bool goes_on(const Step& step, std::int64_t t) {
+  const auto at = static_cast<std::size_t>(t), width = static_cast<std::size_t>(step.max_blocks);
+  const std::int32_t position = step.positions[at];
+  if (position != step.positions[at - 1] + 1) return false;
+  if (step.batch_invariant && position % (kInvariantSplitBlocks * kPageSize) == 0) return false;
+  const auto pages = step.absorbed_table.begin() + static_cast<std::ptrdiff_t>(at * width);
+  return std::equal(pages, pages + static_cast<std::ptrdiff_t>(width),
+                    pages - static_cast<std::ptrdiff_t>(width));
+}
+
 }  // namespace
 
 ScheduleOptions CpuContext::schedule_options(bool batch_invariant) const {
@@ -59,15 +75,41 @@ void CpuContext::begin_step(const Step& next) {
     }
   });
   if (&next != &narrowed_) selection.clear();  // it was the last step's
-  attended_lens = next.absorbed_lens;
-  selects_ = false;
-  if (config.index_topk > 0) {
-    for (std::int32_t& length : attended_lens) length = std::min(length, config.index_topk);
-    selects_ = std::any_of(next.positions.begin(), next.positions.end(),
-                           [&](std::int32_t position) { return position >= config.index_topk; });
+  selects_ = config.index_topk > 0 &&
+             std::any_of(next.positions.begin(), next.positions.end(),
+                         [&](std::int32_t position) { return position >= config.index_topk; });
+  find_runs();
+}
+
+// Runs are no longer than leaves work for every thread, unless shorter ones would take as long.
+std::int64_t CpuContext::longest_run() const {
+  if (selects_) return 1;
+  const std::int64_t heads = config.num_attention_heads;
+  const std::int64_t piece = step->batch_invariant ? kInvariantSplitBlocks * kPageSize : kPageSize;
+  std::int64_t pieces = 0;  // that threads can take, if every token is a run
+  for (const std::int32_t length : step->absorbed_lens) pieces += (length + piece - 1) / piece;
+  const std::int64_t least = std::max<std::int64_t>(kRowsOfVector / heads, 1);
+  const std::int64_t most = std::clamp<std::int64_t>(kRowsOfRun / heads, 1, kTokensOfRun);
+  return std::clamp(pieces / threads, least, std::max(most, least));
+}
+
+void CpuContext::find_runs() {
+  runs.clear();
+  if (step->num_absorbed == 0) return;
+  const std::int64_t most = longest_run();
+  for (std::int64_t t = 0; t < step->num_absorbed;) {
+    std::int64_t end = t + 1;
+    while (end < step->num_absorbed && end - t < most && goes_on(*step, end)) ++end;
+    if (runs.empty() || runs.back().tokens != end - t) runs.push_back({t, end - t, {}, {}});
+    runs.back().lengths.push_back(step->absorbed_lens[static_cast<std::size_t>(end - 1)]);
+    t = end;
   }
-  if (next.num_absorbed > 0) {
-    schedule = DecodeSchedule::build(attended_lens, schedule_options(next.batch_invariant));
+  if (std::ssize(runs) > kMaxKindsOfRuns) runs.assign(1, {0, 1, step->absorbed_lens, {}});
+  for (Runs& of : runs) {
+    if (config.index_topk > 0) {
+      for (std::int32_t& length : of.lengths) length = std::min(length, config.index_topk);
+    }
+    of.schedule = DecodeSchedule::build(of.lengths, schedule_options(step->batch_invariant));
   }
 }
 

@@ -85,9 +85,16 @@ struct CpuContext {
   mutable cpu::Gemm gemm;
 
   const Step* step = nullptr;
-  std::vector<float> cosines, sines;        ///< (tokens, qk_rope_head_dim / 2)
-  DecodeSchedule schedule;                  ///< of the step's absorbed tokens
-  std::vector<std::int32_t> attended_lens;  ///< (absorbed tokens): keys attended to, at most index_topk
+  std::vector<float> cosines, sines;  ///< (tokens, qk_rope_head_dim / 2)
+  /// Absorbed tokens that dense decode takes in one call: runs of consecutive tokens of a sequence, each of which
+  /// goes over the keys once. Tokens that an indexer chooses for are runs of one.
+  struct Runs {
+    std::int64_t first = 0;             ///< token
+    std::int64_t tokens = 1;            ///< of a run
+    std::vector<std::int32_t> lengths;  ///< (runs): keys attended to by the last of them, at most index_topk
+    DecodeSchedule schedule;
+  };
+  std::vector<Runs> runs;  ///< of all absorbed tokens, in their order
   /// (tokens, index_topk): slots that the last indexer chose, ascending by position, for tokens that see more.
   std::vector<std::int32_t> selection;
 
@@ -100,6 +107,9 @@ struct CpuContext {
   } buffers;
 
  private:
+  std::int64_t longest_run() const;
+  void find_runs();
+
   Step narrowed_;
   bool selects_ = false;
 };

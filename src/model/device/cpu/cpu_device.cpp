@@ -15,6 +15,7 @@
 #include "model/device/cpu/feed_forward.h"
 #include "model/device/cpu/head.h"
 #include "model/device/cpu/mixture_of_experts.h"
+#include "model/device/cpu/mtp_input.h"
 
 namespace flash_mla::model {
 namespace {
@@ -48,6 +49,12 @@ class CpuDevice : public Device {
   }
   std::unique_ptr<Head> make_head(const HeadWeights& weights) override {
     return std::make_unique<CpuHead>(context_, weights);
+  }
+  std::unique_ptr<MtpInput> make_mtp_input(const MtpWeights& weights) override {
+    return std::make_unique<CpuMtpInput>(context_, weights);
+  }
+  std::unique_ptr<Head> make_mtp_head(const Head& head, const MtpWeights& weights) override {
+    return std::make_unique<CpuHead>(static_cast<const CpuHead&>(head), weights.head_norm);
   }
 
   void reserve(std::int64_t num_tokens, std::int64_t num_rows) override {

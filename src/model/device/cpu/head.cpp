@@ -1,6 +1,7 @@
 #include "model/device/cpu/head.h"
 
 #include <limits>
+#include <utility>
 
 #include "kernels/sampling/cpu/draw.h"
 
@@ -26,7 +27,12 @@ std::int32_t likeliest(std::span<const float> logits) {
 }  // namespace
 
 CpuHead::CpuHead(CpuContext& context, const HeadWeights& weights)
-    : context_(context), norm_(weights.norm), weight_(context, weights.weight, LayerKind::kHead) {}
+    : context_(context),
+      norm_(weights.norm),
+      weight_(std::make_shared<CpuLinear>(context, weights.weight, LayerKind::kHead)) {}
+
+CpuHead::CpuHead(const CpuHead& other, std::vector<float> norm)
+    : context_(other.context_), norm_(std::move(norm)), weight_(other.weight_) {}
 
 Matrix CpuHead::forward(const Residual& x) {
   const ModelConfig& config = context_.config;
@@ -36,7 +42,7 @@ Matrix CpuHead::forward(const Residual& x) {
   const Matrix logits = CpuContext::matrix(context_.buffers.logits, DType::kFloat32, rows, config.vocab_size);
   context_.gather_logit_rows(x.x, last);
   context_.rms_norm(last, norm_, config.rms_norm_eps, last);
-  weight_.multiply(context_, last, logits);
+  weight_->multiply(context_, last, logits);
   return logits;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -15,12 +16,14 @@ namespace flash_mla::model {
 class CpuHead : public Head {
  public:
   CpuHead(CpuContext& context, const HeadWeights& weights);
+  /// With the weight of `other`.
+  CpuHead(const CpuHead& other, std::vector<float> norm);
   Matrix forward(const Residual& x) override;
 
  private:
   CpuContext& context_;
   std::vector<float> norm_;
-  CpuLinear weight_;  ///< (vocab_size, hidden)
+  std::shared_ptr<const CpuLinear> weight_;  ///< (vocab_size, hidden)
 };
 
 /// tokens[i] (int32) of logit row i from the step's first_chosen on: the likeliest or the drawn one.

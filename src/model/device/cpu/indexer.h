@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "base/buffer.h"
@@ -29,6 +30,7 @@ class CpuIndexer {
   std::size_t bytes_per_page() const;
   void free_cache() { cache_ = {}; }
   void allocate_cache(int num_pages);
+  void clear_cache() { std::memset(cache_.data(), 0, cache_.bytes()); }
   void copy_page(int source, int target);
 
  private:

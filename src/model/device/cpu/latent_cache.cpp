@@ -84,16 +84,19 @@ void CpuLatentCache::append(const Matrix& x) {
 
 void CpuLatentCache::attend(const Matrix& q, const Matrix& out, const Lists& lists, Buffer& workspace) const {
   const ModelConfig& config = context_.config;
-  const std::int64_t n = q.rows, heads = config.num_attention_heads, rank = config.kv_lora_rank;
+  const std::int64_t run = lists.run, n = lists.count, heads = config.num_attention_heads,
+                     rank = config.kv_lora_rank;
   DenseFp8DecodeOptions options;
   options.softmax_scale = static_cast<float>(config.softmax_scale());
+  options.causal = true;
   options.num_threads = context_.threads;
   // What both operations take.
   const auto fill = [&](auto& args) {
-    args.q = TensorView::contiguous(q.data, context_.dtype, {n, 1, heads, width()});
+    args.q = TensorView::contiguous(q.data, context_.dtype, {n, run, heads, width()});
     args.block_table = int32s(lists.table, {n, lists.width});
+    args.block_table.strides[0] = run * lists.width;
     args.cache_seqlens = int32s(lists.lengths, {n});
-    args.out = TensorView::contiguous(out.data, context_.dtype, {n, 1, heads, rank});
+    args.out = TensorView::contiguous(out.data, context_.dtype, {n, run, heads, rank});
   };
   if (context_.cache_format) {
     DenseFp8DecodeArgs args;

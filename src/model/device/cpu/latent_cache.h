@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "base/buffer.h"
 #include "base/matrix.h"
@@ -20,6 +21,7 @@ class CpuLatentCache {
   std::size_t bytes_per_page() const;
   void free() { data_ = {}; }
   void allocate(int num_pages);
+  void clear() { std::memset(data_.data(), 0, data_.bytes()); }
   void copy_page(int source, int target);
 
   /// The rows themselves, (pages, kPageSize, rank + rope); null where they have another format.
@@ -29,12 +31,15 @@ class CpuLatentCache {
   /// Writes rows (tokens, rank + rope) into the slots of the step's tokens. Not where there is rows().
   void append(const Matrix& x);
 
-  /// Absorbed tokens and the keys that each attends to, as dense decode has them.
+  /// Absorbed tokens and the keys that each attends to, as dense decode has them: runs of `run` tokens, of which each
+  /// sees one key more than the one before.
   struct Lists {
-    const std::int32_t* table = nullptr;  ///< (tokens, width): pages
+    const std::int32_t* table = nullptr;  ///< (count * run, width): pages
     std::int64_t width = 0, page_size = kPageSize;
-    const std::int32_t* lengths = nullptr;
+    const std::int32_t* lengths = nullptr;  ///< (count): keys that the last token of a run sees
+    std::int64_t count = 0;                 ///< runs
     DecodeScheduleView schedule{};
+    std::int64_t run = 1;
   };
   /// q (tokens, heads * (rank + rope)), out (tokens, heads * rank).
   void attend(const Matrix& q, const Matrix& out, const Lists& lists, Buffer& workspace) const;
