@@ -14,7 +14,7 @@
 //          thread t of a quad takes columns 8t to 8t + 7. Hence neither bank conflicts nor, where kWarpsN is
 //          1, any barrier in the main loop. Behind the ring: the sums, [plane][row of x][row of W].
 //          e4m3: 16 bytes are 16 columns, so a stage is 64 of them, two pieces of x and a scale for every 8 rows,
-//          which a lane each copies; a stage's sums are scaled before they are added.
+//          which a lane each copies; the sums of 32 columns are scaled before they are added.
 // Registers: 95 to 242 a thread by shape; two CTAs fit on a multiprocessor.
 // Flight:  some 100 KB for every CTA, all of it on its way at the start. One CTA leaves room for one of the
 //          next kernel, whose weights then come in while this one ends (programmatic launch): weights depend
@@ -384,25 +384,39 @@ __global__ __launch_bounds__(Shape::kThreads,
       const auto weights_at = [&](int i) {
         return *reinterpret_cast<const uint4*>(stage + own_weights + i * 512);
       };
-      uint4 b[kHalves][kGroups];
+      const auto x_at = [&](int half, uint4(&b)[kGroups]) {
 #pragma unroll
-      for (int i = 0; i < kHalves * kGroups; ++i) {
-        b[i / kGroups][i % kGroups] = *reinterpret_cast<const uint4*>(stage + own_x + i * 512);
-      }
+        for (int i = 0; i < kGroups; ++i)
+          b[i] = *reinterpret_cast<const uint4*>(stage + own_x + (half * kGroups + i) * 512);
+      };
+      uint4 b[kGroups];
+      if constexpr (kE4m3) {
+        const auto* scales = reinterpret_cast<const float*>(stage + own_scales);
+        const auto codes_at = [&](int i, int half) {
+          return *reinterpret_cast<const uint2*>(stage + own_weights + i * 512 + half * 8);
+        };
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        if constexpr (kFp32) {
-          uint4 low[3], high[3];
-          split_fp32(weights_at(4 * t), weights_at(4 * t + 1), low);
-          split_fp32(weights_at(4 * t + 2), weights_at(4 * t + 3), high);
-          multiply_tile(low, high, b[0], sums[t]);
-        } else if constexpr (kE4m3) {
-          const auto* scales = reinterpret_cast<const float*>(stage + own_scales);
-          multiply_tile(weights_at(2 * t), weights_at(2 * t + 1), b, scales[2 * t], scales[2 * t + 1],
-                        sums[t]);
-        } else {
-          const uint4 lo = weights_at(2 * t), hi = weights_at(2 * t + 1);
-          multiply_tile(lo, hi, b[0], sums[t]);
+        for (int half = 0; half < kHalves; ++half) {
+          x_at(half, b);
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t) {
+            multiply_tile(codes_at(2 * t, half), codes_at(2 * t + 1, half), b, scales[2 * t],
+                          scales[2 * t + 1], sums[t]);
+          }
+        }
+      } else {
+        x_at(0, b);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          if constexpr (kFp32) {
+            uint4 low[3], high[3];
+            split_fp32(weights_at(4 * t), weights_at(4 * t + 1), low);
+            split_fp32(weights_at(4 * t + 2), weights_at(4 * t + 3), high);
+            multiply_tile(low, high, b, sums[t]);
+          } else {
+            const uint4 lo = weights_at(2 * t), hi = weights_at(2 * t + 1);
+            multiply_tile(lo, hi, b, sums[t]);
+          }
         }
       }
       slot = slot + 1 == kDepth ? 0 : slot + 1;

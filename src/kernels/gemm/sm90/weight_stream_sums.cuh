@@ -114,19 +114,14 @@ __device__ __forceinline__ void multiply_tile(const uint4& lo, const uint4& hi, 
   }
 }
 
-/// sums += a tile of 16 rows of W by 64 columns of k in e4m3, times x, whose columns are in two halves; the upper 8
-/// rows by `upper`, the lower by `lower`.
+/// sums += a tile of 16 rows of W by 32 columns of k in e4m3, times x; the upper 8 rows by `upper`, the lower by `lower`.
 template <int kGroups>
-__device__ __forceinline__ void multiply_tile(const uint4& lo, const uint4& hi, const uint4 (&b)[2][kGroups],
-                                              float upper, float lower, float (&sums)[kGroups][4]) {
+__device__ __forceinline__ void multiply_tile(uint2 lo, uint2 hi, const uint4 (&b)[kGroups], float upper,
+                                              float lower, float (&sums)[kGroups][4]) {
   float part[kGroups][4] = {};
-  const std::uint32_t low[4] = {lo.x, lo.y, lo.z, lo.w}, high[4] = {hi.x, hi.y, hi.z, hi.w};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint2 l0 = expand_e4m3(low[2 * half]), l1 = expand_e4m3(low[2 * half + 1]);
-    const uint2 h0 = expand_e4m3(high[2 * half]), h1 = expand_e4m3(high[2 * half + 1]);
-    multiply_tile(make_uint4(l0.x, l0.y, l1.x, l1.y), make_uint4(h0.x, h0.y, h1.x, h1.y), b[half], part);
-  }
+  const uint2 l0 = expand_e4m3(lo.x), l1 = expand_e4m3(lo.y);
+  const uint2 h0 = expand_e4m3(hi.x), h1 = expand_e4m3(hi.y);
+  multiply_tile(make_uint4(l0.x, l0.y, l1.x, l1.y), make_uint4(h0.x, h0.y, h1.x, h1.y), b, part);
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     sums[i][0] += upper * part[i][0], sums[i][1] += upper * part[i][1];
