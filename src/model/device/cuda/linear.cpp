@@ -9,9 +9,8 @@
 namespace flash_mla::model {
 namespace {
 
-// Rows up to which a product is a matter of reading the weights. Of e4m3 these are half the bytes, and to widen them
-// takes five bytes a weight.
-constexpr std::int64_t kSkinnyRows = 64, kSkinnyRowsE4m3 = 128;
+// Rows up to which a product is a matter of reading the weights, or of expanding e4m3.
+constexpr std::int64_t kSkinnyRows = 64;
 
 // Of a matrix with so many columns, those that fit into the memory for them; of whole blocks of scales.
 std::int64_t widened_rows(std::int64_t columns) {
@@ -38,8 +37,7 @@ CudaLinear::CudaLinear(CudaContext& context, const std::uint16_t* weight, std::i
 // Batch-invariant products are all made by the kernel that can do it.
 bool CudaLinear::few_rows(const CudaContext& context, std::int64_t rows) const {
   if (context.step->batch_invariant) return true;
-  if (!weight_.e4m3()) return rows <= kSkinnyRows;
-  return rows <= kSkinnyRowsE4m3 || widened_rows(in_features_) == 0;
+  return rows <= kSkinnyRows || (weight_.e4m3() && widened_rows(in_features_) == 0);
 }
 
 sm90::SkinnyGemm CudaLinear::skinny_args(const CudaContext& context, const Matrix& x,
