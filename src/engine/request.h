@@ -51,7 +51,7 @@ struct Continuation : Sequence {
   std::vector<std::uint32_t> allowed;        // tokens that may come next, a bit each; empty: not computed
   std::int64_t num_generated = 0;
   std::span<const std::int32_t> generated() const;
-  /// What `format` allows next.
+  /// What `format` allows next. Throws what Matcher::allowed does.
   std::span<const std::uint32_t> format_mask(std::size_t vocab_size);
   Acceptance acceptance;            // of its drafts
   std::size_t num_kept_drafts = 0;  // while it is decided how many pay
@@ -87,8 +87,9 @@ inline std::span<const std::int32_t> Continuation::generated() const {
 
 inline std::span<const std::uint32_t> Continuation::format_mask(std::size_t vocab_size) {
   if (allowed.empty()) {
-    allowed.resize((vocab_size + 31) / 32);
-    format->allowed(allowed);
+    std::vector<std::uint32_t> mask((vocab_size + 31) / 32);
+    format->allowed(mask);
+    allowed = std::move(mask);
   }
   return allowed;
 }

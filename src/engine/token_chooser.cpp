@@ -100,7 +100,7 @@ std::vector<std::pair<Continuation*, std::string>> TokenChooser::compute_masks(
   // An ambiguous grammar can take ever longer; others of the step would have to wait for it.
   constexpr double kMaxSeconds = 0.5;
   const std::ptrdiff_t count = std::ssize(wanting);
-  std::vector<double> seconds(wanting.size());
+  std::vector<std::string> errors(wanting.size());
   const int threads = num_threads(count, count * vocab_size);
   static_cast<void>(threads);
 #ifdef _OPENMP
@@ -109,17 +109,18 @@ std::vector<std::pair<Continuation*, std::string>> TokenChooser::compute_masks(
   for (std::ptrdiff_t i = 0; i < count; ++i) {
     const auto k = static_cast<std::size_t>(i);
     const double begin = cpu_seconds();
-    wanting[k]->format_mask(static_cast<std::size_t>(vocab_size));
-    seconds[k] = cpu_seconds() - begin;
-  }
-  std::vector<std::pair<Continuation*, std::string>> late;
-  for (std::size_t k = 0; k < wanting.size(); ++k) {
-    if (seconds[k] > kMaxSeconds) {
-      late.emplace_back(wanting[k],
-                        "the format of the text takes too long: its grammar is too large or too ambiguous");
+    try {
+      wanting[k]->format_mask(static_cast<std::size_t>(vocab_size));
+      if (cpu_seconds() - begin > kMaxSeconds) throw grammar::TooSlow();
+    } catch (const std::exception& e) {
+      errors[k] = e.what();
     }
   }
-  return late;
+  std::vector<std::pair<Continuation*, std::string>> failed;
+  for (std::size_t k = 0; k < wanting.size(); ++k) {
+    if (!errors[k].empty()) failed.emplace_back(wanting[k], errors[k]);
+  }
+  return failed;
 }
 
 std::vector<std::pair<Continuation*, std::string>> TokenChooser::score(const LaunchedStep& step,

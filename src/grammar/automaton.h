@@ -4,12 +4,12 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <span>
-#include <string>
 #include <string_view>
 #include <vector>
 
 #include "grammar/grammar.h"
+#include "grammar/nfa.h"
+#include "grammar/token_order.h"
 
 namespace flash_mla::grammar {
 
@@ -37,35 +37,13 @@ struct ByteAutomaton {
   }
 };
 
-/// What may stand before or in place of a text of a regular expression.
-struct RegexSurroundings {
-  int line_breaks = 0;     ///< up to so many before it
-  std::string opening;     ///< not empty: or this alone
-  int opening_blanks = 0;  ///< spaces or line breaks before `opening`, at most
-};
+/// Of the same texts; `nfa` is trimmed. None where it would have more than 65,536 states or take too long to make.
+std::optional<ByteAutomaton> determinize(const Nfa& nfa);
 
-/// Of a regular expression as XGrammar reads it. None where it does not, where no text matches, or where the automaton
-/// would have more than 65,536 states or take too long to make.
-std::optional<ByteAutomaton> regex_automaton(const std::string& regex, const RegexSurroundings& around);
-
-/// The tokens of a vocabulary in the order of their bytes, so that what neighbours share is looked at once.
-class TokenOrder {
- public:
-  explicit TokenOrder(std::shared_ptr<const std::vector<std::string>> bytes);
-
-  std::string_view bytes(std::int32_t token) const;
-  /// As Matcher::allowed, of the tokens that lead on from `state`; end tokens apart.
-  void allowed(const ByteAutomaton& automaton, std::int32_t state, std::span<std::uint32_t> mask) const;
-
- private:
-  std::shared_ptr<const std::vector<std::string>> bytes_;  // by token
-  std::vector<std::int32_t> tokens_;
-  std::vector<std::int32_t> shared_;  // bytes that each has in common with the one before
-  std::size_t longest_ = 0;
-};
-
-/// Texts that `automaton` accepts, of the tokens of `order`.
+/// Texts that an automaton accepts, of the tokens of `order`. One that is not deterministic is trimmed; a token's time then
+/// grows with the states in which a text may be, and a mask that would take too long throws TooSlow.
 std::shared_ptr<const Grammar> make_automaton_grammar(ByteAutomaton automaton,
                                                       std::shared_ptr<const TokenOrder> order);
+std::shared_ptr<const Grammar> make_automaton_grammar(Nfa automaton, std::shared_ptr<const TokenOrder> order);
 
 }  // namespace flash_mla::grammar

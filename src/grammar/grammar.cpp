@@ -202,10 +202,24 @@ struct Compiler::Impl {
   // cannot be had.
   std::shared_ptr<const Grammar> automaton(const TextFormat& format, const RegexSurroundings& around = {}) {
     if (format.kind != Kind::kRegex || !format.calls.functions.empty()) return nullptr;
-    std::optional<ByteAutomaton> found = regex_automaton(format.source, around);
-    if (!found) return nullptr;
+    std::optional<Nfa> nfa = regex_nfa(format.source, around);
+    if (!nfa) return nullptr;
     std::call_once(ordered, [this] { order = std::make_shared<const TokenOrder>(bytes); });
-    return make_automaton_grammar(std::move(*found), order);
+    if (std::optional<ByteAutomaton> found = determinize(*nfa))
+      return make_automaton_grammar(std::move(*found), order);
+    std::shared_ptr<const Grammar> out = make_automaton_grammar(std::move(*nfa), order);
+    return is_quick(*out, static_cast<std::size_t>(vocabulary.size)) ? out : nullptr;
+  }
+
+  // Whether the first mask takes no longer than others may be made to wait; if not, XGrammar's rules may do.
+  static bool is_quick(const Grammar& grammar, std::size_t vocab_size) {
+    std::vector<std::uint32_t> mask((vocab_size + 31) / 32);
+    try {
+      grammar.matcher({})->allowed(mask);
+    } catch (const TooSlow&) {
+      return false;
+    }
+    return true;
   }
 
   std::shared_ptr<const Grammar> make(const TextFormat& format) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -12,12 +13,19 @@
 
 namespace flash_mla::grammar {
 
+/// Matcher::allowed would take so long that others would have to wait for it.
+struct TooSlow : std::runtime_error {
+  TooSlow()
+      : std::runtime_error(
+            "the format of the text takes too long: its grammar is too large or too ambiguous") {}
+};
+
 /// Where a text stands in its grammar. Used by one thread at a time.
 class Matcher {
  public:
   virtual ~Matcher() = default;
   /// Sets bit t % 32 of mask[t / 32] for every token t that may come next, and clears the others. An end token may
-  /// come where the text may end. `mask` has (vocab_size + 31) / 32 words.
+  /// come where the text may end. `mask` has (vocab_size + 31) / 32 words. Throws TooSlow.
   virtual void allowed(std::span<std::uint32_t> mask) = 0;
   /// Goes on by a token; false if it is not one of those allowed.
   virtual bool accept(std::int32_t token) = 0;

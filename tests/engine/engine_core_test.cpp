@@ -582,6 +582,39 @@ TEST_P(EngineCoreTest, AModelThatTakesMasksChoosesWhatTheHostWould) {
   }
 }
 
+class SlowGrammar : public TurnsGrammar {
+ public:
+  std::unique_ptr<grammar::Matcher> matcher(std::vector<std::int32_t>) const override {
+    class Slow : public Turns {
+      void allowed(std::span<std::uint32_t> mask) override {
+        if (++calls_ == 5) throw grammar::TooSlow();
+        Turns::allowed(mask);
+      }
+      int calls_ = 0;
+    };
+    return std::make_unique<Slow>();
+  }
+};
+
+TEST_P(EngineCoreTest, AFormatThatTakesTooLongEndsItsRequestAlone) {
+  for (const bool takes_masks : {false, true}) {
+    Harness h;
+    h.model->takes_masks = takes_masks;
+    const auto submit = [&](std::shared_ptr<const grammar::Grammar> grammar) {
+      return h.core->submit(
+          request({1, 2, 3}, greedy(20)), [&](const GenerationEvent& e) { h.take(e); }, /*bounded=*/true,
+          std::move(grammar));
+    };
+    const RequestId slow = submit(std::make_shared<SlowGrammar>());
+    const RequestId other = submit(std::make_shared<TurnsGrammar>());
+    h.run();
+    EXPECT_EQ(h.results[slow][0].finish, FinishReason::kError);
+    EXPECT_EQ(h.results[slow][0].tokens.size(), 4u);
+    EXPECT_EQ(h.results[other][0].finish, FinishReason::kLength);
+    EXPECT_EQ(h.results[other][0].tokens.size(), 20u);
+  }
+}
+
 TEST_P(EngineCoreTest, TheQueueIsBounded) {
   EngineOptions o = Harness::defaults();
   o.max_waiting = 2;
