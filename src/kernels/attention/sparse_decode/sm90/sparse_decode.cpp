@@ -157,8 +157,8 @@ void sparse_decode(const SparseDecodeArgs& a, void* workspace, float softmax_sca
                    void* stream) {
   const DeviceGuard guard(a.q.device.index);
   const Shape s = shape_of(a, fixed_split_blocks);
-  auto* const memory = reinterpret_cast<std::byte*>(
-      (reinterpret_cast<std::uintptr_t>(workspace) + kAlignment - 1) / kAlignment * kAlignment);
+  const std::size_t behind = reinterpret_cast<std::uintptr_t>(workspace) % kAlignment;
+  std::byte* const memory = static_cast<std::byte*>(workspace) + (kAlignment - behind) % kAlignment;
   const int batch = static_cast<int>(a.q.size(0)), d_qk = static_cast<int>(a.q.size(3));
 
   SparseDecodeParams p{};
