@@ -98,15 +98,6 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
 __device__ __forceinline__ void copy_async_16(void* smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(smem)), "l"(global) : "memory");
 }
-/// The same, or zeros.
-__device__ __forceinline__ void copy_async_16_or_zeros(std::uint32_t smem, const void* global, bool wanted) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(wanted ? 16 : 0)
-               : "memory");
-}
-/// Arrives at the barrier when all that this thread has asked for is there.
-__device__ __forceinline__ void copy_async_arrive(std::uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
-}
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>

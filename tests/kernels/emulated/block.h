@@ -68,8 +68,6 @@ class Block {
   // ---- of the running thread
   unsigned thread() const { return static_cast<unsigned>(running_); }
   Dim3 block_index{}, grid_size{};
-  /// What copy_async_arrive() has to wait for.
-  std::vector<std::function<void()>>& own_copies() { return fiber().copies; }
   void wait_until(std::function<bool()> ready);
   std::uint32_t shared_address(const void* p) const {
     return static_cast<std::uint32_t>(static_cast<const std::byte*>(p) - shared_);
@@ -105,7 +103,6 @@ class Block {
     std::vector<char> stack;
     std::function<bool()> ready;
     bool done = false;
-    std::vector<std::function<void()>> copies;
     std::vector<Product> products;    // issued
     std::vector<std::size_t> groups;  // ends of groups
     std::size_t executed = 0, groups_done = 0;

@@ -8,8 +8,8 @@
 // Shared     kHeads 64: of 656-byte rows Q 72 KB | P 32 KB, one tile for each of a row's four scales | 11 slots of 16 rows,
 //            113 KB; of 584-byte rows 64 | 32, two tiles twice | 13, 124; of rows of 1152 bytes 72 | 16 | 7, 128;
 //            2 KB of statistics and barriers.
-// Registers  128 at the start, then scores 144 (two sums of 32, A 16, row sums 16), values 168 (O 128, A 8, words 8),
-//            producers 32, through setmaxnreg.
+// Registers  128 at the start, then by heads (raw_rows::Registers), through setmaxnreg; of 64 heads scores 144 (two sums of
+//            32, A 16, row sums 16), values 168 (O 128, A 8, words 8), producers 32.
 //
 // The 128 heads of a token are two CTAs; each reads all keys.
 

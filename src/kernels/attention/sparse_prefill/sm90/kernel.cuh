@@ -10,8 +10,7 @@
 // Shared     Q 72 KB | two key tiles, slot 0 and slot 1, 72 KB each | row statistics 2.5 KB | barriers. Made of 64-column
 //            chunks (8 KB, 128-byte swizzle); chunks 0-3, 4-7 and 8 of a slot have a "full" barrier each. P takes a
 //            slot's ninth chunk, over the rope part where that is not part of V; a finished O leaves through slot 1.
-// Registers  consumers 232 (O half 128, S 32, P 16, a chunk of Q 16), producers 40, through setmaxnreg; over FP8 caches 208
-//            (no Q) and 88 (loads on their way 40).
+// Registers  consumers 232 (O half 128, S 32, P 16, a chunk of Q 16), producers 40, through setmaxnreg.
 
 #include <cstddef>
 #include <cstdint>

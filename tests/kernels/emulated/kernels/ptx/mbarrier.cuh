@@ -29,25 +29,6 @@ inline void mbarrier_wait(std::uint64_t* b, std::uint32_t parity) {
   if (x.phase == parity) Block::current().wait_until([&x, parity] { return x.phase != parity; });
 }
 
-inline void copy_async_16_or_zeros(std::uint32_t smem, const void* global, bool wanted) {
-  if (smem % 16 != 0 || (wanted && reinterpret_cast<std::uintptr_t>(global) % 16 != 0))
-    throw std::logic_error("a copy that is not aligned");
-  std::byte* const to = Block::current().shared_at(smem, 16);
-  Block::current().own_copies().push_back([=] {
-    if (wanted) {
-      std::memcpy(to, global, 16);
-    } else {
-      std::memset(to, 0, 16);
-    }
-  });
-}
-inline void copy_async_arrive(std::uint64_t* b) {
-  Block::current().later([copies = std::exchange(Block::current().own_copies(), {}), b] {
-    for (const auto& copy : copies) copy();
-    mbarrier_arrive(b);
-  });
-}
-
 template <int kId, int kThreads>
 void named_barrier_sync() {
   Block::current().meet(kId, kThreads, true);
