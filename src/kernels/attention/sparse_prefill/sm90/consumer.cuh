@@ -18,12 +18,12 @@
 
 namespace flash_mla::sm90::sparse_prefill {
 
-template <bool kBf16, int kHeadDim, int kWg, bool kFirstQ>
+template <bool kBf16, int kHeadDim, int kWg>
 struct Consumer {
   static constexpr bool kIsBf16 = kBf16;
   static constexpr int kWarpgroup = kWg;
   using T = ptx::Element<kBf16>;
-  // Q's first chunk as a first operand in registers, if there is room: shared memory delivers no more than Q K^T reads.
+  // Q's first chunk as a first operand in registers: shared memory delivers no more than Q K^T reads.
   using FirstQ = std::uint32_t[4][4];
 
   const SparsePrefillParams& p;
@@ -77,7 +77,6 @@ struct Consumer {
   // ---- products
 
   __device__ void load_first(FirstQ& first) const {
-    if (!kFirstQ) return;
     const int r = warp * 16 + lane % 16;
     const std::uint32_t chunk = ptx::smem_address(s.q.at(0));
 #pragma unroll
@@ -96,7 +95,7 @@ struct Consumer {
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (kFirstQ && c == 0) {
+        if (c == 0) {
           ptx::wgmma(scores, first[i], k.step(i), i > 0);
         } else {
           ptx::wgmma(scores, q.step(4 * c + i), k.step(4 * c + i), c + i > 0);

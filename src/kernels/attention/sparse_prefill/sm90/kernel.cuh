@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     Producer<kBf16, kHeadDim>(p, s, &q_map, &out_map, warp - kConsumerThreads / 32, threadIdx.x % 32).run();
   } else if (warp < 4) {
     ptx::set_max_registers_up<kConsumers>();
-    Consumer<kBf16, kHeadDim, 0, true>(p, s).run();
+    Consumer<kBf16, kHeadDim, 0>(p, s).run();
   } else {
     ptx::set_max_registers_up<kConsumers>();
-    Consumer<kBf16, kHeadDim, 1, true>(p, s).run();
+    Consumer<kBf16, kHeadDim, 1>(p, s).run();
   }
 }
 
