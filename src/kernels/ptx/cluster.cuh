@@ -13,7 +13,13 @@ __device__ __forceinline__ std::uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
+/// What this thread wrote is there for all of the cluster behind cluster_wait(). Compiles to a membar.gpu.
 __device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+/// Orders nothing by itself: where nothing was written, or behind fence_barrier_init(). Not for a kernel's end: an arrival at
+/// another CTA's barrier that is still under way would find the CTA gone, and the launch fails.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {

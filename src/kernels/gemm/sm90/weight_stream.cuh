@@ -454,7 +454,7 @@ __global__ __launch_bounds__(Shape::kThreads,
       store_outputs(p, pair_of(item.unit, row), column, columns, v);
     }
     // Nobody overwrites or leaves while others read these sums.
-    sync_cluster(cluster);
+    sync_cluster_readers(cluster);
   }
 }
 

@@ -79,10 +79,19 @@ __device__ __forceinline__ void add_up(const StreamThread<Shape>& thread, const 
   }
 }
 
-/// Of all threads that share an item.
+/// Of all threads that share an item: what they wrote before is there for all of them.
 __device__ __forceinline__ void sync_cluster(int cluster) {
   if (cluster > 1) {
     ptx::cluster_arrive();
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+/// The same where they have only read: no store has to be waited for.
+__device__ __forceinline__ void sync_cluster_readers(int cluster) {
+  if (cluster > 1) {
+    ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
   } else {
     __syncthreads();

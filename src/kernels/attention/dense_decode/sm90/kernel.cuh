@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::fence_barrier_init();
   }
-  ptx::cluster_arrive();
+  ptx::cluster_arrive_relaxed();
   ptx::grid_dependency_wait();
   const PartRange part =
       part_of(p, static_cast<int>(blockIdx.z));  // on its way while the barriers are made known
@@ -101,11 +101,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::set_max_registers_up<232>();
       Consumer<kBf16, kCluster, 1>(p, s).run(part);
     }
-  }
-  if constexpr (kCluster > 1) {
-    // No CTA leaves while the other may still write to it or arrive at its barriers.
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
   }
 }
 
