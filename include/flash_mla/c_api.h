@@ -227,7 +227,7 @@ FLASH_MLA_API flash_mla_status flash_mla_gather_kv(const flash_mla_kv_cache* cac
 /* See flash_mla::quantise_fp8. */
 FLASH_MLA_API flash_mla_status flash_mla_quantise_fp8(const DLTensor* x, int32_t tile,
                                                       flash_mla_fp8_recipe recipe, DLTensor* values,
-                                                      DLTensor* scales);
+                                                      DLTensor* scales, void* stream);
 
 /* flash_mla::TopKOutput. Each may be NULL; page_size counts with a block_table. */
 typedef struct flash_mla_top_k_output {

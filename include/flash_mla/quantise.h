@@ -30,9 +30,10 @@ FLASH_MLA_API const char* fp8_recipe_name(Fp8Recipe recipe);
 ///   x       (n, d) float32 | float16 | bfloat16, last dimension contiguous
 ///   values  (n, d) uint8: e4m3, last dimension contiguous; written
 ///   scales  (n, ceil(d / tile)) float32; or uint8, e8m0, with a recipe of powers of two; written
-/// The last tile may be shorter. The reference of every backend's quantisers, bit for bit. CPU tensors; one
-/// thread, nothing allocated. Throws InvalidArgument.
+/// The last tile may be shorter. The reference of every backend's quantisers, bit for bit. Nothing is
+/// allocated. CPU tensors: one thread. CUDA tensors: queued on `stream`, a cudaStream_t of their device. Throws
+/// InvalidArgument, and Unsupported where the tensors' device is none that a backend runs on.
 FLASH_MLA_API void quantise_fp8(const TensorView& x, int tile, Fp8Recipe recipe, const TensorView& values,
-                                const TensorView& scales);
+                                const TensorView& scales, void* stream = nullptr);
 
 }  // namespace flash_mla

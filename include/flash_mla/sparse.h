@@ -73,9 +73,9 @@ FLASH_MLA_API std::size_t sparse_decode_workspace_size(const SparseDecodeArgs& a
 /// On the host every argument is checked before anything is written: indices outside the pool (anything but
 /// -1 and 0 to num_pages * page_size - 1) and lengths outside 0 to topk as well. Throws InvalidArgument
 /// (message: argument, value, what was expected) or Unsupported. On a GPU shapes, dtypes, strides and devices
-/// are checked; values are the caller's to get right. The sm90 backend takes h_q from 1 to 128, both caches
-/// of one format, not kFp8Tensor, and caches aligned to 16 bytes with strides of pages and tokens that are
-/// multiples of 16 bytes.
+/// are checked; values are the caller's to get right. The sm90 backend takes caches aligned to 16 bytes with
+/// strides of pages and tokens that are multiples of 16 bytes; caches of two formats, or of kFp8Tensor with two
+/// scales, are decoded one after the other and merged in float32.
 FLASH_MLA_API void sparse_decode(const SparseDecodeArgs& args, void* workspace, std::size_t workspace_bytes,
                                  const SparseDecodeOptions& options = {});
 

@@ -302,10 +302,12 @@ def gather_kv(
 def quantise_fp8(x: Array, tile: int, recipe: str) -> Tuple[Array, Array]:
     """Quantises the rows of x (n, d), tile by tile, to e4m3 (n, d) uint8 with scales (n, ceil(d / tile)) float32.
 
-    recipe: "flash_mla", "vllm", "sglang", "indexer_pow2", "indexer" or "vllm_indexer". Raises ValueError.
+    recipe: "flash_mla", "vllm", "sglang", "indexer_pow2", "indexer" or "vllm_indexer". CUDA tensors: on torch's
+    current stream. Raises ValueError.
     """
     n, d = shape_of(x, "x", 2)
     values = empty((n, d), x, "uint8")
     scales = empty((n, -(-d // tile) if isinstance(tile, int) and tile > 0 else 0), x, "float32")
-    _C.quantise_fp8(dict(x=x, values=values, scales=scales), tile, recipe)
+    stream = current_stream(cuda_device(x))
+    _C.quantise_fp8(dict(x=x, values=values, scales=scales), tile, recipe, stream=stream)
     return values, scales

@@ -138,9 +138,10 @@ void py_gather_kv(nb::dict tensors, float kv_scale, nb::handle num_threads, std:
   gather_kv(args, options);
 }
 
-void py_quantise_fp8(nb::dict tensors, nb::handle tile, const std::string& recipe) {
+void py_quantise_fp8(nb::dict tensors, nb::handle tile, const std::string& recipe, std::uintptr_t stream) {
   Tensors t(std::move(tensors));
-  quantise_fp8(t("x"), int_argument(tile, "tile", 1), recipe_argument(recipe), t("values"), t("scales"));
+  quantise_fp8(t("x"), int_argument(tile, "tile", 1), recipe_argument(recipe), t("values"), t("scales"),
+               reinterpret_cast<void*>(stream));
 }
 
 }  // namespace
@@ -160,7 +161,7 @@ void bind_sparse(nb::module_& m) {
         "kv_scale"_a = 1.0f, "num_threads"_a.none() = 0, "stream"_a = 0);
   m.def("gather_kv", &py_gather_kv, "tensors"_a, "kv_scale"_a = 1.0f, "num_threads"_a.none() = 0,
         "stream"_a = 0);
-  m.def("quantise_fp8", &py_quantise_fp8, "tensors"_a, "tile"_a.none(), "recipe"_a);
+  m.def("quantise_fp8", &py_quantise_fp8, "tensors"_a, "tile"_a.none(), "recipe"_a, "stream"_a = 0);
 }
 
 }  // namespace flash_mla::python

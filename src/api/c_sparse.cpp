@@ -222,8 +222,9 @@ flash_mla_status flash_mla_gather_kv(const flash_mla_kv_cache* cache, const DLTe
 }
 
 flash_mla_status flash_mla_quantise_fp8(const DLTensor* x, int32_t tile, flash_mla_fp8_recipe recipe,
-                                        DLTensor* values, DLTensor* scales) {
+                                        DLTensor* values, DLTensor* scales, void* stream) {
   return guarded([&] {
-    quantise_fp8(view(x, "x"), tile, recipe_of(recipe), view(values, "values"), view(scales, "scales"));
+    quantise_fp8(view(x, "x"), tile, recipe_of(recipe), view(values, "values"), view(scales, "scales"),
+                 stream);
   });
 }

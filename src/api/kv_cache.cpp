@@ -7,6 +7,7 @@
 #include "kernels/cache/sm90/append.h"
 #include "kernels/cache/sm90/gather.h"
 #include "kernels/quant/cpu/quantise.h"
+#include "kernels/quant/sm90/quantise.h"
 
 namespace flash_mla {
 
@@ -63,7 +64,7 @@ void gather_kv(const KvGatherArgs& args, const KvCacheOptions& options) {
 }
 
 void quantise_fp8(const TensorView& x, int tile, Fp8Recipe recipe, const TensorView& values,
-                  const TensorView& scales) {
+                  const TensorView& scales, void* stream) {
   api::check_tensor(x, "x", 2, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
   if (tile < 1) api::invalid("tile is {}, expected >= 1", tile);
   if (static_cast<int>(recipe) > static_cast<int>(Fp8Recipe::kVllmIndexer)) {
@@ -85,8 +86,8 @@ void quantise_fp8(const TensorView& x, int tile, Fp8Recipe recipe, const TensorV
   api::check_no_overlap(scales, "scales");
   api::check_same_device(values, "values", x, "x");
   api::check_same_device(scales, "scales", x, "x");
-  if (x.device.type != DeviceType::kCpu) {
-    throw Unsupported("quantise_fp8 takes CPU tensors; x is " + x.describe());
+  if (api::backend_of(Backend::kAuto, x, "x") == Backend::kSm90) {
+    return sm90::quantise_fp8(x, tile, recipe, values, scales, stream);
   }
   cpu::quantise_fp8(x, tile, recipe, values, scales);
 }

@@ -147,13 +147,13 @@ TEST(CSparse, Quantise) {
   DLTensor* tx = t.add(x.data(), DType::kFloat32, {1, 4});
   DLTensor* tv = t.add(values.data(), DType::kUInt8, {1, 4});
   DLTensor* ts = t.add(scales.data(), DType::kFloat32, {1, 1});
-  ASSERT_EQ(flash_mla_quantise_fp8(tx, 4, FLASH_MLA_FP8_SGLANG, tv, ts), FLASH_MLA_OK)
+  ASSERT_EQ(flash_mla_quantise_fp8(tx, 4, FLASH_MLA_FP8_SGLANG, tv, ts, nullptr), FLASH_MLA_OK)
       << flash_mla_last_error();
   EXPECT_EQ(scales[0], 1.0f);
   EXPECT_EQ(values[3], 0x7E);
-  EXPECT_EQ(flash_mla_quantise_fp8(tx, 4, 6, tv, ts), FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_EQ(flash_mla_quantise_fp8(tx, 4, 6, tv, ts, nullptr), FLASH_MLA_INVALID_ARGUMENT);
   EXPECT_STREQ(flash_mla_last_error(), "recipe is 6, expected 0 to 5");
-  EXPECT_EQ(flash_mla_quantise_fp8(tx, 0, 0, tv, ts), FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_EQ(flash_mla_quantise_fp8(tx, 0, 0, tv, ts, nullptr), FLASH_MLA_INVALID_ARGUMENT);
 }
 
 TEST(CSparse, NullAndUnknownFormatsAreErrors) {
@@ -171,7 +171,7 @@ TEST(CSparse, NullAndUnknownFormatsAreErrors) {
   EXPECT_EQ(flash_mla_dense_fp8_decode(&dense, nullptr, nullptr, 0), FLASH_MLA_INVALID_ARGUMENT);
   EXPECT_EQ(flash_mla_append_kv(nullptr, 0, nullptr), FLASH_MLA_INVALID_ARGUMENT);
   EXPECT_EQ(flash_mla_gather_kv(nullptr, nullptr, nullptr, 0, nullptr), FLASH_MLA_INVALID_ARGUMENT);
-  EXPECT_EQ(flash_mla_quantise_fp8(nullptr, 1, 0, nullptr, nullptr), FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_EQ(flash_mla_quantise_fp8(nullptr, 1, 0, nullptr, nullptr, nullptr), FLASH_MLA_INVALID_ARGUMENT);
   cache.append.cache.format = 5;
   EXPECT_EQ(flash_mla_append_kv(&cache.append, 0, nullptr), FLASH_MLA_INVALID_ARGUMENT);
   EXPECT_STREQ(flash_mla_last_error(), "cache.format is 5, expected 0 to 4");

@@ -25,7 +25,6 @@ class BackendUnderTest {
   virtual bool supports(Operation, KvFormat, DType /*of q, or of the rows appended or gathered*/) const {
     return false;
   }
-  virtual bool supports_two_formats() const { return true; }  ///< of sparse decode's two caches
   virtual bool supports_top_k() const { return false; }
   virtual bool supports_index_logits() const { return false; }
   virtual bool supports_index_quantisers() const { return false; }

@@ -16,6 +16,7 @@
 #include "cache_reference.h"
 #include "flash_mla/error.h"
 #include "guarded.h"
+#include "kernels/quant/recipe.h"
 #include "sparse_problem.h"
 
 namespace flash_mla::conformance {
@@ -273,6 +274,55 @@ TEST(QuantiseFp8, IsTheRecipe) {
           ASSERT_EQ(values[static_cast<std::size_t>(at + i)] & 0x7F,
                     expected[static_cast<std::size_t>(i)] & 0x7F)
               << fp8_recipe_name(recipe) << " row " << row << " element " << t * kTile + i;
+        }
+      }
+    }
+  }
+}
+
+// Every backend has the CPU's bytes, whatever the width of a tile and of a row; nothing outside is written (Guarded).
+TEST_P(Cache, NumericsOfQuantiseAreTheCpusBits) {
+  constexpr std::int64_t kRows = 37, kPitch = 1100;
+  std::mt19937 rng(8);
+  std::normal_distribution<float> normal;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    for (const auto& [width, tile] :
+         {std::pair<std::int64_t, int>{1, 1}, {130, 128}, {512, 64}, {1000, 300}, {1100, 1100}, {77, 7}}) {
+      for (const Fp8Recipe recipe : {Fp8Recipe::kFlashMla, Fp8Recipe::kVllm, Fp8Recipe::kSglang,
+                                     Fp8Recipe::kIndexerPow2, Fp8Recipe::kIndexer, Fp8Recipe::kVllmIndexer}) {
+        std::vector<std::uint8_t> x;
+        visit_float_type(dtype, [&](auto element) {
+          for (std::int64_t i = 0; i < kRows * kPitch; ++i) {
+            const float size = std::array{1.0f, 3e-6f, 0.0f, 300.0f}[static_cast<std::size_t>(i / 50 % 4)];
+            const auto value = from_double<decltype(element)>(normal(rng) * size);
+            const auto* raw = reinterpret_cast<const std::uint8_t*>(&value);
+            x.insert(x.end(), raw, raw + sizeof(value));
+          }
+        });
+        const std::int64_t tiles = (width + tile - 1) / tile;
+        for (const bool e8m0 : {false, true}) {
+          if (e8m0 && !quant::scales_are_powers_of_two(recipe)) continue;
+          const std::size_t scale_bytes = static_cast<std::size_t>(kRows * tiles) * (e8m0 ? 1 : 4);
+          std::vector<std::uint8_t> values(static_cast<std::size_t>(kRows * width), 0xAA),
+              scales(scale_bytes, 0xAA);
+          TensorView host_x =
+              TensorView::contiguous(const_cast<std::uint8_t*>(x.data()), dtype, {kRows, width});
+          host_x.strides[0] = kPitch;
+          TensorView xs = host_x;
+          TensorView vs = TensorView::contiguous(values.data(), DType::kUInt8, {kRows, width});
+          TensorView ss =
+              TensorView::contiguous(scales.data(), e8m0 ? DType::kUInt8 : DType::kFloat32, {kRows, tiles});
+          const auto d_x = upload(xs, x.data(), x.size());
+          const auto d_values = upload(vs, values.data(), values.size());
+          const auto d_scales = upload(ss, scales.data(), scales.size());
+          quantise_fp8(xs, tile, recipe, vs, ss);
+          const auto got = d_values->download(), got_scales = d_scales->download();
+          quantise_fp8(host_x, tile, recipe,
+                       TensorView::contiguous(values.data(), DType::kUInt8, {kRows, width}),
+                       TensorView::contiguous(scales.data(), ss.dtype, {kRows, tiles}));
+          ASSERT_EQ(got, values) << fp8_recipe_name(recipe) << " " << dtype_name(dtype) << " tile " << tile;
+          ASSERT_EQ(got_scales, scales)
+              << fp8_recipe_name(recipe) << " " << dtype_name(dtype) << " tile " << tile;
         }
       }
     }

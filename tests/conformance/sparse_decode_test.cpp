@@ -27,8 +27,7 @@ class SparseDecode : public ::testing::TestWithParam<std::shared_ptr<BackendUnde
 
   bool supports(const SparseShape& s) {
     return backend().supports(Operation::kSparseDecode, s.keys.format, s.dtype) &&
-           (!s.has_extra || (backend().supports(Operation::kSparseDecode, s.extra.format, s.dtype) &&
-                             (backend().supports_two_formats() || s.extra.format == s.keys.format)));
+           (!s.has_extra || backend().supports(Operation::kSparseDecode, s.extra.format, s.dtype));
   }
 
   void expect_matches(const SparseShape& s, const SparseDecodeOptions& options = {}) {
@@ -108,6 +107,48 @@ TEST_P(SparseDecode, NumericsOverFormats) {
     }
     expect_matches({.d_qk = 512, .keys = {.format = rows, .topk = 100}, .dtype = dtype});
   }
+}
+
+TEST_P(SparseDecode, NumericsOverTwoFormats) {
+  const PoolShape v32{
+      .format = KvFormat::kFp8V32, .tokens = 700, .page_size = 61, .topk = 300, .lengths = true},
+      v4{.format = KvFormat::kFp8V4, .tokens = 700, .topk = 260},
+      rows{.format = KvFormat::kBFloat16, .tokens = 300, .page_size = 7, .topk = 190},
+      one{.format = KvFormat::kFp8Tensor, .tokens = 500, .topk = 129},
+      other{.format = KvFormat::kFp8Tensor,
+            .tokens = 90,
+            .page_size = 2,
+            .topk = 70,
+            .lengths = true,
+            .scale = 1.0f / 64};
+  for (const int h_q : {8, 64, 100, 128}) {
+    for (const int fixed : {0, 2}) {
+      SparseShape s{.b = 4, .s_q = 2, .h_q = h_q, .has_extra = true, .sink = true};
+      for (const auto& [first, second] : {std::pair(v32, rows), {rows, v32}, {one, other}, {v32, one}}) {
+        s.keys = first;
+        s.extra = second;
+        expect_matches(s, {.fixed_split_blocks = fixed});
+      }
+      s.d_qk = 512;
+      s.keys = rows;
+      s.extra = v4;
+      expect_matches(s, {.fixed_split_blocks = fixed});
+      std::swap(s.keys, s.extra);
+      s.sink = false;
+      expect_matches(s, {.fixed_split_blocks = fixed});
+    }
+  }
+  // A list of nothing beside one, more requests than workers, none at all.
+  SparseShape s{.b = 74, .h_q = 8, .keys = v32, .has_extra = true, .extra = rows};
+  expect_matches(s);
+  s.keys.topk = 0;
+  expect_matches(s);
+  s.keys = v32;
+  s.extra.topk = 0;
+  expect_matches(s);
+  s.lists = Lists::kInvalid;
+  s.sink = true;
+  expect_matches(s);
 }
 
 TEST_P(SparseDecode, NumericsOverListLengths) {

@@ -89,7 +89,7 @@ TestPool::TestPool(const PoolShape& shape, int d_qk, DType rows_dtype, unsigned 
 KvCacheView TestPool::view(void* data, Device device) const {
   KvCacheView v;
   v.format = shape_.format;
-  v.scale = 1.0f / 256;
+  v.scale = shape_.scale;
   const bool fp8 = kv::is_fp8(shape_.format);
   const int width = kv::token_bytes(shape_.format, d_qk_) / (fp8 ? 1 : 2);
   v.data = TensorView::contiguous(data, fp8 ? DType::kUInt8 : rows_dtype_,

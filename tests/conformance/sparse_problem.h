@@ -16,7 +16,8 @@ struct PoolShape {
   int topk = 64;
   bool lengths = false;  ///< topk_length: random, 0 and topk among them; garbage past it
   Fp8Recipe recipe = Fp8Recipe::kFlashMla;
-  int page_gap = 0;  ///< bytes between pages beyond their dense size, a multiple of 16
+  int page_gap = 0;          ///< bytes between pages beyond their dense size, a multiple of 16
+  float scale = 1.0f / 256;  ///< of kFp8Tensor
 };
 
 enum class Lists {

@@ -262,7 +262,8 @@ void quantise(FuzzedDataProvider& in) {
   make(in, values, {n, d}, kByte);
   make(in, scales, {n, tile > 0 ? (d + tile - 1) / tile : 0}, in.ConsumeBool() ? kFloat : kByte);
   if (x.phantom || values.phantom || scales.phantom) return;
-  require_message(flash_mla_quantise_fp8(&x.t, tile, in.ConsumeIntegralInRange(-1, 6), &values.t, &scales.t));
+  require_message(
+      flash_mla_quantise_fp8(&x.t, tile, in.ConsumeIntegralInRange(-1, 6), &values.t, &scales.t, nullptr));
 }
 
 }  // namespace

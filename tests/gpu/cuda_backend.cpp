@@ -18,10 +18,8 @@ class Sm90 : public BackendUnderTest {
   }
   bool supports(Operation operation, KvFormat format, DType) const override {
     if (operation == Operation::kDenseFp8Decode) return format != KvFormat::kFp8V4;
-    if (operation == Operation::kSparseDecode) return format != KvFormat::kFp8Tensor;
     return true;
   }
-  bool supports_two_formats() const override { return false; }
   bool supports_top_k() const override { return true; }
   bool supports_index_logits() const override { return true; }
   bool supports_index_quantisers() const override { return true; }

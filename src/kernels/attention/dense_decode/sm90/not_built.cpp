@@ -12,6 +12,7 @@
 #include "kernels/attention/top_k/sm90/top_k.h"
 #include "kernels/cache/sm90/append.h"
 #include "kernels/cache/sm90/gather.h"
+#include "kernels/quant/sm90/quantise.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -59,6 +60,9 @@ void merge_states(const TensorView&, const TensorView&, const TensorView&, const
 }
 void append_kv(const KvAppendArgs&, void*) { refuse(); }
 void gather_kv(const KvGatherArgs&, void*) { refuse(); }
+void quantise_fp8(const TensorView&, int, Fp8Recipe, const TensorView&, const TensorView&, void*) {
+  refuse();
+}
 void check_supported(const SparsePrefillArgs&) { refuse(); }
 void sparse_prefill(const SparsePrefillArgs&, float, void*) { refuse(); }
 

@@ -27,12 +27,14 @@ void launch_decode(const SparseDecodeParams& p, const CUtensorMap& q_map, const 
         "sparse_decode_kernel");
 }
 
-/// Over e4m3: the kernel over rows as they lie, or the one that widens keys into shared memory (kernel.cuh)? The former does
-/// not pad heads to 64, but takes longer to its first tile. Measured on an H200 (docs/kernels/raw-rows-sm90.md): of 656-byte
+/// The kernel over rows as they lie, or the one that widens keys into shared memory (kernel.cuh)? The former takes every
+/// format, and
+/// does not pad heads to 64, but takes longer to its first tile. Measured on an H200 (docs/kernels/raw-rows-sm90.md): of 656-byte
 /// rows it is ahead with up to 32 heads from seven tiles a CTA on, of V4's with up to 16. Where splits do not depend on the
 /// batch, the kernel must not either.
 bool takes_rows(const SparseDecodeParams& p, KvFormat format, const DecodePlan& plan) {
   const bool v32 = format == KvFormat::kFp8V32;
+  if (!v32 && format != KvFormat::kFp8V4) return true;
   if (p.blocks.heads > (v32 ? 32 : 16)) return false;
   if (p.split_tiles > 0 || !v32) return true;
   const auto tiles = [](int topk) { return (topk + kTileTokens - 1) / kTileTokens; };
@@ -47,6 +49,8 @@ sparse::RowsLaunch rows_launch_of(KvFormat format, bool bf16, int head_dim, int 
       return bf16 ? rows_launch<V32Rows, true>(heads) : rows_launch<V32Rows, false>(heads);
     case KvFormat::kFp8V4:
       return bf16 ? rows_launch<V4Rows, true>(heads) : rows_launch<V4Rows, false>(heads);
+    case KvFormat::kFp8Tensor:
+      return bf16 ? rows_launch<TensorRows, true>(heads) : rows_launch<TensorRows, false>(heads);
     default:
       if (head_dim == 576)
         return bf16 ? rows_launch<WideRows<576>, true>(heads) : rows_launch<WideRows<576>, false>(heads);
@@ -59,17 +63,15 @@ sparse::RowsLaunch rows_launch_of(KvFormat format, bool bf16, int head_dim, int 
 void launch_sparse_decode(const SparseDecodeParams& p, const TensorView& q, const CUtensorMap& q_map,
                           KvFormat format, const DecodePlan& plan, void* stream) {
   const bool bf16 = q.dtype == DType::kBFloat16;
-  if (!kv::is_fp8(format) || !bf16 || takes_rows(p, format, plan)) {
+  if (!bf16 || takes_rows(p, format, plan)) {
     const auto launch = rows_launch_of(format, bf16, static_cast<int>(q.size(3)), p.blocks.heads);
     launch(p, {q.ptr<const std::uint16_t>(), q.stride(0), q.stride(1), q.stride(2)}, plan,
            static_cast<cudaStream_t>(stream));
-    if (plan.combines) launch_combine_lists(p, p, bf16, plan, stream);
     return;
   }
   const auto decode =
       format == KvFormat::kFp8V32 ? launch_decode<KvFormat::kFp8V32> : launch_decode<KvFormat::kFp8V4>;
   decode(p, q_map, plan, static_cast<cudaStream_t>(stream));
-  if (plan.combines) launch_combine_lists(p, p, true, plan, stream);
 }
 
 }  // namespace flash_mla::sm90

@@ -8,7 +8,7 @@
 
 namespace flash_mla::sm90 {
 
-/// Decode and, where the plan says so, combine; both caches have this format, kFp8V32 or kFp8V4.
+/// Decode without combine; the lists of `params` are of caches of this format.
 void launch_sparse_decode(const SparseDecodeParams& params, const TensorView& q, const CUtensorMap& q_map,
                           KvFormat format, const DecodePlan& plan, void* stream);
 

@@ -32,11 +32,13 @@ RowsLaunch rows_launch(int heads) {
                        : launch_rows<Format, 64, kBf16>;
 }
 
-// Instantiated in launch_v32_rows.cu, launch_v4_rows.cu and launch_wide_rows_*.cu.
+// Instantiated in launch_v32_rows.cu, launch_v4_rows.cu, launch_tensor_rows.cu and launch_wide_rows_*.cu.
 extern template RowsLaunch rows_launch<raw_rows::V32Rows, true>(int);
 extern template RowsLaunch rows_launch<raw_rows::V32Rows, false>(int);
 extern template RowsLaunch rows_launch<raw_rows::V4Rows, true>(int);
 extern template RowsLaunch rows_launch<raw_rows::V4Rows, false>(int);
+extern template RowsLaunch rows_launch<raw_rows::TensorRows, true>(int);
+extern template RowsLaunch rows_launch<raw_rows::TensorRows, false>(int);
 extern template RowsLaunch rows_launch<raw_rows::WideRows<576>, true>(int);
 extern template RowsLaunch rows_launch<raw_rows::WideRows<576>, false>(int);
 extern template RowsLaunch rows_launch<raw_rows::WideRows<512>, true>(int);

@@ -37,6 +37,7 @@ constexpr void set_page_size(ListedKeys& k, int page_size) {
 /// The lists lie behind each other, each padded to whole tiles.
 struct SparseDecodeParams : DecodeParams, ListsOfCombine {
   ListedKeys keys[2];
+  float cache_scale = 1.0f;  ///< of kFp8Tensor
 };
 
 }  // namespace flash_mla::sm90

@@ -22,7 +22,7 @@ struct RowsWork {
   std::int64_t q_stride_b, q_stride_s, q_stride_h;
 
   __device__ auto walk() const { return walk_of(p, part); }
-  __device__ float scale_log2() const { return p.scale_log2; }
+  __device__ float scale_log2() const { return p.scale_log2 * p.cache_scale; }
   __device__ int row_groups() const { return sm90::row_groups(p.blocks); }
 
   // Head of row r of this CTA's block; false if it is padding.
@@ -49,7 +49,7 @@ struct RowsWork {
   __device__ float4* partial(const Item& item) const {
     return reinterpret_cast<float4*>(p.partial_out) + partial_block(item) * row_groups() * 2 * kFragment;
   }
-  __device__ static float partial_factor() { return 1.0f; }
+  __device__ float partial_factor() const { return p.cache_scale; }
   __device__ void store_stats(const Item& item, int row, float reference, float sum) const {
     if (row >= row_groups() * 16) return;
     reinterpret_cast<float2*>(p.partial_stats)[partial_block(item) * row_groups() * 16 + row] = {reference,
@@ -68,7 +68,7 @@ struct RowsWork {
     }
     if (none) return unseen ? 0.0f : NAN;
     if (valid && p.attn_sink != nullptr) sum += exp2f(p.attn_sink[head] * 1.44269504089f - reference);
-    return 1.0f / sum;
+    return p.cache_scale / sum;
   }
   /// Null if the row is padding.
   __device__ std::uint16_t* out_row(const Item& item, int row) const {

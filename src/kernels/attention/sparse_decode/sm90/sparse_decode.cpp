@@ -13,7 +13,9 @@
 #include "base/cuda/device.h"
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
+#include "kernels/attention/dense_decode/sm90/launch.h"
 #include "kernels/attention/sparse_decode/sm90/launch.h"
+#include "kernels/attention/sparse_decode/sm90/split_tables.h"
 #include "kernels/ptx/tensor_map.h"
 #include "kv/format.h"
 #include "schedule/device_schedule.h"
@@ -37,14 +39,31 @@ int tiles_of(const SparseKeys& keys) {
   return keys.defined() ? static_cast<int>((keys.indices.size(2) + kTileTokens - 1) / kTileTokens) : 0;
 }
 
+/// A kernel reads rows of one format, and of one scale where the caller gives it.
+bool is_one_format(const SparseDecodeArgs& a) {
+  const KvCacheView &first = a.keys.cache, &second = a.extra.cache;
+  return !a.extra.defined() || (first.format == second.format &&
+                                (first.format != KvFormat::kFp8Tensor || first.scale == second.scale));
+}
+
 /// How a call is cut, from shapes alone.
 struct Shape {
   int sms;  // of the device
   RowBlocks blocks;
   ScheduleOptions options;
+  int passes;  // 2: a kernel for each list, and the splits of a request are those of both
+  std::size_t parts_bytes, splits_bytes;  // of a pass
   std::size_t splits_at, out_at, stats_at,
       bytes;  // of the workspace: num_splits, partial results; the parts are first
 };
+
+/// Tiles of a split where both lists are cut, and the caller does not say how: few requests keep the device busy.
+int split_of_passes(const SparseDecodeArgs& a, int num_parts) {
+  const int tiles = std::max({tiles_of(a.keys), tiles_of(a.extra), 1});
+  const auto batch = static_cast<int>(std::max<std::int64_t>(a.q.size(0), 1));
+  const int splits = (num_parts + batch - 1) / batch;
+  return std::max((tiles + splits - 1) / splits, std::min(tiles, 2));
+}
 
 Shape shape_of(const SparseDecodeArgs& a, int fixed_split_blocks) {
   Shape s{};
@@ -53,15 +72,22 @@ Shape shape_of(const SparseDecodeArgs& a, int fixed_split_blocks) {
   const std::int64_t batch = a.q.size(0);
   s.options = schedule_options(static_cast<int>(batch), s.sms, s.blocks, 1);
   s.options.block_size = kTileTokens;
+  s.passes = is_one_format(a) ? 1 : 2;
+  if (s.passes == 2 && fixed_split_blocks == 0) fixed_split_blocks = split_of_passes(a, s.options.num_parts);
   s.options.fixed_split_blocks = fixed_split_blocks;
   if (fixed_split_blocks > 0) s.options.whole_requests_percent = 0;
-  const auto parts = static_cast<std::size_t>(s.options.num_parts);
-  s.splits_at = align_up(parts * 8 * sizeof(std::int32_t));
-  s.out_at = s.splits_at + align_up(static_cast<std::size_t>(batch + 1) * sizeof(std::int32_t));
+  const auto passes = static_cast<std::size_t>(s.passes);
+  s.parts_bytes = align_up(static_cast<std::size_t>(s.options.num_parts) * 8 * sizeof(std::int32_t));
+  s.splits_bytes = align_up(static_cast<std::size_t>(batch + 1) * sizeof(std::int32_t));
+  s.splits_at = passes * s.parts_bytes;
+  s.out_at = s.splits_at + passes * s.splits_bytes;
   std::int64_t slots = s.options.num_parts > 1 ? 2 * std::int64_t{s.options.num_parts} : 0;
   if (fixed_split_blocks > 0) {
-    const int tiles = std::max(tiles_of(a.keys) + tiles_of(a.extra), 1);
-    slots = batch * ((tiles + fixed_split_blocks - 1) / fixed_split_blocks);
+    const auto splits = [&](int tiles) {
+      return (std::max(tiles, 1) + fixed_split_blocks - 1) / fixed_split_blocks;
+    };
+    const int first = tiles_of(a.keys), second = tiles_of(a.extra);
+    slots = batch * (s.passes == 2 ? splits(first) + splits(second) : splits(first + second));
   }
   const auto rows = static_cast<std::size_t>(slots * s.blocks.count() * row_groups(s.blocks)) * 16;
   s.stats_at = s.out_at + align_up(rows * kHeadDimV * sizeof(float));
@@ -72,11 +98,6 @@ Shape shape_of(const SparseDecodeArgs& a, int fixed_split_blocks) {
 void check_pool(const SparseKeys& keys, const char* name) {
   const kv::Pool pool = kv::make_pool(keys.cache);
   const TensorView& t = keys.cache.data;
-  if (pool.format == KvFormat::kFp8Tensor) {
-    throw Unsupported(fmt::format(
-        "{}.cache.format is {}; sparse_decode on sm90 takes fp8_v32, fp8_v4, bfloat16 and float16", name,
-        kv_format_name(pool.format)));
-  }
   if (reinterpret_cast<std::uintptr_t>(t.data) % kUnit != 0) {
     throw InvalidArgument(fmt::format("{}.cache.data is {}, expected a pointer aligned to {} bytes", name,
                                       fmt::ptr(t.data), kUnit));
@@ -114,20 +135,36 @@ ListedKeys listed(const SparseKeys& keys) {
   return k;
 }
 
+float scale_of(const SparseKeys& keys) {
+  return keys.cache.format == KvFormat::kFp8Tensor ? keys.cache.scale : 1.0f;
+}
+
+ListLengths lists_of(const SparseDecodeParams& p) {
+  ListLengths lists{};
+  for (int i = 0; i < 2; ++i) {
+    lists.topk_length[i] = p.keys[i].topk_length;
+    lists.topk[i] = p.keys[i].topk;
+  }
+  return lists;
+}
+
+/// Queues the kernel that makes the parts and num_splits of p's lists.
+void plan_lists(const SparseDecodeParams& p, const ScheduleOptions& options, void* stream) {
+  ScheduleParams schedule{};
+  schedule.batch = p.batch;
+  set_options(schedule, options);
+  schedule.parts = const_cast<std::int32_t*>(p.parts);
+  schedule.num_splits = const_cast<std::int32_t*>(p.num_splits);
+  schedule.lists = lists_of(p);
+  launch_list_schedule(schedule, stream);
+}
+
 }  // namespace
 
 void check_supported(const SparseDecodeArgs& a, int fixed_split_blocks) {
   require_device(a.q.device.index);
   check_pool(a.keys, "keys");
-  if (a.extra.defined()) {
-    check_pool(a.extra, "extra");
-    if (a.extra.cache.format != a.keys.cache.format) {
-      throw Unsupported(
-          fmt::format("extra.cache.format is {} and keys.cache.format {}; sparse_decode on sm90 takes "
-                      "two caches of one format",
-                      kv_format_name(a.extra.cache.format), kv_format_name(a.keys.cache.format)));
-    }
-  }
+  if (a.extra.defined()) check_pool(a.extra, "extra");
   require_stride(a.q, "q");
   require_stride(a.out, "out");
   const DeviceGuard guard(a.q.device.index);
@@ -144,7 +181,7 @@ void check_supported(const SparseDecodeArgs& a, int fixed_split_blocks) {
     throw Unsupported(
         fmt::format("the partial results of fixed_split_blocks = {} take {} bytes; sparse_decode on sm90 "
                     "takes up to {}: choose longer splits",
-                    fixed_split_blocks, s.stats_at - s.out_at, kMaxPartialBytes));
+                    s.options.fixed_split_blocks, s.stats_at - s.out_at, kMaxPartialBytes));
   }
 }
 
@@ -169,7 +206,7 @@ void sparse_decode(const SparseDecodeArgs& a, void* workspace, float softmax_sca
   p.s_q = static_cast<int>(a.q.size(1));
   p.h_q = p.group = static_cast<int>(a.q.size(2));
   p.num_parts = s.options.num_parts;
-  p.split_tiles = fixed_split_blocks;
+  p.split_tiles = s.options.fixed_split_blocks;
   p.scale_log2 = softmax_scale * std::numbers::log2e_v<float>;
   p.parts = reinterpret_cast<const std::int32_t*>(memory);
   p.num_splits = reinterpret_cast<const std::int32_t*>(memory + s.splits_at);
@@ -189,29 +226,37 @@ void sparse_decode(const SparseDecodeArgs& a, void* workspace, float softmax_sca
   p.keys[1] = listed(a.extra);
   if (a.attn_sink.defined()) p.attn_sink = a.attn_sink.ptr<const float>();
 
-  if (p.keys[0].topk_length == nullptr && p.keys[1].topk_length == nullptr)
-    p.uniform = uniform_plan(batch, tiles_of(a.keys) + tiles_of(a.extra), s.options);
-  if (p.uniform.blocks == 0) {
-    ScheduleParams schedule{};
-    schedule.batch = batch;
-    set_options(schedule, s.options);
-    schedule.parts = reinterpret_cast<std::int32_t*>(memory);
-    schedule.num_splits = reinterpret_cast<std::int32_t*>(memory + s.splits_at);
-    for (int i = 0; i < 2; ++i) {
-      schedule.lists.topk_length[i] = p.keys[i].topk_length;
-      schedule.lists.topk[i] = p.keys[i].topk;
-    }
-    launch_list_schedule(schedule, stream);
-  }
-
-  const DecodePlan plan = plan_decode(batch, s.sms, p.blocks, 1, p.num_parts, fixed_split_blocks > 0);
+  const DecodePlan plan = plan_decode(batch, s.sms, p.blocks, 1, p.num_parts, p.split_tiles > 0);
   const CUtensorMap q_map = tensor_map<5>("q", a.q,
                                           {{{64, 0, 64},
                                             {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
                                             {a.q.size(1), a.q.stride(1) * 2, 1},
                                             {d_qk / 64, 128, 1},
                                             {a.q.size(0), a.q.stride(0) * 2, 1}}});
-  launch_sparse_decode(p, a.q, q_map, a.keys.cache.format, plan, stream);
+  if (s.passes == 1) {
+    if (p.keys[0].topk_length == nullptr && p.keys[1].topk_length == nullptr)
+      p.uniform = uniform_plan(batch, tiles_of(a.keys) + tiles_of(a.extra), s.options);
+    if (p.uniform.blocks == 0) plan_lists(p, s.options, stream);
+    p.cache_scale = scale_of(a.keys);
+    launch_sparse_decode(p, a.q, q_map, a.keys.cache.format, plan, stream);
+  } else {
+    SparseDecodeParams passes[2] = {p, p};
+    SplitTables tables{batch, p.split_tiles, lists_of(p), {}};
+    for (std::size_t i = 0; i < 2; ++i) {
+      SparseDecodeParams& pass = passes[i];
+      pass.keys[0] = p.keys[i];
+      pass.keys[1] = {};
+      pass.cache_scale = scale_of(i == 0 ? a.keys : a.extra);
+      pass.parts = reinterpret_cast<const std::int32_t*>(memory + i * s.parts_bytes);
+      pass.num_splits = tables.num_splits[i] =
+          reinterpret_cast<std::int32_t*>(memory + s.splits_at + i * s.splits_bytes);
+      plan_lists(pass, s.options, stream);
+    }
+    launch_split_tables(tables, stream);
+    launch_sparse_decode(passes[0], a.q, q_map, a.keys.cache.format, plan, stream);
+    launch_sparse_decode(passes[1], a.q, q_map, a.extra.cache.format, plan, stream);
+  }
+  if (plan.combines) launch_combine_lists(p, p, a.q.dtype == DType::kBFloat16, plan, stream);
 }
 
 }  // namespace flash_mla::sm90
