@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import files
 from pathlib import Path
 
 import flash_mla_kernels
@@ -18,6 +19,12 @@ names = [backend["name"] for backend in flash_mla_kernels.backends()]
 assert {"cpu", "sm90"} <= set(names), f"backends: {names}"
 
 assert flash_mla_kernels.threading_info()["in_effect"]
+
+# What is linked in has its terms beside it.
+licences = {Path(file).name for file in files("flash_mla_kernels") if "licenses" in Path(file).parts}
+(hopper,) = [backend for backend in flash_mla_kernels.backends() if backend["name"] == "sm90"]
+expected = {"LICENSE", "nanobind.txt"} | (set() if "FLASH_MLA_CUDA=OFF" in hopper["detail"] else {"cuda-runtime.txt"})
+assert expected <= licences, f"licences: {licences}"
 
 # The program's words are the extension's: both have the whole engine.
 options = ["--max-tokens", str(TOKENS), "--temperature", "0"]

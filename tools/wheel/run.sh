@@ -60,6 +60,22 @@ gather_licences() {
     [ -f "/usr/share/doc/$package/copyright" ] || { say "no copyright file of $package here"; continue; }
     cp "/usr/share/doc/$package/copyright" "$work/licences/$package.txt"
   done
+  gather_cuda_licence
+}
+
+# CUDA's runtime is linked in where there is a compiler for it, which is where ./run build looks for one. NVIDIA's
+# installers put the terms at the toolkit's top, its Python packages beside the runtime's own metadata.
+gather_cuda_licence() {
+  nvcc=${CUDACXX:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
+  [ -x "$nvcc" ] || return 0
+  toolkit=$("$nvcc" -v -E -x cu /dev/null 2>&1 >/dev/null | sed -n 's/^#\$ TOP=//p')
+  for file in "$toolkit"/EULA.txt "$toolkit"/LICENSE "$toolkit"/dist-info/nvidia_cuda_runtime-*/licenses/License.txt \
+    "$toolkit"/../nvidia_cuda_runtime-*.dist-info/licenses/License.txt /usr/share/doc/libcudart*/copyright; do
+    [ -f "$file" ] || continue
+    cp "$file" "$work/licences/cuda-runtime.txt"
+    return 0
+  done
+  die "no licence of CUDA's runtime below $toolkit, and the wheel must have it"
 }
 
 # build PYTHON
