@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "python" / "plugins" / "sglang" / "flash_mla_sglang" / "__init__.py"
 BACKEND = "sglang.srt.layers.attention.flashmla_backend"
 INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
+DSA = "sglang.srt.layers.attention.dsa_backend"
 HOOKS = "sglang.srt.plugins.hook_registry"
 
 
@@ -80,8 +81,7 @@ def test_a_step_planned_into_the_buffers_of_a_graph(plugin, s_q, dtype):
 def test_what_is_not_ours_goes_to_the_original_with_its_arguments(plugin):
     q, cache, table, lengths = problem(1)
     assert plugin.plan(original) == ("original", (None, None, None, None, False, None), {})
-    for options in (dict(is_fp8_kvcache=True), dict(topk=64)):
-        assert plugin.plan(original, lengths.int(), 16, 1, **options)[0] == "original"
+    assert plugin.plan(original, lengths.int(), 16, 1, is_fp8_kvcache=True, topk=64)[0] == "original"
     rows, splits = torch.zeros(2, 8, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     call = (cache, table, lengths.int(), 512, rows, splits)
     for first, options in [
@@ -95,6 +95,118 @@ def test_what_is_not_ours_goes_to_the_original_with_its_arguments(plugin):
         assert name == "original" and given == options
         assert arguments[0] is first and arguments[5] is rows and arguments[-2:] == (0.1, True)
     assert plugin.decode(original, q, *call[:4], object())[0] == "original"
+
+
+@pytest.mark.parametrize("s_q", [1, 4])
+def test_queries_and_cache_of_e4m3(plugin, s_q):
+    q, cache, table, lengths = problem(s_q, torch.float32)
+    descale_q, descale_k = torch.tensor([0.004]), torch.tensor([0.002])
+    q8, cache8 = (q / descale_q).to(torch.float8_e4m3fn), (cache / descale_k).to(torch.float8_e4m3fn)
+    metadata, num_splits = plugin.plan(original, lengths.int(), s_q * 16, 1, is_fp8_kvcache=True)
+    out, lse = plugin.decode(
+        original,
+        q=q8,
+        k_cache=cache8,
+        block_table=table,
+        cache_seqlens=lengths.int(),
+        head_dim_v=512,
+        tile_scheduler_metadata=metadata,
+        num_splits=num_splits,
+        softmax_scale=0.1352,
+        causal=True,
+        descale_q=descale_q,
+        descale_k=descale_k,
+    )
+    expected, expected_lse = flash_mla_kernels.reference_dense_decode(
+        q8.float() * descale_q,
+        (cache8.float() * descale_k).contiguous(),
+        table.clamp(min=0),
+        lengths.int(),
+        512,
+        softmax_scale=0.1352,
+        causal=True,
+    )
+    assert out.dtype == torch.bfloat16 and (out.double() - expected).abs().max() < 4e-3
+    assert (lse.double() - expected_lse).abs().max() < 4e-3
+
+
+def sparse_problem(tokens):
+    """Lists padded with -1 at their ends, and heads padded with zeros, as SGLang pads them."""
+    g = torch.Generator().manual_seed(tokens)
+    pages = torch.zeros(4, 64, 1, 656, dtype=torch.uint8)
+    latent, rope = torch.randn(256, 512, generator=g).bfloat16(), torch.randn(256, 64, generator=g).bfloat16()
+    flash_mla_kernels.append_kv(latent, rope, torch.arange(256), pages, recipe="sglang")
+    q = torch.zeros(tokens, 64, 576, dtype=torch.bfloat16)
+    q[:, :16] = (torch.randn(tokens, 16, 576, generator=g) / 8).bfloat16()
+    lists = torch.stack([torch.randperm(256, generator=g)[:128] for _ in range(tokens)]).int()
+    lengths = torch.tensor([128, 1, 100, 0, 64][:tokens], dtype=torch.int32)
+    for chosen, length in zip(lists, lengths):
+        chosen[length:] = -1
+    return q, pages, lists, lengths
+
+
+def attention(q, rows, lists):
+    """By the definition, in float64: out, and lse in natural log."""
+    out = torch.zeros(*q.shape[:2], 512, dtype=torch.float64)
+    lse = torch.full(q.shape[:2], float("inf"), dtype=torch.float64)
+    for i, chosen in enumerate(lists):
+        keys = rows[chosen[chosen >= 0].long()].double()
+        if len(keys):
+            scores = q[i].double() @ keys.T * 0.1352
+            out[i], lse[i] = torch.softmax(scores, -1) @ keys[:, :512], torch.logsumexp(scores, -1)
+    return out, lse
+
+
+def test_lists_over_the_cache_of_v32(plugin):
+    q, pages, lists, lengths = sparse_problem(5)
+    out, lse = plugin.decode(
+        original,
+        q=q.unsqueeze(1),
+        k_cache=pages.view(torch.float8_e4m3fn),
+        cache_seqlens=lengths,
+        head_dim_v=512,
+        tile_scheduler_metadata=torch.zeros(2, 8, dtype=torch.int32),
+        num_splits=torch.zeros(6, dtype=torch.int32),
+        softmax_scale=0.1352,
+        indices=lists.unsqueeze(1),
+        block_table=torch.empty((5, 0), dtype=torch.int32),
+        is_fp8_kvcache=True,
+        kv_format="V32",
+    )
+    expected, expected_lse = attention(q, flash_mla_kernels.gather_kv(pages, torch.arange(256)), lists)
+    assert (out.squeeze(1).double() - expected).abs().max() < 1e-2
+    finite = expected_lse.isfinite()
+    assert (lse.squeeze(-1).double() - expected_lse)[finite].abs().max() < 2e-3 and (lse[3] == float("inf")).all()
+
+
+@pytest.mark.parametrize("use_legacy", [True, False])
+def test_lists_of_prompts_over_rows_of_16_bits(plugin, use_legacy):
+    q, pages, lists, lengths = sparse_problem(5)
+    rows = flash_mla_kernels.gather_kv(pages, torch.arange(256), dtype="bfloat16")
+    options = {} if use_legacy else {"use_legacy": False}
+    out, _, lse = plugin.sparse_prefill(
+        original,
+        q=q,
+        kv=rows.unsqueeze(1),
+        indices=lists.unsqueeze(1),
+        sm_scale=0.1352,
+        d_v=512,
+        attn_sink=None,
+        topk_length=lengths,
+        **options,
+    )
+    expected, expected_lse = attention(q, rows, lists)
+    assert (out.double() - expected).abs().max() < 1e-2
+    lse, finite = lse.double() * (torch.log(torch.tensor(2.0)).item() if use_legacy else 1), expected_lse.isfinite()
+    assert (lse - expected_lse)[finite].abs().max() < 2e-3 and (lse[3] == float("inf")).all()
+
+
+def test_lists_of_prompts_that_are_not_ours(plugin):
+    q, pages, lists, lengths = sparse_problem(2)
+    call = (lists.unsqueeze(1), 0.1, 512, None, lengths)
+    assert plugin.sparse_prefill(original, q, pages.flatten(0, 1), *call)[0] == "original"
+    got = plugin.sparse_prefill(original, q[..., :512], q[..., :512], *call, use_legacy=False)
+    assert got[0] == "original" and got[2] == {"use_legacy": False}
 
 
 def test_the_releases_that_are_refused(plugin):
@@ -114,14 +226,35 @@ def test_the_plugin_is_found_and_its_hooks_can_be_registered(sglang):
     assert "hook(fn, *args, **kwargs)" in ast.unparse(sglang.function(HOOKS, "_wrap_fn")).replace("original_fn", "fn")
 
 
-def test_the_backend_has_the_functions_under_the_names_that_are_hooked(sglang):
-    assert {"get_mla_metadata", "flash_mla_with_kvcache"} <= sglang.names(BACKEND)
+def test_the_functions_are_there_under_the_names_that_are_hooked_and_taken_from_there(sglang):
+    names = {"get_mla_metadata", "flash_mla_with_kvcache", "flash_mla_sparse_fwd"}
+    assert names <= sglang.names(INTERFACE) and names - {"flash_mla_sparse_fwd"} <= sglang.names(BACKEND)
+    # A hook reaches modules that have taken the function by name already; others take it from the module.
+    assert "setattr(mod, attr_name, wrapped)" in ast.unparse(sglang.module(HOOKS))
+    for module in (BACKEND, DSA):
+        imports = [n for n in ast.walk(sglang.module(module)) if isinstance(n, ast.ImportFrom)]
+        assert any(n.module == INTERFACE for n in imports)
+
+
+def test_the_sparse_backend_calls_them_as_the_tests_above_do(sglang):
+    tree = sglang.module(DSA)
+    (decode,) = [node for node in ast.walk(tree) if _is_call(node, "flash_mla_with_kvcache")]
+    (prefill,) = [node for node in ast.walk(tree) if _is_call(node, "flash_mla_sparse_fwd")]
+    given = {"q", "k_cache", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits", "softmax_scale"}
+    given |= {"indices", "block_table", "is_fp8_kvcache", "kv_format"}
+    assert not decode.args and {k.arg for k in decode.keywords} == given
+    given = {"q", "kv", "indices", "sm_scale", "d_v", "attn_sink", "topk_length"}
+    assert not prefill.args and {k.arg for k in prefill.keywords} == given
+    assert "'V32_NO_ROPE' if self.qk_rope_head_dim == 0 else 'V32'" in ast.unparse(tree)
+    plans = [node for node in ast.walk(tree) if _is_call(node, "get_mla_metadata")]
+    assert plans and all({"cache_seqlens", "is_fp8_kvcache", "topk"} <= {k.arg for k in call.keywords} for call in plans)
 
 
 def test_the_functions_take_what_ours_take_in_that_order(sglang, plugin):
     code = ast.parse(PLUGIN.read_text())
     ours = {n.name: list(parameters(n)) for n in ast.walk(code) if isinstance(n, ast.FunctionDef)}
     assert ours["plan"][1:] == list(parameters(sglang.function(INTERFACE, "get_mla_metadata")))
+    assert ours["sparse_prefill"][1:] == list(parameters(sglang.function(INTERFACE, "flash_mla_sparse_fwd")))
     theirs = list(parameters(sglang.function(INTERFACE, "flash_mla_with_kvcache")))
     assert ours["decode"][1:] == theirs[: len(ours["decode"]) - 1]
 

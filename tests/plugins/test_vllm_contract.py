@@ -15,12 +15,15 @@ PLUGIN = ROOT / "python" / "plugins" / "vllm" / "flash_mla_vllm"
 MLA = "vllm.model_executor.layers.attention.mla_attention"
 BACKEND = "vllm.v1.attention.backend"
 REGISTRY = "vllm.v1.attention.backends.registry"
+SPARSE = "vllm.v1.attention.backends.mla.flashmla_sparse"
 CPU_MLA = "vllm.v1.attention.backends.mla.cpu_mla"
 # The class of ours: what it derives from.
 ON_GPU = {
     ("hopper", "FlashMLAHopperBackend"): (MLA, "MLACommonBackend"),
     ("hopper", "FlashMLAHopperImpl"): (MLA, "MLACommonImpl"),
     ("hopper", "FlashMLAHopperBuilder"): (MLA, "MLACommonMetadataBuilder"),
+    ("sparse", "FlashMLASparseHopperBackend"): (SPARSE, "FlashMLASparseBackend"),
+    ("sparse", "FlashMLASparseHopperImpl"): (SPARSE, "FlashMLASparseImpl"),
     ("decode", "DecodeMetadataBuilder"): (MLA, "MLACommonMetadataBuilder"),
 }
 ON_CPU = {
@@ -130,6 +133,44 @@ def test_forward_mqa_is_called_as_ours_takes_it_and_the_impl_has_what_it_reads(v
     for module, name in {impl, (MLA, "MLACommonImpl")}:
         assert {"scale", "kv_lora_rank", "supports_quant_query_input"} <= vllm.assigned(module, name)
     assert "need_to_return_lse_for_decode" in vllm.members(MLA, "MLACommonImpl")
+
+
+def test_the_functions_of_sparse_attention_are_called_as_ours_take_it(vllm):
+    tree = vllm.module(SPARSE)
+    fp8, rows = calls_of(tree, "_fp8_flash_mla_kernel"), calls_of(tree, "_bf16_flash_mla_kernel")
+    named = {"q", "kv_c_and_k_pe_cache", "topk_indices", "kernel_metadata"}
+    assert fp8 and all(not call.args and {k.arg for k in call.keywords} == named for call in fp8)
+    # Out and, from some release on, lse: in the release in which the heads became an argument.
+    function = vllm.members(SPARSE, "FlashMLASparseImpl")["_bf16_flash_mla_kernel"]
+    returns_lse = "actual_num_heads" in parameters(function)
+    assert ast.unparse(function.returns) == ("tuple[torch.Tensor, torch.Tensor]" if returns_lse else "torch.Tensor")
+    assert rows and all(3 <= len(call.args) <= 6 for call in rows)
+    assert "softmax_scale" in vllm.assigned(SPARSE, "FlashMLASparseImpl")
+    # In both, our kernels stand where vLLM calls FlashMLA's, and nowhere else does it.
+    callers = {
+        member.name
+        for member in vllm.classes(SPARSE, "FlashMLASparseImpl")[0].body
+        if isinstance(member, ast.FunctionDef)
+        and {"flash_mla_with_kvcache", "flash_mla_sparse_fwd"}
+        & {n.id for n in ast.walk(member) if isinstance(n, ast.Name)}
+    }
+    assert callers == {"_fp8_flash_mla_kernel", "_bf16_flash_mla_kernel"}
+
+
+def test_the_class_behind_custom_is_looked_up_by_attribute_and_by_the_models_key(vllm):
+    lookup = ast.unparse(vllm.function("vllm.utils.import_utils", "resolve_obj_by_qualname"))
+    assert "importlib.import_module" in lookup and "getattr(" in lookup
+    assert "resolve_obj_by_qualname(self.get_path())" in ast.unparse(vllm.module(REGISTRY))
+    assert "get_current_vllm_config" in vllm.names("vllm.config")
+    assert "index_topk" in ast.unparse(vllm.module("vllm.model_executor.models.deepseek_v2"))
+    assert "hf_text_config" in ast.unparse(vllm.module("vllm.config.model"))
+    # What an FP8 cache looks like goes by the backend's name.
+    assert "'FLASHMLA_SPARSE' and is_quantized_kv_cache" in ast.unparse(vllm.module(MLA)).replace('"', "'")
+
+
+def test_the_scale_of_a_cache_of_e4m3_is_a_number_of_the_layer(vllm):
+    assert "layer._k_scale_float" in ast.unparse(vllm.module("vllm.model_executor.layers.attention.attention"))
+    assert "kv_cache.view(current_platform.fp8_dtype())" in ast.unparse(vllm.module(MLA))
 
 
 def test_the_values_that_are_named_are_there(vllm):

@@ -56,4 +56,4 @@ def register() -> None:
         # vLLM's CPU platform chooses among its own names only, so the name stays and the class changes.
         register_backend(AttentionBackendEnum.CPU_MLA, "flash_mla_vllm.cpu.FlashMLACpuBackend")
     else:
-        register_backend(AttentionBackendEnum.CUSTOM, "flash_mla_vllm.hopper.FlashMLAHopperBackend")
+        register_backend(AttentionBackendEnum.CUSTOM, "flash_mla_vllm.backend.Backend")

@@ -9,7 +9,13 @@ from vllm.model_executor.layers.attention.mla_attention import (
     QueryLenSupport,
 )
 
-from flash_mla_kernels import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+from flash_mla_kernels import (
+    FlashMLASchedMeta,
+    dense_fp8_decode,
+    flash_mla_with_kvcache,
+    get_mla_decoding_metadata,
+    get_mla_metadata,
+)
 
 
 @dataclass
@@ -41,10 +47,8 @@ def decode(impl, q, cache, attn_metadata):
     if isinstance(q, tuple):
         q = torch.cat(q, dim=-1)
     metadata, requests = attn_metadata.decode, attn_metadata.num_decodes
-    if q.shape[0] % requests != 0:
-        raise ValueError(f"q has {q.shape[0]} tokens, expected equally many for each of {requests} requests")
     out, lse = flash_mla_with_kvcache(
-        q.unflatten(0, (requests, -1)),
+        by_request(q, requests),
         cache.unsqueeze(-2),
         metadata.block_table,
         metadata.seq_lens,
@@ -54,3 +58,38 @@ def decode(impl, q, cache, attn_metadata):
         causal=True,
     )
     return out.flatten(0, 1), lse
+
+
+def decode_fp8(impl, q, cache, attn_metadata, scale):
+    """The same over a cache of e4m3 elements, (blocks, block_size, 576), which stand for their products with ``scale``."""
+    if isinstance(q, tuple):
+        q = torch.cat(q, dim=-1)
+    metadata = attn_metadata.decode
+    q = by_request(q, attn_metadata.num_decodes)
+    plan = metadata.plan
+    if not plan.have_initialized:
+        tokens, heads = q.shape[1:3]
+        plan.tile_scheduler_metadata, plan.num_splits = get_mla_decoding_metadata(
+            metadata.seq_lens, tokens * heads, 1, heads
+        )
+        plan.have_initialized = True
+    out, lse = dense_fp8_decode(
+        q,
+        cache.unsqueeze(-2),
+        metadata.block_table,
+        metadata.seq_lens,
+        plan.tile_scheduler_metadata,
+        plan.num_splits,
+        softmax_scale=impl.scale,
+        causal=True,
+        token_rows=True,
+        kv_scale=scale,
+    )
+    return out.flatten(0, 1), lse
+
+
+def by_request(q, requests):
+    """(tokens, heads, width) as (requests, tokens of each, heads, width)."""
+    if q.shape[0] % requests != 0:
+        raise ValueError(f"q has {q.shape[0]} tokens, expected equally many for each of {requests} requests")
+    return q.unflatten(0, (requests, -1))

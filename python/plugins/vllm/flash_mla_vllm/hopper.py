@@ -8,7 +8,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, Multipl
 
 import flash_mla_kernels
 
-from .decode import DecodeMetadataBuilder, decode
+from .decode import DecodeMetadataBuilder, decode, decode_fp8
 
 
 def why_not_available():
@@ -21,7 +21,7 @@ def why_not_available():
 
 class FlashMLAHopperBackend(MLACommonBackend):
     supported_dtypes: ClassVar[list] = [torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "bfloat16", "float16"]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "bfloat16", "float16", "fp8", "fp8_e4m3"]
 
     @staticmethod
     def get_name():
@@ -60,8 +60,6 @@ class FlashMLAHopperBackend(MLACommonBackend):
         use_mm_prefix,
         device_capability,
     ):
-        if use_sparse:
-            return "flash-mla-vllm has no sparse attention yet"
         if has_sink:
             return "flash-mla-vllm has no attention sinks"
         # Whether the kernels run here is not asked: it would begin CUDA in a process that vLLM may fork.
@@ -119,7 +117,10 @@ class FlashMLAHopperImpl(MLACommonImpl):
         self.supports_quant_query_input = False
 
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
-        out, lse = decode(self, q, kv_c_and_k_pe_cache, attn_metadata)
+        if kv_c_and_k_pe_cache.dtype == torch.float8_e4m3fn:
+            out, lse = decode_fp8(self, q, kv_c_and_k_pe_cache, attn_metadata, layer._k_scale_float)
+        else:
+            out, lse = decode(self, q, kv_c_and_k_pe_cache, attn_metadata)
         if not self.need_to_return_lse_for_decode:
             return out, None
         return out, rows_of(lse)
