@@ -2,6 +2,7 @@
 
 import operator
 import sys
+from functools import lru_cache
 from typing import Any, Optional
 
 from . import _C
@@ -53,7 +54,7 @@ def cuda_device(x: Array) -> Optional[int]:
     are not known here.
     """
     if is_torch(x):
-        return x.device.index if x.device.type == "cuda" else None
+        return x.get_device() if x.is_cuda else None
     device = getattr(x, "__dlpack_device__", None)
     if device is not None and int(device()[0]) in _DLPACK_CUDA:
         raise NotImplementedError(
@@ -64,7 +65,12 @@ def cuda_device(x: Array) -> Optional[int]:
 
 def current_stream(device: Optional[int]) -> int:
     """The cudaStream_t that torch works on there, 0 for the host."""
-    return 0 if device is None else sys.modules["torch"].cuda.current_stream(device).cuda_stream
+    if device is None:
+        return 0
+    torch = sys.modules["torch"]
+    # What compiled code of torch's asks for: without the object that torch.cuda.current_stream makes of it.
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(device).cuda_stream if raw is None else raw(device)
 
 
 def workspace_allocator(device: Optional[int]):
@@ -72,15 +78,21 @@ def workspace_allocator(device: Optional[int]):
     if device is None:
         return None
     torch = sys.modules["torch"]
-    return lambda size: torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+    return lambda size: torch.empty(size, dtype=torch.uint8, device=_cuda(device))
+
+
+@lru_cache(maxsize=None)
+def _cuda(index: int):
+    return sys.modules["torch"].device("cuda", index)
 
 
 def empty(shape, like: Array, dtype=None) -> Array:
     """Uninitialised memory of ``like``'s kind (NumPy's for what is no torch tensor); ``dtype`` is "float32", "float64"
     or "int32", by default ``like``'s."""
     if is_torch(like):
-        torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device)
+        if dtype is None:
+            return like.new_empty(shape)
+        return like.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
     import numpy
 
     if dtype is None:

@@ -112,9 +112,7 @@ def _plan(cache_seqlens: Array, s_q: int, h_q: int, h_k: int, token_rows: bool) 
         options["min_blocks_per_request"] = 0
     parts = empty((options.pop("num_parts"), 8), cache_seqlens, "int32")
     num_splits = empty((b + 1,), cache_seqlens, "int32")
-    _C.build_schedule(
-        cache_seqlens, parts, num_splits, token_rows=token_rows, stream=current_stream(device), **options
-    )
+    _C.build_schedule(cache_seqlens, parts, num_splits, token_rows=token_rows, stream=current_stream(device), **options)
     return parts, num_splits
 
 
@@ -178,15 +176,14 @@ def flash_mla_with_kvcache(
         )
         flags = (head_dim_v, causal, is_fp8_kvcache)
         return _sparse(q, k_cache, indices, lists, flags, tile_scheduler_metadata, num_splits, softmax_scale, out)
-    for name, value in (
-        ("attn_sink", attn_sink),
-        ("extra_k_cache", extra_k_cache),
-        ("extra_indices_in_kvcache", extra_indices_in_kvcache),
-        ("topk_length", topk_length),
-        ("extra_topk_length", extra_topk_length),
-    ):
-        if value is not None:
-            raise ValueError(f"{name} is given, expected None without indices")
+    if not (attn_sink is extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None):
+        _refuse_lists(
+            attn_sink=attn_sink,
+            extra_k_cache=extra_k_cache,
+            extra_indices_in_kvcache=extra_indices_in_kvcache,
+            topk_length=topk_length,
+            extra_topk_length=extra_topk_length,
+        )
     q_shape = shape_of(q, "q", 4)
     device = cuda_device(q)
     head_dim_v = head_dim(head_dim_v, q_shape[3])
@@ -215,6 +212,12 @@ def flash_mla_with_kvcache(
         tile_scheduler_metadata.config = config
         tile_scheduler_metadata.have_initialized = True
     return out, lse
+
+
+def _refuse_lists(**lists: Optional[Array]) -> None:
+    for name, value in lists.items():
+        if value is not None:
+            raise ValueError(f"{name} is given, expected None without indices")
 
 
 def _check_latent_width(head_dim_v: Any) -> None:

@@ -24,6 +24,8 @@ def as_bytes(x: Optional[Array]) -> Optional[Array]:
     if x is None:
         return None
     if is_torch(x):
+        if x.element_size() != 1:
+            return x
         torch = sys.modules["torch"]
         one_byte = {getattr(torch, name, None) for name in ("int8", "float8_e4m3fn")}
         return x.view(torch.uint8) if x.dtype in one_byte else x
