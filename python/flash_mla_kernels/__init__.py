@@ -31,6 +31,7 @@ from ._library import (
     merge_states,
     reference_dense_decode,
 )
+from ._prefill import dense_prefill
 from ._sparse import append_kv, dense_fp8_decode, gather_kv, quantise_fp8, sparse_decode, sparse_prefill
 from .llm import LLM, SamplingParams
 from .tokenizer import ChatTemplate, Tokenizer
@@ -51,6 +52,7 @@ __all__ = [
     "cpu_isa",
     "dense_decode",
     "dense_fp8_decode",
+    "dense_prefill",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",

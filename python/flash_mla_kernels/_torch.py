@@ -10,6 +10,7 @@ import torch
 from . import _C
 from ._arrays import cuda_device
 from ._library import call_dense_decode
+from ._prefill import call_dense_prefill
 from ._sparse import call_dense_fp8_decode, call_sparse_decode, call_sparse_prefill
 
 _NAMESPACE = "flash_mla_kernels"
@@ -113,5 +114,12 @@ sparse_prefill = _operator(
         *("q", "kv", "indices", "topk_length", "attn_sink", "cu_seqlens_q", "cu_seqlens_k", "block_table"),
         *("cache_seqlens", "out", "max_logits", "lse"),
     ),
+    _nothing,
+)
+
+dense_prefill = _operator(
+    "dense_prefill(Tensor q, Tensor k_nope, Tensor k_rope, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "Tensor(a!) out, Tensor(b!) lse, float? softmax_scale, bool causal) -> ()",
+    _run_with(call_dense_prefill, *("q", "k_nope", "k_rope", "v", "cu_seqlens_q", "cu_seqlens_k", "out", "lse")),
     _nothing,
 )

@@ -16,6 +16,7 @@
 #include "indexer_bindings.h"
 #include "model_bindings.h"
 #include "planner_bindings.h"
+#include "prefill_bindings.h"
 #include "sparse_bindings.h"
 #include "tensor_argument.h"
 
@@ -149,6 +150,7 @@ NB_MODULE(_C, m) {
   flash_mla::python::bind_indexer(m);
   flash_mla::python::bind_model(m);
   flash_mla::python::bind_planner(m);
+  flash_mla::python::bind_prefill(m);
   flash_mla::python::bind_sparse(m);
   m.def("version", &version);
   // nanobind refuses None before the argument has a name, so every argument takes it and refuses it by name.

@@ -467,3 +467,32 @@ def test_merge_states_in_a_graph(base):
         torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-5, rtol=1e-5)
         on_gpu[0].copy_(torch.randn(a.shape, generator=g))
         on_gpu[1].copy_(torch.randn(lse_a.shape, generator=g))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_prefill_of_keys_that_are_put_together(dtype, causal):
+    """Keys with the rotary part in every head, as vLLM has them, against the definition; a sequence without keys too."""
+    g = torch.Generator().manual_seed(4)
+    queries, keys, heads = [70, 1, 200], [130, 0, 260], 8
+    rope = torch.randn(sum(keys), 1, 64, generator=g).expand(-1, heads, -1)
+    k = torch.cat((torch.randn(sum(keys), heads, 128, generator=g), rope), -1).to(dtype).cuda()
+    kv = torch.randn(sum(keys), heads, 256, generator=g).to(dtype).cuda()
+    q = (torch.randn(sum(queries), heads, 192, generator=g) / 4).to(dtype).cuda()
+    starts = [torch.tensor([0, *n]).cumsum(0).int().cuda() for n in (queries, keys)]
+    call = (q, k[..., :128], k[:, 0, 128:], kv[..., 128:], *starts)
+    out, lse = flash_mla_kernels.dense_prefill(*call, softmax_scale=0.1, causal=causal)
+    for i, (n, m) in enumerate(zip(queries, keys)):
+        rows, cols = slice(*starts[0][i : i + 2].tolist()), slice(*starts[1][i : i + 2].tolist())
+        if m == 0:
+            assert (out[rows] == 0).all() and (lse[:, rows] == float("inf")).all()
+            continue
+        scores = torch.einsum("ihd,jhd->hij", q[rows].double(), k[cols].double()) * 0.1
+        if causal:
+            scores.masked_fill_(torch.ones(n, m, device="cuda").triu(m - n + 1).bool(), float("-inf"))
+        expected = torch.einsum("hij,jhd->ihd", torch.softmax(scores, -1), kv[cols][..., 128:].double())
+        assert (out[rows].double() - expected).abs().max() < 2e-2
+        assert (lse[:, rows].double() - torch.logsumexp(scores, -1)).abs().max() < 2e-3
+    into = torch.full_like(out, float("nan"))
+    again, _ = flash_mla_kernels.dense_prefill(*call, softmax_scale=0.1, causal=causal, out=into)
+    assert again is into and torch.equal(into, out)

@@ -16,6 +16,7 @@ MLA = "vllm.model_executor.layers.attention.mla_attention"
 BACKEND = "vllm.v1.attention.backend"
 REGISTRY = "vllm.v1.attention.backends.registry"
 SPARSE = "vllm.v1.attention.backends.mla.flashmla_sparse"
+PREFILL = "vllm.v1.attention.backends.mla.prefill"
 CPU_MLA = "vllm.v1.attention.backends.mla.cpu_mla"
 # The class of ours: what it derives from.
 ON_GPU = {
@@ -24,6 +25,7 @@ ON_GPU = {
     ("hopper", "FlashMLAHopperBuilder"): (MLA, "MLACommonMetadataBuilder"),
     ("sparse", "FlashMLASparseHopperBackend"): (SPARSE, "FlashMLASparseBackend"),
     ("sparse", "FlashMLASparseHopperImpl"): (SPARSE, "FlashMLASparseImpl"),
+    ("prefill", "FlashMLAPrefillBackend"): (f"{PREFILL}.base", "MLAPrefillBackend"),
     ("decode", "DecodeMetadataBuilder"): (MLA, "MLACommonMetadataBuilder"),
 }
 ON_CPU = {
@@ -94,6 +96,8 @@ def test_whatever_a_class_of_ours_overrides_is_there_with_its_arguments(vllm):
         assert theirs, f"no class {base}"
         (ours,) = [n for n in plugin_module(module).body if isinstance(n, ast.ClassDef) and n.name == name]
         for member, node in members_of(ours).items():
+            if member == "supports_out" and vllm.release < (0, 27):
+                continue  # asked from then on
             assert member in theirs, f"{base[1]} has no {member}: what {name} says is never read"
             if not isinstance(node, ast.FunctionDef) or node.args.kwarg and not node.args.args[1:]:
                 continue
@@ -171,6 +175,27 @@ def test_the_class_behind_custom_is_looked_up_by_attribute_and_by_the_models_key
 def test_the_scale_of_a_cache_of_e4m3_is_a_number_of_the_layer(vllm):
     assert "layer._k_scale_float" in ast.unparse(vllm.module("vllm.model_executor.layers.attention.attention"))
     assert "kv_cache.view(current_platform.fp8_dtype())" in ast.unparse(vllm.module(MLA))
+
+
+def test_prefill_is_registered_and_called_as_ours_takes_it(vllm):
+    registry = f"{PREFILL}.registry"
+    assert list(parameters(vllm.function(registry, "register_mla_prefill_backend")))[:2] == ["backend", "class_path"]
+    assert "CUSTOM" in vllm.members(registry, "MLAPrefillBackendEnum")
+    first = "chunk_idx" if vllm.release < (0, 28) else "chunk"
+    contexts = calls_of(vllm.module(MLA), "run_prefill_context_chunk")
+    assert contexts and all({first, "q", "k", "v"} <= {k.arg for k in call.keywords} and not call.args for call in contexts)
+    assert {k.arg for call in contexts for k in call.keywords} <= {first, "q", "k", "v", "out"}
+    (new,) = calls_of(vllm.module(MLA), "run_prefill_new_tokens")
+    assert {k.arg for k in new.keywords} <= {"q", "k", "v", "return_softmax_lse", "out", "output_scale"} and not new.args
+    # Where the lengths are that it is given.
+    metadata = vllm.classes(MLA, "MLACommonPrefillMetadata")[0]
+    (context,) = [n for n in ast.walk(metadata) if getattr(n, "name", "").endswith("ContextChunk" if first == "chunk" else "ContextMetadata")]
+    fields = {n.target.id for n in context.body if isinstance(n, ast.AnnAssign)}
+    assert {"cu_seq_lens"} | ({"query_start_loc"} if first == "chunk" else set()) <= fields
+    assert "query_start_loc" in vllm.members(MLA, "MLACommonPrefillMetadata")
+    assert "_prefill_metadata" in vllm.assigned(f"{PREFILL}.base", "MLAPrefillBackend")
+    # All heads have the same rotary part.
+    assert "k_pe" in ast.unparse(vllm.module(MLA)) and "_concat_k_nope_k_pe" in ast.unparse(vllm.module(MLA))
 
 
 def test_the_values_that_are_named_are_there(vllm):

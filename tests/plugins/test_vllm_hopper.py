@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flash_mla_kernels as fm
-from flash_mla_vllm import backend, hopper, sparse
+from flash_mla_vllm import backend, hopper, prefill, sparse
 from flash_mla_vllm.decode import DecodeMetadata
 
 SCALE = 0.1147
@@ -167,6 +167,80 @@ def test_sparse_attention_over_rows_of_16_bits(padded, given):
         assert torch.equal(out[:, :HEADS], got)
     if lse is not None:
         assert (lse[:-1].double() - expected_lse[:-1]).abs().max() < 2e-3 and (lse[-1] == float("-inf")).all()
+
+
+def prefill_by_definition(q, k_nope, k_rope, v, starts_q, starts_k, *, softmax_scale, causal, out=None):
+    """dense_prefill's contract in float64, since the kernel runs on a GPU alone."""
+    result = torch.zeros(q.shape[0], q.shape[1], 128, dtype=torch.float64)
+    lse = torch.full((q.shape[1], q.shape[0]), float("inf"), dtype=torch.float64)
+    assert starts_q.dtype == starts_k.dtype == torch.int32 and k_rope.dim() == 2
+    for i in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[i : i + 2]), slice(*starts_k[i : i + 2])
+        n, m = rows.stop - rows.start, keys.stop - keys.start
+        if m == 0:
+            continue
+        rope = k_rope[keys, None].expand(-1, q.shape[1], -1)
+        scores = torch.einsum("ihd,jhd->hij", q[rows].double(), torch.cat((k_nope[keys], rope), -1).double())
+        scores *= softmax_scale
+        if causal:
+            scores.masked_fill_(torch.ones(n, m).triu(m - n + 1).bool(), float("-inf"))
+        result[rows] = torch.einsum("hij,jhd->ihd", torch.softmax(scores, -1), v[keys].double())
+        lse[:, rows] = torch.logsumexp(scores, -1)
+    return (result if out is None else out.copy_(result)), lse
+
+
+def test_a_prompt_in_chunks_is_the_prompt(monkeypatch):
+    """New tokens and two parts of what is in the cache, merged, against all keys at once; keys as vLLM puts them together."""
+    monkeypatch.setattr(prefill, "dense_prefill", prefill_by_definition)
+    g = generator(9)
+    new, before = [5, 3], [[4, 0], [2, 7]]
+    latent = torch.randn(21, HEADS, 256, generator=g)
+    rope = torch.randn(21, 1, 64, generator=g).expand(-1, HEADS, -1)
+    keys, values = torch.cat((latent[..., :128], rope), -1), latent[..., 128:]
+    q = torch.randn(8, HEADS, 192, generator=g)
+    impl = object.__new__(prefill.FlashMLAPrefillBackend)
+    impl.scale = SCALE
+    starts = torch.tensor([0, *new]).cumsum(0)
+    parts = [slice(0, 8), slice(8, 12), slice(12, 21)]  # of `keys`: new tokens, two chunks
+    chunks = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in before]
+    context = SimpleNamespace(cu_seq_lens=chunks)
+    impl._prefill_metadata = SimpleNamespace(query_start_loc=starts, chunked_context=context)
+    states = [impl.run_prefill_new_tokens(q, keys[parts[0]], values[parts[0]], True)]
+    states.append(impl.run_prefill_context_chunk(chunk_idx=0, q=q, k=keys[parts[1]], v=values[parts[1]]))
+    chunk = SimpleNamespace(query_start_loc=starts, cu_seq_lens=chunks[1])
+    into = torch.zeros(8, HEADS, 128, dtype=torch.float64)
+    states.append(impl.run_prefill_context_chunk(chunk=chunk, q=q, k=keys[parts[2]], v=values[parts[2]], out=into))
+    assert states[2][0] is into and all(lse.shape == (HEADS, 8) for _, lse in states)
+
+    lse = torch.stack([lse.masked_fill(lse == float("inf"), float("-inf")) for _, lse in states])
+    weights = torch.softmax(lse, 0).transpose(1, 2).unsqueeze(-1)
+    merged = (torch.stack([out for out, _ in states]) * weights).sum(0)
+    # Each sequence's keys: its parts of the context, then its own.
+    order = [*range(8, 12), *range(12, 14), *range(0, 5), *range(14, 21), *range(5, 8)]
+    ends = torch.tensor([0, 11, 21], dtype=torch.int32)
+    expected, _ = prefill_by_definition(
+        q, keys[order][..., :128], keys[order][:, 0, 128:], values[order], starts.int(), ends, softmax_scale=SCALE, causal=True
+    )
+    assert (merged - expected).abs().max() < 1e-6
+    alone = impl.run_prefill_new_tokens(q, keys[parts[0]], values[parts[0]], False)
+    assert torch.equal(alone, states[0][0])
+    with pytest.raises(ValueError, match="output_scale is given, expected None"):
+        impl.run_prefill_new_tokens(q, keys[parts[0]], values[parts[0]], False, output_scale=torch.ones(1))
+
+
+def test_prefill_is_for_deepseeks_dimensions_and_hopper(monkeypatch):
+    import vllm.v1.attention.backends.mla.prefill.base as base
+
+    cls = prefill.FlashMLAPrefillBackend
+    assert cls.supports_mla_dimensions(base.MLADimensions(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128))
+    assert not cls.supports_mla_dimensions(base.MLADimensions(qk_nope_head_dim=192, qk_rope_head_dim=64, v_head_dim=256))
+    assert cls.supports_compute_capability(SimpleNamespace(major=9, minor=0))
+    assert not cls.supports_compute_capability(SimpleNamespace(major=10, minor=0))
+    with pytest.raises(NotImplementedError, match="dense_prefill runs on Hopper GPUs alone"):
+        fm.dense_prefill(
+            *(torch.zeros(1, 1, 192), torch.zeros(1, 1, 128), torch.zeros(1, 64), torch.zeros(1, 1, 128)),
+            *(torch.tensor([0, 1], dtype=torch.int32),) * 2,
+        )
 
 
 def test_the_class_behind_custom_goes_by_the_model(monkeypatch):

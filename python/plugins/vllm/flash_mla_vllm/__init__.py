@@ -56,4 +56,8 @@ def register() -> None:
         # vLLM's CPU platform chooses among its own names only, so the name stays and the class changes.
         register_backend(AttentionBackendEnum.CPU_MLA, "flash_mla_vllm.cpu.FlashMLACpuBackend")
     else:
+        from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
+
         register_backend(AttentionBackendEnum.CUSTOM, "flash_mla_vllm.backend.Backend")
+        prefill = "flash_mla_vllm.prefill.FlashMLAPrefillBackend"
+        register_mla_prefill_backend(MLAPrefillBackendEnum.CUSTOM, prefill)
