@@ -109,7 +109,7 @@ class Borrowed : public model::Model {
   void reserve(int num_tokens, int num_rows) override { model_.reserve(num_tokens, num_rows); }
   void launch(const model::ForwardBatch& batch) override { model_.launch(batch); }
   bool draws_take_masks() const override { return model_.draws_take_masks(); }
-  void choose(std::span<const std::uint32_t* const> masks) override { model_.choose(masks); }
+  void choose(std::span<const TokenRule> rules) override { model_.choose(rules); }
   void collect(float* logits, std::int32_t* tokens) override { model_.collect(logits, tokens); }
   bool launches_ahead() const override { return model_.launches_ahead(); }
 

@@ -173,18 +173,12 @@ bool EngineCore::step() {
     note_load();
     return news;
   }
-  // What the step leaves is chosen and told while the next one runs already. If the host cannot prepare that
-  // one, it is planned when this one's results are there.
-  try {
-    if (!speculation_.wants_drafts_after(*step)) ahead_ = pipeline_.launch_ahead(*step);
-  } catch (const std::exception&) {
-    ahead_.reset();
-  }
   try {
     for (const auto& [continuation, error] : chooser_.prepare(*step, model_->vocab_size())) {
       requests_.end(*continuation, FinishReason::kError, error, /*keep_pages=*/false);
     }
     pipeline_.choose(*step);
+    launch_ahead(*step);
     finish(*step);
   } catch (const std::exception& e) {
     give_up(*step, e.what());
@@ -192,6 +186,16 @@ bool EngineCore::step() {
   if (ahead_ && ahead_->all_ended()) drop_ahead();
   requests_.drop_ended();
   return true;
+}
+
+// What the step leaves is taken and told while the next one runs already. If the host cannot prepare that one, it is
+// planned when this one's results are there.
+void EngineCore::launch_ahead(const LaunchedStep& step) {
+  try {
+    if (!speculation_.wants_drafts_after(step)) ahead_ = pipeline_.launch_ahead(step);
+  } catch (const std::exception&) {
+    ahead_.reset();
+  }
 }
 
 void EngineCore::finish(LaunchedStep& step) {

@@ -73,6 +73,7 @@ class EngineCore {
 
  private:
   bool empty_inbox();
+  void launch_ahead(const LaunchedStep& step);
   void finish(LaunchedStep& step);
   void accept_tokens(LaunchedStep& step);
   void accept(LaunchedStep& step, const std::vector<TokenChoice>& choices);

@@ -53,11 +53,11 @@ struct Continuation : Sequence {
   std::unique_ptr<TextDecoder> decoder;  // null: no text
   StopMatcher stop;
   std::unique_ptr<grammar::Matcher> format;  // null: the text is free
-  std::vector<std::uint32_t> allowed;        // tokens that may come next, a bit each; empty: not computed
+  std::vector<std::uint32_t> allowed;  // tokens that may come next, a bit each; empty: not computed, or all
   std::int64_t num_generated = 0;
   std::span<const std::int32_t> generated() const;
-  /// What `format` allows next.
-  std::span<const std::uint32_t> format_mask(std::size_t vocab_size);
+  /// What `format` and the request's rules say of the next token. It stays until that is accepted.
+  TokenRule token_rule(std::size_t vocab_size);
   DraftSource draft_source = DraftSource::kNgram;  // of its drafts
   /// Its tokens whose states the model has left in the last step that it was in, as far as its module has not gone over
   /// them: `count` from position `begin` on, in rows from `row` on.
@@ -98,12 +98,14 @@ inline std::span<const std::int32_t> Continuation::generated() const {
   return std::span(tokens).last(static_cast<std::size_t>(num_generated));
 }
 
-inline std::span<const std::uint32_t> Continuation::format_mask(std::size_t vocab_size) {
-  if (allowed.empty()) {
-    allowed.resize((vocab_size + 31) / 32);
-    format->allowed(allowed);
+inline TokenRule Continuation::token_rule(std::size_t vocab_size) {
+  const bool excludes = request->rules.excludes(generated());
+  if (allowed.empty() && (format || excludes)) {
+    allowed.resize((vocab_size + 31) / 32, ~0U);
+    if (format) format->allowed(allowed);
+    if (excludes) request->rules.exclude(generated(), allowed);
   }
-  return allowed;
+  return {allowed.empty() ? nullptr : allowed.data(), request->rules.biases()};
 }
 
 inline Continuation::Continuation(ActiveRequest& owner, int index_, std::unique_ptr<TextDecoder> text)

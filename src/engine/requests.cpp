@@ -85,13 +85,11 @@ void Requests::accept(Continuation& c, const Sampled& sampled) {
   if (sampling.logprobs >= 0) event.logprobs = {sampled.logprobs};
   if (c.num_generated == 1) event.prompt_logprobs = c.request->prompt_logprobs;
 
-  if (c.format) {
-    c.allowed.clear();
-    if (!c.format->accept(sampled.token)) {
-      end(c, FinishReason::kError, "a token was chosen that the format of the text does not allow",
-          /*keep_pages=*/true);
-      return;
-    }
+  c.allowed.clear();
+  if (c.format && !c.format->accept(sampled.token)) {
+    end(c, FinishReason::kError, "a token was chosen that the format of the text does not allow",
+        /*keep_pages=*/true);
+    return;
   }
   if (is_end(sampling, sampled.token)) {
     end(c, FinishReason::kStop, {}, std::move(event), /*keep_pages=*/true);

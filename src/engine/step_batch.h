@@ -42,7 +42,7 @@ struct StepBatch {
 };
 
 /// Says what is wanted of a work that samples. If that is kDrawn, adds a draw for its last token and one for
-/// every draft. Sets `masked` where a format says which tokens the model may choose.
+/// every draft. Sets `masked` where a format or rules say which tokens the model may choose.
 using WantedOf = std::function<Wanted(const ScheduledWork&, std::vector<Draw>&, bool& masked)>;
 /// How many of a work's tokens, and behind how many others of it, have a successor in the prompt whose
 /// log-probability is wanted.

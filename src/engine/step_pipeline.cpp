@@ -21,7 +21,7 @@ bool leaves_choice_to_model(const SamplingParams& p) {
 // The continuation's request has yet to fork: several tokens come of its prompt's last row.
 bool forks_here(const Continuation& c) { return c.request->sampling.n > 1 && !c.request->forked; }
 
-// `takes_masks`: the model chooses among the tokens of a format.
+// `takes_masks`: the model chooses among the tokens that a format or rules leave.
 Wanted wanted(const ScheduledWork& w, bool takes_masks, std::vector<Draw>& draws, bool& masked) {
   const auto& c = static_cast<const Continuation&>(*w.sequence);
   const SamplingParams& sampling = c.request->sampling;
@@ -30,11 +30,11 @@ Wanted wanted(const ScheduledWork& w, bool takes_masks, std::vector<Draw>& draws
   // A token that is still on its way counts as generated.
   const std::int64_t on_its_way = w.begin - (static_cast<std::int64_t>(c.tokens.size()) - w.count);
   // What rules need of this token they need of no later one, unless of all.
-  if (c.request->rules.needed(c.num_generated + on_its_way)) return Wanted::kLogits;
+  const bool ruled = c.format || c.request->rules.needed(c.num_generated + on_its_way);
   // What may follow a draft is known when the draft is.
-  if (c.format && (!takes_masks || w.num_drafts() > 0)) return Wanted::kLogits;
+  if (ruled && (!takes_masks || w.num_drafts() > 0)) return Wanted::kLogits;
   if (sampling.temperature > 0 && forks_here(c)) return Wanted::kLogits;
-  if (c.format) masked = true;
+  if (ruled) masked = true;
   if (sampling.temperature == 0) return Wanted::kLikeliest;
   for (int i = 0; i <= w.num_drafts(); ++i) {
     draws.push_back(draw_of(sampling, {c.request->seed, static_cast<std::uint32_t>(c.index),
@@ -119,7 +119,7 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_po
 std::unique_ptr<LaunchedStep> StepPipeline::launch_ahead(const LaunchedStep& step) {
   if (!options_.overlap_steps || !model_.launches_ahead() || !step.failure.empty()) return nullptr;
   if (step.num_logit_rows > 0) return nullptr;  // of a prompt that is scored: to be collected first
-  if (step.masked) return nullptr;              // what a format allows depends on the token before
+  if (step.masked && !step.chosen) return nullptr;
   std::vector<Sequence*> continuing;
   int unfinished = 0;
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
@@ -140,14 +140,15 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch_ahead(const LaunchedStep& ste
 void StepPipeline::choose(LaunchedStep& step) {
   if (!step.launched || !step.masked) return;
   const auto vocab_size = static_cast<std::size_t>(model_.vocab_size());
-  std::vector<const std::uint32_t*> masks(step.num_tokens, nullptr);
+  std::vector<TokenRule> rules(step.num_tokens);
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     Continuation& c = step.continuation(i);
-    if (!c.format || c.ended || !step.results[i].is_token()) continue;
-    masks[step.results[i].index] = c.format_mask(vocab_size).data();
+    if (c.ended || !step.results[i].is_token() || step.plan.work[i].num_drafts() > 0) continue;
+    rules[step.results[i].index] = c.token_rule(vocab_size);
   }
   try {
-    model_.choose(masks);
+    model_.choose(rules);
+    step.chosen = true;
   } catch (const std::exception& e) {
     step.failure = fmt::format("the model failed: {}", e.what());
   }

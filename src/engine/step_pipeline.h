@@ -29,6 +29,7 @@ struct LaunchedStep {
   bool launched = false;
   bool collected = false;
   bool masked = false;  // the model waits for StepPipeline::choose
+  bool chosen = false;  // it has got it
   std::string failure;  // what went wrong with the model
   StepRecord record;
   double utilisation = 0;
@@ -59,8 +60,8 @@ class StepPipeline {
   /// written before anything that a later owner of them writes. Null: it must wait for the results.
   std::unique_ptr<LaunchedStep> launch_ahead(const LaunchedStep& step);
 
-  /// Tells the model which tokens the formats of a masked step's texts allow: TokenChooser::prepare has computed it. An
-  /// error of the model's is the step's failure.
+  /// Tells the model what formats and rules say of a masked step's tokens: TokenChooser::prepare has computed it. Then the
+  /// next step can be launched ahead. An error of the model's is the step's failure.
   void choose(LaunchedStep& step);
 
   /// Waits for the step's results; then nothing of it is in flight any more. Without effect the second time.

@@ -90,7 +90,8 @@ std::vector<std::pair<Continuation*, std::string>> TokenChooser::prepare(const L
   std::vector<Continuation*> wanting;
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     Continuation& c = step.continuation(i);
-    if (c.format && !c.ended && step.plan.work[i].samples) wanting.push_back(&c);
+    const bool ruled = c.format || c.request->rules.needed(c.num_generated);
+    if (ruled && !c.ended && step.plan.work[i].samples) wanting.push_back(&c);
   }
   return compute_masks(wanting, vocab_size);
 }
@@ -109,7 +110,7 @@ std::vector<std::pair<Continuation*, std::string>> TokenChooser::compute_masks(
   for (std::ptrdiff_t i = 0; i < count; ++i) {
     const auto k = static_cast<std::size_t>(i);
     const double begin = cpu_seconds();
-    wanting[k]->format_mask(static_cast<std::size_t>(vocab_size));
+    wanting[k]->token_rule(static_cast<std::size_t>(vocab_size));
     seconds[k] = cpu_seconds() - begin;
   }
   std::vector<std::pair<Continuation*, std::string>> late;
@@ -215,8 +216,7 @@ void TokenChooser::sample(TokenChoice& choice, Sampler& sampler) {
     const DrawKey key{c.request->seed, static_cast<std::uint32_t>(c.index),
                       static_cast<std::uint64_t>(c.num_generated)};
     const LogitEdit edit = [&](std::span<float> logits) {
-      if (c.request->rules.needed(c.num_generated)) c.request->rules.apply(c.generated(), logits);
-      if (c.format) cpu::exclude_others(logits, c.format_mask(logits.size()));
+      cpu::apply_rule(logits, c.token_rule(logits.size()));
     };
     choice.sampled = sampler.sample(c.request->sampling, c.history, key,
                                     choice.shared ? std::span<float>(own) : choice.logits, edit);

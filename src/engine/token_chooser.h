@@ -36,7 +36,7 @@ class TokenChooser {
   std::vector<TokenChoice> choose_behind(int draft, const LaunchedStep& step, StepPipeline& pipeline,
                                          int vocab_size);
 
-  /// Computes which tokens the formats of texts allow behind those of `step`: while a GPU runs it. Returns the
+  /// Computes which tokens formats and rules allow behind those of `step`: while a GPU runs it. Returns the
   /// continuations for which that takes too long, and why.
   std::vector<std::pair<Continuation*, std::string>> prepare(const LaunchedStep& step, int vocab_size);
 

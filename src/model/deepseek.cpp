@@ -72,17 +72,17 @@ void DeepSeek::launch(const ForwardBatch& batch) {
   flights_.push_back(std::move(flight));
 }
 
-void DeepSeek::choose(std::span<const std::uint32_t* const> masks) {
+void DeepSeek::choose(std::span<const TokenRule> rules) {
   if (flights_.empty() || !step_.masked || flights_.back().tokens) {
     throw std::logic_error("choose: the last step is not masked, or its tokens are chosen");
   }
   Flight& flight = flights_.back();
-  if (masks.size() != flight.num_tokens) {
-    throw InvalidArgument(fmt::format("masks has {} rows, expected {}, those of drawn_rows and greedy_rows",
-                                      masks.size(), flight.num_tokens));
+  if (rules.size() != flight.num_tokens) {
+    throw InvalidArgument(fmt::format("rules has {} rows, expected {}, those of drawn_rows and greedy_rows",
+                                      rules.size(), flight.num_tokens));
   }
   if (flight.num_tokens == 0) return;
-  device_->choose_among(masks);
+  device_->choose_among(static_cast<std::int64_t>(flight.num_logit_rows), rules);
   start_download(flight);
 }
 

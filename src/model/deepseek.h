@@ -31,7 +31,7 @@ class DeepSeek : public Model {
   void reserve(int num_tokens, int num_rows) override { device_->reserve(num_tokens, num_rows); }
   void launch(const ForwardBatch& batch) override;
   bool draws_take_masks() const override { return device_->chooses_among(); }
-  void choose(std::span<const std::uint32_t* const> masks) override;
+  void choose(std::span<const TokenRule> rules) override;
   void collect(float* logits, std::int32_t* tokens) override;
   bool has_draft_module() const override { return module_ != nullptr; }
   void draft(const DraftBatch& batch, std::int32_t* tokens) override;

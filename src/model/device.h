@@ -8,6 +8,7 @@
 
 #include "flash_mla/schedule.h"
 #include "flash_mla/tensor.h"
+#include "kernels/sampling/token_rule.h"
 #include "model/layers.h"
 #include "model/step.h"
 #include "model/weights.h"
@@ -72,8 +73,9 @@ class Device {
 
   /// Whether it has choose_among.
   virtual bool chooses_among() const = 0;
-  /// The same for a step that is masked, behind run(): Model::choose.
-  virtual void choose_among(std::span<const std::uint32_t* const> masks) = 0;
+  /// The same for a step that is masked, behind run(): Model::choose. `rules`: of the logit rows from `first` on, all
+  /// whose tokens are wanted.
+  virtual void choose_among(std::int64_t first, std::span<const TokenRule> rules) = 0;
 
   // Results of the last step.
   /// The first `rows` rows of its logits to the host (rows, vocab_size); returns when they have come.

@@ -14,6 +14,7 @@
 #include "flash_mla/model_options.h"
 #include "flash_mla/schedule.h"
 #include "kernels/sampling/draw.h"
+#include "kernels/sampling/token_rule.h"
 
 namespace flash_mla::checkpoint {
 struct ModelConfig;
@@ -39,7 +40,8 @@ struct ForwardBatch {
   std::span<const std::int32_t> drawn_rows;   ///< tokens of which only a successor is wanted, drawn as
   std::span<const Draw> draws;                ///< (drawn_rows.size()) these say
   std::span<const std::int32_t> greedy_rows;  ///< tokens of which only the likeliest successor is wanted
-  /// Successors of drawn_rows and greedy_rows wait for Model::choose, which says among which tokens.
+  /// Successors of drawn_rows and greedy_rows wait for Model::choose, which says among which tokens, and what is added to
+  /// their logits.
   bool masked = false;
   /// The same bits for a sequence whatever else is in the batch.
   bool batch_invariant = false;
@@ -82,11 +84,10 @@ class Model {
   /// Whether it takes steps that are masked.
   virtual bool draws_take_masks() const { return false; }
   /// Chooses the tokens of the step that was launched last and is masked, once, before it is collected or another is
-  /// launched: what they may be takes the host time, in which the device works. `masks`: of each drawn row, then of each
-  /// greedy row, (vocab_size + 31) / 32 words, of which bit t % 32 of word t / 32 allows token t; null: all. They are read
-  /// in the call. Where a mask leaves no token, there is none (-1).
-  virtual void choose(std::span<const std::uint32_t* const> masks) {
-    static_cast<void>(masks);
+  /// launched: what they may be takes the host time, in which the device works. `rules`: of each drawn row, then of each
+  /// greedy row, of vocab_size tokens. They are read in the call. Where a rule leaves no token, there is none (-1).
+  virtual void choose(std::span<const TokenRule> rules) {
+    static_cast<void>(rules);
     throw std::logic_error("choose: this model takes no masks");
   }
   /// Waits for the oldest step on its way and writes to host memory: logits (logit_rows.size(), vocab_size)

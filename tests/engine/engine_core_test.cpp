@@ -91,6 +91,7 @@ TEST(OverlappedSteps, ChangeNothing) {
   for (unsigned seed = 0; seed < 40; ++seed) {
     SCOPED_TRACE(seed);
     Scenario scenario(seed);
+    scenario.takes_masks = seed % 2 == 1;
     std::size_t flights = 0;
     EngineStats stats;
     const auto expected = scenario.run(FakeRuns::kAtOnce, true, &flights, &stats);
@@ -561,6 +562,12 @@ TEST_P(EngineCoreTest, AModelThatTakesMasksChoosesWhatTheHostWould) {
       p.top_k = i % 3 == 1 ? 20 : 0;
       if (i == 5) p.n = 3;
       if (i == 6) p.logprobs = 1;  // the host's in any case
+      if (i == 7) p.logit_bias = {{7, 5}, {4, -3}, {7, -1.5}};
+      if (i == 8) p.logit_bias = {{8, 2}, {9, 2}, {10, 2}};
+      if (i == 9) p.bad_token_ids = {{4}, {9, 11}, {10}};
+      if (i == 11) p.allowed_token_ids = {50, 3, 33, 64, 31, 32, 89, 7};
+      if (i > 8) p.min_tokens = 30;
+      if (i > 8) p.ignore_eos = false;
       Request r = request({1 + i, 2, 3}, p);
       h.core->submit(
           std::move(r), [&](const GenerationEvent& e) { h.take(e); }, /*bounded=*/true,
@@ -579,6 +586,53 @@ TEST_P(EngineCoreTest, AModelThatTakesMasksChoosesWhatTheHostWould) {
       EXPECT_EQ(got.finish, expected.finish);
       EXPECT_EQ(got.tokens.size(), id % 4 == 0 ? 60u : 40u);
     }
+  }
+}
+
+// While the device works at the next step the host learns this one's tokens, and what may follow them.
+TEST_P(EngineCoreTest, MaskedStepsAreLaunchedAhead) {
+  for (const bool overlap : {true, false}) {
+    EngineOptions options = Harness::defaults();
+    options.overlap_steps = overlap;
+    Harness h(options);
+    h.model->takes_masks = true;
+    std::size_t rows = 0;
+    h.model->on_forward = [&](const model::ForwardBatch& batch) { rows += batch.logit_rows.size(); };
+    for (int i = 0; i < 4; ++i) {
+      SamplingParams p = greedy(60);
+      p.temperature = i % 2;
+      p.min_tokens = 20 * i;
+      if (i == 3) p.bad_token_ids = {{5}, {20, 21}};
+      h.core->submit(
+          request({1 + i, 2, 3}, p), [&](const GenerationEvent& e) { h.take(e); }, /*bounded=*/true,
+          std::make_shared<TurnsGrammar>());
+    }
+    h.run();
+    EXPECT_EQ(rows, 0u);
+    EXPECT_EQ(h.model->most_flights, overlap && GetParam() != FakeRuns::kAtOnce ? 2u : 1u);
+    for (const auto& [id, continuations] : h.results) {
+      const Tokens& tokens = continuations.at(0).tokens;
+      EXPECT_EQ(continuations.at(0).finish, FinishReason::kStop) << continuations.at(0).error;
+      ASSERT_EQ(tokens.size(), 40u);
+      for (std::size_t i = 0; i < tokens.size(); ++i) {
+        EXPECT_EQ(static_cast<std::size_t>(tokens[i]) % 3, i % 3) << id;
+      }
+    }
+  }
+}
+
+// Excluding everything ends a request with an error, whoever chooses.
+TEST_P(EngineCoreTest, RulesThatLeaveNoTokenEndTheirRequestAlone) {
+  for (const bool takes_masks : {false, true}) {
+    Harness h;
+    h.model->takes_masks = takes_masks;
+    SamplingParams p = greedy(30);
+    p.allowed_token_ids = {3, 4};
+    p.bad_token_ids = {{3}, {4}};
+    const RequestId bad = h.submit({1, 2, 3}, p);
+    EXPECT_EQ(h.generate({1, 2, 3}, greedy(30)).tokens, continuation({1, 2, 3}, 30));
+    EXPECT_EQ(h.results[bad][0].finish, FinishReason::kError);
+    EXPECT_NE(h.results[bad][0].error.find("what the request allows"), std::string::npos);
   }
 }
 

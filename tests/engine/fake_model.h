@@ -87,13 +87,15 @@ class FakeModel : public model::Model {
 
   bool draws_take_masks() const override { return takes_masks; }
 
-  void choose(std::span<const std::uint32_t* const> masks) override {
+  void choose(std::span<const TokenRule> rules) override {
     require(!flights_.empty() && flights_.back()->batch.masked && !flights_.back()->is_masked);
     const std::shared_ptr<Step> step = flights_.back();
-    require(masks.size() == step->drawn_rows.size() + step->greedy_rows.size());
+    require(rules.size() == step->drawn_rows.size() + step->greedy_rows.size());
     step->is_masked = true;
-    for (const std::uint32_t* mask : masks) {
+    for (const TokenRule& rule : rules) {
+      const std::uint32_t* mask = rule.allowed;
       step->masks.emplace_back(mask, mask == nullptr ? mask : mask + (kVocabSize + 31) / 32);
+      step->biases.emplace_back(rule.biases.begin(), rule.biases.end());
     }
     queue_.push_back([this, step] { choose_tokens(*step); });
     if (runs_now()) run_queue();
@@ -187,6 +189,7 @@ class FakeModel : public model::Model {
     Tokens tokens;
     std::vector<float> token_logits;                // of the rows of which a token is wanted
     std::vector<std::vector<std::uint32_t>> masks;  // empty: all tokens
+    std::vector<std::vector<TokenBias>> biases;
     bool is_masked = false, has_run = false, has_chosen = false;
     std::exception_ptr error;
   };
@@ -303,7 +306,9 @@ class FakeModel : public model::Model {
     for (std::size_t i = 0; i < batch.drawn_rows.size() + batch.greedy_rows.size(); ++i) {
       const std::span own = std::span(step.token_logits).subspan(i * kVocabSize, kVocabSize);
       const bool good = std::ranges::none_of(own, [](float x) { return std::isnan(x); });
-      if (step.is_masked && !step.masks[i].empty()) cpu::exclude_others(own, step.masks[i]);
+      if (step.is_masked) {
+        cpu::apply_rule(own, {step.masks[i].empty() ? nullptr : step.masks[i].data(), step.biases[i]});
+      }
       const auto best = std::ranges::max_element(own);
       step.tokens.push_back(!good || std::isinf(*best) ? -1
                             : i < batch.drawn_rows.size()

@@ -62,6 +62,7 @@ struct Scenario {
     Harness::runs = runs;
     options.overlap_steps = overlap;
     Harness h(options, 4096, std::move(drafter));
+    h.model->takes_masks = takes_masks;
     std::vector<RequestId> ids;
     std::multimap<int, RequestId> cancel_at;
     int steps = 0;
@@ -95,7 +96,8 @@ struct Scenario {
   std::vector<Tokens> prompts;
   std::vector<SamplingParams> params;
   std::vector<int> waits, cancels;
-  int module_gaps = 0;  ///< in the last run
+  bool takes_masks = false;  ///< of the model
+  int module_gaps = 0;       ///< in the last run
 };
 
 inline void expect_same(const std::vector<Scenario::Outcome>& expected,

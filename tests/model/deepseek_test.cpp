@@ -107,8 +107,9 @@ class RecordingDevice : public Device {
   }
   void run(const std::function<void()>& pass) override { pass(); }
   bool chooses_among() const override { return true; }
-  void choose_among(std::span<const std::uint32_t* const> /*masks*/) override {
-    calls_.push_back("choose among");
+  void choose_among(std::int64_t first, std::span<const TokenRule> rules) override {
+    calls_.push_back("choose among, rows " + std::to_string(first) + " to " +
+                     std::to_string(first + std::ssize(rules)));
   }
   void choose(const Matrix&) override { calls_.push_back("choose"); }
   void download_logits(std::int64_t rows, float*) override {

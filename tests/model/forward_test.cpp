@@ -223,15 +223,17 @@ TEST_F(Forward, ChoosesAmongTheTokensOfAMask) {
     if (i == 11) std::ranges::fill(mask, 0U);
     draws[0] = cpu::make_draw(0.08 * i, 3.0, i % 2 == 0 ? 5 : 0, 0.9, 0);
     model_->launch(batch);
-    const std::uint32_t* masks[] = {mask.data(), i % 3 == 0 ? nullptr : mask.data()};
-    model_->choose(masks);
+    const std::vector<TokenBias> biases = {{3, -2}, {5, 1.5F}, {5, -0.25F}, {100000, 9}};
+    const TokenRule drawn_rule{mask.data(), biases}, free;
+    const TokenRule rules[] = {drawn_rule, i % 3 == 0 ? free : TokenRule{mask.data(), {}}};
+    model_->choose(rules);
     std::int32_t tokens[2];
     model_->collect(nullptr, tokens);
-    std::vector<float> masked = plain;
-    cpu::exclude_others(masked, mask);
+    std::vector<float> masked = plain, greedy = plain;
+    cpu::apply_rule(masked, drawn_rule);
+    cpu::apply_rule(greedy, rules[1]);
     const auto best = std::ranges::max_element(masked);
-    const auto likeliest = static_cast<std::int32_t>(
-        i % 3 == 0 ? std::ranges::max_element(plain) - plain.begin() : best - masked.begin());
+    const auto likeliest = static_cast<std::int32_t>(std::ranges::max_element(greedy) - greedy.begin());
     if (i == 11) {
       EXPECT_EQ(tokens[0], -1) << "nothing is left";
       EXPECT_EQ(tokens[1], -1);

@@ -35,9 +35,15 @@ Draw make_draw(double u, double temperature, int top_k, double top_p, double min
   return out;
 }
 
-void exclude_others(std::span<float> logits, std::span<const std::uint32_t> allowed) {
+void apply_rule(std::span<float> logits, const TokenRule& rule) {
+  for (const auto& [token, bias] : rule.biases) {
+    if (token >= 0 && static_cast<std::size_t>(token) < logits.size()) {
+      logits[static_cast<std::size_t>(token)] += bias;
+    }
+  }
+  if (rule.allowed == nullptr) return;
   for (std::size_t i = 0; i < logits.size(); ++i) {
-    if ((allowed[i / 32] >> (i % 32) & 1) == 0) logits[i] = -std::numeric_limits<float>::infinity();
+    if ((rule.allowed[i / 32] >> (i % 32) & 1) == 0) logits[i] = -std::numeric_limits<float>::infinity();
   }
 }
 

@@ -5,14 +5,15 @@
 #include <vector>
 
 #include "kernels/sampling/draw.h"
+#include "kernels/sampling/token_rule.h"
 
 namespace flash_mla::cpu {
 
 /// `temperature` > 0, `min_p` in [0, 1).
 Draw make_draw(double u, double temperature, int top_k, double top_p, double min_p);
 
-/// Makes every logit -inf whose bit t % 32 of allowed[t / 32] is not set.
-void exclude_others(std::span<float> logits, std::span<const std::uint32_t> allowed);
+/// Changes the row as the rule says.
+void apply_rule(std::span<float> logits, const TokenRule& rule);
 
 /// Memory that draw_token keeps.
 struct DrawScratch {

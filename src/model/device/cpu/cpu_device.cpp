@@ -64,10 +64,10 @@ class CpuDevice : public Device {
   void run(const std::function<void()>& pass) override { pass(); }
   void choose(const Matrix& logits) override { choose(logits, {}); }
   bool chooses_among() const override { return true; }
-  void choose_among(std::span<const std::uint32_t* const> masks) override {
+  void choose_among(std::int64_t /*first*/, std::span<const TokenRule> rules) override {
     const auto rows = static_cast<std::int64_t>(context_.step->logit_rows.size());
     choose(CpuContext::matrix(context_.buffers.logits, DType::kFloat32, rows, context_.config.vocab_size),
-           masks);
+           rules);
   }
 
   void download_logits(std::int64_t rows, float* logits) override {
@@ -87,10 +87,10 @@ class CpuDevice : public Device {
   }
 
  private:
-  void choose(const Matrix& logits, std::span<const std::uint32_t* const> masks) {
+  void choose(const Matrix& logits, std::span<const TokenRule> rules) {
     if (logits.rows == 0) return;
     const Matrix tokens = CpuContext::matrix(context_.buffers.tokens, DType::kInt32, logits.rows, 1);
-    choose_tokens(context_, logits, reinterpret_cast<std::int32_t*>(tokens.data), masks);
+    choose_tokens(context_, logits, reinterpret_cast<std::int32_t*>(tokens.data), rules);
   }
 
   CpuContext context_;

@@ -47,7 +47,7 @@ Matrix CpuHead::forward(const Residual& x) {
 }
 
 void choose_tokens(const CpuContext& context, const Matrix& logits, std::int32_t* tokens,
-                   std::span<const std::uint32_t* const> masks) {
+                   std::span<const TokenRule> rules) {
   const Step& step = *context.step;
   const std::int64_t first = step.first_chosen;
   context.for_rows(logits.rows - first, logits.columns, [&](std::int64_t i) {
@@ -55,9 +55,9 @@ void choose_tokens(const CpuContext& context, const Matrix& logits, std::int32_t
                         static_cast<std::size_t>(logits.columns));
     std::int32_t& token = tokens[first + i];
     token = likeliest(row);
-    const std::uint32_t* mask = masks.empty() ? nullptr : masks[static_cast<std::size_t>(i)];
-    if (token >= 0 && mask != nullptr) {
-      cpu::exclude_others(row, {mask, (row.size() + 31) / 32});
+    const TokenRule rule = rules.empty() ? TokenRule() : rules[static_cast<std::size_t>(i)];
+    if (token >= 0 && !rule.changes_nothing()) {
+      cpu::apply_rule(row, rule);
       token = likeliest(row);
     }
     const Draw draw = step.draws.empty() ? Draw() : step.draws[static_cast<std::size_t>(first + i)];

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/matrix.h"
+#include "kernels/sampling/token_rule.h"
 #include "model/device/cpu/context.h"
 #include "model/device/cpu/linear.h"
 #include "model/layers.h"
@@ -27,8 +28,8 @@ class CpuHead : public Head {
 };
 
 /// tokens[i] (int32) of logit row i from the step's first_chosen on: the likeliest or the drawn one.
-/// `masks`: of each of them, as Model::choose takes them, or none; logits that they exclude become -inf.
+/// `rules`: of each of them, or none; they change the logits.
 void choose_tokens(const CpuContext& context, const Matrix& logits, std::int32_t* tokens,
-                   std::span<const std::uint32_t* const> masks = {});
+                   std::span<const TokenRule> rules = {});
 
 }  // namespace flash_mla::model

@@ -77,9 +77,9 @@ class CudaDevice : public Device {
   }
 
   void choose(const Matrix& logits) override { choose_tokens(context_, logits); }
-  // Rows of logits whose tokens a format excludes go to the host.
+  // Rows of logits whose tokens a format or a rule excludes go to the host.
   bool chooses_among() const override { return false; }
-  void choose_among(std::span<const std::uint32_t* const> /*masks*/) override {
+  void choose_among(std::int64_t /*first*/, std::span<const TokenRule> /*rules*/) override {
     throw Unsupported("masked steps on cuda");
   }
 
