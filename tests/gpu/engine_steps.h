@@ -41,8 +41,10 @@ struct Result {
   std::vector<std::int32_t> greedy;  // of all new tokens, if greedy or drawn
 };
 
+/// `rules`: of all new tokens, which are then greedy or drawn; or none.
 inline Result forward(Model& model, const std::vector<Part>& parts, bool greedy = false,
-                      bool batch_invariant = false, const std::vector<Draw>& draws = {}) {
+                      bool batch_invariant = false, const std::vector<Draw>& draws = {},
+                      const std::vector<TokenRule>& rules = {}) {
   std::vector<std::int32_t> ids, starts{0}, lens, rows, table;
   std::size_t blocks = 0;
   for (const Part& p : parts) blocks = std::max(blocks, p.sequence->pages.size());
@@ -71,7 +73,10 @@ inline Result forward(Model& model, const std::vector<Part>& parts, bool greedy 
   } else {
     out.logits.assign(rows.size() * kVocab, std::nanf(""));
   }
-  model.forward(batch, out.logits.data(), out.greedy.data());
+  batch.masked = !rules.empty();
+  model.launch(batch);
+  if (batch.masked) model.choose(rules);
+  model.collect(out.logits.data(), out.greedy.data());
   return out;
 }
 

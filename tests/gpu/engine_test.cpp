@@ -214,6 +214,108 @@ TEST_P(CudaEngine, ACopiedPageContinuesTheSequence) {
   EXPECT_EQ(expected, forward(*gpu_, {{&copy, 50, 51}}).logits);
 }
 
+Draw random_draw(std::mt19937& random) {
+  const auto chance = [&] { return static_cast<double>(random() % 1000) / 1000; };
+  const double u = chance(), temperature = 0.1 + 2 * chance();
+  const int top_k = random() % 2 == 0 ? static_cast<int>(random() % 200) : 0;
+  const double top_p = random() % 2 == 0 ? 0.05 + 0.95 * chance() : 1;
+  return cpu::make_draw(u, temperature, top_k, top_p, random() % 3 == 0 ? chance() / 2 : 0);
+}
+
+/// Rules of some rows, with what they refer to.
+struct Rules {
+  Rules(std::size_t rows, std::mt19937& random) : masks(rows), biases(rows), rules(rows) {
+    for (std::size_t i = 0; i < rows; ++i) {
+      if (random() % 4 != 0) {
+        for (int w = 0; w < (kVocab + 31) / 32; ++w) masks[i].push_back(static_cast<std::uint32_t>(random()));
+        if (random() % 8 == 0) std::ranges::fill(masks[i], 0u);
+        rules[i].allowed = masks[i].data();
+      }
+      for (std::int32_t t = 0; t < kVocab && random() % 2 == 0;
+           t += static_cast<std::int32_t>(random() % 40)) {
+        biases[i].push_back({t, static_cast<float>(random() % 200) / 10 - 10});
+      }
+      rules[i].biases = biases[i];
+    }
+  }
+  /// The token of row i: of `logits`, changed by its rule; -1 where that leaves none.
+  std::int32_t token(std::size_t i, std::span<const float> logits, const Draw& draw) const {
+    std::vector<float> row(logits.begin(), logits.end());
+    cpu::apply_rule(row, rules[i]);
+    const auto best = std::ranges::max_element(row);
+    if (std::isinf(*best)) return -1;
+    cpu::DrawScratch scratch;
+    return draw.scale > 0 ? cpu::draw_token(row, *best, draw, scratch)
+                          : static_cast<std::int32_t>(best - row.begin());
+  }
+
+  std::vector<std::vector<std::uint32_t>> masks;
+  std::vector<std::vector<TokenBias>> biases;
+  std::vector<TokenRule> rules;
+};
+
+// Tokens that rules allow are chosen as the CPU does, in steps that are replayed and ones that are not, beside rows of
+// logits, with steps without rules in between.
+TEST_P(CudaEngine, ChoosesUnderRulesWhatTheCpuChooses) {
+  std::mt19937 random(19);
+  std::vector<Sequence> sequences;
+  for (int i = 0; i < 9; ++i) {
+    sequences.push_back({random_tokens(70, 60 + static_cast<unsigned>(i)), {2 * i + 15, 2 * i + 16}});
+    forward(*gpu_, {{&sequences.back(), 0, 65}});
+  }
+  ASSERT_TRUE(gpu_->draws_take_masks());
+  for (const int count : {1, 3, 9}) {
+    std::vector<Part> parts;
+    for (int i = 0; i < count; ++i) parts.push_back({&sequences[static_cast<std::size_t>(i)], 65, 66});
+    for (int round = 0; round < 4; ++round) {
+      const std::vector<float> logits = forward(*gpu_, parts).logits;
+      const Rules rules(parts.size(), random);
+      std::vector<Draw> draws(parts.size());
+      for (Draw& d : draws) d = random_draw(random);
+      const std::vector<std::int32_t> greedy = forward(*gpu_, parts, true, false, {}, rules.rules).greedy;
+      const std::vector<std::int32_t> plain = forward(*gpu_, parts, true).greedy;
+      const std::vector<std::int32_t> drawn = forward(*gpu_, parts, false, false, draws, rules.rules).greedy;
+      for (std::size_t i = 0; i < parts.size(); ++i) {
+        const std::span row(logits.data() + i * kVocab, kVocab);
+        EXPECT_EQ(greedy[i], rules.token(i, row, Draw())) << count << " " << i;
+        EXPECT_EQ(drawn[i], rules.token(i, row, draws[i])) << count << " " << i;
+        EXPECT_EQ(plain[i], std::ranges::max_element(row) - row.begin()) << count << " " << i;
+      }
+    }
+  }
+}
+
+// A prompt's logits and tokens under rules in one step, which is not recorded.
+TEST_P(CudaEngine, RulesLeaveRowsOfLogitsAlone) {
+  std::mt19937 random(20);
+  std::vector<std::int32_t> ids(long_.tokens.begin(), long_.tokens.begin() + 40);
+  const std::int32_t starts[] = {0, 40}, lengths[] = {40}, rows[] = {7, 39}, chosen[] = {39};
+  ForwardBatch batch;
+  batch.token_ids = ids;
+  batch.query_starts = starts;
+  batch.seq_lens = lengths;
+  batch.block_table = std::span(long_.pages).first(1);
+  batch.max_blocks = 1;
+  batch.logit_rows = rows;
+  batch.drawn_rows = chosen;
+  batch.greedy_rows = chosen;
+  batch.masked = true;
+  for (int round = 0; round < 4; ++round) {
+    const Draw draws[] = {random_draw(random)};
+    batch.draws = draws;
+    const Rules rules(2, random);
+    gpu_->launch(batch);
+    gpu_->choose(rules.rules);
+    std::vector<float> logits(std::size_t{2} * kVocab);
+    std::int32_t tokens[2];
+    gpu_->collect(logits.data(), tokens);
+    const std::span last = std::span<const float>(logits).last(kVocab);
+    EXPECT_TRUE(std::ranges::all_of(logits, [](float x) { return std::isfinite(x); }));
+    EXPECT_EQ(tokens[0], rules.token(0, last, draws[0]));
+    EXPECT_EQ(tokens[1], rules.token(1, last, Draw()));
+  }
+}
+
 // Drawn tokens are those that the CPU draws from the very logits that the GPU hands out.
 TEST_P(CudaEngine, DrawsWhatTheCpuDraws) {
   std::mt19937 random(9);
@@ -229,12 +331,7 @@ TEST_P(CudaEngine, DrawsWhatTheCpuDraws) {
   for (int round = 0; round < 6; ++round) {
     const std::vector<float> logits = forward(*gpu_, parts).logits;
     std::vector<Draw> draws(parts.size());
-    for (Draw& d : draws) {
-      const auto chance = [&] { return static_cast<double>(random() % 1000) / 1000; };
-      d = cpu::make_draw(
-          chance(), 0.1 + 2 * chance(), random() % 2 == 0 ? static_cast<int>(random() % 200) : 0,
-          random() % 2 == 0 ? 0.05 + 0.95 * chance() : 1, random() % 3 == 0 ? chance() / 2 : 0);
-    }
+    for (Draw& d : draws) d = random_draw(random);
     const std::vector<std::int32_t> drawn = forward(*gpu_, parts, false, false, draws).greedy;
     cpu::DrawScratch scratch;
     for (std::size_t i = 0; i < parts.size(); ++i) {
@@ -249,7 +346,11 @@ TEST_P(CudaEngine, DrawsWhatTheCpuDraws) {
 TEST_P(CudaEngine, StepsLaunchedAheadChooseTheSameTokens) {
   constexpr int kSteps = 20;
   const Sequence other{random_tokens(60, 77), {20, 21}};
-  const auto run = [&](bool ahead) {
+  const auto run = [&](bool ahead, bool masked) {
+    std::mt19937 random(21);
+    const auto choose = [&] {
+      if (masked) gpu_->choose(Rules(2, random).rules);
+    };
     forward(*gpu_, {{&long_, 0, 40}});
     forward(*gpu_, {{&other, 0, 50}});
     std::vector<std::int32_t> last = {3, 5}, out;
@@ -269,17 +370,24 @@ TEST_P(CudaEngine, StepsLaunchedAheadChooseTheSameTokens) {
         batch.drawn_rows = drawn;
         batch.draws = draws;
         batch.greedy_rows = greedy;
+        batch.masked = masked;
         gpu_->launch(batch);
+        if (!ahead || i == 0) choose();
       }
       if (ahead ? i == 0 : i == kSteps) continue;
       gpu_->collect(nullptr, last.data());
       out.insert(out.end(), last.begin(), last.end());
+      // Where a rule leaves no token, the next step takes any.
+      for (std::int32_t& token : last) token = std::max(token, 0);
+      if (ahead && i < kSteps) choose();
     }
     return out;
   };
-  const std::vector<std::int32_t> expected = run(false);
-  EXPECT_EQ(expected.size(), 2u * kSteps);
-  EXPECT_EQ(run(true), expected);
+  for (const bool masked : {false, true}) {
+    const std::vector<std::int32_t> expected = run(false, masked);
+    EXPECT_EQ(expected.size(), 2u * kSteps);
+    EXPECT_EQ(run(true, masked), expected) << masked;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, CudaEngine, testing::ValuesIn(cases()),
@@ -370,6 +478,55 @@ TEST(CudaGeneration, OverlappedStepsChangeNothing) {
       EXPECT_EQ(out[0][i].choices[c].token_ids, out[1][i].choices[c].token_ids) << i;
       EXPECT_EQ(out[0][i].choices[c].text, out[1][i].choices[c].text) << i;
       EXPECT_EQ(out[0][i].choices[c].finish, out[1][i].choices[c].finish) << i;
+    }
+  }
+}
+
+// Formats, biases and excluded tokens: chosen on the GPU with steps ahead and without, and by the host, which
+// log-probabilities make choose.
+TEST(CudaGeneration, FormatsAndRulesMeetTheDraws) {
+  const char* directory = std::getenv("FLASH_MLA_SMALL_MODEL");
+  ASSERT_NE(directory, nullptr) << "set FLASH_MLA_SMALL_MODEL to the folder models/small";
+  std::vector<Request> requests(20);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    requests[i].prompt = "Chapter " + std::to_string(i) + ". It was";
+    SamplingParams& p = requests[i].sampling;
+    p.max_tokens = 10 + static_cast<int>(7 * i % 50);
+    p.temperature = i % 3 == 0 ? 0 : 0.8;
+    p.seed = i;
+    p.top_p = i % 2 == 0 ? 0.9 : 1;
+    if (i % 4 == 0) {
+      p.format.kind = TextFormat::Kind::kRegex;
+      p.format.source = "( [a-z]{2,8}){3,12}\\.";
+    }
+    if (i % 4 == 1) p.format.kind = TextFormat::Kind::kJsonObject;
+    if (i % 4 == 2) p.logit_bias = {{static_cast<std::int32_t>(100 + i), 4}, {7, -3}, {7, 1.5}};
+    if (i % 4 == 3) p.bad_words = {"and", "of", "the"};
+    if (i % 5 == 0) p.min_tokens = p.max_tokens / 2;
+    if (i == 19) p.allowed_token_ids = {5, 6, 7, 300, 301};
+    if (i == 18) p.n = 3;
+  }
+  std::vector<std::vector<Completion>> out;
+  for (const auto& [overlap, logprobs] : {std::pair(true, -1), std::pair(false, -1), std::pair(true, 0)}) {
+    EngineOptions options;
+    options.device = EngineOptions::Device::kCuda;
+    options.num_pages = 60;
+    options.max_batch_size = 16;
+    options.batch_invariant = true;  // so that who runs beside whom does not matter
+    options.overlap_steps = overlap;
+    for (Request& r : requests) r.sampling.logprobs = logprobs;
+    Engine engine(directory, options);
+    out.push_back(engine.generate(requests));
+    EXPECT_EQ(engine.stats().pages_used, 0);
+  }
+  for (const std::vector<Completion>& other : {out[1], out[2]}) {
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      for (std::size_t c = 0; c < out[0][i].choices.size(); ++c) {
+        EXPECT_EQ(out[0][i].choices[c].error, "");
+        EXPECT_EQ(out[0][i].choices[c].token_ids, other[i].choices[c].token_ids) << i;
+        EXPECT_EQ(out[0][i].choices[c].text, other[i].choices[c].text) << i;
+        EXPECT_EQ(out[0][i].choices[c].finish, other[i].choices[c].finish) << i;
+      }
     }
   }
 }

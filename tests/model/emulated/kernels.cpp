@@ -22,6 +22,7 @@
 #include "kernels/rows/sm90/rows.h"
 #include "kernels/sampling/cpu/draw.h"
 #include "kernels/sampling/sm90/draw_rows.h"
+#include "kernels/sampling/sm90/token_rules.h"
 #include "queue.h"
 
 namespace flash_mla::sm90 {
@@ -424,6 +425,24 @@ void draw_rows(Matrix logits, const Draw* draws, std::int32_t* tokens, cudaStrea
       const std::span row(reinterpret_cast<const float*>(logits.row(t)),
                           static_cast<std::size_t>(logits.columns));
       tokens[t] = cpu::draw_token(row, *std::ranges::max_element(row), draws[t], scratch);
+    }
+  });
+}
+
+void apply_token_rules(Matrix logits, const TokenRules& rules, cudaStream_t) {
+  queue([=] {
+    const auto columns = static_cast<std::size_t>(logits.columns);
+    for (std::int64_t i = 0; i < rules.num_rows; ++i) {
+      const RuledRow& rule = rules.rows[i];
+      const std::span row(reinterpret_cast<float*>(logits.row(rule.row)), columns);
+      const Values before(row.begin(), row.end());
+      TokenRule all{nullptr, {rules.biases + rule.first_bias, static_cast<std::size_t>(rule.num_biases)}};
+      if (rule.mask >= 0)
+        all.allowed = rules.masks + static_cast<std::size_t>(rule.mask) * ((columns + 31) / 32);
+      cpu::apply_rule(row, all);
+      for (std::size_t k = 0; k < columns; ++k) {
+        if (!(before[k] < INFINITY)) row[k] = before[k];
+      }
     }
   });
 }

@@ -70,6 +70,7 @@ void CudaContext::reserve(std::int64_t num_tokens, std::int64_t num_rows) {
   activations(buffers.logit_h, rows, hidden);
   activations(buffers.logits, rows, config.vocab_size, DType::kFloat32);
   activations(buffers.tokens, rows, 1, DType::kInt32);
+  rules.reserve(num_rows, config.vocab_size, *pool);
 
   const std::int64_t recorded_tokens = std::min(tokens, kMaxRecordedTokens);
   grow_step_buffers(tokens, recorded_tokens, recorded_tokens);

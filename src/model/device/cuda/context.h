@@ -15,6 +15,7 @@
 #include "kernels/rows/sm90/rows.h"
 #include "model/device/cuda/memory.h"
 #include "model/device/cuda/one_token_pass.h"
+#include "model/device/cuda/rule_upload.h"
 #include "model/device/cuda/step_data.h"
 #include "model/device/cuda/stream.h"
 #include "model/device/cuda/weight_loader.h"
@@ -70,6 +71,7 @@ struct CudaContext {
   const Step* step = nullptr;
   bool recorded = false;  ///< the step is one of those that are replayed
   StepData data;
+  RuleUploader rules;
   sm90::RotationTable rotations;
   DecodeScheduleView schedule;  ///< of the absorbed tokens, where the sm90 kernel takes them
   OneTokenPass one_token;

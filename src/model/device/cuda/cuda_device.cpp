@@ -68,7 +68,7 @@ class CudaDevice : public Device {
     const Step& step = *context_.step;
     if (context_.recorded) {
       graphs_.run({step.num_tokens(), context_.data.max_blocks, step.batch_invariant, !step.draws.empty(),
-                   context_.selects()},
+                   step.masked, context_.selects()},
                   *context_.pool, context_.stream, planned_pass);
     } else {
       planned_pass();
@@ -77,10 +77,9 @@ class CudaDevice : public Device {
   }
 
   void choose(const Matrix& logits) override { choose_tokens(context_, logits); }
-  // Rows of logits whose tokens a format or a rule excludes go to the host.
-  bool chooses_among() const override { return false; }
-  void choose_among(std::int64_t /*first*/, std::span<const TokenRule> /*rules*/) override {
-    throw Unsupported("masked steps on cuda");
+  bool chooses_among() const override { return true; }
+  void choose_among(std::int64_t first, std::span<const TokenRule> rules) override {
+    choose_tokens_among(context_, first, rules);
   }
 
   void download_logits(std::int64_t rows, float* logits) override {

@@ -2,6 +2,7 @@
 
 #include "kernels/rows/sm90/rows.h"
 #include "kernels/sampling/sm90/draw_rows.h"
+#include "kernels/sampling/sm90/token_rules.h"
 
 namespace flash_mla::model {
 
@@ -34,6 +35,16 @@ void choose_tokens(CudaContext& context, const Matrix& logits) {
   auto* out = reinterpret_cast<std::int32_t*>(tokens.data);
   sm90::likeliest(logits, out, context.buffers.likeliest_scratch.data(), context.stream);
   if (!step.draws.empty()) sm90::draw_rows(logits, context.data.draws, out, context.stream);
+}
+
+void choose_tokens_among(CudaContext& context, std::int64_t first, std::span<const TokenRule> rules) {
+  const auto rows = static_cast<std::int64_t>(context.step->logit_rows.size());
+  const Matrix logits =
+      context.activations(context.buffers.logits, rows, context.config.vocab_size, DType::kFloat32);
+  sm90::apply_token_rules(
+      logits, context.rules.upload(first, rules, context.config.vocab_size, *context.pool, context.stream),
+      context.stream);
+  choose_tokens(context, logits);
 }
 
 }  // namespace flash_mla::model

@@ -1,7 +1,11 @@
 #pragma once
 
+#include <cstdint>
+#include <span>
+
 #include "base/buffer.h"
 #include "base/matrix.h"
+#include "kernels/sampling/token_rule.h"
 #include "model/device/cuda/context.h"
 #include "model/device/cuda/linear.h"
 #include "model/layers.h"
@@ -22,5 +26,7 @@ class CudaHead : public Head {
 
 /// Device::choose, into the context's tokens.
 void choose_tokens(CudaContext& context, const Matrix& logits);
+/// Device::choose_among.
+void choose_tokens_among(CudaContext& context, std::int64_t first, std::span<const TokenRule> rules);
 
 }  // namespace flash_mla::model

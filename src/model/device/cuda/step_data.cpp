@@ -2,15 +2,10 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
-#include <span>
-
-#include "base/cuda/check.h"
 
 namespace flash_mla::model {
 namespace {
 
-constexpr std::size_t kAlignment = 256;
 constexpr std::int64_t kFewestBlocks = 16;
 
 // Keys that each token of the step attends to, of at most `most`: none, if it only fills the step up.
@@ -23,37 +18,6 @@ void write_attended(const Step& step, std::int64_t most, std::int32_t* to) {
 }
 
 }  // namespace
-
-/// Places arrays one behind the other: first to learn the size (host == nullptr), then to write.
-class StepUploader::Packer {
- public:
-  Packer(std::byte* host, std::byte* device) : host_(host), device_(device) {}
-
-  /// Room for `count` values; `write(to)` fills it.
-  template <class T, class F>
-  T* place(std::size_t count, const F& write) {
-    const std::size_t offset = bytes_;
-    bytes_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    if (host_ == nullptr) return nullptr;
-    write(reinterpret_cast<T*>(host_ + offset));
-    return reinterpret_cast<T*>(device_ + offset);
-  }
-  template <class T>
-  T* place(const std::vector<T>& values) {
-    return place<T>(values.size(), [&](T* to) { std::copy(values.begin(), values.end(), to); });
-  }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  std::byte* host_;
-  std::byte* device_;
-  std::size_t bytes_ = 0;
-};
-
-StepUploader::StepUploader() {
-  check(cudaEventCreateWithFlags(&sent_, cudaEventDisableTiming), "cudaEventCreate");
-}
-StepUploader::~StepUploader() { cudaEventDestroy(sent_); }
 
 StepData StepUploader::upload(const Step& step, const StepCut& cut, DevicePool& pool, cudaStream_t stream) {
   const ChunkGroups chunks = group_chunks(step, cut.most_keys, cut.dense_keys);
@@ -104,18 +68,7 @@ StepData StepUploader::upload(const Step& step, const StepCut& cut, DevicePool& 
       data.listed[i].pages = packer.place(chunks.listed[i].pages);
     }
   };
-  Packer measure(nullptr, nullptr);
-  pack(measure);
-  const std::size_t bytes = measure.bytes();
-  check(cudaEventSynchronize(sent_), "cudaEventSynchronize");
-  // Twice what is needed, since a batch that has grown grows on.
-  if (bytes > host_.bytes()) host_.grow(2 * bytes);
-  if (bytes > device_.bytes()) device_ = pool.allocate(2 * bytes);
-  Packer write(host_.data(), device_.data());
-  pack(write);
-  check(cudaMemcpyAsync(device_.data(), host_.data(), bytes, cudaMemcpyHostToDevice, stream),
-        "cudaMemcpyAsync");
-  check(cudaEventRecord(sent_, stream), "cudaEventRecord");
+  upload_.send(pool, stream, pack);
   return data;
 }
 

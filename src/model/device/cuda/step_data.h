@@ -6,9 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "base/buffer.h"
 #include "model/device/cuda/chunk_groups.h"
-#include "model/device/cuda/memory.h"
+#include "model/device/cuda/packed_upload.h"
 #include "model/step.h"
 
 namespace flash_mla::model {
@@ -57,22 +56,13 @@ struct StepCut {
   std::int64_t index_topk = 0;          ///< 0: there is no indexer
 };
 
-/// Packs metadata into page-locked memory and sends it to the device in one copy.
+/// Sends a step's metadata to the device.
 class StepUploader {
  public:
-  StepUploader();
-  ~StepUploader();
-  StepUploader(const StepUploader&) = delete;
-  StepUploader& operator=(const StepUploader&) = delete;
-
   StepData upload(const Step& step, const StepCut& cut, DevicePool& pool, cudaStream_t stream);
 
  private:
-  class Packer;
-
-  PinnedBuffer host_;
-  Buffer device_;
-  cudaEvent_t sent_ = nullptr;  // the last copy has read host_
+  PackedUpload upload_;
 };
 
 }  // namespace flash_mla::model
