@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "flash_mla/engine.h"
-#include "kernels/sampling/token_rule.h"
+#include "model/model.h"
 
 namespace flash_mla::engine {
 
