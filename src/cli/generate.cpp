@@ -7,6 +7,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "base/json.h"
 #include "bench/generation_report.h"
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
@@ -24,7 +25,7 @@ using Json = nlohmann::ordered_json;
 struct GenerateOptions {
   std::string model, system, trace, variables;
   Talk talk;
-  std::vector<std::string> prompts;
+  std::vector<std::string> prompts, files;
   bool chat = false, json = false, quiet = false;
   EngineOptions engine;
   SamplingParams sampling;
@@ -33,10 +34,19 @@ struct GenerateOptions {
 // Invalid UTF-8 (a prompt can be anything) must not break the output.
 std::string dump(const Json& json) { return json.dump(2, ' ', false, Json::error_handler_t::replace); }
 
+// Those of --prompt, then those of files.
+std::vector<std::string> prompts_of(const GenerateOptions& o) {
+  std::vector<std::string> out;
+  for (const std::string& prompt : o.prompts) {
+    out.push_back(prompt == "-" ? std::string(std::istreambuf_iterator<char>(std::cin), {}) : prompt);
+  }
+  for (const std::string& file : o.files) out.push_back(read_file(file));
+  return out;
+}
+
 std::vector<Request> make_requests(const GenerateOptions& o) {
   std::vector<Request> requests;
-  for (std::string prompt : o.prompts) {
-    if (prompt == "-") prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
+  for (const std::string& prompt : prompts_of(o)) {
     Request& r = requests.emplace_back();
     r.sampling = o.sampling;
     if (!o.chat) {
@@ -99,6 +109,7 @@ int run_generate(const CLI::App& app, GenerateOptions o) {
   const auto since = [](Clock::time_point t) {
     return std::chrono::duration<double>(Clock::now() - t).count();
   };
+  if (o.prompts.empty() && o.files.empty()) throw InvalidArgument("--prompt, --file: expected at least one");
   if (!o.system.empty() && !o.chat) throw InvalidArgument("--system: expected together with --chat");
   if (!o.variables.empty() && !o.chat) throw InvalidArgument("--chat-template-kwargs: expected with --chat");
   o.talk.quiet = o.quiet;
@@ -140,14 +151,16 @@ int run_generate(const CLI::App& app, GenerateOptions o) {
 void register_generate(CLI::App& app, int& exit_code) {
   auto o = std::make_shared<GenerateOptions>();
   CLI::App* sub = app.add_subcommand("generate", "Continue prompts with a DeepSeek-V2 or V3 checkpoint");
-  sub->add_option("--model", o->model, "Hugging Face model directory")
+  sub->add_option("-m,--model", o->model, "Hugging Face model directory")
       ->required()
       ->check(CLI::ExistingDirectory)
       ->envname("MODEL_PATH");
-  sub->add_option("--prompt", o->prompts,
+  sub->add_option("-p,--prompt", o->prompts,
                   "Text to continue, \"-\" for standard input; may be given several times")
-      ->required()
       ->allow_extra_args(false);
+  sub->add_option("-f,--file", o->files, "A file with a text to continue; may be given several times")
+      ->allow_extra_args(false)
+      ->check(CLI::ExistingFile);
   sub->add_flag("--chat", o->chat, "The prompt is a user's message: put it through the chat template");
   sub->add_option("--system", o->system, "With --chat: the system message");
   sub->add_option("--chat-template-kwargs", o->variables,

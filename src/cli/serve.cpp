@@ -101,7 +101,7 @@ void register_serve(CLI::App& app, int& exit_code) {
   o->engine.max_waiting = 1024;
   CLI::App* sub = app.add_subcommand("serve", "Serve a checkpoint over an OpenAI-compatible HTTP API");
   add_config_flag(*sub);
-  sub->add_option("--model", o->model, "Hugging Face model directory")
+  sub->add_option("-m,--model", o->model, "Hugging Face model directory")
       ->required()
       ->check(CLI::ExistingDirectory)
       ->envname("MODEL_PATH");

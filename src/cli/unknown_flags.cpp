@@ -68,7 +68,8 @@ std::string unknown_arguments(const CLI::App& app, int argc, const char* const* 
       others.push_back(fmt::format("\"{}\"", word));
       continue;
     }
-    const std::string near = nearest(word, known);
+    // Any other letter would be near to one.
+    const std::string near = word.size() > 2 ? nearest(word, known) : "";
     flags.push_back(near.empty() ? word : fmt::format("{} (did you mean {}?)", word, near));
   }
   const std::vector<std::string>& named = flags.empty() ? others : flags;  // values of unknown flags are none

@@ -75,6 +75,7 @@ TEST(Program, UnknownFlagsAreNamedInOrderWithTheNearest) {
   expect_usage_error("serve --portt 1 --hots ::1",
                      "unknown flags --portt (did you mean --port?), --hots (did you mean --host?)");
   expect_usage_error("chat --temp 1", "unknown flag --temp (did you mean --temperature?)");
+  expect_usage_error("generate -m /tmp -x 3", "unknown flag -x; flash-mla");
   expect_usage_error("info more and more", "flash-mla info: unknown arguments \"more\", \"and\", \"more\"");
   for (const std::string command : {"demo", "verify", "bench", "bench-engine", "plan", "loadtest"}) {
     expect_usage_error(command + " --hepl",

@@ -35,7 +35,19 @@ def test_streamed_text_is_that_of_the_library(llm):
     assert out == expected + "\n"
     for figure in ("TTFT", "TPOT", "tokens/s", "cache hit rate"):
         assert figure in report
-    assert generate("--prompt", "-", *flags, input=PROMPT.encode())[0] == out
+    assert generate("-p", "-", *flags, input=PROMPT.encode())[0] == out
+
+
+def test_prompts_of_files_follow_the_others(tmp_path):
+    (tmp_path / "one").write_text(PROMPT)
+    (tmp_path / "two").write_text("Emma was")
+    flags = ["--max-tokens", "20", "--temperature", "0"]
+    out = generate("-f", str(tmp_path / "one"), *flags)[0]
+    assert out == generate("-p", PROMPT, *flags)[0]
+    several = generate("--file", str(tmp_path / "one"), "--file", str(tmp_path / "two"), "-p", "Emma was", *flags)[0]
+    parts = several.split("--- prompt ")[1:]
+    assert [part.partition(",")[0] for part in parts] == ["1", "2", "3"]
+    assert parts[1].endswith(out) and parts[0][1:] == parts[2][1:]
 
 
 def test_json_has_every_continuation_and_the_figures(tmp_path):
@@ -98,6 +110,7 @@ def test_chat(llm):
         (["--prompt", "a", "--system", "b"], "--system"),
         (["--prompt", "a", "--device", "tpu"], "--device"),
         ([], "--prompt"),
+        (["--file", "/no/such/file"], "/no/such/file"),
     ],
 )
 def test_wrong_usage_is_told(flags, part):
