@@ -266,6 +266,54 @@ TEST_P(SparseDecode, RepeatsAreBitEqual) {
   for (int i = 0; i < 20; ++i) ASSERT_EQ(p.run(backend()).bits, first.bits);
 }
 
+/// "" or where two results differ, by request, token, head and column of `out`.
+std::string where_bits_differ(const SparseShape& s, const SparseResult& a, const SparseResult& b) {
+  std::string where;
+  int count = 0;
+  for (std::size_t i = 0; i < a.out.size(); ++i) {
+    if (a.out[i] == b.out[i] || (std::isnan(a.out[i]) && std::isnan(b.out[i]))) continue;
+    if (++count > 8) continue;
+    const std::size_t row = i / 512, h = row % static_cast<std::size_t>(s.h_q);
+    where += " (row " + std::to_string(row / static_cast<std::size_t>(s.h_q)) + ", head " +
+             std::to_string(h) + ", column " + std::to_string(i % 512) + ")";
+  }
+  return count == 0 ? "" : std::to_string(count) + " of " + std::to_string(a.out.size()) + where;
+}
+
+TEST_P(SparseDecode, RepeatsOverFormatsAreBitEqual) {
+  const PoolShape rows{.format = KvFormat::kBFloat16, .tokens = 300, .page_size = 7, .topk = 190};
+  std::vector<SparseShape> shapes;
+  for (const int h_q : {16, 32, 64}) {
+    SparseShape s{.b = 4, .s_q = 2, .h_q = h_q};
+    for (const KvFormat format : {KvFormat::kBFloat16, KvFormat::kFp8V32, KvFormat::kFp8Tensor}) {
+      s.keys = {.format = format, .tokens = 700, .topk = 190};
+      shapes.push_back(s);
+    }
+    s.d_qk = 512;
+    for (const KvFormat format : {KvFormat::kBFloat16, KvFormat::kFp8V4}) {
+      s.keys = {.format = format, .tokens = 700, .topk = 260};
+      shapes.push_back(s);
+    }
+    s.has_extra = true;
+    s.extra = rows;
+    shapes.push_back(s);
+    std::swap(s.keys, s.extra);
+    shapes.push_back(s);
+  }
+  for (const SparseShape& s : shapes) {
+    if (!supports(s)) continue;
+    const SparseProblem p(s);
+    const SparseResult first = p.run(backend());
+    for (int i = 0; i < 20; ++i) {
+      const SparseResult next = p.run(backend());
+      if (next.bits == first.bits) continue;
+      ADD_FAILURE() << kv_format_name(s.keys.format) << " d_qk " << s.d_qk << " h_q " << s.h_q
+                    << (s.has_extra ? " and another" : "") << ": " << where_bits_differ(s, next, first);
+      break;
+    }
+  }
+}
+
 TEST_P(SparseDecode, BatchInvariantBitsDependOnTheRowsOwnListAlone) {
   SparseShape s{.b = 5, .s_q = 1, .h_q = 16, .keys = {.tokens = 2000, .topk = 900, .lengths = true}};
   if (!supports(s) || !backend().batch_invariant()) return;

@@ -294,9 +294,11 @@ struct KeyProducts<WideRows<kDim>, kHeads, kBf16> : KeyProductsBase<WideRows<kDi
       ptx::wgmma(x, a[0], q.step(2 * u), u > 0);
       ptx::wgmma(x, a[1], q.step(2 * u + 1), true);
       ptx::wgmma_commit();
-      if (u + 1 == kUnits) break;
-      if (u > 0) ptx::wgmma_wait<1>();  // unit u - 1 has read its registers
-      w[(u + 1) % 2] = load_half(u + 1);
+      // (A `break` here would keep the loop rolled, and the registers of a unit on its way would be written to.)
+      if (u + 1 < kUnits) {
+        if (u > 0) ptx::wgmma_wait<1>();  // unit u - 1 has read its registers
+        w[(u + 1) % 2] = load_half(u + 1);
+      }
     }
     this->release();
     ptx::wgmma_wait<0>();
