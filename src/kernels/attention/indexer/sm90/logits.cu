@@ -1,4 +1,5 @@
-// The indexer's logits: relu of products of e4m3, weighted and summed over heads.
+// The indexer's logits: relu of products of e4m3, weighted and summed over heads. Any page size, alignment, width and
+// number of heads; what comes in whole tiles is tiles.cu's.
 //
 // Tile:      64 keys x 64 heads x 128 (dim 64 is padded with zeros, as heads are; more than 64 heads are two tiles),
 //            for 1, 2 or 4 query tokens that share the keys. A product is four wgmma m64n64k32.
@@ -19,6 +20,8 @@
 #include "base/cuda/launch.h"
 #include "base/cuda/shared_memory.h"
 #include "kernels/attention/indexer/sm90/indexer.h"
+#include "kernels/attention/indexer/sm90/params.cuh"
+#include "kernels/attention/indexer/sm90/tiles.h"
 #include "kernels/ptx/wgmma_e4m3.cuh"
 
 namespace flash_mla::sm90 {
@@ -28,22 +31,6 @@ constexpr int kThreads = 128;
 constexpr int kKeys = 64, kHeads = 64, kRowBytes = 128;  // of a tile
 constexpr int kStages = 4;
 constexpr int kTileBytes = kKeys * kRowBytes;
-
-struct Params {
-  indexer::Rows rows;
-  indexer::Logits logits;
-  long long first, last;           // rows of the call
-  long long first_request;         // of the first group
-  long long span, groups_of_span;  // rows that share keys, and groups they make
-  long long run;                   // keys of a block
-  int head_tiles;
-};
-
-__device__ __forceinline__ float positive(float x) {
-  float y = 0;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 template <int kBytes>
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
@@ -58,63 +45,24 @@ __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
 template <int kRows, int kUnit>
 class Block {
  public:
-  __device__ Block(const Params& p, unsigned char* memory) : p_(p), r_(p.rows) {
+  __device__ Block(const Params& p, unsigned char* memory) : p_(p), r_(p.rows), rows_(p) {
     stages_ = memory;
     scales_ = reinterpret_cast<float*>(memory + kStages * kTileBytes);
     queries_ = memory + kStages * kTileBytes + 1024;  // scales take exactly that
     weights_ = reinterpret_cast<float*>(queries_ + kRows * p.head_tiles * kTileBytes);
-    const long long group = blockIdx.x, request = p.first_request + group / p.groups_of_span;
-    const long long begin =
-        (r_.table == nullptr ? p.first : request * p.span) + group % p.groups_of_span * kRows;
-    const long long end = (r_.table == nullptr ? p.last : min((request + 1) * p.span, p.last));
-    row0_ = max(begin, p.first);
-    rows_ = static_cast<int>(min(begin + kRows, end) - row0_);
-    if (r_.table != nullptr) table_ = r_.table + request * r_.table_stride;
   }
 
   __device__ void run() {
-    if (rows_ <= 0) return;
-    const long long run_begin = blockIdx.y * p_.run;
-    const long long run_end = blockIdx.y + 1 == gridDim.y ? 0x7FFFFFFFFFFFFFFFll : run_begin + p_.run;
-    if (p_.logits.clean) clean(run_begin, min(run_end, static_cast<long long>(p_.logits.width)));
-    long long begin = run_end, end = run_begin;
-    for (int i = 0; i < rows_; ++i) {
-      if (key_begin(row0_ + i) >= key_end(row0_ + i)) continue;
-      begin = min(begin, key_begin(row0_ + i));
-      end = max(end, key_end(row0_ + i));
-    }
-    begin = max(begin, run_begin);
-    end = min(end, run_end);
+    if (rows_.rows <= 0) return;
+    rows_.clean();
+    long long begin, end;
+    rows_.find_keys(begin, end);
     if (begin >= end) return;
     load_queries();
     score(begin, end);
   }
 
  private:
-  __device__ long long key_begin(long long row) const {
-    return r_.key_begin != nullptr ? max(r_.key_begin[row], 0) : 0;
-  }
-  __device__ long long key_end(long long row) const {
-    long long end = 0;
-    if (r_.end_of_last_row) {
-      end = r_.key_end[row / r_.rows_per_request] - (r_.rows_per_request - 1 - row % r_.rows_per_request);
-    } else {
-      end = r_.key_end[row];
-    }
-    return min(max(end, 0ll), static_cast<long long>(r_.max_keys));
-  }
-
-  __device__ void clean(long long begin, long long end) const {
-    for (int i = 0; i < rows_; ++i) {
-      const long long from = p_.logits.compressed ? 0 : key_begin(row0_ + i);
-      const long long to = from + max(key_end(row0_ + i) - key_begin(row0_ + i), 0ll);
-      float* out = p_.logits.data + (row0_ + i - p_.first) * p_.logits.stride;
-      for (long long c = begin + threadIdx.x; c < end; c += kThreads) {
-        if (c < from || c >= to) out[c] = -__int_as_float(0x7F800000);
-      }
-    }
-  }
-
   __device__ static int swizzled(int row, int byte) { return row * kRowBytes + (byte ^ (row % 8 * 16)); }
 
   /// Queries and weights; zeros where there is no head or dimension. The stages' own zeros too.
@@ -125,8 +73,8 @@ class Block {
                 byte = i % (kRowBytes / 4) * 4;
       const int query = tile / p_.head_tiles, head = tile % p_.head_tiles * kHeads + row;
       unsigned word = 0;
-      if (query < rows_ && head < r_.heads && byte < r_.dim) {
-        const long long at = row0_ + query;
+      if (query < rows_.rows && head < r_.heads && byte < r_.dim) {
+        const long long at = rows_.row0 + query;
         const std::byte* from = r_.q + at / r_.rows_per_request * r_.q_request_bytes +
                                 at % r_.rows_per_request * r_.q_row_bytes + head * r_.dim + byte;
         for (int b = 0; b < 4; ++b) word |= static_cast<unsigned>(from[b]) << 8 * b;
@@ -135,8 +83,9 @@ class Block {
     }
     for (int i = static_cast<int>(threadIdx.x); i < tiles * kHeads; i += kThreads) {
       const int query = i / kHeads / p_.head_tiles, head = i % (kHeads * p_.head_tiles);
-      weights_[i] =
-          query < rows_ && head < r_.heads ? r_.weights[(row0_ + query) * r_.weights_stride + head] : 0;
+      weights_[i] = query < rows_.rows && head < r_.heads
+                        ? r_.weights[(rows_.row0 + query) * r_.weights_stride + head]
+                        : 0;
     }
     if (r_.dim < kRowBytes) {
       for (int i = static_cast<int>(threadIdx.x); i < kStages * kTileBytes / 4; i += kThreads) {
@@ -148,9 +97,9 @@ class Block {
   }
 
   __device__ const std::byte* place(const std::byte* base, long long key, int bytes) const {
-    if (table_ == nullptr) return base + key * bytes;
+    if (rows_.table == nullptr) return base + key * bytes;
     const auto j = static_cast<unsigned>(key), page_size = static_cast<unsigned>(r_.page_size);
-    return base + table_[j / page_size] * r_.page_bytes + static_cast<long long>(j % page_size) * bytes;
+    return base + rows_.table[j / page_size] * r_.page_bytes + static_cast<long long>(j % page_size) * bytes;
   }
 
   __device__ void load_keys(int stage, long long first, long long end) const {
@@ -199,14 +148,13 @@ class Block {
       high += __shfl_xor_sync(~0u, high, step);
     }
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane % 4 > 1 || query >= rows_) return;
+    if (lane % 4 > 1 || query >= rows_.rows) return;
     const int key = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4 + lane % 4 * 8;
-    const long long j = first + key, row = row0_ + query, begin = key_begin(row);
-    if (j < begin || j >= min(key_end(row), end)) return;
+    const long long j = first + key, begin = rows_.key_begin(query);
+    if (j < begin || j >= min(rows_.key_end(query), end)) return;
     const long long column = p_.logits.compressed ? j - begin : j;
     if (column >= p_.logits.width) return;
-    p_.logits.data[(row - p_.first) * p_.logits.stride + column] =
-        (lane % 4 == 0 ? low : high) * scales_[stage * kKeys + key];
+    rows_.logits_of(query)[column] = (lane % 4 == 0 ? low : high) * scales_[stage * kKeys + key];
   }
 
   __device__ void score(long long begin, long long end) {
@@ -246,9 +194,7 @@ class Block {
   const indexer::Rows& r_;
   unsigned char *stages_, *queries_;
   float *scales_, *weights_;
-  const int* table_ = nullptr;
-  long long row0_;
-  int rows_;
+  const BlockRows<kRows> rows_;
 };
 
 template <int kRows, int kUnit>
@@ -280,6 +226,14 @@ __global__ void write_lengths(const __grid_constant__ indexer::Rows r, long long
   lengths[row - first] = static_cast<int>(max(end - begin, 0ll));
 }
 
+/// Into how many runs to cut the keys of each group: of up to 8192 keys, and blocks that fill the places on the
+/// multiprocessors a whole number of times, or nearly.
+long long runs_of_tiles(long long groups, long long columns, long long places) {
+  constexpr long long kMost = 8192;
+  const long long rounds = (groups * columns + places * kMost - 1) / (places * kMost);
+  return std::max<long long>(rounds * places / groups, (columns + 2 * kMost - 1) / (2 * kMost));
+}
+
 }  // namespace index_kernel
 
 void index_logits(const indexer::Rows& rows, std::int64_t first, std::int64_t last,
@@ -301,6 +255,16 @@ void index_logits(const indexer::Rows& rows, std::int64_t first, std::int64_t la
   const long long groups = spans * p.groups_of_span;
   int multiprocessors_there = 0;
   check(multiprocessors(multiprocessors_there), "cudaDeviceGetAttribute");
+  if (comes_in_tiles(p)) {
+    const long long columns = std::max<long long>({rows.max_keys, logits.clean ? logits.width : 0, 1});
+    const long long runs = runs_of_tiles(
+        groups, columns, static_cast<long long>(multiprocessors_there) * blocks_of_tiles(together));
+    p.run = (columns + runs - 1) / runs;
+    p.run = std::max<long long>((p.run + kKeys - 1) / kKeys * kKeys, 256);
+    while (columns / p.run >= 65535) p.run *= 2;
+    return launch_tiles(p, together, groups, (columns + p.run - 1) / p.run,
+                        static_cast<cudaStream_t>(stream));
+  }
   // Enough blocks for all multiprocessors several times over, of 256 to 4096 keys.
   const long long columns = std::max<long long>({rows.max_keys, logits.clean ? logits.width : 0, 1});
   p.run = std::clamp<long long>(groups * columns / (multiprocessors_there * 20) / kKeys * kKeys, 256, 4096);
