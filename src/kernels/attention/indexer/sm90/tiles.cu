@@ -50,20 +50,13 @@ struct Tiles {
   S& s;
   const int first_tile, tiles;  // in tiles of 64 keys
 
-  /// Where tile t's keys begin: in bytes from the first page of keys and of scales.
-  __device__ long long key_at(int t) const {
+  /// Where tile t begins, in bytes from the first page: of its keys, or of its scales, each of that many bytes.
+  __device__ long long place_of(int t, int bytes) const {
     const indexer::Rows& r = rows.p.rows;
     const long long key = static_cast<long long>(first_tile + t) * kKeys;
-    if (rows.table == nullptr) return key * kRowBytes;
+    if (rows.table == nullptr) return key * bytes;
     const auto j = static_cast<unsigned>(key), page_size = static_cast<unsigned>(r.page_size);
-    return rows.table[j / page_size] * r.page_bytes + static_cast<long long>(j % page_size) * kRowBytes;
-  }
-  __device__ long long scale_at(int t) const {
-    const indexer::Rows& r = rows.p.rows;
-    const long long key = static_cast<long long>(first_tile + t) * kKeys;
-    if (rows.table == nullptr) return key * 4;
-    const auto j = static_cast<unsigned>(key), page_size = static_cast<unsigned>(r.page_size);
-    return rows.table[j / page_size] * r.page_bytes + static_cast<long long>(j % page_size) * 4;
+    return rows.table[j / page_size] * r.page_bytes + static_cast<long long>(j % page_size) * bytes;
   }
 
   // ---- bringing tiles, by one thread of the warpgroup that scores them
@@ -71,7 +64,7 @@ struct Tiles {
   __device__ void bring(int t) const {
     const indexer::Rows& r = rows.p.rows;
     const int stage = t % kStages;
-    const long long keys = key_at(t), scales = scale_at(t);
+    const long long keys = place_of(t, kRowBytes), scales = place_of(t, 4);
     // Of an array of keys the last tile may be cut.
     const long long left =
         rows.table != nullptr ? kKeys : r.max_keys - static_cast<long long>(first_tile + t) * kKeys;
