@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 
 #include "flash_mla/export.h"
@@ -26,6 +27,11 @@ struct DenseDecodeArgs {
   TensorView cache_seqlens;  ///< (b) int32: keys of each request, 0 <= length <= max_blocks * page_size
   TensorView out;            ///< (b, s_q, h_q, d_v), q's dtype; written
   TensorView lse{};  ///< (b, h_q, s_q) float32, natural log of the softmax denominator; written. Optional
+  /// (b, s_q, h_q, rope width), q's dtype: the last columns of the queries, where they lie apart. q then has the
+  /// first d_v alone. Optional
+  TensorView q_rope{};
+
+  std::int64_t d_qk() const { return q.size(3) + (q_rope.defined() ? q_rope.size(3) : 0); }
 };
 
 struct DenseDecodeOptions {
@@ -71,7 +77,8 @@ FLASH_MLA_API std::size_t dense_decode_workspace_size(const DenseDecodeArgs& arg
 /// Shapes, dtypes, strides and devices are checked; device data is never read on the host, so lengths,
 /// block-table entries and the schedule's agreement with cache_seqlens are the caller's to get right. Takes
 /// bfloat16 and float16, d_qk 576 and d_v 512, pages of 16, 32 or a multiple of 64 tokens, schedules with
-/// block_size 64, and q, k_cache and out aligned to 16 bytes with strides that are multiples of 8 elements.
+/// block_size 64, and q, q_rope, k_cache and out aligned to 16 bytes with strides that are multiples of 8
+/// elements.
 FLASH_MLA_API void dense_decode(const DenseDecodeArgs& args, const DecodeScheduleView& schedule,
                                 void* workspace, std::size_t workspace_bytes,
                                 const DenseDecodeOptions& options = {});

@@ -134,6 +134,7 @@ def flash_mla_with_kvcache(
     topk_length: Optional[Array] = None,
     extra_topk_length: Optional[Array] = None,
     out: Optional[Array] = None,
+    q_rope: Optional[Array] = None,
 ) -> Tuple[Array, Array]:
     """MLA decode over a paged cache: dense, or with ``indices`` over the tokens on a list.
 
@@ -144,6 +145,8 @@ def flash_mla_with_kvcache(
     get_mla_decoding_metadata returned them.
     softmax_scale defaults to d_qk ** -0.5, which is not DeepSeek's (V3 and R1: 0.1352338). causal: query i of s_q sees
     keys j <= length - s_q + i.
+    q_rope: (b, s_q, h_q, d_qk - head_dim_v), where a query's rotary part lies apart; q is then the first head_dim_v
+    columns. Both may have any strides that a multiple of 16 bytes is: nothing is copied together.
 
     On a GPU (torch tensors on a Hopper) the work is queued on torch's current stream of that device and waited for by
     nobody; scratch memory comes from torch's allocator. Lengths, block-table entries and the schedule's agreement with
@@ -174,6 +177,8 @@ def flash_mla_with_kvcache(
             extra_indices_in_kvcache=extra_indices_in_kvcache,
             extra_topk_length=extra_topk_length,
         )
+        if q_rope is not None:
+            raise ValueError("q_rope is given, expected None beside indices")
         flags = (head_dim_v, causal, is_fp8_kvcache)
         return _sparse(q, k_cache, indices, lists, flags, tile_scheduler_metadata, num_splits, softmax_scale, out)
     if not (attn_sink is extra_k_cache is extra_indices_in_kvcache is topk_length is extra_topk_length is None):
@@ -198,13 +203,16 @@ def flash_mla_with_kvcache(
         parts, num_splits = _metadata(tile_scheduler_metadata, config, cache_seqlens)
     inputs = (q, k_cache, block_table, cache_seqlens, parts, num_splits)
     if is_fp8_kvcache:
+        if q_rope is not None:
+            raise ValueError("q_rope is given, expected None with is_fp8_kvcache")
         _check_latent_width(head_dim_v)
         _check_fp8(k_cache)
         out, lse = dense_fp8_decode(*inputs, softmax_scale=softmax_scale, causal=causal, token_rows=token_rows, out=out)
     else:
-        out, lse = run_dense_decode(
-            q_shape, head_dim_v, device, inputs, out, softmax_scale=softmax_scale, causal=causal, token_rows=token_rows
-        )
+        options = dict(softmax_scale=softmax_scale, causal=causal, token_rows=token_rows)
+        if q_rope is not None:
+            options["q_rope"] = q_rope
+        out, lse = run_dense_decode(q_shape, head_dim_v, device, inputs, out, **options)
     if config is not None and not tile_scheduler_metadata.have_initialized:
         # Only now: a call that was refused must not bind the object to its shapes.
         tile_scheduler_metadata.tile_scheduler_metadata = parts

@@ -91,6 +91,7 @@ def dense_decode(
     token_rows: bool = False,
     num_threads: int = 0,
     out: Optional[Array] = None,
+    q_rope: Optional[Array] = None,
 ) -> Tuple[Array, Array]:
     """flash_mla_with_kvcache with a plan of build_decode_schedule.
 
@@ -114,6 +115,7 @@ def dense_decode(
         block_size=block_size,
         fixed_split_blocks=fixed_split_blocks,
         num_threads=num_threads,
+        **({} if q_rope is None else {"q_rope": q_rope}),
     )
 
 

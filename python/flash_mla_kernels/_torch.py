@@ -66,7 +66,7 @@ def _run_dense_decode(q, k_cache, block_table, cache_seqlens, parts, num_splits,
 dense_decode = _operator(
     "dense_decode(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, Tensor parts, Tensor num_splits, "
     "Tensor(a!) out, Tensor(b!) lse, *, float? softmax_scale=None, bool causal=False, bool token_rows=False, "
-    "int block_size=64, int fixed_split_blocks=0, int num_threads=0) -> ()",
+    "int block_size=64, int fixed_split_blocks=0, int num_threads=0, Tensor? q_rope=None) -> ()",
     _run_dense_decode,
     _nothing,
 )

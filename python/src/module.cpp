@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -29,18 +30,28 @@ namespace {
 DenseDecodeArgs arguments(const TensorArgument& q, const TensorArgument& k_cache,
                           const TensorArgument& block_table, const TensorArgument& cache_seqlens,
                           const TensorArgument& out, const TensorArgument& lse) {
-  return {q.view(), k_cache.view(), block_table.view(), cache_seqlens.view(), out.view(), lse.view()};
+  DenseDecodeArgs args;
+  args.q = q.view();
+  args.k_cache = k_cache.view();
+  args.block_table = block_table.view();
+  args.cache_seqlens = cache_seqlens.view();
+  args.out = out.view();
+  args.lse = lse.view();
+  return args;
 }
 
 void py_dense_decode(nb::handle q, nb::handle k_cache, nb::handle block_table, nb::handle cache_seqlens,
                      nb::handle out, nb::handle lse, nb::handle parts, nb::handle num_splits,
                      nb::handle softmax_scale, nb::handle causal, bool token_rows, nb::handle block_size,
                      nb::handle fixed_split_blocks, nb::handle num_threads, std::uintptr_t stream,
-                     nb::handle allocate) {
+                     nb::handle allocate, nb::handle q_rope) {
   const TensorArgument t_q(q, "q"), t_k(k_cache, "k_cache"), t_table(block_table, "block_table"),
       t_lengths(cache_seqlens, "cache_seqlens"), t_out(out, "out"), t_lse(lse, "lse"),
       t_parts(parts, "tile_scheduler_metadata"), t_splits(num_splits, "num_splits");
-  const DenseDecodeArgs args = arguments(t_q, t_k, t_table, t_lengths, t_out, t_lse);
+  std::optional<TensorArgument> t_rope;
+  if (!q_rope.is_none()) t_rope.emplace(q_rope, "q_rope");
+  DenseDecodeArgs args = arguments(t_q, t_k, t_table, t_lengths, t_out, t_lse);
+  if (t_rope) args.q_rope = t_rope->view();
   DecodeScheduleView schedule;
   schedule.parts = t_parts.view();
   schedule.num_splits = t_splits.view();
@@ -158,7 +169,7 @@ NB_MODULE(_C, m) {
         "cache_seqlens"_a.none(), "out"_a.none(), "lse"_a.none(), "parts"_a.none(), "num_splits"_a.none(),
         "softmax_scale"_a.none() = nb::none(), "causal"_a.none() = false, "token_rows"_a = false,
         "block_size"_a.none() = 64, "fixed_split_blocks"_a.none() = 0, "num_threads"_a.none() = 0,
-        "stream"_a = 0, "allocate"_a.none() = nb::none());
+        "stream"_a = 0, "allocate"_a.none() = nb::none(), "q_rope"_a.none() = nb::none());
   m.def("build_schedule", &python::py_build_schedule, "cache_seqlens"_a.none(), "parts"_a.none(),
         "num_splits"_a.none(), "token_rows"_a = false, "stream"_a = 0, "options"_a);
   m.def("schedule_options", [] { return python::to_dict({}); });

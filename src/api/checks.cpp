@@ -115,6 +115,17 @@ void check_same_device(const TensorView& t, const char* name, const TensorView& 
   }
 }
 
+/// Of queries in two parts: the second fits the first, which is as wide as V.
+static void check_query_rope(const DenseDecodeArgs& a) {
+  check_tensor(a.q_rope, "q_rope", 4, {a.q.dtype});
+  check_size(a.q, "q", 3, a.out.size(3), "out.shape[3] (d_v), since q_rope is given,");
+  check_size(a.q_rope, "q_rope", 0, a.q.size(0), "q.shape[0] (b)");
+  check_size(a.q_rope, "q_rope", 1, a.q.size(1), "q.shape[1] (s_q)");
+  check_size(a.q_rope, "q_rope", 2, a.q.size(2), "q.shape[2] (h_q)");
+  check_last_dim_contiguous(a.q_rope, "q_rope");
+  check_same_device(a.q_rope, "q_rope", a.q, "q");
+}
+
 void check_dense_decode_shapes(const DenseDecodeArgs& a, const DenseDecodeOptions& options,
                                bool allow_reference_types) {
   if (allow_reference_types) {
@@ -128,7 +139,7 @@ void check_dense_decode_shapes(const DenseDecodeArgs& a, const DenseDecodeOption
   check_tensor(a.block_table, "block_table", 2, {DType::kInt32});
   check_tensor(a.cache_seqlens, "cache_seqlens", 1, {DType::kInt32});
 
-  const std::int64_t b = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), d_qk = a.q.size(3);
+  const std::int64_t b = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), d_qk = a.d_qk();
   if (s_q < 1 || s_q > kMaxQueryTokens) {
     invalid("q.shape[1] (s_q) is {}, expected 1 to {}", s_q, kMaxQueryTokens);
   }
@@ -152,6 +163,7 @@ void check_dense_decode_shapes(const DenseDecodeArgs& a, const DenseDecodeOption
     invalid("q.shape[3] (d_qk) is {}, expected {} to {}: d_v plus a rope width of 0 to {}", d_qk, d_v,
             d_v + kMaxRopeWidth, kMaxRopeWidth);
   }
+  if (a.q_rope.defined()) check_query_rope(a);
   check_size(a.out, "out", 0, b, "q.shape[0] (b)");
   check_size(a.out, "out", 1, s_q, "q.shape[1] (s_q)");
   check_size(a.out, "out", 2, h_q, "q.shape[2] (h_q)");

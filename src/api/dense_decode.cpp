@@ -31,7 +31,7 @@ void check_shapes(const DenseDecodeArgs& args, const DecodeScheduleView& schedul
 }
 
 float softmax_scale_of(const DenseDecodeArgs& args, const DenseDecodeOptions& options) {
-  return options.softmax_scale.value_or(1.0f / std::sqrt(static_cast<float>(args.q.size(3))));
+  return options.softmax_scale.value_or(1.0f / std::sqrt(static_cast<float>(args.d_qk())));
 }
 
 bool causal_of(const DenseDecodeArgs& args, const DenseDecodeOptions& options) {

@@ -115,6 +115,26 @@ TEST_P(Conformance, StridedPoolsAndOtherLayouts) {
   expect_matches({.lengths = {300, 70}, .h_q = 8, .h_kv = 2, .page_gap = 64, .strided = true});
 }
 
+TEST_P(Conformance, QueriesInTwoParts) {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int h_q : {1, 16, 128}) {
+      for (const int s_q : {1, 3}) {
+        const Shape shape{.lengths = {300, 0, 70},
+                          .s_q = s_q,
+                          .h_q = h_q,
+                          .dtype = dtype,
+                          .causal = true,
+                          .rope_apart = true};
+        expect_matches(shape);
+        // The copy alone is another: not a bit of the result is.
+        Shape whole = shape;
+        whole.rope_apart = false;
+        EXPECT_EQ(Problem(shape).run(backend()).out_bits, Problem(whole).run(backend()).out_bits);
+      }
+    }
+  }
+}
+
 TEST_P(Conformance, ARowWithoutKeysIsZeroAndInfinite) {
   const Problem p({.lengths = {0, 5, 0}, .s_q = 2, .h_q = 3});
   const Result r = p.run(backend());

@@ -117,15 +117,47 @@ DenseDecodeArgs Problem::host_args(std::vector<std::uint8_t>& out, std::vector<f
   return a;
 }
 
+Problem::QueryParts Problem::query_parts(const TensorView& whole) const {
+  const Shape& s = shape_;
+  const std::size_t element = dtype_size(s.dtype);
+  const std::int64_t heads = s.h_q, rows = batch() * s.s_q, d_v = s.d_v, rope = s.rope;
+  QueryParts p;
+  p.latent.resize(static_cast<std::size_t>(rows * s.h_q * d_v) * element);
+  p.rope.assign(static_cast<std::size_t>(rows * s.h_q * 3 * rope) * element, 0xFF);
+  p.rope_offset = static_cast<std::size_t>(2 * rope) * element;
+  p.latent_view = TensorView::contiguous(nullptr, s.dtype, {batch(), s.s_q, s.h_q, d_v});
+  p.latent_view.strides = {s.s_q * d_v, d_v, rows * d_v, 1};
+  p.rope_view = TensorView::contiguous(nullptr, s.dtype, {batch(), s.s_q, s.h_q, rope});
+  p.rope_view.strides = {s.s_q * heads * 3 * rope, heads * 3 * rope, 3 * rope, 1};
+  for (std::int64_t b = 0; b < batch(); ++b) {
+    for (std::int64_t i = 0; i < s.s_q; ++i) {
+      for (std::int64_t h = 0; h < s.h_q; ++h) {
+        const auto at = [&](const TensorView& v) {
+          return static_cast<std::size_t>(b * v.stride(0) + i * v.stride(1) + h * v.stride(2)) * element;
+        };
+        const std::uint8_t* from = q.data() + at(whole);
+        const auto latent_bytes = static_cast<std::size_t>(d_v) * element;
+        std::memcpy(p.latent.data() + at(p.latent_view), from, latent_bytes);
+        std::memcpy(p.rope.data() + p.rope_offset + at(p.rope_view), from + latent_bytes,
+                    static_cast<std::size_t>(rope) * element);
+      }
+    }
+  }
+  return p;
+}
+
 Result Problem::run(BackendUnderTest& backend, const RunOptions& how) const {
   const Shape& s = shape_;
   std::vector<std::uint8_t> out_fill;
   std::vector<float> lse_fill;
   DenseDecodeArgs a = host_args(out_fill, lse_fill);
-  Guarded d_q(backend, q.size()), d_cache(backend, cache.size()), d_table(backend, table.size() * 4),
-      d_lengths(backend, s.lengths.size() * 4), d_out(backend, out_fill.size()),
-      d_lse(backend, lse_fill.size() * 4);
-  d_q.upload(q.data());
+  const QueryParts parts = s.rope_apart ? query_parts(a.q) : QueryParts{};
+  const std::vector<std::uint8_t>& queries = s.rope_apart ? parts.latent : q;
+  Guarded d_q(backend, queries.size()), d_rope(backend, parts.rope.size()), d_cache(backend, cache.size()),
+      d_table(backend, table.size() * 4), d_lengths(backend, s.lengths.size() * 4),
+      d_out(backend, out_fill.size()), d_lse(backend, lse_fill.size() * 4);
+  d_q.upload(queries.data());
+  d_rope.upload(parts.rope.data());
   d_cache.upload(cache.data());
   d_table.upload(table.data());
   d_lengths.upload(s.lengths.data());
@@ -135,6 +167,12 @@ Result Problem::run(BackendUnderTest& backend, const RunOptions& how) const {
     v.data = g.data();
     v.device = backend.device();
   };
+  if (s.rope_apart) {
+    a.q = parts.latent_view;
+    a.q_rope = parts.rope_view;
+    place(a.q_rope, d_rope);
+    a.q_rope.data = static_cast<std::byte*>(a.q_rope.data) + parts.rope_offset;
+  }
   place(a.q, d_q);
   place(a.k_cache, d_cache);
   place(a.block_table, d_table);
@@ -169,7 +207,8 @@ Result Problem::run(BackendUnderTest& backend, const RunOptions& how) const {
   r.out_bits = d_out.download();
   const std::vector<std::uint8_t> lse_bits = d_lse.download();
   // Inputs are as they were.
-  if (d_q.download() != q || d_cache.download() != cache) throw std::runtime_error("an input was written");
+  if (d_q.download() != queries || d_rope.download() != parts.rope || d_cache.download() != cache)
+    throw std::runtime_error("an input was written");
   for (std::int64_t b = 0; b < batch(); ++b) {
     for (std::int64_t i = 0; i < s.s_q; ++i) {
       for (std::int64_t h = 0; h < s.h_q; ++h) {

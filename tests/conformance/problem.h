@@ -18,6 +18,8 @@ struct Shape {
   std::optional<float> scale = std::nullopt;
   std::int64_t page_gap = 0;  ///< elements between pages beyond their dense size
   bool strided = false;       ///< q, out and lse in other layouts than the dense one
+  bool rope_apart =
+      false;  ///< q in two tensors, as vLLM has them: its heads outermost, and columns of a wider one
   unsigned seed = 1;
 };
 
@@ -61,6 +63,14 @@ class Problem {
   std::int64_t num_pages = 0, max_blocks = 0;
 
  private:
+  /// Queries in two parts: (h_q, b, s_q, d_v), and (b, s_q, h_q, 3 rope) whose first two thirds are NaN.
+  struct QueryParts {
+    std::vector<std::uint8_t> latent, rope;
+    TensorView latent_view, rope_view;
+    std::size_t rope_offset;  ///< bytes from the start of `rope` to its first row
+  };
+  QueryParts query_parts(const TensorView& whole) const;
+
   struct Unfilled {};
   Problem(Shape shape, Unfilled) : shape_(std::move(shape)) {}
   TensorView view_of(void* data, DType dtype, std::vector<std::int64_t> shape, Device device,

@@ -309,6 +309,42 @@ def test_bad_plan_options_of_a_decode_are_named(name, value):
         flash_mla_kernels.dense_decode(*p.args(), parts, num_splits, **{name: value})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("step", [0, 2])
+def test_queries_in_two_parts(step, dtype):
+    p = Problem([300, 2, 0], s_q=2, h_q=16, causal=True, dtype=dtype)
+    plan = flash_mla_kernels.build_decode_schedule(p.cache_seqlens, 3, fixed_split_blocks=step)
+    _, *tables = p.args()
+    options = dict(softmax_scale=0.1, causal=True, fixed_split_blocks=step)
+    expected = flash_mla_kernels.dense_decode(p.q, *tables, *plan, **options)
+    latent = p.q[..., :512].transpose(0, 2).contiguous().transpose(0, 2)
+    got = flash_mla_kernels.dense_decode(latent, *tables, *plan, **options, q_rope=p.q[..., 512:])
+    assert all(torch.equal(x, y) for x, y in zip(got, expected))
+    if dtype == torch.float32:
+        got = flash_mla_kernels.dense_decode(
+            p.q[..., :512].numpy(), *tables, *plan, **options, q_rope=p.q[..., 512:].numpy()
+        )
+        assert isinstance(got[0], np.ndarray) and np.array_equal(got[0], expected[0].numpy())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(q_rope=torch.zeros(2, 1, 4, 64)), "q_rope is float32"),
+        (dict(q_rope=torch.zeros(2, 1, 4, 32).bfloat16()), r"k_cache.shape\[3\] is 576, expected q.shape\[3\]"),
+        (dict(q_rope="x"), "q_rope"),
+        (dict(is_fp8_kvcache=True), "q_rope is given, expected None with is_fp8_kvcache"),
+        (dict(indices=torch.zeros(2, 1, 4).int(), causal=False), "q_rope is given, expected None beside indices"),
+    ],
+)
+def test_a_rotary_part_that_cannot_be_used_is_named(options, message):
+    p = Problem([100, 20], h_q=4)
+    options = {"causal": True, "q_rope": p.q[..., 512:], **options}
+    _, *tables = p.args()
+    with pytest.raises(ValueError, match=message):
+        flash_mla_with_kvcache(p.q[..., :512], *tables, get_mla_metadata()[0], **options)
+
+
 def test_a_forked_child_decodes():
     code = """
 import os, signal, sys

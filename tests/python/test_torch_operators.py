@@ -36,6 +36,11 @@ def into_out(q, k_cache, block_table, cache_seqlens):
     return out + 1, lse
 
 
+def in_two_parts(q, k_cache, block_table, cache_seqlens):
+    plan, tables = get_mla_metadata()[0], (k_cache, block_table, cache_seqlens)
+    return flash_mla_with_kvcache(q[..., :512], *tables, 512, plan, causal=True, q_rope=q[..., 512:])
+
+
 def inputs(lengths=(300, 2, 0), h_q=16, **options):
     p = Problem(list(lengths), s_q=2, h_q=h_q, **options)
     return p.q, p.k_cache, p.block_table, p.cache_seqlens
@@ -45,7 +50,7 @@ def same(got, expected):
     return all(torch.equal(x, y) for x, y in zip(got, expected))
 
 
-@pytest.mark.parametrize("function", [layers, with_tensors, into_out])
+@pytest.mark.parametrize("function", [layers, with_tensors, into_out, in_two_parts])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_step_is_one_graph_and_has_the_same_bits(function, backend):
     torch._dynamo.reset()

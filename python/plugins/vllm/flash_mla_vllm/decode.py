@@ -41,11 +41,10 @@ class DecodeMetadataBuilder(MLACommonMetadataBuilder):
 def decode(impl, q, cache, attn_metadata):
     """One layer's decode: out (tokens, heads, 512) and lse (requests, heads, s_q).
 
-    q: (tokens, heads, 576), or its two parts, of ``num_decodes`` requests with equally many tokens each. cache:
-    (blocks, block_size, 576).
+    q: (tokens, heads, 576), or its two parts as vLLM has them, of ``num_decodes`` requests with equally many tokens each.
+    cache: (blocks, block_size, 576). Views of what vLLM has are all that is made: nothing runs but the library's kernels.
     """
-    if isinstance(q, tuple):
-        q = torch.cat(q, dim=-1)
+    q, q_rope = q if isinstance(q, tuple) else (q, None)
     metadata, requests = attn_metadata.decode, attn_metadata.num_decodes
     out, lse = flash_mla_with_kvcache(
         by_request(q, requests),
@@ -56,6 +55,7 @@ def decode(impl, q, cache, attn_metadata):
         metadata.plan,
         softmax_scale=impl.scale,
         causal=True,
+        q_rope=None if q_rope is None else by_request(q_rope, requests),
     )
     return out.flatten(0, 1), lse
 

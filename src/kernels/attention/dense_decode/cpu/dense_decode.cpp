@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <limits>
 #include <numbers>
 #include <utility>
@@ -62,14 +63,14 @@ struct Problem {
       : args(a),
         schedule(s),
         params(p),
-        kernel(select_tile_kernel(a.q.dtype, static_cast<int>(a.q.size(3)))),
+        kernel(select_tile_kernel(a.q.dtype, static_cast<int>(a.d_qk()))),
         batch(a.q.size(0)),
         s_q(a.q.size(1)),
         h_q(a.q.size(2)),
         h_kv(a.k_cache.size(2)),
         group(h_q / h_kv),
         page_size(a.k_cache.size(1)),
-        d_qk(static_cast<int>(a.q.size(3))),
+        d_qk(static_cast<int>(a.d_qk())),
         d_v(static_cast<int>(a.out.size(3))),
         widened(p.pool != nullptr && kernel.element_bytes == sizeof(float)),
         rows(static_cast<int>(s_q * group)),
@@ -88,7 +89,7 @@ struct Problem {
 /// The workspace of one thread, as offsets into it.
 struct ScratchLayout {
   std::size_t q, kv, scores, p, out, row_max, row_sum, alpha, limit, keys, next_keys, q_rows, tokens,
-      next_tokens, key_rows, wide_q, bytes;
+      next_tokens, key_rows, whole_q, bytes;
 
   explicit ScratchLayout(const Problem& problem) {
     const TileKernel& k = problem.kernel;
@@ -120,7 +121,7 @@ struct ScratchLayout {
     next_tokens = take(converts ? n_tokens * sizeof(kv::Token) : 0);
     // In fp32 the dequantised keys are where the kernel would copy them to.
     key_rows = problem.widened ? kv : take(converts ? n_tokens * d_qk * element : 0);
-    wide_q = take(problem.widened ? rows * d_qk * sizeof(float) : 0);
+    whole_q = take(problem.widened || problem.args.q_rope.defined() ? rows * d_qk * sizeof(float) : 0);
   }
 
   TileScratch at(std::byte* base) const {
@@ -155,7 +156,7 @@ class Worker {
         tokens_(reinterpret_cast<kv::Token*>(scratch + layout.tokens)),
         next_tokens_(reinterpret_cast<kv::Token*>(scratch + layout.next_tokens)),
         key_rows_(scratch + layout.key_rows),
-        wide_q_(reinterpret_cast<float*>(scratch + layout.wide_q)),
+        whole_q_(scratch + layout.whole_q),
         slots_(slots) {}
 
   void run_part(const DecodePart& part) {
@@ -239,6 +240,7 @@ class Worker {
         const std::int64_t i = (first_row + r) / p_.group, g = (first_row + r) % p_.group;
         q_rows_[r] = address(p_.args.q, req, i, head * p_.group + g);
       }
+      if (p_.args.q_rope.defined()) join_queries(req, head, first_row, rows);
       if (p_.widened) widen_queries(rows);
       p_.kernel.pack_q(tile, q_rows_, scratch_);
     }
@@ -285,12 +287,27 @@ class Worker {
     }
   }
 
+  /// Copies of the block's query rows, which lie in two parts, take their place.
+  void join_queries(std::int64_t req, std::int64_t head, int first_row, int rows) {
+    const auto element = static_cast<std::size_t>(dtype_size(p_.args.q.dtype));
+    const std::size_t first_bytes = static_cast<std::size_t>(p_.d_v) * element,
+                      bytes = static_cast<std::size_t>(p_.d_qk) * element;
+    for (int r = 0; r < rows; ++r) {
+      const std::int64_t i = (first_row + r) / p_.group, g = (first_row + r) % p_.group;
+      std::byte* to = whole_q_ + static_cast<std::size_t>(r) * bytes;
+      std::memcpy(to, q_rows_[r], first_bytes);
+      std::memcpy(to + first_bytes, address(p_.args.q_rope, req, i, head * p_.group + g),
+                  bytes - first_bytes);
+      q_rows_[r] = to;
+    }
+  }
+
   /// Copies of the block's query rows in fp32 take their place.
   void widen_queries(int rows) {
     visit_float_type(p_.args.q.dtype, [&](auto element) {
       for (int r = 0; r < rows; ++r) {
         const auto* from = static_cast<const decltype(element)*>(q_rows_[r]);
-        float* to = wide_q_ + static_cast<std::ptrdiff_t>(r) * p_.d_qk;
+        float* to = reinterpret_cast<float*>(whole_q_) + static_cast<std::ptrdiff_t>(r) * p_.d_qk;
         for (int d = 0; d < p_.d_qk; ++d) to[d] = static_cast<float>(to_float(from[d]));
         q_rows_[r] = to;
       }
@@ -364,7 +381,7 @@ class Worker {
   kv::Token* tokens_;  // of this tile and the next, where they are dequantised
   kv::Token* next_tokens_;
   std::byte* key_rows_;  // this tile's keys, dequantised
-  float* wide_q_;
+  std::byte* whole_q_;   // query rows, of one part and widened where need be
   float* slots_;
 };
 

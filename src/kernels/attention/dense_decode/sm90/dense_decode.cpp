@@ -75,6 +75,16 @@ CUtensorMap key_map(const TensorView& k, int box_tokens, int box_chunks) {
                          {k.size(0), k.stride(0) * 2, 1}}});
 }
 
+/// (columns of a chunk, heads, tokens, chunks, requests)
+CUtensorMap query_map(const char* name, const TensorView& q, const RowBlocks& blocks, int box_chunks) {
+  return tensor_map<5>(name, q,
+                       {{{64, 0, 64},
+                         {q.size(2), q.stride(2) * 2, blocks.heads},
+                         {q.size(1), q.stride(1) * 2, blocks.tokens},
+                         {q.size(3) / 64, 128, box_chunks},
+                         {q.size(0), q.stride(0) * 2, 1}}});
+}
+
 RowBlocks blocks_of(const DenseDecodeArgs& a) {
   return row_blocks(static_cast<int>(a.q.size(1)), static_cast<int>(a.q.size(2) / a.k_cache.size(2)));
 }
@@ -133,9 +143,9 @@ void check_supported(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
   require_device(a.q.device.index);
   if (a.q.dtype == DType::kFloat32)
     throw Unsupported("q is float32; the sm90 backend takes bfloat16 and float16");
-  if (a.q.size(3) != kHeadDim || a.out.size(3) != kHeadDimV) {
-    throw Unsupported(fmt::format("head dimensions are {} / {}; the sm90 backend takes 576 / 512",
-                                  a.q.size(3), a.out.size(3)));
+  if (a.d_qk() != kHeadDim || a.out.size(3) != kHeadDimV) {
+    throw Unsupported(fmt::format("head dimensions are {} / {}; the sm90 backend takes 576 / 512", a.d_qk(),
+                                  a.out.size(3)));
   }
   const std::int64_t page = a.k_cache.size(1);
   if (page != 16 && page != 32 && page % kTileTokens != 0) {
@@ -162,7 +172,7 @@ void check_work(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
     throw Unsupported(fmt::format(
         "q.shape is ({}, {}, {}, {}) over {} latent heads; the sm90 backend takes fewer query rows per "
         "request (s_q times heads, in blocks of {})",
-        a.q.size(0), a.q.size(1), a.q.size(2), a.q.size(3), a.k_cache.size(2), kTileRows));
+        a.q.size(0), a.q.size(1), a.q.size(2), a.d_qk(), a.k_cache.size(2), kTileRows));
   }
   const std::size_t partial = partial_layout(a, s).out_bytes;
   if (partial > static_cast<std::size_t>(kMaxPartialBytes)) {
@@ -174,6 +184,7 @@ void check_work(const DenseDecodeArgs& a, const DecodeScheduleView& s) {
   }
   check_schedule_layout(s);
   require_stride(a.q, "q");
+  if (a.q_rope.defined()) require_stride(a.q_rope, "q_rope");
   require_stride(a.out, "out");
 }
 
@@ -232,14 +243,12 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   DecodeParams p = decode_params(a, s, workspace, softmax_scale, causal);
   const int h_kv = static_cast<int>(a.k_cache.size(2));
   const DecodePlan plan = plan_of(a, p);
-  // One copy brings all of Q where a chunk has 64 rows; else the chunks, 64 rows apart, come one by one.
-  p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows ? 3 : 1;
-  const CUtensorMap q_map = tensor_map<5>("q", a.q,
-                                          {{{64, 0, 64},
-                                            {a.q.size(2), a.q.stride(2) * 2, p.blocks.heads},
-                                            {a.q.size(1), a.q.stride(1) * 2, p.blocks.tokens},
-                                            {kHeadDim / 64, 128, p.q_box_chunks},
-                                            {a.q.size(0), a.q.stride(0) * 2, 1}}});
+  // One copy brings a third of Q where a chunk has 64 rows; else the chunks, 64 rows apart, come one by one, and so
+  // they do where the last one is of another tensor.
+  const bool in_parts = a.q_rope.defined();
+  p.q_box_chunks = p.blocks.tokens * p.blocks.heads == kTileRows && !in_parts ? 3 : 1;
+  const CUtensorMap q_map = query_map("q", a.q, p.blocks, p.q_box_chunks);
+  const CUtensorMap q_rope_map = in_parts ? query_map("q_rope", a.q_rope, p.blocks, 1) : q_map;
   // Rows of a block go out as they came in, clipped at the last head and token; where the clip would have to
   // be at the last head of a group of several, they are stored one by one.
   const bool clips = p.group <= kTileRows || p.group % kTileRows == 0 || h_kv == 1;
@@ -260,7 +269,8 @@ void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView& s, void* w
   const CUtensorMap k_map =
       p.page_size < kTileTokens ? k_piece_map : key_map(k, kTileTokens, 4 / plan.cluster);
   const bool bf16 = a.q.dtype == DType::kBFloat16;
-  launch_dense_decode(p, q_map, k_map, k_piece_map, out_map, bf16, plan, stream);
+  launch_dense_decode(p, {q_map, q_rope_map, k_map, k_piece_map, out_map, in_parts ? 0 : kHeadDimV / 64},
+                      bf16, plan, stream);
 }
 
 void build_schedule(const TensorView& cache_seqlens, const ScheduleOptions& options,

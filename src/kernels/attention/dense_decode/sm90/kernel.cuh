@@ -50,9 +50,12 @@ __device__ __forceinline__ void prefetch_metadata(const DecodeParams& p, int war
 
 template <bool kBf16, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
-    dense_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+    dense_decode_kernel(const __grid_constant__ CUtensorMap q_map,
+                        const __grid_constant__ CUtensorMap q_rope_map,
+                        const __grid_constant__ CUtensorMap k_map,
                         const __grid_constant__ CUtensorMap k_piece_map,
-                        const __grid_constant__ CUtensorMap out_map, const DecodeParams p) {
+                        const __grid_constant__ CUtensorMap out_map, const DecodeParams p,
+                        const int q_rope_chunk) {
   extern __shared__ std::byte dynamic_smem[];
   auto& s = *reinterpret_cast<DecodeSmem<ptx::Element<kBf16>>*>(
       (reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
@@ -60,6 +63,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   prefetch_metadata(p, warp);
   if (warp == kConsumerThreads / 32 && threadIdx.x % 32 == 0) {
     ptx::prefetch_tensor_map(&q_map);
+    ptx::prefetch_tensor_map(&q_rope_map);
     ptx::prefetch_tensor_map(&k_map);
     ptx::prefetch_tensor_map(&k_piece_map);
     if (p.out_box_chunks > 0) ptx::prefetch_tensor_map(&out_map);
@@ -87,6 +91,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         Producer<ptx::Element<kBf16>, kCluster>{p,
                                                 s,
                                                 &q_map,
+                                                &q_rope_map,
+                                                q_rope_chunk,
                                                 &k_map,
                                                 &k_piece_map,
                                                 &out_map,

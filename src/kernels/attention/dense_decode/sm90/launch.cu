@@ -52,13 +52,12 @@ void launch_combine(const DecodeParams& p, const ListsOfCombine& lists, const De
 }
 
 template <bool kBf16, int kCluster>
-void launch_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                   const CUtensorMap& k_piece_map, const CUtensorMap& out_map, const DecodePlan& plan,
+void launch_decode(const DecodeParams& p, const DecodeMaps& maps, const DecodePlan& plan,
                    cudaStream_t stream) {
   check(allow_shared_memory<dense_decode_kernel<kBf16, kCluster>>(kSmemBytes), "cudaFuncSetAttribute");
   LaunchConfig config(dim3_of(plan.grid), kThreads, kSmemBytes, stream);
-  check(launch(config.cluster(kCluster).programmatic(), dense_decode_kernel<kBf16, kCluster>, q_map, k_map,
-               k_piece_map, out_map, p),
+  check(launch(config.cluster(kCluster).programmatic(), dense_decode_kernel<kBf16, kCluster>, maps.q,
+               maps.q_rope, maps.k, maps.k_piece, maps.out, p, maps.q_rope_chunk),
         "dense_decode_kernel");
   if (plan.combines) launch_combine<kBf16>(p, {}, plan, stream);
 }
@@ -78,13 +77,11 @@ KernelFacts facts_of(F* kernel, int threads, std::size_t smem) {
 
 }  // namespace
 
-void launch_dense_decode(const DecodeParams& p, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                         const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16,
-                         const DecodePlan& plan, void* stream) {
+void launch_dense_decode(const DecodeParams& p, const DecodeMaps& maps, bool bf16, const DecodePlan& plan,
+                         void* stream) {
   const auto with_cluster = [&]<bool kBf16>() {
     (plan.cluster == 2 ? launch_decode<kBf16, 2>
-                       : launch_decode<kBf16, 1>)(p, q_map, k_map, k_piece_map, out_map, plan,
-                                                  static_cast<cudaStream_t>(stream));
+                       : launch_decode<kBf16, 1>)(p, maps, plan, static_cast<cudaStream_t>(stream));
   };
   bf16 ? with_cluster.template operator()<true>() : with_cluster.template operator()<false>();
 }

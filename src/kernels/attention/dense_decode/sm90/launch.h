@@ -6,9 +6,15 @@
 
 namespace flash_mla::sm90 {
 
+struct DecodeMaps {
+  CUtensorMap q, q_rope;   ///< the latter of Q's last chunk, where copies bring one each; may be the former
+  CUtensorMap k, k_piece;  ///< see producer.cuh
+  CUtensorMap out;
+  int q_rope_chunk;  ///< where that chunk lies in its map
+};
+
 /// Decode and, with more than one part, combine.
-void launch_dense_decode(const DecodeParams& params, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                         const CUtensorMap& k_piece_map, const CUtensorMap& out_map, bool bf16,
+void launch_dense_decode(const DecodeParams& params, const DecodeMaps& maps, bool bf16,
                          const DecodePlan& plan, void* stream);
 
 /// Combine alone, for a kernel that leaves partial results as dense decode does.

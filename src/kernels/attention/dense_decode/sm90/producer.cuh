@@ -26,6 +26,8 @@ struct Producer {
   const DecodeParams& p;
   DecodeSmem<T>& s;
   const CUtensorMap* q_map;
+  const CUtensorMap* q_rope_map;   // of the last chunk, where copies bring one each; may be q_map
+  int q_rope_chunk;                // where it lies there
   const CUtensorMap* k_map;        // boxes of 64 tokens x kBoxChunks chunks
   const CUtensorMap* k_piece_map;  // boxes of min(page_size, 64) tokens x 1 chunk
   const CUtensorMap* out_map;
@@ -96,18 +98,22 @@ struct Producer {
   // Chunks of Q on one of its barriers: 0 to kFirstQChunks - 1, or the rest.
   __device__ static int q_begin(int half) { return half == 0 ? 0 : kFirstQChunks; }
   __device__ static int q_end(int half) { return half == 0 ? kFirstQChunks : kChunks; }
+  // Where chunk c of Q lies: the last one may have a tensor of its own.
+  __device__ const CUtensorMap* q_map_of(int c) const { return c == kRopeChunk ? q_rope_map : q_map; }
+  __device__ int q_chunk(int c) const { return c == kRopeChunk ? q_rope_chunk : c; }
   __device__ void load_q(int half, const Item& item, int first_token, int first_head) const {
     ptx::mbarrier_arrive_expect_tx(
         &s.q_full[half],
         static_cast<std::uint32_t>(p.blocks.tokens * p.blocks.heads * (q_end(half) - q_begin(half))) * 128);
     for (int c = q_begin(half); c < q_end(half); c += p.q_box_chunks) {
-      ptx::tma_load_5d(s.q.at(c), q_map, &s.q_full[half], 0, first_head, first_token, c, item.req);
+      ptx::tma_load_5d(s.q.at(c), q_map_of(c), &s.q_full[half], 0, first_head, first_token, q_chunk(c),
+                       item.req);
     }
   }
   // The same into L2.
   __device__ void prefetch_q(int half, const Item& item, int first_token, int first_head) const {
     for (int c = q_begin(half); c < q_end(half); c += p.q_box_chunks) {
-      ptx::tma_prefetch_5d(q_map, 0, first_head, first_token, c, item.req);
+      ptx::tma_prefetch_5d(q_map_of(c), 0, first_head, first_token, q_chunk(c), item.req);
     }
   }
 
