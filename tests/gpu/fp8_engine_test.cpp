@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -41,6 +42,17 @@ struct Fp8Case {
   Stored stored, twin;
 };
 void PrintTo(const Fp8Case& c, std::ostream* out) { *out << c.name; }
+
+/// From how many rows on products are made in FP8, for models that are loaded meanwhile; 0: never.
+class Fp8Rows {
+ public:
+  explicit Fp8Rows(const char* rows) { setenv(kName, rows, 1); }
+  ~Fp8Rows() { unsetenv(kName); }
+  Fp8Rows(const Fp8Rows&) = delete;
+
+ private:
+  static constexpr const char* kName = "FLASH_MLA_FP8_ROWS";
+};
 
 /// A checkpoint in FP8 and the same weights rounded to bfloat16, both on the GPU.
 class Fp8Engine : public testing::TestWithParam<Fp8Case> {
@@ -86,6 +98,7 @@ class Fp8Engine : public testing::TestWithParam<Fp8Case> {
 
 // Where scales are no powers of two the twin's weights are rounded once more than those that kernels of few rows expand.
 TEST_P(Fp8Engine, AgreesWithItsDequantisedTwin) {
+  const Fp8Rows never("0");
   const double times = GetParam().stored == Stored::kFp8Powers ? 1 : 2;
   const auto fp8 = load(fp8_directory_, ModelDevice::kCuda), twin = load(twin_directory_, ModelDevice::kCuda);
   for (const bool batch_invariant : {false, true}) {
@@ -96,8 +109,22 @@ TEST_P(Fp8Engine, AgreesWithItsDequantisedTwin) {
 }
 
 TEST_P(Fp8Engine, AgreesWithTheCpu) {
+  const Fp8Rows never("0");
   const auto gpu = load(fp8_directory_, ModelDevice::kCuda), cpu = load(fp8_directory_, ModelDevice::kCpu);
   expect_close(run(*gpu), run(*cpu), GetParam().name);
+}
+
+// The prompt's chunks of 150 and of 80 tokens go through products in FP8, whose inputs are quantised as well.
+TEST_P(Fp8Engine, ProductsInFp8AgreeWithTheDequantisedTwin) {
+  const auto twin = load(twin_directory_, ModelDevice::kCuda), fp8 = load(fp8_directory_, ModelDevice::kCuda);
+  const Fp8Rows never("0");
+  const auto plain = load(fp8_directory_, ModelDevice::kCuda);
+  const std::vector<float> got = run(*fp8), want = run(*twin);
+  expect_close(got, want, GetParam().name, 8);
+  EXPECT_EQ(got, run(*fp8));
+  EXPECT_NE(got, run(*plain));
+  // Batch-invariant steps make none: rows may not decide.
+  EXPECT_EQ(run(*fp8, true), run(*plain, true));
 }
 
 // Two sequences in one batch-invariant step have the bits that they have alone.
@@ -114,6 +141,7 @@ TEST_P(Fp8Engine, BatchInvariantStepsAreExact) {
 
 // A checkpoint in bfloat16 quantised as it is loaded, here and on the CPU.
 TEST_P(Fp8Engine, QuantisesAtLoadAsTheCpuDoes) {
+  const Fp8Rows never("0");
   const auto gpu = load(twin_directory_, ModelDevice::kCuda, ModelQuantize::kFp8);
   const auto cpu = load(twin_directory_, ModelDevice::kCpu, ModelQuantize::kFp8);
   expect_close(run(*gpu), run(*cpu), GetParam().name);
@@ -137,6 +165,17 @@ TEST(Fp8Engines, SizesThatCannotBeQuantisedAreRefused) {
               load_model(directory.path(), options);
             }).find("moe_intermediate_size is 96"),
             std::string::npos);
+}
+
+TEST(Fp8Engines, ANumberOfRowsThatIsNoneIsRefused) {
+  const TemporaryDirectory directory;
+  directory.write("config.json", fp8_config(128, 2, ""));
+  directory.write("model.safetensors", RandomCheckpoint(checkpoint::read_config(directory.path())).bytes());
+  ModelOptions options;
+  options.device = ModelDevice::kCuda;
+  const Fp8Rows rows("many");
+  const std::string message = message_of<InvalidArgument>([&] { load_model(directory.path(), options); });
+  EXPECT_NE(message.find("FLASH_MLA_FP8_ROWS is \"many\""), std::string::npos) << message;
 }
 
 TEST(Fp8Engines, MadeUpWeightsRun) {

@@ -121,7 +121,7 @@ CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWe
   } else {
     read_experts(weights);
   }
-  if (gate_up_.e4m3()) context.prepare_e4m3();
+  if (gate_up_.e4m3()) context.prepare_e4m3(context.config.hidden_size);
 }
 
 // Whether all of them are stored in e4m3, or to be quantised so. All are of one form; else they become bfloat16.
@@ -174,14 +174,20 @@ void CudaMixtureOfExperts::read_e4m3_experts(const MixtureWeights& weights) {
   const SharedE4m3Experts shared(weights);
   const auto experts = static_cast<std::size_t>(num_experts_);
   const auto allocate = [&](std::size_t bytes) { return context_.pool->allocate(experts * bytes); };
-  gate_up_ = {allocate(parts.gate_up_codes), allocate(parts.gate_up_scales)};
-  down_ = {allocate(parts.down_codes), allocate(parts.down_scales)};
+  gate_up_ = {allocate(parts.gate_up_codes), allocate(parts.gate_up_scales), false, true};
+  down_ = {allocate(parts.down_codes), allocate(parts.down_scales), true};
   for (int e = 0; e < num_experts_; ++e) {
     const auto read = [&](std::byte* host) {
-      if (e >= routed) return shared.copy(e - routed, parts, host);
-      const ExpertWeights expert = weights.expert(e);
-      read_or_quantise(expert.gate_up, parts.gate_up(host), parts.scales_of_gate_up(host));
-      read_or_quantise(expert.down, parts.down(host), parts.scales_of_down(host));
+      if (e >= routed) {
+        shared.copy(e - routed, parts, host);
+      } else {
+        const ExpertWeights expert = weights.expert(e);
+        read_or_quantise(expert.gate_up, parts.gate_up(host), parts.scales_of_gate_up(host));
+        read_or_quantise(expert.down, parts.down(host), parts.scales_of_down(host));
+      }
+      gate_up_.halves_of_blocks &=
+          in_halves_of_blocks(parts.scales_of_gate_up(host), 2 * intermediate_, parts.hidden);
+      down_.whole_blocks &= in_whole_blocks(parts.scales_of_down(host), parts.hidden, intermediate_);
     };
     const auto part = [e](const Buffer& buffer, std::size_t bytes) {
       return WeightUploader::Part{buffer.data() + static_cast<std::size_t>(e) * bytes, bytes};
@@ -297,6 +303,8 @@ void CudaMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
   args.experts_per_token = context_.experts_per_token();
   args.workspace = context_.buffers.expert_workspace.data();
   args.batch_invariant = context_.step->batch_invariant;
+  if (context_.multiplies_fp8(h.rows)) args.fp8_rows = 0;
+  args.whole_blocks = gate_up_.halves_of_blocks && down_.whole_blocks;
   args.programmatic_launch = true;
   if (next_ != nullptr) {
     args.norm = next_->norm();

@@ -1,0 +1,2 @@
+#pragma once
+#include "kernels/ptx/wgmma_e4m3.cuh"
