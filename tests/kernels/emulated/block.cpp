@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "base/element.h"
+#include "base/fp8.h"
 
 namespace emulated {
 
@@ -121,15 +122,57 @@ const std::array<std::uint64_t, 32>& Block::exchange(std::uint64_t mine) {
 float Block::half_to_float(std::uint16_t bits) { return flash_mla::to_float(flash_mla::Fp16{bits}); }
 float Block::bf16_to_float(std::uint16_t bits) { return flash_mla::to_float(flash_mla::Bf16{bits}); }
 
-void Block::execute(const Product& p, std::size_t index) {
+namespace {
+
+/// Where a K-major tile with 128-byte swizzle begins.
+std::uint32_t start_of(std::uint64_t descriptor) {
   constexpr std::uint64_t kSwizzle128 = 1ull << 62, kFields = 0xC0003FFF00000000ull;
-  if ((p.b & kFields) != (kSwizzle128 | std::uint64_t{1024 >> 4} << 32)) {
+  if ((descriptor & kFields) != (kSwizzle128 | std::uint64_t{1024 >> 4} << 32)) {
     throw std::logic_error("a descriptor that is not of a K-major tile with 128-byte swizzle");
   }
+  return static_cast<std::uint32_t>(descriptor & 0x3FFF) << 4;
+}
+
+}  // namespace
+
+void Block::execute_e4m3(const Product& p) {
+  static const std::array<float, 256> kValues = [] {
+    std::array<float, 256> values{};
+    for (std::size_t i = 0; i < 256; ++i)
+      values[i] = flash_mla::to_float(flash_mla::E4m3{static_cast<std::uint8_t>(i)});
+    return values;
+  }();
+  const auto row_of = [&](std::uint32_t start, std::size_t row) {
+    std::array<float, 32> out{};
+    for (std::uint32_t k = 0; k < 32; ++k) {
+      const std::uint32_t linear = start + static_cast<std::uint32_t>(row) * 128 + k;
+      out[k] = kValues[std::to_integer<std::size_t>(*shared_at(linear ^ ((linear >> 7 & 7) << 4), 1))];
+    }
+    return out;
+  };
+  const std::size_t warp = running_ % 128 / 32, lane = running_ % 32;
+  const std::uint32_t of_a = start_of(p.a_shared), of_b = start_of(p.b);
+  const std::array<std::array<float, 32>, 2> a = {row_of(of_a, 16 * warp + lane / 4),
+                                                  row_of(of_a, 16 * warp + lane / 4 + 8)};
+  for (std::size_t i = 0; i < static_cast<std::size_t>(p.count); i += 4) {
+    for (std::size_t e = 0; e < 2; ++e) {
+      const std::array<float, 32> b = row_of(of_b, 2 * i + lane % 4 * 2 + e);
+      for (std::size_t h = 0; h < 2; ++h) {
+        float& d = p.sums[i + 2 * h + e];
+        float sum = p.accumulate ? d : 0.0f;
+        for (std::size_t k = 0; k < 32; ++k) sum += a[h][k] * b[k];
+        d = sum;
+      }
+    }
+  }
+}
+
+void Block::execute(const Product& p, std::size_t index) {
+  if (p.e4m3) return execute_e4m3(p);
   const auto widen = p.bf16 ? &bf16_to_float : &half_to_float;
   const std::size_t lane = running_ % 32, warp_first = running_ - lane;
   const std::size_t g = lane / 4, t = lane % 4;
-  const auto start = static_cast<std::uint32_t>(p.b & 0x3FFF) << 4;
+  const std::uint32_t start = start_of(p.b);
   const int n = 2 * p.count;
   float a[2][16];
   for (std::size_t h = 0; h < 2; ++h) {

@@ -43,13 +43,15 @@ struct Meeting {
   bool any = false, result = false;
 };
 
-/// One m64nNk16 that a thread has issued.
+/// One m64nNk16 that a thread has issued, or with `e4m3` m64nNk32, whose A is where `a_shared` says.
 struct Product {
   float* sums;
   int count;
   std::array<std::uint32_t, 4> a;
   std::uint64_t b;
   bool bf16, accumulate;
+  bool e4m3 = false;
+  std::uint64_t a_shared = 0;
 };
 
 class Block {
@@ -90,7 +92,9 @@ class Block {
   /// What the other lanes of the warp gave, until the next exchange.
   const std::array<std::uint64_t, 32>& exchange(std::uint64_t mine);
 
-  void issue(const Product& p) { fiber().products.push_back({p}); }
+  void issue(const Product& p) { fiber().products.push_back(p); }
+  /// Bytes of asynchronous copies that the running thread has asked for since it last asked for an arrival.
+  std::vector<std::function<void()>>& copies() { return fiber().copies; }
   void commit() { fiber().groups.push_back(fiber().products.size()); }
   void wait_for_products(int pending);
 
@@ -106,6 +110,7 @@ class Block {
     std::vector<Product> products;    // issued
     std::vector<std::size_t> groups;  // ends of groups
     std::size_t executed = 0, groups_done = 0;
+    std::vector<std::function<void()>> copies;
   };
   static Block*& current_block() {
     static Block* block = nullptr;
@@ -113,6 +118,7 @@ class Block {
   }
   Fiber& fiber() { return fibers_[running_]; }
   void execute(const Product& p, std::size_t index);
+  void execute_e4m3(const Product& p);
   static void enter();
 
   std::byte* shared_;

@@ -145,6 +145,12 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 
 /// A tensor of 16-bit elements for the copy engine, innermost dimension of 64 first, written with 128-byte swizzle.
 struct CUtensorMap {

@@ -14,6 +14,22 @@ std::uint32_t pack2(float low, float high) {
   }
   return bits;
 }
+inline float quad_max(float x) {
+  x = std::fmax(x, __shfl_xor_sync(~0U, x, 1));
+  return std::fmax(x, __shfl_xor_sync(~0U, x, 2));
+}
+/// Lane l of a quad gives x[i] to lane i and gets x[l] of lane i as its x[i].
+inline void quad_transpose(std::uint32_t (&x)[4]) {
+  auto& block = emulated::Block::current();
+  const unsigned lane = block.thread() % 32;
+  std::uint32_t of_others[4];
+  for (unsigned i = 0; i < 4; ++i) {
+    const auto& held = block.exchange(x[i]);
+    if (i != lane % 4) continue;
+    for (unsigned j = 0; j < 4; ++j) of_others[j] = static_cast<std::uint32_t>(held[lane / 4 * 4 + j]);
+  }
+  std::memcpy(x, of_others, sizeof(x));
+}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 

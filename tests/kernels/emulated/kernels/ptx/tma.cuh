@@ -22,6 +22,32 @@ inline void bulk_load(void* smem, const void* global, std::uint32_t bytes, std::
   });
 }
 
+/// Boxes of 128 bytes of one row or several; what lies outside is zero.
+inline void tma_load_4d(void* smem, const CUtensorMap* map, std::uint64_t* barrier, int c0, int c1, int c2,
+                        int c3) {
+  Block::current().shared_at(smem_address(smem), static_cast<std::size_t>(map->box[1]) * 128);
+  Block::current().later([=, m = *map] {
+    for (int i = 0; i < m.box[1]; ++i) {
+      const bool inside = c1 + i < m.size[1] && c2 < m.size[2] && c3 < m.size[3];
+      const std::byte* const from =
+          m.data + std::int64_t{c0} * 2 + (c1 + i) * m.stride[1] + c2 * m.stride[2] + c3 * m.stride[3];
+      for (int word = 0; word < 8; ++word) {
+        std::byte* const to = static_cast<std::byte*>(smem) + i * 128 + ((word ^ i % 8) * 16);
+        if (inside && (c0 + 8 * word) < m.size[0]) {
+          std::memcpy(to, from + word * 16, 16);
+        } else {
+          std::memset(to, 0, 16);
+        }
+      }
+    }
+    complete(barrier, static_cast<std::uint32_t>(m.box[1]) * 128);
+  });
+}
+inline void tma_load_4d_multicast(void*, const CUtensorMap*, std::uint64_t*, std::uint16_t, int, int, int,
+                                  int) {
+  throw std::logic_error("not emulated");
+}
+
 inline void tma_load_5d(void* smem, const CUtensorMap* map, std::uint64_t* barrier, int c0, int c1, int c2,
                         int c3, int c4) {
   const int at[5] = {c0, c1, c2, c3, c4};
