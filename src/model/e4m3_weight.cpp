@@ -60,6 +60,22 @@ void quantise_e4m3(const std::uint16_t* values, std::int64_t rows, std::int64_t 
   }
 }
 
+bool in_whole_blocks(const float* scales, std::int64_t rows, std::int64_t columns) {
+  constexpr std::int64_t kRowsOfBlock = kFp8Block / kE4m3Rows;
+  const std::int64_t width = scale_columns(columns), scale_rows = (rows + kE4m3Rows - 1) / kE4m3Rows;
+  for (std::int64_t row = 0; row < scale_rows; ++row) {
+    const float* const first = scales + row / kRowsOfBlock * kRowsOfBlock * width;
+    if (!std::equal(first, first + width, scales + row * width)) return false;
+  }
+  return true;
+}
+
+bool in_halves_of_blocks(const float* scales, std::int64_t rows, std::int64_t columns) {
+  const std::int64_t half = rows / 2;
+  return rows % 2 == 0 && half % kE4m3Rows == 0 && in_whole_blocks(scales, half, columns) &&
+         in_whole_blocks(scales + e4m3_scales(half, columns), half, columns);
+}
+
 void cut_e4m3(const E4m3Weight& weight, const E4m3Cut& cut, std::uint8_t* codes, float* scales) {
   for (std::int64_t i = 0; i < cut.rows; ++i) {
     std::copy_n(weight.codes.get() + (cut.row + i) * weight.columns + cut.column, cut.columns,

@@ -50,6 +50,11 @@ bool read_e4m3(const Weight& weight, std::uint8_t* codes, float* scales);
 void quantise_e4m3(const std::uint16_t* values, std::int64_t rows, std::int64_t columns, std::uint8_t* codes,
                    float* scales);
 
+/// Whether the scales of a matrix of that many rows and columns are alike in each 128 rows, as in a checkpoint's blocks.
+bool in_whole_blocks(const float* scales, std::int64_t rows, std::int64_t columns);
+/// The same of each half of the rows, of which the second need not begin with a block of the first.
+bool in_halves_of_blocks(const float* scales, std::int64_t rows, std::int64_t columns);
+
 /// Rows [row, row + rows) of columns [column, column + columns) of `weight`, made dense. Requires row divisible by 8 and
 /// column by 128, and of rows and columns the same but where they reach the end.
 struct E4m3Cut {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -100,6 +101,31 @@ TEST_P(Fp8Engine, AgreesWithTheCpu) {
   expect_close(run(*gpu), run(*cpu), GetParam().name);
 }
 
+/// Products of 100 rows and more in FP8, for models that are loaded meanwhile.
+class Fp8ProductsFrom100Rows {
+ public:
+  Fp8ProductsFrom100Rows() { setenv(kName, "100", 1); }
+  ~Fp8ProductsFrom100Rows() { unsetenv(kName); }
+  Fp8ProductsFrom100Rows(const Fp8ProductsFrom100Rows&) = delete;
+
+ private:
+  static constexpr const char* kName = "FLASH_MLA_FP8_ROWS";
+};
+
+// The prompt's first 150 tokens go through products in FP8, whose inputs are quantised as well.
+TEST_P(Fp8Engine, ProductsInFp8AgreeWithTheDequantisedTwin) {
+  const auto twin = load(twin_directory_, ModelDevice::kCuda),
+             plain = load(fp8_directory_, ModelDevice::kCuda);
+  const Fp8ProductsFrom100Rows products;
+  const auto fp8 = load(fp8_directory_, ModelDevice::kCuda);
+  const std::vector<float> got = run(*fp8), want = run(*twin);
+  expect_close(got, want, GetParam().name, 4);
+  EXPECT_EQ(got, run(*fp8));
+  EXPECT_NE(got, run(*plain));
+  // Batch-invariant steps make none: rows may not decide.
+  EXPECT_EQ(run(*fp8, true), run(*plain, true));
+}
+
 // Two sequences in one batch-invariant step have the bits that they have alone.
 TEST_P(Fp8Engine, BatchInvariantStepsAreExact) {
   const auto model = load(fp8_directory_, ModelDevice::kCuda);
@@ -137,6 +163,18 @@ TEST(Fp8Engines, SizesThatCannotBeQuantisedAreRefused) {
               load_model(directory.path(), options);
             }).find("moe_intermediate_size is 96"),
             std::string::npos);
+}
+
+TEST(Fp8Engines, ANumberOfRowsThatIsNoneIsRefused) {
+  const TemporaryDirectory directory;
+  directory.write("config.json", fp8_config(128, 2, ""));
+  directory.write("model.safetensors", RandomCheckpoint(checkpoint::read_config(directory.path())).bytes());
+  ModelOptions options;
+  options.device = ModelDevice::kCuda;
+  setenv("FLASH_MLA_FP8_ROWS", "many", 1);
+  const std::string message = message_of<InvalidArgument>([&] { load_model(directory.path(), options); });
+  unsetenv("FLASH_MLA_FP8_ROWS");
+  EXPECT_NE(message.find("FLASH_MLA_FP8_ROWS is \"many\""), std::string::npos) << message;
 }
 
 TEST(Fp8Engines, MadeUpWeightsRun) {

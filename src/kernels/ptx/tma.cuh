@@ -34,17 +34,6 @@ __device__ __forceinline__ void tma_load_4d(void* smem, const CUtensorMap* map, 
       : "memory");
 }
 
-/// The same to the same offsets in every CTA of `mask`, each at its own barrier.
-__device__ __forceinline__ void tma_load_4d_multicast(void* smem, const CUtensorMap* map,
-                                                      std::uint64_t* barrier, std::uint16_t mask, int c0,
-                                                      int c1, int c2, int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(smem_address(smem)),
-      "l"(map), "r"(smem_address(barrier)), "h"(mask), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-      : "memory");
-}
-
 /// A box of a 5-D tensor; its bytes are counted at `barrier`.
 __device__ __forceinline__ void tma_load_5d(void* smem, const CUtensorMap* map, std::uint64_t* barrier,
                                             int c0, int c1, int c2, int c3, int c4) {

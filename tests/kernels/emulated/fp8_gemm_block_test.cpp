@@ -4,13 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <vector>
 
-#include "base/fp8.h"
+#include "base/element.h"
+#include "kernels/gemm/fp8_problem.h"
 #include "kernels/gemm/sm90/fp8_gemm.cuh"
 
 namespace flash_mla::sm90::fp8 {
@@ -20,164 +19,72 @@ alignas(1024) std::byte dynamic_smem[228 << 10];
 
 namespace {
 
-float value_of(std::uint8_t code) { return to_float(E4m3{code}); }
+using fp8_test::Problem;
+using fp8_test::Shape;
+using fp8_test::value_of;
 
-struct Shape {
-  int n = 256, k = 256;
-  std::vector<int> rows = {128};  ///< of every matrix
-  bool blocks = false;            ///< scales of 128 rows are alike
-  bool gather = false, scatter = false, fp32 = false, accumulate = false;
-  int divisor = 1, blocks_of_threads = 3, group = 16;
-  unsigned seed = 1;
-};
+CUtensorMap map(const std::vector<std::uint8_t>& bytes, std::int64_t stride, const Problem& problem, int rows,
+                int matrices) {
+  return {reinterpret_cast<const std::byte*>(bytes.data()),
+          {problem.s.k / 2, rows, matrices, 1, 1},
+          {2, stride, rows * stride, 0, 0},
+          {64, 64, 1, 1, 1}};
+}
 
-/// Random codes and scales; what no product may read is NaN.
-struct Problem {
-  explicit Problem(Shape shape) : s(std::move(shape)), rng(s.seed) {
-    experts = static_cast<int>(s.rows.size());
-    m = std::accumulate(s.rows.begin(), s.rows.end(), 0);
-    for (int i = 0; i < m; ++i) pairs.push_back(i);
-    std::shuffle(pairs.begin(), pairs.end(), rng);
-    x_rows = s.gather ? (m + s.divisor - 1) / s.divisor : m;
-    width = (s.k + 127) / 128;
-    x_stride = s.k + 32;
-    x = codes(x_rows, s.k, x_stride);
-    weight = codes(std::int64_t{experts} * s.n, s.k, s.k);
-    x_scales = scales(std::int64_t{x_rows} * width);
-    const int scale_rows = (s.n + 7) / 8;
-    weight_scales = scales(std::int64_t{experts} * scale_rows * width);
-    if (s.blocks) {
-      const int half = s.gather ? s.n / 16 : scale_rows;  // [gate; up]
-      for (int e = 0; e < experts; ++e) {
-        for (int r = 0; r < scale_rows; ++r) {
-          const int first = r / half * half + r % half / 16 * 16;
-          for (int c = 0; c < width; ++c) scale(e, r, c) = scale(e, first, c);
-        }
-      }
-    }
-    for (int e = 0, first = 0; e < experts; ++e) {
-      const int count = s.rows[static_cast<std::size_t>(e)];
-      for (int u = 0; u < count; u += 128) units.push_back({e, first + u, std::min(128, count - u)});
-      for (int i = 0; i < count; ++i) expert_of.push_back(e);
-      first += count;
-    }
-    num_units = static_cast<std::int32_t>(units.size());
-  }
-
-  std::vector<std::uint8_t> codes(std::int64_t rows, int columns, int stride) {
-    std::vector<std::uint8_t> out(static_cast<std::size_t>(rows * stride), 0x7F);  // NaN
-    std::normal_distribution<float> normal;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      for (int c = 0; c < columns; ++c) {
-        const float tail = rng() % 500 == 0 ? 20.0f : 1.0f;
-        out[static_cast<std::size_t>(r * stride + c)] = to_e4m3(normal(rng) * 20 * tail).bits;
-      }
-    }
-    return out;
-  }
-  std::vector<float> scales(std::int64_t count) {
-    std::uniform_real_distribution<float> uniform(0.002f, 0.02f);
-    std::vector<float> out(static_cast<std::size_t>(count));
-    for (float& v : out) v = uniform(rng);
-    return out;
-  }
-  float& scale(int e, int row, int column) {
-    return weight_scales[static_cast<std::size_t>((e * ((s.n + 7) / 8) + row) * width + column)];
-  }
-
-  /// Row `position` times row n of its expert's matrix.
-  double product(int position, int n) {
-    const int e = expert_of[static_cast<std::size_t>(position)];
-    const int row = s.gather ? pairs[static_cast<std::size_t>(position)] / s.divisor : position;
-    double sum = 0;
-    for (int c = 0; c < width; ++c) {
-      double part = 0;
-      for (int k = 128 * c; k < std::min(s.k, 128 * c + 128); ++k) {
-        part += double{value_of(x[static_cast<std::size_t>(std::int64_t{row} * x_stride + k)])} *
-                double{value_of(weight[static_cast<std::size_t>((std::int64_t{e} * s.n + n) * s.k + k)])};
-      }
-      sum += part * double{x_scales[static_cast<std::size_t>(row * width + c)]} * double{scale(e, n / 8, c)};
-    }
-    return sum;
-  }
-
-  Params params(int columns) {
-    Params p{};
+struct Run {
+  Run(Problem& problem, int columns) {
+    const Shape& s = problem.s;
+    num_units = static_cast<std::int32_t>(problem.units.size());
     Fp8Gemm& g = p.gemm;
-    g.x = x.data();
-    g.x_stride = x_stride;
-    g.x_scales = x_scales.data();
-    g.weight = weight.data();
-    g.weight_scales = weight_scales.data();
-    g.m = m;
-    g.n = s.n;
-    g.k = s.k;
-    g.experts = experts;
-    g.x_rows = x_rows;
-    if (experts > 1) {
-      g.units = units.data();
+    g = problem.arguments(columns);
+    g.x = problem.x.data();
+    g.x_scales = problem.x_scales.data();
+    g.weight = problem.weight.data();
+    g.weight_scales = problem.weight_scales.data();
+    if (problem.experts > 1) {
+      g.units = problem.units.data();
       g.num_units = &num_units;
     }
-    if (experts > 1 || s.scatter || s.gather) g.pairs = pairs.data();
-    g.x_divisor = s.divisor;
-    g.gather = s.gather;
-    g.scatter = s.scatter;
-    g.out_fp32 = s.fp32;
-    g.accumulate = s.accumulate;
-    g.tiles.columns = columns;
-    g.tiles.group = s.group;
-    const int outputs = s.gather ? s.n / 2 : s.n, tile = s.gather ? columns / 2 : columns;
-    p.steps = width;
+    if (s.scatter || s.silu) g.pairs = problem.pairs.data();
+    const int outputs = problem.outputs(), tile = s.silu ? columns / 2 : columns;
+    p.steps = problem.width;
     p.column_tiles = (outputs + tile - 1) / tile;
-    p.dense_units = (m + 127) / 128;
-    p.scale_columns = static_cast<std::uint32_t>(width);
-    p.scale_rows = static_cast<std::uint32_t>((s.n + 7) / 8);
-    p.x_map = map(x, x_stride, x_rows, 1);
-    p.weight_map = map(weight, s.k, s.n, experts);
-    return p;
+    p.dense_units = (problem.m + 127) / 128;
+    p.scale_columns = static_cast<std::uint32_t>(problem.width);
+    p.scale_rows = static_cast<std::uint32_t>(problem.scale_rows);
+    p.x_map = map(problem.x, problem.x_stride, problem, problem.x_rows, 1);
+    p.weight_map = map(problem.weight, s.k, problem, s.n, problem.experts);
   }
-  CUtensorMap map(const std::vector<std::uint8_t>& bytes, std::int64_t stride, int rows, int matrices) const {
-    return {reinterpret_cast<const std::byte*>(bytes.data()),
-            {s.k / 2, rows, matrices, 1, 1},
-            {2, stride, rows * stride, 0, 0},
-            {64, 64, 1, 1, 1}};
-  }
+  Run(const Run&) = delete;
 
   template <class C>
-  void run(const Params& p) {
-    for (int i = 0; i < s.blocks_of_threads; ++i) {
-      emulated::Block block(kThreads, dynamic_smem, sizeof(dynamic_smem), s.seed + static_cast<unsigned>(i));
+  void run(int blocks, unsigned seed) const {
+    for (int i = 0; i < blocks; ++i) {
+      emulated::Block block(kThreads, dynamic_smem, sizeof(dynamic_smem), seed + static_cast<unsigned>(i));
       block.block_index = {static_cast<unsigned>(i), 0, 0};
-      block.grid_size = {static_cast<unsigned>(s.blocks_of_threads), 1, 1};
+      block.grid_size = {static_cast<unsigned>(blocks), 1, 1};
       block.run([&] { fp8_gemm_kernel<C>(p); });
     }
   }
 
-  Shape s;
-  std::mt19937 rng;
-  int experts = 0, m = 0, x_rows = 0, width = 0, x_stride = 0;
-  std::vector<std::int32_t> pairs;
-  std::vector<ExpertUnit> units;
-  std::vector<int> expert_of;
+  Params p{};
   std::int32_t num_units = 0;
-  std::vector<std::uint8_t> x, weight;
-  std::vector<float> x_scales, weight_scales;
 };
 
 template <int kColumns, bool kBlocks>
-void check_products(const Shape& shape) {
+void check_products(const Shape& shape, int blocks_of_threads = 3) {
   Problem problem(shape);
   const Shape& s = problem.s;
-  Params p = problem.params(kColumns);
+  Run run(problem, kColumns);
   const int stride = s.n + 8;
   const std::size_t size = static_cast<std::size_t>(problem.m) * static_cast<std::size_t>(stride);
   constexpr float kBefore = 0.75f;
   const float poison = s.accumulate ? kBefore : std::numeric_limits<float>::quiet_NaN();
   std::vector<float> wide(size, poison);
   std::vector<std::uint16_t> narrow(size, to_bf16(poison).bits);
-  p.gemm.out = s.fp32 ? static_cast<void*>(wide.data()) : narrow.data();
-  p.gemm.out_stride = stride;
-  problem.run<Config<kColumns, false, false, kBlocks, 1>>(p);
+  run.p.gemm.out = s.fp32 ? static_cast<void*>(wide.data()) : narrow.data();
+  run.p.gemm.out_stride = stride;
+  run.run<Config<kColumns, false, false, kBlocks, 1>>(blocks_of_threads, s.seed);
   for (int i = 0; i < problem.m; ++i) {
     const int row = s.scatter ? problem.pairs[static_cast<std::size_t>(i)] : i;
     for (int n = 0; n < stride; ++n) {
@@ -195,17 +102,16 @@ void check_products(const Shape& shape) {
 }
 
 template <bool kBlocks>
-void check_activations(const Shape& shape) {
+void check_activations(const Shape& shape, int blocks_of_threads = 3) {
   Problem problem(shape);
-  const Shape& s = problem.s;
-  Params p = problem.params(256);
-  const int outputs = s.n / 2, width = (outputs + 127) / 128;
+  Run run(problem, 256);
+  const int outputs = problem.outputs(), width = (outputs + 127) / 128;
   std::vector<std::uint8_t> codes(static_cast<std::size_t>(problem.m * outputs), 0x7F);
   std::vector<float> scales(static_cast<std::size_t>(problem.m * width),
                             std::numeric_limits<float>::quiet_NaN());
-  p.gemm.out = codes.data();
-  p.gemm.out_scales = scales.data();
-  problem.run<Config<256, true, true, kBlocks, 1>>(p);
+  run.p.gemm.out = codes.data();
+  run.p.gemm.out_scales = scales.data();
+  run.run<Config<256, true, true, kBlocks, 1>>(blocks_of_threads, shape.seed);
   for (int i = 0; i < problem.m; ++i) {
     for (int c = 0; c < width; ++c) {
       std::vector<double> want;
@@ -234,8 +140,13 @@ TEST(Fp8GemmBlock, OddSizes) {
 }
 
 TEST(Fp8GemmBlock, MoreStagesThanTheRingHas) {
-  check_products<256, false>({.n = 512, .k = 1296, .rows = {300}, .blocks_of_threads = 1, .group = 2});
-  check_products<128, false>({.n = 384, .k = 1296, .rows = {140}, .blocks_of_threads = 2, .group = 1});
+  check_products<256, false>({.n = 512, .k = 1296, .rows = {300}, .group = 2}, 1);
+  check_products<128, false>({.n = 384, .k = 1296, .rows = {140}, .group = 1}, 2);
+}
+
+TEST(Fp8GemmBlock, WarpgroupsTakeTurns) {
+  check_products<256, true>({.n = 264, .k = 784, .rows = {200}, .blocks = true, .turns = true}, 1);
+  check_activations<false>({.n = 320, .k = 144, .rows = {3, 0, 129, 1}, .silu = true, .turns = true}, 2);
 }
 
 TEST(Fp8GemmBlock, AddsToWhatIsThere) {
@@ -258,18 +169,12 @@ TEST(Fp8GemmBlock, Experts) {
 }
 
 TEST(Fp8GemmBlock, ActivatesAndQuantises) {
-  check_activations<false>({.n = 544, .k = 272, .rows = {130}, .gather = true});
+  check_activations<false>({.n = 544, .k = 272, .rows = {130}, .silu = true});
   for (unsigned seed = 1; seed < 4; ++seed) {
     check_activations<false>(
-        {.n = 320, .k = 144, .rows = {3, 0, 129, 64, 0, 1}, .gather = true, .divisor = 3, .seed = seed});
-    check_activations<true>({.n = 320,
-                             .k = 656,
-                             .rows = {5, 140},
-                             .blocks = true,
-                             .gather = true,
-                             .divisor = 2,
-                             .blocks_of_threads = 1,
-                             .seed = seed});
+        {.n = 320, .k = 144, .rows = {3, 0, 129, 64, 0, 1}, .silu = true, .divisor = 3, .seed = seed});
+    check_activations<true>(
+        {.n = 320, .k = 656, .rows = {5, 140}, .blocks = true, .silu = true, .divisor = 2, .seed = seed}, 1);
   }
 }
 

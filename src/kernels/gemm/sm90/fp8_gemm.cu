@@ -21,9 +21,9 @@ CUtensorMap byte_map(const char* name, const void* data, std::int64_t columns, s
                      std::int64_t rows, std::int64_t matrices) {
   const TensorView view = TensorView::contiguous(const_cast<void*>(data), DType::kBFloat16,
                                                  {matrices, rows, columns / 2}, {DeviceType::kCuda, 0});
-  return tensor_map<4>(name, view,
+  return tensor_map<5>(name, view,
                        {MapDim{columns / 2, 2, fp8::kStepK / 2}, MapDim{rows, stride, fp8::kBoxRows},
-                        MapDim{matrices, rows * stride, 1}, MapDim{1, 0, 1}});
+                        MapDim{matrices, rows * stride, 1}, MapDim{1, 0, 1}, MapDim{1, 0, 1}});
 }
 
 template <class C>

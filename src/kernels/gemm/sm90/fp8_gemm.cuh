@@ -15,110 +15,17 @@
 // With kCluster = 2 two CTAs take tiles below each other and fetch half of the weights each, for both. CTAs take tiles
 // in turn; copies run ahead across them.
 
-#include <cuda.h>
-#include <cuda_bf16.h>
-
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/gemm/sm90/fp8_gemm.h"
+#include "kernels/gemm/sm90/fp8_gemm_results.cuh"
+#include "kernels/gemm/sm90/fp8_gemm_tiles.cuh"
 #include "kernels/ptx/cluster.cuh"
-#include "kernels/ptx/fragment.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/tma.cuh"
 #include "kernels/ptx/wgmma_e4m3.cuh"
-#include "kernels/ptx/words.cuh"
 
 namespace flash_mla::sm90::fp8 {
-
-constexpr int kRows = 128, kStepK = 128, kBoxRows = 64;
-constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup;
-constexpr int kBoxBytes = kBoxRows * kStepK, kBytesA = kRows * kStepK;
-constexpr float kLargest = 448.0f, kLeastScale = 1.17549435e-38f;
-
-/// kColumns 256 or 128; kSilu: silu and quantisation of the result; kBlocks: whole_blocks.
-template <int kColumns_, bool kGather_, bool kSilu_, bool kBlocks_, int kCluster_>
-struct Config {
-  static constexpr int kColumns = kColumns_, kCluster = kCluster_;
-  static constexpr bool kGather = kGather_, kSilu = kSilu_, kBlocks = kBlocks_;
-  static constexpr int kStages = kColumns == 256 ? 4 : 6;
-  static constexpr int kStageBytes = kBytesA + kColumns * kStepK;
-  static constexpr int kOwnColumns = kColumns / 2;  // of a warpgroup
-  static constexpr int kSums = kOwnColumns / 2;     // of a thread, of 64 rows
-  static constexpr int kGroups = kOwnColumns / 8;   // columns with scales of their own
-  static_assert(!kSilu || kColumns == 256);
-};
-
-struct Params {
-  CUtensorMap x_map;       // (k / 2, rows) of 16 bits
-  CUtensorMap weight_map;  // (k / 2, n, experts)
-  Fp8Gemm gemm;
-  int steps, column_tiles, dense_units;
-  std::uint32_t scale_columns, scale_rows;  // of a matrix of the weights
-};
-
-template <class C>
-struct Shared {
-  alignas(1024) std::uint8_t stages[C::kStages][C::kStageBytes];
-  std::uint64_t full[C::kStages], empty[C::kStages];
-  float highest[2][2][kRows];  // of a row, by tile's parity and warpgroup
-};
-
-struct Tile {
-  ExpertUnit unit;  // of this CTA
-  int column;       // first output
-};
-
-/// The tiles of a CTA, in turn.
-template <class C>
-struct Walk {
-  const Params& p;
-  int units, index, stride;
-  int rank;  // in the cluster
-
-  __device__ explicit Walk(const Params& params)
-      : p(params),
-        units(params.gemm.units != nullptr ? __ldcg(params.gemm.num_units) : params.dense_units),
-        index(static_cast<int>(blockIdx.x) / C::kCluster),
-        stride(static_cast<int>(gridDim.x) / C::kCluster),
-        rank(C::kCluster == 1 ? 0 : static_cast<int>(blockIdx.x) % C::kCluster) {}
-
-  __device__ bool done() const { return index >= units * p.column_tiles; }
-  __device__ void next() { index += stride; }
-
-  __device__ Tile tile() const {
-    const int group = p.gemm.tiles.group;
-    const int first = index / (group * p.column_tiles) * group, rest = index - first * p.column_tiles;
-    const int size = min(group, units - first);
-    const int u = first + rest % size;
-    Tile t;
-    t.column = rest / size * (C::kSilu ? C::kColumns / 2 : C::kColumns);
-    if (p.gemm.units != nullptr) {
-      const int* const unit = &p.gemm.units[u].expert;
-      t.unit = {__ldcg(unit), __ldcg(unit + 1), __ldcg(unit + 2)};
-    } else {
-      const int row = u * kRows * C::kCluster;
-      t.unit = {0, row, min(kRows * C::kCluster, static_cast<int>(p.gemm.m) - row)};
-    }
-    t.unit.first += rank * kRows;
-    t.unit.count = max(0, min(kRows, t.unit.count - rank * kRows));
-    return t;
-  }
-};
-
-/// A place in the ring of stages.
-template <class C>
-struct Ring {
-  int slot = 0;
-  std::uint32_t round = 0;
-
-  __device__ void next() {
-    if (++slot == C::kStages) {
-      slot = 0;
-      ++round;
-    }
-  }
-};
 
 // ---- Copies
 
@@ -133,7 +40,7 @@ __device__ __forceinline__ void load_boxes(const Params& p, Shared<C>& s, int sl
   std::uint8_t* const stage = s.stages[slot];
   const int at = step * (kStepK / 2);
   for (int i = 0; i < boxes_of_x; ++i) {
-    ptx::tma_load_4d(stage + i * kBoxBytes, &p.x_map, full, at, tile.unit.first + i * kBoxRows, 0, 0);
+    ptx::tma_load_5d(stage + i * kBoxBytes, &p.x_map, full, at, tile.unit.first + i * kBoxRows, 0, 0, 0);
   }
   constexpr int kBoxes = C::kColumns / kBoxRows;
   const int outputs = static_cast<int>(p.gemm.n) / 2;
@@ -141,11 +48,11 @@ __device__ __forceinline__ void load_boxes(const Params& p, Shared<C>& s, int sl
     const int row = C::kSilu ? tile.column + i / 2 * kBoxRows + i % 2 * outputs : tile.column + i * kBoxRows;
     std::uint8_t* const to = stage + kBytesA + i * kBoxBytes;
     if constexpr (C::kCluster == 1) {
-      ptx::tma_load_4d(to, &p.weight_map, full, at, row, tile.unit.expert, 0);
+      ptx::tma_load_5d(to, &p.weight_map, full, at, row, tile.unit.expert, 0, 0);
     } else {
       if (i / (kBoxes / C::kCluster) != rank) continue;
-      ptx::tma_load_4d_multicast(to, &p.weight_map, full, (1 << C::kCluster) - 1, at, row, tile.unit.expert,
-                                 0);
+      ptx::tma_load_5d_multicast(to, &p.weight_map, full, (1 << C::kCluster) - 1, at, row, tile.unit.expert,
+                                 0, 0);
     }
   }
 }
@@ -252,9 +159,14 @@ struct ScaleReader {
   }
 };
 
-/// part = 64 rows of A times the warpgroup's of B over a stage.
+/// Named barriers: by which a warpgroup waits for its turn, beside one for highest magnitudes.
+constexpr int kTurns = 2;
+
+/// part = 64 rows of A times the warpgroup's of B over a stage. `turns`: after the other warpgroup has asked for its.
 template <int kSums>
-__device__ __forceinline__ void multiply_stage(float (&part)[kSums], std::uint64_t a, std::uint64_t b) {
+__device__ __forceinline__ void multiply_stage(float (&part)[kSums], std::uint64_t a, std::uint64_t b,
+                                               bool turns, int group) {
+  if (turns) ptx::named_barrier_sync<2 * kWarpgroup>(kTurns + group);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kStepK / 32; ++k) {
@@ -262,6 +174,7 @@ __device__ __forceinline__ void multiply_stage(float (&part)[kSums], std::uint64
                     ptx::advance(b, static_cast<std::uint32_t>(2 * k)), k > 0);
   }
   ptx::wgmma_commit();
+  if (turns) ptx::named_barrier_arrive<2 * kWarpgroup>(kTurns + 1 - group);
   ptx::wgmma_wait<0>();
 }
 
@@ -277,146 +190,12 @@ __device__ __forceinline__ void promote(float (&sums)[C::kSums], const float (&p
   }
 }
 
-/// Two sums of every group of 8 columns 4 g to 4 g + 3 plus what `before` holds of them, as eight neighbours for each lane
-/// of a quad: those of the group of its own number.
-template <int kSums>
-__device__ __forceinline__ uint4 pack_eight(const float (&sums)[kSums], int g, int half, uint4 before) {
-  std::uint32_t words[4] = {before.x, before.y, before.z, before.w};
-  quad_transpose(words);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at = 4 * (4 * g + i) + 2 * half;
-    words[i] = pack2<true>(sums[at] + __uint_as_float(words[i] << 16),
-                           sums[at + 1] + __uint_as_float(words[i] & 0xFFFF0000u));
-  }
-  quad_transpose(words);
-  return {words[0], words[1], words[2], words[3]};
-}
-
-/// Results of 64 rows from `first_row` on.
-template <class C>
-__device__ __forceinline__ void store(const Params& p, const Tile& tile, const float (&sums)[C::kSums],
-                                      int first_row, int group, int warp, int lane) {
-  const Fp8Gemm& g = p.gemm;
-  const int first = tile.column + group * C::kOwnColumns;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = first_row + warp * 16 + half * 8 + lane / 4;
-    const bool inside = row < tile.unit.count;
-    std::int64_t to = tile.unit.first + row;
-    if (inside && g.scatter) to = __ldcg(g.pairs + to);
-    if (g.out_fp32) {
-      float* const out = static_cast<float*>(g.out) + to * g.out_stride;
-#pragma unroll
-      for (int j = 0; j < C::kGroups; ++j) {
-        const int column = first + 8 * j + lane % 4 * 2;
-        if (!inside || column >= g.n) continue;
-        auto* const at = reinterpret_cast<float2*>(out + column);
-        float2 value{sums[4 * j + 2 * half], sums[4 * j + 2 * half + 1]};
-        if (g.accumulate) {
-          const float2 before = *at;
-          value = {before.x + value.x, before.y + value.y};
-        }
-        *at = value;
-      }
-    } else {
-      auto* const out = static_cast<__nv_bfloat16*>(g.out) + to * g.out_stride;
-#pragma unroll
-      for (int j = 0; j < C::kGroups / 4; ++j) {
-        const int column = first + 32 * j + lane % 4 * 8;
-        const bool valid = inside && column < g.n;
-        auto* const at = reinterpret_cast<uint4*>(out + column);
-        uint4 before{0, 0, 0, 0};
-        if (g.accumulate && valid) before = *at;
-        const uint4 value = pack_eight(sums, j, half, before);
-        if (valid) *at = value;
-      }
-    }
-  }
-}
-
-/// silu(gate) * up in place of the gate's sums; 0 beyond the last output.
-template <class C>
-__device__ __forceinline__ void activate(const Params& p, const Tile& tile, float (&sums)[C::kSums],
-                                         int group, int lane) {
-  const int outputs = static_cast<int>(p.gemm.n) / 2;
-#pragma unroll
-  for (int j = 0; j < C::kGroups / 2; ++j) {
-    const int column = tile.column + group * 64 + 8 * j + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float gate = sums[4 * j + i];
-      const float value = __fdividef(gate, 1.0f + __expf(-gate)) * sums[4 * j + i + C::kSums / 2];
-      sums[4 * j + i] = column < outputs ? value : 0.0f;
-    }
-  }
-}
-
-/// The highest magnitude of a row in the 64 columns of a warpgroup.
-template <class C>
-__device__ __forceinline__ float highest_of(const float (&sums)[C::kSums], int half) {
-  float best = 0.0f;
-#pragma unroll
-  for (int j = 0; j < C::kGroups / 2; ++j) {
-    best = fmaxf(best, fmaxf(fabsf(sums[4 * j + 2 * half]), fabsf(sums[4 * j + 2 * half + 1])));
-  }
-  return quad_max(best);
-}
-
-/// A row's 64 columns as e4m3: 16 neighbours for each lane of a quad.
-template <class C>
-__device__ __forceinline__ uint4 narrow_row(const float (&sums)[C::kSums], int half, float factor) {
-  std::uint32_t words[4];  // of 2 columns of group 2 i and of group 2 i + 1
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int low = 8 * i + 2 * half, high = low + 4;
-    words[i] = static_cast<std::uint32_t>(ptx::narrow_e4m3(sums[low] * factor, sums[low + 1] * factor)) |
-               static_cast<std::uint32_t>(ptx::narrow_e4m3(sums[high] * factor, sums[high + 1] * factor))
-                   << 16;
-  }
-  quad_transpose(words);
-  return {__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410),
-          __byte_perm(words[0], words[1], 0x7632), __byte_perm(words[2], words[3], 0x7632)};
-}
-
-/// The rows of a tile, quantised in the 128 columns that it has of them. `parity`: of the tile's number.
-template <class C>
-__device__ __forceinline__ void store_quantised(const Params& p, Shared<C>& s, const Tile& tile,
-                                                float (&sums)[2][C::kSums], int parity, int group, int warp,
-                                                int lane) {
-  const Fp8Gemm& g = p.gemm;
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    activate<C>(p, tile, sums[m], group, lane);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float own = highest_of<C>(sums[m], half);
-      if (lane % 4 == 0) s.highest[parity][group][m * 64 + warp * 16 + half * 8 + lane / 4] = own;
-    }
-  }
-  ptx::named_barrier_sync<1, 2 * kWarpgroup>();
-  const std::int64_t outputs = g.n / 2, width = (outputs + 127) / 128;
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = m * 64 + warp * 16 + half * 8 + lane / 4;
-      const float highest = fmaxf(s.highest[parity][0][row], s.highest[parity][1][row]);
-      const float scale = fmaxf(highest * (1.0f / kLargest), kLeastScale);
-      const uint4 codes = narrow_row<C>(sums[m], half, 1.0f / scale);
-      const int column = tile.column + group * 64 + lane % 4 * 16;
-      if (row >= tile.unit.count || column >= outputs) continue;
-      const std::int64_t to = tile.unit.first + row;
-      *reinterpret_cast<uint4*>(static_cast<std::uint8_t*>(g.out) + to * outputs + column) = codes;
-      if (group == 0 && lane % 4 == 0) g.out_scales[to * width + tile.column / 128] = scale;
-    }
-  }
-}
-
 template <class C>
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared<C>& s) {
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread / kWarpgroup, warp = thread % kWarpgroup / 32, lane = thread % 32;
+  const bool turns = p.gemm.tiles.turns;
+  if (turns && group == 1) ptx::named_barrier_arrive<2 * kWarpgroup>(kTurns);  // the first is group 0's
   Ring<C> ring;
   int parity = 0;
   for (Walk<C> walk(p); !walk.done(); walk.next(), parity ^= 1) {
@@ -440,11 +219,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared<C>& s) {
           ptx::swizzled_descriptor(stage + kBytesA + group * C::kOwnColumns * kStepK, 0, 8 * kStepK);
       float part[C::kSums];
       if (blocks > 0) {
-        multiply_stage(part, a, b);
+        multiply_stage(part, a, b, turns, group);
         promote<C>(sums[0], part, scales.x[0], scales.weight);
       }
       if (blocks > 1) {
-        multiply_stage(part, ptx::advance(a, 64 * kStepK / 16), b);
+        multiply_stage(part, ptx::advance(a, 64 * kStepK / 16), b, turns, group);
         if (lane < C::kCluster) {
           C::kCluster == 1
               ? ptx::mbarrier_arrive(&s.empty[ring.slot])

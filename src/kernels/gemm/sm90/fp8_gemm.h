@@ -13,9 +13,10 @@ namespace flash_mla::sm90 {
 
 /// How a product is cut. All of them give the same bits.
 struct Fp8Tiles {
-  int columns = 256;  ///< of a tile: 256, or 128 where there are few tiles
-  int cluster = 1;    ///< CTAs, below each other, that fetch the weights of their tiles once: 1 or 2
-  int group = 16;     ///< tiles below each other that are walked together, so that they meet in L2
+  int columns = 256;   ///< of a tile: 256, or 128 where there are few tiles
+  int cluster = 1;     ///< CTAs, below each other, that fetch the weights of their tiles once: 1 or 2
+  int group = 16;      ///< tiles below each other that are walked together, so that they meet in L2
+  bool turns = false;  ///< the two halves of a tile take the tensor cores in turns
 };
 
 /// out[i, j] (= or +=) sum over blocks b of 128 columns of

@@ -22,6 +22,7 @@
 #include "base/fp8.h"
 #include "kernels/gemm/sm90/grouped_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
+#include "kernels/moe/sm90/fp8_experts.h"
 #include "kernels/moe/sm90/moe.h"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/rows/sm90/silu.cuh"
@@ -285,6 +286,8 @@ struct Workspace {
   std::int32_t *num_units, *pairs;
   __nv_bfloat16* act;
   float* results;
+  std::byte* x_codes;  // of products in FP8: x, quantised; their activations are where the others' are
+  float *x_scales, *act_scales;
   std::size_t bytes;
 };
 
@@ -308,6 +311,9 @@ Workspace lay_out(void* base, std::int64_t tokens, std::int64_t hidden, std::int
   w.pairs = reinterpret_cast<std::int32_t*>(take(pairs, sizeof(std::int32_t)));
   w.act = reinterpret_cast<__nv_bfloat16*>(take(pairs * intermediate, sizeof(__nv_bfloat16)));
   w.results = reinterpret_cast<float*>(take(pairs * hidden, sizeof(float)));
+  w.x_codes = take(tokens * hidden, 1);
+  w.x_scales = reinterpret_cast<float*>(take(tokens * ((hidden + 127) / 128), sizeof(float)));
+  w.act_scales = reinterpret_cast<float*>(take(pairs * ((intermediate + 127) / 128), sizeof(float)));
   w.bytes = at;
   return w;
 }
@@ -315,7 +321,7 @@ Workspace lay_out(void* base, std::int64_t tokens, std::int64_t hidden, std::int
 /// Rows of x that a unit is planned for: the least bucket that few experts overflow (an overflowing expert's
 /// weights are read once more, though from L2). Beyond the streaming kernel's, tiles take over.
 int rows_per_unit(const ExpertFfn& p) {
-  const double mean = static_cast<double>(p.tokens * p.experts_per_token) / p.num_experts;
+  const double mean = mean_pairs(p);
   if (mean > kMaxStreamedRows && !p.batch_invariant) return kGroupedRows;
   return mean <= 3 ? 8 : mean <= 9 ? 16 : mean <= 22 ? 32 : 64;
 }
@@ -354,6 +360,28 @@ cudaError_t run_plain(const ExpertFfn& p, const Workspace& w, int num_sms, cudaS
   config.programmatic(p.programmatic_launch);
   if (const cudaError_t e = launch(config, plain_experts<false>, args)) return e;
   return launch(config, plain_experts<true>, args);
+}
+
+Fp8Experts fp8_experts(const ExpertFfn& p, const Workspace& w, int num_sms) {
+  Fp8ExpertMemory memory;
+  memory.units = w.units;
+  memory.num_units = w.num_units;
+  memory.pairs = w.pairs;
+  memory.x_codes = w.x_codes;
+  memory.act_codes = w.act;
+  memory.x_scales = w.x_scales;
+  memory.act_scales = w.act_scales;
+  memory.results = w.results;
+  return fp8_experts(p, memory, num_sms);
+}
+
+cudaError_t run_fp8(const ExpertFfn& p, const Workspace& w, const Fp8Experts& products, cudaStream_t stream) {
+  const SortArgs sort{p.ids,   products.gate_up.m, p.num_experts, products.rows_per_unit, w.pairs,
+                      w.units, w.num_units};
+  if (const cudaError_t e = quantise_rows(products.quantise, stream)) return e;
+  if (const cudaError_t e = launch_sort(sort, p.programmatic_launch, stream)) return e;
+  if (const cudaError_t e = fp8_gemm(products.gate_up, stream)) return e;
+  return fp8_gemm(products.down, stream);
 }
 
 cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream) {
@@ -440,8 +468,11 @@ cudaError_t expert_ffn(const ExpertFfn& p, cudaStream_t stream) {
   const bool e4m3 = p.gate_up_scales != nullptr;
   const bool fast = fits_stream(p.x, p.tokens == 1 ? 0 : p.x_stride, p.gate_up, p.hidden, e4m3) &&
                     fits_stream(w.act, p.intermediate, p.down, p.intermediate, e4m3);
-  if (const cudaError_t e = fast ? run_fast(p, w, stream) : run_plain(p, w, num_sms, stream)) return e;
-  return launch_combine(p, w.results, stream);
+  const Fp8Experts products = fp8_experts(p, w, num_sms);
+  const cudaError_t e = takes_fp8(p, products) ? run_fp8(p, w, products, stream)
+                        : fast                 ? run_fast(p, w, stream)
+                                               : run_plain(p, w, num_sms, stream);
+  return e != cudaSuccess ? e : launch_combine(p, w.results, stream);
 }
 
 }  // namespace flash_mla::sm90

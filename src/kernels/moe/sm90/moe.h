@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "base/routing.h"
 
@@ -51,6 +52,10 @@ struct ExpertFfn {
   /// (num_experts, ceil(2 * intermediate / 8), ceil(hidden / 128)) and (num_experts, ceil(hidden / 8),
   /// ceil(intermediate / 128)). Products of few rows are exact in them, tiles round value times scale to bfloat16.
   const float *gate_up_scales = nullptr, *down_scales = nullptr;
+  /// Of e4m3 weights: from so many pairs of an expert on, on average, x and the activations are quantised as well, with a
+  /// scale for every row and 128 columns, and multiplied in FP8 (fp8_gemm.h). Never where batch_invariant.
+  double fp8_rows = std::numeric_limits<double>::infinity();
+  bool whole_blocks = false;  ///< as Fp8Gemm's, of gate, of up and of down
   const std::int32_t* ids =
       nullptr;  ///< (tokens, experts_per_token), each in [0, num_experts), distinct for a token
   const float* weights = nullptr;  ///< (tokens, experts_per_token)

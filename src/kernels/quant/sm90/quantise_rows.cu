@@ -8,7 +8,7 @@
 
 #include "base/cuda/launch.h"
 #include "kernels/ptx/cluster.cuh"
-#include "kernels/ptx/words.cuh"
+#include "kernels/quant/sm90/narrow_e4m3.cuh"
 #include "kernels/quant/sm90/quantise_rows.h"
 
 namespace flash_mla::sm90 {
@@ -47,8 +47,8 @@ __global__ __launch_bounds__(kThreads) void quantise(const QuantiseRows p) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float* const y = x + 4 * i;
-    codes[i] = static_cast<std::uint32_t>(ptx::narrow_e4m3(y[0] * factor, y[1] * factor)) |
-               static_cast<std::uint32_t>(ptx::narrow_e4m3(y[2] * factor, y[3] * factor)) << 16;
+    codes[i] = static_cast<std::uint32_t>(narrow_e4m3(y[0] * factor, y[1] * factor)) |
+               static_cast<std::uint32_t>(narrow_e4m3(y[2] * factor, y[3] * factor)) << 16;
   }
   *reinterpret_cast<uint2*>(static_cast<std::uint8_t*>(p.codes) + row * p.columns + column) =
       make_uint2(codes[0], codes[1]);

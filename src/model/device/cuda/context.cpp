@@ -1,10 +1,17 @@
 #include "model/device/cuda/context.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <bit>
+#include <charconv>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <string_view>
 
 #include "base/cuda/check.h"
+#include "flash_mla/error.h"
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
 #include "kernels/moe/sm90/moe.h"
 #include "model/rope.h"
@@ -20,6 +27,19 @@ constexpr int kInvariantSplitBlocks = 16;
 constexpr std::int64_t kMaxExpandedBytes = std::int64_t{1} << 31;
 constexpr std::int64_t kElement = 2;
 
+std::int64_t fp8_rows_of_environment() {
+  constexpr const char* kName = "FLASH_MLA_FP8_ROWS";
+  const char* const value = std::getenv(kName);
+  if (value == nullptr) return std::numeric_limits<std::int64_t>::max();
+  const std::string_view text = value;
+  std::int64_t rows = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), rows);
+  if (error != std::errc{} || end != text.data() + text.size() || rows < 1) {
+    throw InvalidArgument(fmt::format("{} is \"{}\", expected a positive number of rows", kName, text));
+  }
+  return rows;
+}
+
 }  // namespace
 
 bool has_sm90_prefill(const ModelConfig& config) {
@@ -30,6 +50,7 @@ bool has_sm90_prefill(const ModelConfig& config) {
 CudaContext::CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents)
     : config(model_config),
       fp8_cache(fp8_latents),
+      fp8_rows(fp8_rows_of_environment()),
       weights(*pool, stream, quantize),
       schedule_options_(cuda_schedule_options(0, 1, model_config.num_attention_heads, 1)) {
   const Rope rope = make_rope(config);
@@ -80,6 +101,7 @@ void CudaContext::reserve(std::int64_t num_tokens, std::int64_t num_rows) {
                                          config.n_routed_experts + config.n_shared_experts,
                                          experts_per_token()));
   }
+  if (tokens >= fp8_rows && widest_e4m3_ > 0) quantised_rows(buffers.quantised, tokens, widest_e4m3_);
   // Prompts that are processed whole.
   grow_expanded(tokens);
   activations(buffers.keys, fp8_cache ? tokens : 0, latent + rope);
@@ -163,9 +185,18 @@ void CudaContext::grow_expanded(std::int64_t keys) {
               std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim));
 }
 
-void CudaContext::prepare_e4m3() {
+void CudaContext::prepare_e4m3(std::int64_t columns) {
   grow(buffers.widened, static_cast<std::size_t>(kMaxWidenedBytes));
+  widest_e4m3_ = std::max(widest_e4m3_, columns);
   one_token = {};
+}
+
+QuantisedRows CudaContext::quantised_rows(Buffer& buffer, std::int64_t rows, std::int64_t columns) {
+  // Of whole 16 bytes, since rows are.
+  const auto codes = static_cast<std::size_t>(rows * columns);
+  const auto scales = static_cast<std::size_t>(rows * ((columns + kE4m3Columns - 1) / kE4m3Columns));
+  grow(buffer, codes + scales * sizeof(float));
+  return {buffer.data(), reinterpret_cast<float*>(buffer.data() + codes)};
 }
 
 void CudaContext::download(const std::byte* from, std::size_t bytes, void* to) {

@@ -25,6 +25,12 @@ namespace flash_mla::model {
 /// Of a weight in e4m3, what is widened to bfloat16 at a time.
 inline constexpr std::int64_t kMaxWidenedBytes = std::int64_t{64} << 20;
 
+/// Activations in e4m3 on the device, with a scale for every row and 128 columns.
+struct QuantisedRows {
+  std::byte* codes = nullptr;
+  float* scales = nullptr;
+};
+
 /// What the layers of a GPU share: stream and memory, the step that runs, and memory for activations that
 /// grows and stays. All activations are bfloat16 but where it says so.
 struct CudaContext {
@@ -53,15 +59,22 @@ struct CudaContext {
   void grow_expanded(std::int64_t keys);
   /// Chosen experts of a token, with the shared ones.
   int experts_per_token() const { return config.num_experts_per_tok + config.n_shared_experts; }
-  /// To be called when a layer has got weights in e4m3: they are widened where many rows are multiplied, and the kernel
-  /// of one token takes bfloat16 alone.
-  void prepare_e4m3();
+  /// To be called when a layer has got weights in e4m3 that take `columns` inputs: they are widened, or these inputs
+  /// quantised, where many rows are multiplied, and the kernel of one token takes bfloat16 alone.
+  void prepare_e4m3(std::int64_t columns);
+  /// Whether products of that many rows by weights in e4m3 are made in FP8.
+  bool multiplies_fp8(std::int64_t rows) const { return rows >= fp8_rows && !step->batch_invariant; }
+  /// Memory for inputs in e4m3: (rows, columns) and then their scales, (rows, ceil(columns / 128)).
+  QuantisedRows quantised_rows(Buffer& buffer, std::int64_t rows, std::int64_t columns);
   /// To the host; returns when everything queued has run.
   void download(const std::byte* from, std::size_t bytes, void* to);
   void rms_norm(const Matrix& x, const Buffer& weight, double eps, const Matrix& out) const;
 
   const ModelConfig config;
   const bool fp8_cache;
+  /// Rows from which on products by weights in e4m3 are made in FP8: those of the environment variable
+  /// FLASH_MLA_FP8_ROWS. Without it, never.
+  const std::int64_t fp8_rows;
   Stream stream;
   std::shared_ptr<DevicePool> pool = std::make_shared<DevicePool>();
   sm90::CublasLt lt;
@@ -79,6 +92,7 @@ struct CudaContext {
     Buffer decode_workspace, prefill_workspace;
     Buffer latents, k_rope, expanded;  ///< grow_expanded
     Buffer widened;                    ///< kMaxWidenedBytes where there are weights in e4m3
+    Buffer quantised;                  ///< quantised_rows() of what such weights multiply
     Buffer router_logits, expert_weights, expert_workspace;
     std::vector<Buffer> expert_ids;  ///< of each mixture layer (tokens, experts_per_token()) int32
     Buffer logit_h, logits, tokens, likeliest_scratch;  ///< of the logit rows
@@ -96,6 +110,7 @@ struct CudaContext {
   DecodeScheduleView schedule_view(const ScheduleOptions& options) const;
 
   bool selects_ = false;
+  std::int64_t widest_e4m3_ = 0;      // columns
   ScheduleOptions schedule_options_;  // of batches of any size: no other has more parts
   StepUploader uploader_;
   PinnedBuffer download_;

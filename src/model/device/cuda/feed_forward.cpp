@@ -20,9 +20,10 @@ void CudaFeedForward::forward(Residual& x) {
   const Matrix h = context_.activations(context_.buffers.h, x.x.rows, x.x.columns);
   const Matrix act = context_.activations(context_.buffers.act, x.x.rows, intermediate_);
   context_.rms_norm(x.x, norm_, context_.config.rms_norm_eps, h);
+  x.normed_for = nullptr;
+  if (gate_up_.add_feed_forward(context_, h, down_, x.x)) return;
   gate_up_.multiply_silu_mul(context_, h, act);
   down_.multiply_add(context_, act, x.x);
-  x.normed_for = nullptr;
 }
 
 }  // namespace flash_mla::model

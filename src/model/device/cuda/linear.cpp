@@ -3,7 +3,9 @@
 #include <algorithm>
 
 #include "base/cuda/check.h"
+#include "base/cuda/device.h"
 #include "kernels/gemm/sm90/widen_weights.h"
+#include "kernels/quant/sm90/quantise_rows.h"
 #include "kernels/rows/sm90/rows.h"
 
 namespace flash_mla::model {
@@ -17,6 +19,28 @@ std::int64_t widened_rows(std::int64_t columns) {
   return kMaxWidenedBytes / (2 * columns) / kFp8Block * kFp8Block;
 }
 
+int num_multiprocessors() {
+  int count = 0;
+  check(multiprocessors(count), "cudaDeviceGetAttribute");
+  return count;
+}
+
+bool takes_quantise_rows(const Matrix& x) {
+  return x.dtype == DType::kBFloat16 && x.columns % 16 == 0 && x.stride % 8 == 0;
+}
+
+void quantise(const CudaContext& context, const Matrix& x, const QuantisedRows& out) {
+  sm90::QuantiseRows args;
+  args.x = x.data;
+  args.x_stride = x.stride;
+  args.codes = out.codes;
+  args.scales = out.scales;
+  args.rows = x.rows;
+  args.columns = x.columns;
+  args.programmatic_launch = true;
+  check(sm90::quantise_rows(args, context.stream), "quantise_rows");
+}
+
 }  // namespace
 
 CudaLinear::CudaLinear(CudaContext& context, const Weight& weight, std::span<const float> bias,
@@ -25,12 +49,12 @@ CudaLinear::CudaLinear(CudaContext& context, const Weight& weight, std::span<con
       bias_(context.weights.vector(bias)),
       out_features_(weight.rows),
       in_features_(weight.columns) {
-  if (weight_.e4m3()) context.prepare_e4m3();
+  if (weight_.e4m3()) context.prepare_e4m3(in_features_);
 }
 
 CudaLinear::CudaLinear(CudaContext& context, const std::uint16_t* weight, std::int64_t out_features,
                        std::int64_t in_features)
-    : weight_{context.weights.matrix(weight, out_features * in_features), {}},
+    : weight_{context.weights.matrix(weight, out_features * in_features)},
       out_features_(out_features),
       in_features_(in_features) {}
 
@@ -70,8 +94,69 @@ void CudaLinear::run(CudaContext& context, const Matrix& x, const Matrix& out, b
     sm90::add_bias(floats(bias_), !accumulate, out, context.stream);
     accumulate = true;
   }
+  if (multiply_fp8(context, x, out, accumulate)) return;
   if (weight_.e4m3()) return multiply_widened(context, x, out, accumulate);
   context.lt.gemm(x, weight_.values.data(), out, accumulate, context.stream);
+}
+
+/// But for what is done with the results.
+sm90::Fp8Gemm CudaLinear::fp8_args(const QuantisedRows& x, std::int64_t rows) const {
+  sm90::Fp8Gemm args;
+  args.x = x.codes;
+  args.x_stride = in_features_;
+  args.x_scales = x.scales;
+  args.x_rows = args.m = rows;
+  args.weight = weight_.values.data();
+  args.weight_scales = floats(weight_.scales);
+  args.whole_blocks = weight_.whole_blocks;
+  args.n = out_features_;
+  args.k = in_features_;
+  args.programmatic_launch = true;
+  return args;
+}
+
+bool CudaLinear::multiply_fp8(CudaContext& context, const Matrix& x, const Matrix& out,
+                              bool accumulate) const {
+  if (!weight_.e4m3() || !context.multiplies_fp8(x.rows) || !takes_quantise_rows(x)) return false;
+  const QuantisedRows quantised = context.quantised_rows(context.buffers.quantised, x.rows, in_features_);
+  sm90::Fp8Gemm args = fp8_args(quantised, x.rows);
+  args.out = out.data;
+  args.out_stride = out.stride;
+  args.out_fp32 = out.dtype == DType::kFloat32;
+  args.accumulate = accumulate;
+  args.tiles = sm90::plan_fp8_gemm(x.rows, out_features_, 1, false, num_multiprocessors());
+  if (!sm90::fits_fp8_gemm(args)) return false;
+  quantise(context, x, quantised);
+  check(sm90::fp8_gemm(args, context.stream), "fp8_gemm");
+  return true;
+}
+
+bool CudaLinear::add_feed_forward(CudaContext& context, const Matrix& x, const CudaLinear& down,
+                                  const Matrix& inout) const {
+  if (!weight_.e4m3() || !down.weight_.e4m3() || bias_.bytes() > 0 || down.bias_.bytes() > 0 ||
+      !context.multiplies_fp8(x.rows) || !takes_quantise_rows(x)) {
+    return false;
+  }
+  // What lies in `act` as e4m3 with scales is less than the bfloat16 that it has room for.
+  const QuantisedRows quantised = context.quantised_rows(context.buffers.quantised, x.rows, in_features_);
+  const QuantisedRows act = context.quantised_rows(context.buffers.act, x.rows, down.in_features_);
+  const int num_sms = num_multiprocessors();
+  sm90::Fp8Gemm gate_up = fp8_args(quantised, x.rows);
+  gate_up.whole_blocks = weight_.halves_of_blocks;
+  gate_up.gather = gate_up.silu_quantise = true;
+  gate_up.out = act.codes;
+  gate_up.out_scales = act.scales;
+  gate_up.tiles = sm90::plan_fp8_gemm(x.rows, out_features_, 1, true, num_sms);
+  sm90::Fp8Gemm last = down.fp8_args(act, x.rows);
+  last.out = inout.data;
+  last.out_stride = inout.stride;
+  last.accumulate = true;
+  last.tiles = sm90::plan_fp8_gemm(x.rows, down.out_features_, 1, false, num_sms);
+  if (!sm90::fits_fp8_gemm(gate_up) || !sm90::fits_fp8_gemm(last)) return false;
+  quantise(context, x, quantised);
+  check(sm90::fp8_gemm(gate_up, context.stream), "fp8_gemm");
+  check(sm90::fp8_gemm(last, context.stream), "fp8_gemm");
+  return true;
 }
 
 // Panels of the weight, and so of out's columns, one after the other through the same memory.

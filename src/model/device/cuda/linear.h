@@ -5,6 +5,7 @@
 
 #include "base/buffer.h"
 #include "base/matrix.h"
+#include "kernels/gemm/sm90/fp8_gemm.h"
 #include "kernels/gemm/sm90/head_gemm.h"
 #include "kernels/gemm/sm90/skinny_gemm.h"
 #include "model/device/cuda/context.h"
@@ -12,7 +13,8 @@
 
 namespace flash_mla::model {
 
-/// x·W^T + bias: few rows by skinny_gemm, many by cuBLASLt, for which weights in e4m3 are widened a panel at a time.
+/// x·W^T + bias: few rows by skinny_gemm, many by cuBLASLt, for which weights in e4m3 are widened a panel at a time, or
+/// from CudaContext::fp8_rows on in FP8.
 class CudaLinear {
  public:
   /// `kind`: what may be quantised as the model is loaded.
@@ -33,10 +35,16 @@ class CudaLinear {
   /// out = silu(x·G^T) * (x·U^T), where the rows of W are [G; U].
   void multiply_silu_mul(CudaContext& context, const Matrix& x, const Matrix& out) const;
 
+  /// inout += down · (silu(x·G^T) * (x·U^T)) in FP8; false, with nothing done, where it is not to be or cannot be.
+  bool add_feed_forward(CudaContext& context, const Matrix& x, const CudaLinear& down,
+                        const Matrix& inout) const;
+
   const std::byte* weight() const { return weight_.values.data(); }
 
  private:
   bool few_rows(const CudaContext& context, std::int64_t rows) const;
+  sm90::Fp8Gemm fp8_args(const QuantisedRows& x, std::int64_t rows) const;
+  bool multiply_fp8(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
   sm90::SkinnyGemm skinny_args(const CudaContext& context, const Matrix& x, const Matrix& out) const;
   void multiply_widened(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
   void run(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;

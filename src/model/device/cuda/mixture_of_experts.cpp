@@ -12,6 +12,9 @@
 namespace flash_mla::model {
 namespace {
 
+// Pairs of an expert, on average, from which on its products are made in FP8, where products are.
+constexpr double kFp8Pairs = 16;
+
 // The shared experts as one network, of the same form and `count` times the width of an expert, cut into
 // experts.
 class SharedExperts {
@@ -121,7 +124,7 @@ CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWe
   } else {
     read_experts(weights);
   }
-  if (gate_up_.e4m3()) context.prepare_e4m3();
+  if (gate_up_.e4m3()) context.prepare_e4m3(context.config.hidden_size);
 }
 
 // Whether all of them are stored in e4m3, or to be quantised so. All are of one form; else they become bfloat16.
@@ -164,8 +167,8 @@ void CudaMixtureOfExperts::make_up_experts() {
     down_ = loader.made_up_e4m3(num_experts_, hidden, intermediate_);
     return;
   }
-  gate_up_ = {loader.matrix(nullptr, std::int64_t{2} * num_experts_ * expert_elements()), {}};
-  down_ = {loader.matrix(nullptr, num_experts_ * expert_elements()), {}};
+  gate_up_ = {loader.matrix(nullptr, std::int64_t{2} * num_experts_ * expert_elements())};
+  down_ = {loader.matrix(nullptr, num_experts_ * expert_elements())};
 }
 
 void CudaMixtureOfExperts::read_e4m3_experts(const MixtureWeights& weights) {
@@ -174,14 +177,20 @@ void CudaMixtureOfExperts::read_e4m3_experts(const MixtureWeights& weights) {
   const SharedE4m3Experts shared(weights);
   const auto experts = static_cast<std::size_t>(num_experts_);
   const auto allocate = [&](std::size_t bytes) { return context_.pool->allocate(experts * bytes); };
-  gate_up_ = {allocate(parts.gate_up_codes), allocate(parts.gate_up_scales)};
-  down_ = {allocate(parts.down_codes), allocate(parts.down_scales)};
+  gate_up_ = {allocate(parts.gate_up_codes), allocate(parts.gate_up_scales), false, true};
+  down_ = {allocate(parts.down_codes), allocate(parts.down_scales), true};
   for (int e = 0; e < num_experts_; ++e) {
     const auto read = [&](std::byte* host) {
-      if (e >= routed) return shared.copy(e - routed, parts, host);
-      const ExpertWeights expert = weights.expert(e);
-      read_or_quantise(expert.gate_up, parts.gate_up(host), parts.scales_of_gate_up(host));
-      read_or_quantise(expert.down, parts.down(host), parts.scales_of_down(host));
+      if (e >= routed) {
+        shared.copy(e - routed, parts, host);
+      } else {
+        const ExpertWeights expert = weights.expert(e);
+        read_or_quantise(expert.gate_up, parts.gate_up(host), parts.scales_of_gate_up(host));
+        read_or_quantise(expert.down, parts.down(host), parts.scales_of_down(host));
+      }
+      gate_up_.halves_of_blocks &=
+          in_halves_of_blocks(parts.scales_of_gate_up(host), 2 * intermediate_, parts.hidden);
+      down_.whole_blocks &= in_whole_blocks(parts.scales_of_down(host), parts.hidden, intermediate_);
     };
     const auto part = [e](const Buffer& buffer, std::size_t bytes) {
       return WeightUploader::Part{buffer.data() + static_cast<std::size_t>(e) * bytes, bytes};
@@ -297,6 +306,8 @@ void CudaMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
   args.experts_per_token = context_.experts_per_token();
   args.workspace = context_.buffers.expert_workspace.data();
   args.batch_invariant = context_.step->batch_invariant;
+  if (context_.multiplies_fp8(h.rows)) args.fp8_rows = kFp8Pairs;
+  args.whole_blocks = gate_up_.halves_of_blocks && down_.whole_blocks;
   args.programmatic_launch = true;
   if (next_ != nullptr) {
     args.norm = next_->norm();

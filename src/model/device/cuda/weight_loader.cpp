@@ -51,7 +51,7 @@ CudaMatrix WeightLoader::matrix(const Weight& weight, LayerKind kind) {
     E4m3Weight stored(weight.rows, weight.columns);
     if (read_e4m3(weight, stored.codes.get(), stored.scales.data())) return upload(stored);
   }
-  if (!quantises(kind)) return {matrix(weight), {}};
+  if (!quantises(kind)) return {matrix(weight)};
   check_takes_e4m3(weight);
   if (!weight.read) return made_up_e4m3(1, weight.rows, weight.columns);
   E4m3Weight made(weight.rows, weight.columns);
@@ -63,6 +63,8 @@ CudaMatrix WeightLoader::matrix(const Weight& weight, LayerKind kind) {
 CudaMatrix WeightLoader::upload(const E4m3Weight& weight) {
   const auto bytes = static_cast<std::size_t>(weight.rows * weight.columns);
   CudaMatrix out{pool_.allocate(bytes), vector(weight.scales)};
+  out.whole_blocks = in_whole_blocks(weight.scales.data(), weight.rows, weight.columns);
+  out.halves_of_blocks = in_halves_of_blocks(weight.scales.data(), weight.rows, weight.columns);
   uploader().upload(reinterpret_cast<const std::byte*>(weight.codes.get()), bytes, out.values.data());
   return out;
 }
@@ -72,6 +74,7 @@ CudaMatrix WeightLoader::made_up_e4m3(std::int64_t matrices, std::int64_t rows, 
   const auto scales = static_cast<std::size_t>(matrices * e4m3_scales(rows, columns));
   CudaMatrix out{pool_.allocate(static_cast<std::size_t>(count)),
                  vector(std::vector<float>(scales, kRandomDeviation / sm90::kRandomE4m3Deviation))};
+  out.whole_blocks = out.halves_of_blocks = true;
   check(sm90::fill_random_e4m3(out.values.data(), count, seed_++, stream_), "fill_random_e4m3");
   return out;
 }

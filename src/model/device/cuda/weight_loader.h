@@ -18,6 +18,7 @@ namespace flash_mla::model {
 /// A matrix on the device: bfloat16, or e4m3 with the scales of kernels/gemm/sm90 where `scales` is not empty.
 struct CudaMatrix {
   Buffer values, scales;
+  bool whole_blocks = false, halves_of_blocks = false;  ///< as in_whole_blocks() and in_halves_of_blocks()
   bool e4m3() const { return scales.bytes() > 0; }
 };
 

@@ -40,6 +40,14 @@ template <int kId, int kThreads>
 void named_barrier_arrive() {
   Block::current().meet(kId, kThreads, false);
 }
+template <int kThreads>
+void named_barrier_sync(int id) {
+  Block::current().meet(id, kThreads, true);
+}
+template <int kThreads>
+void named_barrier_arrive(int id) {
+  Block::current().meet(id, kThreads, false);
+}
 template <int kId, int kThreads>
 bool named_barrier_or(bool any) {
   return Block::current().meet(kId, kThreads, true, any);

@@ -22,32 +22,7 @@ inline void bulk_load(void* smem, const void* global, std::uint32_t bytes, std::
   });
 }
 
-/// Boxes of 128 bytes of one row or several; what lies outside is zero.
-inline void tma_load_4d(void* smem, const CUtensorMap* map, std::uint64_t* barrier, int c0, int c1, int c2,
-                        int c3) {
-  Block::current().shared_at(smem_address(smem), static_cast<std::size_t>(map->box[1]) * 128);
-  Block::current().later([=, m = *map] {
-    for (int i = 0; i < m.box[1]; ++i) {
-      const bool inside = c1 + i < m.size[1] && c2 < m.size[2] && c3 < m.size[3];
-      const std::byte* const from =
-          m.data + std::int64_t{c0} * 2 + (c1 + i) * m.stride[1] + c2 * m.stride[2] + c3 * m.stride[3];
-      for (int word = 0; word < 8; ++word) {
-        std::byte* const to = static_cast<std::byte*>(smem) + i * 128 + ((word ^ i % 8) * 16);
-        if (inside && (c0 + 8 * word) < m.size[0]) {
-          std::memcpy(to, from + word * 16, 16);
-        } else {
-          std::memset(to, 0, 16);
-        }
-      }
-    }
-    complete(barrier, static_cast<std::uint32_t>(m.box[1]) * 128);
-  });
-}
-inline void tma_load_4d_multicast(void*, const CUtensorMap*, std::uint64_t*, std::uint16_t, int, int, int,
-                                  int) {
-  throw std::logic_error("not emulated");
-}
-
+/// Boxes of 128 bytes of rows, from column c0 of 16 bits on; what lies outside is zero.
 inline void tma_load_5d(void* smem, const CUtensorMap* map, std::uint64_t* barrier, int c0, int c1, int c2,
                         int c3, int c4) {
   const int at[5] = {c0, c1, c2, c3, c4};
@@ -57,7 +32,7 @@ inline void tma_load_5d(void* smem, const CUtensorMap* map, std::uint64_t* barri
       for (int i2 = 0; i2 < m.box[2]; ++i2) {
         for (int i1 = 0; i1 < m.box[1]; ++i1, ++row) {
           const std::int64_t i[5] = {0, start[1] + i1, start[2] + i2, start[3] + i3, start[4]};
-          const std::byte* from = m.data;
+          const std::byte* from = m.data + std::int64_t{start[0]} * 2;
           bool inside = true;
           for (int d = 1; d < 5; ++d) {
             from += i[d] * m.stride[d];
@@ -65,7 +40,7 @@ inline void tma_load_5d(void* smem, const CUtensorMap* map, std::uint64_t* barri
           }
           for (std::uint32_t word = 0; word < 8; ++word) {
             std::byte* const to = static_cast<std::byte*>(smem) + row * 128 + ((word ^ row % 8) * 16);
-            if (inside) {
+            if (inside && start[0] + 8 * static_cast<int>(word) < m.size[0]) {
               std::memcpy(to, from + word * 16, 16);
             } else {
               std::memset(to, 0, 16);
@@ -76,5 +51,9 @@ inline void tma_load_5d(void* smem, const CUtensorMap* map, std::uint64_t* barri
     }
     complete(barrier, row * 128);
   });
+}
+inline void tma_load_5d_multicast(void*, const CUtensorMap*, std::uint64_t*, std::uint16_t, int, int, int,
+                                  int, int) {
+  throw std::logic_error("not emulated");
 }
 }  // namespace flash_mla::sm90::ptx

@@ -29,7 +29,4 @@ inline std::uint32_t widen_e4m3(std::uint16_t x) {
   std::memcpy(&bits, &h, 4);
   return bits;
 }
-inline std::uint16_t narrow_e4m3(float first, float second) {
-  return static_cast<std::uint16_t>(to_e4m3(first).bits | to_e4m3(second).bits << 8);
-}
 }  // namespace flash_mla::sm90::ptx
