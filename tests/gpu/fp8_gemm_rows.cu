@@ -25,6 +25,7 @@
 
 #include "kernels/gemm/sm90/cublaslt.h"
 #include "kernels/gemm/sm90/fp8_gemm.h"
+#include "kernels/gemm/sm90/skinny_gemm.h"
 #include "kernels/gemm/sm90/widen_weights.h"
 #include "kernels/moe/sm90/moe.h"
 #include "kernels/quant/sm90/quantise_rows.h"
@@ -189,7 +190,7 @@ void dense(Timer& timer, bool sweep, int num_sms) {
   const Array out(static_cast<std::size_t>(most * widest) * 2);
   std::printf("dense: columns x cluster, group, rows of a scale: us, TFLOP/s\n");
   for (const Shape& shape : shapes) {
-    for (const std::int64_t m : {128, 512, 4096, 8192}) {
+    for (const std::int64_t m : {16, 32, 64, 128, 256, 1024, 4096, 8192}) {
       Fp8Gemm g;
       g.x = x->as<void>();
       g.x_stride = g.k = shape.k;
@@ -218,6 +219,18 @@ void dense(Timer& timer, bool sweep, int num_sms) {
       const double quantise = timer.microseconds([&](cudaStream_t s) { CHECK(quantise_rows(q, s)); });
       std::printf("%-18s m %5d: bf16 %.1f us %.0f, quantise %.1f", shape.name, static_cast<int>(m), bf16,
                   bf16 > 0 ? flop / bf16 / 1e6 : 0, quantise);
+      if (m <= 64) {  // what a step of few rows takes today
+        SkinnyGemm few;
+        few.x = x_bf16->as<void>();
+        few.x_stride = few.k = shape.k;
+        few.weight = weight->as<void>();
+        few.weight_scales = scales->as<float>();
+        few.out = out.as<void>();
+        few.n = few.out_stride = shape.n;
+        few.m = m;
+        std::printf(", few rows %.1f",
+                    timer.microseconds([&](cudaStream_t s) { CHECK(skinny_gemm(few, s)); }));
+      }
       time_cuts(timer, g, flop, sweep && m >= 4096);
     }
   }

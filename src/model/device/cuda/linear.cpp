@@ -84,7 +84,8 @@ sm90::SkinnyGemm CudaLinear::skinny_args(const CudaContext& context, const Matri
 }
 
 void CudaLinear::run(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const {
-  if (few_rows(context, x.rows)) {
+  const bool fp8 = takes_fp8(context, x, out);
+  if (!fp8 && few_rows(context, x.rows)) {
     sm90::SkinnyGemm args = skinny_args(context, x, out);
     args.accumulate = accumulate;
     check(sm90::skinny_gemm(args, context.stream), "skinny_gemm");
@@ -94,7 +95,7 @@ void CudaLinear::run(CudaContext& context, const Matrix& x, const Matrix& out, b
     sm90::add_bias(floats(bias_), !accumulate, out, context.stream);
     accumulate = true;
   }
-  if (multiply_fp8(context, x, out, accumulate)) return;
+  if (fp8) return multiply_fp8(context, x, out, accumulate);
   if (weight_.e4m3()) return multiply_widened(context, x, out, accumulate);
   context.lt.gemm(x, weight_.values.data(), out, accumulate, context.stream);
 }
@@ -115,20 +116,28 @@ sm90::Fp8Gemm CudaLinear::fp8_args(const QuantisedRows& x, std::int64_t rows) co
   return args;
 }
 
-bool CudaLinear::multiply_fp8(CudaContext& context, const Matrix& x, const Matrix& out,
-                              bool accumulate) const {
-  if (!weight_.e4m3() || !context.multiplies_fp8(x.rows) || !takes_quantise_rows(x)) return false;
-  const QuantisedRows quantised = context.quantised_rows(context.buffers.quantised, x.rows, in_features_);
-  sm90::Fp8Gemm args = fp8_args(quantised, x.rows);
+/// With memory for x, quantised.
+sm90::Fp8Gemm CudaLinear::product_fp8(CudaContext& context, const Matrix& x, const Matrix& out) const {
+  sm90::Fp8Gemm args =
+      fp8_args(context.quantised_rows(context.buffers.quantised, x.rows, in_features_), x.rows);
   args.out = out.data;
   args.out_stride = out.stride;
   args.out_fp32 = out.dtype == DType::kFloat32;
-  args.accumulate = accumulate;
   args.tiles = sm90::plan_fp8_gemm(x.rows, out_features_, 1, false, num_multiprocessors());
-  if (!sm90::fits_fp8_gemm(args)) return false;
-  quantise(context, x, quantised);
+  return args;
+}
+
+bool CudaLinear::takes_fp8(CudaContext& context, const Matrix& x, const Matrix& out) const {
+  return weight_.e4m3() && context.multiplies_fp8(x.rows) && takes_quantise_rows(x) &&
+         sm90::fits_fp8_gemm(product_fp8(context, x, out));
+}
+
+void CudaLinear::multiply_fp8(CudaContext& context, const Matrix& x, const Matrix& out,
+                              bool accumulate) const {
+  sm90::Fp8Gemm args = product_fp8(context, x, out);
+  args.accumulate = accumulate;
+  quantise(context, x, context.quantised_rows(context.buffers.quantised, x.rows, in_features_));
   check(sm90::fp8_gemm(args, context.stream), "fp8_gemm");
-  return true;
 }
 
 bool CudaLinear::add_feed_forward(CudaContext& context, const Matrix& x, const CudaLinear& down,

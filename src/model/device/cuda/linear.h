@@ -44,7 +44,9 @@ class CudaLinear {
  private:
   bool few_rows(const CudaContext& context, std::int64_t rows) const;
   sm90::Fp8Gemm fp8_args(const QuantisedRows& x, std::int64_t rows) const;
-  bool multiply_fp8(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
+  sm90::Fp8Gemm product_fp8(CudaContext& context, const Matrix& x, const Matrix& out) const;
+  bool takes_fp8(CudaContext& context, const Matrix& x, const Matrix& out) const;
+  void multiply_fp8(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
   sm90::SkinnyGemm skinny_args(const CudaContext& context, const Matrix& x, const Matrix& out) const;
   void multiply_widened(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
   void run(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
