@@ -54,7 +54,7 @@ CudaLinear::CudaLinear(CudaContext& context, const Weight& weight, std::span<con
 
 CudaLinear::CudaLinear(CudaContext& context, const std::uint16_t* weight, std::int64_t out_features,
                        std::int64_t in_features)
-    : weight_{context.weights.matrix(weight, out_features * in_features)},
+    : weight_{context.weights.matrix(weight, out_features * in_features), {}},
       out_features_(out_features),
       in_features_(in_features) {}
 

@@ -167,8 +167,8 @@ void CudaMixtureOfExperts::make_up_experts() {
     down_ = loader.made_up_e4m3(num_experts_, hidden, intermediate_);
     return;
   }
-  gate_up_ = {loader.matrix(nullptr, std::int64_t{2} * num_experts_ * expert_elements())};
-  down_ = {loader.matrix(nullptr, num_experts_ * expert_elements())};
+  gate_up_ = {loader.matrix(nullptr, std::int64_t{2} * num_experts_ * expert_elements()), {}};
+  down_ = {loader.matrix(nullptr, num_experts_ * expert_elements()), {}};
 }
 
 void CudaMixtureOfExperts::read_e4m3_experts(const MixtureWeights& weights) {

@@ -51,7 +51,7 @@ CudaMatrix WeightLoader::matrix(const Weight& weight, LayerKind kind) {
     E4m3Weight stored(weight.rows, weight.columns);
     if (read_e4m3(weight, stored.codes.get(), stored.scales.data())) return upload(stored);
   }
-  if (!quantises(kind)) return {matrix(weight)};
+  if (!quantises(kind)) return {matrix(weight), {}};
   check_takes_e4m3(weight);
   if (!weight.read) return made_up_e4m3(1, weight.rows, weight.columns);
   E4m3Weight made(weight.rows, weight.columns);
