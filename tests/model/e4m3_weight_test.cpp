@@ -153,6 +153,29 @@ TEST(E4m3Weight, QuantisesAsTheCpuDoes) {
     EXPECT_EQ(got.scales[i], scales[i / 2 / 16 * 2 + i % 2]) << i;
 }
 
+TEST(E4m3Weight, KnowsWhetherItsScalesAreThoseOfBlocks) {
+  // 36 rows of 2 scales: blocks of 16, 16 and 4; halves of 18: 16 and 2.
+  constexpr std::int64_t kRows = 288, kColumns = 200;
+  const auto scales = [](auto&& block_of) {
+    std::vector<float> out;
+    for (std::int64_t row = 0; row < kRows / 8; ++row) {
+      for (std::int64_t c = 0; c < 2; ++c) out.push_back(static_cast<float>(10 * block_of(row) + c));
+    }
+    return out;
+  };
+  std::vector<float> whole = scales([](std::int64_t row) { return row / 16; });
+  std::vector<float> halves = scales([](std::int64_t row) { return row / 18 * 2 + row % 18 / 16; });
+  EXPECT_TRUE(in_whole_blocks(whole.data(), kRows, kColumns));
+  EXPECT_FALSE(in_halves_of_blocks(whole.data(), kRows, kColumns));
+  EXPECT_FALSE(in_whole_blocks(halves.data(), kRows, kColumns));
+  EXPECT_TRUE(in_halves_of_blocks(halves.data(), kRows, kColumns));
+  whole.back() += 1;
+  halves.back() += 1;
+  EXPECT_FALSE(in_whole_blocks(whole.data(), kRows, kColumns));
+  EXPECT_FALSE(in_halves_of_blocks(halves.data(), kRows, kColumns));
+  EXPECT_FALSE(in_halves_of_blocks(halves.data(), 264, kColumns));  // halves that are no whole rows of scales
+}
+
 TEST(E4m3Weight, WhatIsAskedFor) {
   EXPECT_TRUE(asks_for_e4m3(ModelQuantize::kFp8, LayerKind::kExperts));
   EXPECT_TRUE(asks_for_e4m3(ModelQuantize::kFp8, LayerKind::kAttention));

@@ -41,6 +41,14 @@ using namespace flash_mla::emulated;
 
 extern "C" {
 
+cudaError_t cudaGetDevice(int* out) {
+  *out = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* out, cudaDeviceAttr, int) {
+  *out = 132;  // multiprocessors: nothing else is asked for
+  return cudaSuccess;
+}
 cudaError_t cudaMalloc(void** out, size_t bytes) {
   *out = allocate(bytes);
   return *out != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;

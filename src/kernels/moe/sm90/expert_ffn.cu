@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "base/cuda/device.h"
 #include "base/cuda/launch.h"
@@ -119,7 +120,7 @@ __global__ __launch_bounds__(kSortThreads) void sort_pairs(const SortArgs p) {
 // ---- Combination
 
 struct CombineArgs {
-  const float* results;  // (pairs, hidden)
+  const void* results;   // (pairs, hidden) float32 or bfloat16
   const float* weights;  // (pairs)
   __nv_bfloat16* inout;
   std::int64_t inout_stride, tokens, hidden;
@@ -133,8 +134,26 @@ struct NormArgs {
   std::int64_t stride;
 };
 
+/// sum += weight times kWidth neighbouring results.
+template <int kWidth, class T>
+__device__ __forceinline__ void add_results(float (&sum)[kWidth], float weight, const T* from) {
+  if constexpr (kWidth == 1) {
+    sum[0] = fmaf(weight, static_cast<float>(__ldcg(from)), sum[0]);
+  } else if constexpr (std::is_same_v<T, float>) {
+    const float4 v = __ldcg(reinterpret_cast<const float4*>(from));
+    sum[0] = fmaf(weight, v.x, sum[0]), sum[1] = fmaf(weight, v.y, sum[1]);
+    sum[2] = fmaf(weight, v.z, sum[2]), sum[3] = fmaf(weight, v.w, sum[3]);
+  } else {
+    const uint2 v = __ldcg(reinterpret_cast<const uint2*>(from));
+    sum[0] = fmaf(weight, __uint_as_float(v.x << 16), sum[0]);
+    sum[1] = fmaf(weight, __uint_as_float(v.x & 0xFFFF0000u), sum[1]);
+    sum[2] = fmaf(weight, __uint_as_float(v.y << 16), sum[2]);
+    sum[3] = fmaf(weight, __uint_as_float(v.y & 0xFFFF0000u), sum[3]);
+  }
+}
+
 /// kWidth neighbouring columns of a token for each thread.
-template <int kWidth>
+template <int kWidth, class T>
 __global__ __launch_bounds__(kRowThreads) void combine(const CombineArgs p) {
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
@@ -143,22 +162,13 @@ __global__ __launch_bounds__(kRowThreads) void combine(const CombineArgs p) {
   if (i >= p.tokens * pieces) return;
   const std::int64_t token = i / pieces, column = i % pieces * kWidth;
   __nv_bfloat16* const out = p.inout + token * p.inout_stride + column;
-  const float* from = p.results + token * p.experts_per_token * p.hidden + column;
+  const T* from = static_cast<const T*>(p.results) + token * p.experts_per_token * p.hidden + column;
   const float* weights = p.weights + token * p.experts_per_token;
   float sum[kWidth];
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) sum[c] = __bfloat162float(out[c]);
 #pragma unroll 8
-  for (int e = 0; e < p.experts_per_token; ++e) {
-    const float w = __ldcg(weights + e);
-    if constexpr (kWidth == 4) {
-      const float4 v = __ldcg(reinterpret_cast<const float4*>(from + e * p.hidden));
-      sum[0] = fmaf(w, v.x, sum[0]), sum[1] = fmaf(w, v.y, sum[1]);
-      sum[2] = fmaf(w, v.z, sum[2]), sum[3] = fmaf(w, v.w, sum[3]);
-    } else {
-      sum[0] = fmaf(w, __ldcg(from + e * p.hidden), sum[0]);
-    }
-  }
+  for (int e = 0; e < p.experts_per_token; ++e) add_results(sum, __ldcg(weights + e), from + e * p.hidden);
   if constexpr (kWidth == 4) {
     __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(sum[0], sum[1]), __floats2bfloat162_rn(sum[2], sum[3])};
     *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(pair);
@@ -168,7 +178,7 @@ __global__ __launch_bounds__(kRowThreads) void combine(const CombineArgs p) {
 }
 
 /// The same for whole tokens, a block each, and the norm of the sums as they were rounded.
-template <int kWidth>
+template <int kWidth, class T>
 __global__ __launch_bounds__(kNormThreads) void combine_and_norm(const CombineArgs p, const NormArgs norm) {
   extern __shared__ float row[];
   __shared__ float squares[kNormThreads / 32];
@@ -176,7 +186,7 @@ __global__ __launch_bounds__(kNormThreads) void combine_and_norm(const CombineAr
   ptx::grid_dependency_launch();
   const std::int64_t token = blockIdx.x;
   __nv_bfloat16* const out = p.inout + token * p.inout_stride;
-  const float* from = p.results + token * p.experts_per_token * p.hidden;
+  const T* from = static_cast<const T*>(p.results) + token * p.experts_per_token * p.hidden;
   const float* weights = p.weights + token * p.experts_per_token;
   float square = 0;
   for (std::int64_t column = threadIdx.x * kWidth; column < p.hidden; column += kNormThreads * kWidth) {
@@ -185,14 +195,7 @@ __global__ __launch_bounds__(kNormThreads) void combine_and_norm(const CombineAr
     for (int c = 0; c < kWidth; ++c) sum[c] = __bfloat162float(out[column + c]);
 #pragma unroll 8
     for (int e = 0; e < p.experts_per_token; ++e) {
-      const float w = __ldcg(weights + e);
-      if constexpr (kWidth == 4) {
-        const float4 v = __ldcg(reinterpret_cast<const float4*>(from + e * p.hidden + column));
-        sum[0] = fmaf(w, v.x, sum[0]), sum[1] = fmaf(w, v.y, sum[1]);
-        sum[2] = fmaf(w, v.z, sum[2]), sum[3] = fmaf(w, v.w, sum[3]);
-      } else {
-        sum[0] = fmaf(w, __ldcg(from + e * p.hidden + column), sum[0]);
-      }
+      add_results(sum, __ldcg(weights + e), from + e * p.hidden + column);
     }
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
@@ -334,7 +337,8 @@ cudaError_t launch_sort(const SortArgs& args, bool programmatic, cudaStream_t st
   return launch(config.programmatic(programmatic), sort_pairs, args);
 }
 
-cudaError_t launch_combine(const ExpertFfn& p, const float* results, cudaStream_t stream) {
+template <class T>
+cudaError_t launch_combine(const ExpertFfn& p, const T* results, cudaStream_t stream) {
   const CombineArgs args{
       results,  p.weights,          static_cast<__nv_bfloat16*>(p.inout), p.inout_stride, p.tokens,
       p.hidden, p.experts_per_token};
@@ -345,13 +349,13 @@ cudaError_t launch_combine(const ExpertFfn& p, const float* results, cudaStream_
     LaunchConfig rows(static_cast<unsigned>(p.tokens), kNormThreads,
                       static_cast<std::size_t>(p.hidden) * sizeof(float), stream);
     rows.programmatic(p.programmatic_launch);
-    return launch(rows, wide ? combine_and_norm<4> : combine_and_norm<1>, args, norm);
+    return launch(rows, wide ? combine_and_norm<4, T> : combine_and_norm<1, T>, args, norm);
   }
   const std::int64_t threads = p.tokens * p.hidden / (wide ? 4 : 1);
   LaunchConfig config(static_cast<unsigned>((threads + kRowThreads - 1) / kRowThreads), kRowThreads, 0,
                       stream);
   config.programmatic(p.programmatic_launch);
-  return launch(config, wide ? combine<4> : combine<1>, args);
+  return launch(config, wide ? combine<4, T> : combine<1, T>, args);
 }
 
 cudaError_t run_plain(const ExpertFfn& p, const Workspace& w, int num_sms, cudaStream_t stream) {
@@ -469,10 +473,12 @@ cudaError_t expert_ffn(const ExpertFfn& p, cudaStream_t stream) {
   const bool fast = fits_stream(p.x, p.tokens == 1 ? 0 : p.x_stride, p.gate_up, p.hidden, e4m3) &&
                     fits_stream(w.act, p.intermediate, p.down, p.intermediate, e4m3);
   const Fp8Experts products = fp8_experts(p, w, num_sms);
-  const cudaError_t e = takes_fp8(p, products) ? run_fp8(p, w, products, stream)
-                        : fast                 ? run_fast(p, w, stream)
-                                               : run_plain(p, w, num_sms, stream);
-  return e != cudaSuccess ? e : launch_combine(p, w.results, stream);
+  if (takes_fp8(p, products)) {
+    if (const cudaError_t e = run_fp8(p, w, products, stream)) return e;
+    return launch_combine(p, reinterpret_cast<const __nv_bfloat16*>(w.results), stream);
+  }
+  if (const cudaError_t e = fast ? run_fast(p, w, stream) : run_plain(p, w, num_sms, stream)) return e;
+  return launch_combine(p, w.results, stream);
 }
 
 }  // namespace flash_mla::sm90

@@ -21,7 +21,8 @@ struct Fp8ExpertMemory {
   const ExpertUnit* units = nullptr;
   const std::int32_t *num_units = nullptr, *pairs = nullptr;
   void *x_codes = nullptr, *act_codes = nullptr;  ///< (tokens, hidden), (pairs, intermediate)
-  float *x_scales = nullptr, *act_scales = nullptr, *results = nullptr;
+  void* results = nullptr;                        ///< (pairs, hidden) bfloat16
+  float *x_scales = nullptr, *act_scales = nullptr;
 };
 
 struct Fp8Experts {
@@ -72,7 +73,7 @@ inline Fp8Experts fp8_experts(const ExpertFfn& p, const Fp8ExpertMemory& memory,
   out.down.weight_scales = p.down_scales;
   out.down.n = out.down.out_stride = p.hidden;
   out.down.out = memory.results;
-  out.down.out_fp32 = out.down.scatter = true;
+  out.down.scatter = true;
   return out;
 }
 
