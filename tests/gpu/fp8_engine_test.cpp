@@ -43,6 +43,17 @@ struct Fp8Case {
 };
 void PrintTo(const Fp8Case& c, std::ostream* out) { *out << c.name; }
 
+/// From how many rows on products are made in FP8, for models that are loaded meanwhile; 0: never.
+class Fp8Rows {
+ public:
+  explicit Fp8Rows(const char* rows) { setenv(kName, rows, 1); }
+  ~Fp8Rows() { unsetenv(kName); }
+  Fp8Rows(const Fp8Rows&) = delete;
+
+ private:
+  static constexpr const char* kName = "FLASH_MLA_FP8_ROWS";
+};
+
 /// A checkpoint in FP8 and the same weights rounded to bfloat16, both on the GPU.
 class Fp8Engine : public testing::TestWithParam<Fp8Case> {
  protected:
@@ -87,6 +98,7 @@ class Fp8Engine : public testing::TestWithParam<Fp8Case> {
 
 // Where scales are no powers of two the twin's weights are rounded once more than those that kernels of few rows expand.
 TEST_P(Fp8Engine, AgreesWithItsDequantisedTwin) {
+  const Fp8Rows never("0");
   const double times = GetParam().stored == Stored::kFp8Powers ? 1 : 2;
   const auto fp8 = load(fp8_directory_, ModelDevice::kCuda), twin = load(twin_directory_, ModelDevice::kCuda);
   for (const bool batch_invariant : {false, true}) {
@@ -97,22 +109,12 @@ TEST_P(Fp8Engine, AgreesWithItsDequantisedTwin) {
 }
 
 TEST_P(Fp8Engine, AgreesWithTheCpu) {
+  const Fp8Rows never("0");
   const auto gpu = load(fp8_directory_, ModelDevice::kCuda), cpu = load(fp8_directory_, ModelDevice::kCpu);
   expect_close(run(*gpu), run(*cpu), GetParam().name);
 }
 
-/// Products of 100 rows and more in FP8, for models that are loaded meanwhile.
-class Fp8ProductsFrom100Rows {
- public:
-  Fp8ProductsFrom100Rows() { setenv(kName, "100", 1); }
-  ~Fp8ProductsFrom100Rows() { unsetenv(kName); }
-  Fp8ProductsFrom100Rows(const Fp8ProductsFrom100Rows&) = delete;
-
- private:
-  static constexpr const char* kName = "FLASH_MLA_FP8_ROWS";
-};
-
-// The prompt's first 150 tokens go through products in FP8, whose inputs are quantised as well.
+// The prompt's chunks of 150 and of 80 tokens go through products in FP8, whose inputs are quantised as well.
 TEST_P(Fp8Engine, ProductsInFp8AgreeWithTheDequantisedTwin) {
   const auto twin = load(twin_directory_, ModelDevice::kCuda),
              plain = load(fp8_directory_, ModelDevice::kCuda);
@@ -140,6 +142,7 @@ TEST_P(Fp8Engine, BatchInvariantStepsAreExact) {
 
 // A checkpoint in bfloat16 quantised as it is loaded, here and on the CPU.
 TEST_P(Fp8Engine, QuantisesAtLoadAsTheCpuDoes) {
+  const Fp8Rows never("0");
   const auto gpu = load(twin_directory_, ModelDevice::kCuda, ModelQuantize::kFp8);
   const auto cpu = load(twin_directory_, ModelDevice::kCpu, ModelQuantize::kFp8);
   expect_close(run(*gpu), run(*cpu), GetParam().name);
@@ -171,9 +174,8 @@ TEST(Fp8Engines, ANumberOfRowsThatIsNoneIsRefused) {
   directory.write("model.safetensors", RandomCheckpoint(checkpoint::read_config(directory.path())).bytes());
   ModelOptions options;
   options.device = ModelDevice::kCuda;
-  setenv("FLASH_MLA_FP8_ROWS", "many", 1);
+  const Fp8Rows rows("many");
   const std::string message = message_of<InvalidArgument>([&] { load_model(directory.path(), options); });
-  unsetenv("FLASH_MLA_FP8_ROWS");
   EXPECT_NE(message.find("FLASH_MLA_FP8_ROWS is \"many\""), std::string::npos) << message;
 }
 

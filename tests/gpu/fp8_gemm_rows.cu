@@ -131,7 +131,7 @@ struct Cut {
 
 std::string text(const Cut& cut) {
   char out[48];
-  std::snprintf(out, sizeof out, "%dx%d g%d%s %s", cut.tiles.columns, cut.tiles.cluster, cut.tiles.group,
+  std::snprintf(out, sizeof out, "%d g%d%s %s", cut.tiles.columns, cut.tiles.group,
                 cut.tiles.turns ? "t" : "", cut.blocks ? "128" : "8");
   return out;
 }
@@ -141,11 +141,10 @@ std::vector<Cut> cuts(const Fp8Tiles& planned, bool silu, bool sweep) {
   turns.turns = true;
   std::vector<Cut> out = {{planned, true}, {planned, false}, {turns, true}};
   if (!sweep) return out;
-  for (const int cluster : {1, 2}) {
-    for (const int group : {4, 8, 16, 32}) out.push_back({{256, cluster, group}, true});
-    out.push_back({{256, cluster, 8, true}, true});
+  for (const bool in_turns : {false, true}) {
+    for (const int group : {4, 8, 32}) out.push_back({{256, group, in_turns}, true});
   }
-  if (!silu) out.push_back({{128, 1, 16}, true});
+  if (!silu) out.push_back({{128, 16}, true});
   return out;
 }
 
@@ -188,7 +187,7 @@ void dense(Timer& timer, bool sweep, int num_sms) {
   const auto x_bf16 = Array::bf16(most * deepest, 1), weight_bf16 = Array::bf16(widest * 7168, 2);
   const auto scales = Array::floats(std::max(most * deepest / 128, widest * 7168 / 1024) + 4096, kScale);
   const Array out(static_cast<std::size_t>(most * widest) * 2);
-  std::printf("dense: columns x cluster, group, rows of a scale: us, TFLOP/s\n");
+  std::printf("dense: columns, group (t: in turns), rows of a scale: us, TFLOP/s\n");
   for (const Shape& shape : shapes) {
     for (const std::int64_t m : {16, 32, 64, 128, 256, 1024, 4096, 8192}) {
       Fp8Gemm g;
@@ -274,11 +273,11 @@ void grouped(Timer& timer, const char* name, int groups, int rows, bool uneven, 
   g.tiles = plan_fp8_gemm(rows, n, groups, silu, num_sms);
   const double flop = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   const auto prepare = [&](Fp8Gemm& a) {
-    const int most = 128 * a.tiles.cluster;
+    constexpr int kMost = 128;
     std::vector<ExpertUnit> list;
     for (int e = 0, first = 0; e < groups; ++e) {
       const int count = counts[static_cast<std::size_t>(e)];
-      for (int u = 0; u < count; u += most) list.push_back({e, first + u, std::min(most, count - u)});
+      for (int u = 0; u < count; u += kMost) list.push_back({e, first + u, std::min(kMost, count - u)});
       first += count;
     }
     const auto size = static_cast<std::int32_t>(list.size());
@@ -387,7 +386,7 @@ int main(int argc, char** argv) {
   std::printf("%s, %d multiprocessors\n", device.name, sms);
   Timer timer;
   if (all || only_grouped) {
-    std::printf("grouped: columns x cluster, group, rows of a scale: us, TFLOP/s\n");
+    std::printf("grouped: columns, group (t: in turns), rows of a scale: us, TFLOP/s\n");
     for (const int rows : {16, 64, 128, 256}) {
       grouped(timer, "few rows", 8, rows, false, 4096, 7168, false, false, sms);
     }

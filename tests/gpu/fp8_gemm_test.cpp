@@ -118,14 +118,6 @@ TEST(Fp8Gemm, OddSizes) {
   }
 }
 
-TEST(Fp8Gemm, Clusters) {
-  for (const bool blocks : {false, true}) {
-    for (const int rows : {1, 64, 129, 256, 257, 700}) {
-      check_products({.n = 536, .k = 1040, .rows = {rows}, .blocks = blocks, .cluster = 2, .group = 1}, 256);
-    }
-  }
-}
-
 TEST(Fp8Gemm, WarpgroupsTakeTurns) {
   for (const int rows : {40, 200, 700}) {
     Shape s{.n = 536, .k = 1040, .rows = {rows}, .group = 2, .turns = true};
@@ -144,14 +136,12 @@ TEST(Fp8Gemm, AddsToWhatIsThere) {
 
 TEST(Fp8Gemm, Experts) {
   for (unsigned seed = 1; seed < 4; ++seed) {
-    for (const int cluster : {1, 2}) {
-      Shape s{.n = 136, .k = 784, .rows = {3, 0, 129, 64, 0, 1, 400}, .cluster = cluster, .seed = seed};
-      s.scatter = s.fp32 = true;
-      check_products(s, 256);
-      s.blocks = true;
-      s.scatter = s.fp32 = false;
-      check_products(s, 256);
-    }
+    Shape s{.n = 136, .k = 784, .rows = {3, 0, 129, 64, 0, 1, 400}, .turns = seed == 2, .seed = seed};
+    s.scatter = s.fp32 = true;
+    check_products(s, 256);
+    s.blocks = true;
+    s.scatter = s.fp32 = false;
+    check_products(s, 256);
   }
 }
 
@@ -162,7 +152,7 @@ TEST(Fp8Gemm, ARowsBitsDependOnNothingElse) {
   OnDevice<std::uint16_t> out(std::size_t{kMost} * kN);
   std::vector<std::uint16_t> whole;
   for (int m = kMost; m >= 1; --m) {
-    for (const sm90::Fp8Tiles tiles : {sm90::Fp8Tiles{256, 1, 16, true}, {128, 1, 2}, {256, 2, 1}}) {
+    for (const sm90::Fp8Tiles tiles : {sm90::Fp8Tiles{256, 16, true}, {128, 2}, {256, 1}}) {
       Fp8Gemm g = data.arguments(problem, 256);
       g.tiles = tiles;
       g.m = g.x_rows = m;
@@ -174,7 +164,7 @@ TEST(Fp8Gemm, ARowsBitsDependOnNothingElse) {
       if (whole.empty()) whole = got;
       const std::size_t size = std::size_t(m) * kN;
       ASSERT_TRUE(std::equal(got.begin(), got.begin() + std::ptrdiff_t(size), whole.begin()))
-          << m << " rows, tiles of " << tiles.columns << ", clusters of " << tiles.cluster;
+          << m << " rows, tiles of " << tiles.columns;
       for (std::size_t i = size; i < got.size(); ++i) ASSERT_EQ(got[i], 0xFFFF) << m << " rows";
     }
   }
@@ -215,11 +205,11 @@ void check_activations(const Shape& shape) {
 
 TEST(Fp8Gemm, ActivatesAndQuantises) {
   for (const bool blocks : {false, true}) {
-    for (const int cluster : {1, 2}) {
-      Shape s{.n = 544, .k = 272, .rows = {330}, .blocks = blocks, .silu = true, .cluster = cluster};
+    for (const bool turns : {false, true}) {
+      Shape s{.n = 544, .k = 272, .rows = {330}, .blocks = blocks, .silu = true, .turns = turns};
       check_activations(s);
       s = {.n = 320, .k = 1168, .rows = {3, 0, 129, 64, 0, 1, 290}, .blocks = blocks, .silu = true};
-      s.cluster = cluster;
+      s.turns = turns;
       s.divisor = 3;
       check_activations(s);
     }

@@ -84,7 +84,7 @@ void check_products(const Shape& shape, int blocks_of_threads = 3) {
   std::vector<std::uint16_t> narrow(size, to_bf16(poison).bits);
   run.p.gemm.out = s.fp32 ? static_cast<void*>(wide.data()) : narrow.data();
   run.p.gemm.out_stride = stride;
-  run.run<Config<kColumns, false, false, kBlocks, 1>>(blocks_of_threads, s.seed);
+  run.run<Config<kColumns, false, false, kBlocks>>(blocks_of_threads, s.seed);
   for (int i = 0; i < problem.m; ++i) {
     const int row = s.scatter ? problem.pairs[static_cast<std::size_t>(i)] : i;
     for (int n = 0; n < stride; ++n) {
@@ -111,7 +111,7 @@ void check_activations(const Shape& shape, int blocks_of_threads = 3) {
                             std::numeric_limits<float>::quiet_NaN());
   run.p.gemm.out = codes.data();
   run.p.gemm.out_scales = scales.data();
-  run.run<Config<256, true, true, kBlocks, 1>>(blocks_of_threads, shape.seed);
+  run.run<Config<256, true, true, kBlocks>>(blocks_of_threads, shape.seed);
   for (int i = 0; i < problem.m; ++i) {
     for (int c = 0; c < width; ++c) {
       std::vector<double> want;

@@ -31,7 +31,7 @@ struct Shape {
   /// Rows are gathered and the results activated and quantised; rows are scattered.
   bool silu = false, scatter = false;
   bool fp32 = false, accumulate = false;
-  int divisor = 1, cluster = 1, group = 16;
+  int divisor = 1, group = 16;
   bool turns = false;
   unsigned seed = 1;
 };
@@ -62,10 +62,10 @@ struct Problem {
         }
       }
     }
-    const int most = 128 * s.cluster;
+    constexpr int kMost = 128;
     for (int e = 0, first = 0; e < experts; ++e) {
       const int count = s.rows[static_cast<std::size_t>(e)];
-      for (int u = 0; u < count; u += most) units.push_back({e, first + u, std::min(most, count - u)});
+      for (int u = 0; u < count; u += kMost) units.push_back({e, first + u, std::min(kMost, count - u)});
       expert_of.insert(expert_of.end(), static_cast<std::size_t>(count), e);
       first += count;
     }
@@ -89,7 +89,7 @@ struct Problem {
     g.scatter = s.scatter;
     g.out_fp32 = s.fp32;
     g.accumulate = s.accumulate;
-    g.tiles = {columns, s.cluster, s.group, s.turns};
+    g.tiles = {columns, s.group, s.turns};
     return g;
   }
 

@@ -32,22 +32,17 @@ cudaError_t run(const Params& p, int num_sms, cudaStream_t stream) {
   if (const cudaError_t e = allow_shared_memory<fp8::fp8_gemm_kernel<C>>(kBytes)) return e;
   const Fp8Gemm& g = p.gemm;
   const std::int64_t units = g.units != nullptr ? g.max_units : p.dense_units;
-  const std::int64_t most = std::min<std::int64_t>(units * p.column_tiles, num_sms / C::kCluster);
-  LaunchConfig config(static_cast<unsigned>(most * C::kCluster), fp8::kThreads, kBytes, stream);
-  config.cluster(C::kCluster).programmatic(g.programmatic_launch);
-  return launch(config, fp8::fp8_gemm_kernel<C>, p);
+  const std::int64_t most = std::min<std::int64_t>(units * p.column_tiles, num_sms);
+  LaunchConfig config(static_cast<unsigned>(most), fp8::kThreads, kBytes, stream);
+  return launch(config.programmatic(g.programmatic_launch), fp8::fp8_gemm_kernel<C>, p);
 }
 
 template <bool kBlocks>
 cudaError_t choose(const Params& p, int num_sms, cudaStream_t stream) {
   const Fp8Gemm& g = p.gemm;
-  if (g.silu_quantise) {
-    return g.tiles.cluster == 2 ? run<fp8::Config<256, true, true, kBlocks, 2>>(p, num_sms, stream)
-                                : run<fp8::Config<256, true, true, kBlocks, 1>>(p, num_sms, stream);
-  }
-  if (g.tiles.columns == 128) return run<fp8::Config<128, false, false, kBlocks, 1>>(p, num_sms, stream);
-  return g.tiles.cluster == 2 ? run<fp8::Config<256, false, false, kBlocks, 2>>(p, num_sms, stream)
-                              : run<fp8::Config<256, false, false, kBlocks, 1>>(p, num_sms, stream);
+  if (g.silu_quantise) return run<fp8::Config<256, true, true, kBlocks>>(p, num_sms, stream);
+  return g.tiles.columns == 128 ? run<fp8::Config<128, false, false, kBlocks>>(p, num_sms, stream)
+                                : run<fp8::Config<256, false, false, kBlocks>>(p, num_sms, stream);
 }
 
 }  // namespace
@@ -68,8 +63,6 @@ Fp8Tiles plan_fp8_gemm(std::int64_t rows, std::int64_t n, std::int64_t experts, 
   Fp8Tiles tiles;
   const std::int64_t units = (rows + fp8::kRows - 1) / fp8::kRows * experts;
   if (!silu_quantise && units * ((n + 255) / 256) < num_sms) tiles.columns = 128;
-  // Two tiles below each other of nearly every matrix.
-  if (tiles.columns == 256 && rows >= 8 * fp8::kRows) tiles.cluster = 2;
   return tiles;
 }
 
@@ -80,8 +73,7 @@ cudaError_t fp8_gemm(const Fp8Gemm& g, cudaStream_t stream) {
       g.out == nullptr || g.x_rows <= 0 || (g.silu_quantise && g.out_scales == nullptr)) {
     return cudaErrorInvalidValue;
   }
-  const bool one_kind = (g.tiles.columns == 256 && (g.tiles.cluster == 1 || g.tiles.cluster == 2)) ||
-                        (g.tiles.columns == 128 && g.tiles.cluster == 1 && !g.silu_quantise);
+  const bool one_kind = g.tiles.columns == 256 || (g.tiles.columns == 128 && !g.silu_quantise);
   if (!one_kind || g.tiles.group < 1) return cudaErrorInvalidValue;
   if (g.gather != g.silu_quantise || (g.units == nullptr && g.experts != 1)) return cudaErrorInvalidValue;
   int num_sms = 0;
@@ -92,8 +84,7 @@ cudaError_t fp8_gemm(const Fp8Gemm& g, cudaStream_t stream) {
   const std::int64_t outputs = g.silu_quantise ? g.n / 2 : g.n;
   const int width = g.silu_quantise ? g.tiles.columns / 2 : g.tiles.columns;
   p.column_tiles = static_cast<int>((outputs + width - 1) / width);
-  const std::int64_t unit_rows = std::int64_t{fp8::kRows} * g.tiles.cluster;
-  p.dense_units = static_cast<int>((g.m + unit_rows - 1) / unit_rows);
+  p.dense_units = static_cast<int>((g.m + fp8::kRows - 1) / fp8::kRows);
   p.scale_columns = static_cast<std::uint32_t>(p.steps);
   p.scale_rows = static_cast<std::uint32_t>((g.n + 7) / 8);
   p.x_map = byte_map("x", g.x, g.k, g.x_stride, g.x_rows, 1);

@@ -12,8 +12,7 @@
 // Memory:    4 (6) stages of x (16 KB) and weights (32 or 16 KB), in the 128-byte swizzle of wgmma: 192 KB.
 // Registers: 232 for warpgroups that multiply (128 sums, 64 for a stage's), 40 for the one that copies.
 //
-// With kCluster = 2 two CTAs take tiles below each other and fetch half of the weights each, for both. CTAs take tiles
-// in turn; copies run ahead across them.
+// CTAs take tiles in turn; copies run ahead across them.
 
 #include <cstddef>
 #include <cstdint>
@@ -32,7 +31,7 @@ namespace flash_mla::sm90::fp8 {
 /// Asks for a stage's boxes.
 template <class C>
 __device__ __forceinline__ void load_boxes(const Params& p, Shared<C>& s, int slot, const Tile& tile,
-                                           int rank, int step) {
+                                           int step) {
   const int boxes_of_x = C::kGather ? 0 : (tile.unit.count + kBoxRows - 1) / kBoxRows;
   std::uint64_t* const full = &s.full[slot];
   ptx::mbarrier_arrive_expect_tx(full,
@@ -46,14 +45,7 @@ __device__ __forceinline__ void load_boxes(const Params& p, Shared<C>& s, int sl
   const int outputs = static_cast<int>(p.gemm.n) / 2;
   for (int i = 0; i < kBoxes; ++i) {
     const int row = C::kSilu ? tile.column + i / 2 * kBoxRows + i % 2 * outputs : tile.column + i * kBoxRows;
-    std::uint8_t* const to = stage + kBytesA + i * kBoxBytes;
-    if constexpr (C::kCluster == 1) {
-      ptx::tma_load_5d(to, &p.weight_map, full, at, row, tile.unit.expert, 0, 0);
-    } else {
-      if (i / (kBoxes / C::kCluster) != rank) continue;
-      ptx::tma_load_5d_multicast(to, &p.weight_map, full, (1 << C::kCluster) - 1, at, row, tile.unit.expert,
-                                 0, 0);
-    }
+    ptx::tma_load_5d(stage + kBytesA + i * kBoxBytes, &p.weight_map, full, at, row, tile.unit.expert, 0, 0);
   }
 }
 
@@ -65,7 +57,7 @@ __device__ __forceinline__ void copy_boxes(const Params& p, Shared<C>& s) {
     const Tile tile = walk.tile();
     for (int step = 0; step < p.steps; ++step, ring.next()) {
       ptx::mbarrier_wait(&s.empty[ring.slot], (ring.round & 1) ^ 1);
-      load_boxes(p, s, ring.slot, tile, walk.rank, step);
+      load_boxes(p, s, ring.slot, tile, step);
     }
   }
 }
@@ -93,7 +85,7 @@ __device__ __forceinline__ void copy_gathered(const Params& p, Shared<C>& s) {
     }
     for (int step = 0; step < p.steps; ++step, ring.next()) {
       ptx::mbarrier_wait(&s.empty[ring.slot], (ring.round & 1) ^ 1);
-      if (thread == 0) load_boxes(p, s, ring.slot, tile, walk.rank, step);
+      if (thread == 0) load_boxes(p, s, ring.slot, tile, step);
       const int column = step * kStepK + piece * 16;
       const std::uint32_t stage = to + static_cast<std::uint32_t>(ring.slot * C::kStageBytes);
 #pragma unroll
@@ -162,18 +154,21 @@ struct ScaleReader {
 /// Named barriers: by which a warpgroup waits for its turn, beside one for highest magnitudes.
 constexpr int kTurns = 2;
 
-/// part = 64 rows of A times the warpgroup's of B over a stage. `turns`: after the other warpgroup has asked for its.
+/// part = 64 rows of A times the warpgroup's of B over a stage. `turns`: as soon as all but the last of the other
+/// warpgroup's products are done. Side by side, both would be done late and then leave the tensor cores idle together.
 template <int kSums>
 __device__ __forceinline__ void multiply_stage(float (&part)[kSums], std::uint64_t a, std::uint64_t b,
                                                bool turns, int group) {
+  constexpr int kProducts = kStepK / 32;
   if (turns) ptx::named_barrier_sync<2 * kWarpgroup>(kTurns + group);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kStepK / 32; ++k) {
+  for (int k = 0; k < kProducts; ++k) {
     ptx::wgmma_e4m3(part, ptx::advance(a, static_cast<std::uint32_t>(2 * k)),
                     ptx::advance(b, static_cast<std::uint32_t>(2 * k)), k > 0);
+    if (k >= kProducts - 2) ptx::wgmma_commit();
   }
-  ptx::wgmma_commit();
+  ptx::wgmma_wait<1>();
   if (turns) ptx::named_barrier_arrive<2 * kWarpgroup>(kTurns + 1 - group);
   ptx::wgmma_wait<0>();
 }
@@ -224,16 +219,10 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared<C>& s) {
       }
       if (blocks > 1) {
         multiply_stage(part, ptx::advance(a, 64 * kStepK / 16), b, turns, group);
-        if (lane < C::kCluster) {
-          C::kCluster == 1
-              ? ptx::mbarrier_arrive(&s.empty[ring.slot])
-              : ptx::mbarrier_arrive_cluster(&s.empty[ring.slot], static_cast<std::uint32_t>(lane));
-        }
+        if (lane == 0) ptx::mbarrier_arrive(&s.empty[ring.slot]);
         promote<C>(sums[1], part, scales.x[1], scales.weight);
-      } else if (lane < C::kCluster) {
-        C::kCluster == 1
-            ? ptx::mbarrier_arrive(&s.empty[ring.slot])
-            : ptx::mbarrier_arrive_cluster(&s.empty[ring.slot], static_cast<std::uint32_t>(lane));
+      } else if (lane == 0) {
+        ptx::mbarrier_arrive(&s.empty[ring.slot]);
       }
     }
     if constexpr (C::kSilu) {
@@ -254,17 +243,13 @@ __global__ __launch_bounds__(kThreads, 1) void fp8_gemm_kernel(const __grid_cons
     for (int i = 0; i < C::kStages; ++i) {
       // With kGather every thread arrives for its copies, and one for the boxes.
       ptx::mbarrier_init(&s.full[i], C::kGather ? kWarpgroup + 1 : 1);
-      ptx::mbarrier_init(&s.empty[i], 2 * kWarpgroup / 32 * C::kCluster);
+      ptx::mbarrier_init(&s.empty[i], 2 * kWarpgroup / 32);
     }
     ptx::fence_barrier_init();
     ptx::prefetch_tensor_map(&p.weight_map);
     if constexpr (!C::kGather) ptx::prefetch_tensor_map(&p.x_map);
   }
   __syncthreads();
-  if constexpr (C::kCluster > 1) {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  }
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   if (threadIdx.x < 2 * kWarpgroup) {
@@ -277,12 +262,6 @@ __global__ __launch_bounds__(kThreads, 1) void fp8_gemm_kernel(const __grid_cons
     } else {
       if (threadIdx.x / 32 == 2 * kWarpgroup / 32 && ptx::elect_one()) copy_boxes<C>(p, s);
     }
-  }
-  if constexpr (C::kCluster > 1) {
-    // No CTA leaves while the other may still write to it.
-    __syncthreads();
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
   }
 }
 

@@ -14,7 +14,6 @@ namespace flash_mla::sm90 {
 /// How a product is cut. All of them give the same bits.
 struct Fp8Tiles {
   int columns = 256;   ///< of a tile: 256, or 128 where there are few tiles
-  int cluster = 1;     ///< CTAs, below each other, that fetch the weights of their tiles once: 1 or 2
   int group = 16;      ///< tiles below each other that are walked together, so that they meet in L2
   bool turns = false;  ///< the two halves of a tile take the tensor cores in turns
 };
@@ -37,7 +36,7 @@ struct Fp8Gemm {
   std::int64_t m = 0, n = 0, k = 0, experts = 1;  ///< m: rows, or positions of all experts
   std::int64_t x_rows = 0;                        ///< rows that x has
 
-  const ExpertUnit* units = nullptr;        ///< of at most 128 * cluster positions each; or null: one matrix
+  const ExpertUnit* units = nullptr;        ///< of at most 128 positions each; or null: one matrix
   const std::int32_t* num_units = nullptr;  ///< on the device
   std::int64_t max_units = 0;
   const std::int32_t* pairs = nullptr;

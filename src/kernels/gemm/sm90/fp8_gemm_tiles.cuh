@@ -17,9 +17,9 @@ constexpr int kBoxBytes = kBoxRows * kStepK, kBytesA = kRows * kStepK;
 constexpr float kLargest = 448.0f, kLeastScale = 1.17549435e-38f;
 
 /// kColumns 256 or 128; kSilu: silu and quantisation of the result; kBlocks: whole_blocks.
-template <int kColumns_, bool kGather_, bool kSilu_, bool kBlocks_, int kCluster_>
+template <int kColumns_, bool kGather_, bool kSilu_, bool kBlocks_>
 struct Config {
-  static constexpr int kColumns = kColumns_, kCluster = kCluster_;
+  static constexpr int kColumns = kColumns_;
   static constexpr bool kGather = kGather_, kSilu = kSilu_, kBlocks = kBlocks_;
   static constexpr int kStages = kColumns == 256 ? 4 : 6;
   static constexpr int kStageBytes = kBytesA + kColumns * kStepK;
@@ -45,8 +45,8 @@ struct Shared {
 };
 
 struct Tile {
-  ExpertUnit unit;  // of this CTA
-  int column;       // first output
+  ExpertUnit unit;
+  int column;  // first output
 };
 
 /// The tiles of a CTA, in turn.
@@ -54,14 +54,12 @@ template <class C>
 struct Walk {
   const Params& p;
   int units, index, stride;
-  int rank;  // in the cluster
 
   __device__ explicit Walk(const Params& params)
       : p(params),
         units(params.gemm.units != nullptr ? __ldcg(params.gemm.num_units) : params.dense_units),
-        index(static_cast<int>(blockIdx.x) / C::kCluster),
-        stride(static_cast<int>(gridDim.x) / C::kCluster),
-        rank(C::kCluster == 1 ? 0 : static_cast<int>(blockIdx.x) % C::kCluster) {}
+        index(static_cast<int>(blockIdx.x)),
+        stride(static_cast<int>(gridDim.x)) {}
 
   __device__ bool done() const { return index >= units * p.column_tiles; }
   __device__ void next() { index += stride; }
@@ -77,11 +75,9 @@ struct Walk {
       const int* const unit = &p.gemm.units[u].expert;
       t.unit = {__ldcg(unit), __ldcg(unit + 1), __ldcg(unit + 2)};
     } else {
-      const int row = u * kRows * C::kCluster;
-      t.unit = {0, row, min(kRows * C::kCluster, static_cast<int>(p.gemm.m) - row)};
+      const int row = u * kRows;
+      t.unit = {0, row, min(kRows, static_cast<int>(p.gemm.m) - row)};
     }
-    t.unit.first += rank * kRows;
-    t.unit.count = max(0, min(kRows, t.unit.count - rank * kRows));
     return t;
   }
 };

@@ -380,8 +380,7 @@ Fp8Experts fp8_experts(const ExpertFfn& p, const Workspace& w, int num_sms) {
 }
 
 cudaError_t run_fp8(const ExpertFfn& p, const Workspace& w, const Fp8Experts& products, cudaStream_t stream) {
-  const SortArgs sort{p.ids,   products.gate_up.m, p.num_experts, products.rows_per_unit, w.pairs,
-                      w.units, w.num_units};
+  const SortArgs sort{p.ids, products.gate_up.m, p.num_experts, kGroupedRows, w.pairs, w.units, w.num_units};
   if (const cudaError_t e = quantise_rows(products.quantise, stream)) return e;
   if (const cudaError_t e = launch_sort(sort, p.programmatic_launch, stream)) return e;
   if (const cudaError_t e = fp8_gemm(products.gate_up, stream)) return e;

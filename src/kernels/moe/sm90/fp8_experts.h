@@ -28,7 +28,6 @@ struct Fp8ExpertMemory {
 struct Fp8Experts {
   QuantiseRows quantise;
   Fp8Gemm gate_up, down;
-  int rows_per_unit = 0;
 };
 
 inline Fp8Experts fp8_experts(const ExpertFfn& p, const Fp8ExpertMemory& memory, int num_sms) {
@@ -42,8 +41,7 @@ inline Fp8Experts fp8_experts(const ExpertFfn& p, const Fp8ExpertMemory& memory,
   g.programmatic_launch = p.programmatic_launch;
   g.tiles = plan_fp8_gemm(static_cast<std::int64_t>(mean_pairs(p)), p.hidden, p.num_experts, true, num_sms);
   Fp8Experts out;
-  out.rows_per_unit = kGroupedRows * g.tiles.cluster;
-  g.max_units = g.m / out.rows_per_unit + (g.m < p.num_experts ? g.m : p.num_experts);
+  g.max_units = g.m / kGroupedRows + (g.m < p.num_experts ? g.m : p.num_experts);
   out.gate_up = out.down = g;
   out.quantise.x = p.x;
   out.quantise.x_stride = p.x_stride;

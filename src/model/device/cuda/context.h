@@ -72,8 +72,8 @@ struct CudaContext {
 
   const ModelConfig config;
   const bool fp8_cache;
-  /// Rows from which on products by weights in e4m3 are made in FP8: those of the environment variable
-  /// FLASH_MLA_FP8_ROWS. Without it, never.
+  /// Rows from which on products by weights in e4m3 are made in FP8: 64, or what the environment variable
+  /// FLASH_MLA_FP8_ROWS says.
   const std::int64_t fp8_rows;
   Stream stream;
   std::shared_ptr<DevicePool> pool = std::make_shared<DevicePool>();

@@ -12,9 +12,6 @@
 namespace flash_mla::model {
 namespace {
 
-// Pairs of an expert, on average, from which on its products are made in FP8, where products are.
-constexpr double kFp8Pairs = 16;
-
 // The shared experts as one network, of the same form and `count` times the width of an expert, cut into
 // experts.
 class SharedExperts {
@@ -306,7 +303,7 @@ void CudaMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
   args.experts_per_token = context_.experts_per_token();
   args.workspace = context_.buffers.expert_workspace.data();
   args.batch_invariant = context_.step->batch_invariant;
-  if (context_.multiplies_fp8(h.rows)) args.fp8_rows = kFp8Pairs;
+  if (context_.multiplies_fp8(h.rows)) args.fp8_rows = 0;
   args.whole_blocks = gate_up_.halves_of_blocks && down_.whole_blocks;
   args.programmatic_launch = true;
   if (next_ != nullptr) {

@@ -2,8 +2,6 @@
 #include "kernels/ptx/mbarrier.cuh"
 
 namespace flash_mla::sm90::ptx {
-inline void cluster_arrive() { throw std::logic_error("not emulated"); }
-inline void cluster_wait() {}
 inline bool elect_one() { return Block::current().thread() % 32 == 0; }
 template <int>
 void set_max_registers_down() {}

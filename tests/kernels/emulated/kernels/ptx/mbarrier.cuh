@@ -18,9 +18,6 @@ inline void mbarrier_arrive(std::uint64_t* b, std::uint32_t count = 1) {
   x.pending -= static_cast<int>(count);
   Block::settle(x);
 }
-inline void mbarrier_arrive_cluster(std::uint64_t*, std::uint32_t, std::uint32_t = 1) {
-  throw std::logic_error("not emulated");
-}
 inline void mbarrier_arrive_expect_tx(std::uint64_t* b, std::uint32_t bytes) {
   auto& x = Block::current().barrier(b);
   x.bytes += bytes;

@@ -52,8 +52,4 @@ inline void tma_load_5d(void* smem, const CUtensorMap* map, std::uint64_t* barri
     complete(barrier, row * 128);
   });
 }
-inline void tma_load_5d_multicast(void*, const CUtensorMap*, std::uint64_t*, std::uint16_t, int, int, int,
-                                  int, int) {
-  throw std::logic_error("not emulated");
-}
 }  // namespace flash_mla::sm90::ptx
