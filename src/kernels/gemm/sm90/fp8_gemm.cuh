@@ -204,10 +204,10 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared<C>& s) {
     Scales<C> next = reader.read(0);
     for (int step = 0; step < p.steps; ++step, ring.next()) {
       const Scales<C> scales = next;
-      if (step + 1 < p.steps) next = reader.read(step + 1);
       ptx::mbarrier_wait(&s.full[ring.slot], ring.round & 1);
       // Rows that came by cp.async are ordinary writes; wgmma reads through the other proxy.
       if constexpr (C::kGather) ptx::fence_async_proxy();
+      if (step + 1 < p.steps) next = reader.read(step + 1);  // behind the fence, which would wait for it
       const std::uint8_t* const stage = s.stages[ring.slot];
       const std::uint64_t a = ptx::swizzled_descriptor(stage, 0, 8 * kStepK);
       const std::uint64_t b =
