@@ -88,7 +88,8 @@ void check_products(const Shape& shape, int blocks_of_threads = 3) {
   for (int i = 0; i < problem.m; ++i) {
     const int row = s.scatter ? problem.pairs[static_cast<std::size_t>(i)] : i;
     for (int n = 0; n < stride; ++n) {
-      const auto at = static_cast<std::size_t>(row * stride + n);
+      const std::size_t at =
+          static_cast<std::size_t>(row) * static_cast<std::size_t>(stride) + static_cast<std::size_t>(n);
       const float got = s.fp32 ? wide[at] : to_float(Bf16{narrow[at]});
       if (n >= s.n) {
         ASSERT_TRUE(s.accumulate ? got == kBefore : std::isnan(got)) << "padding of row " << row;
@@ -106,8 +107,8 @@ void check_activations(const Shape& shape, int blocks_of_threads = 3) {
   Problem problem(shape);
   Run run(problem, 256);
   const int outputs = problem.outputs(), width = (outputs + 127) / 128;
-  std::vector<std::uint8_t> codes(static_cast<std::size_t>(problem.m * outputs), 0x7F);
-  std::vector<float> scales(static_cast<std::size_t>(problem.m * width),
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(std::int64_t{problem.m} * outputs), 0x7F);
+  std::vector<float> scales(static_cast<std::size_t>(std::int64_t{problem.m} * width),
                             std::numeric_limits<float>::quiet_NaN());
   run.p.gemm.out = codes.data();
   run.p.gemm.out_scales = scales.data();
@@ -121,11 +122,12 @@ void check_activations(const Shape& shape, int blocks_of_threads = 3) {
         want.push_back(gate / (1 + std::exp(-gate)) * up);
         highest = std::max(highest, std::abs(want.back()));
       }
-      const double scale = double{scales[static_cast<std::size_t>(i * width + c)]};
+      const double scale = double{scales[static_cast<std::size_t>(std::int64_t{i} * width + c)]};
       ASSERT_NEAR(scale, highest / 448, highest / 448 * 1e-4) << "row " << i << " block " << c;
       for (std::size_t n = 0; n < want.size(); ++n) {
         const double got =
-            double{value_of(codes[static_cast<std::size_t>(i * outputs + 128 * c) + n])} * scale;
+            double{value_of(codes[static_cast<std::size_t>(std::int64_t{i} * outputs + 128 * c) + n])} *
+            scale;
         ASSERT_NEAR(got, want[n], std::abs(want[n]) / 15.5 + scale / 512 + 1e-4)
             << "row " << i << " column " << 128 * c + static_cast<int>(n);
       }

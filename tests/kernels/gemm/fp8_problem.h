@@ -105,13 +105,14 @@ struct Problem {
       for (int k = 128 * c; k < std::min(s.k, 128 * c + 128); ++k) {
         part += double{value_of(a[k])} * double{value_of(b[k])};
       }
-      sum += part * double{x_scales[static_cast<std::size_t>(row * width + c)]} * double{scale(e, n / 8, c)};
+      sum += part * double{x_scales[static_cast<std::size_t>(std::int64_t{row} * width + c)]} *
+             double{scale(e, n / 8, c)};
     }
     return sum;
   }
 
   float& scale(int e, int row, int column) {
-    return weight_scales[static_cast<std::size_t>((e * scale_rows + row) * width + column)];
+    return weight_scales[static_cast<std::size_t>((std::int64_t{e} * scale_rows + row) * width + column)];
   }
 
   std::vector<std::uint8_t> codes(std::int64_t rows, int columns, int stride) {
