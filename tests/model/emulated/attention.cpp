@@ -26,6 +26,7 @@
 #include "kernels/attention/top_k/sm90/top_k.h"
 #include "kernels/cache/sm90/append.h"
 #include "kernels/cache/sm90/gather.h"
+#include "kernels/quant/sm90/quantise.h"
 #include "queue.h"
 
 namespace flash_mla::sm90 {
@@ -266,6 +267,7 @@ void append_kv(const KvAppendArgs& given, void*) {
   queue([=] { flash_mla::append_kv(a); });
 }
 void gather_kv(const KvGatherArgs&, void*) {}
+void quantise_fp8(const TensorView&, int, Fp8Recipe, const TensorView&, const TensorView&, void*) {}
 void merge_states(const TensorView&, const TensorView&, const TensorView&, const TensorView&,
                   const TensorView&, const TensorView&, LseBase, void*) {}
 
