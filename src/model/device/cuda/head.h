@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 
 #include "base/buffer.h"
@@ -16,12 +17,14 @@ namespace flash_mla::model {
 class CudaHead : public Head {
  public:
   CudaHead(CudaContext& context, const HeadWeights& weights);
+  /// With the weight of `other`.
+  CudaHead(const CudaHead& other, std::span<const float> norm);
   Matrix forward(const Residual& x) override;
 
  private:
   CudaContext& context_;
   Buffer norm_;
-  CudaLinear weight_;  ///< (vocab_size, hidden)
+  std::shared_ptr<const CudaLinear> weight_;  ///< (vocab_size, hidden)
 };
 
 /// Device::choose, into the context's tokens.
