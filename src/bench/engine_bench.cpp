@@ -11,10 +11,13 @@
 #include <random>
 #include <string_view>
 
+#include "bench/borrowed_model.h"
 #include "bench/machine.h"
+#include "bench/speculation_bench.h"
 #include "bench/table.h"
 #include "checkpoint/config.h"
 #include "engine/engine_core.h"
+#include "flash_mla/error.h"
 #include "flash_mla/info.h"
 #include "model/e4m3_weight.h"
 #include "model/model.h"
@@ -93,30 +96,6 @@ double parameters(const checkpoint::ModelConfig& c) {
          double{1} * c.hidden_size * c.vocab_size;
 }
 
-/// A model that outlives the engine it is given to.
-class Borrowed : public model::Model {
- public:
-  explicit Borrowed(model::Model& model) : model_(model) {}
-  int vocab_size() const override { return model_.vocab_size(); }
-  std::int64_t max_position() const override { return model_.max_position(); }
-  std::size_t bytes_per_page() const override { return model_.bytes_per_page(); }
-  std::size_t free_memory() const override { return model_.free_memory(); }
-  ScheduleOptions schedule_options(int sequences, bool batch_invariant) const override {
-    return model_.schedule_options(sequences, batch_invariant);
-  }
-  void allocate_cache(int num_pages) override { model_.allocate_cache(num_pages); }
-  void copy_page(int source, int target) override { model_.copy_page(source, target); }
-  void reserve(int num_tokens, int num_rows) override { model_.reserve(num_tokens, num_rows); }
-  void launch(const model::ForwardBatch& batch) override { model_.launch(batch); }
-  bool draws_take_masks() const override { return model_.draws_take_masks(); }
-  void choose(std::span<const std::uint32_t* const> masks) override { model_.choose(masks); }
-  void collect(float* logits, std::int32_t* tokens) override { model_.collect(logits, tokens); }
-  bool launches_ahead() const override { return model_.launches_ahead(); }
-
- private:
-  model::Model& model_;
-};
-
 class EngineBench {
  public:
   explicit EngineBench(const EngineBenchOptions& options)
@@ -127,17 +106,20 @@ class EngineBench {
   int run() {
     const Clock::time_point begin = Clock::now();
     model::ModelOptions model_options;
-    model_options.device = ModelDevice::kCuda;
+    model_options.device = options_.cpu ? ModelDevice::kCpu : ModelDevice::kCuda;
     model_options.time_steps = true;
     model_options.quantize = quantize_;
     if (options_.fp8_cache) model_options.kv_cache = ModelKvCache::kFp8;
+    model_options.draft_module = !options_.draft_tokens.empty();
     model_ = model::make_random_model(config_, model_options);
     const int most_batch = *std::ranges::max_element(options_.batch);
     const int most_context = *std::ranges::max_element(options_.context);
     const int most_prefill = *std::ranges::max_element(options_.prefill);
     pages_per_sequence_ = pages(std::max(most_context + options_.steps + 16, most_prefill));
     model_->allocate_cache(most_batch * pages_per_sequence_);
-    model_->reserve(kChunk, most_batch);
+    const int most_drafts =
+        options_.draft_tokens.empty() ? 0 : *std::ranges::max_element(options_.draft_tokens);
+    model_->reserve(std::max(kChunk, most_batch * (1 + most_drafts)), most_batch * (1 + most_drafts));
     out_ = report_head();
     for (const BackendInfo& b : backends()) {
       if (b.backend == Backend::kSm90) out_["gpu"] = b.device;
@@ -154,6 +136,7 @@ class EngineBench {
     fill_cache();
     decode();
     generate();
+    if (!options_.draft_tokens.empty()) speculation();
     if (!options_.json.empty()) write_json(options_.json, out_);
     return 0;
   }
@@ -296,7 +279,7 @@ class EngineBench {
       engine_options.max_batch_size = most;
       engine_options.max_tokens_per_step = kChunk;
       engine_options.overlap_steps = ahead;
-      engine::EngineCore core(std::make_unique<Borrowed>(*model), {}, {}, engine_options);
+      engine::EngineCore core(std::make_unique<BorrowedModel>(*model), {}, {}, engine_options);
       for (const bool drawn : {false, true}) {
         for (const int b : options_.batch) {
           for (const bool warm : {false, true}) {
@@ -336,6 +319,20 @@ class EngineBench {
       }
     }
     fmt::print("{}\n", rows.str());
+  }
+
+  void speculation() {
+    if (!model_->has_draft_module()) {
+      throw Unsupported(
+          "--draft-tokens: a model whose layers share indices has no module for multi-token prediction");
+    }
+    const int most = *std::ranges::max_element(options_.batch);
+    // The engine before has had a cache of its own size.
+    model_->allocate_cache(most * pages_per_sequence_);
+    bench_speculation(*model_,
+                      {options_.batch, options_.context, options_.draft_tokens, options_.acceptance,
+                       options_.steps, options_.generated},
+                      pages_per_sequence_, out_);
   }
 
   const EngineBenchOptions& options_;

@@ -16,9 +16,12 @@ struct EngineBenchOptions {
   double bandwidth = 4.65e12;             ///< bytes per second of the floor
   bool fp8_cache = false;                 ///< 656 bytes a token; models with an indexer
   bool fp8_weights = false;               ///< what --quantize fp8 makes of a checkpoint
+  bool cpu = false;                       ///< on the CPU; times of the device are 0 then
+  std::vector<int> draft_tokens;  ///< drafts of a sequence and step to be measured, with a random module
+  double acceptance = 0.8;        ///< simulated: of a draft whose predecessors were accepted
 };
 
-/// Measures decode steps, prefill and generation of a model with random weights on the GPU and prints them
+/// Measures decode steps, prefill and generation of a model with random weights and prints them
 /// beside the floor. Returns the process's exit code.
 int run_engine_bench(const EngineBenchOptions& options);
 

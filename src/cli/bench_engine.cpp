@@ -2,6 +2,7 @@
 
 #include "bench/engine_bench.h"
 #include "cli/commands.h"
+#include "flash_mla/engine.h"
 
 namespace flash_mla::cli {
 
@@ -10,7 +11,7 @@ void register_bench_engine(CLI::App& app, int& exit_code) {
   CLI::App* sub =
       app.add_subcommand("bench-engine",
                          "Measure decode steps, prefill and generation of a model with random weights on a "
-                         "GPU, beside the floor: "
+                         "GPU or the CPU, beside the floor: "
                          "bytes of weights and cache that a step reads over the memory's bandwidth");
   sub->add_option("--config", o->config, "Folder with a config.json; default: the shape of DeepSeek-V2-Lite");
   sub->add_option("--batch", o->batch, "Sequences per step")->delimiter(',')->check(CLI::Range(1, 1024));
@@ -27,6 +28,17 @@ void register_bench_engine(CLI::App& app, int& exit_code) {
                 "A cache of 656 bytes per token and layer, for a model with an indexer");
   sub->add_flag("--fp8-weights", o->fp8_weights,
                 "Weights of attention and experts in FP8, as --quantize fp8 makes them");
+  sub->add_option("--draft-tokens", o->draft_tokens,
+                  "Measure steps that check so many drafts of a sequence too, and generation with them")
+      ->delimiter(',')
+      ->check(CLI::Range(1, kMaxDraftTokens));
+  sub->add_option(
+         "--acceptance", o->acceptance,
+         "Simulated chance that a draft is accepted if those before it were; random weights have none")
+      ->check(CLI::Range(0.0, 1.0));
+  sub->add_option_function<std::string>(
+         "--device", [o](const std::string& name) { o->cpu = name == "cpu"; }, "cuda (the default) or cpu")
+      ->check(CLI::IsMember({"cuda", "cpu"}));
   sub->add_option("--json", o->json, "Write the figures, with machine, command and commit, to this file");
   sub->callback([o, &exit_code] { exit_code = bench::run_engine_bench(*o); });
 }

@@ -53,16 +53,9 @@ model::ModelOptions model_options(const EngineOptions& o) {
 }
 
 std::unique_ptr<model::Model> make_model(const std::filesystem::path& directory, const EngineOptions& o) {
-  const bool drafts = o.speculative != EngineOptions::Speculative::kOff;
-  const auto refuse_drafts = [] {
-    throw Unsupported("speculative: device cuda does not check drafts yet; use device cpu, or off");
-  };
-  if (drafts && o.device == EngineOptions::Device::kCuda) refuse_drafts();
-  auto model = o.load_format == EngineOptions::LoadFormat::kDummy
-                   ? model::make_random_model(checkpoint::read_config(directory), model_options(o))
-                   : model::load_model(directory, model_options(o));
-  if (drafts && model->free_memory() > 0) refuse_drafts();  // device auto has found a GPU
-  return model;
+  return o.load_format == EngineOptions::LoadFormat::kDummy
+             ? model::make_random_model(checkpoint::read_config(directory), model_options(o))
+             : model::load_model(directory, model_options(o));
 }
 
 // Completions that come in as events, from whichever thread steps.

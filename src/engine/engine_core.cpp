@@ -168,7 +168,7 @@ bool EngineCore::step() {
     step->record.begin = step->record.planned = statistics_.seconds(begin);
   } else if (!scheduler_.idle()) {
     speculation_.propose(scheduler_.running());
-    step = pipeline_.launch(scheduler_.plan(), begin);
+    step = pipeline_.launch(scheduler_.plan(), begin, speculation_.with_module());
   } else {
     note_load();
     return news;
@@ -239,7 +239,9 @@ void EngineCore::accept_tokens(LaunchedStep& step) {
     Continuation& c = step.continuation(i);
     // Where the module had fewer drafts than there is room for, the room goes back too.
     const ScheduledWork& work = step.plan.work[i];
-    if (!c.ended && (work.num_drafts() > 0 || (module_drafts_ && work.decoding))) scheduler_.drop_drafts(c);
+    const bool room = work.num_drafts() > 0 || (module_drafts_ && work.decoding);
+    // A step ahead has a place in what would go.
+    if (room && !ahead_ && !c.ended) scheduler_.drop_drafts(c);
     if (step.plan.work[i].samples && !c.ended && c.request->sampling.max_tokens == 0)
       requests_.end_at_prompt(c);
   }

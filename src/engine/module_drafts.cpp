@@ -44,7 +44,7 @@ void ModuleDrafts::note(const LaunchedStep& step) {
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     Continuation& c = step.continuation(i);
     const ScheduledWork& work = step.plan.work[i];
-    c.states = {step_, work.begin, step.first_rows[i], work.count + step.drafts[i].committed};
+    c.states = {step.number, work.begin, step.first_rows[i], work.count + step.drafts[i].committed};
     if (!work.samples || work.begin + work.count != std::ssize(c.request->prompt)) continue;
     // Those that have forked here share the pages that are full: one of them has the module go over these. The last
     // page is copied for each before the module has gone over what this step has left there.
@@ -54,14 +54,15 @@ void ModuleDrafts::note(const LaunchedStep& step) {
       if (sibling.get() == &c) continue;
       const std::int64_t begin = std::max(work.begin, left ? 0 : (end - 1) / kPageSize * kPageSize);
       left = left && !sibling->running;
-      sibling->states = {step_, begin, step.first_rows[i] + static_cast<std::int32_t>(begin - work.begin),
+      sibling->states = {step.number, begin,
+                         step.first_rows[i] + static_cast<std::int32_t>(begin - work.begin),
                          static_cast<int>(end - begin)};
     }
   }
 }
 
-void ModuleDrafts::draft(StepPlan& plan, std::span<Sequence* const> running, bool batch_invariant) {
-  const std::int64_t last_step = step_++;
+void ModuleDrafts::draft(StepPlan& plan, std::int64_t number, std::span<Sequence* const> running,
+                         bool batch_invariant) {
   std::unordered_map<const Sequence*, ScheduledWork*> drafting;
   for (ScheduledWork& work : plan.work) {
     if (work.num_drafts() > 0 &&
@@ -78,7 +79,7 @@ void ModuleDrafts::draft(StepPlan& plan, std::span<Sequence* const> running, boo
     c.states.count = static_cast<int>(std::min<std::int64_t>(c.states.count, followed));
     // Nor is one whose token is to be computed again.
     const bool gone = c.num_computed() < c.states.begin + c.states.count;
-    if (c.states.step != last_step || c.states.count < 1 || gone) continue;
+    if (c.states.step != number - 1 || c.states.count < 1 || gone) continue;
     const auto work = drafting.find(s);
     all.add(c, work == drafting.end() ? nullptr : work->second);
     sequences.push_back(&c);

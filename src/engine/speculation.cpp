@@ -18,6 +18,10 @@ constexpr double kRemembered = 0.9, kRememberedOfAll = 0.99, kPrior = 3;
 constexpr double kMargin = 1.25;
 // Where drafts have not paid they are tried again after a while.
 constexpr double kForgottenUntried = 0.97;
+// What a step that is launched ahead saves, about, in tokens of a sequence; and how often it is found out again what
+// drafts bring where they brought less.
+constexpr double kWorthWaiting = 0.05, kRememberedGain = 0.8;
+constexpr int kStepsBetweenTrials = 32;
 
 Continuation& continuation(Sequence* s) { return static_cast<Continuation&>(*s); }
 
@@ -47,6 +51,7 @@ int Speculation::room(const Continuation& c) const {
 
 void Speculation::propose(std::span<Sequence* const> running) {
   if (!on()) return;
+  decide_on_module(running);
   std::vector<Continuation*> drafted;
   int sequences = 0;
   for (Sequence* s : running) {
@@ -62,14 +67,35 @@ void Speculation::propose(std::span<Sequence* const> running) {
   if (options_.speculative == Speculative::kAuto && !drafted.empty()) keep_what_pays(drafted, sequences);
 }
 
+// Whether a draft that is accepted with such a chance may be worth its row; true where nobody knows yet.
+bool Speculation::may_pay(DraftSource source, double chance, int sequences) const {
+  const StepTime& time = step_time_[index_of(source)];
+  return chance * time.at(sequences) >= kMargin * sequences * time.slope();
+}
+
+void Speculation::decide_on_module(std::span<Sequence* const> running) {
+  with_module_ = by_module_;
+  if (!by_module_ || options_.speculative != Speculative::kAuto) return;
+  double best = 0;
+  int sequences = 0;
+  for (Sequence* s : running) {
+    const Continuation& c = continuation(s);
+    if (c.num_remaining() != 1) continue;
+    ++sequences;
+    best = std::max(best, acceptance(c, DraftSource::kMtp));
+  }
+  with_module_ = sequences == 0 || may_pay(DraftSource::kMtp, best, sequences);
+  if (!with_module_) all_[kMtp].forget(kForgottenUntried);
+}
+
 // With `auto` what the text has said before comes first, for it costs nothing, unless the module guesses better.
 void Speculation::draft(Continuation& c) {
   const bool by_ngrams =
-      !by_module_ || (options_.speculative == Speculative::kAuto &&
-                      acceptance(c, DraftSource::kNgram) >= acceptance(c, DraftSource::kMtp));
+      !with_module_ || (options_.speculative == Speculative::kAuto &&
+                        acceptance(c, DraftSource::kNgram) >= acceptance(c, DraftSource::kMtp));
   c.draft_source = DraftSource::kNgram;
   if (by_ngrams) c.drafts = drafter_->draft(c, room(c));
-  if (!c.drafts.empty() || !by_module_) return;
+  if (!c.drafts.empty() || !with_module_) return;
   c.draft_source = DraftSource::kMtp;
   c.drafts.assign(static_cast<std::size_t>(room(c)), 0);
 }
@@ -121,19 +147,24 @@ void Speculation::keep_what_pays(const std::vector<Continuation*>& drafted, int 
   }
 }
 
-bool Speculation::wants_drafts_after(const LaunchedStep& step) const {
+bool Speculation::wants_drafts_after(const LaunchedStep& step) {
   if (!on()) return false;
-  // The module goes over the tokens of every step before the next begins.
-  if (options_.speculative != Speculative::kAuto || by_module_) return true;
+  if (options_.speculative != Speculative::kAuto) return true;
   // The best that a draft could do there.
-  const auto sequences = static_cast<double>(step.plan.work.size());
-  double best = 0;
+  std::array<double, kDraftSources> best{};
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
     const Continuation& c = step.continuation(i);
-    if (!c.ended && room(c) >= 1) best = std::max(best, acceptance(c, DraftSource::kNgram));
+    if (c.ended || room(c) < 1) continue;
+    for (const DraftSource source : {DraftSource::kNgram, DraftSource::kMtp}) {
+      best[index_of(source)] = std::max(best[index_of(source)], acceptance(c, source));
+    }
   }
-  const StepTime& time = step_time_[kNgram];
-  return best * time.at(sequences) >= kMargin * sequences * time.slope();
+  const auto sequences = static_cast<int>(step.plan.work.size());
+  const bool may_pay = this->may_pay(DraftSource::kNgram, best[kNgram], sequences) ||
+                       (by_module_ && this->may_pay(DraftSource::kMtp, best[kMtp], sequences));
+  if (may_pay && (gain_ >= kWorthWaiting || ++not_waited_ % kStepsBetweenTrials == 0)) return true;
+  if (!may_pay && by_module_) all_[kMtp].forget(kForgottenUntried);
+  return false;
 }
 
 void Speculation::learn(const LaunchedStep& step, double seconds) {
@@ -150,6 +181,12 @@ void Speculation::learn(const LaunchedStep& step, double seconds) {
     all_[source].add(outcome.accepted, outcome.decided, kRememberedOfAll);
   }
   if (!decodes) return;
+  if (!step.ahead && !step.plan.work.empty()) {
+    int accepted = 0;
+    for (const DraftOutcome& outcome : step.drafts) accepted += outcome.accepted;
+    const double gain = accepted / static_cast<double>(step.plan.work.size());
+    gain_ = kRememberedGain * gain_ + (1 - kRememberedGain) * gain;
+  }
   // What a step takes without any draft is where both begin.
   if (!drafted[kMtp]) step_time_[kNgram].add(step.plan.num_tokens, seconds);
   if (drafted[kMtp] || !drafted[kNgram]) step_time_[kMtp].add(step.plan.num_tokens, seconds);

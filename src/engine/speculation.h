@@ -26,14 +26,21 @@ class Speculation {
   /// come of the module (ModuleDrafts), room for as many.
   void propose(std::span<Sequence* const> running);
 
-  /// Whether sequences of `step` are to get drafts in the next one, which then has to wait for its tokens.
-  bool wants_drafts_after(const LaunchedStep& step) const;
+  /// Whether the module is to go over the tokens of the last step before the one that propose() was for. With `auto` only
+  /// where it may pay.
+  bool with_module() const { return with_module_; }
+
+  /// Whether sequences of `step` are to get drafts in the next one, which then has to wait for its tokens. With `auto`
+  /// not where drafts have brought less than steps ahead do; now and then they are tried again.
+  bool wants_drafts_after(const LaunchedStep& step);
 
   /// What has come of a step's drafts. `seconds`: that it took.
   void learn(const LaunchedStep& step, double seconds);
 
  private:
   int room(const Continuation& c) const;
+  bool may_pay(DraftSource source, double chance, int sequences) const;
+  void decide_on_module(std::span<Sequence* const> running);
   void draft(Continuation& c);
   double acceptance(const Continuation& c, DraftSource source) const;
   void keep_what_pays(const std::vector<Continuation*>& drafted, int sequences);
@@ -45,6 +52,9 @@ class Speculation {
   // Of every continuation's drafts; of steps that only decode and have no drafts of another source: by source.
   std::array<Acceptance, kDraftSources> all_;
   std::array<StepTime, kDraftSources> step_time_;
+  bool with_module_ = false;
+  double gain_ = 1;  // tokens that drafts bring to a sequence and step that waits for them, of late
+  int not_waited_ = 0;
 };
 
 }  // namespace flash_mla::engine

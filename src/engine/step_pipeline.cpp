@@ -74,9 +74,10 @@ StepPipeline::StepPipeline(model::Model& model, Scheduler& scheduler, const kv::
       max_length_(max_length),
       module_drafts_(module_drafts) {}
 
-std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_point begin) {
+std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_point begin, bool with_module) {
   auto step = std::make_unique<LaunchedStep>();
   step->plan = std::move(plan);
+  step->number = ++num_launched_;
   step->drafts.resize(step->plan.work.size());
   step->utilisation = utilisation(step->plan);
   StepRecord& record = step->record;
@@ -92,8 +93,8 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch(StepPlan plan, Clock::time_po
   record.planned = statistics_.seconds(Clock::now());
   try {
     for (const kv::PageCopy& copy : step->plan.copies) model_.copy_page(copy.source, copy.target);
-    if (module_drafts_ != nullptr) {
-      module_drafts_->draft(step->plan, scheduler_.running(), options_.batch_invariant);
+    if (module_drafts_ != nullptr && with_module) {
+      module_drafts_->draft(step->plan, step->number, scheduler_.running(), options_.batch_invariant);
     }
     const bool takes_masks = model_.draws_take_masks();
     const WantedOf wanted_of = [&](const ScheduledWork& w, std::vector<Draw>& draws, bool& masked) {
@@ -126,7 +127,7 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch_ahead(const LaunchedStep& ste
     Continuation& c = step.continuation(i);
     if (c.ended) continue;  // cancelled on its way
     ++unfinished;
-    if (!step.results[i].is_token() || forks_here(c)) return nullptr;
+    if (!step.results[i].is_token() || forks_here(c) || step.plan.work[i].num_drafts() > 0) return nullptr;
     c.token_index = step.results[i].index;
     const bool goes_on = c.num_generated + 1 < c.request->sampling.max_tokens &&
                          static_cast<std::int64_t>(c.tokens.size()) + 1 < max_length_;
@@ -134,7 +135,10 @@ std::unique_ptr<LaunchedStep> StepPipeline::launch_ahead(const LaunchedStep& ste
   }
   if (continuing.empty() || unfinished != scheduler_.num_running()) return nullptr;
   std::optional<StepPlan> plan = scheduler_.plan_ahead(continuing);
-  return plan ? launch(std::move(*plan), Clock::now()) : nullptr;
+  if (!plan) return nullptr;
+  std::unique_ptr<LaunchedStep> next = launch(std::move(*plan), Clock::now(), /*with_module=*/false);
+  next->ahead = true;
+  return next;
 }
 
 void StepPipeline::choose(LaunchedStep& step) {

@@ -22,6 +22,8 @@ struct DraftOutcome {
 /// A step that the model has been given.
 struct LaunchedStep {
   StepPlan plan;
+  std::int64_t number = 0;                 // of all that have been launched
+  bool ahead = false;                      // of the results of the step before
   std::vector<StepBatch::Result> results;  // of each work
   std::vector<DraftOutcome> drafts;        // of each work
   std::vector<std::int32_t> first_rows;    // of each work, its first token's place in the batch
@@ -50,13 +52,15 @@ class StepPipeline {
                const Statistics& statistics, const EngineOptions& options, std::int64_t max_length,
                ModuleDrafts* module_drafts = nullptr);
 
-  /// Gives the model a planned step. An error of the model's is the step's failure.
-  std::unique_ptr<LaunchedStep> launch(StepPlan plan, Clock::time_point begin);
+  /// Gives the model a planned step. An error of the model's is the step's failure. `with_module`: the model's module, if
+  /// it drafts, goes over the tokens of the step before first; that one has been collected then.
+  std::unique_ptr<LaunchedStep> launch(StepPlan plan, Clock::time_point begin, bool with_module);
 
   /// The step after `step`, launched before its results are there: if nothing but one more token of each of
   /// its sequences can follow, and the model chooses those tokens. A sequence whose token turns out to be its
   /// last has a place in that step in vain: what comes of it is dropped, and what it wrote to its pages is
-  /// written before anything that a later owner of them writes. Null: it must wait for the results.
+  /// written before anything that a later owner of them writes. Null: it must wait for the results, as it always must
+  /// where `step` has drafts.
   std::unique_ptr<LaunchedStep> launch_ahead(const LaunchedStep& step);
 
   /// Tells the model which tokens the formats of a masked step's texts allow: TokenChooser::prepare has computed it. An
@@ -82,6 +86,7 @@ class StepPipeline {
   const EngineOptions& options_;
   std::int64_t max_length_;
   ModuleDrafts* module_drafts_;  // or null
+  std::int64_t num_launched_ = 0;
   std::vector<float> logits_;
   std::vector<std::int32_t> tokens_;
 };

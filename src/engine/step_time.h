@@ -7,6 +7,7 @@ namespace flash_mla::engine {
 /// each of them costs) with its two coefficients measured.
 class StepTime {
  public:
+  StepTime();
   void add(int rows, double seconds);
   /// Seconds that one more row costs.
   double slope() const;
@@ -16,6 +17,8 @@ class StepTime {
  private:
   double weight_ = 0, rows_ = 0, seconds_ = 0;  // means of the latest steps, the older the less
   double rows2_ = 0, rows_seconds_ = 0;         // of squares and products
+  double
+      share_;  // of a step's time that goes with its rows, as it was when steps of different sizes were last seen
 };
 
 }  // namespace flash_mla::engine

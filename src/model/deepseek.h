@@ -59,9 +59,10 @@ class DeepSeek : public Model {
   Layer make_layer(WeightSource& weights, int layer);
   void forward_pass();
   void start_download(Flight& flight);
-  /// One application of the module; returns the tokens of the batch's drawn_rows.
-  std::vector<std::int32_t> apply_module(const ForwardBatch& batch, const std::vector<std::int32_t>& states,
-                                         MtpInput::States of);
+  /// Queues one application of the module; returns the tokens of the batch's drawn_rows, or null where it has none.
+  /// `num_tokens_before`: those of the application before that the batch can refer to.
+  std::unique_ptr<Download> apply_module(const ForwardBatch& batch, const std::vector<std::int32_t>& states,
+                                         ModuleStates reads, std::int64_t num_tokens_before);
   /// f of every layer's attention, the module's last.
   template <class F>
   void for_each_cache(F&& f) const {

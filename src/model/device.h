@@ -51,9 +51,9 @@ class Device {
   virtual std::unique_ptr<FeedForward> make_mixture_of_experts(const MixtureWeights& weights) = 0;
   virtual std::unique_ptr<Head> make_head(const HeadWeights& weights) = 0;
   /// Of the module for multi-token prediction: its input, and its head, which has the weight of `head` and a norm of its
-  /// own. Throw Unsupported where the device has none.
-  virtual std::unique_ptr<MtpInput> make_mtp_input(const MtpWeights& weights);
-  virtual std::unique_ptr<Head> make_mtp_head(const Head& head, const MtpWeights& weights);
+  /// own.
+  virtual std::unique_ptr<MtpInput> make_mtp_input(const MtpWeights& weights) = 0;
+  virtual std::unique_ptr<Head> make_mtp_head(const Head& head, const MtpWeights& weights) = 0;
 
   // Steps.
   /// Makes room for steps of up to `num_tokens` tokens and `num_rows` logit rows, so that no later one has

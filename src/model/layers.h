@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "base/matrix.h"
@@ -78,17 +77,13 @@ class FeedForward {
 /// that the model, or the module itself, has left of the tokens before them.
 class MtpInput {
  public:
-  enum class States {
-    kModels,  ///< of the last step's tokens
-    kOwn,     ///< of the logit rows of the module's last application
-  };
   virtual ~MtpInput() = default;
   /// Keeps the states that the model's last layer leaves of all tokens of a step, after the model's last norm.
   virtual void keep(const Residual& x) = 0;
   /// Keeps what the module's layer leaves of the step's logit rows, after its norm.
   virtual void keep_own(const Residual& x) = 0;
-  /// x is the embedding of the step's tokens; token i goes with the kept state rows[i].
-  virtual void forward(Residual& x, std::span<const std::int32_t> rows, States states) = 0;
+  /// x is the embedding of the tokens of a step that reads states (Step::reads, Step::states).
+  virtual void forward(Residual& x) = 0;
 };
 
 /// logits = W · norm(x), of the step's logit_rows.

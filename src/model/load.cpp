@@ -153,7 +153,8 @@ std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const 
 std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options) {
   check(options);
   std::unique_ptr<Device> device = make_device(config, options);
-  auto weights = random_weights(config, device->makes_up_weights());
+  auto weights =
+      random_weights(config, device->makes_up_weights(), options.draft_module && config.shares_index.empty());
   return make_model(config, options, std::move(device), std::move(weights));
 }
 

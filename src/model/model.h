@@ -128,7 +128,8 @@ struct ModelOptions {
   bool fp8_index_keys = false;
   int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use
   bool draft_module =
-      false;                ///< load the module for multi-token prediction too, where the checkpoint has one
+      false;                ///< load the module for multi-token prediction too, where the checkpoint has one;
+                            ///< a random model has one then
   bool time_steps = false;  ///< CUDA: keep count of Model::device_seconds
   /// CUDA: the cache that there must be room for besides the weights; pages, or if they are 0 bytes.
   int cache_pages = 0;

@@ -32,8 +32,8 @@ class Random {
 
 class RandomWeights : public WeightSource {
  public:
-  RandomWeights(const ModelConfig& config, bool made_up_by_device)
-      : config_(config), made_up_by_device_(made_up_by_device) {}
+  RandomWeights(const ModelConfig& config, bool made_up_by_device, bool with_module)
+      : config_(config), made_up_by_device_(made_up_by_device), with_module_(with_module) {}
 
   Weight embedding() override { return matrix(config_.vocab_size, config_.hidden_size); }
 
@@ -89,6 +89,12 @@ class RandomWeights : public WeightSource {
     return {ones(config_.hidden_size), matrix(config_.vocab_size, config_.hidden_size)};
   }
 
+  bool has_mtp() const override { return with_module_; }
+  MtpWeights mtp() override {
+    const std::int64_t hidden = config_.hidden_size;
+    return {ones(hidden), ones(hidden), matrix(hidden, 2 * hidden), ones(hidden), ones(hidden)};
+  }
+
  private:
   static std::vector<float> ones(std::int64_t size) {
     return std::vector<float>(static_cast<std::size_t>(size), 1.0f);
@@ -104,14 +110,15 @@ class RandomWeights : public WeightSource {
   }
 
   const ModelConfig& config_;
-  bool made_up_by_device_;
+  bool made_up_by_device_, with_module_;
   Random random_;
 };
 
 }  // namespace
 
-std::unique_ptr<WeightSource> random_weights(const ModelConfig& config, bool made_up_by_device) {
-  return std::make_unique<RandomWeights>(config, made_up_by_device);
+std::unique_ptr<WeightSource> random_weights(const ModelConfig& config, bool made_up_by_device,
+                                             bool with_module) {
+  return std::make_unique<RandomWeights>(config, made_up_by_device, with_module);
 }
 
 }  // namespace flash_mla::model

@@ -16,6 +16,13 @@ struct Chunk {
   std::vector<std::int32_t> pages;
 };
 
+/// The states that a step of the module for multi-token prediction reads beside its tokens.
+enum class ModuleStates {
+  kNone,    ///< the step is the model's
+  kModels,  ///< of the tokens of the model's last step
+  kOwn,     ///< of the logit rows of the module's last application
+};
+
 /// What a step is, on the host. Its tokens are ordered so that those that take the absorbed form of
 /// attention come first; each of them is a request of its own there.
 struct Step {
@@ -35,7 +42,10 @@ struct Step {
   std::vector<std::int32_t> logit_rows;  ///< tokens whose logits are wanted, then those of first_chosen on:
   std::int64_t first_chosen = 0;         ///< of them only a token is
   std::vector<Draw> draws;               ///< (logit_rows), which is drawn where a scale is set; or empty
-  bool masked = false;                   ///< tokens are chosen by Device::choose_among
+  ModuleStates reads = ModuleStates::kNone;
+  std::vector<std::int32_t>
+      states;           ///< (num_tokens), if it reads any: the row of the state that goes with each
+  bool masked = false;  ///< tokens are chosen by Device::choose_among
   bool batch_invariant = false;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }

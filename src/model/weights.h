@@ -113,8 +113,10 @@ std::unique_ptr<WeightSource> checkpoint_weights(const ModelConfig& config, cons
                                                  DType dtype);
 
 /// Random ones in float32, the same every time they are read in the same order; with `made_up_by_device` the
-/// matrices are left to the device. For benchmarks and load tests. `config` must outlive it.
-std::unique_ptr<WeightSource> random_weights(const ModelConfig& config, bool made_up_by_device);
+/// matrices are left to the device. For benchmarks and load tests. `config` must outlive it. `with_module`: of a module
+/// for multi-token prediction too, which any model but one whose layers share indices can have.
+std::unique_ptr<WeightSource> random_weights(const ModelConfig& config, bool made_up_by_device,
+                                             bool with_module = false);
 
 /// kv_b (heads * (nope + v), rank) as its key half, transposed for queries, and its value half: of float, or
 /// of std::uint16_t, the bits of bfloat16.

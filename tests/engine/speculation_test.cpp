@@ -135,8 +135,9 @@ TEST(Speculation, AModuleGoesOverEveryTokenAndChangesNoText) {
       for (const Speculative speculative : {Speculative::kMtp, Speculative::kAuto}) {
         scenario.options.speculative = speculative;
         expect_same(expected, scenario.run(runs, true, &flights, &stats));
-        // What ends or is preempted leaves pages to others that the module has not gone over.
-        if (!scenario.options.prefix_cache) {
+        // What ends or is preempted leaves pages to others that the module has not gone over; and with `auto` it is
+        // not asked where it does not pay.
+        if (!scenario.options.prefix_cache && speculative == Speculative::kMtp) {
           EXPECT_EQ(scenario.module_gaps, 0);
         }
         if (speculative == Speculative::kMtp) {

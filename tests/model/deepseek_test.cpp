@@ -76,6 +76,16 @@ struct RecordedHead : Head {
   Calls& calls_;
 };
 
+struct RecordedMtpInput : MtpInput {
+  explicit RecordedMtpInput(Calls& calls) : calls_(calls) {}
+  void keep(const Residual&) override { calls_.push_back("keep states"); }
+  void keep_own(const Residual&) override { calls_.push_back("keep own states"); }
+  void forward(Residual&) override { calls_.push_back("input of the module"); }
+
+ private:
+  Calls& calls_;
+};
+
 class RecordingDevice : public Device {
  public:
   explicit RecordingDevice(Calls& calls) : calls_(calls) {}
@@ -99,6 +109,12 @@ class RecordingDevice : public Device {
     return std::make_unique<RecordedFeedForward>(calls_, "experts " + std::to_string(networks_++));
   }
   std::unique_ptr<Head> make_head(const HeadWeights&) override {
+    return std::make_unique<RecordedHead>(calls_);
+  }
+  std::unique_ptr<MtpInput> make_mtp_input(const MtpWeights&) override {
+    return std::make_unique<RecordedMtpInput>(calls_);
+  }
+  std::unique_ptr<Head> make_mtp_head(const Head&, const MtpWeights&) override {
     return std::make_unique<RecordedHead>(calls_);
   }
   void reserve(std::int64_t, std::int64_t) override {}
@@ -180,6 +196,50 @@ TEST_F(DeepSeekTest, KeepsACacheInEveryLayer) {
   calls_.clear();
   model_->copy_page(1, 4);
   EXPECT_THAT(calls_, ElementsAre("attention 0 copy 1 4", "attention 1 copy 1 4", "attention 2 copy 1 4"));
+}
+
+// Each application is queued before the tokens of any are waited for; it reads those of the one before from the device.
+TEST_F(DeepSeekTest, QueuesTheApplicationsOfTheModule) {
+  const auto weights = random_weights(config_, /*made_up_by_device=*/true, /*with_module=*/true);
+  DeepSeek model(config_, std::make_unique<RecordingDevice>(calls_), *weights, /*draft_module=*/true);
+  model.allocate_cache(2);
+  calls_.clear();
+  const std::int32_t ids[] = {1, 2, 3, 4}, starts[] = {0, 3, 4}, lengths[] = {3, 1}, pages[] = {1, 0},
+                     greedy[] = {2, 3}, next[] = {2, 3, 7, 7}, states[] = {0, 1, 2, 3}, num_drafts[] = {1, 3};
+  ForwardBatch batch;
+  batch.token_ids = ids;
+  batch.query_starts = starts;
+  batch.seq_lens = lengths;
+  batch.block_table = pages;
+  batch.max_blocks = 1;
+  batch.greedy_rows = greedy;
+  std::int32_t tokens[2];
+  model.forward(batch, nullptr, tokens);
+  EXPECT_THAT(calls_, ElementsAre("begin step of 4", "embedding", "attention 0", "dense 0 before attention 1",
+                                  "attention 1", "experts 1 before attention 2", "attention 2", "experts 2",
+                                  "keep states", "head", "choose", "download tokens 0 to 2"));
+  calls_.clear();
+  DraftBatch draft;
+  draft.tokens = batch;
+  draft.tokens.token_ids = next;
+  draft.states = states;
+  draft.num_drafts = num_drafts;
+  const std::vector<Draw> draws(4);
+  draft.draws = draws;
+  std::int32_t drafts[4];
+  model.draft(draft, drafts);
+  EXPECT_THAT(drafts, testing::Each(7));
+  Calls expected;
+  for (const auto& [count, sequences] : {std::pair(4, 2), std::pair(1, 1), std::pair(1, 1)}) {
+    for (const std::string& call :
+         {"begin step of " + std::to_string(count), std::string("embedding"),
+          std::string("input of the module"), std::string("attention 3 of logit rows"),
+          std::string("experts 3"), std::string("keep own states"), std::string("head"),
+          std::string("choose"), "download tokens 0 to " + std::to_string(sequences)}) {
+      expected.push_back(call);
+    }
+  }
+  EXPECT_EQ(calls_, expected);
 }
 
 TEST_F(DeepSeekTest, CountsDistinctRoutedExperts) { EXPECT_EQ(model_->experts_hit(2), 1); }

@@ -26,14 +26,17 @@ enum class Stored {
 
 /// The bytes of a safetensors file with random weights for a configuration, the same in every form, so that engines of
 /// all precisions start from the same values. A few projections
-/// have weights of 40 times the size of the others, but in kBf16.
+/// have weights of 40 times the size of the others, but in kBf16. `with_module`: and a module for multi-token prediction;
+/// the other weights are the same ones.
 class RandomCheckpoint {
  public:
-  explicit RandomCheckpoint(const ModelConfig& c, Stored stored = Stored::kBf16) : c_(c), stored_(stored) {
+  explicit RandomCheckpoint(const ModelConfig& c, Stored stored = Stored::kBf16, bool with_module = false)
+      : c_(c), stored_(stored) {
     random("model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, 1.0f);
     random("lm_head.weight", {c.vocab_size, c.hidden_size});
     norm("model.norm.weight", c.hidden_size);
     for (int i = 0; i < c.num_hidden_layers; ++i) layer(i);
+    if (with_module) module();
   }
   std::string bytes() const { return file_.bytes(); }
 
@@ -149,6 +152,14 @@ class RandomCheckpoint {
       feed_forward(name + ".mlp.shared_experts",
                    std::int64_t{c_.n_shared_experts} * c_.moe_intermediate_size);
     }
+  }
+
+  void module() {
+    const std::string name = "model.layers." + std::to_string(c_.num_hidden_layers);
+    layer(c_.num_hidden_layers);
+    for (const char* part : {".enorm.weight", ".hnorm.weight", ".shared_head.norm.weight"})
+      norm(name + part, c_.hidden_size);
+    random(name + ".eh_proj.weight", {c_.hidden_size, 2 * std::int64_t{c_.hidden_size}});
   }
 
   ModelConfig c_;

@@ -24,17 +24,17 @@ void CpuMtpInput::keep_own(const Residual& x) {
   context_.rms_norm(states, head_norm_, context_.config.rms_norm_eps, states);
 }
 
-void CpuMtpInput::forward(Residual& x, std::span<const std::int32_t> rows, States states) {
+void CpuMtpInput::forward(Residual& x) {
   const std::int64_t hidden = x.x.columns, count = x.x.rows;
   const Matrix joined = context_.activations(joined_, count, 2 * hidden);
-  const Buffer& from = states == States::kModels ? states_ : own_states_;
+  const Buffer& from = context_.step->reads == ModuleStates::kModels ? states_ : own_states_;
   const Matrix kept{from.data(), context_.dtype,
                     static_cast<std::int64_t>(from.bytes()) / (hidden * context_.element()), hidden, hidden};
   const auto eps = static_cast<float>(context_.config.rms_norm_eps);
   context_.for_rows(count, 2 * hidden, [&](std::int64_t t) {
     std::byte* out = joined.row(t);
     cpu::rows::rms_norm(x.x.row(t), token_norm_.data(), eps, out, context_.dtype, hidden);
-    cpu::rows::rms_norm(kept.row(rows[static_cast<std::size_t>(t)]), state_norm_.data(), eps,
+    cpu::rows::rms_norm(kept.row(context_.step->states[static_cast<std::size_t>(t)]), state_norm_.data(), eps,
                         out + hidden * context_.element(), context_.dtype, hidden);
   });
   projection_.multiply(context_, joined, x.x);

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "base/buffer.h"
@@ -18,7 +17,7 @@ class CpuMtpInput : public MtpInput {
   CpuMtpInput(CpuContext& context, const MtpWeights& weights);
   void keep(const Residual& x) override;
   void keep_own(const Residual& x) override;
-  void forward(Residual& x, std::span<const std::int32_t> rows, States states) override;
+  void forward(Residual& x) override;
 
  private:
   CpuContext& context_;

@@ -69,6 +69,11 @@ void CudaAttention::allocate_cache(int num_pages) {
   if (indexer_) indexer_->allocate_cache(num_pages);
 }
 
+void CudaAttention::clear_cache() {
+  cache_.clear();
+  if (indexer_) indexer_->clear_cache();
+}
+
 void CudaAttention::copy_page(int source, int target) {
   cache_.copy_page(source, target);
   if (indexer_) indexer_->copy_page(source, target);

@@ -25,6 +25,7 @@ class CudaAttention : public Attention {
   std::size_t bytes_per_page() const override;
   void free_cache() override;
   void allocate_cache(int num_pages) override;
+  void clear_cache() override;
   void copy_page(int source, int target) override;
 
   /// (hidden) float32: of the layer's input.

@@ -70,6 +70,11 @@ void CudaContext::reserve(std::int64_t num_tokens, std::int64_t num_rows) {
   activations(buffers.logit_h, rows, hidden);
   activations(buffers.logits, rows, config.vocab_size, DType::kFloat32);
   activations(buffers.tokens, rows, 1, DType::kInt32);
+  if (keeps_states) {
+    activations(buffers.states, tokens, hidden);
+    activations(buffers.own_states, rows, hidden);
+    activations(buffers.joined, tokens, 2 * hidden);
+  }
 
   const std::int64_t recorded_tokens = std::min(tokens, kMaxRecordedTokens);
   grow_step_buffers(tokens, recorded_tokens, recorded_tokens);
@@ -139,9 +144,14 @@ void CudaContext::begin_pass() {
   build_decode_schedule(on_device(data.lens, DType::kInt32, {step->num_absorbed}), options, schedule, stream);
 }
 
-// Not batch-invariant ones: larger batches take other kernels.
+// Not batch-invariant ones: larger batches take other kernels. Nor the module's, which has a layer of its own.
 bool CudaContext::is_one_token_step() const {
-  return one_token.fits() && recorded && step->num_tokens() == 1 && !step->batch_invariant;
+  return one_token.fits() && recorded && step->num_tokens() == 1 && !step->batch_invariant &&
+         step->reads == ModuleStates::kNone;
+}
+
+void CudaContext::finish_layers(const Matrix& x) {
+  if (is_one_token_step() && one_token.pending()) one_token.run(data, rotations, x, stream);
 }
 
 void CudaContext::grow(Buffer& buffer, std::size_t bytes) {
@@ -192,6 +202,7 @@ void CudaContext::pad(Step& next) const {
   next.token_ids.resize(size, 0);
   next.positions.resize(size, 0);
   next.slots.resize(size, -1);
+  if (next.reads != ModuleStates::kNone) next.states.resize(size, 0);
   next.absorbed_lens.resize(size, 0);
   next.absorbed_table.resize(size * static_cast<std::size_t>(next.max_blocks), 0);
   next.num_absorbed = static_cast<std::int64_t>(size);

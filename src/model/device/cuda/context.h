@@ -40,6 +40,8 @@ struct CudaContext {
   void begin_pass();
   /// Whether one kernel does all layers of the step.
   bool is_one_token_step() const;
+  /// To be called when x of all layers is to be read: queues that kernel, unless it has been.
+  void finish_layers(const Matrix& x);
   /// Keys that sparse attention lets a token see at most; and whether the step's tokens attend to lists, all but those
   /// of StepData::groups. A batch-invariant step always does, since whether it has to depends on other sequences.
   std::int64_t index_topk() const { return config.index_topk; }
@@ -68,7 +70,8 @@ struct CudaContext {
   WeightLoader weights;
 
   const Step* step = nullptr;
-  bool recorded = false;  ///< the step is one of those that are replayed
+  bool recorded = false;      ///< the step is one of those that are replayed
+  bool keeps_states = false;  ///< for a module for multi-token prediction
   StepData data;
   sm90::RotationTable rotations;
   DecodeScheduleView schedule;  ///< of the absorbed tokens, where the sm90 kernel takes them
@@ -82,6 +85,8 @@ struct CudaContext {
     Buffer router_logits, expert_weights, expert_workspace;
     std::vector<Buffer> expert_ids;  ///< of each mixture layer (tokens, experts_per_token()) int32
     Buffer logit_h, logits, tokens, likeliest_scratch;  ///< of the logit rows
+    Buffer states, own_states,
+        joined;   ///< (tokens, hidden), (logit rows, hidden), (tokens, 2 * hidden): CudaMtpInput's
     Buffer keys;  ///< (tokens, rank + rope), on their way into an FP8 cache
     Buffer index_k, index_q, index_weights, index_values, index_scaled_weights, index_workspace;
     Buffer selection;  ///< (tokens, index_topk) int32: slots that the last indexer chose, then -1

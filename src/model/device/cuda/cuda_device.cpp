@@ -18,6 +18,7 @@
 #include "model/device/cuda/head.h"
 #include "model/device/cuda/memory.h"
 #include "model/device/cuda/mixture_of_experts.h"
+#include "model/device/cuda/mtp_input.h"
 #include "model/device/cuda/step_timer.h"
 
 namespace flash_mla::model {
@@ -53,6 +54,12 @@ class CudaDevice : public Device {
   std::unique_ptr<Head> make_head(const HeadWeights& weights) override {
     return std::make_unique<CudaHead>(context_, weights);
   }
+  std::unique_ptr<MtpInput> make_mtp_input(const MtpWeights& weights) override {
+    return std::make_unique<CudaMtpInput>(context_, weights);
+  }
+  std::unique_ptr<Head> make_mtp_head(const Head& head, const MtpWeights& weights) override {
+    return std::make_unique<CudaHead>(static_cast<const CudaHead&>(head), weights.head_norm);
+  }
 
   void reserve(std::int64_t num_tokens, std::int64_t num_rows) override {
     context_.reserve(num_tokens, num_rows);
@@ -68,7 +75,7 @@ class CudaDevice : public Device {
     const Step& step = *context_.step;
     if (context_.recorded) {
       graphs_.run({step.num_tokens(), context_.data.max_blocks, step.batch_invariant, !step.draws.empty(),
-                   context_.selects()},
+                   context_.selects(), step.reads},
                   *context_.pool, context_.stream, planned_pass);
     } else {
       planned_pass();

@@ -9,15 +9,17 @@
 #include <tuple>
 
 #include "model/device/cuda/memory.h"
+#include "model/step.h"
 
 namespace flash_mla::model {
 
 /// Steps that are recorded as CUDA graphs the first time they come in their shape, and replayed from then on.
 class GraphCache {
  public:
-  /// Tokens, width of the block table, batch-invariant, whether any token is drawn, whether an indexer chooses:
-  /// steps that agree in it make the same launches with the same arguments.
-  using Key = std::tuple<std::int64_t, std::int64_t, bool, bool, bool>;
+  /// Tokens, width of the block table, batch-invariant, whether any token is drawn, whether an indexer chooses, the
+  /// states that it reads (those of a module for multi-token prediction read some): steps that agree in it make the same
+  /// launches with the same arguments.
+  using Key = std::tuple<std::int64_t, std::int64_t, bool, bool, bool, ModuleStates>;
 
   /// Replays the step of that shape, or runs and records what `pass` queues on `stream`. Memory that it takes
   /// from `pool` the first time may not be taken for anything else.

@@ -8,13 +8,15 @@ namespace flash_mla::model {
 CudaHead::CudaHead(CudaContext& context, const HeadWeights& weights)
     : context_(context),
       norm_(context.weights.vector(weights.norm)),
-      weight_(context, weights.weight, {}, LayerKind::kHead) {}
+      weight_(std::make_shared<CudaLinear>(context, weights.weight, std::span<const float>(),
+                                           LayerKind::kHead)) {}
+
+CudaHead::CudaHead(const CudaHead& other, std::span<const float> norm)
+    : context_(other.context_), norm_(context_.weights.vector(norm)), weight_(other.weight_) {}
 
 Matrix CudaHead::forward(const Residual& x) {
   const ModelConfig& config = context_.config;
-  if (context_.is_one_token_step()) {
-    context_.one_token.run(context_.data, context_.rotations, x.x, context_.stream);
-  }
+  context_.finish_layers(x.x);
   const auto rows = static_cast<std::int64_t>(context_.step->logit_rows.size());
   if (rows == 0) return {};
   const Matrix last = context_.activations(context_.buffers.logit_h, rows, config.hidden_size);
@@ -22,7 +24,7 @@ Matrix CudaHead::forward(const Residual& x) {
   context_.rms_norm(last, norm_, config.rms_norm_eps, last);
   const Matrix logits =
       context_.activations(context_.buffers.logits, rows, config.vocab_size, DType::kFloat32);
-  weight_.multiply(context_, last, logits);
+  weight_->multiply(context_, last, logits);
   return logits;
 }
 

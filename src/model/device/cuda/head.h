@@ -1,5 +1,8 @@
 #pragma once
 
+#include <memory>
+#include <span>
+
 #include "base/buffer.h"
 #include "base/matrix.h"
 #include "model/device/cuda/context.h"
@@ -12,12 +15,14 @@ namespace flash_mla::model {
 class CudaHead : public Head {
  public:
   CudaHead(CudaContext& context, const HeadWeights& weights);
+  /// With the weight of `other`.
+  CudaHead(const CudaHead& other, std::span<const float> norm);
   Matrix forward(const Residual& x) override;
 
  private:
   CudaContext& context_;
   Buffer norm_;
-  CudaLinear weight_;  ///< (vocab_size, hidden)
+  std::shared_ptr<const CudaLinear> weight_;  ///< (vocab_size, hidden)
 };
 
 /// Device::choose, into the context's tokens.

@@ -39,6 +39,10 @@ void CudaIndexer::allocate_cache(int num_pages) {
   cache_ = context_.pool->allocate(bytes_per_page() * static_cast<std::size_t>(num_pages));
 }
 
+void CudaIndexer::clear_cache() const {
+  check(cudaMemsetAsync(cache_.data(), 0, cache_.bytes(), context_.stream), "cudaMemsetAsync");
+}
+
 void CudaIndexer::copy_page(int source, int target) const {
   const std::size_t bytes = bytes_per_page();
   check(cudaMemcpyAsync(cache_.data() + static_cast<std::size_t>(target) * bytes,

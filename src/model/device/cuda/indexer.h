@@ -28,6 +28,8 @@ class CudaIndexer {
   std::size_t bytes_per_page() const;
   void free_cache() { cache_ = {}; }
   void allocate_cache(int num_pages);
+  /// Zeros all of it; queued.
+  void clear_cache() const;
   void copy_page(int source, int target) const;
 
  private:

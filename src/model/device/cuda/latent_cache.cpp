@@ -24,6 +24,10 @@ void CudaLatentCache::allocate(int num_pages) {
   data_ = context_.pool->allocate(bytes_per_page() * static_cast<std::size_t>(num_pages));
 }
 
+void CudaLatentCache::clear() {
+  check(cudaMemsetAsync(data_.data(), 0, data_.bytes(), context_.stream), "cudaMemsetAsync");
+}
+
 void CudaLatentCache::copy_page(int source, int target) {
   const std::size_t bytes = bytes_per_page();
   check(cudaMemcpyAsync(data_.data() + static_cast<std::size_t>(target) * bytes,

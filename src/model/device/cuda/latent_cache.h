@@ -20,6 +20,8 @@ class CudaLatentCache {
   std::int64_t num_pages() const { return static_cast<std::int64_t>(data_.bytes() / bytes_per_page()); }
   void free() { data_ = {}; }
   void allocate(int num_pages);
+  /// Zeros all of it; queued.
+  void clear();
   void copy_page(int source, int target);
 
   /// The rows themselves, (pages, kPageSize, rank + rope) bfloat16; null where they are FP8.

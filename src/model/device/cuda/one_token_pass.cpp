@@ -31,6 +31,7 @@ void OneTokenPass::run(const StepData& data, const sm90::RotationTable& rotation
   args_->x = x.data;
   args_->workspace = workspace_.data();
   check(sm90::one_token(*args_, stream), "one_token");
+  pending_ = false;
 }
 
 }  // namespace flash_mla::model

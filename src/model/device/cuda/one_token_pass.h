@@ -25,10 +25,15 @@ class OneTokenPass {
   /// Whether the model is one of those.
   bool fits() const { return workspace_.bytes() > 0; }
   /// Forgets the layers.
-  void begin() { num_layers_ = 0; }
+  void begin() {
+    num_layers_ = 0;
+    pending_ = true;
+  }
   /// A new layer, to be filled by attention, and then by its feed-forward network.
   sm90::OneTokenLayer& add_layer();
   sm90::OneTokenLayer& layer() { return args_->layers[num_layers_ - 1]; }
+  /// Whether run() has not been called since begin().
+  bool pending() const { return pending_; }
   /// Queues all layers over x (1, hidden).
   void run(const StepData& data, const sm90::RotationTable& rotations, const Matrix& x, cudaStream_t stream);
 
@@ -36,6 +41,7 @@ class OneTokenPass {
   std::unique_ptr<sm90::OneToken> args_;  // null where the model does not fit
   Buffer workspace_;
   int num_layers_ = 0;
+  bool pending_ = false;
 };
 
 }  // namespace flash_mla::model

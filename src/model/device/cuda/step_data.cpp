@@ -78,6 +78,7 @@ StepData StepUploader::upload(const Step& step, const StepCut& cut, DevicePool& 
     data.positions = packer.place(step.positions);
     data.slots = packer.place(step.slots);
     data.logit_rows = packer.place(step.logit_rows);
+    data.states = packer.place(step.states);
     data.draws = packer.place(step.draws);
     data.lens = packer.place(step.absorbed_lens);
     data.table = packer.place<std::int32_t>(

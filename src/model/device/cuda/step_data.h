@@ -20,10 +20,11 @@ struct StepData {
   const std::int32_t* positions = nullptr;
   const std::int64_t* slots = nullptr;
   const std::int32_t* logit_rows = nullptr;
-  const Draw* draws = nullptr;    ///< of the logit rows, if the step has any
-  std::int32_t* lens = nullptr;   ///< of the absorbed tokens
-  std::int32_t* table = nullptr;  ///< (num_absorbed, max_blocks)
-  std::int64_t max_blocks = 0;    ///< those of the step, rounded up to a power of two
+  const std::int32_t* states = nullptr;  ///< Step::states
+  const Draw* draws = nullptr;           ///< of the logit rows, if the step has any
+  std::int32_t* lens = nullptr;          ///< of the absorbed tokens
+  std::int32_t* table = nullptr;         ///< (num_absorbed, max_blocks)
+  std::int64_t max_blocks = 0;           ///< those of the step, rounded up to a power of two
 
   /// Chunks that prefill attention takes together: their queries lie behind one another.
   struct Group {
