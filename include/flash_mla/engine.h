@@ -214,7 +214,7 @@ struct EngineOptions {
   bool overlap_steps = true;
   /// A draft counts only if it is the very token that the model chooses there, drawn with that position's own
   /// random number; so a text is the same as without, as far as the model gives the same logits (see
-  /// batch_invariant). CPU only.
+  /// batch_invariant).
   Speculative speculative = Speculative::kOff;
   int draft_tokens = 3;  ///< drafts of a sequence and step, 1 to kMaxDraftTokens; with kAuto at most
   int num_threads = 0;   ///< CPU: 0 for as many as OpenMP would use

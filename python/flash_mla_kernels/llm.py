@@ -104,7 +104,7 @@ class LLM:
     while the current one runs, with the same tokens. ``num_threads``: 0 for all.
     ``speculative``: "off", "ngram", "mtp" or "auto" for drafts of up to ``draft_tokens`` tokens, which a step checks and
     which leave a text as it is: what came behind the last tokens before, or those of the model's module for multi-token
-    prediction; with "auto" the one or, where that has none or guesses better, the other, and only as many as pay (CPU only).
+    prediction; with "auto" the one or, where that has none or guesses better, the other, and only as many as pay.
     ``generation_config``: "auto" for the sampling that the directory's generation_config.json asks for where a call has no
     sampling_params, "none" for SamplingParams' own defaults. ``chat_template``: a Jinja file instead of the directory's own.
 

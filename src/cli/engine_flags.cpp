@@ -79,7 +79,7 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   app.add_option_function<std::string>(
          "--speculative", [&o](const std::string& name) { o.speculative = speculative.at(name); },
          "Drafts that a step checks, with the same text: off, ngram (what came behind the last tokens before), "
-         "mtp (the model's module for multi-token prediction) or auto (as many as pay). CPU only")
+         "mtp (the model's module for multi-token prediction) or auto (as many as pay)")
       ->check(CLI::IsMember({"off", "ngram", "auto", "mtp"}));
   app.add_option("--draft-tokens", o.draft_tokens,
                  "Drafts of a sequence and step, 1 to 15; with auto at most")
