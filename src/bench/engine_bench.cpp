@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -132,11 +133,16 @@ class EngineBench {
     fmt::print("{:.2f} billion parameters, made in {:.1f} s\n", parameters(config_) / 1e9,
                seconds_since(begin));
 
-    prefill();
-    fill_cache();
-    decode();
-    generate();
-    if (!options_.draft_tokens.empty()) speculation();
+    std::fflush(stdout);
+    if (options_.draft_tokens.empty()) {
+      prefill();
+      fill_cache();
+      decode();
+      generate();
+    } else {
+      fill_cache();
+      speculation();
+    }
     if (!options_.json.empty()) write_json(options_.json, out_);
     return 0;
   }
@@ -326,9 +332,6 @@ class EngineBench {
       throw Unsupported(
           "--draft-tokens: a model whose layers share indices has no module for multi-token prediction");
     }
-    const int most = *std::ranges::max_element(options_.batch);
-    // The engine before has had a cache of its own size.
-    model_->allocate_cache(most * pages_per_sequence_);
     bench_speculation(*model_,
                       {options_.batch, options_.context, options_.draft_tokens, options_.acceptance,
                        options_.steps, options_.generated},

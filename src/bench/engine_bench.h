@@ -17,8 +17,8 @@ struct EngineBenchOptions {
   bool fp8_cache = false;                 ///< 656 bytes a token; models with an indexer
   bool fp8_weights = false;               ///< what --quantize fp8 makes of a checkpoint
   bool cpu = false;                       ///< on the CPU; times of the device are 0 then
-  std::vector<int> draft_tokens;  ///< drafts of a sequence and step to be measured, with a random module
-  double acceptance = 0.8;        ///< simulated: of a draft whose predecessors were accepted
+  std::vector<int> draft_tokens;          ///< measured in place of all else: drafts of a sequence and step
+  double acceptance = 0.8;                ///< simulated: of a draft whose predecessors were accepted
 };
 
 /// Measures decode steps, prefill and generation of a model with random weights and prints them

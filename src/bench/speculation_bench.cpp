@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <deque>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -152,9 +153,9 @@ class SpeculationBench {
   }
 
   void checks() {
-    Table rows({"batch", "context", "drafts", "step ms", "x plain", "module ms", "x plain with it"});
     for (const int context : options_.context) {
       for (const int batch : options_.batch) {
+        Table rows({"batch", "context", "drafts", "step ms", "x plain", "module ms", "x plain with it"});
         const double plain = measure(batch, context, 0).step;
         rows.add({fmt::format("{}", batch), fmt::format("{}", context), "0",
                   fmt::format("{:.3f}", plain * 1e3), "1.00", "-", "-"});
@@ -171,9 +172,15 @@ class SpeculationBench {
                                           {"module_seconds", module},
                                           {"times_plain", step / plain}});
         }
+        print(rows);
       }
     }
+  }
+
+  // At once: a run takes a while.
+  static void print(const Table& rows) {
     fmt::print("{}\n", rows.str());
+    std::fflush(stdout);
   }
 
   struct Generated {
@@ -201,36 +208,41 @@ class SpeculationBench {
         for (int t = 0; t < kPrompt; ++t) r.prompt_token_ids.push_back(random_token());
         r.sampling.temperature = 1;
         r.sampling.seed = random_();
-        r.sampling.max_tokens = options_.generated;
+        // What is recorded or allocated the first time is so in a short run before.
+        r.sampling.max_tokens = warm ? options_.generated : std::min(options_.generated, 32);
         r.sampling.ignore_eos = true;
         core.submit(std::move(r), [&](const GenerationEvent& e) { finished += e.last; });
       }
       core.step();  // the prompts
-      const std::int64_t steps_before = core.stats().steps;
+      const EngineStats before = core.stats();
       const Clock::time_point begin = Clock::now();
       while (finished < batch && core.step()) {
       }
       if (!warm) continue;
       out.seconds = seconds_since(begin);
-      out.steps = core.stats().steps - steps_before;
+      out.steps = core.stats().steps - before.steps;
       out.tokens = double{1} * batch * (options_.generated - 1);
       out.drafts = core.stats().mtp_drafts;
+      out.drafts.steps -= before.mtp_drafts.steps;
+      out.drafts.drafted -= before.mtp_drafts.drafted;
+      out.drafts.accepted -= before.mtp_drafts.accepted;
+      out.drafts.tokens -= before.mtp_drafts.tokens;
     }
     return out;
   }
 
   void generation() {
-    Table rows({"batch (engine)", "drafts", "speculative", "accepted", "tokens a step", "expected", "step ms",
-                "tokens/s", "x off"});
     for (const int batch : options_.batch) {
+      Table rows({"batch (engine)", "drafts", "speculative", "accepted", "tokens a step", "expected",
+                  "step ms", "tokens/s", "x off"});
       const Generated off = generate(batch, Speculative::kOff, 0);
       add(rows, batch, 0, "off", off, off);
       for (const int drafts : options_.draft_tokens) {
         add(rows, batch, drafts, "mtp", generate(batch, Speculative::kMtp, drafts), off);
         add(rows, batch, drafts, "auto", generate(batch, Speculative::kAuto, drafts), off);
       }
+      print(rows);
     }
-    fmt::print("{}\n", rows.str());
   }
 
   void add(Table& rows, int batch, int drafts, const std::string& speculative, const Generated& g,

@@ -28,8 +28,9 @@ void register_bench_engine(CLI::App& app, int& exit_code) {
                 "A cache of 656 bytes per token and layer, for a model with an indexer");
   sub->add_flag("--fp8-weights", o->fp8_weights,
                 "Weights of attention and experts in FP8, as --quantize fp8 makes them");
-  sub->add_option("--draft-tokens", o->draft_tokens,
-                  "Measure steps that check so many drafts of a sequence too, and generation with them")
+  sub->add_option(
+         "--draft-tokens", o->draft_tokens,
+         "Measure, in place of all else, steps that check so many drafts of a sequence, and generation with them")
       ->delimiter(',')
       ->check(CLI::Range(1, kMaxDraftTokens));
   sub->add_option(
