@@ -2,8 +2,11 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <iostream>
 #include <string>
 #include <vector>
 
@@ -66,13 +69,24 @@ int run(int argc, char** argv) {
   return exit_code;
 }
 
+// What stdio and iostream held back meets a full disk here.
+bool output_is_written() {
+  const bool lost = std::ferror(stdout) != 0 || !std::cout;
+  errno = 0;
+  if (std::fflush(stdout) == 0 && std::cout.flush() && !lost) return true;
+  std::fprintf(stderr, "flash-mla: the output could not be written in full: %s\n",
+               errno != 0 ? std::strerror(errno) : "an earlier write failed");
+  return false;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  int exit_code = kFailed;
   try {
-    return run(argc, argv);
+    exit_code = run(argc, argv);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "flash-mla: %s\n", e.what());
   }
-  return kFailed;
+  return output_is_written() || exit_code != 0 ? exit_code : kFailed;
 }

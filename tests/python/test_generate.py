@@ -119,3 +119,21 @@ def test_wrong_usage_is_told(flags, part):
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
     assert "tokenizer.json" in generate("--prompt", "a", model=tmp_path, expected=2)[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info"],
+        ["--help"],
+        ["generate", "--model", str(MODEL), "--prompt", "The", "--max-tokens", "4"],
+        ["generate", "--model", str(MODEL), "--prompt", "The", "--max-tokens", "4", "--json"],
+        ["plan", "--model", "deepseek-v3", "--hardware", "h200", "--users", "8", "--input", "1024"],
+    ],
+    ids=lambda a: " ".join(a[:1] + a[-1:]),
+)
+def test_output_to_a_full_disk_is_an_error_that_says_so(arguments):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([PROGRAM, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "could not be written in full: No space left on device" in result.stderr
