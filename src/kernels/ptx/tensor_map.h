@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <span>
 
+#include "flash_mla/export.h"
 #include "flash_mla/tensor.h"
 
 namespace flash_mla::sm90 {
@@ -22,7 +23,8 @@ struct MapDim {
 
 /// A tensor map of 16-bit elements, innermost dimension (64 contiguous columns) first, with 128-byte swizzle.
 /// Throws InvalidArgument naming `name` for a layout that none can describe.
-CUtensorMap encode_tensor_map(const char* name, const TensorView& t, std::span<const MapDim> dims);
+FLASH_MLA_API CUtensorMap encode_tensor_map(const char* name, const TensorView& t,
+                                            std::span<const MapDim> dims);
 template <std::size_t kRank>
 CUtensorMap tensor_map(const char* name, const TensorView& t, const std::array<MapDim, kRank>& dims) {
   return encode_tensor_map(name, t, dims);
