@@ -20,22 +20,13 @@ void dense_prefill(const DensePrefillArgs& args, void* workspace, std::size_t wo
   check_tensor(args.cu_seqlens_k, "cu_seqlens_k", 1, {DType::kInt32});
   check_tensor(args.out, "out", 3, {args.q.dtype});
   if (args.lse.defined()) check_tensor(args.lse, "lse", 2, {DType::kFloat32});
-  sm90::DensePrefillArgs kernel;
-  kernel.q = args.q;
-  kernel.k_nope = args.k_nope;
-  kernel.k_rope = args.k_rope;
-  kernel.v = args.v;
-  kernel.cu_seqlens_q = args.cu_seqlens_q;
-  kernel.cu_seqlens_k = args.cu_seqlens_k;
-  kernel.out = args.out;
-  kernel.lse = args.lse;
-  sm90::check_supported(kernel);
+  sm90::check_supported(args);
   api::check_no_overlap(args.out, "out");
   if (args.lse.defined()) api::check_no_overlap(args.lse, "lse");
   api::check_workspace_bytes(workspace, workspace_bytes, dense_prefill_workspace_size(),
                              "dense_prefill_workspace_size");
   const float scale = options.softmax_scale.value_or(1.0f / std::sqrt(192.0f));
-  sm90::dense_prefill(kernel, scale, options.causal, workspace, options.stream);
+  sm90::dense_prefill(args, scale, options.causal, workspace, options.stream);
 }
 
 }  // namespace flash_mla

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -16,6 +15,7 @@
 #include "bench/machine.h"
 #include "bench/speculation_bench.h"
 #include "bench/table.h"
+#include "bench/wall_time.h"
 #include "checkpoint/config.h"
 #include "engine/engine_core.h"
 #include "flash_mla/error.h"
@@ -27,22 +27,11 @@
 namespace flash_mla::bench {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 // 15.7 billion parameters; one of the planner's models.
 checkpoint::ModelConfig v2_lite() {
   constexpr std::string_view kPath = "models/deepseek-v2-lite.json";
   const auto files = planner::data_files();
   return checkpoint::parse_config(std::ranges::find(files, kPath, &planner::DataFile::path)->text, kPath);
-}
-
-double seconds_since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-double median(std::vector<double> x) {
-  std::nth_element(x.begin(), x.begin() + std::ssize(x) / 2, x.end());
-  return x[x.size() / 2];
 }
 
 /// Bytes of weights that a decoding step reads, `experts` of them (over all layers) taken.
@@ -197,7 +186,7 @@ class EngineBench {
       process_prompt(length);
       std::vector<double> times(3);
       for (double& time : times) time = process_prompt(length);
-      const double time = median(times);
+      const double time = upper_median(times);
       rows.add({fmt::format("{}", length), fmt::format("{:.2f}", time * 1e3),
                 fmt::format("{:.0f}", length / time)});
       out_["prefill"].push_back({{"prompt_tokens", length},
@@ -253,7 +242,8 @@ class EngineBench {
         }
         const double bytes = weight_bytes(config_, std::llround(experts), quantize_) +
                              b * cache_bytes(config_, context, options_.fp8_cache);
-        const double floor = bytes / options_.bandwidth, time = median(wall), busy = median(device);
+        const double floor = bytes / options_.bandwidth, time = upper_median(wall),
+                     busy = upper_median(device);
         rows.add({fmt::format("{}", b), fmt::format("{}", context), fmt::format("{:.3f}", time * 1e3),
                   fmt::format("{:.3f}", busy * 1e3), fmt::format("{:.1f}%", 100 * (1 - busy / time)),
                   fmt::format("{:.3f}", floor * 1e3), fmt::format("{:.2f}", time / floor),

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -16,25 +15,16 @@
 
 #include "bench/borrowed_model.h"
 #include "bench/table.h"
+#include "bench/wall_time.h"
 #include "engine/engine_core.h"
 
 namespace flash_mla::bench {
 namespace {
 
-using Clock = std::chrono::steady_clock;
 using Speculative = EngineOptions::Speculative;
 using Ids = std::vector<std::int32_t>;
 
 constexpr int kPrompt = 16;
-
-double seconds_since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-double median(std::vector<double> x) {
-  std::nth_element(x.begin(), x.begin() + std::ssize(x) / 2, x.end());
-  return x[x.size() / 2];
-}
 
 // As the planner has it: the first token for certain, each draft while all before it were accepted.
 double tokens_per_step(int drafts, double acceptance) {
@@ -149,7 +139,7 @@ class SpeculationBench {
       step.push_back(of_step);
       module.push_back(of_module);
     }
-    return {median(step), median(module)};
+    return {upper_median(step), upper_median(module)};
   }
 
   void checks() {

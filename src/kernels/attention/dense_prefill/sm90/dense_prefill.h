@@ -7,8 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "flash_mla/dense_prefill.h"
 #include "flash_mla/export.h"
-#include "flash_mla/tensor.h"
 
 namespace flash_mla::sm90 {
 
@@ -17,24 +17,8 @@ inline constexpr int kPrefillHeadDimRope = 64;
 inline constexpr int kPrefillHeadDim = kPrefillHeadDimNope + kPrefillHeadDimRope;
 inline constexpr int kPrefillHeadDimV = 128;
 
-/// A batch of num_seqs sequences of different lengths, laid end to end. All tensors lie on one CUDA device.
-/// Strides count elements; the innermost must be 1, the others any multiple of 8 (16 bytes), and the data
-/// aligned to 16 bytes, so that q may be a view into a wider projection, and k_nope and v the two halves of
-/// one (total_k, num_heads, 256) tensor.
-struct DensePrefillArgs {
-  TensorView q;       ///< (total_q, num_heads, 192), bfloat16 or float16: 128 columns nope, then 64 rope
-  TensorView k_nope;  ///< (total_k, num_heads, 128), q's dtype
-  TensorView k_rope;  ///< (total_k, 64), q's dtype; the same for all heads
-  TensorView v;       ///< (total_k, num_heads, 128), q's dtype
-
-  /// (num_seqs + 1) int32 on the device, contiguous, not decreasing: sequence i has queries
-  /// cu_seqlens_q[i] to cu_seqlens_q[i + 1] - 1 and keys likewise. Either may be empty. Read by the kernel
-  /// alone; values are trusted: the first is >= 0, the last at most total_q (total_k).
-  TensorView cu_seqlens_q, cu_seqlens_k;
-
-  TensorView out;  ///< (total_q, num_heads, 128), q's dtype; rows outside all sequences are left alone
-  TensorView lse;  ///< optional: (num_heads, total_q) float32, natural log, any strides
-};
+/// The lengths are read by the kernel alone and trusted: the first is >= 0, the last at most total_q (total_k).
+using flash_mla::DensePrefillArgs;
 
 /// Bytes of device memory a call works in; they need not be initialised. Two calls that may run at the same
 /// time need one each. Depends on nothing but this library's version, so that one query serves all calls.

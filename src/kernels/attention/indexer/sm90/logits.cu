@@ -255,24 +255,22 @@ void index_logits(const indexer::Rows& rows, std::int64_t first, std::int64_t la
   const long long groups = spans * p.groups_of_span;
   int multiprocessors_there = 0;
   check(multiprocessors(multiprocessors_there), "cudaDeviceGetAttribute");
+  const long long columns = std::max<long long>({rows.max_keys, logits.clean ? logits.width : 0, 1});
+  auto* on = static_cast<cudaStream_t>(stream);
   if (comes_in_tiles(p)) {
-    const long long columns = std::max<long long>({rows.max_keys, logits.clean ? logits.width : 0, 1});
     const long long runs = runs_of_tiles(
         groups, columns, static_cast<long long>(multiprocessors_there) * blocks_of_tiles(together));
     p.run = (columns + runs - 1) / runs;
     p.run = std::max<long long>((p.run + kKeys - 1) / kKeys * kKeys, 256);
     while (columns / p.run >= 65535) p.run *= 2;
-    return launch_tiles(p, together, groups, (columns + p.run - 1) / p.run,
-                        static_cast<cudaStream_t>(stream));
+    return launch_tiles(p, together, groups, (columns + p.run - 1) / p.run, on);
   }
   // Enough blocks for all multiprocessors several times over, of 256 to 4096 keys.
-  const long long columns = std::max<long long>({rows.max_keys, logits.clean ? logits.width : 0, 1});
   p.run = std::clamp<long long>(groups * columns / (multiprocessors_there * 20) / kKeys * kKeys, 256, 4096);
   while (columns / p.run >= 65535) p.run *= 2;
   const long long runs = (columns + p.run - 1) / p.run;
   const auto address = reinterpret_cast<std::uintptr_t>(rows.keys);
   const bool aligned = address % 16 == 0 && (paged ? rows.page_bytes : rows.key_bytes) % 16 == 0;
-  auto* on = static_cast<cudaStream_t>(stream);
   const auto with_unit = [&](auto count) {
     constexpr int kRows = decltype(count)::value;
     aligned ? launch_rows<kRows, 16>(p, groups, runs, on) : launch_rows<kRows, 4>(p, groups, runs, on);
