@@ -463,7 +463,8 @@ def test_merge_states_in_a_graph(base):
         graph.replay()
         torch.cuda.synchronize()
         wanted, wanted_lse = flash_mla_kernels.merge_states(*[x.cpu() for x in on_gpu], base=base)
-        torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-6, rtol=2**-8)
+        # The exponentials of the two backends differ in their last bits: up to one step of bfloat16 apart.
+        torch.testing.assert_close(out.cpu().float(), wanted.float(), atol=1e-6, rtol=2**-7)
         torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-5, rtol=1e-5)
         on_gpu[0].copy_(torch.randn(a.shape, generator=g))
         on_gpu[1].copy_(torch.randn(lse_a.shape, generator=g))
