@@ -187,9 +187,9 @@ __device__ Range gather_candidates(const Row& row, Shared& s, int k, int rank, i
   ptx::cluster_arrive();
   const int part = ((row.n + blocks - 1) / blocks + kVec - 1) / kVec * kVec;
   const int begin = min(rank * part, row.n), end = min((rank + 1) * part, row.n);
-  // Memory need not wait for the sample: a line of the part for each thread.
+  // Of few rows memory need not wait for the sample: a line of the part for each thread.
   const int line = begin + static_cast<int>(threadIdx.x) * (128 / static_cast<int>(sizeof(float)));
-  if (line < end) ptx::prefetch_l2(row.scores + line);
+  if (blocks == kMaxCluster && line < end) ptx::prefetch_l2(row.scores + line);
   const Range range = sample_range(row, k, reinterpret_cast<uint2*>(s.above), s.block);
   Collector(row, s, score_of(range.least)).collect(begin, end);
   ptx::
