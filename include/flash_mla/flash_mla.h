@@ -4,6 +4,7 @@
 #include "flash_mla/dense_fp8.h"
 #include "flash_mla/dense_prefill.h"
 #include "flash_mla/error.h"
+#include "flash_mla/gqa.h"
 #include "flash_mla/indexer.h"
 #include "flash_mla/info.h"
 #include "flash_mla/kv_cache.h"

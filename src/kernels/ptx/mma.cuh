@@ -21,6 +21,20 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], std::uint32_t a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/// The same, of fp16 where not kBf16.
+template <bool kBf16>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                             std::uint32_t b1) {
+  if constexpr (kBf16) {
+    mma_m16n8k16_bf16(d, a[0], a[1], a[2], a[3], b0, b1);
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
 /// 16 bytes from global to shared memory; only the first `bytes` (0 or 16) are read, zeros fill the rest.
 __device__ __forceinline__ void cp_async_16(std::uint32_t smem, const void* global, std::uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(bytes)

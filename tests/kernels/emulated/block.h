@@ -11,6 +11,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -95,6 +96,8 @@ class Block {
   void issue(const Product& p) { fiber().products.push_back(p); }
   /// Bytes of asynchronous copies that the running thread has asked for since it last asked for an arrival.
   std::vector<std::function<void()>>& copies() { return fiber().copies; }
+  /// Of the running thread, the copies of each group that it has committed and not waited for.
+  std::deque<std::vector<std::function<void()>>>& copy_groups() { return fiber().copy_groups; }
   void commit() { fiber().groups.push_back(fiber().products.size()); }
   void wait_for_products(int pending);
 
@@ -111,6 +114,7 @@ class Block {
     std::vector<std::size_t> groups;  // ends of groups
     std::size_t executed = 0, groups_done = 0;
     std::vector<std::function<void()>> copies;
+    std::deque<std::vector<std::function<void()>>> copy_groups;
   };
   static Block*& current_block() {
     static Block* block = nullptr;

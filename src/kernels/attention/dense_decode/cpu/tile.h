@@ -46,6 +46,12 @@ struct TileScratch {
   const void** keys = nullptr;    ///< (tile_tokens), rows of the cache
   const void** next_keys = nullptr;  ///< (tile_tokens), rows of the next tile, to prefetch
   int next_count = 0;
+  /// (tile_tokens), rows of V; null: V is the first columns of the keys. next_keys then lists both, twice tile_tokens.
+  const void** values = nullptr;
+  /// Not null: changes S, which is as the product left it, before the softmax. In base 2 then, and TileProblem::scale_log2
+  /// is 1. Rows past TileProblem::rows are without meaning.
+  void (*adjust)(const void* context, const TileProblem&, const TileScratch&, int count) = nullptr;
+  const void* adjust_context = nullptr;
 };
 
 /// Brings the next tile's keys towards the core, one cache line per call, while the current tile is computed:
@@ -56,9 +62,16 @@ class Prefetcher {
       : keys_(scratch.next_keys),
         end_(scratch.next_keys + scratch.next_count),
         row_bytes_(problem.key_bytes > 0 ? problem.key_bytes
-                                         : problem.d_qk * static_cast<int>(dtype_size(problem.dtype))) {}
+                                         : problem.d_qk * static_cast<int>(dtype_size(problem.dtype))),
+        twice_(scratch.values != nullptr) {}
 
   __attribute__((always_inline)) void next() {
+    line();
+    if (twice_) line();
+  }
+
+ private:
+  __attribute__((always_inline)) void line() {
     if (keys_ == end_) return;
     __builtin_prefetch(static_cast<const char*>(*keys_) + offset_, 0, 2);
     offset_ += 64;
@@ -68,11 +81,11 @@ class Prefetcher {
     }
   }
 
- private:
   const void** keys_;
   const void** end_;
   int offset_ = 0;
   int row_bytes_;
+  bool twice_;  // two rows a key
 };
 
 struct TileKernel {

@@ -143,12 +143,13 @@ inline void value_steps(int rows, const __m512i* values, const std::int32_t* p, 
 // is the partner of an odd last token.
 void interleave_values(const TileProblem& problem, const TileScratch& s, int count) {
   const int pairs = (count + 1) / 2;
+  const void* const* rows = s.values != nullptr ? s.values : s.keys;
   auto* values = reinterpret_cast<__m512i*>(s.kv);
   const auto tail = [](int columns) { return static_cast<__mmask16>((1u << columns) - 1u); };
   for (int t = 0; t < pairs; ++t) {
-    const auto* low = static_cast<const std::uint16_t*>(s.keys[2 * t]);
+    const auto* low = static_cast<const std::uint16_t*>(rows[2 * t]);
     const bool has_high = 2 * t + 1 < count;
-    const auto* high = static_cast<const std::uint16_t*>(s.keys[has_high ? 2 * t + 1 : 2 * t]);
+    const auto* high = static_cast<const std::uint16_t*>(rows[has_high ? 2 * t + 1 : 2 * t]);
     for (int c = 0; c < problem.d_v; c += kLanes) {
       const int columns = std::min(problem.d_v - c, kLanes);
       const __mmask16 mask = columns == kLanes ? static_cast<__mmask16>(0xFFFF) : tail(columns);
@@ -233,6 +234,7 @@ void attend(const TileProblem& problem, const TileScratch& s, int count, bool fi
   Prefetcher prefetcher(problem, s);
   score_panel<true>(problem, s, count, 0, prefetcher);
   for (int row = kPanel; row < rows; row += kPanel) score_panel<false>(problem, s, count, row, prefetcher);
+  if (s.adjust != nullptr) s.adjust(s.adjust_context, problem, s, count);
   softmax(problem, s, count, first, masked);
   const int pairs = (count + 1) / 2;
   const auto* values = reinterpret_cast<const __m512i*>(s.kv);

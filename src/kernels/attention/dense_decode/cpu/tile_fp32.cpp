@@ -102,14 +102,24 @@ HWY_INLINE void widen_row(const Element* from, float* to, int n) {
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
-// Rows of fp32, `ld` apart, zero from column d_qk to ld.
+// Rows of `width` in fp32, `ld` apart, zero from column `width` to ld.
 template <class Element>
-void widen_keys(const TileProblem& problem, const TileScratch& scratch, int count, int ld) {
-  auto* kv = reinterpret_cast<float*>(scratch.kv);
+void widen_rows_of(const void* const* rows, float* kv, int count, int width, int ld) {
   for (int t = 0; t < count; ++t) {
     float* row = kv + static_cast<std::ptrdiff_t>(t) * ld;
-    widen_row(static_cast<const Element*>(scratch.keys[t]), row, problem.d_qk);
-    std::fill(row + problem.d_qk, row + ld, 0.0f);
+    widen_row(static_cast<const Element*>(rows[t]), row, width);
+    std::fill(row + width, row + ld, 0.0f);
+  }
+}
+
+void widen_rows(DType dtype, const void* const* rows, float* kv, int count, int width, int ld) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return widen_rows_of<Bf16>(rows, kv, count, width, ld);
+    case DType::kFloat16:
+      return widen_rows_of<Fp16>(rows, kv, count, width, ld);
+    default:
+      return widen_rows_of<float>(rows, kv, count, width, ld);
   }
 }
 
@@ -249,18 +259,9 @@ void softmax(const TileProblem& problem, const TileScratch& s, int count, bool f
 }
 
 void attend(const TileProblem& problem, const TileScratch& s, int count, bool first, bool masked) {
-  const int ld = round_up(problem.d_qk, kPanel);
-  switch (problem.dtype) {
-    case DType::kBFloat16:
-      widen_keys<Bf16>(problem, s, count, ld);
-      break;
-    case DType::kFloat16:
-      widen_keys<Fp16>(problem, s, count, ld);
-      break;
-    default:
-      widen_keys<float>(problem, s, count, ld);
-  }
-  const auto* kv = reinterpret_cast<const float*>(s.kv);
+  int ld = round_up(problem.d_qk, kPanel);
+  auto* kv = reinterpret_cast<float*>(s.kv);
+  widen_rows(problem.dtype, s.keys, kv, count, problem.d_qk, ld);
   const auto* q = reinterpret_cast<const float*>(s.q);
   const int rows = problem.rows_padded;
   Prefetcher prefetcher(problem, s);
@@ -273,7 +274,12 @@ void attend(const TileProblem& problem, const TileScratch& s, int count, bool fi
                           s.scores + t * rows + row, rows, vectors, prefetcher});
     }
   }
+  if (s.adjust != nullptr) s.adjust(s.adjust_context, problem, s, count);
   softmax(problem, s, count, first, masked);
+  if (s.values != nullptr) {
+    ld = round_up(problem.d_v, kPanel);
+    widen_rows(problem.dtype, s.values, kv, count, problem.d_v, ld);
+  }
   for (int c = 0; c < problem.d_v; c += kPanel) {
     float* out = s.out + static_cast<std::ptrdiff_t>(c) * rows;
     for (int row = 0; row < problem.rows; row += kRowsPerStep) {

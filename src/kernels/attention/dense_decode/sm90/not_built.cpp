@@ -5,6 +5,7 @@
 #include "kernels/attention/dense_decode/sm90/kernel_facts.h"
 #include "kernels/attention/dense_fp8_decode/sm90/dense_fp8_decode.h"
 #include "kernels/attention/dense_prefill/sm90/dense_prefill.h"
+#include "kernels/attention/gqa/sm90/gqa.h"
 #include "kernels/attention/indexer/sm90/indexer.h"
 #include "kernels/attention/merge/sm90/merge.h"
 #include "kernels/attention/sparse_decode/sm90/sparse_decode.h"
@@ -69,5 +70,11 @@ void sparse_prefill(const SparsePrefillArgs&, float, void*) { refuse(); }
 std::size_t dense_prefill_workspace_size() { refuse(); }
 void check_supported(const DensePrefillArgs&) { refuse(); }
 void dense_prefill(const DensePrefillArgs&, float, bool, void*, void*) { refuse(); }
+
+
+void check_supported(const GqaArgs&, const DecodeScheduleView&) { refuse(); }
+std::size_t gqa_workspace_size(const GqaArgs&, const DecodeScheduleView&, const GqaOptions&) { refuse(); }
+void gqa_attention(const GqaArgs&, const DecodeScheduleView&, void*, const GqaOptions&, float) { refuse(); }
+ScheduleOptions gqa_schedule_options(int, int, int, int, int) { refuse(); }
 
 }  // namespace flash_mla::sm90

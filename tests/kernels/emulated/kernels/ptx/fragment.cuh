@@ -50,4 +50,31 @@ inline void stmatrix_x4_transposed(std::uint32_t to, std::uint32_t a, std::uint3
   }
   block.meet_warp();
 }
+
+/// Lane 8 m + i gives the address of row i of matrix m; lane l gets of it elements 2 (l % 4) and the next of row l / 4.
+inline void ldmatrix_x4(std::uint32_t (&to)[4], std::uint32_t from) {
+  auto& block = emulated::Block::current();
+  const auto addresses = block.exchange(from);
+  const unsigned lane = block.thread() % 32;
+  if (from % 16 != 0) throw std::logic_error("a row of a matrix that is not aligned");
+  for (unsigned m = 0; m < 4; ++m) {
+    const auto at = static_cast<std::uint32_t>(addresses[8 * m + lane / 4]) + 4 * (lane % 4);
+    std::memcpy(&to[m], block.shared_at(at, 4), 4);
+  }
+}
+/// The same, each matrix transposed: elements l / 4 of rows 2 (l % 4) and the next.
+inline void ldmatrix_x4_transposed(std::uint32_t (&to)[4], std::uint32_t from) {
+  auto& block = emulated::Block::current();
+  const auto addresses = block.exchange(from);
+  const unsigned lane = block.thread() % 32;
+  if (from % 16 != 0) throw std::logic_error("a row of a matrix that is not aligned");
+  for (unsigned m = 0; m < 4; ++m) {
+    std::uint16_t pair[2];
+    for (unsigned i = 0; i < 2; ++i) {
+      const auto at = static_cast<std::uint32_t>(addresses[8 * m + 2 * (lane % 4) + i]) + 2 * (lane / 4);
+      std::memcpy(&pair[i], block.shared_at(at, 2), 2);
+    }
+    to[m] = pair[0] | static_cast<std::uint32_t>(pair[1]) << 16;
+  }
+}
 }  // namespace flash_mla::sm90
