@@ -333,6 +333,53 @@ FLASH_MLA_API flash_mla_status flash_mla_quantise_index_queries(const DLTensor* 
                                                                 DLTensor* scaled_weights, int32_t num_threads,
                                                                 void* stream);
 
+/* flash_mla::GqaArgs and flash_mla::DecodeScheduleView. All but q, k, v and out may be NULL; parts and num_splits both or
+ * neither. */
+typedef struct flash_mla_gqa_args {
+  const DLTensor* q;
+  const DLTensor* k;
+  const DLTensor* v;
+  const DLTensor* cu_seqlens_q;
+  const DLTensor* cu_seqlens_k;
+  const DLTensor* seqlens_k;
+  const DLTensor* block_table;
+  const DLTensor* page_indptr;
+  const DLTensor* page_indices;
+  const DLTensor* sinks;
+  const DLTensor* alibi_slopes;
+  const DLTensor* mask;
+  const DLTensor* mask_indptr;
+  DLTensor* out;
+  DLTensor* lse;
+  const DLTensor* parts;
+  const DLTensor* num_splits;
+} flash_mla_gqa_args;
+
+/* flash_mla::GqaOptions, and what the schedule was made with. */
+typedef struct flash_mla_gqa_options {
+  float softmax_scale;        /* NaN: head_dim ** -0.5 (the default) */
+  int32_t causal;             /* default 0 */
+  int32_t window_left;        /* default -1: none */
+  int32_t window_right;       /* default -1: none */
+  float soft_cap;             /* default 0: none */
+  int32_t max_seqlen_q;       /* default 0: not known */
+  int32_t num_threads;        /* CPU; default 0: as many as OpenMP would use */
+  int32_t block_size;         /* of the schedule; default 64 */
+  int32_t fixed_split_blocks; /* of the schedule; default 0 */
+  void* stream;               /* cudaStream_t; default NULL */
+} flash_mla_gqa_options;
+
+/* Fills *options with the defaults. */
+FLASH_MLA_API void flash_mla_gqa_options_init(flash_mla_gqa_options* options);
+
+/* Attention over keys and values of their own; see flash_mla::gqa_attention. options may be NULL. */
+FLASH_MLA_API flash_mla_status flash_mla_gqa_workspace_size(const flash_mla_gqa_args* args,
+                                                            const flash_mla_gqa_options* options,
+                                                            size_t* bytes);
+FLASH_MLA_API flash_mla_status flash_mla_gqa_attention(const flash_mla_gqa_args* args,
+                                                       const flash_mla_gqa_options* options, void* workspace,
+                                                       size_t workspace_bytes);
+
 #ifdef __cplusplus
 }
 #endif

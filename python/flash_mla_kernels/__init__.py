@@ -4,6 +4,7 @@
 from ._threads import threading_info  # isort: skip
 from ._arrays import Array
 from ._C import version as _version
+from ._gqa import gqa_attention, gqa_schedule
 from ._indexer import (
     append_index_keys,
     fp8_mqa_logits,
@@ -63,6 +64,8 @@ __all__ = [
     "gather_kv",
     "get_mla_decoding_metadata",
     "get_mla_metadata",
+    "gqa_attention",
+    "gqa_schedule",
     "merge_states",
     "mqa_top_k",
     "paged_mqa_top_k",

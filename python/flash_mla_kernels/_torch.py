@@ -9,6 +9,8 @@ import torch
 
 from . import _C
 from ._arrays import cuda_device
+from ._gqa import INPUTS as _GQA_INPUTS
+from ._gqa import call_gqa_attention
 from ._library import call_dense_decode
 from ._prefill import call_dense_prefill
 from ._sparse import call_dense_fp8_decode, call_sparse_decode, call_sparse_prefill
@@ -121,5 +123,15 @@ dense_prefill = _operator(
     "dense_prefill(Tensor q, Tensor k_nope, Tensor k_rope, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "Tensor(a!) out, Tensor(b!) lse, float? softmax_scale, bool causal) -> ()",
     _run_with(call_dense_prefill, *("q", "k_nope", "k_rope", "v", "cu_seqlens_q", "cu_seqlens_k", "out", "lse")),
+    _nothing,
+)
+
+gqa_attention = _operator(
+    "gqa_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "
+    "Tensor? block_table, Tensor? page_indptr, Tensor? page_indices, Tensor? sinks, Tensor? alibi_slopes, Tensor? mask, "
+    "Tensor? mask_indptr, Tensor? parts, Tensor? num_splits, Tensor(a!) out, Tensor(b!) lse, float? softmax_scale, "
+    "bool causal, int window_left, int window_right, float soft_cap, SymInt max_seqlen_q, int fixed_split_blocks, "
+    "int num_threads, bool reference) -> ()",
+    _run_with(call_gqa_attention, *_GQA_INPUTS, "out", "lse"),
     _nothing,
 )

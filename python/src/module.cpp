@@ -14,6 +14,7 @@
 #include "engine_bindings.h"
 #include "flash_mla/flash_mla.h"
 #include "forward_bindings.h"
+#include "gqa_bindings.h"
 #include "indexer_bindings.h"
 #include "model_bindings.h"
 #include "planner_bindings.h"
@@ -158,6 +159,7 @@ NB_MODULE(_C, m) {
   });
   flash_mla::python::bind_engine(m);
   flash_mla::python::bind_forward(m);
+  flash_mla::python::bind_gqa(m);
   flash_mla::python::bind_indexer(m);
   flash_mla::python::bind_model(m);
   flash_mla::python::bind_planner(m);

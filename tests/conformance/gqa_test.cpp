@@ -169,7 +169,7 @@ TEST_P(Gqa, BadInputIsNamed) {
   GqaProblem problem({.seqs = {{1, 20}, {1, 9}}, .uniform = true});
   const auto message = [&](const auto& change) -> std::string {
     GqaArgs a = problem.host_args();
-    std::vector<std::uint8_t> out(static_cast<std::size_t>(2 * 8 * 128 * 2));
+    std::vector<std::uint8_t> out(std::size_t{2} * 8 * 128 * 2);
     a.out = TensorView::contiguous(out.data(), DType::kBFloat16, {2, 8, 128});
     GqaOptions options;
     DecodeScheduleView schedule;

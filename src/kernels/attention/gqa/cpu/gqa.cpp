@@ -49,9 +49,7 @@ class Call {
         p_(call.problem),
         max_queries_(most_queries(p_)),
         scratch_bytes_(GqaRows::bytes(call)),
-        scratch_(workspace),
-        slots_(reinterpret_cast<float*>(workspace +
-                                        static_cast<std::size_t>(call.num_threads) * scratch_bytes_)) {}
+        scratch_(workspace) {}
 
   std::size_t bytes() const {
     return static_cast<std::size_t>(call_.num_threads) * scratch_bytes_ +
@@ -62,7 +60,7 @@ class Call {
     const int threads = useful_threads();
     const std::int64_t blocks = (max_queries_ * p_.group + kMaxRows - 1) / kMaxRows;
     if (!call_.schedule.parts.defined()) {
-      return parallel_for(p_.batch * p_.h_kv * blocks, threads, [&](std::int64_t item) {
+      return parallel_for(std::int64_t{p_.batch} * p_.h_kv * blocks, threads, [&](std::int64_t item) {
         const std::int64_t req = item / (p_.h_kv * blocks), rest = item % (p_.h_kv * blocks);
         // The last blocks of a prompt see most: first.
         run_block(req, rest / blocks, blocks - 1 - rest % blocks, 0, p_.keys(req), nullptr);
@@ -98,7 +96,10 @@ class Call {
   std::size_t slot_floats() const {
     return static_cast<std::size_t>(max_queries_ * p_.h_q) * (static_cast<std::size_t>(p_.d_v) + 1);
   }
-  float* slot(std::int64_t index) const { return slots_ + static_cast<std::size_t>(index) * slot_floats(); }
+  float* slot(std::int64_t index) const {
+    std::byte* slots = scratch_ + static_cast<std::size_t>(call_.num_threads) * scratch_bytes_;
+    return reinterpret_cast<float*>(slots) + static_cast<std::size_t>(index) * slot_floats();
+  }
   float& statistic(float* of_slot, std::int64_t row) const {
     return of_slot[max_queries_ * p_.h_q * p_.d_v + row];
   }
@@ -116,6 +117,7 @@ class Call {
     const DecodeScheduleView& s = call_.schedule;
     const DecodePart part = schedule_part(s, index);
     if (part.begin_req >= p_.batch || part.begin_req > part.end_req) return;
+    if (p_.lengths == nullptr) return;  // never: a schedule comes with them
     const auto walk = walk_part(part, p_.lengths, s.num_splits.ptr<const std::int32_t>(), s.block_size,
                                 s.fixed_split_blocks);
     for (auto item = walk.first(); walk.holds(item); item = walk.next(item)) {
@@ -228,7 +230,6 @@ class Call {
   std::int64_t max_queries_;
   std::size_t scratch_bytes_;
   std::byte* scratch_;
-  float* slots_;
 };
 
 }  // namespace
