@@ -67,8 +67,10 @@ def gqa_attention(
     out = output(out, (total_q, h_q, d_v), q)
     lse = empty((h_q, total_q), q, "float32")
     parts, num_splits = schedule if schedule is not None else (None, None)
-    given = locals()
-    tensors = {name: given[name] for name in INPUTS}
+    inputs = (
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, block_table, page_indptr, page_indices),
+        *(sinks, alibi_slopes, mask, mask_indptr, parts, num_splits),
+    )
     left, right = window
     options = (
         softmax_scale,
@@ -84,9 +86,9 @@ def gqa_attention(
     if traced(q):
         from . import _torch
 
-        _torch.gqa_attention(*tensors.values(), out, lse, *options)
+        _torch.gqa_attention(*inputs, out, lse, *options)
     else:
-        call_gqa_attention({**tensors, "out": out, "lse": lse}, *options)
+        call_gqa_attention(dict(zip((*INPUTS, "out", "lse"), (*inputs, out, lse))), *options)
     return out, lse
 
 

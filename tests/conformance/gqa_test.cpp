@@ -157,7 +157,7 @@ TEST_P(Gqa, AScoreOfMinusInfinityEverywhereIsNan) {
   // The query's first element is 1, that of all keys -inf.
   const std::uint16_t one = 0x3F80, minus_infinity = 0xFF80;
   std::memcpy(problem.q.data(), &one, 2);
-  for (std::size_t at = 0; at + 2 <= problem.k.size(); at += (128 + 8) * 2) {
+  for (std::size_t at = 0; at + 2 <= problem.k.size(); at += std::size_t{2} * (128 + 8)) {
     if (problem.k[at + 2] != 0xFF) std::memcpy(&problem.k[at], &minus_infinity, 2);
   }
   const GqaResult r = problem.run(*GetParam());
