@@ -162,7 +162,7 @@ class GqaProblem {
     for (std::size_t i = 0; i < r.bits.size(); i += element) r.out.push_back(number(&r.bits[i]));
     const std::vector<std::uint8_t> raw = lse->download();
     r.lse.resize(raw.size() / sizeof(float));
-    std::memcpy(r.lse.data(), raw.data(), raw.size());
+    if (!raw.empty()) std::memcpy(r.lse.data(), raw.data(), raw.size());
     r.bits.insert(r.bits.end(), raw.begin(), raw.end());
     return r;
   }

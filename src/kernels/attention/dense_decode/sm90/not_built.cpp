@@ -71,7 +71,6 @@ std::size_t dense_prefill_workspace_size() { refuse(); }
 void check_supported(const DensePrefillArgs&) { refuse(); }
 void dense_prefill(const DensePrefillArgs&, float, bool, void*, void*) { refuse(); }
 
-
 void check_supported(const GqaArgs&, const DecodeScheduleView&) { refuse(); }
 std::size_t gqa_workspace_size(const GqaArgs&, const DecodeScheduleView&, const GqaOptions&) { refuse(); }
 void gqa_attention(const GqaArgs&, const DecodeScheduleView&, void*, const GqaOptions&, float) { refuse(); }
