@@ -64,6 +64,7 @@ def get_mla_decoding_metadata(
     topk: Optional[int] = None,
     *,
     num_heads_per_head_k: Optional[int] = None,
+    fixed_split_blocks: int = 0,
 ) -> Tuple[Array, Array]:
     """Plans a decoding step at once, as get_mla_metadata did in 2025; one plan serves every layer.
 
@@ -75,6 +76,8 @@ def get_mla_decoding_metadata(
     may capture it. The tensors may be copied into others of their shapes.
 
     is_fp8_kvcache and topk change nothing: sparse attention plans within the call, from the lists' lengths.
+    ``fixed_split_blocks`` > 0 is the batch-invariant mode of dense_decode and dense_fp8_decode, which are to be given the
+    same number (and token_rows=True): splits of so many blocks of 64 tokens, whatever else is in the batch.
 
     Raises ValueError for bad arguments.
     """
@@ -97,19 +100,23 @@ def get_mla_decoding_metadata(
                 f"num_heads_q is {num_heads_q}, expected a divisor of num_q_tokens_per_head_k * num_heads_k = {h_q}"
             )
         s_q, h_q = h_q // num_heads_q, num_heads_q
-    return _plan(cache_seqlens, s_q, h_q, num_heads_k, token_rows=True)
+    fixed_split_blocks = count(fixed_split_blocks, "fixed_split_blocks", 0)
+    return _plan(cache_seqlens, s_q, h_q, num_heads_k, token_rows=True, fixed_split_blocks=fixed_split_blocks)
 
 
-def _plan(cache_seqlens: Array, s_q: int, h_q: int, h_k: int, token_rows: bool) -> Tuple[Array, Array]:
+def _plan(
+    cache_seqlens: Array, s_q: int, h_q: int, h_k: int, token_rows: bool, fixed_split_blocks: int = 0
+) -> Tuple[Array, Array]:
     (b,) = shape_of(cache_seqlens, "cache_seqlens", 1)
     if traced(cache_seqlens):
         from . import _torch
 
-        return _torch.plan(cache_seqlens, s_q, h_q, h_k, token_rows)
+        return _torch.plan(cache_seqlens, s_q, h_q, h_k, token_rows, fixed_split_blocks)
     device = cuda_device(cache_seqlens)
     options = _C.cpu_schedule_options() if device is None else _C.cuda_schedule_options(device, s_q, h_q, h_k, b)
     if token_rows:
         options["min_blocks_per_request"] = 0
+    options["fixed_split_blocks"] = fixed_split_blocks
     parts = empty((options.pop("num_parts"), 8), cache_seqlens, "int32")
     num_splits = empty((b + 1,), cache_seqlens, "int32")
     _C.build_schedule(cache_seqlens, parts, num_splits, token_rows=token_rows, stream=current_stream(device), **options)

@@ -32,13 +32,13 @@ def _nothing(*arguments, **options) -> None:
     """What a fake run does to outputs that exist already."""
 
 
-def _run_plan(cache_seqlens, s_q, h_q, h_k, token_rows):
+def _run_plan(cache_seqlens, s_q, h_q, h_k, token_rows, fixed_split_blocks=0):
     from ._interface import _plan
 
-    return _plan(cache_seqlens, s_q, h_q, h_k, token_rows)
+    return _plan(cache_seqlens, s_q, h_q, h_k, token_rows, fixed_split_blocks)
 
 
-def _fake_plan(cache_seqlens, s_q, h_q, h_k, token_rows):
+def _fake_plan(cache_seqlens, s_q, h_q, h_k, token_rows, fixed_split_blocks=0):
     b = cache_seqlens.shape[0]
     device = cuda_device(cache_seqlens)
     if device is None:
@@ -54,7 +54,8 @@ def _fake_plan(cache_seqlens, s_q, h_q, h_k, token_rows):
 
 
 plan = _operator(
-    "plan(Tensor cache_seqlens, SymInt s_q, SymInt h_q, SymInt h_k, bool token_rows) -> (Tensor, Tensor)",
+    "plan(Tensor cache_seqlens, SymInt s_q, SymInt h_q, SymInt h_k, bool token_rows, "
+    "int fixed_split_blocks=0) -> (Tensor, Tensor)",
     _run_plan,
     _fake_plan,
 )

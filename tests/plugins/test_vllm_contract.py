@@ -206,6 +206,12 @@ def test_the_values_that_are_named_are_there(vllm):
     assert "576" in ast.unparse(vllm.members(MLA, "MLACommonBackend")["get_supported_head_sizes"])
 
 
+def test_batch_invariance_is_asked_for_and_answered(vllm):
+    assert '"VLLM_BATCH_INVARIANT"' in ast.unparse(vllm.module("vllm.envs")).replace("'", '"')
+    answer = vllm.members(BACKEND, "AttentionBackend")["supports_batch_invariance"]
+    assert [node.id for node in answer.decorator_list] == ["classmethod"] and not parameters(answer)
+
+
 def test_the_plugin_is_found_and_its_backend_registered(vllm):
     assert '"vllm.general_plugins"' in ast.unparse(vllm.module("vllm.plugins")).replace("'", '"')
     assert list(parameters(vllm.function(REGISTRY, "register_backend")))[:2] == ["backend", "class_path"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flash_mla_kernels as fm
-from flash_mla_vllm import backend, hopper, prefill, sparse
+from flash_mla_vllm import backend, decode, hopper, prefill, sparse
 from flash_mla_vllm.decode import DecodeMetadata
 
 SCALE = 0.1147
@@ -94,6 +94,30 @@ def test_dense_decode_over_e4m3(s_q):
     plan = metadata.decode.plan.tile_scheduler_metadata
     dense_impl(True).forward_mqa(parts_of(queries), stored, metadata, SimpleNamespace(_k_scale_float=scale))
     assert metadata.decode.plan.tile_scheduler_metadata is plan, "the second layer planned again"
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+def test_a_requests_bits_do_not_depend_on_the_batch(e4m3, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert hopper.FlashMLAHopperBackend.supports_batch_invariance() and decode.fixed_split_blocks() > 0
+    g = generator(9)
+    lengths = torch.tensor([2500, 70, 1900], dtype=torch.int32)
+    cache = (torch.randn(128, 64, 576, generator=g) / 10).bfloat16()
+    table = torch.randperm(128, generator=g)[: 3 * 40].to(torch.int32).view(3, 40)
+    queries = (torch.randn(3, HEADS, 576, generator=g) / 4).bfloat16()
+    if e4m3:
+        cache = (cache.float() / 0.02).to(torch.float8_e4m3fn)
+
+    def run(requests):
+        plan = fm.get_mla_metadata()[0]
+        step = DecodeMetadata(block_table=table[requests], seq_lens=lengths[requests], dcp_tot_seq_lens=None, plan=plan)
+        metadata = SimpleNamespace(decode=step, num_decodes=len(requests))
+        return dense_impl(True).forward_mqa(queries[requests], cache, metadata, SimpleNamespace(_k_scale_float=0.02))
+
+    out, lse = run([0, 1, 2])
+    for i in range(3):
+        alone, lse_alone = run([i])
+        assert torch.equal(alone[0], out[i]) and torch.equal(lse_alone[0], lse[i])
 
 
 def sparse_impl():

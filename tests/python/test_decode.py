@@ -229,6 +229,25 @@ def test_a_plan_may_be_copied_into_other_tensors():
     assert_close(out, lse, *p.expected(), torch.bfloat16)
 
 
+def test_a_plan_for_bits_that_do_not_depend_on_the_batch():
+    p = Problem([1000, 20, 700], h_q=16)
+
+    def run(requests):
+        q, k_cache, table, lengths = (x if x is p.k_cache else x[requests] for x in p.args()[:4])
+        plan = get_mla_decoding_metadata(lengths, 16, 1, fixed_split_blocks=2)
+        return flash_mla_kernels.dense_decode(
+            q, k_cache, table, lengths, 512, *plan, fixed_split_blocks=2, token_rows=True
+        )
+
+    out, lse = run([0, 1, 2])
+    assert_close(out, lse, *p.expected(), torch.bfloat16)
+    for i in range(3):
+        alone, lse_alone = run([i])
+        assert torch.equal(alone[0], out[i]) and torch.equal(lse_alone[0], lse[i])
+    with pytest.raises(ValueError, match="fixed_split_blocks is -1, expected an integer >= 0"):
+        get_mla_decoding_metadata(p.cache_seqlens, 16, 1, fixed_split_blocks=-1)
+
+
 @pytest.mark.parametrize("generation", ["tensors", "today"])
 @pytest.mark.parametrize("numpy", [False, True])
 def test_out_is_written_to_and_returned(numpy, generation):

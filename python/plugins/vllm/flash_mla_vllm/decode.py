@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 import torch
+import vllm.envs
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonDecodeMetadata,
     MLACommonMetadataBuilder,
@@ -11,11 +12,19 @@ from vllm.model_executor.layers.attention.mla_attention import (
 
 from flash_mla_kernels import (
     FlashMLASchedMeta,
+    dense_decode,
     dense_fp8_decode,
     flash_mla_with_kvcache,
     get_mla_decoding_metadata,
     get_mla_metadata,
 )
+
+#: Blocks of 64 tokens in a split where VLLM_BATCH_INVARIANT asks for the same bits whatever else is in a batch.
+INVARIANT_SPLIT_BLOCKS = 16
+
+
+def fixed_split_blocks():
+    return INVARIANT_SPLIT_BLOCKS if vllm.envs.VLLM_BATCH_INVARIANT else 0
 
 
 @dataclass
@@ -46,43 +55,47 @@ def decode(impl, q, cache, attn_metadata):
     """
     q, q_rope = q if isinstance(q, tuple) else (q, None)
     metadata, requests = attn_metadata.decode, attn_metadata.num_decodes
-    out, lse = flash_mla_with_kvcache(
-        by_request(q, requests),
-        cache.unsqueeze(-2),
-        metadata.block_table,
-        metadata.seq_lens,
-        impl.kv_lora_rank,
-        metadata.plan,
-        softmax_scale=impl.scale,
-        causal=True,
-        q_rope=None if q_rope is None else by_request(q_rope, requests),
-    )
+    inputs = (by_request(q, requests), cache.unsqueeze(-2), metadata.block_table, metadata.seq_lens, impl.kv_lora_rank)
+    options = dict(softmax_scale=impl.scale, causal=True)
+    if q_rope is not None:
+        options["q_rope"] = by_request(q_rope, requests)
+    blocks = fixed_split_blocks()
+    if blocks == 0:
+        out, lse = flash_mla_with_kvcache(*inputs, metadata.plan, **options)
+    else:
+        plan = planned(metadata, inputs[0], blocks)
+        out, lse = dense_decode(*inputs, *plan, fixed_split_blocks=blocks, token_rows=True, **options)
     return out.flatten(0, 1), lse
+
+
+def planned(metadata, q, blocks):
+    """The step's plan as tensors, made by its first layer."""
+    plan = metadata.plan
+    if not plan.have_initialized:
+        tokens, heads = q.shape[1:3]
+        plan.tile_scheduler_metadata, plan.num_splits = get_mla_decoding_metadata(
+            metadata.seq_lens, tokens * heads, 1, heads, fixed_split_blocks=blocks
+        )
+        plan.have_initialized = True
+    return plan.tile_scheduler_metadata, plan.num_splits
 
 
 def decode_fp8(impl, q, cache, attn_metadata, scale):
     """The same over a cache of e4m3 elements, (blocks, block_size, 576), which stand for their products with ``scale``."""
     if isinstance(q, tuple):
         q = torch.cat(q, dim=-1)
-    metadata = attn_metadata.decode
+    metadata, blocks = attn_metadata.decode, fixed_split_blocks()
     q = by_request(q, attn_metadata.num_decodes)
-    plan = metadata.plan
-    if not plan.have_initialized:
-        tokens, heads = q.shape[1:3]
-        plan.tile_scheduler_metadata, plan.num_splits = get_mla_decoding_metadata(
-            metadata.seq_lens, tokens * heads, 1, heads
-        )
-        plan.have_initialized = True
     out, lse = dense_fp8_decode(
         q,
         cache.unsqueeze(-2),
         metadata.block_table,
         metadata.seq_lens,
-        plan.tile_scheduler_metadata,
-        plan.num_splits,
+        *planned(metadata, q, blocks),
         softmax_scale=impl.scale,
         causal=True,
         token_rows=True,
+        fixed_split_blocks=blocks,
         kv_scale=scale,
     )
     return out.flatten(0, 1), lse

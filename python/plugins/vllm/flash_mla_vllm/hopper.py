@@ -48,6 +48,10 @@ class FlashMLAHopperBackend(MLACommonBackend):
         return (capability.major, capability.minor) == (9, 0)
 
     @classmethod
+    def supports_batch_invariance(cls):
+        return True
+
+    @classmethod
     def supports_combination(
         cls,
         head_size,
