@@ -217,7 +217,17 @@ struct EngineOptions {
   /// batch_invariant).
   Speculative speculative = Speculative::kOff;
   int draft_tokens = 3;  ///< drafts of a sequence and step, 1 to kMaxDraftTokens; with kAuto at most
-  int num_threads = 0;   ///< CPU: 0 for as many as OpenMP would use
+  int num_threads = 0;   ///< CPU: 0 for as many as OpenMP would use; of all ranks together
+  /// Ranks that share the model: attention, dense layers and the LM head are cut into `tp` parts, a divisor of its heads.
+  /// On the CPU they are threads; on a GPU only 1 so far.
+  int tp = 1;
+  /// Parts that the experts are divided into, a divisor of tp; 0: tp.
+  int ep = 0;
+  /// Which rank has which experts: "linear", "round-robin", or the path of a JSON file (docs/ranks.md).
+  std::string expert_placement = "linear";
+  /// Called once if no step can run any more, since a rank has failed: with its name and reason, by the thread that steps,
+  /// when the requests of that step have ended with the error.
+  std::function<void(const std::string& why)> on_broken;
 };
 
 /// Too many requests wait already (EngineOptions::max_waiting).
@@ -270,8 +280,9 @@ struct EngineStats {
   std::int64_t preemptions = 0, pages_evicted = 0, pages_copied = 0;
   DraftStats ngram_drafts, mtp_drafts;
   std::int64_t steps = 0;
-  double step_seconds = 0;  ///< all steps together
-  double seconds = 0;       ///< since the engine was made
+  double step_seconds = 0;       ///< all steps together
+  std::vector<RankStats> ranks;  ///< of a model that several share; else empty
+  double seconds = 0;            ///< since the engine was made
   /// Of the last step with a sequence in decoding: blocks of the decode schedule over what its workers could
   /// have done in the time of the busiest, in [0, 1].
   double schedule_utilisation = 0;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 namespace flash_mla {
 
 /// Where a model runs. kAuto: on a GPU if there is one that the library knows.
@@ -24,6 +26,14 @@ enum class ModelQuantize {
   kFp8,
   /// Shared and routed experts in 4 bits, one scale per output feature and 128 input features.
   kW4A8,
+};
+
+/// What one of several ranks that share a model has done so far.
+struct RankStats {
+  double seconds = 0;           ///< in steps
+  std::int64_t exchanges = 0;   ///< with the other ranks
+  std::int64_t bytes_sent = 0;  ///< in them, to others
+  double exchange_seconds = 0;  ///< in them, the wait for others included
 };
 
 /// How far the loading of a model is.

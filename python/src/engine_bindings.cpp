@@ -168,6 +168,16 @@ nb::dict to_python(const EngineStats& s) {
   d["prefix_tokens_looked_up"] = s.prefix_tokens_looked_up;
   d["prefix_tokens_hit"] = s.prefix_tokens_hit;
   d["preemptions"] = s.preemptions;
+  nb::list ranks;
+  for (const RankStats& rank : s.ranks) {
+    nb::dict of;
+    of["seconds"] = rank.seconds;
+    of["exchanges"] = rank.exchanges;
+    of["bytes_sent"] = rank.bytes_sent;
+    of["exchange_seconds"] = rank.exchange_seconds;
+    ranks.append(of);
+  }
+  d["ranks"] = ranks;
   d["ngram_drafts"] = to_python(s.ngram_drafts);
   d["mtp_drafts"] = to_python(s.mtp_drafts);
   d["steps"] = s.steps;
@@ -325,7 +335,8 @@ void bind_engine(nb::module_& m) {
              const std::string& load_format, std::int64_t max_model_len, int num_pages,
              std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step, bool prefix_cache,
              bool batch_invariant, bool overlap_steps, int num_threads, bool generation_config,
-             const std::string& chat_template, const std::string& speculative, int draft_tokens) {
+             const std::string& chat_template, const std::string& speculative, int draft_tokens, int tp,
+             int ep, const std::string& expert_placement) {
             EngineOptions o;
             o.generation_config = generation_config;
             o.chat_template = chat_template;
@@ -345,13 +356,17 @@ void bind_engine(nb::module_& m) {
             o.num_threads = num_threads;
             o.speculative = speculative_named(speculative);
             o.draft_tokens = draft_tokens;
+            o.tp = tp;
+            o.ep = ep;
+            o.expert_placement = expert_placement;
             const nb::gil_scoped_release release;
             new (self) Engine(directory, o);
           },
           "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "kv_cache"_a,
           "load_format"_a, "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a,
           "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a,
-          "generation_config"_a, "chat_template"_a, "speculative"_a, "draft_tokens"_a)
+          "generation_config"_a, "chat_template"_a, "speculative"_a, "draft_tokens"_a, "tp"_a, "ep"_a,
+          "expert_placement"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(

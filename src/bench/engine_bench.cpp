@@ -99,6 +99,8 @@ class EngineBench {
     model_options.device = options_.cpu ? ModelDevice::kCpu : ModelDevice::kCuda;
     model_options.time_steps = true;
     model_options.quantize = quantize_;
+    model_options.tp = options_.tp;
+    model_options.ep = options_.ep;
     if (options_.fp8_cache) model_options.kv_cache = ModelKvCache::kFp8;
     model_options.draft_module = !options_.draft_tokens.empty();
     model_ = model::make_random_model(config_, model_options);
@@ -115,6 +117,8 @@ class EngineBench {
       if (b.backend == Backend::kSm90) out_["gpu"] = b.device;
     }
     out_["weights"] = options_.fp8_weights ? "fp8" : "bf16";
+    if (options_.tp > 1)
+      out_["ranks"] = {{"tp", options_.tp}, {"ep", options_.ep > 0 ? options_.ep : options_.tp}};
     out_["cache"] = options_.fp8_cache ? "fp8" : "bf16";
     out_["parameters"] = parameters(config_);
     out_["bandwidth_of_floor"] = options_.bandwidth;

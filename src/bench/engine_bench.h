@@ -17,6 +17,7 @@ struct EngineBenchOptions {
   bool fp8_cache = false;                 ///< 656 bytes a token; models with an indexer
   bool fp8_weights = false;               ///< what --quantize fp8 makes of a checkpoint
   bool cpu = false;                       ///< on the CPU; times of the device are 0 then
+  int tp = 1, ep = 0;                     ///< ranks that share the model, its experts (0: tp)
   std::vector<int> draft_tokens;          ///< measured in place of all else: drafts of a sequence and step
   double acceptance = 0.8;                ///< simulated: of a draft whose predecessors were accepted
 };

@@ -266,44 +266,68 @@ WeightView Checkpoint::get(std::string_view name) const {
   return {type->type, tensor.entry.shape, impl_->aligned_data(tensor, type->bytes)};
 }
 
-/// A stored matrix, with its scales if it is quantised.
+/// A window on a stored matrix, with its scales if it is quantised. Rows and columns below are the window's.
 struct Checkpoint::Matrix {
   WeightView view;
-  std::int64_t rows = 0, columns = 0;
+  std::int64_t stored_columns = 0;
+  WeightWindow window;
   std::optional<QuantizedFormat> format;
   std::int64_t scale_rows = 1;  ///< rows of one scale
-  std::vector<float> scales;    ///< (blocks of rows, groups)
+  std::vector<float> scales;    ///< (blocks of rows, groups), of the whole matrix
 
-  std::int64_t groups() const { return format->groups(columns); }
-  const float* scales_of(std::int64_t row) const { return scales.data() + row / scale_rows * groups(); }
+  std::int64_t columns() const { return window.columns; }
+  /// Scales of a row, from the group that the window's first column is in.
+  const float* scales_of(std::int64_t row) const {
+    return scales.data() + (window.first_row + row) / scale_rows * format->groups(stored_columns) +
+           window.first_column / format->group;
+  }
+  /// f(row, count) of runs of rows that lie one behind the other, each of which is `count` of them.
+  template <class F>
+  void for_runs(std::int64_t begin, std::int64_t end, const F& f) const {
+    if (window.columns == stored_columns) return f(begin, end - begin);
+    for (std::int64_t row = begin; row < end; ++row) f(row, std::int64_t{1});
+  }
+  /// Where a row's elements begin among the stored ones.
+  std::int64_t offset(std::int64_t row) const {
+    return (window.first_row + row) * stored_columns + window.first_column;
+  }
 
   /// Codes of rows [begin, end), if it is quantised.
   void read_codes(std::int64_t begin, std::int64_t end, std::uint8_t* out) const {
     if (format->type == QuantizedType::kE4m3) {
-      std::memcpy(out, view.data + begin * columns, static_cast<std::size_t>((end - begin) * columns));
+      for_runs(begin, end, [&](std::int64_t row, std::int64_t count) {
+        std::memcpy(out + (row - begin) * columns(), view.data + offset(row),
+                    static_cast<std::size_t>(count * columns()));
+      });
       return;
     }
     const std::int64_t row_bytes = view.shape[1] * 4;
     for (std::int64_t row = begin; row < end; ++row) {
       // Words are little-endian with the first code in the lowest bits: so are the bytes.
-      const auto* from = reinterpret_cast<const std::uint8_t*>(view.data + row * row_bytes);
-      std::uint8_t* to = out + (row - begin) * columns;
-      for (std::int64_t i = 0; i + 1 < columns; i += 2) {
-        to[i] = from[i / 2] & 15;
-        to[i + 1] = from[i / 2] >> 4;
+      const auto* from =
+          reinterpret_cast<const std::uint8_t*>(view.data + (window.first_row + row) * row_bytes);
+      std::uint8_t* to = out + (row - begin) * columns();
+      std::int64_t at = window.first_column;
+      const std::int64_t last = at + columns();
+      if (at % 2 != 0 && at < last) *to++ = from[at++ / 2] >> 4;
+      for (; at + 1 < last; at += 2) {
+        *to++ = from[at / 2] & 15;
+        *to++ = from[at / 2] >> 4;
       }
-      if (columns % 2 != 0) to[columns - 1] = from[columns / 2] & 15;
+      if (at < last) *to = from[at / 2] & 15;
     }
   }
 
   /// Rows [begin, end) as float32.
   void read(std::int64_t begin, std::int64_t end, float* out) const {
-    if (!format) return to_float32(view, begin * columns, (end - begin) * columns, out);
-    if (format->type == QuantizedType::kE4m3) {
-      to_float32(view, begin * columns, (end - begin) * columns, out);
+    if (!format || format->type == QuantizedType::kE4m3) {
+      for_runs(begin, end, [&](std::int64_t row, std::int64_t count) {
+        to_float32(view, offset(row), count * columns(), out + (row - begin) * columns());
+      });
+      if (!format) return;
     } else {
       thread_local std::vector<std::uint8_t> codes;
-      codes.resize(static_cast<std::size_t>((end - begin) * columns));
+      codes.resize(static_cast<std::size_t>((end - begin) * columns()));
       read_codes(begin, end, codes.data());
       for (std::size_t i = 0; i < codes.size(); ++i) {
         out[i] = quantized_value(QuantizedType::kInt4, codes[i]);
@@ -311,10 +335,11 @@ struct Checkpoint::Matrix {
     }
     for (std::int64_t row = begin; row < end; ++row) {
       const float* scale = scales_of(row);
-      float* out_row = out + (row - begin) * columns;
-      for (std::int64_t first = 0; first < columns; first += format->group, ++scale) {
-        const std::int64_t last = std::min(columns, first + format->group);
-        for (std::int64_t column = first; column < last; ++column) out_row[column] *= *scale;
+      float* out_row = out + (row - begin) * columns();
+      // The first group may have begun before the window.
+      std::int64_t last = format->group - window.first_column % format->group;
+      for (std::int64_t column = 0; column < columns(); last += format->group, ++scale) {
+        for (; column < std::min(columns(), last); ++column) out_row[column] *= *scale;
       }
     }
   }
@@ -323,18 +348,19 @@ struct Checkpoint::Matrix {
   template <class F>
   void for_rows(const F& f) const {
     constexpr std::int64_t kElements = 1 << 16;  // of a run: they stay in a core's cache
-    const std::int64_t run = std::max<std::int64_t>(1, kElements / std::max<std::int64_t>(columns, 1));
-    const std::int64_t runs = (rows + run - 1) / run;
+    const std::int64_t run = std::max<std::int64_t>(1, kElements / std::max<std::int64_t>(columns(), 1));
+    const std::int64_t rows = window.rows, runs = (rows + run - 1) / run;
     parallel_for(runs, runs >= 4 ? default_threads() : 1,
                  [&](std::int64_t i) { f(i * run, std::min(rows, (i + 1) * run)); });
   }
 };
 
 Checkpoint::Matrix Checkpoint::matrix(std::string_view name, std::int64_t rows, std::int64_t columns,
-                                      const StoredFormat& format) const {
+                                      const StoredFormat& format,
+                                      const std::optional<WeightWindow>& window) const {
   Matrix out;
-  out.rows = rows;
-  out.columns = columns;
+  out.stored_columns = columns;
+  out.window = window.value_or(WeightWindow{0, rows, 0, columns});
   const std::string packed = impl_->packed_name(name);
   if (!packed.empty()) {
     if (format.int4_group == 0) {
@@ -344,7 +370,7 @@ Checkpoint::Matrix Checkpoint::matrix(std::string_view name, std::int64_t rows, 
     out.format = {QuantizedType::kInt4, format.int4_group > 0 ? format.int4_group : columns};
     out.view = impl_->packed_words(packed, rows, columns);
     const std::string base = Impl::base_of_packed(packed);
-    out.scales = impl_->scales(base + "_scale", {rows, out.groups()}, false);
+    out.scales = impl_->scales(base + "_scale", {rows, out.format->groups(columns)}, false);
     return out;
   }
   const Impl::Tensor& tensor = impl_->find(name);
@@ -362,32 +388,38 @@ Checkpoint::Matrix Checkpoint::matrix(std::string_view name, std::int64_t rows, 
   }
   out.format = {QuantizedType::kE4m3, format.fp8_block_columns};
   out.scale_rows = format.fp8_block_rows;
-  out.scales = impl_->scales(std::string(name) + "_scale_inv",
-                             {(rows + out.scale_rows - 1) / out.scale_rows, out.groups()}, true);
+  out.scales =
+      impl_->scales(std::string(name) + "_scale_inv",
+                    {(rows + out.scale_rows - 1) / out.scale_rows, out.format->groups(columns)}, true);
   return out;
 }
 
 void Checkpoint::read_float32(std::string_view name, std::int64_t rows, std::int64_t columns,
-                              const StoredFormat& format, float* out) const {
-  const Matrix stored = matrix(name, rows, columns, format);
+                              const StoredFormat& format, float* out,
+                              const std::optional<WeightWindow>& window) const {
+  const Matrix stored = matrix(name, rows, columns, format, window);
   stored.for_rows(
-      [&](std::int64_t begin, std::int64_t end) { stored.read(begin, end, out + begin * columns); });
+      [&](std::int64_t begin, std::int64_t end) { stored.read(begin, end, out + begin * stored.columns()); });
 }
 
 void Checkpoint::read_bfloat16(std::string_view name, std::int64_t rows, std::int64_t columns,
-                               const StoredFormat& format, std::uint16_t* out) const {
-  const Matrix stored = matrix(name, rows, columns, format);
+                               const StoredFormat& format, std::uint16_t* out,
+                               const std::optional<WeightWindow>& window) const {
+  const Matrix stored = matrix(name, rows, columns, format, window);
   stored.for_rows([&](std::int64_t begin, std::int64_t end) {
-    std::uint16_t* to = out + begin * columns;
-    const std::int64_t count = (end - begin) * columns;
+    std::uint16_t* to = out + begin * stored.columns();
+    const std::int64_t size = (end - begin) * stored.columns();
     if (stored.view.type == WeightType::kBFloat16 && !stored.format) {
-      std::memcpy(to, stored.view.data + begin * columns * 2, static_cast<std::size_t>(count) * 2);
+      stored.for_runs(begin, end, [&](std::int64_t row, std::int64_t count) {
+        std::memcpy(to + (row - begin) * stored.columns(), stored.view.data + stored.offset(row) * 2,
+                    static_cast<std::size_t>(count * stored.columns()) * 2);
+      });
       return;
     }
     thread_local std::vector<float> values;
-    values.resize(static_cast<std::size_t>(count));
+    values.resize(static_cast<std::size_t>(size));
     stored.read(begin, end, values.data());
-    for (std::int64_t i = 0; i < count; ++i) to[i] = to_bf16(values[static_cast<std::size_t>(i)]).bits;
+    for (std::int64_t i = 0; i < size; ++i) to[i] = to_bf16(values[static_cast<std::size_t>(i)]).bits;
   });
 }
 
@@ -406,25 +438,27 @@ std::optional<QuantizedFormat> Checkpoint::quantized_format(std::string_view nam
 }
 
 void Checkpoint::read_quantized(std::string_view name, std::int64_t rows, std::int64_t columns,
-                                const StoredFormat& format, std::uint8_t* codes, float* scales) const {
-  const Matrix stored = matrix(name, rows, columns, format);
+                                const StoredFormat& format, std::uint8_t* codes, float* scales,
+                                const std::optional<WeightWindow>& window) const {
+  const Matrix stored = matrix(name, rows, columns, format, window);
   if (!stored.format) impl_->fail(name, "not quantised", "F8_E4M3 or packed weights");
-  const std::int64_t groups = stored.groups();
+  const std::int64_t width = stored.columns(), groups = stored.format->groups(width);
   stored.for_rows([&](std::int64_t begin, std::int64_t end) {
-    std::uint8_t* to = codes + begin * columns;
+    std::uint8_t* to = codes + begin * width;
     stored.read_codes(begin, end, to);
     for (std::int64_t row = begin; row < end; ++row) {
       std::copy_n(stored.scales_of(row), groups, scales + row * groups);
     }
     if (stored.format->type != QuantizedType::kE4m3) return;
-    const std::int64_t count = (end - begin) * columns;
+    const std::int64_t count = (end - begin) * width;
     bool good = true;  // no early end, so that the loop takes many at a time
     for (std::int64_t i = 0; i < count; ++i) good &= (to[i] & 0x7F) != 0x7F;
     if (good) return;
     const std::int64_t bad =
         std::find_if(to, to + count, [](std::uint8_t c) { return (c & 0x7F) == 0x7F; }) - codes;
     throw InvalidArgument(fmt::format("tensor {} holds nan at row {}, column {}, expected finite weights",
-                                      name, bad / columns, bad % columns));
+                                      name, stored.window.first_row + bad / width,
+                                      stored.window.first_column + bad % width));
   });
 }
 

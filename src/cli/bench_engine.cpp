@@ -40,6 +40,9 @@ void register_bench_engine(CLI::App& app, int& exit_code) {
   sub->add_option_function<std::string>(
          "--device", [o](const std::string& name) { o->cpu = name == "cpu"; }, "cuda (the default) or cpu")
       ->check(CLI::IsMember({"cuda", "cpu"}));
+  sub->add_option("--tp", o->tp, "Ranks that share the model (CPU)")->check(CLI::Range(1, 1024));
+  sub->add_option("--ep", o->ep, "Parts that the experts are divided into, a divisor of --tp (0: --tp)")
+      ->check(CLI::Range(0, 1024));
   sub->add_option("--json", o->json, "Write the figures, with machine, command and commit, to this file");
   sub->callback([o, &exit_code] { exit_code = bench::run_engine_bench(*o); });
 }

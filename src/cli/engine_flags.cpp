@@ -84,6 +84,14 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   app.add_option("--draft-tokens", o.draft_tokens,
                  "Drafts of a sequence and step, 1 to 15; with auto at most")
       ->capture_default_str();
+  app.add_option("--tp", o.tp,
+                 "Ranks that share the model, each with a part of every head's weights; on the CPU threads")
+      ->capture_default_str();
+  app.add_option("--ep", o.ep, "Parts that the experts are divided into, a divisor of --tp (0: --tp)")
+      ->capture_default_str();
+  app.add_option("--expert-placement", o.expert_placement,
+                 "Which rank has which experts: linear, round-robin or a JSON file")
+      ->capture_default_str();
   app.add_option("--threads", o.num_threads, "CPU threads (0: all)")->capture_default_str();
 }
 

@@ -2,6 +2,8 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <atomic>
+#include <csignal>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -77,6 +79,13 @@ int run_serve(ServeOptions o) {
                o.server.host, o.server.port, kKeyVariable);
   }
   show_loading(o.engine, o.talk, "flash-mla serve");
+  // A model that cannot run is of no use to anybody who waits: whoever started this one starts another.
+  std::atomic<bool> broken{false};
+  o.engine.on_broken = [&broken](const std::string& why) {
+    fmt::print(stderr, "flash-mla serve: error: {}\n", why);
+    broken = true;
+    std::raise(SIGTERM);
+  };
   Engine engine(o.model, o.engine);
   server::Server server(engine, o.server);
   engine.start();
@@ -91,7 +100,7 @@ int run_serve(ServeOptions o) {
   }
   server.run();
   engine.stop();
-  return 0;
+  return broken ? 1 : 0;
 }
 
 }  // namespace

@@ -44,6 +44,10 @@ model::ModelOptions model_options(const EngineOptions& o) {
   out.quantize = o.quantize;
   out.kv_cache = o.kv_cache;
   out.num_threads = o.num_threads;
+  out.tp = o.tp;
+  out.ep = o.ep;
+  out.expert_placement = o.expert_placement;
+  out.batch_invariant = o.batch_invariant;
   out.cache_pages = o.num_pages;
   out.cache_bytes = o.memory_bytes;
   using Speculative = EngineOptions::Speculative;

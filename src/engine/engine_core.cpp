@@ -185,6 +185,12 @@ bool EngineCore::step() {
   }
   if (ahead_ && ahead_->all_ended()) drop_ahead();
   requests_.drop_ended();
+  if (!told_broken_ && options_.on_broken) {
+    if (const std::string why = model_->broken(); !why.empty()) {
+      told_broken_ = true;
+      options_.on_broken(why);
+    }
+  }
   return true;
 }
 
@@ -223,7 +229,8 @@ void EngineCore::finish(LaunchedStep& step) {
   speculation_.learn(step, record.end - record.begin);
   statistics_.drafted(step);
   note_load();
-  statistics_.step_ended(record, step.utilisation, scheduler_.counters(), pool_.counters());
+  statistics_.step_ended(record, step.utilisation, scheduler_.counters(), pool_.counters(),
+                         model_->rank_stats());
 }
 
 void EngineCore::accept_tokens(LaunchedStep& step) {

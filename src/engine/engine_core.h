@@ -97,6 +97,7 @@ class EngineCore {
   StepPipeline pipeline_;
   TokenChooser chooser_;
   Speculation speculation_;
+  bool told_broken_ = false;
   std::unique_ptr<LaunchedStep> ahead_;  // launched ahead; at least one of its continuations goes on
 };
 

@@ -1,5 +1,7 @@
 #include "engine/statistics.h"
 
+#include <utility>
+
 #include "engine/step_pipeline.h"
 
 namespace flash_mla::engine {
@@ -92,7 +94,7 @@ void Statistics::set_load(const Load& load) {
 }
 
 void Statistics::step_ended(StepRecord record, double utilisation, const Scheduler::Counters& scheduled,
-                            const kv::PagePool::Counters& pages) {
+                            const kv::PagePool::Counters& pages, std::vector<RankStats> ranks) {
   const std::lock_guard lock(mutex_);
   record.step = stats_.steps++;
   stats_.step_seconds += record.end - record.begin;
@@ -102,6 +104,7 @@ void Statistics::step_ended(StepRecord record, double utilisation, const Schedul
   stats_.preemptions = scheduled.preemptions;
   stats_.pages_evicted = pages.pages_evicted;
   stats_.pages_copied = pages.pages_copied;
+  stats_.ranks = std::move(ranks);
   if (utilisation > 0) stats_.schedule_utilisation = utilisation;
   timeline_.push_back(record);
   if (timeline_.size() > kTimelineSteps) timeline_.pop_front();

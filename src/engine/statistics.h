@@ -39,7 +39,7 @@ class Statistics {
   void set_load(const Load& load);
   /// A step is over; gives its record its number. `utilisation` 0: nothing decoded in it.
   void step_ended(StepRecord record, double utilisation, const Scheduler::Counters& scheduled,
-                  const kv::PagePool::Counters& pages);
+                  const kv::PagePool::Counters& pages, std::vector<RankStats> ranks);
 
   EngineStats snapshot() const;
   std::vector<StepRecord> timeline() const;

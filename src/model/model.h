@@ -8,6 +8,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "base/matrix.h"
 #include "base/page_size.h"
@@ -118,6 +119,10 @@ class Model {
     static_cast<void>(num_tokens);
     return 0;
   }
+  /// Of every rank, between steps; empty where the model is whole.
+  virtual std::vector<RankStats> rank_stats() const { return {}; }
+  /// Why no step will ever run again; empty: they do.
+  virtual std::string broken() const { return {}; }
 };
 
 struct ModelOptions {
@@ -127,7 +132,12 @@ struct ModelOptions {
   ModelKvCache kv_cache = ModelKvCache::kAuto;
   /// CPU: index keys in e4m3 whatever kv_cache says, as a GPU has them. For comparisons.
   bool fp8_index_keys = false;
-  int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use
+  int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use; of all ranks together
+  /// Ranks that share the attention, a divisor of its heads, and that share the experts, a divisor of tp (0: tp).
+  int tp = 1, ep = 0;
+  std::string expert_placement = "linear";  ///< or "round-robin", or a file's path (ExpertPlacement)
+  /// The steps will be batch-invariant; then they have the same bits on every number of ranks.
+  bool batch_invariant = false;
   bool draft_module =
       false;                ///< load the module for multi-token prediction too, where the checkpoint has one
   bool time_steps = false;  ///< CUDA: keep count of Model::device_seconds

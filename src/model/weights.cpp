@@ -18,8 +18,11 @@ namespace {
 template <class Element>
 class CheckpointWeights : public WeightSource {
  public:
-  CheckpointWeights(const ModelConfig& config, const Checkpoint& checkpoint)
-      : config_(config), checkpoint_(checkpoint) {}
+  CheckpointWeights(const ModelConfig& config, const Checkpoint& checkpoint, Partition partition)
+      : config_(config),
+        checkpoint_(checkpoint),
+        partition_(std::move(partition)),
+        heads_(partition_.heads(config)) {}
 
   Weight embedding() override {
     return matrix("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size);
@@ -36,15 +39,15 @@ class CheckpointWeights : public WeightSource {
     if (config_.attention_bias) out.qkv_a_bias = qkv_a_bias(self);
     if (q_rank > 0) {
       out.q_norm = norm(self + ".q_a_layernorm", q_rank);
-      out.q_b = matrix(q_rank, {{self + ".q_b_proj.weight", q_width()}},
-                       [this, heads, nope](auto* to, std::int64_t width) {
-                         this->pair_rope_rows(to, width, heads, nope);
+      out.q_b = matrix(q_rank, {{self + ".q_b_proj.weight", q_width(), of_heads(q_head_rows())}},
+                       [this, nope](auto* to, std::int64_t width) {
+                         this->pair_rope_rows(to, width, heads_.count, nope);
                        });
     }
     out.kv_norm = norm(self + ".kv_a_layernorm", rank);
-    out.kv_b = matrix(self + ".kv_b_proj.weight", heads * (nope + v), rank);
-    out.o = matrix(self + ".o_proj.weight", hidden, heads * v);
-    if (config_.attention_bias) out.o_bias = vector(self + ".o_proj.bias", hidden);
+    out.kv_b = matrix(rank, {{self + ".kv_b_proj.weight", heads * (nope + v), of_heads(nope + v)}});
+    out.o = reducing(self + ".o_proj.weight", hidden, heads * v, of_heads(v));
+    if (config_.attention_bias) out.o_bias = o_bias(self + ".o_proj.bias", hidden);
     if (config_.has_indexer(layer)) out.indexer = indexer(self + ".indexer");
     return out;
   }
@@ -73,9 +76,11 @@ class CheckpointWeights : public WeightSource {
       out.correction_bias = vector(mlp + ".gate.e_score_correction_bias", experts);
     }
     out.intermediate = intermediate;
+    if (partition_.experts) out.ranks = partition_.experts->layer(layer);
     out.expert = [=, this](int e) {
       const std::string expert = fmt::format("{}.experts.{}", mlp, e);
-      return ExpertWeights{gate_up(expert, intermediate), down(expert, intermediate)};
+      return ExpertWeights{gate_up(expert, intermediate, {0, intermediate}),
+                           matrix(expert + ".down_proj.weight", hidden, intermediate)};
     };
     if (config_.n_shared_experts > 0) {
       out.shared_gate_up = gate_up(mlp + ".shared_experts", config_.n_shared_experts * intermediate);
@@ -85,9 +90,9 @@ class CheckpointWeights : public WeightSource {
   }
 
   HeadWeights head() override {
+    const std::string name = config_.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
     return {norm("model.norm", config_.hidden_size),
-            config_.tie_word_embeddings ? embedding()
-                                        : matrix("lm_head.weight", config_.vocab_size, config_.hidden_size)};
+            matrix(config_.hidden_size, {{name, config_.vocab_size, partition_.share(config_.vocab_size)}})};
   }
 
   // Where layers share an index it is not known whose the module's layer would have.
@@ -104,6 +109,7 @@ class CheckpointWeights : public WeightSource {
 
  private:
   using Values = std::vector<float>;
+  using Window = checkpoint::WeightWindow;
 
   std::string mtp_name() const { return fmt::format("model.layers.{}", config_.num_hidden_layers); }
 
@@ -112,17 +118,24 @@ class CheckpointWeights : public WeightSource {
   static float value(float x) { return x; }
   static float value(std::uint16_t bits) { return to_float(Bf16{bits}); }
 
-  void read_as(const std::string& name, std::int64_t rows, std::int64_t columns, float* out) const {
-    checkpoint_.read_float32(name, rows, columns, config_.stored, out);
+  void read_as(const std::string& name, std::int64_t rows, std::int64_t columns, const Window& window,
+               float* out) const {
+    checkpoint_.read_float32(name, rows, columns, config_.stored, out, window);
   }
-  void read_as(const std::string& name, std::int64_t rows, std::int64_t columns, std::uint16_t* out) const {
-    checkpoint_.read_bfloat16(name, rows, columns, config_.stored, out);
+  void read_as(const std::string& name, std::int64_t rows, std::int64_t columns, const Window& window,
+               std::uint16_t* out) const {
+    checkpoint_.read_bfloat16(name, rows, columns, config_.stored, out, window);
   }
 
   template <class T>
   void read(const std::string& name, std::int64_t rows, std::int64_t columns, T* out) const {
-    read_as(name, rows, columns, out);
-    const std::int64_t size = rows * columns, runs = (size + kCheckedRun - 1) / kCheckedRun;
+    read(name, rows, columns, {0, rows, 0, columns}, out);
+  }
+  template <class T>
+  void read(const std::string& name, std::int64_t rows, std::int64_t columns, const Window& window,
+            T* out) const {
+    read_as(name, rows, columns, window, out);
+    const std::int64_t size = window.rows * window.columns, runs = (size + kCheckedRun - 1) / kCheckedRun;
     parallel_for(runs, runs >= 4 ? default_threads() : 1, [&](std::int64_t i) {
       const T* begin = out + i * kCheckedRun;
       const T* end = out + std::min(size, (i + 1) * kCheckedRun);
@@ -132,35 +145,45 @@ class CheckpointWeights : public WeightSource {
       if (good) return;
       const T* bad = std::find_if(begin, end, [](T x) { return !finite(x); });
       throw InvalidArgument(fmt::format("tensor {} holds {} at row {}, column {}, expected finite weights",
-                                        name, value(*bad), (bad - out) / columns, (bad - out) % columns));
+                                        name, value(*bad), window.first_row + (bad - out) / window.columns,
+                                        window.first_column + (bad - out) % window.columns));
     });
   }
 
-  /// Tensors that lie one above the other in a weight.
+  /// Tensors that lie one above the other in a weight, and which of their rows are in it.
   struct Part {
+    Part(std::string tensor, std::int64_t num_rows) : Part(std::move(tensor), num_rows, {0, num_rows}) {}
+    Part(std::string tensor, std::int64_t num_rows, Range kept_rows)
+        : name(std::move(tensor)), rows(num_rows), kept(kept_rows) {}
     std::string name;
     std::int64_t rows;
+    Range kept;
   };
-  /// `arrange` puts the rows of all of it in order: it gets them, `width` elements each, of any type.
+  /// Parts of `columns` columns, of which the weight has `kept`. `arrange` puts the rows of all of it in order: it gets
+  /// them, `width` elements each, of any type.
   template <class Arrange>
-  Weight matrix(std::int64_t columns, std::vector<Part> parts, Arrange arrange) const {
+  Weight matrix(std::int64_t columns, std::vector<Part> parts, Arrange arrange, Range kept) const {
     Weight out;
-    out.columns = columns;
+    out.columns = kept.count;
     for (const Part& part : parts) {
-      out.rows += part.rows;
+      out.rows += part.kept.count;
       out.tensors.push_back(part.name);
     }
+    const auto window = [kept](const Part& part) {
+      return Window{part.kept.first, part.kept.count, kept.first, kept.count};
+    };
     out.stored = stored_format(columns, parts);
+    if (out.stored && (kept.first % out.stored->group != 0)) out.stored = std::nullopt;
     if (out.stored) {
-      out.read_quantized = [=, this, groups = out.stored->groups(columns)](std::uint8_t* codes,
-                                                                           float* scales) {
+      out.read_quantized = [=, this, groups = out.stored->groups(kept.count)](std::uint8_t* codes,
+                                                                              float* scales) {
         std::int64_t row = 0;
         for (const Part& part : parts) {
-          checkpoint_.read_quantized(part.name, part.rows, columns, config_.stored, codes + row * columns,
-                                     scales + row * groups);
-          row += part.rows;
+          checkpoint_.read_quantized(part.name, part.rows, columns, config_.stored, codes + row * kept.count,
+                                     scales + row * groups, window(part));
+          row += part.kept.count;
         }
-        arrange(codes, columns);
+        arrange(codes, kept.count);
         arrange(scales, groups);
       };
     }
@@ -168,18 +191,28 @@ class CheckpointWeights : public WeightSource {
       auto* const begin = static_cast<Element*>(to);
       Element* at = begin;
       for (const Part& part : parts) {
-        read(part.name, part.rows, columns, at);
-        at += part.rows * columns;
+        read(part.name, part.rows, columns, window(part), at);
+        at += part.kept.count * kept.count;
       }
-      arrange(begin, columns);
+      arrange(begin, kept.count);
     };
     return out;
+  }
+  template <class Arrange>
+  Weight matrix(std::int64_t columns, std::vector<Part> parts, Arrange arrange) const {
+    return matrix(columns, std::move(parts), arrange, {0, columns});
   }
   Weight matrix(std::int64_t columns, std::vector<Part> parts) const {
     return matrix(columns, std::move(parts), [](auto*, std::int64_t) {});
   }
   Weight matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
     return matrix(columns, {{name, rows}});
+  }
+  /// Of a product over features that ranks have in parts, `own` being this one's.
+  Weight reducing(const std::string& name, std::int64_t rows, std::int64_t columns, Range own) const {
+    if (partition_.exact) return matrix(columns, {{name, rows, partition_.share(rows)}});
+    return matrix(
+        columns, {{name, rows}}, [](auto*, std::int64_t) {}, own);
   }
 
   /// The form that all parts are stored in, or none.
@@ -206,22 +239,22 @@ class CheckpointWeights : public WeightSource {
     return norm(fmt::format("model.layers.{}.post_attention_layernorm", layer), config_.hidden_size);
   }
 
-  std::int64_t q_width() const {
-    return std::int64_t{config_.num_attention_heads} * (config_.qk_nope_head_dim + config_.qk_rope_head_dim);
-  }
+  std::int64_t q_head_rows() const { return config_.qk_nope_head_dim + config_.qk_rope_head_dim; }
+  std::int64_t q_width() const { return config_.num_attention_heads * q_head_rows(); }
+  /// Those of `each` rows a head that are of this rank's heads.
+  Range of_heads(std::int64_t each) const { return {heads_.first * each, heads_.count * each}; }
   std::int64_t q_a_rows() const { return config_.q_lora_rank > 0 ? config_.q_lora_rank : q_width(); }
   std::int64_t kv_a_rows() const { return config_.kv_lora_rank + config_.qk_rope_head_dim; }
 
   Weight qkv_a(const std::string& name) const {
-    const std::int64_t hidden = config_.hidden_size, q_rows = q_a_rows();
     const bool direct = config_.q_lora_rank == 0;
-    return matrix(hidden,
-                  {{name + (direct ? ".q_proj.weight" : ".q_a_proj.weight"), q_rows},
+    const Range q = direct ? of_heads(q_head_rows()) : Range{0, q_a_rows()};
+    return matrix(config_.hidden_size,
+                  {{name + (direct ? ".q_proj.weight" : ".q_a_proj.weight"), q_a_rows(), q},
                    {name + ".kv_a_proj_with_mqa.weight", kv_a_rows()}},
-                  [=, this](auto* q, std::int64_t width) {
-                    if (direct)
-                      pair_rope_rows(q, width, config_.num_attention_heads, config_.qk_nope_head_dim);
-                    pair_rope_rows(q + q_rows * width, width, 1, config_.kv_lora_rank);
+                  [=, this](auto* rows, std::int64_t width) {
+                    if (direct) pair_rope_rows(rows, width, heads_.count, config_.qk_nope_head_dim);
+                    pair_rope_rows(rows + q.count * width, width, 1, config_.kv_lora_rank);
                   });
   }
 
@@ -248,20 +281,33 @@ class CheckpointWeights : public WeightSource {
 
   Values qkv_a_bias(const std::string& name) const {
     // q_proj has none; q_a_proj has.
-    Values out = config_.q_lora_rank > 0 ? vector(name + ".q_a_proj.bias", config_.q_lora_rank)
-                                         : Values(static_cast<std::size_t>(q_a_rows()), 0.0f);
+    Values out = config_.q_lora_rank > 0
+                     ? vector(name + ".q_a_proj.bias", config_.q_lora_rank)
+                     : Values(static_cast<std::size_t>(of_heads(q_head_rows()).count), 0.0f);
     Values kv = vector(name + ".kv_a_proj_with_mqa.bias", kv_a_rows());
     pair_rope_rows(kv.data(), 1, 1, config_.kv_lora_rank);
     out.insert(out.end(), kv.begin(), kv.end());
     return out;
   }
 
+  /// Of a sum over ranks rank 0 adds the bias.
+  Values o_bias(const std::string& name, std::int64_t hidden) const {
+    const Values all = vector(name, hidden);
+    if (!partition_.exact) return partition_.rank == 0 ? all : Values();
+    const Range own = partition_.share(hidden);
+    return {all.begin() + own.first, all.begin() + own.end()};
+  }
+
+  Weight gate_up(const std::string& name, std::int64_t intermediate, Range own) const {
+    return matrix(config_.hidden_size, {{name + ".gate_proj.weight", intermediate, own},
+                                        {name + ".up_proj.weight", intermediate, own}});
+  }
   Weight gate_up(const std::string& name, std::int64_t intermediate) const {
-    return matrix(config_.hidden_size,
-                  {{name + ".gate_proj.weight", intermediate}, {name + ".up_proj.weight", intermediate}});
+    return gate_up(name, intermediate, partition_.share(intermediate));
   }
   Weight down(const std::string& name, std::int64_t intermediate) const {
-    return matrix(name + ".down_proj.weight", config_.hidden_size, intermediate);
+    return reducing(name + ".down_proj.weight", config_.hidden_size, intermediate,
+                    partition_.share(intermediate));
   }
 
   /// Where a model pairs rope dimension i with i + rope / 2, reorders the rope rows of every head (which
@@ -292,6 +338,8 @@ class CheckpointWeights : public WeightSource {
 
   const ModelConfig& config_;
   const Checkpoint& checkpoint_;
+  const Partition partition_;
+  const Range heads_;  ///< this rank's
 };
 
 }  // namespace
@@ -317,9 +365,11 @@ template AbsorbedHalves<float> split_kv_b(const ModelConfig&, const float*);
 template AbsorbedHalves<std::uint16_t> split_kv_b(const ModelConfig&, const std::uint16_t*);
 
 std::unique_ptr<WeightSource> checkpoint_weights(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                 DType dtype) {
-  if (dtype == DType::kFloat32) return std::make_unique<CheckpointWeights<float>>(config, checkpoint);
-  return std::make_unique<CheckpointWeights<std::uint16_t>>(config, checkpoint);
+                                                 DType dtype, const Partition& partition) {
+  if (dtype == DType::kFloat32) {
+    return std::make_unique<CheckpointWeights<float>>(config, checkpoint, partition);
+  }
+  return std::make_unique<CheckpointWeights<std::uint16_t>>(config, checkpoint, partition);
 }
 
 }  // namespace flash_mla::model

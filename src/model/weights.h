@@ -11,6 +11,7 @@
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/config.h"
 #include "flash_mla/tensor.h"
+#include "model/parallel/partition.h"
 
 namespace flash_mla::model {
 
@@ -18,7 +19,8 @@ using checkpoint::Checkpoint;
 using checkpoint::ModelConfig;
 
 // The weights of a model as a device gets them to make its layers (device.h): sizes, and how to read them
-// when there is room. Vectors (norms, biases) are always float32.
+// when there is room. Vectors (norms, biases) are always float32. Of a model that several ranks share these are a rank's part
+// (partition.h): `heads` is the rank's number then, and so are the sizes named with it below.
 
 /// A matrix that is read when it is asked for. rows == 0: the layer has none.
 struct Weight {
@@ -52,15 +54,15 @@ struct AttentionWeights {
   Weight q_b;                     ///< (heads * (nope + rope), q_lora_rank); none without
   std::vector<float> kv_norm;
   IndexerWeights indexer;
-  Weight kv_b;                ///< (heads * (nope + v), rank)
-  Weight o;                   ///< (hidden, heads * v)
-  std::vector<float> o_bias;  ///< or empty
+  Weight kv_b;  ///< (heads * (nope + v), rank)
+  Weight o;     ///< (hidden, heads * v); of an exact partition (its share of hidden, all heads * v)
+  std::vector<float> o_bias;  ///< of o's rows; or empty: rank 0 alone adds it to a sum
 };
 
 struct FeedForwardWeights {
   std::vector<float> norm;
-  Weight gate_up;  ///< (2 * intermediate, hidden): gate_proj above up_proj
-  Weight down;     ///< (hidden, intermediate)
+  Weight gate_up;  ///< (2 * intermediate, hidden): gate_proj above up_proj; of both the rank's share
+  Weight down;     ///< (hidden, intermediate), of whose columns, or if exact rows, the rank has its share
 };
 
 struct ExpertWeights {
@@ -75,12 +77,15 @@ struct MixtureWeights {
   std::int64_t intermediate = 0;       ///< of an expert
   /// A routed expert's. Empty: the device makes them up.
   std::function<ExpertWeights(int e)> expert;
-  Weight shared_gate_up, shared_down;  ///< the shared experts as one network; or none
+  /// Of each routed expert, the ranks that have it, ascending. Empty: this one has all.
+  std::vector<std::vector<int>> ranks;
+  Weight shared_gate_up,
+      shared_down;  ///< the shared experts as one network, in parts like a dense one's; or none
 };
 
 struct HeadWeights {
   std::vector<float> norm;
-  Weight weight;  ///< (vocab_size, hidden)
+  Weight weight;  ///< (vocab_size, hidden), of whose rows the rank has its share
 };
 
 /// Of the module for multi-token prediction (arXiv 2412.19437, section 2.2), besides its decoder layer, which is layer
@@ -107,19 +112,19 @@ class WeightSource {
 };
 
 /// A checkpoint's, in float32 or bfloat16. It and what it gives throw InvalidArgument for a tensor that is
-/// missing, has another shape, or holds a NaN or infinity; the message names it. Both arguments must outlive
-/// it.
+/// missing, has another shape, or holds a NaN or infinity; the message names it. Config, the whole model's, and
+/// checkpoint must outlive it.
 std::unique_ptr<WeightSource> checkpoint_weights(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                 DType dtype);
+                                                 DType dtype, const Partition& partition = {});
 
-/// Random ones in float32, the same every time they are read in the same order; with `made_up_by_device` the
+/// Random ones in float32, the same every time and of every partition; with `made_up_by_device` the
 /// matrices are left to the device. For benchmarks and load tests. `config` must outlive it. `with_module`: of a module
 /// for multi-token prediction too, which any model but one whose layers share indices can have.
 std::unique_ptr<WeightSource> random_weights(const ModelConfig& config, bool made_up_by_device,
-                                             bool with_module = false);
+                                             bool with_module = false, const Partition& partition = {});
 
-/// kv_b (heads * (nope + v), rank) as its key half, transposed for queries, and its value half: of float, or
-/// of std::uint16_t, the bits of bfloat16.
+/// kv_b (heads * (nope + v), rank), of the heads of `config`, as its key half, transposed for queries, and its value
+/// half: of float, or of std::uint16_t, the bits of bfloat16.
 template <class Element>
 struct AbsorbedHalves {
   std::vector<Element> uk;  ///< (heads, rank, nope)

@@ -34,8 +34,9 @@ class Families {
     sample().gauge.value = static_cast<double>(value);
   }
   /// One counter for each value of a label.
+  template <class T>
   void counters(const char* name, const char* help, const char* label,
-                const std::vector<std::pair<std::string, std::int64_t>>& values) {
+                const std::vector<std::pair<std::string, T>>& values) {
     begin(name, help, MetricType::Counter);
     for (const auto& [key, value] : values) {
       ClientMetric& metric = sample();
@@ -74,6 +75,24 @@ class Families {
   std::vector<MetricFamily> families_;
 };
 
+// Of a model that several ranks share.
+void add_ranks(Families& f, const std::vector<RankStats>& ranks) {
+  if (ranks.empty()) return;
+  std::vector<std::pair<std::string, double>> step, wait, bytes, exchanges;
+  for (const RankStats& rank : ranks) {
+    const std::string name = std::to_string(step.size());
+    step.emplace_back(name, rank.seconds);
+    wait.emplace_back(name, rank.exchange_seconds);
+    bytes.emplace_back(name, static_cast<double>(rank.bytes_sent));
+    exchanges.emplace_back(name, static_cast<double>(rank.exchanges));
+  }
+  f.counters("mla_rank_step_seconds_total", "Time that each rank spent in steps.", "rank", step);
+  f.counters("mla_rank_exchange_seconds_total",
+             "Time of it in exchanges with other ranks, the wait for them included.", "rank", wait);
+  f.counters("mla_rank_exchanges_total", "Exchanges of each rank with the others.", "rank", exchanges);
+  f.counters("mla_rank_sent_bytes_total", "Bytes that each rank gave to others.", "rank", bytes);
+}
+
 }  // namespace
 
 std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
@@ -87,11 +106,11 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
              "HTTP responses by status; 499: the client left before its answer ended.", "code", responses);
   f.gauge("mla_http_connections", "Open connections.", http.connections);
   f.counter("mla_requests_submitted_total", "Requests that entered the queue.", s.requests_submitted);
-  f.counters("mla_continuations_finished_total", "Continuations by how they ended.", "reason",
-             {{"stop", s.finished_stop},
-              {"length", s.finished_length},
-              {"cancelled", s.cancelled},
-              {"error", s.failed}});
+  f.counters<std::int64_t>("mla_continuations_finished_total", "Continuations by how they ended.", "reason",
+                           {{"stop", s.finished_stop},
+                            {"length", s.finished_length},
+                            {"cancelled", s.cancelled},
+                            {"error", s.failed}});
   f.gauge("mla_sequences_running", "Sequences in the batch.", s.running);
   f.gauge("mla_sequences_waiting", "Sequences in the queue.", s.waiting);
   f.counter("mla_prompt_tokens_total", "Tokens of prompts.", s.prompt_tokens);
@@ -103,7 +122,8 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   f.counter("mla_preemptions_total", "Sequences that lost their pages to earlier ones.", s.preemptions);
   f.counter("mla_pages_evicted_total", "Cached pages that were taken for new tokens.", s.pages_evicted);
   const auto drafts = [&](const char* name, const char* help, std::int64_t DraftStats::*value) {
-    f.counters(name, help, "source", {{"ngram", s.ngram_drafts.*value}, {"mtp", s.mtp_drafts.*value}});
+    f.counters<std::int64_t>(name, help, "source",
+                             {{"ngram", s.ngram_drafts.*value}, {"mtp", s.mtp_drafts.*value}});
   };
   drafts("mla_drafted_tokens_total", "Drafts that went through the model, by where they came from.",
          &DraftStats::drafted);
@@ -112,6 +132,7 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   drafts("mla_draft_step_tokens_total", "Tokens that steps with drafts gave.", &DraftStats::tokens);
   f.counter("mla_steps_total", "Steps of the engine.", s.steps);
   f.counter("mla_step_seconds_total", "Time spent in steps.", s.step_seconds);
+  add_ranks(f, s.ranks);
   f.gauge("mla_cache_pages", "Pages of 64 tokens in the cache.", s.pages_total);
   f.gauge("mla_cache_pages_used", "Pages of running sequences.", s.pages_used);
   f.gauge("mla_cache_pages_cached", "Pages kept for prefix reuse only.", s.pages_cached);

@@ -222,16 +222,14 @@ bool Gemm::supports_bfloat16() {
 
 PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int64_t in_features,
                         DType dtype) const {
+  if (dtype == DType::kBFloat16 && panel::multiplies_bfloat16_pairs()) {
+    return pack_panels(weight, out_features, in_features, dtype);
+  }
   PackedWeight out;
   out.out_features_ = out_features;
   out.in_features_ = in_features;
   out.memory_ = std::make_unique<PackedWeight::Memory>();
   out.memory_->dtype = dtype;
-  if (dtype == DType::kBFloat16 && panel::multiplies_bfloat16_pairs()) {
-    out.memory_->panels =
-        std::make_unique<PanelWeight>(weight, out_features, in_features, dtype, PanelWeight::Form::kPlain);
-    return out;
-  }
   dnnl::memory plain(Desc({in_features, out_features}, Type::f32, Tag::ba), cpu_engine(),
                      const_cast<float*>(weight));
   out.memory_->memory =
@@ -241,6 +239,18 @@ PackedWeight Gemm::pack(const float* weight, std::int64_t out_features, std::int
   dnnl::stream stream(cpu_engine());
   dnnl::reorder(plain, out.memory_->memory).execute(stream, plain, out.memory_->memory);
   stream.wait();
+  return out;
+}
+
+PackedWeight Gemm::pack_panels(const float* weight, std::int64_t out_features, std::int64_t in_features,
+                               DType dtype) const {
+  PackedWeight out;
+  out.out_features_ = out_features;
+  out.in_features_ = in_features;
+  out.memory_ = std::make_unique<PackedWeight::Memory>();
+  out.memory_->dtype = dtype;
+  out.memory_->panels =
+      std::make_unique<PanelWeight>(weight, out_features, in_features, dtype, PanelWeight::Form::kPlain);
   return out;
 }
 

@@ -57,6 +57,11 @@ class Gemm {
   PackedWeight pack(const float* weight, std::int64_t out_features, std::int64_t in_features,
                     DType dtype) const;
 
+  /// The same in panels on every machine: then a sum's bits do not depend on how many output features there are, which
+  /// may be some of a larger matrix's.
+  PackedWeight pack_panels(const float* weight, std::int64_t out_features, std::int64_t in_features,
+                           DType dtype) const;
+
   /// The same in 8 bits, for products with rows of `dtype`.
   PackedWeight pack_int8(const float* weight, std::int64_t out_features, std::int64_t in_features,
                          DType dtype) const;

@@ -149,16 +149,20 @@ void SiluMul(const void* gate, const void* up, void* out, DType dtype, std::int6
   with_type(dtype, [&](auto t) HWY_ATTR {
     const Floats d;
     const Vec one = hn::Set(d, 1.0f), limit = hn::Set(d, 88.0f);  // beyond, exp overflows
+    const auto gated = [&](Vec g, Vec u) HWY_ATTR {
+      return hn::Mul(hn::Div(g, hn::Add(one, hn::Exp(d, hn::Min(hn::Neg(g), limit)))), u);
+    };
     std::int64_t i = 0;
-    for (; i + lanes() <= n; i += lanes()) {
-      const Vec g = t.load(gate, i);
-      const Vec silu = hn::Div(g, hn::Add(one, hn::Exp(d, hn::Min(hn::Neg(g), limit))));
-      t.store(hn::Mul(silu, t.load(up, i)), out, i);
+    for (; i + lanes() <= n; i += lanes()) t.store(gated(t.load(gate, i), t.load(up, i)), out, i);
+    if (i == n) return;
+    // The rest by the same instructions: an element's bits do not depend on where a row is cut.
+    HWY_ALIGN float rest[2][hn::MaxLanes(Floats())] = {};
+    for (std::int64_t k = 0; i + k < n; ++k) {
+      rest[0][k] = t.get(gate, i + k);
+      rest[1][k] = t.get(up, i + k);
     }
-    for (; i < n; ++i) {
-      const float g = t.get(gate, i);
-      t.set(g / (1.0f + std::exp(-g)) * t.get(up, i), out, i);
-    }
+    hn::Store(gated(hn::Load(d, rest[0]), hn::Load(d, rest[1])), d, rest[0]);
+    for (std::int64_t k = 0; i + k < n; ++k) t.set(rest[0][k], out, i + k);
   });
 }
 

@@ -8,6 +8,16 @@
 #include "kernels/rows/cpu/rows.h"
 
 namespace flash_mla::model {
+namespace {
+
+// Columns of every rank, which has as many heads as any other.
+std::vector<Range> shares_of_heads(const Partition& partition, std::int64_t columns) {
+  std::vector<Range> out;
+  for (int rank = 0; rank < partition.size; ++rank) out.push_back({rank * columns, columns});
+  return out;
+}
+
+}  // namespace
 
 CpuAttention::KeyValueWeights::KeyValueWeights(const CpuContext& context, const std::vector<float>& kv_b)
     : KeyValueWeights(context, kv_b, split_kv_b(context.config, kv_b.data())) {}
@@ -31,7 +41,10 @@ CpuAttention::CpuAttention(CpuContext& context, const AttentionWeights& weights)
                                 : nullptr),
       kv_norm_(weights.kv_norm),
       kv_b_(context, read_values(weights.kv_b)),
-      o_(context, weights.o, LayerKind::kAttention, weights.o_bias),
+      o_(context, weights.o, LayerKind::kAttention,
+         shares_of_heads(context.partition,
+                         std::int64_t{context.config.num_attention_heads} * context.config.v_head_dim),
+         weights.o_bias),
       indexer_(weights.indexer.q_b.rows > 0 ? std::make_unique<CpuIndexer>(context, weights.indexer)
                                             : nullptr),
       cache_(context) {}

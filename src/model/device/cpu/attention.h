@@ -10,6 +10,7 @@
 #include "model/device/cpu/indexer.h"
 #include "model/device/cpu/latent_cache.h"
 #include "model/device/cpu/linear.h"
+#include "model/device/cpu/reduced_linear.h"
 #include "model/layers.h"
 #include "model/weights.h"
 
@@ -65,7 +66,7 @@ class CpuAttention : public Attention {
   std::unique_ptr<CpuLinear> q_b_;  ///< null: queries are projected directly
   std::vector<float> kv_norm_;
   KeyValueWeights kv_b_;
-  CpuLinear o_;
+  CpuReducedLinear o_;
   std::unique_ptr<CpuIndexer> indexer_;        ///< null: attention is dense, or another layer chooses
   std::vector<std::int32_t> slots_, lengths_;  ///< of fill_slots
   std::vector<Lists> lists_;                   ///< of the step's absorbed tokens

@@ -6,16 +6,19 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/buffer.h"
 #include "base/matrix.h"
 #include "base/parallel.h"
 #include "checkpoint/config.h"
+#include "comm/communicator.h"
 #include "flash_mla/kv_cache.h"
 #include "flash_mla/schedule.h"
 #include "kernels/gemm/cpu/gemm.h"
 #include "model/model.h"
+#include "model/parallel/partition.h"
 #include "model/rope.h"
 #include "model/step.h"
 
@@ -24,16 +27,20 @@ namespace flash_mla::model {
 /// What the layers of the CPU share: how they work, the step that runs, and memory for activations that grows
 /// and stays.
 struct CpuContext {
+  /// `communicator`: null where the rank is alone.
   CpuContext(const ModelConfig& model_config, DType type, std::optional<KvFormat> format,
-             const ModelOptions& options)
+             const ModelOptions& options, Partition part = {}, comm::Communicator* communicator = nullptr)
       : config(model_config),
         dtype(type),
         quantize(options.quantize),
         cache_format(format),
         fp8_index_keys(options.fp8_index_keys || format == KvFormat::kFp8V32),
         on_product(options.on_product),
+        panels(options.batch_invariant),
         threads(options.num_threads > 0 ? options.num_threads : default_threads()),
-        rope(make_rope(model_config)) {}
+        rope(make_rope(model_config)),
+        partition(std::move(part)),
+        ranks(communicator) {}
 
   ScheduleOptions schedule_options(bool batch_invariant) const;
   /// As Device::reserve; what a layer keeps for itself is not in it.
@@ -74,14 +81,17 @@ struct CpuContext {
   /// Elements below which a row-wise operation is not worth waking a second thread.
   static constexpr std::int64_t kParallelElements = 16384;
 
-  const ModelConfig config;
-  const DType dtype;  ///< of weights, activations and cache
+  const ModelConfig config;  ///< with this rank's heads
+  const DType dtype;         ///< of weights, activations and cache
   const ModelQuantize quantize;
   const std::optional<KvFormat> cache_format;  ///< of the cache, where its rows are not of `dtype`
   const bool fp8_index_keys;                   ///< index keys are e4m3, else of `dtype`
   const std::function<void(std::span<const std::string>, const Matrix&)> on_product;  ///< ModelOptions'
+  const bool panels;  ///< a product's bits do not depend on how many of its outputs are this rank's
   const int threads;
   const Rope rope;
+  const Partition partition;
+  comm::Communicator* const ranks;
   mutable cpu::Gemm gemm;
 
   const Step* step = nullptr;
@@ -104,6 +114,7 @@ struct CpuContext {
     Buffer index_k, index_q, index_h, index_weights, index_logits, index_workspace;
     Buffer index_values, index_scaled_weights;                                   ///< of queries in FP8
     Buffer logit_x, logit_q, logit_q_a, logit_index_h, logit_h, logits, tokens;  ///< of the logit rows
+    Buffer sum, gathered, sent, received;  ///< of exchanges between ranks
   } buffers;
 
  private:

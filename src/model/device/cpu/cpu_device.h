@@ -3,9 +3,11 @@
 #include <memory>
 #include <optional>
 
+#include "comm/communicator.h"
 #include "flash_mla/kv_cache.h"
 #include "model/device.h"
 #include "model/model.h"
+#include "model/parallel/partition.h"
 
 namespace flash_mla::model {
 
@@ -17,9 +19,12 @@ DType preferred_cpu_dtype();
 std::optional<KvFormat> cpu_cache_format(const ModelConfig& config, DType dtype, ModelKvCache kv_cache);
 
 /// The CPU: products by oneDNN or our own kernels, decode attention by flash_mla::dense_decode. `dtype`, of
-/// weights, activations and a cache without a format of its own, is float32 or bfloat16. Throws Unsupported where
-/// the machine has no kernels for it.
+/// weights, activations and a cache without a format of its own, is float32 or bfloat16. Of a rank among several:
+/// `config` with its heads, its partition and its communicator, which must outlive the device. Throws Unsupported where
+/// the machine has no kernels for the type.
 std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype,
-                                        std::optional<KvFormat> cache_format, const ModelOptions& options);
+                                        std::optional<KvFormat> cache_format, const ModelOptions& options,
+                                        const Partition& partition = {},
+                                        comm::Communicator* communicator = nullptr);
 
 }  // namespace flash_mla::model

@@ -5,10 +5,12 @@
 namespace flash_mla::model {
 
 CpuGatedNetwork::CpuGatedNetwork(const CpuContext& context, const Weight& gate_up, const Weight& down,
-                                 LayerKind kind)
-    : intermediate_(down.columns), gate_up_(context, gate_up, kind), down_(context, down, kind) {}
+                                 std::int64_t intermediate, LayerKind kind)
+    : intermediate_(gate_up.rows / 2),
+      gate_up_(context, gate_up, kind),
+      down_(context, down, kind, shares(context.partition, intermediate)) {}
 
-void CpuGatedNetwork::add(CpuContext& context, const Matrix& h, const Matrix& x) const {
+Matrix CpuGatedNetwork::activate(CpuContext& context, const Matrix& h) const {
   const Matrix gate_up = context.activations(context.buffers.gate_up, h.rows, 2 * intermediate_);
   const Matrix act = context.activations(context.buffers.act, h.rows, intermediate_);
   gate_up_.multiply(context, h, gate_up);
@@ -17,13 +19,21 @@ void CpuGatedNetwork::add(CpuContext& context, const Matrix& h, const Matrix& x)
     cpu::rows::silu_mul(gate, gate + intermediate_ * context.element(), act.row(t), context.dtype,
                         intermediate_);
   });
-  down_.multiply_add(context, act, x);
+  return act;
+}
+
+void CpuGatedNetwork::add(CpuContext& context, const Matrix& h, const Matrix& x) const {
+  down_.multiply_add(context, activate(context, h), x);
+}
+
+void CpuGatedNetwork::multiply(CpuContext& context, const Matrix& h, const Matrix& sum) const {
+  down_.multiply(context, activate(context, h), sum);
 }
 
 CpuFeedForward::CpuFeedForward(CpuContext& context, const FeedForwardWeights& weights)
     : context_(context),
       norm_(weights.norm),
-      network_(context, weights.gate_up, weights.down, LayerKind::kDense) {}
+      network_(context, weights.gate_up, weights.down, context.config.intermediate_size, LayerKind::kDense) {}
 
 void CpuFeedForward::forward(Residual& x) {
   if (x.x.rows == 0) return;

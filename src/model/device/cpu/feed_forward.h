@@ -5,22 +5,29 @@
 #include "base/matrix.h"
 #include "model/device/cpu/context.h"
 #include "model/device/cpu/linear.h"
+#include "model/device/cpu/reduced_linear.h"
 #include "model/layers.h"
 #include "model/weights.h"
 
 namespace flash_mla::model {
 
-/// Two products with a gate between: down · (silu(gate · h) * (up · h)).
+/// Two products with a gate between: down · (silu(gate · h) * (up · h)); ranks have a share of the width between each.
 class CpuGatedNetwork {
  public:
-  CpuGatedNetwork(const CpuContext& context, const Weight& gate_up, const Weight& down, LayerKind kind);
-  /// x += network(h)
+  /// `intermediate`: the whole width.
+  CpuGatedNetwork(const CpuContext& context, const Weight& gate_up, const Weight& down,
+                  std::int64_t intermediate, LayerKind kind);
+  /// x += network(h), on all ranks.
   void add(CpuContext& context, const Matrix& h, const Matrix& x) const;
+  /// sum (float32) = what this rank adds to it. Not of an exact partition.
+  void multiply(CpuContext& context, const Matrix& h, const Matrix& sum) const;
 
  private:
-  std::int64_t intermediate_;
-  CpuLinear gate_up_;  ///< (2 * intermediate, hidden)
-  CpuLinear down_;     ///< (hidden, intermediate)
+  Matrix activate(CpuContext& context, const Matrix& h) const;
+
+  std::int64_t intermediate_;  ///< this rank's
+  CpuLinear gate_up_;          ///< (2 * intermediate, hidden)
+  CpuReducedLinear down_;      ///< (hidden, intermediate)
 };
 
 class CpuFeedForward : public FeedForward {

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "kernels/sampling/cpu/draw.h"
+#include "model/device/cpu/reduced_linear.h"
 
 namespace flash_mla::model {
 namespace {
@@ -42,7 +43,13 @@ Matrix CpuHead::forward(const Residual& x) {
   const Matrix logits = CpuContext::matrix(context_.buffers.logits, DType::kFloat32, rows, config.vocab_size);
   context_.gather_logit_rows(x.x, last);
   context_.rms_norm(last, norm_, config.rms_norm_eps, last);
-  weight_->multiply(context_, last, logits);
+  if (context_.partition.alone()) {
+    weight_->multiply(context_, last, logits);
+  } else {
+    const Range own = context_.partition.share(config.vocab_size);
+    weight_->multiply(context_, last, logits.column_range(own.first, own.count));
+    gather_columns(context_, logits, shares(context_.partition, config.vocab_size));
+  }
   return logits;
 }
 

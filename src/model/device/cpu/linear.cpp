@@ -64,7 +64,9 @@ cpu::PackedWeight pack(const CpuContext& context, const Weight& weight, LayerKin
     return context.gemm.pack_quantized(made.codes.get(), made.scales.data(), *asked, rows, columns,
                                        context.dtype);
   }
-  return context.gemm.pack(read_values(weight).data(), rows, columns, context.dtype);
+  const std::vector<float> values = read_values(weight);
+  return context.panels ? context.gemm.pack_panels(values.data(), rows, columns, context.dtype)
+                        : context.gemm.pack(values.data(), rows, columns, context.dtype);
 }
 
 CpuLinear::CpuLinear(const CpuContext& context, const Weight& weight, LayerKind kind, std::vector<float> bias)

@@ -6,6 +6,7 @@
 
 #include "kernels/moe/cpu/router.h"
 #include "kernels/rows/cpu/rows.h"
+#include "model/device/cpu/reduced_linear.h"
 
 namespace flash_mla::model {
 namespace {
@@ -22,16 +23,25 @@ CpuMixtureOfExperts::CpuMixtureOfExperts(CpuContext& context, const MixtureWeigh
       norm_(weights.norm),
       router_(context.gemm.pack(read_values(weights.router).data(), weights.router.rows,
                                 weights.router.columns, DType::kFloat32)),
-      correction_bias_(weights.correction_bias) {
+      correction_bias_(weights.correction_bias),
+      ranks_(weights.ranks),
+      own_index_(static_cast<std::size_t>(weights.router.rows), -1) {
   for (int e = 0; e < weights.router.rows; ++e) {
+    if (!ranks_.empty() &&
+        std::ranges::count(ranks_[static_cast<std::size_t>(e)], context.partition.rank) == 0) {
+      continue;
+    }
+    own_index_[static_cast<std::size_t>(e)] = static_cast<std::int32_t>(experts_.size());
     const ExpertWeights expert = weights.expert(e);
     experts_.push_back({pack(context, expert.gate_up, LayerKind::kExperts),
                         pack(context, expert.down, LayerKind::kExperts), expert.gate_up.tensors,
                         expert.down.tensors});
   }
   if (weights.shared_down.rows > 0) {
-    shared_ = std::make_unique<CpuGatedNetwork>(context, weights.shared_gate_up, weights.shared_down,
-                                                LayerKind::kShared);
+    shared_ = std::make_unique<CpuGatedNetwork>(
+        context, weights.shared_gate_up, weights.shared_down,
+        std::int64_t{context.config.n_shared_experts} * context.config.moe_intermediate_size,
+        LayerKind::kShared);
   }
 }
 
@@ -40,8 +50,26 @@ void CpuMixtureOfExperts::forward(Residual& x) {
   const Matrix h = context_.activations(context_.buffers.h, x.x.rows, x.x.columns);
   context_.rms_norm(x.x, norm_, context_.config.rms_norm_eps, h);
   route(h);
-  if (shared_) shared_->add(context_, h, x.x);
-  add_experts(h, x.x);
+  find_own(h.rows);
+  if (context_.partition.alone() || context_.partition.exact) {
+    if (shared_) shared_->add(context_, h, x.x);
+    const Matrix results = run_experts(h);
+    if (context_.partition.alone()) {
+      add_results(results, x.x, context_.dtype);
+    } else {
+      add_results_of_all(results, x.x);
+    }
+    return;
+  }
+  // One sum over ranks for shared and routed experts.
+  const Matrix sum = CpuContext::matrix(context_.buffers.sum, DType::kFloat32, h.rows, h.columns);
+  if (shared_) {
+    shared_->multiply(context_, h, sum);
+  } else {
+    std::memset(sum.data, 0, static_cast<std::size_t>(h.rows * h.columns) * sizeof(float));
+  }
+  add_results(run_experts(h), sum, DType::kFloat32);
+  reduce_into(context_, sum, x.x);
 }
 
 std::vector<std::int32_t> CpuMixtureOfExperts::experts_taken(int num_tokens) const {
@@ -79,42 +107,105 @@ void CpuMixtureOfExperts::route(const Matrix& h) {
   });
 }
 
-// x += the chosen experts of h, weighted. Every expert multiplies the rows of its tokens; the results of a
-// token's experts are then added in the order of its choice, whichever expert was done first.
-void CpuMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
-  const std::int64_t chosen = context_.config.num_experts_per_tok, hidden = h.columns;
-  const auto* weight = reinterpret_cast<const float*>(context_.buffers.expert_weights.data());
-  sort_by_expert(
-      {reinterpret_cast<const std::int32_t*>(ids_.data()), static_cast<std::size_t>(h.rows * chosen)});
+// Replicas take turns, but in a batch-invariant step, where a token's place must not matter.
+int CpuMixtureOfExperts::runs_at(std::int64_t token, std::int32_t expert) const {
+  if (ranks_.empty()) return context_.partition.rank;
+  const std::vector<int>& ranks = ranks_[static_cast<std::size_t>(expert)];
+  return ranks[context_.step->batch_invariant ? 0 : static_cast<std::size_t>(token) % ranks.size()];
+}
+
+// Which of the step's choices are this rank's.
+void CpuMixtureOfExperts::find_own(std::int64_t num_tokens) {
+  const std::int64_t chosen = context_.config.num_experts_per_tok;
+  const auto* ids = reinterpret_cast<const std::int32_t*>(ids_.data());
+  own_.resize(static_cast<std::size_t>(num_tokens * chosen));
+  for (std::int64_t i = 0; i < num_tokens * chosen; ++i) {
+    const bool here = runs_at(i / chosen, ids[i]) == context_.partition.rank;
+    own_[static_cast<std::size_t>(i)] = here ? own_index_[static_cast<std::size_t>(ids[i])] : -1;
+  }
+}
+
+// Every expert multiplies the rows of its tokens. Whichever was done first, the results of a token's experts are then
+// added in the order of its choice.
+Matrix CpuMixtureOfExperts::run_experts(const Matrix& h) {
+  sort_by_expert();
   const Matrix results =
-      CpuContext::matrix(context_.buffers.expert_out, DType::kFloat32, h.rows * chosen, hidden);
-  const std::int64_t expert_weights = 3 * hidden * experts_[0].down.in_features();
+      CpuContext::matrix(context_.buffers.expert_out, DType::kFloat32, std::ssize(by_expert_), h.columns);
+  if (pieces_.empty()) return results;
+  const std::int64_t expert_weights = 3 * h.columns * experts_[0].down.in_features();
   // Rows and weights of the average piece, for all of them.
   const auto count = std::ssize(pieces_);
-  const bool threads =
-      worth_threads(count * expert_weights, h.rows * chosen / std::max<std::int64_t>(count, 1));
+  const bool threads = worth_threads(count * expert_weights, std::ssize(by_expert_) / count);
   parallel_for(count, threads ? context_.threads : 1, [&](std::int64_t i) {
     const Piece& piece = pieces_[static_cast<std::size_t>(i)];
     run_expert(h, piece, results.row_range(piece.first, piece.count));
   });
-  context_.for_rows(h.rows, hidden * chosen, [&](std::int64_t t) {
+  return results;
+}
+
+void CpuMixtureOfExperts::add_results(const Matrix& results, const Matrix& rows, DType dtype,
+                                      std::int64_t first) const {
+  const std::int64_t chosen = context_.config.num_experts_per_tok, hidden = rows.columns;
+  const auto* weight =
+      reinterpret_cast<const float*>(context_.buffers.expert_weights.data()) + first * chosen;
+  context_.for_rows(rows.rows, hidden * chosen, [&](std::int64_t t) {
     thread_local std::vector<float> sum;
     sum.resize(static_cast<std::size_t>(hidden));
-    cpu::rows::widen(x.row(t), context_.dtype, sum.data(), hidden);
+    cpu::rows::widen(rows.row(t), dtype, sum.data(), hidden);
     for (std::int64_t i = t * chosen; i < (t + 1) * chosen; ++i) {
       const std::int64_t row = places_[static_cast<std::size_t>(i)];
+      if (row < 0) continue;
       cpu::rows::add_scaled(reinterpret_cast<const float*>(results.row(row)), weight[i], sum.data(), hidden);
     }
-    cpu::rows::narrow(sum.data(), x.row(t), context_.dtype, hidden);
+    cpu::rows::narrow(sum.data(), rows.row(t), dtype, hidden);
   });
 }
 
-// Lists the choices (token * num_experts_per_tok + rank) expert by expert in `by_expert_`, and cuts each
+// x += the results of all ranks, added up as one rank would: each rank has a share of the tokens, gets all results of
+// these, one row for a choice, and adds them in the order of the choices.
+void CpuMixtureOfExperts::add_results_of_all(const Matrix& results, const Matrix& x) {
+  const std::int64_t chosen = context_.config.num_experts_per_tok, hidden = x.columns;
+  const auto* ids = reinterpret_cast<const std::int32_t*>(ids_.data());
+  const std::vector<Range> tokens = shares(context_.partition, x.rows);
+  const auto ranks = tokens.size();
+  const Range own = tokens[static_cast<std::size_t>(context_.partition.rank)];
+
+  std::vector<std::int64_t> to(ranks), from(ranks);
+  const Matrix sent = CpuContext::matrix(context_.buffers.sent, DType::kFloat32, results.rows, hidden);
+  std::int64_t at = 0;
+  for (std::size_t r = 0; r < ranks; ++r) {
+    for (std::int64_t i = tokens[r].first * chosen; i < tokens[r].end() * chosen; ++i) {
+      const std::int64_t row = places_[static_cast<std::size_t>(i)];
+      if (row < 0) continue;
+      std::memcpy(sent.row(at++), results.row(row), static_cast<std::size_t>(hidden) * sizeof(float));
+      ++to[r];
+    }
+  }
+  for (std::int64_t i = own.first * chosen; i < own.end() * chosen; ++i)
+    ++from[static_cast<std::size_t>(runs_at(i / chosen, ids[i]))];
+  const Matrix received =
+      CpuContext::matrix(context_.buffers.received, DType::kFloat32, own.count * chosen, hidden);
+  context_.ranks->all_to_all_v(sent, to, received, from);
+
+  // Where the results of each choice lie: behind those of the ranks before, in the order of the choices.
+  std::vector<std::int64_t> next(ranks, 0);
+  for (std::size_t r = 1; r < ranks; ++r) next[r] = next[r - 1] + from[r - 1];
+  std::ranges::fill(places_, -1);
+  for (std::int64_t i = own.first * chosen; i < own.end() * chosen; ++i)
+    places_[static_cast<std::size_t>(i - own.first * chosen)] =
+        next[static_cast<std::size_t>(runs_at(i / chosen, ids[i]))]++;
+  add_results(received, x.row_range(own.first, own.count), context_.dtype, own.first);
+  gather_rows(context_, x, tokens);
+}
+
+// Lists this rank's choices (token * num_experts_per_tok + rank) expert by expert in `by_expert_`, and cuts each
 // expert's into pieces.
-void CpuMixtureOfExperts::sort_by_expert(std::span<const std::int32_t> ids) {
+void CpuMixtureOfExperts::sort_by_expert() {
   const std::size_t num_experts = experts_.size();
   expert_ends_.assign(num_experts, 0);
-  for (const std::int32_t e : ids) ++expert_ends_[static_cast<std::size_t>(e)];
+  for (const std::int32_t e : own_) {
+    if (e >= 0) ++expert_ends_[static_cast<std::size_t>(e)];
+  }
   pieces_.clear();
   std::int64_t first = 0;
   for (std::size_t e = 0; e < num_experts; ++e) {
@@ -124,10 +215,11 @@ void CpuMixtureOfExperts::sort_by_expert(std::span<const std::int32_t> ids) {
     }
     first = end;
   }
-  by_expert_.resize(ids.size());
-  places_.resize(ids.size());
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    places_[i] = expert_ends_[static_cast<std::size_t>(ids[i])]++;
+  by_expert_.resize(static_cast<std::size_t>(first));
+  places_.assign(own_.size(), -1);
+  for (std::size_t i = 0; i < own_.size(); ++i) {
+    if (own_[i] < 0) continue;
+    places_[i] = expert_ends_[static_cast<std::size_t>(own_[i])]++;
     by_expert_[static_cast<std::size_t>(places_[i])] = static_cast<std::int64_t>(i);
   }
   // The longest first, so that no thread is left with one at the end.

@@ -35,20 +35,32 @@ class CpuMixtureOfExperts : public FeedForward {
   };
 
   void route(const Matrix& h);
-  void add_experts(const Matrix& h, const Matrix& x);
-  void sort_by_expert(std::span<const std::int32_t> ids);
+  /// The rank that runs an expert for a token.
+  int runs_at(std::int64_t token, std::int32_t expert) const;
+  /// Runs this rank's experts: a row of results for every choice that is its own, at places_[choice].
+  Matrix run_experts(const Matrix& h);
+  /// rows[t] += the results of token t's choices that are this rank's, weighted, in the order of the choices.
+  /// `first`: the token of the first row; places_ begin with it.
+  void add_results(const Matrix& results, const Matrix& rows, DType dtype, std::int64_t first = 0) const;
+  void add_results_of_all(const Matrix& results, const Matrix& x);
+  void find_own(std::int64_t num_tokens);
+  void sort_by_expert();
   void run_expert(const Matrix& h, const Piece& piece, const Matrix& out) const;
 
   CpuContext& context_;
   std::vector<float> norm_;
   cpu::PackedWeight router_;  ///< (n_routed_experts, hidden) float32
   std::vector<float> correction_bias_;
+  std::vector<std::vector<int>> ranks_;  ///< that have each routed expert; empty: this one has all
+  std::vector<std::int32_t> own_index_;  ///< of each routed expert, its place in experts_; -1: not here
   std::vector<Expert> experts_;
   std::unique_ptr<CpuGatedNetwork> shared_;  ///< or null
 
   Buffer ids_;  ///< of the last step (tokens, num_experts_per_tok) int32
   std::int64_t num_tokens_ = 0;
-  std::vector<std::int64_t> expert_ends_, by_expert_, places_;  ///< places_: the inverse of by_expert_
+  std::vector<std::int32_t>
+      own_;  ///< of each choice, the place in experts_ of its expert; -1: another rank's
+  std::vector<std::int64_t> expert_ends_, by_expert_, places_;  ///< places_: the inverse of by_expert_, or -1
   std::vector<Piece> pieces_;
 };
 

@@ -1,0 +1,205 @@
+#include "model/parallel/parallel_model.h"
+
+#include <fmt/format.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <numeric>
+#include <thread>
+#include <utility>
+
+namespace flash_mla::model {
+
+/// Runs one function after another.
+class ParallelModel::Thread {
+ public:
+  explicit Thread(int rank)
+      : thread_([this, rank](const std::stop_token& stop) {
+          pthread_setname_np(pthread_self(), fmt::format("rank {}", rank).c_str());
+          run(stop);
+        }) {}
+
+  void start(std::function<void()> work) {
+    {
+      const std::lock_guard lock(mutex_);
+      work_ = std::move(work);
+    }
+    changed_.notify_all();
+  }
+  void wait() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return work_ == nullptr; });
+  }
+
+ private:
+  void run(const std::stop_token& stop) {
+    std::unique_lock lock(mutex_);
+    while (changed_.wait(lock, stop, [this] { return work_ != nullptr; })) {
+      const std::function<void()> work = work_;
+      lock.unlock();
+      work();
+      lock.lock();
+      work_ = nullptr;
+      changed_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable_any changed_;
+  std::function<void()> work_;
+  std::jthread thread_;  // last: it is joined before the rest goes
+};
+
+ParallelModel::ParallelModel(int num_ranks, const MakeRank& make, std::chrono::milliseconds timeout)
+    : group_(num_ranks, timeout), ranks_(static_cast<std::size_t>(num_ranks)) {
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    Rank& of = ranks_[static_cast<std::size_t>(rank)];
+    of.communicator = group_.communicator(rank);
+    if (rank > 0) of.thread = std::make_unique<Thread>(rank);
+  }
+  on_all(Call::kSetUp, [&](Rank& rank) { rank.model = make(rank.communicator->rank(), *rank.communicator); });
+}
+
+ParallelModel::~ParallelModel() {
+  // A device's memory is given back where it was taken.
+  for (Rank& rank : ranks_) {
+    if (rank.thread) rank.thread->start([&rank] { rank.model.reset(); });
+  }
+  for (Rank& rank : ranks_) {
+    if (rank.thread) rank.thread->wait();
+  }
+}
+
+template <class F>
+void ParallelModel::on_all(Call call, F&& f) {
+  check_alive();
+  const auto run = [&f](Rank& rank) {
+    const auto begin = std::chrono::steady_clock::now();
+    try {
+      f(rank);
+    } catch (const std::exception& e) {
+      rank.error = std::current_exception();
+      rank.communicator->fail(e.what());
+    } catch (...) {
+      rank.error = std::current_exception();
+      rank.communicator->fail("an unknown exception");
+    }
+    rank.stats.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  };
+  for (Rank& rank : ranks_) {
+    if (rank.thread) rank.thread->start([&run, &rank] { run(rank); });
+  }
+  run(ranks_[0]);
+  for (Rank& rank : ranks_) {
+    if (rank.thread) rank.thread->wait();
+  }
+  raise(call);
+}
+
+void ParallelModel::check_alive() const {
+  if (broken_) throw comm::RankError(*broken_);
+}
+
+// A step that only some ranks have done leaves them apart for good. What all refuse alike, a wrong argument, does not, nor
+// does a failure before or between steps.
+void ParallelModel::raise(Call call) {
+  std::vector<std::exception_ptr> errors;
+  for (Rank& rank : ranks_) errors.push_back(std::exchange(rank.error, nullptr));
+  const auto num_failed = std::ranges::count_if(errors, [](const auto& e) { return e != nullptr; });
+  if (num_failed == 0) return;
+  // Its own failure, not that it has heard of another's.
+  std::exception_ptr own;
+  int failed = -1;
+  std::int64_t num_own = 0;
+  for (std::size_t r = 0; r < errors.size(); ++r) {
+    if (!errors[r]) continue;
+    try {
+      std::rethrow_exception(errors[r]);
+    } catch (const comm::RankError& e) {
+      if (!broken_) broken_ = e;
+    } catch (...) {
+      ++num_own;
+      if (own) continue;
+      own = errors[r];
+      failed = static_cast<int>(r);
+    }
+  }
+  if (own && (call == Call::kSetUp || num_own == std::ssize(ranks_))) {
+    broken_.reset();
+    group_.reset();
+    std::rethrow_exception(own);
+  }
+  if (own) {
+    try {
+      std::rethrow_exception(own);
+    } catch (const std::exception& e) {
+      broken_ = comm::RankError(failed, e.what());
+    } catch (...) {
+      broken_ = comm::RankError(failed, "an unknown exception");
+    }
+  }
+  check_alive();
+}
+
+std::size_t ParallelModel::bytes_per_page() const {
+  return std::accumulate(ranks_.begin(), ranks_.end(), std::size_t{0}, [](std::size_t sum, const Rank& rank) {
+    return sum + rank.model->bytes_per_page();
+  });
+}
+
+void ParallelModel::allocate_cache(int num_pages) {
+  on_all(Call::kSetUp, [&](Rank& rank) { rank.model->allocate_cache(num_pages); });
+}
+
+void ParallelModel::copy_page(int source, int target) {
+  on_all(Call::kStep, [&](Rank& rank) { rank.model->copy_page(source, target); });
+}
+
+void ParallelModel::reserve(int num_tokens, int num_rows) {
+  on_all(Call::kSetUp, [&](Rank& rank) { rank.model->reserve(num_tokens, num_rows); });
+}
+
+void ParallelModel::launch(const ForwardBatch& batch) {
+  on_all(Call::kStep, [&](Rank& rank) { rank.model->launch(batch); });
+  logit_rows_.push_back(batch.logit_rows.size());
+  const std::size_t tokens = batch.drawn_rows.size() + batch.greedy_rows.size();
+  for (Rank& rank : ranks_) rank.tokens.resize(std::max(rank.tokens.size(), tokens));
+}
+
+void ParallelModel::choose(std::span<const TokenRule> rules) {
+  on_all(Call::kStep, [&](Rank& rank) { rank.model->choose(rules); });
+}
+
+void ParallelModel::collect(float* logits, std::int32_t* tokens) {
+  const std::size_t rows = logit_rows_.empty() ? 0 : logit_rows_.front();
+  if (!logit_rows_.empty()) logit_rows_.erase(logit_rows_.begin());
+  on_all(Call::kStep, [&](Rank& rank) {
+    if (&rank == ranks_.data()) return rank.model->collect(logits, tokens);
+    rank.logits.resize(rows * static_cast<std::size_t>(rank.model->vocab_size()));
+    rank.model->collect(rank.logits.data(), rank.tokens.data());
+  });
+}
+
+void ParallelModel::draft(const DraftBatch& batch, std::int32_t* tokens) {
+  on_all(Call::kStep, [&](Rank& rank) {
+    if (&rank == ranks_.data()) return rank.model->draft(batch, tokens);
+    rank.tokens.resize(std::max(rank.tokens.size(), batch.draws.size()));
+    rank.model->draft(batch, rank.tokens.data());
+  });
+}
+
+std::vector<RankStats> ParallelModel::rank_stats() const {
+  std::vector<RankStats> out;
+  for (const Rank& rank : ranks_) {
+    RankStats& of = out.emplace_back(rank.stats);
+    const comm::Traffic& traffic = rank.communicator->traffic();
+    of.exchanges = traffic.calls;
+    of.bytes_sent = traffic.bytes;
+    of.exchange_seconds = traffic.seconds;
+  }
+  return out;
+}
+
+}  // namespace flash_mla::model

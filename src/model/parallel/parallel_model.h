@@ -1,0 +1,79 @@
+#pragma once
+
+#include <chrono>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "comm/thread_group.h"
+#include "model/model.h"
+
+namespace flash_mla::model {
+
+/// A model whose weights several ranks have in parts: every step goes to all of them, each of which is a thread of its
+/// own, and rank 0's results come back. A step in which a rank fails, or does not come in time, throws
+/// comm::RankError, and so does whatever is asked of the model from then on.
+class ParallelModel : public Model {
+ public:
+  /// Makes the model of one rank, which keeps the communicator. Called on the rank's own thread, of all ranks at once.
+  using MakeRank = std::function<std::unique_ptr<Model>(int rank, comm::Communicator& communicator)>;
+
+  /// Throws what `make` throws on any rank. `timeout`: how long ranks wait for each other within a step.
+  ParallelModel(int num_ranks, const MakeRank& make, std::chrono::milliseconds timeout = comm::kTimeout);
+  ~ParallelModel() override;
+
+  int vocab_size() const override { return first().vocab_size(); }
+  std::int64_t max_position() const override { return first().max_position(); }
+  /// Of all ranks: they share the host's memory, and each has a cache of its own.
+  std::size_t bytes_per_page() const override;
+  std::size_t free_memory() const override { return first().free_memory(); }
+  ScheduleOptions schedule_options(int sequences, bool batch_invariant) const override {
+    return first().schedule_options(sequences, batch_invariant);
+  }
+  void allocate_cache(int num_pages) override;
+  void copy_page(int source, int target) override;
+  void reserve(int num_tokens, int num_rows) override;
+  void launch(const ForwardBatch& batch) override;
+  bool draws_take_masks() const override { return first().draws_take_masks(); }
+  void choose(std::span<const TokenRule> rules) override;
+  void collect(float* logits, std::int32_t* tokens) override;
+  bool has_draft_module() const override { return first().has_draft_module(); }
+  void draft(const DraftBatch& batch, std::int32_t* tokens) override;
+  bool launches_ahead() const override { return first().launches_ahead(); }
+  double device_seconds() const override { return first().device_seconds(); }
+  std::int64_t experts_hit(int num_tokens) override { return first().experts_hit(num_tokens); }
+  std::vector<RankStats> rank_stats() const override;
+  std::string broken() const override { return broken_ ? broken_->what() : ""; }
+
+ private:
+  class Thread;
+  struct Rank {
+    std::unique_ptr<comm::Communicator> communicator;
+    std::unique_ptr<Model> model;
+    std::exception_ptr error;  ///< of its last call
+    std::unique_ptr<Thread> thread;
+    std::vector<float> logits;         ///< that nobody reads
+    std::vector<std::int32_t> tokens;  ///< likewise
+    RankStats stats;
+  };
+  enum class Call { kSetUp, kStep };
+
+  Model& first() const { return *ranks_[0].model; }
+  /// f(rank) on all ranks, rank 0's on this thread; throws what they throw.
+  template <class F>
+  void on_all(Call call, F&& f);
+  void raise(Call call);
+  void check_alive() const;
+
+  comm::ThreadGroup group_;
+  std::vector<Rank> ranks_;
+  std::optional<comm::RankError> broken_;
+  std::vector<std::size_t> logit_rows_;  ///< of the steps that are on their way
+};
+
+}  // namespace flash_mla::model

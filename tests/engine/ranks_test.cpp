@@ -1,0 +1,180 @@
+// The engine over a model that several ranks share: models/small with whatever a request can ask for, and what is left
+// when a rank fails.
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine/engine_core.h"
+#include "flash_mla/engine.h"
+#include "model/parallel/parallel_model.h"
+
+namespace flash_mla {
+namespace {
+
+EngineOptions options(int tp) {
+  EngineOptions o;
+  o.device = EngineOptions::Device::kCpu;
+  o.batch_invariant = true;
+  o.num_pages = 24;  // so few that sequences are preempted
+  o.max_batch_size = 12;
+  o.max_tokens_per_step = 96;
+  o.num_threads = tp;
+  o.tp = tp;
+  return o;
+}
+
+std::vector<Request> requests(int count) {
+  const std::vector<std::string> openings = {"And it came to pass", "CHAPTER I\n\nEmma was", "And the sons of",
+                                             "In the beginning", "Blessed are the"};
+  std::mt19937 random(7);
+  std::vector<Request> out;
+  for (int i = 0; i < count; ++i) {
+    Request& r = out.emplace_back();
+    for (unsigned k = 0, parts = 1 + random() % 12; k < parts; ++k)
+      r.prompt += (k > 0 ? ", " : "") + openings[random() % openings.size()];
+    SamplingParams& p = r.sampling;
+    p.max_tokens = 1 + static_cast<int>(random() % 60);
+    p.temperature = std::vector<double>{0, 0.3, 1}[random() % 3];
+    p.seed = random();
+    p.ignore_eos = random() % 2 == 0;
+    if (random() % 4 == 0) p.top_k = 20;
+    if (random() % 5 == 0) p.repetition_penalty = 1.1;
+    if (random() % 6 == 0) p.logprobs = 2;
+    if (random() % 8 == 0) p.n = 2;
+  }
+  return out;
+}
+
+TEST(EngineOnRanks, WritesTheTextOfOneRank) {
+  const std::vector<Request> all = requests(20);
+  Engine one(FLASH_MLA_SMALL_MODEL, options(1));
+  const std::vector<Completion> expected = one.generate(all);
+  EXPECT_TRUE(one.stats().ranks.empty());
+  for (const int tp : {2, 4}) {
+    SCOPED_TRACE(tp);
+    EngineOptions o = options(tp);
+    if (tp == 4) o.expert_placement = "round-robin";
+    Engine engine(FLASH_MLA_SMALL_MODEL, o);
+    const std::vector<Completion> out = engine.generate(all);
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      SCOPED_TRACE(i);
+      ASSERT_EQ(expected[i].choices.size(), out[i].choices.size());
+      for (std::size_t k = 0; k < out[i].choices.size(); ++k) {
+        const Completion::Choice &a = expected[i].choices[k], &b = out[i].choices[k];
+        EXPECT_EQ(a.token_ids, b.token_ids);
+        EXPECT_EQ(b.error, "");
+        ASSERT_EQ(a.logprobs.size(), b.logprobs.size());
+        for (std::size_t t = 0; t < a.logprobs.size(); ++t)
+          EXPECT_EQ(a.logprobs[t].chosen.logprob, b.logprobs[t].chosen.logprob) << "to the bit";
+      }
+    }
+    const EngineStats stats = engine.stats();
+    EXPECT_EQ(stats.pages_used, 0);
+    EXPECT_GT(stats.preemptions, 0);
+    EXPECT_GT(stats.prefix_tokens_hit, 0);
+    EXPECT_EQ(stats.bytes_per_page, static_cast<std::size_t>(tp) * one.stats().bytes_per_page);
+    ASSERT_EQ(stats.ranks.size(), static_cast<std::size_t>(tp));
+    for (const RankStats& rank : stats.ranks) {
+      EXPECT_GT(rank.bytes_sent, 0);
+      EXPECT_EQ(rank.exchanges, stats.ranks[0].exchanges);
+    }
+  }
+}
+
+TEST(EngineOnRanks, HasNoPageInUseAfterRandomCancels) {
+  EngineOptions o = options(2);
+  o.batch_invariant = false;
+  Engine engine(FLASH_MLA_SMALL_MODEL, o);
+  std::mt19937 random(11);
+  std::vector<RequestId> ids;
+  int left = 120, ended = 0;
+  while (ended < 120) {
+    while (left > 0 && random() % 3 != 0) {
+      Request r;
+      const auto length = 1 + random() % 150;
+      for (unsigned i = 0; i < length; ++i)
+        r.prompt_token_ids.push_back(static_cast<std::int32_t>(3 + i % 17 + random() % 2));
+      r.sampling.max_tokens = 1 + static_cast<int>(random() % 30);
+      r.sampling.ignore_eos = true;
+      ids.push_back(engine.submit(std::move(r), [&](const GenerationEvent& e) { ended += e.last; }));
+      --left;
+    }
+    if (!ids.empty() && random() % 4 == 0) engine.cancel(ids[random() % ids.size()]);
+    engine.step();
+  }
+  EXPECT_EQ(engine.stats().pages_used, 0);
+  EXPECT_EQ(engine.stats().failed, 0);
+  EXPECT_GT(engine.stats().cancelled, 0);
+}
+
+// Wraps the model of one rank and throws from some step on.
+class Failing : public model::Model {
+ public:
+  Failing(int rank, const std::atomic<int>& failing_rank, const std::atomic<int>& steps_left)
+      : rank_(rank), failing_rank_(failing_rank), steps_left_(steps_left) {}
+  int vocab_size() const override { return 8; }
+  std::int64_t max_position() const override { return 1024; }
+  std::size_t bytes_per_page() const override { return 64; }
+  ScheduleOptions schedule_options(int /*sequences*/, bool /*batch_invariant*/) const override {
+    ScheduleOptions out;
+    out.num_parts = 1;
+    return out;
+  }
+  void allocate_cache(int /*num_pages*/) override {}
+  void copy_page(int /*source*/, int /*target*/) override {}
+  void reserve(int /*num_tokens*/, int /*num_rows*/) override {}
+  void launch(const model::ForwardBatch& batch) override {
+    if (rank_ == failing_rank_ && steps_left_ <= 0) throw std::runtime_error("the device is gone");
+    rows_ = batch.logit_rows.size();
+    tokens_ = batch.drawn_rows.size() + batch.greedy_rows.size();
+  }
+  void collect(float* logits, std::int32_t* tokens) override {
+    std::fill_n(logits, rows_ * 8, 0.0f);
+    std::fill_n(tokens, tokens_, 5);
+  }
+
+ private:
+  int rank_;
+  const std::atomic<int>&failing_rank_, &steps_left_;
+  std::size_t rows_ = 0, tokens_ = 0;
+};
+
+TEST(EngineOnRanks, EndsWithTheNameOfARankThatFails) {
+  std::atomic<int> failing_rank{-1}, steps_left{4};
+  auto model = std::make_unique<model::ParallelModel>(3, [&](int rank, comm::Communicator&) {
+    return std::make_unique<Failing>(rank, failing_rank, steps_left);
+  });
+  std::vector<std::string> told;
+  EngineOptions o;
+  o.num_pages = 16;
+  o.on_broken = [&](const std::string& why) { told.push_back(why); };
+  engine::EngineCore core(std::move(model), nullptr, {}, o);
+  std::vector<std::string> errors;
+  const auto submit = [&] {
+    Request r;
+    r.prompt_token_ids = {1, 2, 3};
+    r.sampling.max_tokens = 100;
+    r.sampling.temperature = 0;
+    core.submit(std::move(r), [&](const GenerationEvent& e) {
+      if (e.finish == FinishReason::kError) errors.push_back(e.error);
+    });
+  };
+  failing_rank = 2;
+  submit();
+  submit();
+  for (int i = 0; i < 10 && errors.size() < 2; ++i, --steps_left) core.step();
+  submit();
+  for (int i = 0; i < 10 && errors.size() < 3; ++i) core.step();
+  ASSERT_EQ(errors.size(), 3u);
+  for (const std::string& error : errors) EXPECT_EQ(error, "the model failed: rank 2: the device is gone");
+  EXPECT_EQ(told, std::vector<std::string>{"rank 2: the device is gone"});
+  EXPECT_EQ(core.stats().pages_used, 0);
+}
+
+}  // namespace
+}  // namespace flash_mla

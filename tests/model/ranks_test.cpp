@@ -1,0 +1,451 @@
+// A model on several ranks against the same on one: random checkpoints of every architecture, in which nothing divides
+// evenly but the heads.
+
+#include <gmock/gmock.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "checkpoint/config.h"
+#include "flash_mla/error.h"
+#include "kernels/sampling/cpu/draw.h"
+#include "model/model.h"
+#include "model/parallel/expert_placement.h"
+#include "model/parallel/parallel_model.h"
+#include "model/parallel/partition.h"
+#include "random_checkpoint.h"
+#include "temporary_directory.h"
+
+namespace flash_mla::model {
+namespace {
+
+using testing::HasSubstr;
+using Ids = std::vector<std::int32_t>;
+using Logits = std::vector<float>;
+
+constexpr int kVocab = 131, kPages = 3;
+
+struct Kind {
+  const char* name;
+  const char* fields;
+  Stored stored = Stored::kBf16;
+};
+const Kind kKinds[] = {
+    // V2-Lite: queries without a low-rank step, softmax over all experts.
+    {"V2", R"("model_type": "deepseek_v2", "q_lora_rank": null, "n_group": 1, "topk_group": 1,
+              "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": false)"},
+    {"V3",
+     R"("model_type": "deepseek_v3", "q_lora_rank": 40, "n_group": 2, "topk_group": 1, "norm_topk_prob": true,
+              "attention_bias": true)"},
+    {"V32",
+     R"("model_type": "deepseek_v32", "q_lora_rank": 40, "n_group": 2, "topk_group": 1, "norm_topk_prob": true,
+               "index_n_heads": 4, "index_head_dim": 64, "index_topk": 24)"},
+    // Stored in blocks of 128 x 128, of which shares cut whole ones where there are enough.
+    {"Fp8",
+     R"("model_type": "deepseek_v3", "q_lora_rank": 128, "n_group": 2, "topk_group": 1, "norm_topk_prob": true,
+        "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "v_head_dim": 64,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]})",
+     Stored::kFp8},
+};
+
+std::string config(const Kind& kind) {
+  std::string out = std::string("{") + kind.fields;
+  const auto unless = [&](const std::string& name, int value) {
+    const std::string key = '"' + name + "\": ";
+    if (out.find(key) == std::string::npos) out += ", " + key + std::to_string(value);
+  };
+  unless("vocab_size", kVocab);
+  unless("hidden_size", 96);
+  unless("intermediate_size", 100);
+  unless("moe_intermediate_size", 41);
+  unless("v_head_dim", 12);
+  return out +
+         R"(, "num_hidden_layers": 3, "num_attention_heads": 12, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "n_routed_experts": 10, "n_shared_experts": 1, "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.5, "first_k_dense_replace": 1, "max_position_embeddings": 512, "rope_theta": 10000.0})";
+}
+
+ModelOptions on_ranks(int tp, bool batch_invariant = false) {
+  ModelOptions options;
+  options.device = ModelDevice::kCpu;
+  options.precision = ModelPrecision::kFloat32;
+  options.num_threads = tp;  // one each
+  options.tp = tp;
+  options.batch_invariant = batch_invariant;
+  return options;
+}
+
+/// What a model says of three sequences: prompts, then steps of one token, then one of many, then copies.
+class Session {
+ public:
+  Session(Model& model, bool batch_invariant) : model_(model), batch_invariant_(batch_invariant) {
+    model_.allocate_cache(4 * kPages);
+    step({33, 5, 70});
+    step({20, 18, 1});
+    for (int i = 0; i < 3; ++i) step({1, 1, 1});
+    step({0, 0, 40});
+    if (model_.has_draft_module()) draft();
+    model_.copy_page(0, 3 * kPages);
+    choose();
+  }
+  Logits logits;
+  Ids tokens;
+
+ private:
+  // counts[s] more tokens of sequence s, logits of all.
+  void step(const std::vector<int>& counts) {
+    Ids ids, starts{0}, lengths, table, rows;
+    for (std::size_t s = 0; s < counts.size(); ++s) {
+      if (counts[s] == 0) continue;
+      for (int i = 0; i < counts[s]; ++i) {
+        const std::int32_t t = lengths_[s]++ + static_cast<std::int32_t>(7 * s);
+        rows.push_back(static_cast<std::int32_t>(ids.size()));
+        ids.push_back((t * t + 3 * t) % kVocab);
+      }
+      starts.push_back(static_cast<std::int32_t>(ids.size()));
+      lengths.push_back(lengths_[s]);
+      for (int p = 0; p < kPages; ++p) table.push_back(static_cast<std::int32_t>(s) * kPages + p);
+    }
+    ForwardBatch batch;
+    batch.token_ids = ids;
+    batch.query_starts = starts;
+    batch.seq_lens = lengths;
+    batch.block_table = table;
+    batch.max_blocks = kPages;
+    batch.logit_rows = rows;
+    batch.batch_invariant = batch_invariant_;
+    Logits out(rows.size() * kVocab);
+    model_.forward(batch, out.data(), nullptr);
+    logits.insert(logits.end(), out.begin(), out.end());
+  }
+
+  // A drawn and a greedy token, the second among those of a mask.
+  void choose() {
+    const Ids ids = {3, 5}, starts = {0, 1, 2}, lengths = {lengths_[0] + 1, lengths_[1] + 1};
+    const Ids table = {3 * kPages, 1, 2, kPages, kPages + 1, kPages + 2}, drawn = {0}, greedy = {1};
+    const Draw draws[] = {cpu::make_draw(0.6, 2.0, 0, 0.9, 0)};
+    ForwardBatch batch;
+    batch.token_ids = ids;
+    batch.query_starts = starts;
+    batch.seq_lens = lengths;
+    batch.block_table = table;
+    batch.max_blocks = kPages;
+    batch.drawn_rows = drawn;
+    batch.draws = draws;
+    batch.greedy_rows = greedy;
+    batch.batch_invariant = batch_invariant_;
+    Ids out(2);
+    model_.forward(batch, nullptr, out.data());
+    tokens.insert(tokens.end(), out.begin(), out.end());
+    batch.masked = true;
+    const std::vector<std::uint32_t> mask = {0x55555555, 0x33333333, 0x77777777, 0x11111111, 3};
+    const TokenRule rules[] = {{}, {mask.data(), {}}};
+    model_.launch(batch);
+    model_.choose(rules);
+    model_.collect(nullptr, out.data());
+    tokens.insert(tokens.end(), out.begin(), out.end());
+  }
+
+  // Behind the last step, which was of 40 tokens of sequence 2.
+  void draft() {
+    Ids ids, states;
+    for (std::int32_t i = 0; i < 40; ++i) {
+      ids.push_back((i * 11 + 2) % kVocab);
+      states.push_back(i);
+    }
+    const Ids starts = {0, 40}, lengths = {lengths_[2]}, table = {2 * kPages, 2 * kPages + 1, 2 * kPages + 2};
+    const Ids num_drafts = {3};
+    const std::vector<Draw> draws(3);
+    DraftBatch batch;
+    batch.tokens.token_ids = ids;
+    batch.tokens.query_starts = starts;
+    batch.tokens.seq_lens = lengths;
+    batch.tokens.block_table = table;
+    batch.tokens.max_blocks = kPages;
+    batch.tokens.batch_invariant = batch_invariant_;
+    batch.states = states;
+    batch.num_drafts = num_drafts;
+    batch.draws = draws;
+    Ids out(3);
+    model_.draft(batch, out.data());
+    tokens.insert(tokens.end(), out.begin(), out.end());
+  }
+
+  Model& model_;
+  bool batch_invariant_;
+  std::int32_t lengths_[3] = {0, 0, 0};
+};
+
+class Ranks : public testing::TestWithParam<Kind> {
+ protected:
+  Ranks() {
+    const std::string text = config(GetParam());
+    const ModelConfig parsed = checkpoint::parse_config(text, "test");
+    directory_.write("config.json", text);
+    directory_.write("model.safetensors",
+                     RandomCheckpoint(parsed, GetParam().stored, /*with_module=*/true).bytes());
+  }
+  std::unique_ptr<Model> load(ModelOptions options) const {
+    options.draft_module = true;
+    return load_model(directory_.path(), options);
+  }
+  Session session(const ModelOptions& options, bool batch_invariant = false) const {
+    return Session(*load(options), batch_invariant);
+  }
+
+  TemporaryDirectory directory_;
+};
+INSTANTIATE_TEST_SUITE_P(Models, Ranks, testing::ValuesIn(kKinds),
+                         [](const auto& kind) { return std::string(kind.param.name); });
+
+void expect_close(const Session& a, const Session& b) {
+  ASSERT_EQ(a.logits.size(), b.logits.size());
+  double largest = 0;
+  for (std::size_t i = 0; i < a.logits.size(); ++i) {
+    ASSERT_TRUE(std::isfinite(b.logits[i]));
+    largest = std::max(largest, double{std::abs(a.logits[i] - b.logits[i])});
+  }
+  EXPECT_LT(largest, 1e-4);
+  EXPECT_EQ(a.tokens, b.tokens);
+}
+
+TEST_P(Ranks, SayWhatOneRankSays) {
+  const Session one = session(on_ranks(1));
+  for (const int tp : {2, 3, 4}) {
+    SCOPED_TRACE(tp);
+    expect_close(one, session(on_ranks(tp)));
+  }
+}
+
+TEST_P(Ranks, HaveItsBitsInBatchInvariantMode) {
+  const Session one = session(on_ranks(1, true), true);
+  for (const int tp : {2, 3, 4}) {
+    SCOPED_TRACE(tp);
+    const Session many = session(on_ranks(tp, true), true);
+    EXPECT_EQ(one.logits, many.logits);
+    EXPECT_EQ(one.tokens, many.tokens);
+  }
+}
+
+// Wherever the experts are, and on however many ranks each.
+TEST_P(Ranks, PlaceExpertsAsTheyAreTold) {
+  const Session one = session(on_ranks(1)), exact = session(on_ranks(1, true), true);
+  std::string layers;
+  for (int layer = 1; layer <= 3; ++layer) {
+    layers += (layer > 1 ? ", \"" : "\"") + std::to_string(layer) + "\": [";
+    for (int e = 0; e < 10; ++e) {
+      layers += e == 0 ? "" : ", ";
+      // One expert everywhere, rank 3 with no other.
+      layers += e == layer ? "[3, 1, 0, 2]" : e % 4 == 1 ? "[0, 2]" : "[" + std::to_string(e % 3) + "]";
+    }
+    layers += "]";
+  }
+  directory_.write("placement.json", "{\"layers\": {" + layers + "}}");
+  for (const std::string how : {"round-robin", "", "file"}) {
+    SCOPED_TRACE(how);
+    ModelOptions options = on_ranks(4);
+    if (how.empty()) {
+      options.ep = 2;
+    } else {
+      options.expert_placement = how == "file" ? (directory_.path() / "placement.json").string() : how;
+    }
+    expect_close(one, session(options));
+    options.batch_invariant = true;
+    const Session bits = session(options, true);
+    EXPECT_EQ(exact.logits, bits.logits);
+    EXPECT_EQ(exact.tokens, bits.tokens);
+  }
+}
+
+TEST_P(Ranks, OfBfloat16HaveThoseBitsToo) {
+  ModelOptions one = on_ranks(1, true), two = on_ranks(2, true);
+  one.precision = two.precision = ModelPrecision::kBFloat16;
+  std::unique_ptr<Model> whole;
+  try {
+    whole = load(one);
+  } catch (const Unsupported& e) {
+    GTEST_SKIP() << e.what();  // no AVX-512
+  }
+  const Session expected(*whole, true), got = session(two, true);
+  EXPECT_EQ(expected.logits, got.logits);
+  EXPECT_EQ(expected.tokens, got.tokens);
+}
+
+TEST_P(Ranks, OfRandomWeightsHaveThoseOfOneRank) {
+  const ModelConfig parsed = checkpoint::parse_config(config(GetParam()), "test");
+  const auto whole = make_random_model(parsed, on_ranks(1, true));
+  const auto parts = make_random_model(parsed, on_ranks(4, true));
+  EXPECT_EQ(Session(*whole, true).logits, Session(*parts, true).logits);
+}
+
+// Failures, on ranks that do nothing else than meet.
+class Meeting : public Model {
+ public:
+  /// Throws at the `fails_at`-th exchange; -1: never. `sleeps`: does not come to it.
+  Meeting(comm::Communicator& communicator, int fails_at, std::chrono::milliseconds sleeps)
+      : communicator_(communicator), fails_at_(fails_at), sleeps_(sleeps) {}
+  int vocab_size() const override { return 1; }
+  std::int64_t max_position() const override { return 1; }
+  std::size_t bytes_per_page() const override { return 10; }
+  ScheduleOptions schedule_options(int /*sequences*/, bool /*batch_invariant*/) const override { return {}; }
+  void allocate_cache(int num_pages) override {
+    if (num_pages > 5 && communicator_.rank() == 1) throw std::bad_alloc();
+  }
+  void copy_page(int /*source*/, int /*target*/) override {}
+  void reserve(int /*num_tokens*/, int /*num_rows*/) override {}
+  void launch(const ForwardBatch& batch) override {
+    if (batch.max_blocks < 0) throw InvalidArgument("max_blocks is -1");
+    float x = 1;
+    for (int i = 0; i < 10; ++i) {
+      if (exchanges_++ == fails_at_) {
+        if (sleeps_.count() == 0) throw std::runtime_error("the memory of the device is broken");
+        std::this_thread::sleep_for(sleeps_);
+      }
+      communicator_.all_reduce({reinterpret_cast<std::byte*>(&x), DType::kFloat32, 1, 1, 1});
+    }
+  }
+  void collect(float* /*logits*/, std::int32_t* /*tokens*/) override {}
+
+ private:
+  comm::Communicator& communicator_;
+  int fails_at_, exchanges_ = 0;
+  std::chrono::milliseconds sleeps_;
+};
+
+std::unique_ptr<ParallelModel> meet(int failing, int fails_at, std::chrono::milliseconds sleeps = {},
+                                    std::chrono::milliseconds timeout = comm::kTimeout) {
+  return std::make_unique<ParallelModel>(
+      4,
+      [=](int rank, comm::Communicator& communicator) {
+        return std::make_unique<Meeting>(communicator, rank == failing ? fails_at : -1, sleeps);
+      },
+      timeout);
+}
+
+// At a random moment, twenty times: no step hangs, and every later one says the same.
+TEST(RankFailure, EndsTheModelWithNameAndReason) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 20; ++i) {
+    const int failing = static_cast<int>(random() % 4), fails_at = static_cast<int>(random() % 50);
+    const auto model = meet(failing, fails_at);
+    const auto begin = std::chrono::steady_clock::now();
+    std::string message;
+    int steps = 0;
+    for (; steps < 10 && message.empty(); ++steps) {
+      try {
+        model->launch({});
+      } catch (const comm::RankError& e) {
+        message = e.what();
+        EXPECT_EQ(e.rank(), failing);
+      }
+    }
+    EXPECT_EQ(message, "rank " + std::to_string(failing) + ": the memory of the device is broken");
+    EXPECT_EQ(steps, fails_at / 10 + 1);
+    EXPECT_EQ(message_of<comm::RankError>([&] { model->launch({}); }), message);
+    EXPECT_EQ(message_of<comm::RankError>([&] { model->copy_page(0, 1); }), message);
+    EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
+  }
+}
+
+TEST(RankFailure, IsATimeOutWhereARankDoesNotCome) {
+  const auto model = meet(2, 13, std::chrono::milliseconds(400), std::chrono::milliseconds(100));
+  model->launch({});
+  EXPECT_THAT(message_of<comm::RankError>([&] { model->launch({}); }),
+              HasSubstr("rank 2: has not come to all_reduce of 1 float32 x 1 rows within 100 ms"));
+}
+
+TEST(RankFailure, IsNotWhatAllRefuseAlike) {
+  const auto model = meet(0, -1);
+  ForwardBatch wrong;
+  wrong.max_blocks = -1;
+  EXPECT_EQ(message_of<InvalidArgument>([&] { model->launch(wrong); }), "max_blocks is -1");
+  EXPECT_THROW(model->allocate_cache(6), std::bad_alloc);  // of one rank
+  model->allocate_cache(5);
+  model->launch({});
+  EXPECT_EQ(model->bytes_per_page(), 40u);
+  const std::vector<RankStats> traffic = model->rank_stats();
+  ASSERT_EQ(traffic.size(), 4u);
+  for (const RankStats& rank : traffic) {
+    EXPECT_EQ(rank.exchanges, 10);
+    EXPECT_EQ(rank.bytes_sent, 60);
+    EXPECT_GE(rank.seconds, rank.exchange_seconds);
+  }
+}
+
+TEST(RankFailure, InLoadingIsTheRanksOwn) {
+  EXPECT_EQ(message_of<InvalidArgument>([] {
+              ParallelModel model(
+                  3, [](int rank, comm::Communicator& communicator) -> std::unique_ptr<Model> {
+                    if (rank == 2) throw InvalidArgument("a tensor is missing");
+                    return std::make_unique<Meeting>(communicator, -1, std::chrono::milliseconds(0));
+                  });
+            }),
+            "a tensor is missing");
+}
+
+std::string refusal(const ModelOptions& options) {
+  const ModelConfig parsed = checkpoint::parse_config(config(kKinds[1]), "test");
+  return message_of<InvalidArgument>([&] { make_random_model(parsed, options); });
+}
+
+TEST(RankOptions, ThatCannotBeAreRefused) {
+  EXPECT_EQ(refusal(on_ranks(5)), "tp is 5, expected a divisor of 12, the attention heads");
+  EXPECT_EQ(refusal(on_ranks(0)), "tp is 0, expected a divisor of 12, the attention heads");
+  ModelOptions options = on_ranks(4);
+  options.ep = 3;
+  EXPECT_EQ(refusal(options), "ep is 3, expected 0 or a divisor of tp, 4");
+  options = on_ranks(12);
+  EXPECT_EQ(refusal(options), "ep is 12, expected at most 10, the routed experts");
+  options = on_ranks(2);
+  options.expert_placement = "/nowhere.json";
+  EXPECT_THAT(refusal(options), HasSubstr("/nowhere.json"));
+}
+
+TEST(Placement, OfAFileIsChecked) {
+  const ModelConfig parsed = checkpoint::parse_config(
+      R"({"model_type": "deepseek_v2", "q_lora_rank": null, "hidden_size": 8, "intermediate_size": 8,
+          "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 8,
+          "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 2, "vocab_size": 8,
+          "num_experts_per_tok": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1, "norm_topk_prob": false,
+          "max_position_embeddings": 64, "rope_theta": 1})",
+      "test");
+  TemporaryDirectory directory;
+  const auto place = [&](const std::string& text) {
+    directory.write("p.json", text);
+    return ExpertPlacement(parsed, 2, 2, (directory.path() / "p.json").string());
+  };
+  const auto refused = [&](const std::string& text) {
+    return message_of<InvalidArgument>([&] { place(text); });
+  };
+  const ExpertPlacement good = place(R"({"layers": {"1": [[1, 0], [1]]}})");
+  EXPECT_THAT(good.layer(1), testing::ElementsAre(testing::ElementsAre(0, 1), testing::ElementsAre(1)));
+  EXPECT_EQ(good.layer(2), good.layer(1)) << "the module's";
+  EXPECT_THAT(refused(R"({"layers": {"0": []}})"), HasSubstr("layers has no \"1\", a mixture layer"));
+  EXPECT_THAT(refused(R"({"layers": {"1": [[0]]}})"), HasSubstr("expected 2 lists of ranks"));
+  EXPECT_THAT(refused(R"({"layers": {"1": [[0], []]}})"),
+              HasSubstr("layers.1[1] = []: expected a list of at least"));
+  EXPECT_THAT(refused(R"({"layers": {"1": [[0], [2]]}})"),
+              HasSubstr("layers.1[1] = 2: expected ranks from 0 to 1"));
+  EXPECT_THAT(refused(R"({"layers": {"1": [[0, 0], [1]]}})"), HasSubstr("every rank once"));
+  EXPECT_THAT(refused("{}"), HasSubstr("layers"));
+}
+
+TEST(Partition, SharesCutBlocksWhereThereAreEnough) {
+  Partition p;
+  p.size = 3;
+  EXPECT_EQ(p.share(512, 0).count, 128);
+  EXPECT_EQ(p.share(512, 1).first, 128);
+  EXPECT_EQ(p.share(512, 2).count, 256);
+  EXPECT_EQ(p.largest_share(512), 256);
+  EXPECT_EQ(p.share(256, 1).count, 85) << "fewer blocks than ranks";
+  EXPECT_EQ(p.share(100, 2).end(), 100);
+}
+
+}  // namespace
+}  // namespace flash_mla::model
