@@ -218,7 +218,8 @@ class ThreadGroup::Rank : public Communicator {
   const Call& call(int rank) const { return shared_.calls[static_cast<std::size_t>(rank)]; }
   std::vector<Matrix> inputs() const {
     std::vector<Matrix> out;
-    for (int r = 0; r < size(); ++r) out.push_back(call(r).in);
+    out.reserve(shared_.calls.size());
+    for (const Call& of : shared_.calls) out.push_back(of.in);
     return out;
   }
 

@@ -46,11 +46,13 @@ struct Table {
 };
 
 /// f(communicator) on `size` threads; what each threw, "" if nothing.
-std::vector<std::string> on_ranks(int size, const std::function<void(Communicator&)>& f,
+std::vector<std::string> on_ranks(std::int64_t ranks, const std::function<void(Communicator&)>& f,
                                   std::chrono::milliseconds timeout = kTimeout) {
+  const int size = static_cast<int>(ranks);
   ThreadGroup group(size, timeout);
   std::vector<std::string> errors(static_cast<std::size_t>(size));
   std::vector<std::jthread> threads;
+  threads.reserve(errors.size());
   for (int rank = 0; rank < size; ++rank) {
     threads.emplace_back([&, rank] {
       const auto communicator = group.communicator(rank);
@@ -74,11 +76,13 @@ float value(int rank, std::int64_t row, std::int64_t column) {
          static_cast<float>(column) / 3;
 }
 
+std::int64_t rank_of(const Communicator& c) { return c.rank(); }
+
 class OnRanks : public testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Ranks, OnRanks, testing::Values(1, 2, 3, 8));
 
 TEST_P(OnRanks, SumsAreTakenInTheOrderOfTheRanks) {
-  const int size = GetParam();
+  const std::int64_t size = GetParam();
   all_well(on_ranks(size, [&](Communicator& c) {
     Table<float> x(7, 1111, 5);  // windows
     for (std::int64_t r = 0; r < 7; ++r)
@@ -97,7 +101,7 @@ TEST_P(OnRanks, SumsAreTakenInTheOrderOfTheRanks) {
 }
 
 TEST_P(OnRanks, SumsOfBfloat16AreRoundedOnce) {
-  const int size = GetParam();
+  const std::int64_t size = GetParam();
   all_well(on_ranks(size, [&](Communicator& c) {
     Table<std::uint16_t> x(3, 70);
     for (std::int64_t r = 0; r < 3; ++r)
@@ -114,18 +118,18 @@ TEST_P(OnRanks, SumsOfBfloat16AreRoundedOnce) {
 }
 
 TEST_P(OnRanks, GathersInPlaceAndElsewhere) {
-  const int size = GetParam();
+  const std::int64_t size = GetParam();
   all_well(on_ranks(size, [&](Communicator& c) {
     Table<std::int32_t> in(2, 3, 1), out(2 * size, 3), whole(2 * size, 3, 2);
     for (std::int64_t r = 0; r < 2; ++r) {
       for (std::int64_t i = 0; i < 3; ++i) {
-        const auto x = static_cast<std::int32_t>(c.rank() * 100 + r * 10 + i);
+        const auto x = static_cast<std::int32_t>(rank_of(c) * 100 + r * 10 + i);
         in.at(r, i) = x;
-        whole.at(2 * c.rank() + r, i) = x;
+        whole.at(2 * rank_of(c) + r, i) = x;
       }
     }
     c.all_gather(in.matrix(), out.matrix());
-    c.all_gather(whole.matrix().row_range(2 * c.rank(), 2), whole.matrix());
+    c.all_gather(whole.matrix().row_range(2 * rank_of(c), 2), whole.matrix());
     for (std::int64_t r = 0; r < 2 * size; ++r) {
       for (std::int64_t i = 0; i < 3; ++i) {
         ASSERT_EQ(out.at(r, i), r / 2 * 100 + r % 2 * 10 + i);
@@ -136,7 +140,7 @@ TEST_P(OnRanks, GathersInPlaceAndElsewhere) {
 }
 
 TEST_P(OnRanks, ReduceScatterIsASliceOfAllReduce) {
-  const int size = GetParam();
+  const std::int64_t size = GetParam();
   all_well(on_ranks(size, [&](Communicator& c) {
     Table<float> in(4 * size, 33, 1), out(4, 33), sum(4 * size, 33);
     for (std::int64_t r = 0; r < in.rows; ++r)
@@ -144,12 +148,12 @@ TEST_P(OnRanks, ReduceScatterIsASliceOfAllReduce) {
     c.reduce_scatter(in.matrix(), out.matrix());
     c.all_reduce(sum.matrix());
     for (std::int64_t r = 0; r < 4; ++r)
-      for (std::int64_t i = 0; i < 33; ++i) ASSERT_EQ(out.at(r, i), sum.at(4 * c.rank() + r, i));
+      for (std::int64_t i = 0; i < 33; ++i) ASSERT_EQ(out.at(r, i), sum.at(4 * rank_of(c) + r, i));
   }));
 }
 
 TEST_P(OnRanks, AllToAllSendsAsManyRowsAsSaidAndNoneToo) {
-  const int size = GetParam();
+  const std::int64_t size = GetParam();
   const auto rows = [](int from, int to) { return std::int64_t{(from * 3 + to * 2) % 4}; };
   all_well(on_ranks(size, [&](Communicator& c) {
     std::vector<std::int64_t> to, from;
@@ -163,7 +167,7 @@ TEST_P(OnRanks, AllToAllSendsAsManyRowsAsSaidAndNoneToo) {
     for (int r = 0; r < size; ++r) {
       for (std::int64_t i = 0; i < rows(c.rank(), r); ++i, ++at) {
         for (std::int64_t k = 0; k < 5; ++k)
-          in.at(at, k) = static_cast<float>(c.rank() * 1000 + r * 100 + i * 10 + k);
+          in.at(at, k) = static_cast<float>(rank_of(c) * 1000 + r * 100 + i * 10 + k);
       }
     }
     c.all_to_all_v(in.matrix(), to, out.matrix(), from);
@@ -171,14 +175,15 @@ TEST_P(OnRanks, AllToAllSendsAsManyRowsAsSaidAndNoneToo) {
     for (int r = 0; r < size; ++r) {
       for (std::int64_t i = 0; i < rows(r, c.rank()); ++i, ++at) {
         for (std::int64_t k = 0; k < 5; ++k)
-          ASSERT_EQ(out.at(at, k), static_cast<float>(r * 1000 + c.rank() * 100 + i * 10 + k));
+          ASSERT_EQ(out.at(at, k),
+                    static_cast<float>(std::int64_t{r} * 1000 + rank_of(c) * 100 + i * 10 + k));
       }
     }
   }));
 }
 
 TEST_P(OnRanks, BroadcastsFromAnyRank) {
-  const int size = GetParam();
+  const std::int64_t size = GetParam();
   all_well(on_ranks(size, [&](Communicator& c) {
     for (int root = 0; root < size; ++root) {
       Table<std::int32_t> x(3, 4, 1);
@@ -192,7 +197,7 @@ TEST_P(OnRanks, BroadcastsFromAnyRank) {
 
 // Calls one after another without a pause, of changing kinds and sizes, no rows among them.
 TEST_P(OnRanks, ManyCallsFollowEachOther) {
-  const int size = GetParam();
+  const std::int64_t size = GetParam();
   all_well(on_ranks(size, [&](Communicator& c) {
     std::mt19937 same(5);  // on every rank
     for (int i = 0; i < 300; ++i) {

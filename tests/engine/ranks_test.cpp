@@ -29,8 +29,8 @@ EngineOptions options(int tp) {
 }
 
 std::vector<Request> requests(int count) {
-  const std::vector<std::string> openings = {"And it came to pass", "CHAPTER I\n\nEmma was", "And the sons of",
-                                             "In the beginning", "Blessed are the"};
+  const std::vector<std::string> openings = {"And it came to pass", "CHAPTER I\n\nEmma was",
+                                             "And the sons of", "In the beginning", "Blessed are the"};
   std::mt19937 random(7);
   std::vector<Request> out;
   for (int i = 0; i < count; ++i) {

@@ -90,6 +90,20 @@ def test_drafts_leave_the_text_and_are_reported():
     assert "the checkpoint has no module for multi-token prediction" in error
 
 
+def test_ranks_leave_the_text():
+    flags = ["--prompt", "In the beginning", "--max-tokens", "24", "--temperature", "0", "--device", "cpu", "--json"]
+    flags += ["--batch-invariant"]
+    one = json.loads(generate(*flags)[0])
+    for ranks in (["--tp", "2"], ["--tp", "4", "--ep", "2", "--expert-placement", "round-robin"]):
+        assert json.loads(generate(*flags, *ranks)[0])["completions"] == one["completions"]
+    for ranks, part in (
+        (["--tp", "3"], "tp is 3, expected a divisor of 4, the attention heads"),
+        (["--tp", "2", "--ep", "4"], "ep is 4, expected 0 or a divisor of tp, 2"),
+        (["--tp", "2", "--expert-placement", "/no/such/file"], "/no/such/file"),
+    ):
+        assert part in generate("--prompt", "a", "--device", "cpu", *ranks, expected=2)[1]
+
+
 def test_chat(llm):
     out, _ = generate("--chat", "--prompt", "Emma was", "--max-tokens", "30", "--temperature", "0")
     params = SamplingParams(max_tokens=30, temperature=0)

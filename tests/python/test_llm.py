@@ -47,6 +47,18 @@ def test_greedy_is_that_of_transformers(model, llm):
         assert output.prompt_tokens == len(prompt) and output.completion_tokens == 64
 
 
+def test_ranks_write_what_one_writes(model, llm):
+    some = prompts(4)
+    ranks = LLM(model[0], device="cpu", precision="float32", num_pages=64, batch_invariant=True, tp=2, num_threads=2)
+    expected = llm.generate(some, greedy(), progress=False)
+    for a, b in zip(expected, ranks.generate(some, greedy(), progress=False)):
+        assert a.choices[0].token_ids == b.choices[0].token_ids
+    assert [rank["bytes_sent"] > 0 for rank in ranks.stats()["ranks"]] == [True, True]
+    assert llm.stats()["ranks"] == []
+    with pytest.raises(ValueError, match="ep is 3, expected 0 or a divisor of tp, 2"):
+        LLM(model[0], device="cpu", tp=2, ep=3)
+
+
 def test_same_tokens_under_every_schedule(model, llm):
     some = prompts(10, seed=1, longest=250)
     params = [
