@@ -3,8 +3,9 @@
 //   all_reduce_norm_rows [--quick]
 //
 // Every call's x is compared with the host's to the bit, normed to one unit of bfloat16, on all ranks; between calls some
-// ranks are held up by a kernel that spins. "chain": calls back to back on all streams, time of one. The floor is a copy
-// that reads and writes as many bytes as the ranks do together. Exit code 1 if anything differs.
+// ranks are held up by a kernel that spins. "chain": calls back to back on all streams, time of one, with the launches of
+// all ranks, which one GPU makes one after another; "inside": the same in one launch of each rank, as on GPUs of their
+// own. The floor is a copy that reads and writes as many bytes as the ranks do together. Exit code 1 if anything differs.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -189,6 +190,11 @@ void time_shape(int size, std::int64_t rows, std::int64_t hidden) {
   const double mine = time_chain(ranks, 20, [&] {
     for (int r = 0; r < size; ++r) ranks.call(r);
   });
+  constexpr int kRepeats = 200;
+  ranks.args.repeats = kRepeats;
+  const double inside = time_chain(ranks, 1, [&] {
+    for (int r = 0; r < size; ++r) ranks.call(r);
+  });
   // Read: all partial sums and x once. Written: x and normed of every rank.
   const std::size_t matrix = static_cast<std::size_t>(rows * hidden * 2);
   const std::size_t bytes =
@@ -201,8 +207,10 @@ void time_shape(int size, std::int64_t rows, std::int64_t hidden) {
   });
   CHECK(cudaFree(from));
   CHECK(cudaFree(to));
-  std::printf("%d ranks, %4lld x %5lld: chain %7.2f us, copy of its bytes %7.2f us, %.2f of it\n", size,
-              static_cast<long long>(rows), static_cast<long long>(hidden), mine, copy, mine / copy);
+  std::printf(
+      "%d ranks, %4lld x %5lld: chain %7.2f us, inside %7.2f us, copy of its bytes %7.2f us, %.2f of it\n",
+      size, static_cast<long long>(rows), static_cast<long long>(hidden), mine, inside / kRepeats, copy,
+      inside / kRepeats / copy);
 }
 
 }  // namespace

@@ -121,14 +121,16 @@ template <int kVectors>
 __global__ void __launch_bounds__(kThreads, 2) all_reduce_norm_kernel(AllReduceNorm p) {
   __shared__ float warps[kWarps];
   std::uint32_t* const own = p.flags[p.rank] + blockIdx.x * kWords + kMaxPeers;
-  const std::uint32_t count = *own;
-  meet(p, count + 1);
-  for (std::int64_t row = p.rank + static_cast<std::int64_t>(p.size) * blockIdx.x; row < p.rows;
-       row += static_cast<std::int64_t>(p.size) * gridDim.x) {
-    reduce_row<kVectors>(p, row, warps);
+  std::uint32_t count = *own;
+  for (int i = 0; i < p.repeats; ++i) {
+    meet(p, ++count);
+    for (std::int64_t row = p.rank + static_cast<std::int64_t>(p.size) * blockIdx.x; row < p.rows;
+         row += static_cast<std::int64_t>(p.size) * gridDim.x) {
+      reduce_row<kVectors>(p, row, warps);
+    }
+    meet(p, ++count);
   }
-  meet(p, count + 2);
-  if (threadIdx.x == 0) *own = count + 2;
+  if (threadIdx.x == 0) *own = count;
 }
 
 void require(bool good, const char* name, std::int64_t value, const std::string& expected) {
@@ -149,6 +151,7 @@ void all_reduce_norm(const AllReduceNorm& args, cudaStream_t stream) {
   require(args.hidden > 0 && args.hidden % kVec == 0 && args.hidden <= kThreads * kVec * kMaxVectors,
           "hidden", args.hidden, "a multiple of 8, at most 16384");
   require(args.ctas > 0, "ctas", args.ctas, "> 0");
+  require(args.repeats > 0, "repeats", args.repeats, "> 0");
   const std::int64_t vectors = (args.hidden / kVec + kThreads - 1) / kThreads;
   const auto kernel = vectors <= 2   ? all_reduce_norm_kernel<2>
                       : vectors <= 4 ? all_reduce_norm_kernel<4>

@@ -27,6 +27,7 @@ struct AllReduceNorm {
   /// CTAs of every rank, the same on all. They wait for those of the other ranks: where ranks share a GPU, all ranks'
   /// must fit on it together, at two a multiprocessor.
   int ctas = 0;
+  int repeats = 1;  ///< for measurements without launches: the call so many times over
 };
 
 /// Bytes of a rank's flags for that many CTAs.
