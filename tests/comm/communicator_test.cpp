@@ -251,11 +251,11 @@ TEST(Failure, OfARankThatDoesNotComeIsATimeOut) {
         if (c.rank() == 1) return;
         c.all_reduce(x.matrix());
       },
-      200ms);
+      3s);  // long enough for the others on a busy machine
   EXPECT_EQ(errors[1], "");
   for (const int r : {0, 2})
     EXPECT_EQ(errors[static_cast<std::size_t>(r)],
-              "rank 1: has not come to all_reduce of 50 float32 x 2 rows within 200 ms");
+              "rank 1: has not come to all_reduce of 50 float32 x 2 rows within 3000 ms");
 }
 
 TEST(Failure, OfRanksThatAskForDifferentThingsNamesBoth) {
