@@ -94,8 +94,8 @@ TEST(EngineOnRanks, HasNoPageInUseAfterRandomCancels) {
   Engine engine(FLASH_MLA_SMALL_MODEL, o);
   std::mt19937 random(11);
   std::vector<RequestId> ids;
-  int left = 60, ended = 0;
-  while (ended < 60) {
+  int left = 40, ended = 0;
+  while (ended < 40) {
     while (left > 0 && random() % 3 != 0) {
       Request r;
       const auto length = 1 + random() % 150;

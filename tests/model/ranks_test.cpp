@@ -86,10 +86,10 @@ class Session {
  public:
   Session(Model& model, bool batch_invariant) : model_(model), batch_invariant_(batch_invariant) {
     model_.allocate_cache(4 * kPages);
-    step({33, 5, 70});
-    step({20, 18, 1});
-    for (int i = 0; i < 3; ++i) step({1, 1, 1});
-    step({0, 0, 40});
+    step({33, 5, 20});
+    step({1, 18, 1});
+    for (int i = 0; i < 2; ++i) step({1, 1, 1});
+    step({0, 0, 25});
     if (model_.has_draft_module()) draft();
     model_.copy_page(0, 3 * kPages);
     choose();
@@ -152,14 +152,14 @@ class Session {
     tokens.insert(tokens.end(), out.begin(), out.end());
   }
 
-  // Behind the last step, which was of 40 tokens of sequence 2.
+  // Behind the last step, which was of 25 tokens of sequence 2.
   void draft() {
     Ids ids, states;
-    for (std::int32_t i = 0; i < 40; ++i) {
+    for (std::int32_t i = 0; i < 25; ++i) {
       ids.push_back((i * 11 + 2) % kVocab);
       states.push_back(i);
     }
-    const Ids starts = {0, 40}, lengths = {lengths_[2]}, table = {2 * kPages, 2 * kPages + 1, 2 * kPages + 2};
+    const Ids starts = {0, 25}, lengths = {lengths_[2]}, table = {2 * kPages, 2 * kPages + 1, 2 * kPages + 2};
     const Ids num_drafts = {3};
     const std::vector<Draw> draws(3);
     DraftBatch batch;
@@ -217,7 +217,7 @@ void expect_close(const Session& a, const Session& b) {
 
 TEST_P(Ranks, SayWhatOneRankSays) {
   const Session one = session(on_ranks(1));
-  for (const int tp : {2, 3, 4}) {
+  for (const int tp : {2, 4}) {
     SCOPED_TRACE(tp);
     expect_close(one, session(on_ranks(tp)));
   }
@@ -225,7 +225,7 @@ TEST_P(Ranks, SayWhatOneRankSays) {
 
 TEST_P(Ranks, HaveItsBitsInBatchInvariantMode) {
   const Session one = session(on_ranks(1, true), true);
-  for (const int tp : {2, 3, 4}) {
+  for (const int tp : {2, 3}) {  // 4 is below
     SCOPED_TRACE(tp);
     const Session many = session(on_ranks(tp, true), true);
     EXPECT_EQ(one.logits, many.logits);
