@@ -1,0 +1,607 @@
+"""FlashInfer's names for calls of this library: a program changes its import and goes on.
+
+Signatures are FlashInfer's as far as they mean something here; arguments that choose among its kernels are taken and have no
+effect. Log-sum-exps are FlashInfer's, (tokens, heads) in base 2 and -inf where no key is seen: converted at this border from the
+library's, (heads, tokens) in base e and +inf. What is not offered raises NotImplementedError naming it. Takes torch tensors, on the
+CPU or a Hopper GPU.
+"""
+
+import math
+from typing import List, Optional, Sequence, Tuple, Union
+
+import torch
+
+from ._gqa import gqa_attention, gqa_schedule
+from ._library import merge_states as _merge_states
+
+__all__ = [
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "MultiLevelCascadeAttentionWrapper",
+    "append_paged_kv_cache",
+    "get_batch_indices_positions",
+    "get_seq_lens",
+    "merge_state",
+    "merge_state_in_place",
+    "merge_states",
+    "single_decode_with_kv_cache",
+    "single_prefill_with_kv_cache",
+]
+
+#: Of FlashInfer, and not here.
+_NOT_OFFERED = (
+    *("BatchMLAPagedAttentionWrapper", "BatchAttention", "PODWithPagedKVCacheWrapper", "BlockSparseAttentionWrapper"),
+    *(
+        "VariableBlockSparseAttentionWrapper",
+        "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+        "append_paged_mla_kv_cache",
+    ),
+    *("BatchDecodeWithSharedPrefixPagedKVCacheWrapper", "BatchPrefillWithSharedPrefixPagedKVCacheWrapper"),
+    *("rmsnorm", "fused_add_rmsnorm", "gemma_rmsnorm", "gemma_fused_add_rmsnorm", "silu_and_mul", "gelu_and_mul"),
+    *("gelu_tanh_and_mul", "apply_rope", "apply_rope_inplace", "apply_llama31_rope", "apply_llama31_rope_inplace"),
+    *("apply_rope_pos_ids", "apply_rope_pos_ids_inplace", "apply_rope_with_cos_sin_cache"),
+    *("apply_rope_with_cos_sin_cache_inplace", "packbits", "segment_packbits", "softmax", "sampling_from_probs"),
+    *("sampling_from_logits", "top_k_sampling_from_probs", "top_p_sampling_from_probs", "min_p_sampling_from_probs"),
+    *(
+        "top_k_top_p_sampling_from_probs",
+        "top_k_top_p_sampling_from_logits",
+        "top_k_renorm_probs",
+        "top_p_renorm_probs",
+    ),
+    *("top_k_mask_logits", "chain_speculative_sampling", "bmm_fp8", "cutlass_fused_moe", "fused_topk_deepseek"),
+)
+
+
+def __getattr__(name: str):
+    if name in _NOT_OFFERED:
+        raise NotImplementedError(f"flash_mla_kernels.flashinfer has no {name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _refuse(**given) -> None:
+    """Arguments with an effect that is not there."""
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, (int, float)) and value == 1):
+            raise NotImplementedError(f"{name} is {value!r}; flash_mla_kernels.flashinfer takes none")
+
+
+def _by_tokens(x: torch.Tensor, layout: str, heads: int) -> torch.Tensor:
+    """The view with tokens before heads, whose dimension is ``heads`` in NHD order."""
+    if layout not in ("NHD", "HND"):
+        raise ValueError(f'kv_layout is {layout!r}, expected "NHD" or "HND"')
+    return x if layout == "NHD" else x.transpose(heads - 1, heads)
+
+
+def _pools(paged_kv_cache, layout: str) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(num_pages, page_size, heads, d) of keys and of values."""
+    if isinstance(paged_kv_cache, torch.Tensor):
+        if paged_kv_cache.dim() != 5 or paged_kv_cache.shape[1] != 2:
+            raise ValueError(
+                f"paged_kv_cache has shape {tuple(paged_kv_cache.shape)}, expected two tensors or (num_pages, 2, ...)"
+            )
+        paged_kv_cache = paged_kv_cache.unbind(1)
+    k, v = paged_kv_cache
+    return _by_tokens(k, layout, 2), _by_tokens(v, layout, 2)
+
+
+def _base_2(lse: torch.Tensor) -> torch.Tensor:
+    lse = lse.t() * math.log2(math.e)
+    return lse.masked_fill_(lse == math.inf, -math.inf).contiguous()
+
+
+def _alibi_slopes(mode: str, heads: int, aligned: bool, device) -> Optional[torch.Tensor]:
+    if mode == "NONE":
+        return None
+    if mode != "ALIBI":
+        raise NotImplementedError(f"pos_encoding_mode is {mode!r}; flash_mla_kernels.flashinfer takes NONE and ALIBI")
+    if not aligned:
+        raise NotImplementedError(
+            "pos_encoding_mode is 'ALIBI' without causal; flash_mla_kernels.flashinfer takes it with it"
+        )
+    n = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)] + [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def _ints(x: torch.Tensor, device) -> torch.Tensor:
+    return x.to(device=device, dtype=torch.int32).contiguous()
+
+
+def _pack_mask(mask: torch.Tensor, counts: Sequence[int], device) -> Tuple[torch.Tensor, torch.Tensor]:
+    """A bit for each element, every sequence's ``counts[i]`` from a byte of their own on, and where those begin."""
+    if mask.numel() != sum(counts):
+        raise ValueError(
+            f"custom_mask has {mask.numel()} elements, expected {sum(counts)}: queries times keys of all sequences"
+        )
+    packed, starts = [], [0]
+    bits = 2 ** torch.arange(8, dtype=torch.int32, device=mask.device)
+    for part in mask.flatten().bool().split(list(counts)):
+        whole = torch.nn.functional.pad(part.int(), (0, -part.numel() % 8)).view(-1, 8)
+        packed.append((whole * bits).sum(1).to(torch.uint8))
+        starts.append(starts[-1] + packed[-1].numel())
+    return torch.cat(packed).to(device), torch.tensor(starts, dtype=torch.int32, device=device)
+
+
+class _Wrapper:
+    """What the wrappers share: a plan's tensors, which stay where they are when a CUDA graph is to find them again."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD", use_cuda_graph: bool = False):
+        if kv_layout not in ("NHD", "HND"):
+            raise ValueError(f'kv_layout is {kv_layout!r}, expected "NHD" or "HND"')
+        self.device = float_workspace_buffer.device
+        self._layout, self._keeps, self._kept = kv_layout, use_cuda_graph, {}
+        self._tensors, self._options, self._heads = None, {}, 0
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        return self._keeps
+
+    def _set(self, heads: int, tensors: dict, options: dict) -> None:
+        if self._keeps:
+            for name, value in tensors.items():
+                kept = self._kept.get(name)
+                if value is None or kept is None:
+                    self._kept[name] = value
+                elif kept.dtype != value.dtype or kept.numel() < value.numel():
+                    raise ValueError(
+                        f"{name} has shape {tuple(value.shape)}, more than the {tuple(kept.shape)} of the first plan"
+                    )
+                elif kept.shape == value.shape:
+                    tensors[name] = kept.copy_(value)
+                else:
+                    kept[: value.numel()].copy_(value)
+                    tensors[name] = kept
+        self._heads, self._tensors, self._options = heads, tensors, options
+
+    def _run(self, q, k, v, out, lse, return_lse, window_left=None, sinks=None):
+        if self._tensors is None:
+            raise RuntimeError("plan() has not been called")
+        if q.shape[1] != self._heads:
+            raise ValueError(f"q has {q.shape[1]} heads, expected {self._heads} as in plan()")
+        options = dict(self._options, sinks=sinks)
+        if window_left is not None:
+            options["window"] = (window_left, -1)
+        tensors = dict(self._tensors)
+        parts, splits = tensors.pop("parts", None), tensors.pop("num_splits", None)
+        result, sums = gqa_attention(
+            q, k, v, out=out, schedule=None if parts is None else (parts, splits), **tensors, **options
+        )
+        if not return_lse:
+            return result
+        sums = _base_2(sums)
+        return result, sums if lse is None else lse.copy_(sums)
+
+    def end_forward(self) -> None:
+        """Has no effect, as in FlashInfer."""
+
+
+def _pages(indptr, indices, last_page_len, page_size, device) -> dict:
+    indptr = _ints(indptr, device)
+    return dict(
+        page_indptr=indptr,
+        page_indices=_ints(indices, device),
+        seqlens_k=get_seq_lens(indptr, _ints(last_page_len, device), page_size),
+    )
+
+
+def _options(sm_scale, window_left, logits_soft_cap, slopes, causal=False) -> dict:
+    return dict(
+        softmax_scale=sm_scale,
+        window=(window_left, -1),
+        soft_cap=logits_soft_cap or 0.0,
+        alibi_slopes=slopes,
+        causal=causal,
+    )
+
+
+class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
+    """Decoding over a paged cache: plan() once a step, run() once a layer."""
+
+    def __init__(
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False, **buffers
+    ):
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
+
+    def plan(
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        pos_encoding_mode: str = "NONE",
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        q_data_type=None,
+        kv_data_type=None,
+        o_data_type=None,
+        data_type=None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        non_blocking: bool = True,
+        block_tables: Optional[torch.Tensor] = None,
+        seq_lens: Optional[torch.Tensor] = None,
+        fixed_split_size: Optional[int] = None,
+        disable_split_kv: bool = False,
+    ) -> None:
+        """fixed_split_size counts pages; a split has as many keys, rounded up to blocks of 64."""
+        tensors = _pages(indptr, indices, last_page_len, page_size, self.device)
+        blocks = 0 if fixed_split_size is None else -(-fixed_split_size * page_size // 64)
+        if not disable_split_kv:
+            tensors["parts"], tensors["num_splits"] = gqa_schedule(
+                tensors["seqlens_k"], num_qo_heads, num_kv_heads, head_dim, fixed_split_blocks=blocks
+            )
+        slopes = _alibi_slopes(pos_encoding_mode, num_qo_heads, True, self.device)
+        options = _options(sm_scale, window_left, logits_soft_cap, slopes)
+        self._set(num_qo_heads, tensors, dict(options, fixed_split_blocks=blocks))
+
+    begin_forward = plan
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache,
+        *args,
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+        enable_pdl: Optional[bool] = None,
+        window_left: Optional[int] = None,
+        sinks: Optional[torch.Tensor] = None,
+    ):
+        """q (b, heads, head_dim) to out, or (out, lse)."""
+        _refuse(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, args=args or None)
+        return self._run(q, *_pools(paged_kv_cache, self._layout), out, lse, return_lse, window_left, sinks)
+
+    def run_return_lse(self, q, paged_kv_cache, **options):
+        return self.run(q, paged_kv_cache, return_lse=True, **options)
+
+    forward_return_lse = run_return_lse
+
+
+class _PrefillWrapper(_Wrapper):
+    def _plan(self, qo_indptr, tensors, heads, options, custom_mask, packed_custom_mask, causal, mode, lengths):
+        starts = qo_indptr.cpu().tolist()
+        queries = [b - a for a, b in zip(starts, starts[1:])]
+        tensors["cu_seqlens_q"] = _ints(qo_indptr, self.device)
+        if packed_custom_mask is not None or custom_mask is not None:
+            causal = False  # FlashInfer's rule
+            counts = [n * m for n, m in zip(queries, lengths().cpu().tolist())]
+            if packed_custom_mask is not None:
+                ends = torch.tensor([0] + [-(-n // 8) for n in counts]).cumsum(0)
+                tensors["mask"], tensors["mask_indptr"] = packed_custom_mask.to(self.device), _ints(ends, self.device)
+            else:
+                tensors["mask"], tensors["mask_indptr"] = _pack_mask(custom_mask, counts, self.device)
+        slopes = _alibi_slopes(mode, heads, causal, self.device)
+        self._set(heads, tensors, dict(options(slopes, causal), max_seqlen_q=max(queries, default=0)))
+
+
+class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
+    """Prompts and chunks of prompts over a paged cache, decoding sequences among them if need be."""
+
+    def __init__(self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, **buffers):
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: Optional[int] = None,
+        custom_mask: Optional[torch.Tensor] = None,
+        packed_custom_mask: Optional[torch.Tensor] = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type=None,
+        kv_data_type=None,
+        **tuning,
+    ) -> None:
+        tensors = _pages(paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size, self.device)
+        self._plan(
+            qo_indptr,
+            tensors,
+            num_qo_heads,
+            lambda slopes, seen: _options(sm_scale, window_left, logits_soft_cap, slopes, seen),
+            custom_mask,
+            packed_custom_mask,
+            causal,
+            pos_encoding_mode,
+            lambda: tensors["seqlens_k"],
+        )
+
+    begin_forward = plan
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache,
+        *args,
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+        enable_pdl: Optional[bool] = None,
+        window_left: Optional[int] = None,
+        sinks: Optional[torch.Tensor] = None,
+    ):
+        """q (tokens, heads, head_dim) to out, or (out, lse)."""
+        _refuse(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, args=args or None)
+        return self._run(q, *_pools(paged_kv_cache, self._layout), out, lse, return_lse, window_left, sinks)
+
+    def run_return_lse(self, q, paged_kv_cache, **options):
+        return self.run(q, paged_kv_cache, return_lse=True, **options)
+
+    forward_return_lse = run_return_lse
+
+
+class BatchPrefillWithRaggedKVCacheWrapper(_PrefillWrapper):
+    """Prompts whose keys and values lie end to end."""
+
+    def __init__(self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, **buffers):
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: Optional[int] = None,
+        custom_mask: Optional[torch.Tensor] = None,
+        packed_custom_mask: Optional[torch.Tensor] = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type=None,
+        kv_data_type=None,
+        **tuning,
+    ) -> None:
+        self._plan(
+            qo_indptr,
+            dict(cu_seqlens_k=_ints(kv_indptr, self.device)),
+            num_qo_heads,
+            lambda slopes, seen: _options(sm_scale, window_left, logits_soft_cap, slopes, seen),
+            custom_mask,
+            packed_custom_mask,
+            causal,
+            pos_encoding_mode,
+            lambda: kv_indptr[1:] - kv_indptr[:-1],
+        )
+
+    begin_forward = plan
+
+    def run(self, q, k, v, *args, out=None, lse=None, return_lse=False, enable_pdl=None, sinks=None):
+        """q (tokens, heads, d), k, v (tokens, kv heads, d), in HND order (kv heads, tokens, d), to out or (out, lse)."""
+        _refuse(args=args or None)
+        k, v = _by_tokens(k, self._layout, 1), _by_tokens(v, self._layout, 1)
+        return self._run(q, k, v, out, lse, return_lse, sinks=sinks)
+
+    def run_return_lse(self, q, k, v, **options):
+        return self.run(q, k, v, return_lse=True, **options)
+
+    forward_return_lse = run_return_lse
+
+
+class MultiLevelCascadeAttentionWrapper:
+    """Attention over levels of pages, of which the first ones are shared by several sequences: each level by itself, merged.
+
+    The last level is causal where plan() says so, the others are seen whole.
+    """
+
+    def __init__(self, num_levels: int, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, **buffers):
+        self._levels = [
+            BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, use_cuda_graph)
+            for _ in range(num_levels)
+        ]
+
+    def plan(
+        self,
+        qo_indptr_arr: List[torch.Tensor],
+        paged_kv_indptr_arr: List[torch.Tensor],
+        paged_kv_indices_arr: List[torch.Tensor],
+        paged_kv_last_page_len: List[torch.Tensor],
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type=None,
+        kv_data_type=None,
+    ) -> None:
+        if pos_encoding_mode != "NONE" or window_left >= 0:
+            raise NotImplementedError(
+                "pos_encoding_mode and window_left of MultiLevelCascadeAttentionWrapper: positions differ by level"
+            )
+        arrays = zip(self._levels, qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len)
+        for level, (wrapper, *tables) in enumerate(arrays):
+            wrapper.plan(
+                *tables,
+                num_qo_heads,
+                num_kv_heads,
+                head_dim,
+                page_size,
+                causal=causal and level + 1 == len(self._levels),
+                sm_scale=sm_scale,
+                logits_soft_cap=logits_soft_cap,
+            )
+
+    begin_forward = plan
+
+    def run(self, q: torch.Tensor, paged_kv_cache) -> torch.Tensor:
+        out, lse = self._levels[-1].run(q, paged_kv_cache, return_lse=True)
+        for wrapper in self._levels[:-1]:
+            merge_state_in_place(out, lse, *wrapper.run(q, paged_kv_cache, return_lse=True))
+        return out
+
+    forward = run
+
+
+def single_decode_with_kv_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_tensor_cores: bool = False,
+    q_scale: Optional[float] = None,
+    k_scale: Optional[float] = None,
+    v_scale: Optional[float] = None,
+    window_left: int = -1,
+    logits_soft_cap: Optional[float] = None,
+    sm_scale: Optional[float] = None,
+    rope_scale: Optional[float] = None,
+    rope_theta: Optional[float] = None,
+    return_lse: bool = False,
+) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+    """q (heads, d), k and v (tokens, kv heads, d), to out (heads, d), or with lse (heads,)."""
+    _refuse(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+    k, v = (_by_tokens(x, kv_layout, 1).unsqueeze(0) for x in (k, v))
+    slopes = _alibi_slopes(pos_encoding_mode, q.shape[0], True, q.device)
+    seqlens = torch.full((1,), k.shape[1], dtype=torch.int32, device=q.device)
+    out, lse = gqa_attention(
+        q.unsqueeze(0),
+        k,
+        v,
+        seqlens_k=seqlens,
+        schedule=gqa_schedule(seqlens, q.shape[0], k.shape[2], q.shape[1]),
+        **_options(sm_scale, window_left, logits_soft_cap, slopes),
+    )
+    return (out[0], _base_2(lse)[0]) if return_lse else out[0]
+
+
+def single_prefill_with_kv_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale_q=None,
+    scale_k=None,
+    scale_v=None,
+    o_dtype=None,
+    custom_mask: Optional[torch.Tensor] = None,
+    packed_custom_mask: Optional[torch.Tensor] = None,
+    causal: bool = False,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_fp16_qk_reduction: bool = False,
+    sm_scale: Optional[float] = None,
+    window_left: int = -1,
+    logits_soft_cap: Optional[float] = None,
+    rope_scale: Optional[float] = None,
+    rope_theta: Optional[float] = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+    """q (tokens, heads, d), k and v (tokens, kv heads, d), to out, or with lse (tokens, heads)."""
+    _refuse(scale_q=scale_q, scale_k=scale_k, scale_v=scale_v)
+    wrapper = BatchPrefillWithRaggedKVCacheWrapper(q, kv_layout)
+    tokens = k.shape[0] if kv_layout == "NHD" else k.shape[1]
+    starts = [torch.tensor([0, n], dtype=torch.int32) for n in (q.shape[0], tokens)]
+    wrapper.plan(
+        *starts,
+        q.shape[1],
+        k.shape[1 if kv_layout == "NHD" else 0],
+        q.shape[2],
+        custom_mask=custom_mask,
+        packed_custom_mask=packed_custom_mask,
+        causal=causal,
+        pos_encoding_mode=pos_encoding_mode,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        sm_scale=sm_scale,
+    )
+    return wrapper.run(q, k, v, return_lse=return_lse)
+
+
+def merge_state(v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s_b: torch.Tensor):
+    """v (tokens, heads, d) and s (tokens, heads), base 2, of the same queries over two disjoint sets of keys: (v, s)."""
+    v, s = _merge_states(
+        *(x for v, s in ((v_a, s_a), (v_b, s_b)) for x in (v.unsqueeze(0), s.t().unsqueeze(0))), base="2"
+    )
+    s = s[0].t()
+    return v[0], s.masked_fill(s == math.inf, -math.inf)
+
+
+def merge_state_in_place(v, s, v_other, s_other, mask: Optional[torch.Tensor] = None) -> None:
+    """merge_state into v and s, of the tokens that the mask lets through."""
+    merged_v, merged_s = merge_state(v, s, v_other, s_other)
+    if mask is not None:
+        merged_v = torch.where(mask[:, None, None], merged_v, v)
+        merged_s = torch.where(mask[:, None], merged_s, s)
+    v.copy_(merged_v)
+    s.copy_(merged_s)
+
+
+def merge_states(v: torch.Tensor, s: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """v (tokens, states, heads, d) and s (tokens, states, heads), base 2: all states of a token merged, in order."""
+    merged = (v[:, 0].contiguous(), s[:, 0].contiguous())
+    for i in range(1, v.shape[1]):
+        merged = merge_state(*merged, v[:, i], s[:, i])
+    return merged
+
+
+def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Tokens of each sequence; 0 of one without pages."""
+    pages = kv_indptr[1:] - kv_indptr[:-1]
+    return torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0).to(torch.int32)
+
+
+def get_batch_indices_positions(append_indptr: torch.Tensor, seq_lens: torch.Tensor, nnz: int):
+    """Sequence and position of each of nnz tokens, those of sequence i being its last ones: both int32 (nnz,)."""
+    counts = (append_indptr[1:] - append_indptr[:-1]).long()
+    sequences = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=nnz)
+    first = seq_lens.to(counts.device).long() - counts
+    positions = torch.arange(nnz, device=counts.device) - append_indptr[:-1].long()[sequences] + first[sequences]
+    return sequences.int(), positions.int()
+
+
+def append_paged_kv_cache(
+    append_key: torch.Tensor,
+    append_value: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    paged_kv_cache,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    kv_layout: str = "NHD",
+) -> None:
+    """Writes keys and values (tokens, kv heads, d) to their places in the pages."""
+    pools = _pools(paged_kv_cache, kv_layout)
+    page_size = pools[0].shape[1]
+    positions = positions.long()
+    pages = kv_indices.long()[kv_indptr.long()[batch_indices.long()] + positions // page_size]
+    for pool, rows in zip(pools, (append_key, append_value)):
+        pool[pages, positions % page_size] = rows
