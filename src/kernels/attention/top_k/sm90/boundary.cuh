@@ -8,7 +8,7 @@
 namespace flash_mla::sm90::top_k_kernel {
 
 /// Where keys come from: each() calls f(key, there) by whole warps, of which the last have lanes without a key.
-/// (Few rounds of the loops: small code is worth more here, for it is fetched from memory.)
+/// Candidates are few rounds of a loop: small code is worth more there, for it is fetched from memory.
 struct CandidateKeys {
   const unsigned* scores;
   unsigned count;
@@ -19,6 +19,25 @@ struct CandidateKeys {
     for (unsigned first = 0; first < count; first += kThreads) {
       const unsigned i = first + threadIdx.x;
       f(i < count ? selection::order_key(__uint_as_float(scores[i])) : 0, i < count);
+    }
+  }
+};
+
+/// Keys as they are in shared memory, behind the last one's 0 up to a multiple of kUnroll * kThreads.
+struct StoredKeys {
+  static constexpr unsigned kUnroll = 4;
+  const unsigned* keys;
+  unsigned count;
+
+  template <class F>
+  __device__ void each(const F& f) const {
+#pragma unroll 1
+    for (unsigned first = threadIdx.x; first - threadIdx.x < count; first += kUnroll * kThreads) {
+      unsigned key[kUnroll];
+#pragma unroll
+      for (unsigned j = 0; j < kUnroll; ++j) key[j] = keys[first + j * kThreads];
+#pragma unroll
+      for (unsigned j = 0; j < kUnroll; ++j) f(key[j], key[j] != 0);  // no score has the key 0
     }
   }
 };

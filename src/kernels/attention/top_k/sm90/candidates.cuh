@@ -18,7 +18,7 @@ struct SampleSize {
 
 /// 4 deviations above what the k largest have in the sample. More of it where the candidates would hardly fit.
 __device__ inline SampleSize sample_size(int n, int k) {
-  const float of_k = 3 * k <= static_cast<int>(kCapacity) ? 16.0f : 64.0f;  // pairs among the k largest
+  const float of_k = 3 * k <= static_cast<int>(kCapacity) ? 8.0f : 64.0f;  // pairs among the k largest
   int places = kMinPlaces;
 #pragma unroll 1
   while (places < kMaxPlaces &&

@@ -14,18 +14,20 @@ inline constexpr int kShortWords = static_cast<int>(kCapacity) / 32;
 struct ShortShared {
   BlockShared block;
   BoundaryShared boundary;
-  unsigned scores[kCapacity];
+  unsigned keys[kCapacity];
   unsigned above[kShortWords], equal[kShortWords];  // maps of positions
   unsigned before[kShortWords];  // those above (high half) and equal (low half) before a word
 };
 
-/// Loads the row; returns the range of its keys. (Loads past the end are of the last score: a branch for each would make
-/// them wait for one another.)
+/// Stores the row's keys, and zeros behind them; returns their range. (Loads past the end are of the last score: a branch
+/// for each would make them wait for one another.)
 __device__ inline Range load_short_row(const Row& row, ShortShared& s) {
   constexpr int kLoads = 8;
+  static_assert(kLoads % StoredKeys::kUnroll == 0 && kCapacity % (kLoads * kThreads) == 0);
   unsigned least = ~0u, most = 0;
 #pragma unroll 1
-  for (int first = static_cast<int>(threadIdx.x); first < row.n; first += kThreads * kLoads) {
+  for (int round = 0; round < row.n; round += kThreads * kLoads) {
+    const int first = round + static_cast<int>(threadIdx.x);
     float x[kLoads];
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) x[j] = __ldg(row.scores + min(first + j * kThreads, row.n - 1));
@@ -34,8 +36,7 @@ __device__ inline Range load_short_row(const Row& row, ShortShared& s) {
       const unsigned key = selection::order_key(x[j]);
       least = min(least, key);
       most = max(most, key);
-      const int i = first + j * kThreads;
-      if (i < row.n) s.scores[i] = __float_as_uint(x[j]);
+      s.keys[first + j * kThreads] = first + j * kThreads < row.n ? key : 0;
     }
   }
   return range_of(s.block, least, most);
@@ -43,7 +44,7 @@ __device__ inline Range load_short_row(const Row& row, ShortShared& s) {
 
 /// Writes the positions of everything above the boundary and of the first of its equals, in order.
 __device__ inline void emit_short_row(const Row& row, ShortShared& s, Boundary boundary) {
-  const CandidateKeys keys{s.scores, static_cast<unsigned>(row.n)};
+  const StoredKeys keys{s.keys, static_cast<unsigned>(row.n)};
   unsigned i = threadIdx.x;
   keys.each([&](unsigned key, bool there) {
     const unsigned above = __ballot_sync(~0u, there && key > boundary.key);
@@ -77,7 +78,7 @@ __device__ inline void emit_short_row(const Row& row, ShortShared& s, Boundary b
 __device__ inline void select_short_row(const Row& row, ShortShared& s, int k) {
   clear_histogram(s.block);
   const Range range = load_short_row(row, s);
-  const CandidateKeys keys{s.scores, static_cast<unsigned>(row.n)};
+  const StoredKeys keys{s.keys, static_cast<unsigned>(row.n)};
   emit_short_row(row, s, find_close_boundary(keys, s.block, s.boundary, range, static_cast<unsigned>(k)));
 }
 
