@@ -136,6 +136,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   for (unsigned i = 0; i < 32; ++i) bits |= static_cast<unsigned>(of_all[i]) << i;
   return bits;
 }
+inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
 inline std::uint32_t __umulhi(std::uint32_t a, std::uint32_t b) {

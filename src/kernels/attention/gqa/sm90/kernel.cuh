@@ -2,10 +2,11 @@
 
 // Attention over keys and values of their own on Hopper, for decoding and few queries: bound by reading keys and values.
 //
-// Tile:      16 query rows (the heads of a group, of one or more queries) by 16 keys; products are m16n8k16.
+// Tile:      16 query rows (the heads of a group, of one or more queries) by 16 keys, 32 of short heads; products are
+//            m16n8k16.
 // Threads:   4 warps, each with every fourth tile of keys, a ring of its own that it fills itself by asynchronous copies, and
 //            a softmax of its own; no barrier but at the end of an item, where the four results are added up.
-// Memory:    queries, then for each warp 3 to 8 stages of 16 keys and values: see Shape. 64 to 130 KB are under way on a
+// Memory:    queries, then for each warp 3 to 8 stages of a tile of keys and values: see Shape. 100 to 150 KB are under way on a
 //            multiprocessor while the rest is computed on.
 // Registers: 4 times d_v / 8 for the output, d_qk / 4 for the queries where d_qk is at most 128; else they are read again.
 //
@@ -27,6 +28,8 @@
 namespace flash_mla::sm90::gqa {
 
 using flash_mla::gqa::Range;
+
+inline constexpr float kMaxGrowth = 8.0f;  ///< of scores over the softmax's reference, base 2
 
 extern __shared__ std::byte dynamic_smem[];
 
@@ -81,13 +84,24 @@ struct Worker {
   static constexpr bool kQueriesInRegisters = kDqk <= 128;
   static constexpr int kKeyChunks = kDqk / 8, kValueChunks = kDv / 8;  // of 16 bytes
 
+  static constexpr int kTileKeys = S::kTileKeys, kStep = kWarps * kTileKeys;
+
+  struct TilePlace {
+    int page, offset;
+  };
+
   const Params& params;
   const Problem& p;
   int warp, lane;
   std::uint32_t queries, stats, ring;  // shared memory
   float out[kDv / 8][4];
-  float highest[2], sum[2];
+  float reference[2], sum[2];  // of the softmax, base 2; -inf until a key has been seen
   std::uint32_t q[kQueriesInRegisters ? kDqk / 16 : 1][4];
+  // Of the item's copies: where its keys lie, and the next tile.
+  const std::int32_t* pages;
+  int first_page, to_fetch, fill;
+  TilePlace place{0, 0};
+  bool linear;  // a tile's rows are one token stride apart
 
   __device__ explicit Worker(const Params& given)
       : params(given),
@@ -123,45 +137,58 @@ struct Worker {
                 queries + static_cast<std::uint32_t>(lane % 16 * S::kKeyPitch + 32 * k + 16 * (lane / 16)));
   }
 
-  /// Lane l holds the place of key l % 16 of a tile; the page is -1 where the key is none.
-  struct TilePlaces {
-    int page, offset;
-  };
-  __device__ TilePlaces locate(const Item& item, int tile) const {
-    const int key = tile + lane % kTileKeys;
-    if (key >= item.end) return {-1, 0};
-    const auto at = p.place(item.req, key);
-    return {static_cast<int>(at.page), static_cast<int>(at.offset)};
+  /// What a tile's rows are found by: its first key's place where its rows lie `token` strides apart, else lane l has that
+  /// of key l % kTileKeys.
+  __device__ TilePlace locate(const Item& item, int tile) const {
+    // A place that is there, whatever the tile: what lies past the item is not copied.
+    const int key = min(linear ? tile : tile + lane % kTileKeys, item.end - 1);
+    if (p.table == nullptr) return {first_page, key};
+    const int page = key / p.page_size;
+    return {pages[page], key - page * p.page_size};
   }
 
-  /// Asks for a tile's keys and values.
-  __device__ void fetch(const TilePlaces& places, int stage) const {
+  /// Asks for the `count` keys and values of a tile.
+  __device__ void fetch(const TilePlace& at, int count, int stage) const {
     const std::uint32_t keys = ring + static_cast<std::uint32_t>(stage * S::kStageBytes);
     const int head = static_cast<int>(blockIdx.y);
-    copy_rows<kKeyChunks, S::kKeyPitch>(static_cast<const T*>(p.k) + head * p.k_strides.head,
-                                        p.k_strides.page, p.k_strides.token, places, keys);
-    copy_rows<kValueChunks, S::kValuePitch>(static_cast<const T*>(p.v) + head * p.v_strides.head,
-                                            p.v_strides.page, p.v_strides.token, places,
-                                            keys + kTileKeys * S::kKeyPitch);
+    const auto offset = [&](const flash_mla::gqa::Strides& s) {
+      return at.page * s.page + at.offset * s.token + head * s.head;
+    };
+    copy_rows<kKeyChunks, S::kKeyPitch>(static_cast<const T*>(p.k), offset(p.k_strides), p.k_strides.token,
+                                        count, keys);
+    copy_rows<kValueChunks, S::kValuePitch>(static_cast<const T*>(p.v), offset(p.v_strides),
+                                            p.v_strides.token, count, keys + kTileKeys * S::kKeyPitch);
   }
   template <int kChunks, int kPitch>
-  __device__ void copy_rows(const T* from, std::int64_t page_stride, std::int64_t token_stride,
-                            const TilePlaces& places, std::uint32_t to) const {
+  __device__ void copy_rows(const T* data, std::int64_t offset, std::int64_t token, int count,
+                            std::uint32_t to) const {
+    constexpr int kCopies = kTileKeys * kChunks / 32;
+    if (linear) {
+      if constexpr (32 % kChunks == 0) {
+        constexpr int kRows = 32 / kChunks;
+        const int row = lane / kChunks, chunk = lane % kChunks;
+        const T* from = data + offset + row * token + 8 * chunk;
+        to += static_cast<std::uint32_t>(row * kPitch + 16 * chunk);
 #pragma unroll
-    for (int i = 0; i < kTileKeys * kChunks / 32; ++i) {
+        for (int i = 0; i < kCopies; ++i, from += kRows * token) {
+          ptx::cp_async_16(to + i * kRows * kPitch, from, row + i * kRows < count ? 16 : 0);
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
       const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
-      const int page = __shfl_sync(0xFFFFFFFFu, places.page, row),
-                offset = __shfl_sync(0xFFFFFFFFu, places.offset, row);
-      const bool there = page >= 0;
-      const T* at = there ? from + page * page_stride + offset * token_stride + 8 * chunk : from;
-      ptx::cp_async_16(to + static_cast<std::uint32_t>(row * kPitch + 16 * chunk), at, there ? 16 : 0);
+      const std::int64_t at = linear ? offset + row * token : __shfl_sync(0xFFFFFFFFu, offset, row);
+      ptx::cp_async_16(to + static_cast<std::uint32_t>(row * kPitch + 16 * chunk), data + at + 8 * chunk,
+                       row < count ? 16 : 0);
     }
   }
 
   /// Scores of this thread's rows, lane / 4 and eight below: columns 8 n + 2 (lane % 4) and the next.
-  __device__ void products(std::uint32_t keys, float (&s)[2][4]) const {
+  __device__ void products(std::uint32_t keys, float (&s)[kTileKeys / 8][4]) const {
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < kTileKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = 0.0f;
     }
@@ -169,16 +196,19 @@ struct Worker {
         keys + static_cast<std::uint32_t>((lane % 8 + lane / 16 * 8) * S::kKeyPitch + 16 * (lane / 8 % 2));
 #pragma unroll
     for (int k = 0; k < kDqk / 16; ++k) {
-      std::uint32_t b[4];
-      ldmatrix_x4(b, at + 32 * k);
+      std::uint32_t a[4];
       if constexpr (kQueriesInRegisters) {
-        ptx::mma_m16n8k16<kBf16>(s[0], q[k], b[0], b[1]);
-        ptx::mma_m16n8k16<kBf16>(s[1], q[k], b[2], b[3]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = q[k][i];
       } else {
-        std::uint32_t a[4];
         load_query(k, a);
-        ptx::mma_m16n8k16<kBf16>(s[0], a, b[0], b[1]);
-        ptx::mma_m16n8k16<kBf16>(s[1], a, b[2], b[3]);
+      }
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; n += 2) {
+        std::uint32_t b[4];
+        ldmatrix_x4(b, at + 32 * k + n * 8 * S::kKeyPitch);
+        ptx::mma_m16n8k16<kBf16>(s[n], a, b[0], b[1]);
+        ptx::mma_m16n8k16<kBf16>(s[n + 1], a, b[2], b[3]);
       }
     }
   }
@@ -199,57 +229,93 @@ struct Worker {
     return x;
   }
 
+  /// kPlain: all rows see all keys of the tile, and scores are only scaled.
+  template <bool kPlain>
   __device__ void attend(const Item& item, const RowRules (&rules)[2], int tile, int stage) {
     const std::uint32_t keys = ring + static_cast<std::uint32_t>(stage * S::kStageBytes);
-    float s[2][4];
+    const float minus_infinity = -__uint_as_float(0x7F800000), scale = kPlain ? params.scale_log2 : 1.0f;
+    float s[kTileKeys / 8][4], shrink[2];
     products(keys, s);
-    std::uint32_t weights[4];
+    std::uint32_t weights[kTileKeys / 16][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float minus_infinity = -__uint_as_float(0x7F800000);
       float best = minus_infinity;
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < kTileKeys / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[n][2 * h + i];
-          x = ruled(x, item, rules[h], tile + 8 * n + 2 * (lane % 4) + i);
+          if constexpr (!kPlain) x = ruled(x, item, rules[h], tile + 8 * n + 2 * (lane % 4) + i);
           best = fmaxf(best, x);
         }
       }
-      best = fmaxf(highest[h], quad_max(best));
+      best = quad_max(best) * scale;
+      // The reference moves only where scores grow by much, so that the output is seldom rescaled.
+      const bool moves = best > reference[h] + kMaxGrowth;
+      shrink[h] = moves ? exp2_fast(reference[h] - best) : 1.0f;
+      reference[h] = moves ? best : reference[h];
       // A row that has seen no key yet: subtract 0, so that -inf - -inf never arises.
-      const float base = best == minus_infinity ? 0.0f : best;
-      const float shrink = exp2_fast(highest[h] - base);
-      highest[h] = best;
-      sum[h] *= shrink;
+      const float base = reference[h] == minus_infinity ? 0.0f : reference[h];
+      sum[h] *= shrink[h];
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+        const float a = exp2_fast(fmaf(s[n][2 * h], scale, -base));
+        const float b = exp2_fast(fmaf(s[n][2 * h + 1], scale, -base));
+        sum[h] += a + b;
+        weights[n / 2][n % 2 * 2 + h] = pack2<kBf16>(a, b);
+      }
+    }
+    if (__any_sync(0xFFFFFFFFu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
       for (int n = 0; n < kDv / 8; ++n) {
-        out[n][2 * h] *= shrink;
-        out[n][2 * h + 1] *= shrink;
-      }
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const float a = exp2_fast(s[n][2 * h] - base), b = exp2_fast(s[n][2 * h + 1] - base);
-        sum[h] += a + b;
-        weights[2 * n + h] = pack2<kBf16>(a, b);
+        for (int i = 0; i < 4; ++i) out[n][i] *= shrink[i / 2];
       }
     }
     const std::uint32_t values = keys + kTileKeys * S::kKeyPitch +
                                  static_cast<std::uint32_t>(lane % 16 * S::kValuePitch + 16 * (lane / 16));
 #pragma unroll
-    for (int c = 0; c < kDv / 16; ++c) {
-      std::uint32_t b[4];
-      ldmatrix_x4_transposed(b, values + 32 * c);
-      ptx::mma_m16n8k16<kBf16>(out[2 * c], weights, b[0], b[1]);
-      ptx::mma_m16n8k16<kBf16>(out[2 * c + 1], weights, b[2], b[3]);
+    for (int k = 0; k < kTileKeys / 16; ++k) {
+#pragma unroll
+      for (int c = 0; c < kDv / 16; ++c) {
+        std::uint32_t b[4];
+        ldmatrix_x4_transposed(b, values + k * 16 * S::kValuePitch + 32 * c);
+        ptx::mma_m16n8k16<kBf16>(out[2 * c], weights[k], b[0], b[1]);
+        ptx::mma_m16n8k16<kBf16>(out[2 * c + 1], weights[k], b[2], b[3]);
+      }
     }
   }
 
-  /// This warp's tiles of the item's keys.
-  __device__ void walk(const Item& item, int begin) {
+  /// Asks for this warp's next tile, if there is one.
+  __device__ void fetch_next(const Item& item) {
+    if (to_fetch < item.end) {
+      fetch(place, item.end - to_fetch, fill);
+      to_fetch += kStep;
+      place = locate(item, to_fetch);  // long before it is needed
+      fill = fill + 1 == S::kStages ? 0 : fill + 1;
+    }
+    ptx::cp_async_commit();
+  }
+
+  /// Asks for this warp's first tiles.
+  __device__ void start(const Item& item, int begin) {
+    linear = p.table == nullptr || p.page_size % kTileKeys == 0;
+    if (p.table != nullptr) {
+      pages = p.pages(item.req);
+    } else {
+      first_page = p.cu_k != nullptr ? p.cu_k[item.req] : item.req;
+    }
+    to_fetch = begin + warp * kTileKeys;
+    fill = 0;
+    if (to_fetch < item.end) place = locate(item, to_fetch);
+#pragma unroll 1
+    for (int i = 0; i < S::kStages - 1; ++i) fetch_next(item);
+  }
+
+  /// This warp's tiles of the item's keys. All rows see the keys [plain_begin, plain_end), and need no more than scaling.
+  __device__ void walk(const Item& item, int begin, int plain_begin, int plain_end) {
     const float minus_infinity = -__uint_as_float(0x7F800000);
-    highest[0] = highest[1] = minus_infinity;
+    reference[0] = reference[1] = minus_infinity;
     sum[0] = sum[1] = 0.0f;
 #pragma unroll
     for (int n = 0; n < kDv / 8; ++n) {
@@ -257,28 +323,17 @@ struct Worker {
       for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
     }
     const RowRules rules[2] = {rules_of(p, item, lane / 4), rules_of(p, item, lane / 4 + 8)};
-    constexpr int kStep = kWarps * kTileKeys;
-    int to_fetch = begin + warp * kTileKeys;
-    TilePlaces places = locate(item, to_fetch);
-    int fill = 0;
-    const auto fetch_next = [&] {
-      if (to_fetch < item.end) {
-        fetch(places, fill);
-        to_fetch += kStep;
-        places = locate(item, to_fetch);  // long before it is needed
-        fill = fill + 1 == S::kStages ? 0 : fill + 1;
-      }
-      ptx::cp_async_commit();
-    };
-#pragma unroll 1
-    for (int i = 0; i < S::kStages - 1; ++i) fetch_next();
     int stage = 0;
 #pragma unroll 1
     for (int tile = begin + warp * kTileKeys; tile < item.end; tile += kStep) {
       ptx::cp_async_wait<S::kStages - 2>();
       __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled next
-      fetch_next();
-      attend(item, rules, tile, stage);
+      fetch_next(item);
+      if (tile >= plain_begin && tile + kTileKeys <= plain_end) {
+        attend<true>(item, rules, tile, stage);
+      } else {
+        attend<false>(item, rules, tile, stage);
+      }
       stage = stage + 1 == S::kStages ? 0 : stage + 1;
     }
     ptx::cp_async_wait<0>();
@@ -297,7 +352,7 @@ struct Worker {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const auto at = static_cast<std::uint32_t>(4 * (warp * kTileRows + lane / 4 + 8 * h));
-        ptx::store_shared_4(maxima + at, __float_as_uint(highest[h]));
+        ptx::store_shared_4(maxima + at, __float_as_uint(reference[h]));
         ptx::store_shared_4(sums + at, __float_as_uint(sum[h]));
       }
     }
@@ -311,7 +366,7 @@ struct Worker {
         best = fmaxf(best,
                      ptx::load_shared<float>(maxima + static_cast<std::uint32_t>(4 * (w * kTileRows + r))));
       }
-      const float shrink = exp2_fast(highest[h] - (best == -infinity ? 0.0f : best));
+      const float shrink = exp2_fast(reference[h] - (best == -infinity ? 0.0f : best));
 #pragma unroll
       for (int n = 0; n < kDv / 8; ++n) {
         const auto at = ring + static_cast<std::uint32_t>(4 * (r * S::kOutPitch + 8 * n + 2 * (lane % 4)));
@@ -410,9 +465,15 @@ struct Worker {
     const int last_query = min((first_row + kTileRows - 1) / p.group, item.queries - 1);
     const int least = static_cast<int>(p.visible(first_row / p.group, item.queries, item.keys).begin);
     const int most = static_cast<int>(p.visible(last_query, item.queries, item.keys).end);
+    const bool ruled_all = p.mask != nullptr || p.slopes != nullptr || p.soft_cap > 0.0f;
+    const int plain_begin = static_cast<int>(p.visible(last_query, item.queries, item.keys).begin);
+    const int plain_end =
+        ruled_all ? 0 : static_cast<int>(p.visible(first_row / p.group, item.queries, item.keys).end);
     item.end = min(item.end, most);
+    const int begin = max(item.begin, least / kTileKeys * kTileKeys);
+    start(item, begin);
     load_queries(item);
-    walk(item, max(item.begin, least / kTileKeys * kTileKeys));
+    walk(item, begin, plain_begin, min(plain_end, item.end));
     finish(item);
   }
 };

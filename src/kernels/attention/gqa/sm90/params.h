@@ -10,7 +10,6 @@ namespace flash_mla::sm90::gqa {
 using flash_mla::gqa::Problem;
 
 inline constexpr int kTileRows = 16;     ///< query rows of a CTA
-inline constexpr int kTileKeys = 16;     ///< keys that a warp takes at a time
 inline constexpr int kBlockTokens = 64;  ///< of a block of the schedule
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = 32 * kWarps;
@@ -44,6 +43,8 @@ struct Params {
 template <int kDqk, int kDv>
 struct Shape {
   static_assert(kDqk % 16 == 0 && kDv % 16 == 0);
+  /// Keys that a warp takes at a time. What a tile costs beside its products is the same for short and long rows.
+  static constexpr int kTileKeys = kDqk <= 64 ? 32 : 16;
   static constexpr int kKeyPitch = 2 * kDqk + 16, kValuePitch = 2 * kDv + 16;
   static constexpr int kStageBytes = kTileKeys * (kKeyPitch + kValuePitch);
   /// Two CTAs to a multiprocessor where each still has three stages for every warp.
