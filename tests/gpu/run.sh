@@ -58,6 +58,7 @@ step() {
 gpu_tests=$(find_program gpu_tests) || exit 2
 conformance=$(find_program conformance_gpu) || exit 2
 model_kernels=$(find_program model_kernels_gpu) || exit 2
+all_reduce_norm=$(find_program all_reduce_norm_rows) || exit 2
 step "conformance suite on the GPU" "$conformance" --gtest_brief=1
 if [ -n "$quick" ]; then
   step "GPU tests without the large grid" "$gpu_tests" --gtest_brief=1 '--gtest_filter=-*k4096*'
@@ -65,6 +66,7 @@ else
   step "GPU tests" "$gpu_tests" --gtest_brief=1
 fi
 step "the model's kernels" "$model_kernels" --gtest_brief=1
+step "sums over ranks, on streams" "$all_reduce_norm" --quick
 if engine=$(find_program engine_gpu); then
   small=$root/models/small
   if [ ! -d "$small" ]; then small=$here/small; fi

@@ -8,7 +8,7 @@ build=$1
 folder=$2
 mkdir -p "$folder/lib"
 cp "$build/tests/gpu/gpu_tests" "$build/tests/gpu/conformance_gpu" "$build/tests/gpu/model_kernels_gpu" \
-  "$build/tests/gpu/weight_stream_rows" "$build/tests/gpu/fp8_gemm_rows" "$build/tests/gpu/sparse_decode_rows" "$build/tests/gpu/top_k_rows" "$build/tests/gpu/indexer_rows" "$build/src/cli/flash-mla" "$here/run.sh" "$here/test_torch_cuda.py" "$folder/"
+  "$build/tests/gpu/weight_stream_rows" "$build/tests/gpu/fp8_gemm_rows" "$build/tests/gpu/all_reduce_norm_rows" "$build/tests/gpu/sparse_decode_rows" "$build/tests/gpu/top_k_rows" "$build/tests/gpu/indexer_rows" "$build/src/cli/flash-mla" "$here/run.sh" "$here/test_torch_cuda.py" "$folder/"
 programs="$folder/gpu_tests $folder/flash-mla"
 if [ -x "$build/tests/gpu/engine_gpu" ]; then
   cp "$build/tests/gpu/engine_gpu" "$here/../../bench/compare_transformers_gpu.py" "$folder/"
