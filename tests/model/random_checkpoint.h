@@ -89,6 +89,7 @@ class RandomCheckpoint {
       return;
     }
     std::vector<std::uint8_t> exponents;
+    exponents.reserve(scales.size());
     for (const float scale : scales) exponents.push_back(to_e8m0(scale).bits);
     file_.add(name + "_scale_inv", "F8_E8M0", shape, exponents);
   }
