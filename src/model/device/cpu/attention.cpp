@@ -13,6 +13,7 @@ namespace {
 // Columns of every rank, which has as many heads as any other.
 std::vector<Range> shares_of_heads(const Partition& partition, std::int64_t columns) {
   std::vector<Range> out;
+  out.reserve(static_cast<std::size_t>(partition.size));
   for (int rank = 0; rank < partition.size; ++rank) out.push_back({rank * columns, columns});
   return out;
 }

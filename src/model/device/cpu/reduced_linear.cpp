@@ -22,6 +22,7 @@ std::int64_t largest(const std::vector<Range>& parts) {
 
 std::vector<Range> shares(const Partition& partition, std::int64_t n) {
   std::vector<Range> out;
+  out.reserve(static_cast<std::size_t>(partition.size));
   for (int rank = 0; rank < partition.size; ++rank) out.push_back(partition.share(n, rank));
   return out;
 }
