@@ -11,6 +11,7 @@
 #include "flash_mla/merge.h"
 #include "flash_mla/quantise.h"
 #include "flash_mla/reference.h"
+#include "flash_mla/rows.h"
 #include "flash_mla/schedule.h"
 #include "flash_mla/sparse.h"
 #include "flash_mla/tensor.h"

@@ -14,6 +14,7 @@
 #include "kernels/cache/sm90/append.h"
 #include "kernels/cache/sm90/gather.h"
 #include "kernels/quant/sm90/quantise.h"
+#include "kernels/rows/row_ops.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -75,5 +76,9 @@ void check_supported(const GqaArgs&, const DecodeScheduleView&) { refuse(); }
 std::size_t gqa_workspace_size(const GqaArgs&, const DecodeScheduleView&, const GqaOptions&) { refuse(); }
 void gqa_attention(const GqaArgs&, const DecodeScheduleView&, void*, const GqaOptions&, float) { refuse(); }
 ScheduleOptions gqa_schedule_options(int, int, int, int, int) { refuse(); }
+
+void rms_norm(const NormCall&, void*) { refuse(); }
+void gated_activation(const GateCall&, void*) { refuse(); }
+void apply_rope(const RopeCall&, void*) { refuse(); }
 
 }  // namespace flash_mla::sm90
