@@ -140,7 +140,7 @@ const char* length_limit_name(LengthLimit limit);
 
 struct Usage {
   std::int64_t prompt_tokens = 0;
-  std::int64_t cached_tokens = 0;  ///< of the prompt, found in the prefix cache
+  std::int64_t cached_tokens = 0;  ///< of the prompt, found in the prefix cache or loaded from a tier
   std::int64_t completion_tokens = 0;
 };
 
@@ -206,6 +206,13 @@ struct EngineOptions {
   int max_tokens_per_step = 2048;  ///< >= max_batch_size; prompts are processed in chunks that fit
   int max_waiting = 0;  ///< requests that wait at most; 0: no bound. submit throws Overloaded past it
   bool prefix_cache = true;
+  /// Places beyond the cache where pages are kept, in chunks of 256 tokens, for later requests, after a restart, or for
+  /// other engines of the same model: "ram:SIZE" (host memory) and "file:DIRECTORY,SIZE", asked in this order
+  /// (docs/serving.md). What is found there is as if computed; what is not found in time is computed.
+  std::vector<std::string> kv_tiers;
+  /// How long a request waits for them at most, once to be told what they have and once for it. 0: as long as computing
+  /// those tokens would take, by the prompts so far.
+  double kv_tier_wait_seconds = 0;
   /// The same bits for a request whatever else is in the batch.
   bool batch_invariant = false;
   /// On a GPU the next step is queued while the current one runs, wherever nothing but more tokens of the
@@ -229,6 +236,10 @@ struct EngineOptions {
   /// when the requests of that step have ended with the error.
   std::function<void(const std::string& why)> on_broken;
 };
+
+/// Throws InvalidArgument unless each is a tier as EngineOptions::kv_tiers has them: worth knowing before a model is
+/// loaded.
+void check_kv_tiers(std::span<const std::string> kv_tiers);
 
 /// Too many requests wait already (EngineOptions::max_waiting).
 class Overloaded : public std::runtime_error {
@@ -262,6 +273,19 @@ struct DraftStats {
   }
 };
 
+/// What a tier beyond the cache has done (EngineOptions::kv_tiers).
+struct KvTierStats {
+  std::string name;                   ///< "ram", "file"
+  std::int64_t tokens_looked_up = 0;  ///< of prompts, in whole chunks
+  std::int64_t tokens_found = 0;      ///< of which it had
+  std::int64_t tokens_loaded = 0;     ///< read, and the chunks good
+  std::int64_t tokens_stored = 0;     ///< taken, or known already
+  std::int64_t tokens_dropped = 0;    ///< not offered, since too much was on its way
+  std::int64_t bytes_loaded = 0, bytes_stored = 0;
+  double look_up_seconds = 0, load_seconds = 0, store_seconds = 0;  ///< in its calls
+  std::int64_t failures = 0;  ///< calls that failed, chunks that were gone, torn or changed
+};
+
 /// Since the engine was made.
 struct EngineStats {
   std::int64_t requests_submitted = 0;
@@ -279,6 +303,7 @@ struct EngineStats {
   std::int64_t prefix_tokens_looked_up = 0, prefix_tokens_hit = 0;
   std::int64_t preemptions = 0, pages_evicted = 0, pages_copied = 0;
   DraftStats ngram_drafts, mtp_drafts;
+  std::vector<KvTierStats> kv_tiers;
   std::int64_t steps = 0;
   double step_seconds = 0;       ///< all steps together
   std::vector<RankStats> ranks;  ///< of a model that several share; else empty

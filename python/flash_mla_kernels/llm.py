@@ -111,6 +111,9 @@ class LLM:
     ``generation_config``: "auto" for the sampling that the directory's generation_config.json asks for where a call has no
     sampling_params, "none" for SamplingParams' own defaults. ``chat_template``: a Jinja file instead of the directory's own.
 
+    ``kv_tiers``: places beyond the cache where pages are kept, such as "ram:4GiB" and "file:/var/cache/kv,64GiB"
+    (docs/serving.md), for which a prompt waits ``kv_tier_wait_seconds`` at most, 0 for as long as computing it would take.
+
     Raises ``ValueError`` for a malformed model directory or an option out of range, ``NotImplementedError`` for a
     model that the library does not run.
     """
@@ -140,6 +143,8 @@ class LLM:
         tp=1,
         ep=0,
         expert_placement="linear",
+        kv_tiers=(),
+        kv_tier_wait_seconds=0.0,
     ):
         if generation_config not in ("auto", "none"):
             raise ValueError(f'generation_config is "{generation_config}", expected "auto" or "none"')
@@ -166,6 +171,8 @@ class LLM:
             tp=tp,
             ep=ep,
             expert_placement=os.fspath(expert_placement),
+            kv_tiers=list(kv_tiers),
+            kv_tier_wait_seconds=kv_tier_wait_seconds,
         )
 
     def generate(

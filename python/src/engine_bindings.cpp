@@ -146,6 +146,23 @@ nb::dict to_python(const DraftStats& s) {
   return d;
 }
 
+nb::dict to_python(const KvTierStats& s) {
+  nb::dict d;
+  d["name"] = s.name;
+  d["tokens_looked_up"] = s.tokens_looked_up;
+  d["tokens_found"] = s.tokens_found;
+  d["tokens_loaded"] = s.tokens_loaded;
+  d["tokens_stored"] = s.tokens_stored;
+  d["tokens_dropped"] = s.tokens_dropped;
+  d["bytes_loaded"] = s.bytes_loaded;
+  d["bytes_stored"] = s.bytes_stored;
+  d["look_up_seconds"] = s.look_up_seconds;
+  d["load_seconds"] = s.load_seconds;
+  d["store_seconds"] = s.store_seconds;
+  d["failures"] = s.failures;
+  return d;
+}
+
 nb::dict to_python(const EngineStats& s) {
   const auto mean = [](const Histogram& h) {
     return h.total == 0 ? 0 : h.sum / static_cast<double>(h.total);
@@ -180,6 +197,9 @@ nb::dict to_python(const EngineStats& s) {
   d["ranks"] = ranks;
   d["ngram_drafts"] = to_python(s.ngram_drafts);
   d["mtp_drafts"] = to_python(s.mtp_drafts);
+  nb::list tiers;
+  for (const KvTierStats& tier : s.kv_tiers) tiers.append(to_python(tier));
+  d["kv_tiers"] = tiers;
   d["steps"] = s.steps;
   d["step_seconds"] = s.step_seconds;
   d["ttft_seconds_mean"] = mean(s.ttft_seconds);
@@ -336,7 +356,8 @@ void bind_engine(nb::module_& m) {
              std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step, bool prefix_cache,
              bool batch_invariant, bool overlap_steps, int num_threads, bool generation_config,
              const std::string& chat_template, const std::string& speculative, int draft_tokens, int tp,
-             int ep, const std::string& expert_placement) {
+             int ep, const std::string& expert_placement, const std::vector<std::string>& kv_tiers,
+             double kv_tier_wait_seconds) {
             EngineOptions o;
             o.generation_config = generation_config;
             o.chat_template = chat_template;
@@ -359,6 +380,8 @@ void bind_engine(nb::module_& m) {
             o.tp = tp;
             o.ep = ep;
             o.expert_placement = expert_placement;
+            o.kv_tiers = kv_tiers;
+            o.kv_tier_wait_seconds = kv_tier_wait_seconds;
             const nb::gil_scoped_release release;
             new (self) Engine(directory, o);
           },
@@ -366,7 +389,7 @@ void bind_engine(nb::module_& m) {
           "load_format"_a, "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a,
           "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a,
           "generation_config"_a, "chat_template"_a, "speculative"_a, "draft_tokens"_a, "tp"_a, "ep"_a,
-          "expert_placement"_a)
+          "expert_placement"_a, "kv_tiers"_a, "kv_tier_wait_seconds"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(

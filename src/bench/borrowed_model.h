@@ -17,6 +17,9 @@ class BorrowedModel : public model::Model {
   }
   void allocate_cache(int num_pages) override { model_.allocate_cache(num_pages); }
   void copy_page(int source, int target) override { model_.copy_page(source, target); }
+  std::string page_format() const override { return model_.page_format(); }
+  std::unique_ptr<model::PageCopies> make_page_copies() override { return model_.make_page_copies(); }
+  Buffer allocate_host(std::size_t bytes) const override { return model_.allocate_host(bytes); }
   void reserve(int num_tokens, int num_rows) override { model_.reserve(num_tokens, num_rows); }
   void launch(const model::ForwardBatch& batch) override { model_.launch(batch); }
   bool draws_take_masks() const override { return model_.draws_take_masks(); }

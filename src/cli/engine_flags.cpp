@@ -73,6 +73,15 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
                  "Tokens per step; longer prompts are processed in chunks")
       ->capture_default_str();
   app.add_flag("!--no-prefix-cache", o.prefix_cache, "Compute equal prefixes every time");
+  app.add_option(
+         "--kv-tier", o.kv_tiers,
+         "Where pages are kept beyond the cache: ram:SIZE or file:DIRECTORY,SIZE, as in file:/var/cache/kv,64GiB; "
+         "may be given several times, the fastest first")
+      ->allow_extra_args(false);
+  app.add_option("--kv-tier-wait", o.kv_tier_wait_seconds,
+                 "Seconds that a request waits for a tier at most (0: as long as computing would take)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   app.add_flag("--batch-invariant", o.batch_invariant, "The same bits whatever else is in the batch");
   app.add_flag("!--no-overlap", o.overlap_steps,
                "CUDA: wait for every step's tokens before the next is queued");

@@ -17,6 +17,7 @@
 #include "engine/trace.h"
 #include "flash_mla/error.h"
 #include "grammar/grammar.h"
+#include "kv/kv_tier.h"
 #include "model/model.h"
 #include "text/chat_template.h"
 #include "text/fill_in_the_middle.h"
@@ -60,6 +61,13 @@ std::unique_ptr<model::Model> make_model(const std::filesystem::path& directory,
   return o.load_format == EngineOptions::LoadFormat::kDummy
              ? model::make_random_model(checkpoint::read_config(directory), model_options(o))
              : model::load_model(directory, model_options(o));
+}
+
+// What tells the model's pages from those of others, where anybody asks.
+std::string weights_of(const std::filesystem::path& directory, const EngineOptions& o) {
+  if (o.kv_tiers.empty()) return {};
+  return o.load_format == EngineOptions::LoadFormat::kDummy ? "random " + model::config_digest(directory)
+                                                            : model::weights_digest(directory);
 }
 
 // Completions that come in as events, from whichever thread steps.
@@ -144,7 +152,7 @@ struct Engine::Impl {
         eos_token_ids(checkpoint::read_config(directory).eos_token_ids),
         core(
             make_model(directory, options), [this] { return std::make_unique<Decoder>(tokenizer); },
-            eos_token_ids, options),
+            eos_token_ids, options, nullptr, weights_of(directory, options)),
         formats(vocabulary()) {
     if (!options.chat_template.empty()) {
       chat_template.emplace(text::ChatTemplate::open(directory, options.chat_template));
@@ -282,9 +290,11 @@ struct Engine::Impl {
 };
 
 Engine::Engine(const std::filesystem::path& model_directory, const EngineOptions& options)
-    : impl_(std::make_unique<Impl>(model_directory, options)) {}
+    : impl_((check_kv_tiers(options.kv_tiers), std::make_unique<Impl>(model_directory, options))) {}
 
 Engine::~Engine() { stop(); }
+
+void check_kv_tiers(std::span<const std::string> kv_tiers) { kv::check_tiers(kv_tiers); }
 
 RequestId Engine::submit(Request request, EventHandler on_event) {
   Request tokens = impl_->tokenized(std::move(request));

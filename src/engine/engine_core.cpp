@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
+#include <functional>
 #include <utility>
 
 #include "base/page_size.h"
@@ -64,6 +66,25 @@ std::unique_ptr<model::Model> with_room_for_steps(std::unique_ptr<model::Model> 
   return model;
 }
 
+// Null without tiers.
+std::unique_ptr<TierTransfers> make_tiers(model::Model& model, kv::PagePool& pool,
+                                          const EngineOptions& options, const std::string& weights,
+                                          std::function<void()> on_news) {
+  if (options.kv_tiers.empty()) return nullptr;
+  if (options.kv_tier_wait_seconds < 0) {
+    throw InvalidArgument(
+        fmt::format("kv_tier_wait_seconds is {}, expected 0 or more", options.kv_tier_wait_seconds));
+  }
+  // Bits of a page depend on the batch it was computed in, but not in batch-invariant mode: such pages are apart.
+  std::string salt = fmt::format("flash_mla 1, weights {}, quantize {}, pages {}{}", weights,
+                                 static_cast<int>(options.quantize), model.page_format(),
+                                 options.batch_invariant ? ", batch-invariant" : "");
+  return std::make_unique<TierTransfers>(
+      model, pool,
+      TierTransfers::Options{options.kv_tiers, std::move(salt), options.kv_tier_wait_seconds,
+                             std::move(on_news)});
+}
+
 // What keeps a sequence from growing further than min(model, option, cache).
 LengthLimit limit_of(std::int64_t max_length, const model::Model& model, const EngineOptions& options) {
   if (max_length < longest_sequence(model, options)) return LengthLimit::kCache;
@@ -74,14 +95,15 @@ LengthLimit limit_of(std::int64_t max_length, const model::Model& model, const E
 
 EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
                        std::vector<std::int32_t> eos_token_ids, const EngineOptions& options,
-                       std::unique_ptr<Drafter> drafter)
+                       std::unique_ptr<Drafter> drafter, const std::string& weights)
     : model_(with_room_for_steps(std::move(model), options)),
       has_text_(static_cast<bool>(make_decoder)),
       options_(options),
       pool_(num_cache_pages(*model_, options), options.prefix_cache),
+      tiers_(make_tiers(*model_, pool_, options, weights, [this] { inbox_.wake(); })),
       scheduler_({options.max_batch_size, options.max_tokens_per_step, kMaxScoredTokens,
                   max_drafts_per_step(options)},
-                 pool_),
+                 pool_, tiers_.get()),
       max_length_(std::min(longest_sequence(*model_, options), std::int64_t{pool_.num_pages()} * kPageSize)),
       statistics_(options.max_batch_size, pool_.num_pages(), model_->bytes_per_page()),
       inbox_(options.max_waiting, statistics_),
@@ -96,7 +118,13 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
   allocate_cache(*model_, pool_.num_pages());
 }
 
-EngineCore::~EngineCore() = default;
+EngineCore::~EngineCore() { tiers_.reset(); }  // its threads wake the inbox
+
+EngineStats EngineCore::stats() const {
+  EngineStats out = statistics_.snapshot();
+  if (tiers_) out.kv_tiers = tiers_->stats();
+  return out;
+}
 
 std::int32_t EngineCore::vocab_size() const { return model_->vocab_size(); }
 
@@ -163,12 +191,17 @@ bool EngineCore::step() {
   const std::lock_guard one_step(step_mutex_);
   const Clock::time_point begin = Clock::now();
   const bool news = empty_inbox();
+  if (tiers_) tiers_->poll();
   std::unique_ptr<LaunchedStep> step = std::move(ahead_);
   if (step) {
     step->record.begin = step->record.planned = statistics_.seconds(begin);
   } else if (!scheduler_.idle()) {
     speculation_.propose(scheduler_.running());
-    step = pipeline_.launch(scheduler_.plan(), begin, speculation_.with_module());
+    StepPlan plan = scheduler_.plan();
+    if (tiers_ && plan.work.empty()) return wait_for_tiers();
+    step = pipeline_.launch(std::move(plan), begin, speculation_.with_module());
+  } else if (tiers_ && tiers_->holds_pages()) {
+    return wait_for_tiers();
   } else {
     note_load();
     return news;
@@ -191,6 +224,13 @@ bool EngineCore::step() {
       options_.on_broken(why);
     }
   }
+  return true;
+}
+
+// There is nothing to compute before a tier has answered.
+bool EngineCore::wait_for_tiers() {
+  note_load();
+  inbox_.wait_for_news(std::chrono::milliseconds(2));
   return true;
 }
 
@@ -225,6 +265,7 @@ void EngineCore::finish(LaunchedStep& step) {
     end_all(step, step.failure);
   }
   record.end = statistics_.seconds(Clock::now());
+  if (tiers_) tiers_->prefilled(record.prefill_tokens, record.end - record.begin);
   for (const DraftOutcome& outcome : step.drafts) record.decode_tokens += outcome.committed;
   speculation_.learn(step, record.end - record.begin);
   statistics_.drafted(step);
@@ -235,7 +276,10 @@ void EngineCore::finish(LaunchedStep& step) {
 
 void EngineCore::accept_tokens(LaunchedStep& step) {
   for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
-    if (!step.continuation(i).ended) scheduler_.commit(step.plan.work[i]);
+    Continuation& c = step.continuation(i);
+    if (c.ended) continue;
+    scheduler_.commit(step.plan.work[i]);
+    if (tiers_) tiers_->store(c);
   }
   for (const auto& [continuation, error] : chooser_.score(step, pipeline_, model_->vocab_size())) {
     requests_.end(*continuation, FinishReason::kError, error, /*keep_pages=*/false);

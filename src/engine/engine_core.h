@@ -13,6 +13,7 @@
 #include "engine/speculation.h"
 #include "engine/statistics.h"
 #include "engine/step_pipeline.h"
+#include "engine/tier_transfers.h"
 #include "engine/token_chooser.h"
 #include "flash_mla/engine.h"
 #include "kv/page_pool.h"
@@ -43,10 +44,11 @@ namespace flash_mla::engine {
 class EngineCore {
  public:
   /// `make_decoder` may be empty: events then carry tokens and no text, and stop strings are refused.
-  /// Allocates the model's cache. `drafter`, if there is one, takes the place of n-grams. Throws InvalidArgument for options out of range.
+  /// Allocates the model's cache. `drafter`, if there is one, takes the place of n-grams. `weights`: what tells the model
+  /// from others whose pages a tier may have. Throws InvalidArgument for options out of range.
   EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
              std::vector<std::int32_t> eos_token_ids, const EngineOptions& options,
-             std::unique_ptr<Drafter> drafter = nullptr);
+             std::unique_ptr<Drafter> drafter = nullptr, const std::string& weights = {});
   ~EngineCore();
 
   /// Of `request`, here and in submit, prompt_token_ids and sampling count: text has been tokenized before.
@@ -65,7 +67,7 @@ class EngineCore {
   /// Blocks until step() has something to do; false if `stop` was requested.
   bool wait_for_work(const std::stop_token& stop) { return inbox_.wait_for_work(stop); }
 
-  EngineStats stats() const { return statistics_.snapshot(); }
+  EngineStats stats() const;
   std::vector<StepRecord> timeline() const { return statistics_.timeline(); }
   std::int32_t vocab_size() const;
   std::int64_t max_length() const { return max_length_; }
@@ -73,6 +75,7 @@ class EngineCore {
 
  private:
   bool empty_inbox();
+  bool wait_for_tiers();
   void launch_ahead(const LaunchedStep& step);
   void finish(LaunchedStep& step);
   void accept_tokens(LaunchedStep& step);
@@ -86,6 +89,7 @@ class EngineCore {
   bool has_text_;
   EngineOptions options_;
   kv::PagePool pool_;
+  std::unique_ptr<TierTransfers> tiers_;  // null: there are none
   Scheduler scheduler_;
   std::int64_t max_length_;  // of prompt and continuation together: what model and cache hold
   Statistics statistics_;

@@ -37,7 +37,21 @@ void Inbox::cancel(RequestId id, int continuation) {
 Inbox::Contents Inbox::take() {
   const std::lock_guard lock(mutex_);
   statistics_.taken(static_cast<int>(contents_.submitted.size()));
+  woken_ = false;
   return std::exchange(contents_, {});
+}
+
+void Inbox::wake() {
+  {
+    const std::lock_guard lock(mutex_);
+    woken_ = true;
+  }
+  changed_.notify_all();
+}
+
+void Inbox::wait_for_news(std::chrono::milliseconds longest) {
+  std::unique_lock lock(mutex_);
+  changed_.wait_for(lock, longest, [&] { return woken_ || !contents_.empty(); });
 }
 
 void Inbox::started() {
@@ -52,7 +66,8 @@ void Inbox::set_busy(bool busy) {
 
 bool Inbox::wait_for_work(const std::stop_token& stop) {
   std::unique_lock lock(mutex_);
-  return changed_.wait(lock, stop, [&] { return busy_ || !contents_.empty(); }) && !stop.stop_requested();
+  return changed_.wait(lock, stop, [&] { return busy_ || woken_ || !contents_.empty(); }) &&
+         !stop.stop_requested();
 }
 
 }  // namespace flash_mla::engine

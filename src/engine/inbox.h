@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -38,6 +39,10 @@ class Inbox {
   void started();
   /// Whether there is work besides what lies here.
   void set_busy(bool busy);
+  /// Something besides requests has happened that a step should look at. From any thread.
+  void wake();
+  /// Blocks until somebody wakes it, or submits or cancels a request, but no longer than that.
+  void wait_for_news(std::chrono::milliseconds longest);
   /// Blocks until there is something to do; false if `stop` was requested.
   bool wait_for_work(const std::stop_token& stop);
 
@@ -48,6 +53,7 @@ class Inbox {
   std::condition_variable_any changed_;
   Contents contents_;
   bool busy_ = false;
+  bool woken_ = false;  // since the contents were last taken
   int num_waiting_ = 0;
   RequestId next_id_ = 1;
 };

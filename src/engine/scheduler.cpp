@@ -3,10 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <stdexcept>
+#include <utility>
 
 #include "base/page_size.h"
 #include "flash_mla/error.h"
+#include "kv/kv_tier.h"
 
 namespace flash_mla::engine {
 namespace {
@@ -31,13 +34,33 @@ void check(const SchedulerOptions& options) {
   }
 }
 
-Scheduler::Scheduler(const SchedulerOptions& options, kv::PagePool& pool) : options_(options), pool_(pool) {
+Scheduler::Scheduler(const SchedulerOptions& options, kv::PagePool& pool, PrefixLoader* loader)
+    : options_(options), pool_(pool), loader_(loader) {
   check(options);
+}
+
+void Scheduler::look_up(Sequence& sequence) {
+  if (loader_ == nullptr) return;
+  const std::span<const std::int32_t> all = reusable(sequence), tokens = all.first(all.size() - 1);
+  // Not for what the prefix cache has anyway.
+  if (std::ssize(tokens) - pool_.cached_prefix(all) < kv::kChunkTokens) return;
+  loader_->look_up(sequence, tokens);
+}
+
+// Whether the loader may still say something of a sequence that waits.
+bool Scheduler::is_awaited(Sequence& sequence) { return loader_ != nullptr && !loader_->found(sequence); }
+
+Sequence* Scheduler::next_to_join() {
+  for (Sequence* s : waiting_) {
+    if (!is_awaited(*s)) return s;
+  }
+  return nullptr;
 }
 
 void Scheduler::add(Sequence& sequence) {
   sequence.rank = length(sequence) + step_ * options_.max_tokens_per_step;
   waiting_.insert(&sequence);
+  look_up(sequence);
 }
 
 void Scheduler::fork(const Sequence& parent, Sequence& child) {
@@ -45,7 +68,8 @@ void Scheduler::fork(const Sequence& parent, Sequence& child) {
   child.rank = parent.rank;
   child.cached_tokens = parent.cached_tokens;
   child.admitted = true;
-  if (parent.running && num_running() < options_.max_batch_size) {
+  child.num_stored = parent.num_stored;
+  if (parent.running && num_active() < options_.max_batch_size) {
     child.pages = pool_.fork(parent.pages);
     start(child);
   } else {
@@ -56,6 +80,7 @@ void Scheduler::fork(const Sequence& parent, Sequence& child) {
 StepPlan Scheduler::plan() {
   ++step_;
   StepPlan plan;
+  take_loaded();
   for (Sequence* s : running_) s->scheduled = false;
   plan_decoding(plan);
   plan_prefill(plan);
@@ -64,8 +89,12 @@ StepPlan Scheduler::plan() {
 }
 
 std::optional<StepPlan> Scheduler::plan_ahead(std::span<Sequence* const> continuing) {
-  const bool room = num_running() < options_.max_batch_size;
-  if (room && !waiting_.empty() && fits(**waiting_.begin())) return std::nullopt;
+  if (std::ranges::any_of(loading_, [&](const Sequence* s) { return loader_->has_loaded(*s); }))
+    return std::nullopt;
+  if (num_active() < options_.max_batch_size) {
+    const Sequence* next = next_to_join();
+    if (next != nullptr && fits(*next)) return std::nullopt;
+  }
   StepPlan plan;
   for (Sequence* s : continuing) {
     // Pages that were taken when a later one finds none stay reserved for the sequence.
@@ -88,6 +117,8 @@ void Scheduler::plan_decoding(StepPlan& plan) {
     if (s.num_remaining() != 1) continue;
     if (reserve(s, length(s), plan)) {
       schedule(s, 1, plan);
+    } else if (!loading_.empty() || (loader_ != nullptr && loader_->holds_pages())) {
+      loader_->hurry();  // it sits this step out: pages come back on their own
     } else {
       preempt(s, plan);  // nothing is running behind it
     }
@@ -103,9 +134,12 @@ void Scheduler::plan_prefill(StepPlan& plan) {
   bool joining = plan.preempted.empty();
   if (joining) {
     // No more can join than the batch has room for, however many wait.
-    int room = options_.max_batch_size - num_running();
-    for (auto it = waiting_.begin(); it != waiting_.end() && room > 0; ++it, --room)
+    int room = options_.max_batch_size - num_active();
+    for (auto it = waiting_.begin(); it != waiting_.end() && room > 0; ++it) {
+      if (is_awaited(**it)) continue;
       candidates.push_back(*it);
+      --room;
+    }
   }
   std::sort(candidates.begin(), candidates.end(), ByRank());
   for (Sequence* s : candidates) {
@@ -113,7 +147,7 @@ void Scheduler::plan_prefill(StepPlan& plan) {
     if (budget == 0) break;
     if (!s->running) {
       joining = joining && plan.preempted.empty() && try_to_join(*s);
-      if (!joining) continue;
+      if (!joining || s->loading) continue;
     }
     auto count = static_cast<int>(std::min<std::int64_t>(s->num_remaining(), budget));
     if (s->score_from) count = std::min(count, options_.max_scored_tokens - plan.num_scored);
@@ -154,7 +188,9 @@ bool Scheduler::reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& p
 bool Scheduler::fits(const Sequence& sequence) const {
   // Pages that running prompts still need, and one for each running sequence to grow into.
   std::int64_t promised = 0;
-  for (const Sequence* s : running_) promised += 1 + pool_.pages_needed(s->pages, length(*s));
+  for (const auto& active : {std::cref(running_), std::cref(loading_)}) {
+    for (const Sequence* s : active.get()) promised += 1 + pool_.pages_needed(s->pages, length(*s));
+  }
   return pool_.admission_cost(reusable(sequence), length(sequence)) + promised <= pool_.num_available();
 }
 
@@ -167,9 +203,49 @@ bool Scheduler::try_to_join(Sequence& sequence) {
     counters_.tokens_looked_up += length(sequence);
     counters_.tokens_hit += hit;
   }
+  // What the prefix cache has was offered to the tiers when it came there.
+  sequence.num_stored = std::max(sequence.num_stored, hit / kv::kChunkTokens * kv::kChunkTokens);
   waiting_.erase(&sequence);
-  start(sequence);
+  load(sequence);
+  if (!sequence.loading) start(sequence);
   return true;
+}
+
+// Begins to load what the loader has beyond the sequence's pages.
+void Scheduler::load(Sequence& sequence) {
+  if (loader_ == nullptr) return;
+  const std::int64_t end = loader_->found(sequence).value_or(0);
+  std::vector<kv::PageCopy> none;  // pages behind full ones are new
+  if (end <= sequence.num_computed() || !pool_.reserve(sequence.pages, end, none)) {
+    loader_->forget(sequence);
+    return;
+  }
+  loader_->load(sequence, end);
+  sequence.loading = true;
+  loading_.push_back(&sequence);
+}
+
+// Those whose pages are there begin to run.
+void Scheduler::take_loaded() {
+  std::vector<Sequence*> still;
+  for (Sequence* s : std::exchange(loading_, {})) {
+    const std::optional<std::int64_t> loaded = loader_->loaded(*s);
+    if (!loaded) {
+      still.push_back(s);
+      continue;
+    }
+    s->loading = false;
+    if (s->pages.pages().empty()) {  // given up
+      waiting_.insert(s);
+      continue;
+    }
+    const std::int64_t before = s->num_computed();
+    pool_.commit(s->pages, std::span(s->tokens).first(static_cast<std::size_t>(*loaded)));
+    pool_.trim(s->pages);
+    if (s->preemptions == 0) s->cached_tokens += *loaded - before;
+    start(*s);
+  }
+  loading_ = std::move(still);
 }
 
 void Scheduler::schedule(Sequence& s, int count, StepPlan& plan) {
@@ -205,11 +281,16 @@ void Scheduler::preempt(Sequence& sequence, StepPlan& plan) {
   ++sequence.preemptions;
   ++counters_.preemptions;
   waiting_.insert(&sequence);
+  look_up(sequence);
   plan.preempted.push_back(&sequence);
 }
 
 void Scheduler::finish(Sequence& sequence, bool keep) {
-  if (sequence.running) {
+  if (loader_ != nullptr) loader_->forget(sequence);
+  if (sequence.loading) {
+    sequence.loading = false;
+    std::erase(loading_, &sequence);
+  } else if (sequence.running) {
     stop(sequence);
   } else {
     waiting_.erase(&sequence);

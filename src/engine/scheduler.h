@@ -1,16 +1,20 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <set>
 #include <span>
 #include <utility>
 #include <vector>
 
+#include "engine/prefix_loader.h"
 #include "flash_mla/engine.h"
 #include "kv/page_pool.h"
 
 namespace flash_mla::engine {
+
+struct TierTicket;
 
 /// A sequence as the scheduler sees it. The engine adds its own members by deriving.
 struct Sequence {
@@ -33,7 +37,12 @@ struct Sequence {
   std::int64_t rank = 0;  // its place in the queue: smaller goes first
   bool admitted = false;  // at least once
   bool running = false;
+  bool loading = false;    // its pages are being filled from a tier
   bool scheduled = false;  // in the plan that is being made
+
+  // The prefix loader's own.
+  std::shared_ptr<TierTicket> ticket;  // null: nothing is looked up or loaded
+  std::int64_t num_stored = 0;         // tokens that tiers have, or have been offered
 };
 
 struct SchedulerOptions {
@@ -81,6 +90,9 @@ struct StepPlan {
 /// Drafts go along behind a sequence's one token where neither a prompt of this step has a use for the place nor
 /// the prefix cache for the page.
 ///
+/// With a prefix loader, a sequence is looked up when it is queued. While the answer is awaited others may overtake it;
+/// what has been found is loaded into the pages that it gets when it joins, and only then it runs.
+///
 /// Pure logic over the PagePool's counts: no model, no clock, no thread.
 class Scheduler {
  public:
@@ -90,8 +102,8 @@ class Scheduler {
     std::int64_t preemptions = 0;
   };
 
-  /// Throws InvalidArgument for options out of range.
-  Scheduler(const SchedulerOptions& options, kv::PagePool& pool);
+  /// Throws InvalidArgument for options out of range. `loader` may be null.
+  Scheduler(const SchedulerOptions& options, kv::PagePool& pool, PrefixLoader* loader = nullptr);
 
   /// Queues a sequence that has tokens. Its whole length must fit into the pool. It stays the caller's and
   /// must live until finish().
@@ -122,8 +134,8 @@ class Scheduler {
   void finish(Sequence& sequence, bool keep = true);
 
   int num_running() const { return static_cast<int>(running_.size()); }
-  int num_waiting() const { return static_cast<int>(waiting_.size()); }
-  bool idle() const { return running_.empty() && waiting_.empty(); }
+  int num_waiting() const { return static_cast<int>(waiting_.size() + loading_.size()); }
+  bool idle() const { return running_.empty() && num_waiting() == 0; }
   const Counters& counters() const { return counters_; }
   std::span<Sequence* const> running() const { return running_; }
 
@@ -134,6 +146,13 @@ class Scheduler {
     }
   };
 
+  /// Sequences that hold pages.
+  int num_active() const { return static_cast<int>(running_.size() + loading_.size()); }
+  void look_up(Sequence& sequence);
+  bool is_awaited(Sequence& sequence);
+  Sequence* next_to_join();
+  void take_loaded();
+  void load(Sequence& sequence);
   void plan_decoding(StepPlan& plan);
   void plan_prefill(StepPlan& plan);
   void plan_drafts(StepPlan& plan);
@@ -147,8 +166,10 @@ class Scheduler {
 
   SchedulerOptions options_;
   kv::PagePool& pool_;
+  PrefixLoader* loader_;  // or null
   std::int64_t step_ = 0;
   std::vector<Sequence*> running_;  // earliest first
+  std::vector<Sequence*> loading_;
   std::set<Sequence*, ByRank> waiting_;
   Counters counters_;
 };

@@ -138,6 +138,20 @@ SequencePages PagePool::fork(const SequencePages& sequence) {
   return copy;
 }
 
+SequencePages PagePool::share(const SequencePages& sequence, int count) {
+  const std::int64_t num_tokens = std::int64_t{count} * kPageSize;
+  if (count < 0 || num_tokens > sequence.num_tokens_) {
+    throw std::logic_error(
+        fmt::format("share: {} pages of a sequence with {} tokens", count, sequence.num_tokens_));
+  }
+  SequencePages copy;
+  copy.pages_.assign(sequence.pages_.begin(), sequence.pages_.begin() + count);
+  copy.num_tokens_ = num_tokens;
+  copy.num_linked_ = std::min(sequence.num_linked_, count);
+  for (const std::int32_t page : copy.pages_) reference(page);
+  return copy;
+}
+
 void PagePool::release(SequencePages& sequence, bool keep) {
   // Last page first, so that of a cached chain the leaf is evicted first.
   for (auto it = sequence.pages_.rbegin(); it != sequence.pages_.rend(); ++it) dereference(*it, keep);

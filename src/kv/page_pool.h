@@ -89,6 +89,9 @@ class PagePool {
   /// token end here: both must reserve before they write.
   SequencePages fork(const SequencePages& sequence);
 
+  /// The first `count` pages of `sequence`, all of them full, for somebody who reads them while it goes on.
+  SequencePages share(const SequencePages& sequence, int count);
+
   /// Lets go of all pages. `keep` = false: contents are not to be trusted, so pages that nobody else uses
   /// leave the prefix cache as well.
   void release(SequencePages& sequence, bool keep = true);

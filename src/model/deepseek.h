@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "model/device.h"
@@ -28,6 +29,9 @@ class DeepSeek : public Model {
   }
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
+  std::string page_format() const override;
+  std::unique_ptr<PageCopies> make_page_copies() override;
+  Buffer allocate_host(std::size_t bytes) const override { return device_->allocate_host(bytes); }
   void reserve(int num_tokens, int num_rows) override { device_->reserve(num_tokens, num_rows); }
   void launch(const ForwardBatch& batch) override;
   bool draws_take_masks() const override { return device_->chooses_among(); }
@@ -77,6 +81,7 @@ class DeepSeek : public Model {
   std::unique_ptr<Head> head_;
   std::unique_ptr<Module> module_;  ///< null: none
   int num_pages_ = 0;
+  class Copies;
 
   std::deque<Flight> flights_;
   Step step_;                           ///< the last that was launched

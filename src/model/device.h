@@ -6,10 +6,12 @@
 #include <memory>
 #include <span>
 
+#include "base/buffer.h"
 #include "flash_mla/schedule.h"
 #include "flash_mla/tensor.h"
 #include "kernels/sampling/token_rule.h"
 #include "model/layers.h"
+#include "model/page_copies.h"
 #include "model/step.h"
 #include "model/weights.h"
 
@@ -21,6 +23,19 @@ class Download {
   virtual ~Download() = default;
   /// Returns when they have come. They stay as long as this object.
   virtual const std::byte* wait() = 0;
+};
+
+/// A queue of copies between the cache and the host's memory, beside the steps.
+class CopyQueue {
+ public:
+  virtual ~CopyQueue() = default;
+  /// What is queued from now on runs behind the work of the device that has been queued so far. To be called by the
+  /// thread that queues steps; the others by any one thread at a time.
+  virtual void wait_for_steps() = 0;
+  /// To the device or from it.
+  virtual void copy(std::byte* to, const std::byte* from, std::size_t bytes) = 0;
+  /// Of all that has been queued here so far.
+  virtual std::unique_ptr<CopyMark> mark() = 0;
 };
 
 /// Where a model lives and runs: memory, the making of layers, and steps. Work is queued in the order of the
@@ -82,6 +97,11 @@ class Device {
   virtual void download_logits(std::int64_t rows, float* logits) = 0;
   /// Queues the download of the tokens (int32) of its logit rows [first, first + count).
   virtual std::unique_ptr<Download> start_token_download(std::int64_t first, std::int64_t count) = 0;
+
+  // Pages of the cache to the host and back, beside the steps.
+  virtual std::unique_ptr<CopyQueue> make_copy_queue() = 0;
+  /// Memory of the host that copies are fast to and from. Throws std::bad_alloc.
+  virtual Buffer allocate_host(std::size_t bytes) = 0;
 };
 
 }  // namespace flash_mla::model

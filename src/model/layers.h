@@ -1,7 +1,10 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "base/matrix.h"
@@ -54,6 +57,11 @@ class Attention {
   virtual void clear_cache() {}
   /// Copies one page; queued as forward() is.
   virtual void copy_page(int source, int target) = 0;
+  /// Where a page lies in the device's memory: latents and keys, then those of an indexer, which may be empty; together
+  /// bytes_per_page().
+  virtual std::array<std::span<std::byte>, 2> page(int index) const = 0;
+  /// What a page's bytes mean, in words: whoever keeps pages never gives one of other words back.
+  virtual std::string page_format() const = 0;
 };
 
 /// x += ffn(norm(x)): a dense feed-forward network, down · (silu(gate · h) * (up · h)), or a mixture of

@@ -10,12 +10,14 @@
 #include <string>
 #include <vector>
 
+#include "base/buffer.h"
 #include "base/matrix.h"
 #include "base/page_size.h"
 #include "flash_mla/model_options.h"
 #include "flash_mla/schedule.h"
 #include "kernels/sampling/draw.h"
 #include "kernels/sampling/token_rule.h"
+#include "model/page_copies.h"
 
 namespace flash_mla::checkpoint {
 struct ModelConfig;
@@ -75,6 +77,13 @@ class Model {
   virtual void allocate_cache(int num_pages) = 0;
   /// Copies one page, in every layer.
   virtual void copy_page(int source, int target) = 0;
+  /// What the bytes of a page mean, and of which device they are, in words. A page of a model with the same weights and
+  /// the same words is as good as a page of this one's own.
+  virtual std::string page_format() const { return {}; }
+  /// Copies between the cache and the host, beside the steps. Throws Unsupported where there are none.
+  virtual std::unique_ptr<PageCopies> make_page_copies();
+  /// Memory of the host that such copies are fast to and from. Throws std::bad_alloc.
+  virtual Buffer allocate_host(std::size_t bytes) const;
   /// Makes room for steps of up to `num_tokens` tokens with `num_rows` rows of all three kinds, so that no
   /// later step has to. Optional.
   virtual void reserve(int num_tokens, int num_rows) = 0;
@@ -156,5 +165,11 @@ std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const 
 /// A model of the configuration with random weights, the same ones every time, for benchmarks and load tests:
 /// no file is read, and nothing sensible comes out. Throws as load_model does.
 std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options = {});
+
+/// What tells the weights of a model directory from others: a digest, in hexadecimal, of its config.json and of what its
+/// safetensors say and hold, of large tensors a sample. Throws InvalidArgument.
+std::string weights_digest(const std::filesystem::path& directory);
+/// Of config.json alone.
+std::string config_digest(const std::filesystem::path& directory);
 
 }  // namespace flash_mla::model

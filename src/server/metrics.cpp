@@ -2,6 +2,7 @@
 #include <prometheus/text_serializer.h>
 
 #include <limits>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -64,6 +65,17 @@ class Families {
     out.sample_count = static_cast<std::uint64_t>(h.total);
     out.sample_sum = h.sum;
   }
+  /// One counter for each value of a label.
+  template <typename Count>
+  void by_tier(const char* name, const char* help, const std::vector<KvTierStats>& tiers,
+               Count KvTierStats::*value) {
+    begin(name, help, MetricType::Counter);
+    for (const KvTierStats& tier : tiers) {
+      ClientMetric& metric = sample();
+      metric.label = {{"tier", tier.name}};
+      metric.counter.value = static_cast<double>(tier.*value);
+    }
+  }
   std::string text() const { return prometheus::TextSerializer().Serialize(families_); }
 
  private:
@@ -91,6 +103,31 @@ void add_ranks(Families& f, const std::vector<RankStats>& ranks) {
              "Time of it in exchanges with other ranks, the wait for them included.", "rank", wait);
   f.counters("mla_rank_exchanges_total", "Exchanges of each rank with the others.", "rank", exchanges);
   f.counters("mla_rank_sent_bytes_total", "Bytes that each rank gave to others.", "rank", bytes);
+}
+
+void add_tiers(Families& f, std::vector<KvTierStats> tiers) {
+  if (tiers.empty()) return;
+  // Two of a kind are told apart by their place.
+  std::map<std::string, int> seen;
+  for (KvTierStats& tier : tiers) {
+    if (const int before = seen[tier.name]++; before > 0) tier.name += std::to_string(before + 1);
+  }
+  using T = KvTierStats;
+  f.by_tier("mla_kv_tier_tokens_looked_up_total", "Prompt tokens asked for, in whole chunks of 256.", tiers,
+            &T::tokens_looked_up);
+  f.by_tier("mla_kv_tier_tokens_found_total", "Of which the tier had.", tiers, &T::tokens_found);
+  f.by_tier("mla_kv_tier_tokens_loaded_total", "Tokens read from the tier.", tiers, &T::tokens_loaded);
+  f.by_tier("mla_kv_tier_tokens_stored_total", "Tokens that the tier took, or knew already.", tiers,
+            &T::tokens_stored);
+  f.by_tier("mla_kv_tier_tokens_dropped_total", "Tokens not offered, since too much was on its way.", tiers,
+            &T::tokens_dropped);
+  f.by_tier("mla_kv_tier_loaded_bytes_total", "Bytes read from the tier.", tiers, &T::bytes_loaded);
+  f.by_tier("mla_kv_tier_stored_bytes_total", "Bytes that the tier took.", tiers, &T::bytes_stored);
+  f.by_tier("mla_kv_tier_look_up_seconds_total", "Time in look-ups.", tiers, &T::look_up_seconds);
+  f.by_tier("mla_kv_tier_load_seconds_total", "Time in reads.", tiers, &T::load_seconds);
+  f.by_tier("mla_kv_tier_store_seconds_total", "Time in stores.", tiers, &T::store_seconds);
+  f.by_tier("mla_kv_tier_failures_total", "Calls that failed, and chunks that were gone, torn or changed.",
+            tiers, &T::failures);
 }
 
 }  // namespace
@@ -145,6 +182,7 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
       s.schedule_utilisation);
   f.gauge("cache_hit_rate", "Prompt tokens found in the prefix cache over those looked up.",
           share(static_cast<double>(s.prefix_tokens_hit), static_cast<double>(s.prefix_tokens_looked_up)));
+  add_tiers(f, s.kv_tiers);
   f.histogram("mla_ttft_seconds", "Submission to first token.", s.ttft_seconds);
   f.histogram("mla_tpot_seconds", "Time per token after the first, per continuation.", s.tpot_seconds);
   f.histogram("mla_e2e_seconds", "Submission to the end of a continuation.", s.e2e_seconds);

@@ -1,8 +1,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <deque>
 #include <exception>
 #include <functional>
@@ -12,6 +15,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "model/model.h"
@@ -59,6 +63,47 @@ class FakeModel : public model::Model {
       }
     });
     if (runs_now()) run_queue();
+  }
+
+  /// Where launches are ahead, a copy to the host is made as late as it can be: when somebody waits for it.
+  std::unique_ptr<model::PageCopies> make_page_copies() override {
+    struct Mark : model::CopyMark {
+      explicit Mark(std::function<void()> work) : copy(std::move(work)) {}
+      bool done() override { return is_done; }
+      void wait() override {
+        if (!is_done) copy();
+        is_done = true;
+      }
+      std::function<void()> copy;
+      std::atomic<bool> is_done = false;
+    };
+    struct Copies : model::PageCopies {
+      explicit Copies(FakeModel& of) : fake(of) {}
+      void follow_steps() override { fake.run_queue(); }
+      void download(std::span<const std::int32_t> pages, std::byte* to) override {
+        waiting.push_back([this, to, copied = Tokens(pages.begin(), pages.end())] {
+          for (std::size_t i = 0; i < copied.size(); ++i) {
+            std::memcpy(to + i * fake.bytes_per_page(), fake.page(copied[i]), fake.bytes_per_page());
+          }
+        });
+      }
+      void upload(std::span<const std::int32_t> pages, const std::byte* from) override {
+        for (std::size_t i = 0; i < pages.size(); ++i) {
+          if (pages[i] < 0) continue;
+          std::memcpy(fake.page(pages[i]), from + i * fake.bytes_per_page(), fake.bytes_per_page());
+        }
+      }
+      std::unique_ptr<model::CopyMark> mark() override {
+        auto out = std::make_unique<Mark>([work = std::exchange(waiting, {})] {
+          for (const auto& copy : work) copy();
+        });
+        if (!fake.launches_ahead()) out->wait();
+        return out;
+      }
+      FakeModel& fake;
+      std::vector<std::function<void()>> waiting;
+    };
+    return std::make_unique<Copies>(*this);
   }
 
   void reserve(int, int) override {}
@@ -193,6 +238,8 @@ class FakeModel : public model::Model {
     bool is_masked = false, has_run = false, has_chosen = false;
     std::exception_ptr error;
   };
+
+  std::int32_t* page(std::int32_t index) { return &cache_.at(static_cast<std::size_t>(index) * kPageSize); }
 
   bool runs_now() {
     switch (runs_) {

@@ -41,13 +41,13 @@ inline Request request(const Tokens& prompt, const SamplingParams& sampling) {
 class Harness {
  public:
   explicit Harness(const EngineOptions& options = defaults(), std::int64_t max_position = 4096,
-                   std::unique_ptr<Drafter> drafter = nullptr) {
+                   std::unique_ptr<Drafter> drafter = nullptr, const std::string& weights = "fake") {
     auto fake = std::make_unique<FakeModel>(max_position, runs);
     fake->has_module = has_module;
     model = fake.get();
     core.emplace(
         std::move(fake), [] { return std::make_unique<FakeDecoder>(); }, Tokens{FakeModel::kEos}, options,
-        std::move(drafter));
+        std::move(drafter), weights);
   }
 
   static EngineOptions defaults() {

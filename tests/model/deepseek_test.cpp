@@ -4,12 +4,18 @@
 
 #include <gmock/gmock.h>
 
+#include <array>
+#include <cstddef>
+#include <cstring>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "base/aligned.h"
 #include "checkpoint/config.h"
+#include "flash_mla/error.h"
 
 namespace flash_mla::model {
 namespace {
@@ -42,9 +48,20 @@ struct RecordedAttention : Attention {
   void copy_page(int source, int target) override {
     calls_.push_back(name_ + " copy " + std::to_string(source) + " " + std::to_string(target));
   }
+  std::array<std::span<std::byte>, 2> page(int index) const override {
+    std::byte* const first = bytes_.data() + std::ptrdiff_t{100} * index;
+    return {std::span(first, 60), std::span(first + 60, 40)};
+  }
+  std::string page_format() const override { return "bytes of " + name_; }
   const std::string& name() const { return name_; }
 
  private:
+  // Of every byte of the cache its page.
+  mutable std::vector<std::byte> bytes_ = [] {
+    std::vector<std::byte> out(1000);
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = static_cast<std::byte>(i / 100);
+    return out;
+  }();
   Calls& calls_;
   std::string name_;
 };
@@ -141,6 +158,19 @@ class RecordingDevice : public Device {
     out->values.assign(static_cast<std::size_t>(count), 7);
     return out;
   }
+  std::unique_ptr<CopyQueue> make_copy_queue() override {
+    struct Queue : CopyQueue {
+      explicit Queue(Calls& c) : calls(c) {}
+      void wait_for_steps() override { calls.push_back("copies wait for steps"); }
+      void copy(std::byte* to, const std::byte* from, std::size_t bytes) override {
+        std::memcpy(to, from, bytes);
+      }
+      std::unique_ptr<CopyMark> mark() override { return nullptr; }
+      Calls& calls;
+    };
+    return std::make_unique<Queue>(calls_);
+  }
+  Buffer allocate_host(std::size_t bytes) override { return allocate_aligned(bytes); }
 
  private:
   Calls& calls_;
@@ -186,6 +216,33 @@ TEST_F(DeepSeekTest, WalksTheLayersInOrderAndNarrowsInTheLast) {
                                   "attention 1", "experts 1 before attention 2", "attention 2 of logit rows",
                                   "experts 2", "head", "choose", "download tokens 2 to 3",
                                   "download 2 rows of logits"));
+}
+
+TEST_F(DeepSeekTest, CopiesPagesOfEveryLayerToTheHostAndBack) {
+  model_->allocate_cache(8);
+  calls_.clear();
+  EXPECT_EQ(model_->page_format(), "bytes of attention 0; bytes of attention 1; bytes of attention 2; ");
+  const std::unique_ptr<PageCopies> copies = model_->make_page_copies();
+  copies->follow_steps();
+  EXPECT_THAT(calls_, ElementsAre("copies wait for steps"));
+  const std::int32_t pages[] = {5, 2};
+  std::vector<std::byte> host(3 * 2 * 100);
+  copies->download(pages, host.data());
+  for (std::size_t i = 0; i < host.size(); ++i) {
+    ASSERT_EQ(static_cast<int>(host[i]), pages[i / 100 % 2]) << i;
+  }
+  // What is left out stays as it is.
+  const std::int32_t targets[] = {-1, 3};
+  copies->upload(targets, host.data());
+  const std::int32_t all[] = {5, 2, 3};
+  std::vector<std::byte> back(3 * 3 * 100);
+  copies->download(all, back.data());
+  const int expected[] = {5, 2, 2};
+  for (std::size_t i = 0; i < back.size(); ++i) {
+    ASSERT_EQ(static_cast<int>(back[i]), expected[i / 100 % 3]) << i;
+  }
+  const std::int32_t beyond[] = {8};
+  EXPECT_THROW(copies->download(beyond, back.data()), InvalidArgument);
 }
 
 TEST_F(DeepSeekTest, KeepsACacheInEveryLayer) {

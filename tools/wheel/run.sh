@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 
 MOST_BYTES=40000000
 # Their headers are compiled in; the packages of the libraries that are put in are asked for.
-HEADERS="libboost1.74-dev libcli11-dev libdlpack-dev libfmt-dev libhwy-dev nlohmann-json3-dev"
+HEADERS="libboost1.74-dev libcli11-dev libdlpack-dev libfmt-dev libhwy-dev libxxhash-dev nlohmann-json3-dev"
 
 say() { printf 'wheel: %s\n' "$*" >&2; }
 die() {

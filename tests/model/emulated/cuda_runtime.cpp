@@ -15,7 +15,8 @@ namespace {
 
 using Graph = std::vector<std::function<void()>>;
 
-Graph* capturing = nullptr;
+// As with cudaStreamCaptureModeThreadLocal: what other threads copy meanwhile is theirs.
+thread_local Graph* capturing = nullptr;
 
 void* allocate(std::size_t bytes) {
   void* out = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
@@ -111,6 +112,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float* out, cudaEvent_t, cudaEvent_t) {
   *out = 1;
   return cudaSuccess;

@@ -74,6 +74,14 @@ void CpuAttention::copy_page(int source, int target) {
   if (indexer_) indexer_->copy_page(source, target);
 }
 
+std::array<std::span<std::byte>, 2> CpuAttention::page(int index) const {
+  return {cache_.page(index), indexer_ ? indexer_->page(index) : std::span<std::byte>()};
+}
+
+std::string CpuAttention::page_format() const {
+  return "cpu, " + cache_.format() + (indexer_ ? ", " + indexer_->format() : "");
+}
+
 void CpuAttention::forward(Residual& x, Rows rows) {
   const ModelConfig& config = context_.config;
   Matrix h = context_.activations(context_.buffers.h, x.x.rows, config.hidden_size);

@@ -1,8 +1,10 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/matrix.h"
@@ -29,6 +31,8 @@ class CpuAttention : public Attention {
   void allocate_cache(int num_pages) override;
   void clear_cache() override;
   void copy_page(int source, int target) override;
+  std::array<std::span<std::byte>, 2> page(int index) const override;
+  std::string page_format() const override;
 
  private:
   /// The part of the layer's first product that is the queries', and that of latents and keys.

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "base/aligned.h"
 #include "base/parallel.h"
 #include "flash_mla/error.h"
 #include "kernels/gemm/cpu/gemm.h"
@@ -19,6 +20,22 @@
 
 namespace flash_mla::model {
 namespace {
+
+/// Steps have run when they have been queued, and so have copies.
+class AtOnce : public CopyQueue {
+ public:
+  void wait_for_steps() override {}
+  void copy(std::byte* to, const std::byte* from, std::size_t bytes) override {
+    std::memcpy(to, from, bytes);
+  }
+  std::unique_ptr<CopyMark> mark() override {
+    struct Done : CopyMark {
+      bool done() override { return true; }
+      void wait() override {}
+    };
+    return std::make_unique<Done>();
+  }
+};
 
 class CpuDevice : public Device {
  public:
@@ -85,6 +102,9 @@ class CpuDevice : public Device {
     out->copy.assign(tokens + first * kId, tokens + (first + count) * kId);
     return out;
   }
+
+  std::unique_ptr<CopyQueue> make_copy_queue() override { return std::make_unique<AtOnce>(); }
+  Buffer allocate_host(std::size_t bytes) override { return allocate_aligned(bytes); }
 
  private:
   void choose(const Matrix& logits, std::span<const TokenRule> rules) {

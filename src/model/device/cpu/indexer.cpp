@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string>
 
 #include "base/aligned.h"
 #include "flash_mla/indexer.h"
@@ -40,6 +41,11 @@ CpuIndexer::CpuIndexer(CpuContext& context, const IndexerWeights& weights)
 
 std::size_t CpuIndexer::bytes_per_page() const {
   return static_cast<std::size_t>(kPageSize * (key_bytes() + (fp8() ? indexer::kScaleBytes : 0)));
+}
+
+std::string CpuIndexer::format() const {
+  return "index keys of " + std::to_string(dim_) +
+         (fp8() ? " x e4m3" : std::string(" x ") + dtype_name(context_.dtype));
 }
 
 void CpuIndexer::allocate_cache(int num_pages) {

@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "base/buffer.h"
@@ -32,6 +34,11 @@ class CpuIndexer {
   void allocate_cache(int num_pages);
   void clear_cache() { std::memset(cache_.data(), 0, cache_.bytes()); }
   void copy_page(int source, int target);
+  std::span<std::byte> page(int index) const {
+    return {cache_.data() + static_cast<std::size_t>(index) * bytes_per_page(), bytes_per_page()};
+  }
+  /// Of its keys, in words.
+  std::string format() const;
 
  private:
   bool fp8() const { return context_.fp8_index_keys; }

@@ -1,5 +1,7 @@
 #include "model/device/cpu/latent_cache.h"
 
+#include <fmt/format.h>
+
 #include <cstring>
 
 #include "base/aligned.h"
@@ -38,6 +40,13 @@ std::size_t CpuLatentCache::bytes_per_page() const {
          (context_.cache_format
               ? static_cast<std::size_t>(kv::token_bytes(*context_.cache_format, static_cast<int>(width())))
               : elements * dtype_size(context_.dtype));
+}
+
+std::string CpuLatentCache::format() const {
+  if (!context_.cache_format) return fmt::format("{} x {}", width(), dtype_name(context_.dtype));
+  return fmt::format("{} bytes of format {}, of {}",
+                     kv::token_bytes(*context_.cache_format, static_cast<int>(width())),
+                     static_cast<int>(*context_.cache_format), dtype_name(context_.dtype));
 }
 
 void CpuLatentCache::allocate(int num_pages) {

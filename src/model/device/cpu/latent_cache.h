@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
+#include <string>
 
 #include "base/buffer.h"
 #include "base/matrix.h"
@@ -23,6 +25,11 @@ class CpuLatentCache {
   void allocate(int num_pages);
   void clear() { std::memset(data_.data(), 0, data_.bytes()); }
   void copy_page(int source, int target);
+  std::span<std::byte> page(int index) const {
+    return {data_.data() + static_cast<std::size_t>(index) * bytes_per_page(), bytes_per_page()};
+  }
+  /// Of its rows, in words.
+  std::string format() const;
 
   /// The rows themselves, (pages, kPageSize, rank + rope); null where they have another format.
   std::byte* rows() const { return context_.cache_format ? nullptr : data_.data(); }

@@ -79,6 +79,14 @@ void CudaAttention::copy_page(int source, int target) {
   if (indexer_) indexer_->copy_page(source, target);
 }
 
+std::array<std::span<std::byte>, 2> CudaAttention::page(int index) const {
+  return {cache_.page(index), indexer_ ? indexer_->page(index) : std::span<std::byte>()};
+}
+
+std::string CudaAttention::page_format() const {
+  return "cuda, " + cache_.format() + (indexer_ ? ", " + indexer_->format() : "");
+}
+
 void CudaAttention::forward(Residual& x, Rows /*rows*/) {
   if (context_.is_one_token_step()) {
     list(context_.one_token.add_layer());

@@ -1,7 +1,10 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <memory>
+#include <span>
+#include <string>
 
 #include "base/buffer.h"
 #include "base/matrix.h"
@@ -27,6 +30,8 @@ class CudaAttention : public Attention {
   void allocate_cache(int num_pages) override;
   void clear_cache() override;
   void copy_page(int source, int target) override;
+  std::array<std::span<std::byte>, 2> page(int index) const override;
+  std::string page_format() const override;
 
   /// (hidden) float32: of the layer's input.
   const float* norm() const { return floats(norm_); }

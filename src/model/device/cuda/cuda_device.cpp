@@ -12,6 +12,7 @@
 #include "kernels/gemm/sm90/cublaslt.h"
 #include "model/device/cuda/attention.h"
 #include "model/device/cuda/context.h"
+#include "model/device/cuda/copy_queue.h"
 #include "model/device/cuda/embedding.h"
 #include "model/device/cuda/feed_forward.h"
 #include "model/device/cuda/graph_cache.h"
@@ -98,6 +99,11 @@ class CudaDevice : public Device {
     return downloader_.start(context_.buffers.tokens.data() + first * kId,
                              static_cast<std::size_t>(count * kId), context_.stream);
   }
+
+  std::unique_ptr<CopyQueue> make_copy_queue() override {
+    return std::make_unique<CudaCopyQueue>(context_.stream);
+  }
+  Buffer allocate_host(std::size_t bytes) override { return allocate_pinned(bytes); }
 
  private:
   CudaContext context_;

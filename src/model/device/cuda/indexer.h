@@ -2,6 +2,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
+#include <string>
 
 #include "base/buffer.h"
 #include "base/matrix.h"
@@ -31,6 +33,11 @@ class CudaIndexer {
   /// Zeros all of it; queued.
   void clear_cache() const;
   void copy_page(int source, int target) const;
+  std::span<std::byte> page(int index) const {
+    return {cache_.data() + static_cast<std::size_t>(index) * bytes_per_page(), bytes_per_page()};
+  }
+  /// Of its keys, in words.
+  std::string format() const { return "index keys of " + std::to_string(dim_) + " x e4m3"; }
 
  private:
   /// Quantised queries (tokens, heads * dim) and their weights (tokens, heads), with every factor in them.

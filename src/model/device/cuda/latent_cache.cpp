@@ -1,5 +1,7 @@
 #include "model/device/cuda/latent_cache.h"
 
+#include <string>
+
 #include "base/cuda/check.h"
 #include "base/page_size.h"
 #include "flash_mla/sparse.h"
@@ -18,6 +20,10 @@ constexpr std::int64_t kMostDecodeTokens = 256, kMostDecodeHeads = 128;
 std::size_t CudaLatentCache::bytes_per_page() const {
   const KvFormat format = context_.fp8_cache ? KvFormat::kFp8V32 : KvFormat::kBFloat16;
   return kPageSize * static_cast<std::size_t>(kv::token_bytes(format, static_cast<int>(width())));
+}
+
+std::string CudaLatentCache::format() const {
+  return std::to_string(width()) + (context_.fp8_cache ? " in fp8_v32" : " x bfloat16");
 }
 
 void CudaLatentCache::allocate(int num_pages) {

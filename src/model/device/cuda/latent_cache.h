@@ -2,6 +2,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
+#include <string>
 
 #include "base/buffer.h"
 #include "base/matrix.h"
@@ -23,6 +25,11 @@ class CudaLatentCache {
   /// Zeros all of it; queued.
   void clear();
   void copy_page(int source, int target);
+  std::span<std::byte> page(int index) const {
+    return {data_.data() + static_cast<std::size_t>(index) * bytes_per_page(), bytes_per_page()};
+  }
+  /// Of its rows, in words.
+  std::string format() const;
 
   /// The rows themselves, (pages, kPageSize, rank + rope) bfloat16; null where they are FP8.
   std::byte* rows() const { return context_.fp8_cache ? nullptr : data_.data(); }

@@ -1,0 +1,95 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/chunk_memory.h"
+#include "engine/prefix_loader.h"
+#include "engine/request.h"
+#include "engine/task_thread.h"
+#include "flash_mla/engine.h"
+#include "kv/kv_tier.h"
+#include "kv/page_pool.h"
+#include "model/model.h"
+
+namespace flash_mla::engine {
+
+/// Pages on their way between the cache and the tiers beyond it. Prompts are looked up and loaded by one thread, chunks
+/// stored by another; the thread that steps only leaves work for them, and has the device copy what is to be stored. What
+/// a tier takes too long for, fails in or gets wrong counts as not found.
+///
+/// Of the calls those of PrefixLoader, store, poll and prefilled belong to the thread that steps.
+class TierTransfers : public PrefixLoader {
+ public:
+  struct Options {
+    std::vector<std::string> tiers;  ///< as kv::make_tiers takes them; not empty
+    std::string salt;
+    double wait_seconds = 0;  ///< EngineOptions::kv_tier_wait_seconds
+    /// Called from either thread when found(), loaded() or poll() may have changed.
+    std::function<void()> on_news;
+  };
+  /// Throws as kv::make_tiers does, and Unsupported for a model whose pages cannot be copied.
+  TierTransfers(model::Model& model, kv::PagePool& pool, Options options);
+  /// Waits for the calls to tiers that are under way.
+  ~TierTransfers() override;
+
+  void look_up(Sequence& sequence, std::span<const std::int32_t> tokens) override;
+  std::optional<std::int64_t> found(Sequence& sequence) override;
+  void load(Sequence& sequence, std::int64_t end) override;
+  std::optional<std::int64_t> loaded(Sequence& sequence) override;
+  bool has_loaded(const Sequence& sequence) const override;
+  void forget(Sequence& sequence) override;
+  void hurry() override;
+  bool holds_pages() const override { return !held_.empty(); }
+
+  /// Offers the tiers the chunks of a sequence that have become full since it was last called.
+  void store(Sequence& sequence);
+  /// Lets go of pages that no copy reads or writes any more.
+  void poll();
+  /// A step has taken `seconds` for `tokens` of prompts: by that it is judged what is worth waiting for.
+  void prefilled(int tokens, double seconds);
+  /// From any thread.
+  std::vector<KvTierStats> stats() const;
+
+ private:
+  /// Pages that are no sequence's and that a copy still reads or writes.
+  struct Held {
+    kv::SequencePages pages;
+    std::function<bool()> is_done;
+  };
+
+  double allowance(std::int64_t tokens) const;
+  void do_look_up(TierTicket& ticket);
+  void do_load(TierTicket& ticket);
+  Buffer read(TierTicket& ticket, std::int64_t chunk);
+  void refill();
+  void store_everywhere(model::CopyMark& mark, std::span<const std::int32_t> tokens, const Buffer& bytes);
+  void store_in(std::size_t tier, std::span<const std::int32_t> tokens, const Buffer& bytes);
+  void store_chunk(Sequence& sequence, std::int64_t chunk);
+  void count(std::size_t tier, const std::function<void(KvTierStats&)>& change);
+
+  kv::PagePool& pool_;
+  const std::function<void()> on_news_;
+  const double wait_seconds_;
+  std::shared_ptr<ChunkMemory> memory_;
+  std::vector<std::unique_ptr<kv::KvTier>> tiers_;
+  std::unique_ptr<model::PageCopies> uploads_, downloads_;
+  double seconds_per_token_ = 0;  // of prompts, lately; 0: not known
+  std::vector<Held> held_;
+  std::vector<std::weak_ptr<TierTicket>> loads_;
+
+  mutable std::mutex mutex_;  // of what follows
+  std::vector<KvTierStats> stats_;
+
+  // Last, so that they end first, and the one that leaves work for the other before it.
+  TaskThread storer_, loader_;
+};
+
+}  // namespace flash_mla::engine

@@ -1,0 +1,78 @@
+// Pages of a model's cache to the host and back.
+
+#include <fmt/format.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+
+#include "base/aligned.h"
+#include "flash_mla/error.h"
+#include "model/deepseek.h"
+
+namespace flash_mla::model {
+
+class DeepSeek::Copies : public PageCopies {
+ public:
+  explicit Copies(const DeepSeek& model) : model_(model), queue_(model.device_->make_copy_queue()) {}
+
+  void follow_steps() override { queue_->wait_for_steps(); }
+  void download(std::span<const std::int32_t> pages, std::byte* to) override {
+    for_each(pages, [&](std::span<std::byte> part, std::size_t offset) {
+      queue_->copy(to + offset, part.data(), part.size());
+    });
+  }
+  void upload(std::span<const std::int32_t> pages, const std::byte* from) override {
+    for_each(pages, [&](std::span<std::byte> part, std::size_t offset) {
+      queue_->copy(part.data(), from + offset, part.size());
+    });
+  }
+  std::unique_ptr<CopyMark> mark() override { return queue_->mark(); }
+
+ private:
+  /// f of every part of the pages that are not -1, and of where it lies on the host.
+  template <class F>
+  void for_each(std::span<const std::int32_t> pages, const F& f) const {
+    for (const std::int32_t page : pages) {
+      if (page < -1 || page >= model_.num_pages_) {
+        throw InvalidArgument(fmt::format("page is {}, expected -1 to {}, the pages of the cache", page,
+                                          model_.num_pages_ - 1));
+      }
+    }
+    std::size_t offset = 0;
+    model_.for_each_cache([&](const Attention& attention) {
+      for (const std::int32_t page : pages) {
+        if (page < 0) {
+          offset += attention.bytes_per_page();
+          continue;
+        }
+        for (const std::span<std::byte> part : attention.page(page)) {
+          if (!part.empty()) f(part, offset);
+          offset += part.size();
+        }
+      }
+    });
+  }
+
+  const DeepSeek& model_;
+  std::unique_ptr<CopyQueue> queue_;
+};
+
+std::unique_ptr<PageCopies> DeepSeek::make_page_copies() { return std::make_unique<Copies>(*this); }
+
+std::string DeepSeek::page_format() const {
+  std::string out;
+  for_each_cache([&](const Attention& attention) { out += attention.page_format() + "; "; });
+  return out;
+}
+
+std::unique_ptr<PageCopies> Model::make_page_copies() {
+  throw Unsupported("kv_tiers: not with several ranks yet");
+}
+
+Buffer Model::allocate_host(std::size_t bytes) const { return allocate_aligned(bytes); }
+
+}  // namespace flash_mla::model
