@@ -167,7 +167,7 @@ TEST_P(OnRanks, AllToAllSendsAsManyRowsAsSaidAndNoneToo) {
     for (int r = 0; r < size; ++r) {
       for (std::int64_t i = 0; i < rows(c.rank(), r); ++i, ++at) {
         for (std::int64_t k = 0; k < 5; ++k)
-          in.at(at, k) = static_cast<float>(rank_of(c) * 1000 + r * 100 + i * 10 + k);
+          in.at(at, k) = static_cast<float>(rank_of(c) * 1000 + std::int64_t{r} * 100 + i * 10 + k);
       }
     }
     c.all_to_all_v(in.matrix(), to, out.matrix(), from);
@@ -212,7 +212,10 @@ TEST_P(OnRanks, ManyCallsFollowEachOther) {
         Table<float> in(rows, columns), out(rows * size, columns);
         std::ranges::fill(in.values, static_cast<float>(c.rank()));
         c.all_gather(in.matrix(), out.matrix());
-        for (std::int64_t r = 0; r < out.rows; ++r) ASSERT_EQ(out.at(r, 0), static_cast<float>(r / rows));
+        for (std::int64_t r = 0; r < out.rows; ++r) {
+          const std::int64_t sender = r / rows;
+          ASSERT_EQ(out.at(r, 0), static_cast<float>(sender));
+        }
       }
     }
     EXPECT_EQ(c.traffic().calls, 300);
