@@ -60,6 +60,12 @@ bool is_over(model::CopyMark& mark) {
   }
 }
 
+void end_soon(const std::vector<std::weak_ptr<TierTicket>>& loads) {
+  for (const auto& load : loads) {
+    if (const auto ticket = load.lock()) ticket->hurry = true;
+  }
+}
+
 kv::TierConfig tier_config(const std::string& salt, const std::shared_ptr<ChunkMemory>& memory) {
   return {salt, memory->chunk_bytes(), [memory] { return memory->take(); }};
 }
@@ -89,7 +95,7 @@ void TierTransfers::refill() {
   }
 }
 
-TierTransfers::~TierTransfers() { TierTransfers::hurry(); }
+TierTransfers::~TierTransfers() { end_soon(loads_); }
 
 // What computing the tokens would take.
 double TierTransfers::allowance(std::int64_t tokens) const {
@@ -280,11 +286,7 @@ void TierTransfers::forget(Sequence& sequence) {
   if (ticket->answered) loader_.post([ticket] { ticket->matches.clear(); });
 }
 
-void TierTransfers::hurry() {
-  for (const auto& load : loads_) {
-    if (const auto ticket = load.lock()) ticket->hurry = true;
-  }
-}
+void TierTransfers::hurry() { end_soon(loads_); }
 
 void TierTransfers::store(Sequence& sequence) {
   const std::int64_t full = sequence.num_computed() / kChunkTokens * kChunkTokens;
