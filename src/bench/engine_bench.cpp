@@ -21,6 +21,7 @@
 #include "flash_mla/error.h"
 #include "flash_mla/info.h"
 #include "model/e4m3_weight.h"
+#include "model/int4_weight.h"
 #include "model/model.h"
 #include "planner/read.h"
 
@@ -38,6 +39,7 @@ checkpoint::ModelConfig v2_lite() {
 double weight_bytes(const checkpoint::ModelConfig& c, std::int64_t experts, ModelQuantize quantize) {
   constexpr double kBf16 = 2, kFp32 = 4, kScale = 4;
   const auto each = [&](model::LayerKind kind) {
+    if (model::asks_for_int4(quantize, kind)) return 0.5 + kScale / kInt4Group;
     return model::asks_for_e4m3(quantize, kind) ? 1 + kScale / (model::kE4m3Rows * model::kE4m3Columns)
                                                 : kBf16;
   };
@@ -90,7 +92,9 @@ class EngineBench {
  public:
   explicit EngineBench(const EngineBenchOptions& options)
       : options_(options),
-        quantize_(options.fp8_weights ? ModelQuantize::kFp8 : ModelQuantize::kNone),
+        quantize_(options.fp8_weights    ? ModelQuantize::kFp8
+                  : options.int4_weights ? ModelQuantize::kW4A8
+                                         : ModelQuantize::kNone),
         config_(options.config.empty() ? v2_lite() : checkpoint::read_config(options.config)) {}
 
   int run() {
@@ -116,7 +120,7 @@ class EngineBench {
     for (const BackendInfo& b : backends()) {
       if (b.backend == Backend::kSm90) out_["gpu"] = b.device;
     }
-    out_["weights"] = options_.fp8_weights ? "fp8" : "bf16";
+    out_["weights"] = options_.fp8_weights ? "fp8" : options_.int4_weights ? "w4a8" : "bf16";
     if (options_.tp > 1)
       out_["ranks"] = {{"tp", options_.tp}, {"ep", options_.ep > 0 ? options_.ep : options_.tp}};
     out_["cache"] = options_.fp8_cache ? "fp8" : "bf16";

@@ -16,6 +16,7 @@ struct EngineBenchOptions {
   double bandwidth = 4.65e12;             ///< bytes per second of the floor
   bool fp8_cache = false;                 ///< 656 bytes a token; models with an indexer
   bool fp8_weights = false;               ///< what --quantize fp8 makes of a checkpoint
+  bool int4_weights = false;              ///< what --quantize w4a8 makes of one
   bool cpu = false;                       ///< on the CPU; times of the device are 0 then
   int tp = 1, ep = 0;                     ///< ranks that share the model, its experts (0: tp)
   std::vector<int> draft_tokens;          ///< measured in place of all else: drafts of a sequence and step

@@ -26,8 +26,10 @@ void register_bench_engine(CLI::App& app, int& exit_code) {
   sub->add_option("--bandwidth", o->bandwidth, "Bytes per second of the floor")->check(CLI::PositiveNumber);
   sub->add_flag("--fp8-cache", o->fp8_cache,
                 "A cache of 656 bytes per token and layer, for a model with an indexer");
-  sub->add_flag("--fp8-weights", o->fp8_weights,
-                "Weights of attention and experts in FP8, as --quantize fp8 makes them");
+  CLI::Option* fp8 = sub->add_flag("--fp8-weights", o->fp8_weights,
+                                   "Weights of attention and experts in FP8, as --quantize fp8 makes them");
+  sub->add_flag("--int4-weights", o->int4_weights, "Experts in 4 bits, as --quantize w4a8 makes them")
+      ->excludes(fp8);
   sub->add_option(
          "--draft-tokens", o->draft_tokens,
          "Measure, in place of all else, steps that check so many drafts of a sequence, and generation with them")

@@ -32,20 +32,6 @@ DType cpu_dtype(ModelPrecision precision) {
   return preferred_cpu_dtype();
 }
 
-const char* name_of(ModelQuantize quantize) {
-  switch (quantize) {
-    case ModelQuantize::kNone:
-      return "none";
-    case ModelQuantize::kInt8:
-      return "int8";
-    case ModelQuantize::kFp8:
-      return "fp8";
-    case ModelQuantize::kW4A8:
-      return "w4a8";
-  }
-  return "unknown";
-}
-
 // A GPU where there is one that can run the model and nothing asks for what it cannot do.
 bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
   switch (options.device) {
@@ -59,8 +45,7 @@ bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
   return options.tp == 1 && why_no_cuda_indexer(config).empty() &&
          options.kv_cache != ModelKvCache::kFloat16 &&
          (options.kv_cache != ModelKvCache::kFp8 || config.index_topk > 0) &&
-         options.precision != ModelPrecision::kFloat32 &&
-         (options.quantize == ModelQuantize::kNone || options.quantize == ModelQuantize::kFp8) &&
+         options.precision != ModelPrecision::kFloat32 && options.quantize != ModelQuantize::kInt8 &&
          why_no_cuda_device().empty();
 }
 
@@ -93,10 +78,8 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
   if (options.precision == ModelPrecision::kFloat32) {
     throw Unsupported("device cuda runs models in bfloat16; precision float32 needs device cpu");
   }
-  if (options.quantize != ModelQuantize::kNone && options.quantize != ModelQuantize::kFp8) {
-    throw Unsupported(
-        fmt::format("quantize is {}: device cuda keeps weights in bfloat16 or fp8 so far; use device cpu",
-                    name_of(options.quantize)));
+  if (options.quantize == ModelQuantize::kInt8) {
+    throw Unsupported("quantize is int8: device cuda keeps weights in bfloat16, fp8 or w4a8; use device cpu");
   }
   // Before anything is loaded; make_cuda_device says what is missing where there is no GPU.
   if (why_no_cuda_device().empty()) {

@@ -9,6 +9,7 @@
 #include "flash_mla/error.h"
 #include "kv/format.h"
 #include "model/e4m3_weight.h"
+#include "model/int4_weight.h"
 #include "model/quantized_layers.h"
 
 namespace flash_mla::model {
@@ -92,7 +93,12 @@ double device_weight_bytes(const checkpoint::ModelConfig& c, ModelQuantize quant
   constexpr double kWide = 2, kE4m3 = 1 + static_cast<double>(sizeof(float)) / (kE4m3Rows * kE4m3Columns);
   const bool stored = c.stored.fp8_block_columns > 0 && c.stored.fp8_block_columns % kE4m3Columns == 0 &&
                       c.stored.fp8_block_rows % kE4m3Rows == 0;
+  constexpr double kInt4 = 0.5 + static_cast<double>(sizeof(float)) / static_cast<double>(kInt4Group);
+  const bool int4_experts = c.stored.int4_group < 0 || (c.stored.int4_group > 0 && c.stored.int4_group % kInt4Group == 0);
   return sum_bytes(c, kWide, [&](LayerKind kind) {
+    const bool experts = kind == LayerKind::kExperts || kind == LayerKind::kShared;
+    if (asks_for_int4(quantize, kind) || (int4_experts && experts && !asks_for_e4m3(quantize, kind)))
+      return kInt4;
     const bool e4m3 = asks_for_e4m3(quantize, kind) || (stored && kind != LayerKind::kHead);
     return e4m3 ? kE4m3 : kWide;
   });

@@ -1,6 +1,6 @@
 #pragma once
 
-// Experts of a layer with random weights, in bfloat16 or e4m3, and what they make of tokens in fp64 sums on the host.
+// Experts of a layer with random weights, in bfloat16, e4m3 or int4, and what they make of tokens in fp64 sums on the host.
 
 #include <gtest/gtest.h>
 
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/fp8.h"
+#include "kernels/gemm/sm90/int4_weights.h"
 #include "kernels/moe/sm90/moe.h"
 #include "model_data.h"
 
@@ -23,8 +24,16 @@ struct Layer {
   int hidden, intermediate, experts, chosen;
 };
 
+/// Matrices of codes and scales.
+class ScaledMatrices {
+ public:
+  virtual ~ScaledMatrices() = default;
+  /// What a weight means, not rounded.
+  virtual double at(std::size_t matrix, std::size_t row, std::size_t column) const = 0;
+};
+
 /// bfloat16 weights (matrices, rows, columns) as e4m3 codes with a scale for every 8 rows and 128 columns of each.
-struct E4m3Matrices {
+struct E4m3Matrices : ScaledMatrices {
   /// Replaces the weights by what the codes mean, rounded to bfloat16. A few become 40 times as large; scales are what the
   /// largest asks for, or with `powers` the next power of two.
   E4m3Matrices(Random& random, std::vector<std::uint16_t>& weights, int matrices, int rows, int columns,
@@ -69,7 +78,7 @@ struct E4m3Matrices {
     }();
     return kValues[code];
   }
-  double at(std::size_t matrix, std::size_t row, std::size_t column) const {
+  double at(std::size_t matrix, std::size_t row, std::size_t column) const override {
     const std::size_t rows = std::size_t(num_rows), columns = std::size_t(num_columns);
     const std::size_t scale_row = matrix * ((rows + 7) / 8) + row / 8;
     return value(codes_host[(matrix * rows + row) * columns + column]) *
@@ -80,6 +89,63 @@ struct E4m3Matrices {
   std::vector<std::uint8_t> codes_host;
   std::vector<float> scales_host;
   OnDevice<std::uint8_t> codes{codes_host};
+  OnDevice<float> scales{scales_host};
+};
+
+/// The same as int4 codes with a scale for every row and 128 columns, as the kernels take them.
+struct Int4Matrices : ScaledMatrices {
+  /// Replaces the weights by what the codes mean, rounded to bfloat16. A few become 40 times as large.
+  Int4Matrices(Random& random, std::vector<std::uint16_t>& weights, int matrices, int rows, int columns)
+      : num_rows(rows),
+        num_columns(columns),
+        words_host(weights.size() / 8),
+        scales_host(make(random, weights, matrices)) {}
+
+  std::vector<float> make(Random& random, std::vector<std::uint16_t>& weights, int matrices) {
+    const std::size_t columns = std::size_t(num_columns);
+    std::vector<float> out(std::size_t(matrices) * groups() * std::size_t(num_rows));
+    std::vector<float> group;
+    for (std::size_t row = 0; row < std::size_t(matrices) * std::size_t(num_rows); ++row) {
+      const std::size_t matrix = row / std::size_t(num_rows), of_matrix = row % std::size_t(num_rows);
+      for (std::size_t begin = 0; begin < columns; begin += 128) {
+        const std::size_t end = std::min(columns, begin + 128);
+        float most = 0;
+        group.clear();
+        for (std::size_t i = begin; i < end; ++i) {
+          group.push_back(from_bf16(weights[row * columns + i]) * (random.below(1000) == 0 ? 40.0f : 1.0f));
+          most = std::max(most, std::abs(group.back()));
+        }
+        const float scale = most > 0 ? most / 7.5f : 1;
+        out[scale_at(matrix, of_matrix, begin)] = scale;
+        for (std::size_t i = begin; i < end; ++i) {
+          const float code = std::clamp(std::nearbyint(group[i - begin] / scale), -8.0f, 7.0f);
+          const auto bits = std::uint32_t(int(code) + 8) << (4 * sm90::int4_place(std::int64_t(i)));
+          words_host[word_at(matrix, of_matrix, i)] |= bits;
+          weights[row * columns + i] = to_bf16(code * scale);
+        }
+      }
+    }
+    return out;
+  }
+
+  std::size_t groups() const { return std::size_t(num_columns + 127) / 128; }
+  std::size_t scale_at(std::size_t matrix, std::size_t row, std::size_t column) const {
+    return (matrix * groups() + column / 128) * std::size_t(num_rows) + row;
+  }
+  std::size_t word_at(std::size_t matrix, std::size_t row, std::size_t column) const {
+    return matrix * std::size_t(num_rows) * std::size_t(num_columns) / 8 +
+           std::size_t(sm90::int4_word(std::int64_t(row), std::int64_t(column), num_columns));
+  }
+  double at(std::size_t matrix, std::size_t row, std::size_t column) const override {
+    const std::uint32_t word = words_host[word_at(matrix, row, column)];
+    const int code = int(word >> (4 * sm90::int4_place(std::int64_t(column))) & 15u) - 8;
+    return code * double(scales_host[scale_at(matrix, row, column)]);
+  }
+
+  int num_rows, num_columns;
+  std::vector<std::uint32_t> words_host;
+  std::vector<float> scales_host;
+  OnDevice<std::uint32_t> words{words_host};
   OnDevice<float> scales{scales_host};
 };
 
@@ -157,7 +223,7 @@ struct Experts {
     }
   };
 
-  /// All columns of one token, in fp64 but for the rounding of the activations; of e4m3 weights what they mean, or with
+  /// All columns of one token, in fp64 but for the rounding of the activations; of e4m3 and int4 what they mean, or with
   /// `rounded` that in bfloat16.
   std::vector<Sum> expected(int token, bool rounded) const {
     const std::size_t hidden = std::size_t(layer.hidden), intermediate = std::size_t(layer.intermediate);
@@ -170,16 +236,16 @@ struct Experts {
     for (int c = 0; c < layer.chosen; ++c) {
       const std::size_t e = std::size_t(ids[std::size_t(token) * layer.chosen + c]);
       // Calls visit(i, weight) over row n of an expert's (rows, columns).
-      const auto walk = [&](const std::vector<std::uint16_t>& bf16, const E4m3Matrices* e4m3,
+      const auto walk = [&](const std::vector<std::uint16_t>& bf16, const ScaledMatrices* scaled,
                             std::size_t rows, std::size_t n, std::size_t columns, auto&& visit) {
         const std::uint16_t* w = bf16.data() + (e * rows + n) * columns;
-        const bool exact = e4m3 != nullptr && !rounded;
+        const bool exact = scaled != nullptr && !rounded;
         for (std::size_t i = 0; i < columns; ++i)
-          visit(i, exact ? e4m3->at(e, n, i) : double(from_bf16(w[i])));
+          visit(i, exact ? scaled->at(e, n, i) : double(from_bf16(w[i])));
       };
       const auto product = [&](std::size_t n) {
         Sum sum;
-        walk(gate_up, e4m3_gate_up, 2 * intermediate, n, hidden,
+        walk(gate_up, scaled_gate_up, 2 * intermediate, n, hidden,
              [&](std::size_t i, double weight) { sum.add(weight * in[i]); });
         return sum;
       };
@@ -194,7 +260,7 @@ struct Experts {
       }
       const double w = double(weights[std::size_t(token) * layer.chosen + c]);
       for (std::size_t n = 0; n < hidden; ++n) {
-        walk(down, e4m3_down, hidden, n, intermediate, [&](std::size_t i, double weight) {
+        walk(down, scaled_down, hidden, n, intermediate, [&](std::size_t i, double weight) {
           out[n].add(w * weight * act[i], std::abs(w * weight) * slack[i]);
         });
       }
@@ -228,12 +294,12 @@ struct Experts {
     return "";
   }
 
-  // Of e4m3 weights tiles multiply what is rounded to bfloat16 and the other kernels what the codes mean; a call takes one
+  // Of weights with scales tiles multiply what is rounded to bfloat16 and the other kernels what the codes mean; a call takes one
   // or the other.
   void verify(const std::vector<std::uint16_t>& got, const std::vector<int>& tokens,
               const std::string& name) {
     std::string wrong = difference(got, tokens, false);
-    if (!wrong.empty() && e4m3_gate_up != nullptr) {
+    if (!wrong.empty() && scaled_gate_up != nullptr) {
       const std::string also = difference(got, tokens, true);
       wrong = also.empty() ? "" : wrong + "; of rounded weights " + also;
     }
@@ -248,8 +314,8 @@ struct Experts {
   }
 
   Layer layer;
-  const E4m3Matrices* e4m3_gate_up = nullptr;  ///< what gate_up is rounded from, or null
-  const E4m3Matrices* e4m3_down = nullptr;     ///< the same of down
+  const ScaledMatrices* scaled_gate_up = nullptr;  ///< what gate_up is rounded from, or null
+  const ScaledMatrices* scaled_down = nullptr;     ///< the same of down
   std::vector<std::uint16_t> gate_up, down, x, before;
   std::vector<float> weights;
   OnDevice<std::uint16_t> gate_up_device, down_device, x_device, inout;
@@ -269,11 +335,40 @@ struct E4m3Experts {
     e.args.gate_up_scales = gate_up.scales.get();
     e.args.down = down.codes.get();
     e.args.down_scales = down.scales.get();
-    e.e4m3_gate_up = &gate_up;
-    e.e4m3_down = &down;
+    e.scaled_gate_up = &gate_up;
+    e.scaled_down = &down;
   }
   E4m3Experts(const E4m3Experts&) = delete;
   E4m3Matrices gate_up, down;
 };
+
+/// The same in int4.
+struct Int4Experts {
+  Int4Experts(Random& random, Experts& e)
+      : gate_up(random, e.gate_up, e.layer.experts, 2 * e.layer.intermediate, e.layer.hidden),
+        down(random, e.down, e.layer.experts, e.layer.hidden, e.layer.intermediate) {
+    e.args.int4 = true;
+    e.args.gate_up = gate_up.words.get();
+    e.args.gate_up_scales = gate_up.scales.get();
+    e.args.down = down.words.get();
+    e.args.down_scales = down.scales.get();
+    e.scaled_gate_up = &gate_up;
+    e.scaled_down = &down;
+  }
+  Int4Experts(const Int4Experts&) = delete;
+  Int4Matrices gate_up, down;
+};
+
+/// At most `most` of the tokens, the first and the last among them.
+inline std::vector<int> some_tokens(Random& random, int tokens, int most) {
+  std::vector<int> v;
+  if (tokens <= most) {
+    for (int t = 0; t < tokens; ++t) v.push_back(t);
+    return v;
+  }
+  v = {0, tokens - 1};
+  for (int i = 2; i < most; ++i) v.push_back(random.below(tokens));
+  return v;
+}
 
 }  // namespace flash_mla::gpu_test

@@ -152,17 +152,6 @@ TEST(Router, LogitsKeepFp32Weights) {
 
 // ---- Experts
 
-std::vector<int> some_tokens(Random& random, int tokens, int most) {
-  std::vector<int> v;
-  if (tokens <= most) {
-    for (int t = 0; t < tokens; ++t) v.push_back(t);
-    return v;
-  }
-  v = {0, tokens - 1};
-  for (int i = 2; i < most; ++i) v.push_back(random.below(tokens));
-  return v;
-}
-
 TEST(ExpertFfn, SmallAndOddShapes) {
   Random random(31);
   for (const Layer layer :

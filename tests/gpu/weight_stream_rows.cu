@@ -1,11 +1,11 @@
 // Times the weight-streaming products over the shapes of V2-Lite and V3.
 //
-//   weight_stream_rows [--e4m3] [--sweep] [--dense] [--experts] [--m 1,8,32]
+//   weight_stream_rows [--e4m3 | --int4] [--sweep] [--dense] [--experts] [--m 1,8,32]
 //
 // "cold": one launch behind a read pass over 256 MiB and a spin kernel, events around it; median. "chain": a
 // CUDA graph of products back to back over different weights (more than the L2 holds), launched early; time
 // of one. GB/s counts the weights once, x and out. --sweep tries every division of the work instead of the
-// planned one; --e4m3 has weights in e4m3 with scales. Correctness is model_kernels_gpu's affair.
+// planned one; --e4m3 and --int4 have weights in these with scales. Correctness is model_kernels_gpu's affair.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -73,12 +73,20 @@ T* scratch(std::size_t n) {
   return static_cast<T*>(p);
 }
 
-/// Scales of e4m3 weights, of as many as any shape here has.
-float* small_scales() {
+/// What weights are stored as.
+struct Form {
+  const float* scales = nullptr;  ///< null: bfloat16
+  bool int4 = false;
+  double bytes = 2;  ///< of a weight, with its share of a scale
+};
+
+/// With scales of e4m3 or int4 weights, of as many as any shape here has.
+Form scaled(bool int4) {
   constexpr std::size_t kWeights = std::size_t(2) * 256 * 7168 * 2048;
-  float* const scales = scratch<float>(kWeights / 1024);
-  CHECK(cudaMemset(scales, 0x3c, kWeights / 1024 * sizeof(float)));  // 0.0115
-  return scales;
+  const std::size_t count = kWeights / (int4 ? 128 : 1024);
+  float* const scales = scratch<float>(count);
+  CHECK(cudaMemset(scales, 0x3c, count * sizeof(float)));  // 0.0115
+  return {scales, int4, int4 ? 0.5 + 4.0 / 128 : 1 + 4.0 / 1024};
 }
 
 class Timer {
@@ -207,9 +215,7 @@ void sweep_experts(Timer& timer, const char* name, WeightStream a, const std::ve
   }
 }
 
-/// `scales`: null for weights of bfloat16.
-void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms, const float* scales) {
-  const std::size_t size = scales != nullptr ? 1 : 2;  // of a weight
+void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms, const Form& form) {
   constexpr std::size_t kPool = std::size_t(640) << 20;
   __nv_bfloat16* weights = random_array(kPool / 2, 0.03f);
   const auto most = static_cast<std::size_t>(*std::max_element(rows.begin(), rows.end()));
@@ -219,12 +225,14 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms, 
               "chain us", "GB/s", "%");
   for (const Shape& shape : kShapes) {
     const std::size_t elements = std::size_t(shape.n * shape.k);
-    const int copies = static_cast<int>(std::clamp<std::size_t>(kPool / size / elements, 1, 40));
+    const std::size_t size = form.int4 ? elements / 2 : form.scales != nullptr ? elements : 2 * elements;
+    const int copies = static_cast<int>(std::clamp<std::size_t>(kPool / size, 1, 40));
     for (const int m : rows) {
       WeightStream a;
       a.x = x;
       a.weight = weights;
-      a.scales = scales;
+      a.scales = form.scales;
+      a.weight_int4 = form.int4;
       a.out = out;
       a.x_stride = a.k = shape.k;
       a.n = shape.n;
@@ -236,23 +244,23 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms, 
       if (sweep) {
         for (const StreamPlan& plan : stream_plans(a, num_sms)) plans.push_back(plan);
       }
-      const double bytes =
-          static_cast<double>(size * elements) + 2.0 * static_cast<double>(m * (shape.k + a.out_stride));
+      const double bytes = form.bytes * static_cast<double>(elements) +
+                           2.0 * static_cast<double>(m * (shape.k + a.out_stride));
       double best = 1e30;
       StreamPlan best_plan{};
       for (std::size_t i = 0; i < plans.size(); ++i) {
         const StreamPlan& plan = plans[i];
-        const double chain =
-            timer.graph(
-                [&](cudaStream_t s) {
-                  for (int c = 0; c < copies; ++c) {
-                    WeightStream b = a;
-                    b.weight = reinterpret_cast<const std::byte*>(weights) + std::size_t(c) * elements * size;
-                    CHECK(launch_stream(b, plan, s));
-                  }
-                },
-                sweep ? 3 : 7) /
-            copies;
+        const double chain = timer.graph(
+                                 [&](cudaStream_t s) {
+                                   for (int c = 0; c < copies; ++c) {
+                                     WeightStream b = a;
+                                     b.weight =
+                                         reinterpret_cast<const std::byte*>(weights) + std::size_t(c) * size;
+                                     CHECK(launch_stream(b, plan, s));
+                                   }
+                                 },
+                                 sweep ? 3 : 7) /
+                             copies;
         if (chain < best) {
           best = chain;
           best_plan = plan;
@@ -278,7 +286,7 @@ void dense(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms, 
   CHECK(cudaFree(out));
 }
 
-void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms, const float* scales) {
+void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms, const Form& form) {
   struct Layer {
     const char* name;
     int hidden, intermediate, experts, chosen, groups, kept;
@@ -314,7 +322,8 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
       f.x_stride = f.inout_stride = f.hidden = l.hidden;
       f.gate_up = gate_up;
       f.down = down;
-      f.gate_up_scales = f.down_scales = scales;
+      f.gate_up_scales = f.down_scales = form.scales;
+      f.int4 = form.int4;
       f.ids = ids;
       f.weights = weights;
       f.inout = inout;
@@ -343,7 +352,8 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
         auto* results = scratch<float>(pairs * static_cast<std::size_t>(l.hidden));
         WeightStream a;
         a.weight = gate_up;
-        a.scales = scales;
+        a.scales = form.scales;
+        a.weight_int4 = form.int4;
         a.x = x;
         a.x_stride = a.k = l.hidden;
         a.x_divisor = l.chosen;
@@ -354,7 +364,8 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
         sweep_experts(timer, (std::string(l.name) + " gate_up").c_str(), a, host, l.experts, tokens, num_sms);
         a = {};
         a.weight = down;
-        a.scales = scales;
+        a.scales = form.scales;
+        a.weight_int4 = form.int4;
         a.x = act;
         a.x_stride = a.k = l.intermediate;
         a.n = l.hidden;
@@ -366,8 +377,7 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
         CHECK(cudaFree(results));
       }
       const double hit = static_cast<double>(std::set<std::int32_t>(host.begin(), host.end()).size());
-      const double bytes =
-          hit * (scales != nullptr ? 3.0 : 6.0) * static_cast<double>(each) + 6.0 * tokens * l.hidden;
+      const double bytes = hit * 3 * form.bytes * static_cast<double>(each) + 6.0 * tokens * l.hidden;
       const double flop = 6.0 * static_cast<double>(each) * static_cast<double>(pairs);
       const double cold = timer.cold([&](cudaStream_t s) { CHECK(expert_ffn(f, s)); }, 7);
       const double graph = timer.graph([&](cudaStream_t s) { CHECK(expert_ffn(f, s)); }, 7);
@@ -390,12 +400,14 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool e4m3 = false, sweep = false, only_dense = false, only_experts = false;
+  bool e4m3 = false, int4 = false, sweep = false, only_dense = false, only_experts = false;
   std::vector<int> rows = {1, 8, 32, 64};
   std::vector<int> tokens = {1, 8, 32, 64, 128, 512, 4096};
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--e4m3") == 0) {
       e4m3 = true;
+    } else if (std::strcmp(argv[i], "--int4") == 0) {
+      int4 = true;
     } else if (std::strcmp(argv[i], "--sweep") == 0) {
       sweep = true;
     } else if (std::strcmp(argv[i], "--dense") == 0) {
@@ -418,7 +430,7 @@ int main(int argc, char** argv) {
   std::printf("%s, %d multiprocessors; %% of %.0f GB/s\n", device.name, device.multiProcessorCount,
               kStreamRate);
   Timer timer;
-  const float* const scales = e4m3 ? small_scales() : nullptr;
-  if (!only_experts) dense(timer, rows, sweep, device.multiProcessorCount, scales);
-  if (!only_dense) experts(timer, tokens, sweep, device.multiProcessorCount, scales);
+  const Form form = e4m3 || int4 ? scaled(int4) : Form{};
+  if (!only_experts) dense(timer, rows, sweep, device.multiProcessorCount, form);
+  if (!only_dense) experts(timer, tokens, sweep, device.multiProcessorCount, form);
 }

@@ -22,6 +22,8 @@ enum class Stored {
   kFp8Powers,          ///< the same with scales in e8m0
   kDequantised,        ///< what kFp8 means, rounded to bfloat16
   kDequantisedPowers,  ///< the same of kFp8Powers
+  kInt4,  ///< experts in 4 bits as compressed-tensors packs them, groups of 128; the rest as in kBf16
+  kDequantisedInt4,  ///< what kInt4 means, rounded to bfloat16
 };
 
 /// The bytes of a safetensors file with random weights for a configuration, the same in every form, so that engines of
@@ -61,13 +63,18 @@ class RandomCheckpoint {
   /// A matrix of a layer, in the checkpoint's form.
   void projection(const std::string& name, std::int64_t rows, std::int64_t columns) {
     std::vector<std::uint16_t> bf16 = values({rows, columns}, 0, 1 / std::sqrt(static_cast<float>(columns)));
-    if (stored_ == Stored::kBf16) {
+    const bool int4 = stored_ == Stored::kInt4 || stored_ == Stored::kDequantisedInt4;
+    if (stored_ == Stored::kBf16 || (int4 && name.find("experts.") == std::string::npos)) {
       file_.add(name, "BF16", {rows, columns}, bf16);
       return;
     }
     std::vector<float> wide(bf16.size());
     for (std::size_t i = 0; i < wide.size(); ++i)
       wide[i] = to_float(Bf16{bf16[i]}) * (random_() % 997 == 0 ? 40.0f : 1.0f);
+    if (stored_ == Stored::kInt4 || stored_ == Stored::kDequantisedInt4) {
+      int4_projection(name, rows, columns, wide);
+      return;
+    }
     const std::int64_t block_rows = (rows + 127) / 128, block_columns = (columns + 127) / 128;
     std::vector<std::uint8_t> codes(wide.size());
     std::vector<float> scales(static_cast<std::size_t>(block_rows * block_columns));
@@ -92,6 +99,32 @@ class RandomCheckpoint {
     exponents.reserve(scales.size());
     for (const float scale : scales) exponents.push_back(to_e8m0(scale).bits);
     file_.add(name + "_scale_inv", "F8_E8M0", shape, exponents);
+  }
+  void int4_projection(const std::string& name, std::int64_t rows, std::int64_t columns,
+                       const std::vector<float>& wide) {
+    const std::int64_t groups = (columns + 127) / 128, words = (columns + 7) / 8;
+    std::vector<std::uint8_t> codes(wide.size());
+    std::vector<float> scales(static_cast<std::size_t>(rows * groups));
+    cpu::quantise_int4(wide.data(), rows, columns, 128, codes.data(), scales.data());
+    std::vector<std::uint16_t> meaning(wide.size()), narrow_scales;
+    std::vector<std::int32_t> packed(static_cast<std::size_t>(rows * words));
+    for (const float scale : scales) narrow_scales.push_back(to_bf16(scale).bits);
+    for (std::int64_t i = 0; i < rows * columns; ++i) {
+      const std::int64_t row = i / columns, column = i % columns;
+      const auto at = static_cast<std::size_t>(i);
+      const float scale = scales[static_cast<std::size_t>(row * groups + column / 128)];
+      meaning[at] = to_bf16((static_cast<float>(codes[at]) - 8) * scale).bits;
+      auto& word = packed[static_cast<std::size_t>(row * words + column / 8)];
+      word = static_cast<std::int32_t>(static_cast<std::uint32_t>(word) |
+                                       static_cast<std::uint32_t>(codes[at]) << (4 * (column % 8)));
+    }
+    if (stored_ == Stored::kDequantisedInt4) {
+      file_.add(name, "BF16", {rows, columns}, meaning);
+      return;
+    }
+    file_.add(name + "_packed", "I32", {rows, words}, packed);
+    file_.add(name + "_scale", "BF16", {rows, groups}, narrow_scales);
+    file_.add(name + "_shape", "I64", {2}, std::vector<std::int64_t>{rows, columns});
   }
   /// `deviation` 0: that which keeps the size of what it multiplies.
   void random(const std::string& name, const std::vector<std::int64_t>& shape, float deviation = 0) {

@@ -174,9 +174,20 @@ void Block::execute(const Product& p, std::size_t index) {
   const std::size_t g = lane / 4, t = lane % 4;
   const std::uint32_t start = start_of(p.b);
   const int n = 2 * p.count;
+  const auto shared_value = [&](std::uint32_t first, std::size_t row, std::uint32_t k) {
+    const std::uint32_t linear = first + static_cast<std::uint32_t>(row) * 128 + k * 2;
+    std::uint16_t bits;
+    std::memcpy(&bits, shared_at(linear ^ ((linear >> 7 & 7) << 4), 2), 2);
+    return widen(bits);
+  };
   float a[2][16];
   for (std::size_t h = 0; h < 2; ++h) {
     for (std::size_t k = 0; k < 16; ++k) {
+      if (p.shared) {
+        const std::size_t row = 16 * (running_ % 128 / 32) + g + 8 * h;
+        a[h][k] = shared_value(start_of(p.a_shared), row, static_cast<std::uint32_t>(k));
+        continue;
+      }
       const Product& of = fibers_[warp_first + 4 * g + k % 8 / 2].products[index];
       a[h][k] = widen(static_cast<std::uint16_t>(of.a[h + 2 * (k / 8)] >> (16 * (k % 2))));
     }
@@ -185,12 +196,7 @@ void Block::execute(const Product& p, std::size_t index) {
     for (std::size_t e = 0; e < 2; ++e) {
       const auto column = static_cast<std::uint32_t>(8 * group) + static_cast<std::uint32_t>(2 * t + e);
       float b[16];
-      for (std::uint32_t k = 0; k < 16; ++k) {
-        const std::uint32_t linear = start + column * 128 + k * 2;
-        std::uint16_t bits;
-        std::memcpy(&bits, shared_at(linear ^ ((linear >> 7 & 7) << 4), 2), 2);
-        b[k] = widen(bits);
-      }
+      for (std::uint32_t k = 0; k < 16; ++k) b[k] = shared_value(start, column, k);
       for (std::size_t h = 0; h < 2; ++h) {
         float& d = p.sums[static_cast<std::size_t>(4 * group) + 2 * h + e];
         float sum = p.accumulate ? d : 0.0f;

@@ -44,7 +44,8 @@ struct Meeting {
   bool any = false, result = false;
 };
 
-/// One m64nNk16 that a thread has issued, or with `e4m3` m64nNk32, whose A is where `a_shared` says.
+/// One m64nNk16 that a thread has issued, or with `e4m3` m64nNk32, whose A is where `a_shared` says; with `shared` the
+/// other's is too.
 struct Product {
   float* sums;
   int count;
@@ -53,6 +54,7 @@ struct Product {
   bool bf16, accumulate;
   bool e4m3 = false;
   std::uint64_t a_shared = 0;
+  bool shared = false;
 };
 
 class Block {
@@ -92,6 +94,9 @@ class Block {
 
   /// What the other lanes of the warp gave, until the next exchange.
   const std::array<std::uint64_t, 32>& exchange(std::uint64_t mine);
+
+  /// Groups of copies that the running thread has committed and not waited for, the oldest first.
+  std::deque<std::vector<std::function<void()>>>& copy_groups() { return fiber().copy_groups; }
 
   void issue(const Product& p) { fiber().products.push_back(p); }
   /// Bytes of asynchronous copies that the running thread has asked for since it last asked for an arrival.

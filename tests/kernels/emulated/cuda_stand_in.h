@@ -16,6 +16,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
 #define threadIdx (emulated::Dim3{emulated::Block::current().thread()})
 #define blockIdx (emulated::Block::current().block_index)
 #define gridDim (emulated::Block::current().grid_size)
@@ -42,6 +43,10 @@ struct alignas(16) uint4 {
 using std::isfinite;
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline std::uint32_t max(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
 
 inline float __uint_as_float(std::uint32_t x) {
@@ -105,6 +110,15 @@ inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(Block::bf16_to_float(a.x.bits) * Block::bf16_to_float(b.x.bits),
                                Block::bf16_to_float(a.y.bits) * Block::bf16_to_float(b.y.bits));
 }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  using emulated::Block;
+  return __floats2bfloat162_rn(Block::bf16_to_float(a.x.bits) - Block::bf16_to_float(b.x.bits),
+                               Block::bf16_to_float(a.y.bits) - Block::bf16_to_float(b.y.bits));
+}
+inline float __low2float(__nv_bfloat162 h) { return emulated::Block::bf16_to_float(h.x.bits); }
+inline float __high2float(__nv_bfloat162 h) { return emulated::Block::bf16_to_float(h.y.bits); }
+inline float __bfloat162float(__nv_bfloat16 h) { return emulated::Block::bf16_to_float(h.bits); }
+inline __nv_bfloat16 __float2bfloat16(float x) { return emulated::to_bf16(x); }
 inline __half2 __low2half2(__half2 h) { return {h.x, h.x}; }
 inline __half2 __high2half2(__half2 h) { return {h.y, h.y}; }
 inline __half __low2half(__half2 h) { return h.x; }

@@ -13,6 +13,7 @@
 #include "kernels/fused/sm90/one_token.h"
 #include "kernels/gemm/sm90/cublaslt.h"
 #include "kernels/gemm/sm90/head_gemm.h"
+#include "kernels/gemm/sm90/int4_weights.h"
 #include "kernels/gemm/sm90/skinny_gemm.h"
 #include "kernels/gemm/sm90/widen_weights.h"
 #include "kernels/moe/cpu/router.h"
@@ -62,17 +63,31 @@ struct Weights {
   const void* values;
   const float* scales;
   std::int64_t rows, columns;
+  bool int4 = false;
 
   /// x times row n of a matrix.
   float dot_row(const float* x, std::int64_t matrix, std::int64_t n) const {
     const std::int64_t at = (matrix * rows + n) * columns;
     if (scales == nullptr) return dot(x, static_cast<const Bf16*>(values) + at, columns);
+    if (int4) return int4_dot_row(x, matrix, n);
     const auto* codes = static_cast<const E4m3*>(values) + at;
     const std::int64_t scale_rows = (rows + kE4m3ScaleRows - 1) / kE4m3ScaleRows;
     const std::int64_t scale_columns = (columns + kE4m3ScaleColumns - 1) / kE4m3ScaleColumns;
     const float* own = scales + (matrix * scale_rows + n / kE4m3ScaleRows) * scale_columns;
     float sum = 0;
     for (std::int64_t i = 0; i < columns; ++i) sum += x[i] * to_float(codes[i]) * own[i / kE4m3ScaleColumns];
+    return sum;
+  }
+
+  float int4_dot_row(const float* x, std::int64_t matrix, std::int64_t n) const {
+    const auto* words = static_cast<const std::uint32_t*>(values) + matrix * rows * columns / 8;
+    const std::int64_t groups = (columns + kInt4ScaleColumns - 1) / kInt4ScaleColumns;
+    float sum = 0;
+    for (std::int64_t i = 0; i < columns; ++i) {
+      const std::uint32_t code = words[int4_word(n, i, columns)] >> (4 * int4_place(i)) & 15u;
+      const float scale = scales[(matrix * groups + i / kInt4ScaleColumns) * rows + n];
+      sum += x[i] * (static_cast<float>(code) - 8.0f) * scale;
+    }
     return sum;
   }
 };
@@ -362,8 +377,8 @@ std::size_t expert_ffn_workspace_size(std::int64_t, std::int64_t, std::int64_t, 
 
 cudaError_t expert_ffn(const ExpertFfn& a, cudaStream_t) {
   queue([=] {
-    const Weights gate_up{a.gate_up, a.gate_up_scales, 2 * a.intermediate, a.hidden};
-    const Weights down{a.down, a.down_scales, a.hidden, a.intermediate};
+    const Weights gate_up{a.gate_up, a.gate_up_scales, 2 * a.intermediate, a.hidden, a.int4};
+    const Weights down{a.down, a.down_scales, a.hidden, a.intermediate, a.int4};
     rows_of(a.tokens, [&](std::int64_t t) {
       const Values x = wide(static_cast<const Bf16*>(a.x) + t * a.x_stride, a.hidden);
       auto* inout = static_cast<Bf16*>(a.inout) + t * a.inout_stride;
@@ -408,6 +423,19 @@ cudaError_t fill_random_e4m3(void* codes, std::int64_t count, std::uint64_t seed
       // Even over an interval of deviation 1.
       const float x = (static_cast<float>(state >> 40) * 0x1p-24f - 0.5f) * 3.46f;
       static_cast<E4m3*>(codes)[i] = to_e4m3(x * kRandomE4m3Deviation);
+    }
+  });
+  return cudaSuccess;
+}
+
+cudaError_t fill_random_int4(void* codes, std::int64_t words, std::uint64_t seed, cudaStream_t) {
+  queue([=] {
+    std::uint64_t state = seed;
+    for (std::int64_t i = 0; i < 8 * words; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      std::uint32_t& word = static_cast<std::uint32_t*>(codes)[i / 8];
+      if (i % 8 == 0) word = 0;
+      word |= static_cast<std::uint32_t>(1 + (state >> 40) % 15) << (4 * (i % 8));
     }
   });
   return cudaSuccess;

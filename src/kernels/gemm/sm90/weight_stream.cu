@@ -23,7 +23,8 @@ struct Costs {
 };
 constexpr Costs kFewRows = {{22.2e3, 26.0e3}, 1.75, 3.6, 1.5, 17.6, 0.3};  // up to 16 rows of x
 constexpr Costs kManyRows = {{30.9e3, 30.0e3}, 1.18, 0.22, 1.2, 5.3, 1.25};
-// Widening, not bytes, is what e4m3 pays for then: 6% on average against the best division.
+// Widening, not bytes, is what e4m3 pays for then: 6% on average against the best division. Of int4 the same is taken,
+// by weights of a byte.
 constexpr Costs kManyRowsE4m3 = {{22.2e3, 22.2e3}, 0.96, 0.80, 0.42, 9.4, 1.1};
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -31,7 +32,7 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b;
 template <class Shape>
 cudaError_t launch_shape(const WeightStream& args, const StreamPlan& plan, int num_sms, cudaStream_t stream) {
   if (const cudaError_t e = allow_shared_memory<stream_weights<Shape>>(Shape::kSharedBytes)) return e;
-  const int unit = Shape::kE4m3 ? 8 : 4;
+  const int unit = Shape::kE4m3 || Shape::kInt4 ? 8 : 4;
   if (plan.width * (args.silu_mul ? 2 : 1) > Shape::kRows || plan.width % unit != 0)
     return cudaErrorInvalidValue;
   StreamGrid grid{};
@@ -57,7 +58,8 @@ struct TableEntry {
 };
 
 StreamWeight weight_of(const WeightStream& args) {
-  return args.weight_fp32         ? StreamWeight::kFp32
+  return args.weight_int4         ? StreamWeight::kInt4
+         : args.weight_fp32       ? StreamWeight::kFp32
          : args.scales != nullptr ? StreamWeight::kE4m3
                                   : StreamWeight::kBf16;
 }
@@ -67,7 +69,7 @@ constexpr TableEntry entry() {
   using Shape = StreamShape<kGroups, kTiles, kWarpsN, kWarpsK, kWeight>;
   return {{kGroups, kTiles, kWarpsN, kWarpsK, 0, 0, 0},
           kWeight,
-          Shape::kDepth * kWarpsK * (kWeight == StreamWeight::kFp32 ? 128 : 64),
+          Shape::kDepth * kWarpsK * Shape::kChunks * 32 / kTiles,
           launch_shape<Shape>};
 }
 
@@ -90,6 +92,13 @@ constexpr TableEntry kTable[] = {
     entry<4, 4, 1, 4, StreamWeight::kE4m3>(), entry<4, 4, 2, 2, StreamWeight::kE4m3>(),
     entry<8, 1, 1, 4, StreamWeight::kE4m3>(), entry<8, 2, 1, 4, StreamWeight::kE4m3>(),
     entry<8, 2, 2, 2, StreamWeight::kE4m3>(), entry<8, 4, 2, 2, StreamWeight::kE4m3>(),
+    entry<1, 1, 1, 4, StreamWeight::kInt4>(), entry<1, 2, 1, 4, StreamWeight::kInt4>(),
+    entry<1, 4, 1, 4, StreamWeight::kInt4>(), entry<1, 6, 1, 4, StreamWeight::kInt4>(),
+    entry<2, 1, 1, 4, StreamWeight::kInt4>(), entry<2, 2, 1, 4, StreamWeight::kInt4>(),
+    entry<2, 4, 1, 4, StreamWeight::kInt4>(), entry<4, 2, 1, 4, StreamWeight::kInt4>(),
+    entry<4, 4, 1, 4, StreamWeight::kInt4>(), entry<4, 4, 2, 2, StreamWeight::kInt4>(),
+    entry<8, 2, 1, 4, StreamWeight::kInt4>(), entry<8, 2, 2, 2, StreamWeight::kInt4>(),
+    entry<8, 4, 2, 2, StreamWeight::kInt4>(),
 };
 
 /// Microseconds, but for a constant; sets plan.width to the best.
@@ -101,7 +110,8 @@ double cost_of(const WeightStream& args, const TableEntry& entry, StreamPlan& pl
   const std::int64_t slots = std::max(1, num_sms * plan.ctas_per_sm / plan.cluster);
   const double k = static_cast<double>(divide_up(divide_up(args.k, 64), plan.cluster) * 64);
   const Costs& costs = plan.groups <= 2 ? kFewRows : args.scales != nullptr ? kManyRowsE4m3 : kManyRows;
-  const double weight_bytes = args.weight_fp32 ? 4 : args.scales != nullptr ? 1 : 2;
+  const bool few_int4 = args.weight_int4 && plan.groups <= 2;  // with their scales
+  const double weight_bytes = args.weight_fp32 ? 4 : few_int4 ? 0.5625 : args.scales != nullptr ? 1 : 2;
   const std::int64_t unit = args.scales != nullptr ? 8 : 4;  // of widths
   double best = std::numeric_limits<double>::infinity();
   const auto consider = [&](std::int64_t width) {
@@ -169,9 +179,9 @@ void for_plans(const WeightStream& args, int num_sms, F&& visit) {
 
 }  // namespace
 
-bool fits_stream(const void* x, std::int64_t x_stride, const void* weight, std::int64_t k, bool e4m3) {
+bool fits_stream(const void* x, std::int64_t x_stride, const void* weight, std::int64_t k, bool scaled) {
   const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
-  return k > 0 && k % (e4m3 ? 16 : 8) == 0 && x_stride % 8 == 0 && aligned(x) && aligned(weight);
+  return k > 0 && k % (scaled ? 16 : 8) == 0 && x_stride % 8 == 0 && aligned(x) && aligned(weight);
 }
 
 StreamPlan plan_stream(const WeightStream& args, int num_sms) {

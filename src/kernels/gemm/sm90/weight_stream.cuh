@@ -15,6 +15,8 @@
 //          1, any barrier in the main loop. Behind the ring: the sums, [plane][row of x][row of W].
 //          e4m3: 16 bytes are 16 columns, so a stage is 64 of them, two pieces of x and a scale for every 8 rows,
 //          which a lane each copies; the sums of 32 columns are scaled before they are added.
+//          int4: 16 bytes are 16 columns of two neighbouring rows, which are rows r and r + 8 of a product; a scale for
+//          every row.
 // Registers: 95 to 242 a thread by shape; two CTAs fit on a multiprocessor.
 // Flight:  some 100 KB for every CTA, all of it on its way at the start. One CTA leaves room for one of the
 //          next kernel, whose weights then come in while this one ends (programmatic launch): weights depend
@@ -40,19 +42,22 @@ struct StreamGrid {
   int cluster;
 };
 
-enum class StreamWeight { kBf16, kFp32, kE4m3 };
-
 template <int kGroups_, int kTiles_, int kWarpsN_, int kWarpsK_, StreamWeight kWeight>
 struct StreamShape {
   static constexpr int kGroups = kGroups_, kTiles = kTiles_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
   static constexpr bool kFp32 = kWeight == StreamWeight::kFp32, kE4m3 = kWeight == StreamWeight::kE4m3;
-  static constexpr int kHalves = kE4m3 ? 2 : 1;       ///< 16-byte pieces of x, per thread, group and stage
-  static constexpr int kColumns = 32 * kHalves;       ///< of a stage, for every k group
-  static constexpr int kScaleBytes = kE4m3 ? 32 : 0;  ///< a scale for every 8 rows of a warp
+  static constexpr bool kInt4 = kWeight == StreamWeight::kInt4;
+  static constexpr int kHalves =
+      kE4m3 || kInt4 ? 2 : 1;                    ///< 16-byte pieces of x, per thread, group and stage
+  static constexpr int kColumns = 32 * kHalves;  ///< of a stage, for every k group
+  /// A scale for every 8 rows of a warp, of int4 for every row.
+  static constexpr int kScaleBytes = kInt4 ? 64 * kTiles : kE4m3 ? 32 : 0;
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRows = 16 * kTiles * kWarpsN;
   static_assert(!kE4m3 || 2 * kTiles * 4 <= 32);
-  static constexpr int kChunks = kTiles * 2 * (kFp32 ? 2 : 1);  ///< 16-byte pieces of W, per thread and stage
+  static_assert(!kInt4 || 4 * kTiles <= 32);                   // lanes that copy scales
+  static constexpr int kPieces = kInt4 ? kTiles : 2 * kTiles;  ///< places in W that a thread copies from
+  static constexpr int kChunks = kPieces * (kFp32 ? 2 : 1);    ///< 16-byte pieces of W, per thread and stage
   static constexpr int kWarpBytes = kChunks * 512;
   static constexpr int kGroupBytes = kWarpsN * (kWarpBytes + kScaleBytes) + kGroups * kHalves * 512;
   static constexpr int kStageBytes = kWarpsK * kGroupBytes;
@@ -154,8 +159,10 @@ __global__ __launch_bounds__(Shape::kThreads,
   constexpr int kGroups = Shape::kGroups, kTiles = Shape::kTiles, kWarpsN = Shape::kWarpsN;
   constexpr int kWarpsK = Shape::kWarpsK, kDepth = Shape::kDepth, kRows = Shape::kRows;
   constexpr bool kFp32 = Shape::kFp32;
-  constexpr bool kE4m3 = Shape::kE4m3;
-  constexpr int kWeightSize = kFp32 ? 4 : kE4m3 ? 1 : 2;
+  constexpr bool kE4m3 = Shape::kE4m3, kInt4 = Shape::kInt4;
+  // Bytes from column to column; in int4 of two rows together.
+  constexpr int kWeightSize = kFp32 ? 4 : kE4m3 || kInt4 ? 1 : 2;
+  constexpr int kPieces = Shape::kPieces;
   constexpr int kHalves = Shape::kHalves;
   constexpr int kShare = kGroups / kWarpsN;  // groups of x that a warp copies
   extern __shared__ __align__(128) std::uint8_t shared[];
@@ -190,9 +197,9 @@ __global__ __launch_bounds__(Shape::kThreads,
   // a class of their own they compile to up to 7% more instructions.
   std::int64_t copy_item = blockIdx.x / cluster;
   int copy_step = 0, fill = 0;
-  const char* rows[2 * kTiles];
-  const float* scale_row =
-      p.scales;  // e4m3: of the 8 rows that this lane copies the scales of, lane < 2 * kTiles
+  const char* rows[kPieces];
+  // Of the 8 rows that this lane copies the scale of, lane < 2 * kTiles; int4: the 4 rows, lane < 4 * kTiles.
+  const float* scale_row = p.scales;
   bool scale_valid = false;
   const std::int64_t scale_columns = (p.k + 127) / 128;
   const __nv_bfloat16* x_rows[kShare];
@@ -202,12 +209,12 @@ __global__ __launch_bounds__(Shape::kThreads,
     return p.pairs != nullptr ? __ldcg(p.pairs + unit.first + j) : unit.first + j;
   };
   const auto point_at_weights = [&](const StreamItem& item) {
-    const char* weight =
-        static_cast<const char*>(p.weight) + std::int64_t(item.unit.expert) * p.n * p.k * kWeightSize;
+    const auto bytes_of = [&](std::int64_t row) { return row * p.k * kWeightSize / (kInt4 ? 2 : 1); };
+    const char* weight = static_cast<const char*>(p.weight) + bytes_of(std::int64_t(item.unit.expert) * p.n);
     row_valid = 0;
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      int local = warp_n * kTiles * 16 + i * 8 + quad_row;
+    for (int i = 0; i < kPieces; ++i) {
+      int local = warp_n * kTiles * 16 + (kInt4 ? i * 16 + quad_row * 2 : i * 8 + quad_row);
       // With silu_mul gate rows are in the first half of the tile, the up rows of the same outputs in the
       // second.
       const bool up = p.silu_mul && local >= kRows / 2;
@@ -215,19 +222,21 @@ __global__ __launch_bounds__(Shape::kThreads,
       const std::int64_t row = item.tile * grid.width + local;
       const bool valid = local < grid.width && row < (p.silu_mul ? half : p.n);
       if (valid) row_valid |= 1u << i;
-      rows[i] = weight + (valid ? row + (up ? half : 0) : 0) * p.k * kWeightSize;
+      rows[i] = weight + bytes_of(valid ? row + (up ? half : 0) : 0);
     }
   };
   const auto point_at_scales = [&](const StreamItem& item) {
-    if constexpr (kE4m3) {
-      int local = warp_n * kTiles * 16 + lane * 8;
+    if constexpr (kE4m3 || kInt4) {
+      constexpr int kRowsOfLane = kInt4 ? 4 : 8;
+      int local = warp_n * kTiles * 16 + lane * kRowsOfLane;
       const bool up = p.silu_mul && local >= kRows / 2;
       if (up) local -= kRows / 2;
       const std::int64_t row = item.tile * grid.width + local;
-      scale_valid = lane < 2 * kTiles && local < grid.width && row < (p.silu_mul ? half : p.n);
+      scale_valid = lane < 16 / kRowsOfLane * kTiles && local < grid.width && row < (p.silu_mul ? half : p.n);
       if (!scale_valid) return;
-      const std::int64_t at = std::int64_t(item.unit.expert) * ((p.n + 7) / 8) + (row + (up ? half : 0)) / 8;
-      scale_row = p.scales + at * scale_columns;
+      const std::int64_t row_of_all = row + (up ? half : 0), expert = item.unit.expert;
+      scale_row = p.scales + (kInt4 ? expert * scale_columns * p.n + row_of_all
+                                    : (expert * ((p.n + 7) / 8) + row_of_all / 8) * scale_columns);
     }
   };
   const auto point_at_x = [&](const StreamItem& item) {
@@ -253,7 +262,7 @@ __global__ __launch_bounds__(Shape::kThreads,
     const bool inside = column < p.k;
     const std::uint32_t to = ring + own_weights + fill * Shape::kStageBytes;
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
+    for (int i = 0; i < kPieces; ++i) {
       const bool valid = inside && (row_valid >> i & 1);
       const std::uint32_t bytes = valid ? 16 : 0;
       const char* from = rows[i] + (valid ? column * kWeightSize : 0);
@@ -269,6 +278,13 @@ __global__ __launch_bounds__(Shape::kThreads,
         const bool valid = scale_valid && column - quad * 16 < p.k;
         ptx::cp_async_4(ring + own_scales + fill * Shape::kStageBytes + lane * 4,
                         scale_row + (valid ? column / 128 : 0), valid ? 4 : 0);
+      }
+    }
+    if constexpr (kInt4) {
+      if (lane < 4 * kTiles) {
+        const bool valid = scale_valid && column - quad * 16 < p.k;
+        ptx::cp_async_16(ring + own_scales + fill * Shape::kStageBytes + lane * 16,
+                         scale_row + (valid ? column / 128 * p.n : 0), valid ? 16 : 0);
       }
     }
   };
@@ -376,7 +392,9 @@ __global__ __launch_bounds__(Shape::kThreads,
     for (int step = 0; step < steps; ++step) {
       ptx::cp_async_wait<kDepth - 2>();
       if constexpr (kWarpsN > 1) {  // others' x has arrived, and nobody reads the slot that is filled next
-        asm volatile("bar.sync %0, %1;" ::"r"(warp_k + 1), "n"(kWarpsN * 32) : "memory");
+        ptx::named_barrier_sync<kWarpsN * 32>(warp_k + 1);
+      } else if constexpr (kE4m3 || kInt4) {  // the same of other lanes' scales
+        __syncwarp();
       }
       copy();
 
@@ -384,24 +402,35 @@ __global__ __launch_bounds__(Shape::kThreads,
       const auto weights_at = [&](int i) {
         return *reinterpret_cast<const uint4*>(stage + own_weights + i * 512);
       };
-      const auto x_at = [&](int half, uint4(&b)[kGroups]) {
+      const auto x_at = [&](int piece, uint4(&b)[kGroups]) {
 #pragma unroll
         for (int i = 0; i < kGroups; ++i)
-          b[i] = *reinterpret_cast<const uint4*>(stage + own_x + (half * kGroups + i) * 512);
+          b[i] = *reinterpret_cast<const uint4*>(stage + own_x + (piece * kGroups + i) * 512);
       };
       uint4 b[kGroups];
       if constexpr (kE4m3) {
         const auto* scales = reinterpret_cast<const float*>(stage + own_scales);
-        const auto codes_at = [&](int i, int half) {
-          return *reinterpret_cast<const uint2*>(stage + own_weights + i * 512 + half * 8);
+        const auto codes_at = [&](int i, int piece) {
+          return *reinterpret_cast<const uint2*>(stage + own_weights + i * 512 + piece * 8);
         };
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          x_at(half, b);
+        for (int piece = 0; piece < kHalves; ++piece) {
+          x_at(piece, b);
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) {
-            multiply_tile(codes_at(2 * t, half), codes_at(2 * t + 1, half), b, scales[2 * t],
+            multiply_tile(codes_at(2 * t, piece), codes_at(2 * t + 1, piece), b, scales[2 * t],
                           scales[2 * t + 1], sums[t]);
+          }
+        }
+      } else if constexpr (kInt4) {
+        const auto* scales = reinterpret_cast<const float2*>(stage + own_scales) + quad_row;
+#pragma unroll
+        for (int piece = 0; piece < kHalves; ++piece) {
+          x_at(piece, b);
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t) {
+            multiply_int4_tile(*reinterpret_cast<const uint2*>(stage + own_weights + t * 512 + piece * 8), b,
+                               scales[8 * t], sums[t]);
           }
         }
       } else {

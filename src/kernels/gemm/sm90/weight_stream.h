@@ -17,11 +17,16 @@ struct ExpertUnit {
   std::int32_t count;
 };
 
+enum class StreamWeight { kBf16, kFp32, kE4m3, kInt4 };
+
 struct WeightStream {
   const void* weight = nullptr;  ///< (n, k), for experts (num_experts, n, k)
   /// Not null: the weights are e4m3, each to be multiplied by scales[n / 8][k / 128], (ceil(n / 8), ceil(k / 128)) for
   /// every expert. A block of 128 x 128 of a checkpoint is 16 rows of these, so that matrices may lie on each other.
   const float* scales = nullptr;
+  /// The weights are int4 as int4_weights.h lays them out, `scales` theirs, aligned to 16 bytes. n and with silu_mul n / 2
+  /// are divisible by 8.
+  bool weight_int4 = false;
   const float* bias = nullptr;
   const void* x = nullptr;  ///< bfloat16 rows
   void* out = nullptr;
@@ -64,7 +69,8 @@ std::vector<StreamPlan> stream_plans(const WeightStream& args, int num_sms);
 cudaError_t launch_stream(const WeightStream& args, const StreamPlan& plan, cudaStream_t stream);
 cudaError_t launch_stream(const WeightStream& args, cudaStream_t stream);
 
-/// Whether x and the weights can be read 16 bytes at a time. `e4m3`: what the weights are.
-bool fits_stream(const void* x, std::int64_t x_stride, const void* weight, std::int64_t k, bool e4m3 = false);
+/// Whether x and the weights can be read 16 bytes at a time. `scaled`: the weights are e4m3 or int4.
+bool fits_stream(const void* x, std::int64_t x_stride, const void* weight, std::int64_t k,
+                 bool scaled = false);
 
 }  // namespace flash_mla::sm90

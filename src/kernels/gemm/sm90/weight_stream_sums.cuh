@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/gemm/sm90/widen_e4m3.cuh"
+#include "kernels/gemm/sm90/widen_int4.cuh"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/mma.cuh"
 
@@ -36,15 +37,17 @@ template <class Shape>
 __device__ __forceinline__ void place_sums(const StreamThread<Shape>& thread, const StreamSums<Shape>& sums,
                                            float* plane, bool add) {
   constexpr int kStride = Shape::kSumStride;
+  // Rows r and r + 8 of a product are rows that far apart; of int4 weights neighbours.
+  constexpr int kApart = Shape::kInt4 ? 1 : 8, kRow = Shape::kInt4 ? 2 : 1;
 #pragma unroll
   for (int t = 0; t < Shape::kTiles; ++t) {
 #pragma unroll
     for (int i = 0; i < Shape::kGroups; ++i) {
       float* to = plane + (i * 8 + thread.quad * 2) * kStride + (thread.warp_n * Shape::kTiles + t) * 16 +
-                  thread.quad_row;
+                  thread.quad_row * kRow;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        float& at = to[(c % 2) * kStride + c / 2 * 8];
+        float& at = to[(c % 2) * kStride + c / 2 * kApart];
         at = add ? at + sums[t][i][c] : sums[t][i][c];
       }
     }
@@ -135,6 +138,19 @@ __device__ __forceinline__ void multiply_tile(uint2 lo, uint2 hi, const uint4 (&
   for (int i = 0; i < kGroups; ++i) {
     sums[i][0] += upper * part[i][0], sums[i][1] += upper * part[i][1];
     sums[i][2] += lower * part[i][2], sums[i][3] += lower * part[i][3];
+  }
+}
+
+/// The same in int4: `codes` of a row and of the one below it, by `scales` of the two.
+template <int kGroups>
+__device__ __forceinline__ void multiply_int4_tile(uint2 codes, const uint4 (&b)[kGroups], float2 scales,
+                                                   float (&sums)[kGroups][4]) {
+  float part[kGroups][4] = {};
+  multiply_tile(expand_int4(codes.x), expand_int4(codes.y), b, part);
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    sums[i][0] += scales.x * part[i][0], sums[i][1] += scales.x * part[i][1];
+    sums[i][2] += scales.y * part[i][2], sums[i][3] += scales.y * part[i][3];
   }
 }
 

@@ -25,14 +25,14 @@
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/moe/sm90/fp8_experts.h"
 #include "kernels/moe/sm90/moe.h"
+#include "kernels/moe/sm90/plain_experts.cuh"
 #include "kernels/ptx/cluster.cuh"
-#include "kernels/rows/sm90/silu.cuh"
 
 namespace flash_mla::sm90 {
 namespace {
 
 constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / 32;
-constexpr int kRowThreads = 256, kNormThreads = 512;
+constexpr int kRowThreads = kPlainThreads, kNormThreads = 512;
 constexpr std::size_t kAlignment = 256;
 constexpr int kSmallestUnit = 8;
 constexpr std::int64_t kMaxNormColumns = 12288;  // 48 KB of floats
@@ -216,72 +216,6 @@ __global__ __launch_bounds__(kNormThreads) void combine_and_norm(const CombineAr
   }
 }
 
-// ---- The plain way
-
-struct PlainArgs {
-  ExpertFfn ffn;
-  __nv_bfloat16* act;  // (pairs, intermediate)
-  float* results;      // (pairs, hidden)
-};
-
-/// A row of weights.
-struct PlainRow {
-  const __nv_bfloat16* values;
-  const E4m3* codes;    // or null
-  const float* scales;  // of the codes
-
-  __device__ float at(std::int64_t i) const {
-    if (codes == nullptr) return __bfloat162float(values[i]);
-    return to_float(codes[i]) * scales[i / 128];
-  }
-};
-
-/// Row n of expert e in (num_experts, rows, columns).
-__device__ PlainRow plain_row(const void* weights, const float* scales, std::int64_t e, std::int64_t rows,
-                              std::int64_t columns, std::int64_t n) {
-  const std::int64_t at = (e * rows + n) * columns;
-  if (scales == nullptr) return {static_cast<const __nv_bfloat16*>(weights) + at, nullptr, nullptr};
-  return {nullptr, static_cast<const E4m3*>(weights) + at,
-          scales + (e * ((rows + 7) / 8) + n / 8) * ((columns + 127) / 128)};
-}
-
-__device__ float plain_dot(const __nv_bfloat16* x, const PlainRow& weight, std::int64_t n) {
-  float sum = 0;
-  for (std::int64_t i = threadIdx.x % 32; i < n; i += 32) sum += __bfloat162float(x[i]) * weight.at(i);
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  return sum;
-}
-
-/// A warp for each output of gate and up (kDown false) or of down.
-template <bool kDown>
-__global__ __launch_bounds__(kRowThreads) void plain_experts(const PlainArgs p) {
-  ptx::grid_dependency_wait();
-  ptx::grid_dependency_launch();
-  const ExpertFfn& f = p.ffn;
-  const std::int64_t columns = kDown ? f.hidden : f.intermediate;
-  const std::int64_t count = f.tokens * f.experts_per_token * columns;
-  const std::int64_t stride = std::int64_t(gridDim.x) * (kRowThreads / 32);
-  for (std::int64_t i = std::int64_t(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32; i < count;
-       i += stride) {
-    const std::int64_t pair = i / columns, n = i % columns, e = f.ids[pair];
-    if constexpr (kDown) {
-      const PlainRow row = plain_row(f.down, f.down_scales, e, f.hidden, f.intermediate, n);
-      const float value = plain_dot(p.act + pair * f.intermediate, row, f.intermediate);
-      if (threadIdx.x % 32 == 0) p.results[pair * f.hidden + n] = value;
-    } else {
-      const auto* x = static_cast<const __nv_bfloat16*>(f.x) + pair / f.experts_per_token * f.x_stride;
-      const auto row = [&](std::int64_t at) {
-        return plain_row(f.gate_up, f.gate_up_scales, e, 2 * f.intermediate, f.hidden, at);
-      };
-      const float gate = plain_dot(x, row(n), f.hidden);
-      const float up = plain_dot(x, row(n + f.intermediate), f.hidden);
-      if (threadIdx.x % 32 == 0) {
-        p.act[pair * f.intermediate + n] = __float2bfloat16(silu(gate) * up);
-      }
-    }
-  }
-}
-
 // ---- Host
 
 struct Workspace {
@@ -406,6 +340,7 @@ cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream
     s.likely_units = static_cast<std::int64_t>(p.num_experts * (1 - missed)) + pairs / 64;
   }
   s.m = pairs;
+  s.weight_int4 = p.int4;
   s.batch_invariant = p.batch_invariant;
   s.programmatic_launch = p.programmatic_launch;
 
@@ -446,6 +381,7 @@ bool valid(const ExpertFfn& p) {
     return false;
   }
   if ((p.gate_up_scales == nullptr) != (p.down_scales == nullptr)) return false;
+  if (p.int4 && (p.gate_up_scales == nullptr || p.hidden % 8 != 0 || p.intermediate % 8 != 0)) return false;
   if (p.tokens == 0) return true;
   return p.x != nullptr && p.gate_up != nullptr && p.down != nullptr && p.ids != nullptr &&
          p.weights != nullptr && p.inout != nullptr && p.workspace != nullptr &&
@@ -468,9 +404,9 @@ cudaError_t expert_ffn(const ExpertFfn& p, cudaStream_t stream) {
   if (const cudaError_t e = multiprocessors(num_sms)) return e;
   const Workspace w =
       lay_out(p.workspace, p.tokens, p.hidden, p.intermediate, p.num_experts, p.experts_per_token);
-  const bool e4m3 = p.gate_up_scales != nullptr;
-  const bool fast = fits_stream(p.x, p.tokens == 1 ? 0 : p.x_stride, p.gate_up, p.hidden, e4m3) &&
-                    fits_stream(w.act, p.intermediate, p.down, p.intermediate, e4m3);
+  const bool scaled = p.gate_up_scales != nullptr;
+  const bool fast = fits_stream(p.x, p.tokens == 1 ? 0 : p.x_stride, p.gate_up, p.hidden, scaled) &&
+                    fits_stream(w.act, p.intermediate, p.down, p.intermediate, scaled);
   const Fp8Experts products = fp8_experts(p, w, num_sms);
   if (takes_fp8(p, products)) {
     if (const cudaError_t e = run_fp8(p, w, products, stream)) return e;

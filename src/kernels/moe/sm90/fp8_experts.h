@@ -77,8 +77,9 @@ inline Fp8Experts fp8_experts(const ExpertFfn& p, const Fp8ExpertMemory& memory,
 
 /// Whether the products are made in FP8.
 inline bool takes_fp8(const ExpertFfn& p, const Fp8Experts& products) {
-  return p.gate_up_scales != nullptr && !p.batch_invariant && p.tokens > 1 && mean_pairs(p) >= p.fp8_rows &&
-         p.x_stride % 8 == 0 && fits_fp8_gemm(products.gate_up) && fits_fp8_gemm(products.down);
+  return p.gate_up_scales != nullptr && !p.int4 && !p.batch_invariant && p.tokens > 1 &&
+         mean_pairs(p) >= p.fp8_rows && p.x_stride % 8 == 0 && fits_fp8_gemm(products.gate_up) &&
+         fits_fp8_gemm(products.down);
 }
 
 }  // namespace flash_mla::sm90

@@ -52,6 +52,10 @@ struct ExpertFfn {
   /// (num_experts, ceil(2 * intermediate / 8), ceil(hidden / 128)) and (num_experts, ceil(hidden / 8),
   /// ceil(intermediate / 128)). Products of few rows are exact in them, tiles round value times scale to bfloat16.
   const float *gate_up_scales = nullptr, *down_scales = nullptr;
+  /// The weights are int4 instead, expert after expert as gemm/sm90/int4_weights.h lays them out, and these their scales:
+  /// (num_experts, ceil(hidden / 128), 2 * intermediate) and (num_experts, ceil(intermediate / 128), hidden), aligned to
+  /// 16 bytes. Exact and rounded as e4m3 is. hidden and intermediate are divisible by 8.
+  bool int4 = false;
   /// Of e4m3 weights: from so many pairs of an expert on, on average, x and the activations are quantised as well, with a
   /// scale for every row and 128 columns, and multiplied in FP8 (fp8_gemm.h). Never where batch_invariant.
   double fp8_rows = std::numeric_limits<double>::infinity();
@@ -79,7 +83,7 @@ std::size_t expert_ffn_workspace_size(std::int64_t tokens, std::int64_t hidden, 
                                       int num_experts, int experts_per_token);
 
 /// Queues the experts of all tokens. Same guarantees as skinny_gemm(); fast path for hidden and intermediate
-/// divisible by 8, with e4m3 by 16.
+/// divisible by 8, with e4m3 and int4 by 16.
 cudaError_t expert_ffn(const ExpertFfn& args, cudaStream_t stream);
 
 }  // namespace flash_mla::sm90

@@ -206,6 +206,8 @@ void CudaContext::prepare_e4m3(std::int64_t columns) {
   one_token = {};
 }
 
+void CudaContext::prepare_int4() { one_token = {}; }
+
 QuantisedRows CudaContext::quantised_rows(Buffer& buffer, std::int64_t rows, std::int64_t columns) {
   // Of whole 16 bytes, since rows are.
   const auto codes = static_cast<std::size_t>(rows * columns);

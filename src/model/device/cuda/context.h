@@ -65,6 +65,8 @@ struct CudaContext {
   /// To be called when a layer has got weights in e4m3 that take `columns` inputs: they are widened, or these inputs
   /// quantised, where many rows are multiplied, and the kernel of one token takes bfloat16 alone.
   void prepare_e4m3(std::int64_t columns);
+  /// The same for experts in 4 bits.
+  void prepare_int4();
   /// Whether products of that many rows by weights in e4m3 are made in FP8.
   bool multiplies_fp8(std::int64_t rows) const { return rows >= fp8_rows && !step->batch_invariant; }
   /// Memory for inputs in e4m3: (rows, columns) and then their scales, (rows, ceil(columns / 128)).

@@ -2,109 +2,11 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <memory>
-
 #include "base/cuda/check.h"
 #include "flash_mla/error.h"
 #include "kernels/moe/sm90/norm_route.h"
 
 namespace flash_mla::model {
-namespace {
-
-// The shared experts as one network, of the same form and `count` times the width of an expert, cut into
-// experts.
-class SharedExperts {
- public:
-  explicit SharedExperts(const MixtureWeights& weights)
-      : hidden_(weights.router.columns),
-        intermediate_(weights.intermediate),
-        width_(weights.shared_down.columns),
-        gate_up_(read_bfloat16(weights.shared_gate_up)),
-        down_(read_bfloat16(weights.shared_down)) {}
-
-  /// The s-th: (2 * intermediate, hidden) and (hidden, intermediate).
-  void copy(std::int64_t s, std::uint16_t* gate_up, std::uint16_t* down) const {
-    const std::int64_t size = intermediate_ * hidden_;
-    std::copy_n(gate_up_.get() + s * size, size, gate_up);
-    std::copy_n(gate_up_.get() + width_ * hidden_ + s * size, size, gate_up + size);
-    for (std::int64_t row = 0; row < hidden_; ++row) {
-      std::copy_n(down_.get() + row * width_ + s * intermediate_, intermediate_, down + row * intermediate_);
-    }
-  }
-
- private:
-  std::int64_t hidden_, intermediate_, width_;
-  std::unique_ptr<std::uint16_t[]> gate_up_, down_;
-};
-
-/// An expert's parts in e4m3, as they lie behind each other in memory for uploads.
-struct E4m3Parts {
-  E4m3Parts(std::int64_t hidden_size, std::int64_t width)
-      : hidden(hidden_size),
-        intermediate(width),
-        gate_up_codes(static_cast<std::size_t>(2 * width * hidden)),
-        down_codes(static_cast<std::size_t>(width * hidden)),
-        gate_up_scales(static_cast<std::size_t>(e4m3_scales(2 * width, hidden)) * sizeof(float)),
-        down_scales(static_cast<std::size_t>(e4m3_scales(hidden, width)) * sizeof(float)) {}
-
-  std::uint8_t* gate_up(std::byte* host) const { return reinterpret_cast<std::uint8_t*>(host); }
-  std::uint8_t* down(std::byte* host) const { return gate_up(host) + gate_up_codes; }
-  // Codes come in whole rows of 16 bytes, so that scales are aligned.
-  float* scales_of_gate_up(std::byte* host) const {
-    return reinterpret_cast<float*>(host + gate_up_codes + down_codes);
-  }
-  float* scales_of_down(std::byte* host) const {
-    return scales_of_gate_up(host) + gate_up_scales / sizeof(float);
-  }
-
-  std::int64_t hidden, intermediate;
-  std::size_t gate_up_codes, down_codes, gate_up_scales, down_scales;  // bytes
-};
-
-/// Into `codes` and `scales`: as it is stored, or quantised. Throws Unsupported, naming the tensor, where the stored
-/// scales are not of 8 rows.
-void read_or_quantise(const Weight& weight, std::uint8_t* codes, float* scales) {
-  if (!stored_as_e4m3(weight)) {
-    quantise_e4m3(read_bfloat16(weight).get(), weight.rows, weight.columns, codes, scales);
-  } else if (!read_e4m3(weight, codes, scales)) {
-    throw Unsupported(
-        fmt::format("tensor {}: rows within {} have different scales; device cuda takes blocks of whole {}",
-                    weight.tensors.front(), kE4m3Rows, kE4m3Rows));
-  }
-}
-
-/// SharedExperts in e4m3.
-class SharedE4m3Experts {
- public:
-  explicit SharedE4m3Experts(const MixtureWeights& weights)
-      : width_(weights.shared_down.columns),
-        gate_up_(weights.shared_gate_up.rows, weights.shared_gate_up.columns),
-        down_(weights.shared_down.rows, weights.shared_down.columns) {
-    if (width_ == 0) return;
-    read_or_quantise(weights.shared_gate_up, gate_up_.codes.get(), gate_up_.scales.data());
-    read_or_quantise(weights.shared_down, down_.codes.get(), down_.scales.data());
-  }
-
-  void copy(std::int64_t s, const E4m3Parts& parts, std::byte* host) const {
-    const std::int64_t intermediate = parts.intermediate, hidden = parts.hidden;
-    const std::int64_t scales = e4m3_scales(intermediate, hidden);
-    const E4m3Cut gate{s * intermediate, intermediate, 0, hidden};
-    const E4m3Cut up{width_ + s * intermediate, intermediate, 0, hidden};
-    std::uint8_t* const gate_up = parts.gate_up(host);
-    cut_e4m3(gate_up_, gate, gate_up, parts.scales_of_gate_up(host));
-    cut_e4m3(gate_up_, up, gate_up + intermediate * hidden, parts.scales_of_gate_up(host) + scales);
-    cut_e4m3(down_, {0, hidden, s * intermediate, intermediate}, parts.down(host),
-             parts.scales_of_down(host));
-  }
-
- private:
-  std::int64_t width_;
-  E4m3Weight gate_up_, down_;
-};
-
-}  // namespace
-
 CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWeights& weights)
     : context_(context),
       norm_(context.weights.vector(weights.norm)),
@@ -116,38 +18,54 @@ CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWe
   context.buffers.expert_ids.emplace_back();
   if (!weights.expert) {
     make_up_experts();
+  } else if (takes_int4_experts(weights)) {
+    const ExpertParts parts = ExpertParts::int4(context.config.hidden_size, intermediate_);
+    upload(parts, int4_experts(weights, context.config.n_routed_experts, parts));
+    gate_up_.int4 = down_.int4 = true;
   } else if (takes_e4m3_experts(weights)) {
     read_e4m3_experts(weights);
   } else {
     read_experts(weights);
   }
   if (gate_up_.e4m3()) context.prepare_e4m3(context.config.hidden_size);
+  if (gate_up_.int4) context.prepare_int4();
+}
+
+// An expert's share of the columns of the shared ones' `down` has scales of its own.
+bool CudaMixtureOfExperts::cuts_shared_experts(std::int64_t scale_columns) const {
+  return context_.config.n_shared_experts <= 1 || intermediate_ % scale_columns == 0;
 }
 
 // Whether all of them are stored in e4m3, or to be quantised so. All are of one form; else they become bfloat16.
 bool CudaMixtureOfExperts::takes_e4m3_experts(const MixtureWeights& weights) const {
-  const bool asked = context_.weights.quantises(LayerKind::kExperts);
-  // An expert's share of the columns of the shared ones' `down` has scales of its own.
-  const bool cuts = context_.config.n_shared_experts <= 1 || intermediate_ % kE4m3Columns == 0;
+  const bool cuts = cuts_shared_experts(kE4m3Columns);
   const bool sizes = takes_e4m3(2 * intermediate_, context_.config.hidden_size) &&
                      intermediate_ % kE4m3Rows == 0 && takes_e4m3(context_.config.hidden_size, intermediate_);
-  if (asked) {
+  if (context_.weights.quantises(LayerKind::kExperts)) {
     if (cuts && sizes) return true;
-    throw Unsupported(fmt::format(
-        "quantize is fp8: moe_intermediate_size is {} and hidden_size {}; device cuda takes both divisible by 16, and with "
-        "several shared experts moe_intermediate_size divisible by {}; use device cpu",
-        intermediate_, context_.config.hidden_size, kE4m3Columns));
+    throw_for_sizes("fp8");
   }
-  if (!cuts || !sizes) return false;
-  if (weights.shared_down.rows > 0 &&
-      !(stored_as_e4m3(weights.shared_gate_up) && stored_as_e4m3(weights.shared_down))) {
-    return false;
+  return cuts && sizes && all_experts(weights, context_.config.n_routed_experts, stored_as_e4m3);
+}
+
+// The same of 4 bits.
+bool CudaMixtureOfExperts::takes_int4_experts(const MixtureWeights& weights) const {
+  const bool cuts = cuts_shared_experts(kInt4Group);
+  const bool sizes = takes_int4(intermediate_, context_.config.hidden_size) &&
+                     takes_int4(context_.config.hidden_size, intermediate_);
+  if (context_.weights.quantises_int4(LayerKind::kExperts)) {
+    if (cuts && sizes) return true;
+    throw_for_sizes("w4a8");
   }
-  for (int e = 0; e < context_.config.n_routed_experts; ++e) {
-    const ExpertWeights expert = weights.expert(e);
-    if (!stored_as_e4m3(expert.gate_up) || !stored_as_e4m3(expert.down)) return false;
-  }
-  return true;
+  if (context_.weights.quantises(LayerKind::kExperts)) return false;  // to e4m3
+  return cuts && sizes && all_experts(weights, context_.config.n_routed_experts, stored_as_int4);
+}
+
+void CudaMixtureOfExperts::throw_for_sizes(const char* quantize) const {
+  throw Unsupported(fmt::format(
+      "quantize is {}: moe_intermediate_size is {} and hidden_size {}; device cuda takes both divisible by 16, and with "
+      "several shared experts moe_intermediate_size divisible by {}; use device cpu",
+      quantize, intermediate_, context_.config.hidden_size, kE4m3Columns));
 }
 
 // Elements of an expert's `down`; of its `gate_up` there are twice as many.
@@ -158,69 +76,57 @@ std::int64_t CudaMixtureOfExperts::expert_elements() const {
 void CudaMixtureOfExperts::make_up_experts() {
   const std::int64_t hidden = context_.config.hidden_size;
   WeightLoader& loader = context_.weights;
-  // The sizes are those of takes_e4m3_experts(), which throws for others.
+  // The sizes are those of takes_..._experts(), which throw for others.
   if (loader.quantises(LayerKind::kExperts) && takes_e4m3_experts({})) {
     gate_up_ = loader.made_up_e4m3(num_experts_, 2 * intermediate_, hidden);
     down_ = loader.made_up_e4m3(num_experts_, hidden, intermediate_);
+    return;
+  }
+  if (loader.quantises_int4(LayerKind::kExperts) && takes_int4_experts({})) {
+    gate_up_ = loader.made_up_int4(num_experts_, 2 * intermediate_, hidden);
+    down_ = loader.made_up_int4(num_experts_, hidden, intermediate_);
     return;
   }
   gate_up_ = {loader.matrix(nullptr, std::int64_t{2} * num_experts_ * expert_elements()), {}};
   down_ = {loader.matrix(nullptr, num_experts_ * expert_elements()), {}};
 }
 
-void CudaMixtureOfExperts::read_e4m3_experts(const MixtureWeights& weights) {
-  const int routed = context_.config.n_routed_experts;
-  const E4m3Parts parts(context_.config.hidden_size, intermediate_);
-  const SharedE4m3Experts shared(weights);
+void CudaMixtureOfExperts::upload(const ExpertParts& parts, const ReadExpert& read) {
   const auto experts = static_cast<std::size_t>(num_experts_);
-  const auto allocate = [&](std::size_t bytes) { return context_.pool->allocate(experts * bytes); };
-  gate_up_ = {allocate(parts.gate_up_codes), allocate(parts.gate_up_scales), false, true};
-  down_ = {allocate(parts.down_codes), allocate(parts.down_scales), true};
+  const auto allocate = [&](std::size_t bytes) {
+    return bytes > 0 ? context_.pool->allocate(experts * bytes) : Buffer{};
+  };
+  gate_up_ = {allocate(parts.gate_up_codes), allocate(parts.gate_up_scales)};
+  down_ = {allocate(parts.down_codes), allocate(parts.down_scales)};
   for (int e = 0; e < num_experts_; ++e) {
-    const auto read = [&](std::byte* host) {
-      if (e >= routed) {
-        shared.copy(e - routed, parts, host);
-      } else {
-        const ExpertWeights expert = weights.expert(e);
-        read_or_quantise(expert.gate_up, parts.gate_up(host), parts.scales_of_gate_up(host));
-        read_or_quantise(expert.down, parts.down(host), parts.scales_of_down(host));
-      }
-      gate_up_.halves_of_blocks &=
-          in_halves_of_blocks(parts.scales_of_gate_up(host), 2 * intermediate_, parts.hidden);
-      down_.whole_blocks &= in_whole_blocks(parts.scales_of_down(host), parts.hidden, intermediate_);
-    };
     const auto part = [e](const Buffer& buffer, std::size_t bytes) {
       return WeightUploader::Part{buffer.data() + static_cast<std::size_t>(e) * bytes, bytes};
     };
     context_.weights.uploader().upload(
         {part(gate_up_.values, parts.gate_up_codes), part(down_.values, parts.down_codes),
          part(gate_up_.scales, parts.gate_up_scales), part(down_.scales, parts.down_scales)},
-        read);
+        [&](std::byte* host) { read(e, host); });
   }
 }
 
+void CudaMixtureOfExperts::read_e4m3_experts(const MixtureWeights& weights) {
+  const ExpertParts parts = ExpertParts::e4m3(context_.config.hidden_size, intermediate_);
+  const ReadExpert read = e4m3_experts(weights, context_.config.n_routed_experts, parts);
+  bool halves = true, whole = true;
+  upload(parts, [&](int e, std::byte* host) {
+    read(e, host);
+    halves &= in_halves_of_blocks(parts.scales_of_gate_up(host), 2 * intermediate_, parts.hidden);
+    whole &= in_whole_blocks(parts.scales_of_down(host), parts.hidden, intermediate_);
+  });
+  gate_up_.halves_of_blocks = halves;
+  down_.whole_blocks = whole;
+}
+
 void CudaMixtureOfExperts::read_experts(const MixtureWeights& weights) {
-  const int routed = context_.config.n_routed_experts;
-  const std::size_t down_bytes = static_cast<std::size_t>(expert_elements()) * sizeof(std::uint16_t);
-  const std::size_t gate_up_bytes = 2 * down_bytes;
-  const SharedExperts shared(weights);
-  gate_up_.values = context_.pool->allocate(static_cast<std::size_t>(num_experts_) * gate_up_bytes);
-  down_.values = context_.pool->allocate(static_cast<std::size_t>(num_experts_) * down_bytes);
-  for (int e = 0; e < num_experts_; ++e) {
-    const auto expert = static_cast<std::size_t>(e);
-    const auto read = [&](std::byte* host) {
-      if (e >= routed) {
-        return shared.copy(e - routed, reinterpret_cast<std::uint16_t*>(host),
-                           reinterpret_cast<std::uint16_t*>(host + gate_up_bytes));
-      }
-      const ExpertWeights read_expert = weights.expert(e);
-      read_expert.gate_up.read(host);
-      read_expert.down.read(host + gate_up_bytes);
-    };
-    context_.weights.uploader().upload({{gate_up_.values.data() + expert * gate_up_bytes, gate_up_bytes},
-                                        {down_.values.data() + expert * down_bytes, down_bytes}},
-                                       read);
-  }
+  ExpertParts parts;
+  parts.down_codes = static_cast<std::size_t>(expert_elements()) * sizeof(std::uint16_t);
+  parts.gate_up_codes = 2 * parts.down_codes;
+  upload(parts, bfloat16_experts(weights, context_.config.n_routed_experts));
 }
 
 void CudaMixtureOfExperts::forward(Residual& x) {
@@ -292,6 +198,7 @@ void CudaMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
   args.down = down_.values.data();
   args.gate_up_scales = floats(gate_up_.scales);
   args.down_scales = floats(down_.scales);
+  args.int4 = gate_up_.int4;
   args.ids = reinterpret_cast<const std::int32_t*>(ids().data());
   args.weights = reinterpret_cast<const float*>(context_.buffers.expert_weights.data());
   args.inout = x.data;

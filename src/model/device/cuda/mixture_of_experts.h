@@ -9,6 +9,7 @@
 #include "kernels/moe/sm90/moe.h"
 #include "model/device/cuda/attention.h"
 #include "model/device/cuda/context.h"
+#include "model/device/cuda/expert_parts.h"
 #include "model/layers.h"
 #include "model/weights.h"
 
@@ -25,7 +26,11 @@ class CudaMixtureOfExperts : public FeedForward {
   std::vector<std::int32_t> experts_taken(int num_tokens) const override;
 
  private:
+  bool cuts_shared_experts(std::int64_t scale_columns) const;
   bool takes_e4m3_experts(const MixtureWeights& weights) const;
+  bool takes_int4_experts(const MixtureWeights& weights) const;
+  [[noreturn]] void throw_for_sizes(const char* quantize) const;
+  void upload(const ExpertParts& parts, const ReadExpert& read);
   void read_experts(const MixtureWeights& weights);
   void read_e4m3_experts(const MixtureWeights& weights);
   void make_up_experts();
@@ -42,7 +47,7 @@ class CudaMixtureOfExperts : public FeedForward {
   std::int64_t intermediate_;
   int num_experts_;     ///< with the shared ones
   CudaMatrix gate_up_;  ///< (num_experts, 2 * intermediate, hidden)
-  CudaMatrix down_;     ///< (num_experts, hidden, intermediate); both e4m3 or neither
+  CudaMatrix down_;     ///< (num_experts, hidden, intermediate); both of one form
   std::size_t index_;   ///< among the mixture layers
   const CudaAttention* next_ = nullptr;
 };

@@ -6,6 +6,7 @@
 
 #include "base/cuda/check.h"
 #include "flash_mla/error.h"
+#include "kernels/gemm/sm90/int4_weights.h"
 #include "kernels/gemm/sm90/widen_weights.h"
 #include "kernels/rows/sm90/rows.h"
 
@@ -76,6 +77,18 @@ CudaMatrix WeightLoader::made_up_e4m3(std::int64_t matrices, std::int64_t rows, 
                  vector(std::vector<float>(scales, kRandomDeviation / sm90::kRandomE4m3Deviation))};
   out.whole_blocks = out.halves_of_blocks = true;
   check(sm90::fill_random_e4m3(out.values.data(), count, seed_++, stream_), "fill_random_e4m3");
+  return out;
+}
+
+CudaMatrix WeightLoader::made_up_int4(std::int64_t matrices, std::int64_t rows, std::int64_t columns) {
+  const std::size_t bytes = static_cast<std::size_t>(matrices) * int4_bytes(rows, columns);
+  const auto scales = static_cast<std::size_t>(matrices * int4_scales(rows, columns));
+  CudaMatrix out{pool_.allocate(bytes),
+                 vector(std::vector<float>(scales, kRandomDeviation / sm90::kRandomInt4Deviation))};
+  out.int4 = true;
+  check(sm90::fill_random_int4(out.values.data(), static_cast<std::int64_t>(bytes / sizeof(std::uint32_t)),
+                               seed_++, stream_),
+        "fill_random_int4");
   return out;
 }
 

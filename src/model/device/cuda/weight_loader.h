@@ -11,15 +11,17 @@
 #include "model/device/cuda/memory.h"
 #include "model/device/cuda/weight_uploader.h"
 #include "model/e4m3_weight.h"
+#include "model/int4_weight.h"
 #include "model/weights.h"
 
 namespace flash_mla::model {
 
-/// A matrix on the device: bfloat16, or e4m3 with the scales of kernels/gemm/sm90 where `scales` is not empty.
+/// A matrix on the device: bfloat16, or e4m3 or int4 with the scales of kernels/gemm/sm90 where `scales` is not empty.
 struct CudaMatrix {
   Buffer values, scales;
   bool whole_blocks = false, halves_of_blocks = false;  ///< as in_whole_blocks() and in_halves_of_blocks()
-  bool e4m3() const { return scales.bytes() > 0; }
+  bool int4 = false;
+  bool e4m3() const { return scales.bytes() > 0 && !int4; }
 };
 
 /// Makes the weights of layers on the device: reads them, or makes up what is not to be read.
@@ -28,13 +30,15 @@ class WeightLoader {
   WeightLoader(DevicePool& pool, cudaStream_t stream, ModelQuantize quantize)
       : pool_(pool), stream_(stream), quantize_(quantize) {}
 
-  /// Whether bfloat16 weights of layers of this kind are to be quantised.
+  /// Whether bfloat16 weights of layers of this kind are to be quantised, to e4m3 or to 4 bits.
   bool quantises(LayerKind kind) const { return asks_for_e4m3(quantize_, kind); }
+  bool quantises_int4(LayerKind kind) const { return asks_for_int4(quantize_, kind); }
   /// A weight of a layer of this kind: e4m3 as it is stored, or as the model's options ask for, else bfloat16. Throws
   /// Unsupported where e4m3 is asked for and the sizes do not allow it.
   CudaMatrix matrix(const Weight& weight, LayerKind kind);
-  /// `matrices` of that many rows and columns each, in e4m3, made up.
+  /// `matrices` of that many rows and columns each, made up.
   CudaMatrix made_up_e4m3(std::int64_t matrices, std::int64_t rows, std::int64_t columns);
+  CudaMatrix made_up_int4(std::int64_t matrices, std::int64_t rows, std::int64_t columns);
 
   /// Norms and biases, float32; empty for none.
   Buffer vector(std::span<const float> values);

@@ -49,6 +49,7 @@ void WeightUploader::send(std::initializer_list<Part> parts) {
   next_ = 1 - next_;
   const std::byte* host = half.host.data();
   for (const Part& part : parts) {
+    if (part.bytes == 0) continue;
     check(cudaMemcpyAsync(part.out, host, part.bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
     host += part.bytes;
   }

@@ -20,7 +20,8 @@ void wgmma_rs(float (&d)[kSums], const std::uint32_t (&a)[4], std::uint64_t b, b
   Block::current().issue({d, kSums, {a[0], a[1], a[2], a[3]}, b, kBf16, accumulate});
 }
 template <bool kBf16, bool kMnMajor, int kSums>
-void wgmma_ss(float (&)[kSums], std::uint64_t, std::uint64_t, bool) {
-  throw std::logic_error("not emulated");
+void wgmma_ss(float (&d)[kSums], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  static_assert(!kMnMajor);
+  Block::current().issue({d, kSums, {}, b, kBf16, accumulate, false, a, true});
 }
 }  // namespace flash_mla::sm90::ptx
