@@ -196,7 +196,10 @@ void Quantizer::read_tensors() {
     const auto kind = kind_of(name);
     // kv_b is taken apart and transposed by engines that absorb it: 4 bits of it have no kernel.
     const bool absorbed = options_.format == Format::kW4A8 && name.ends_with(".kv_b_proj.weight");
-    t.quantise = kind && kinds.contains(*kind) && t.shape.size() == 2 && !absorbed;
+    // The calibration does not run the module for multi-token prediction, whose layer is behind the last.
+    const std::string module_layer = fmt::format("model.layers.{}", config_.num_hidden_layers);
+    const bool unseen = options_.static_activations && layer_of(name) == module_layer;
+    t.quantise = kind && kinds.contains(*kind) && t.shape.size() == 2 && !absorbed && !unseen;
     tensors_.push_back(std::move(t));
   }
 }
