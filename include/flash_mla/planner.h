@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -65,6 +66,22 @@ struct Efficiency {
   double link = 1;
 };
 
+/// What an engine on one card takes for what a step does, fitted to `flash-mla bench-engine` by `flash-mla plan calibrate`.
+/// The first eight multiply times at the card's peaks.
+struct EngineCosts {
+  double weights = 1;      ///< reading 16-bit weights
+  double quantised = 1;    ///< reading weights of 8 or 4 bits
+  double cache = 1;        ///< reading the cache
+  double index = 1;        ///< reading index keys
+  double gemm = 1;         ///< products, at the BF16 peak
+  double attention = 1;    ///< attention, at the BF16 peak
+  double scores = 1;       ///< the indexer's scores, at the BF16 peak
+  double activations = 1;  ///< moving ten hidden states for each token and layer
+  double layer_s = 0;      ///< for each layer and pass
+  double indexer_s = 0;    ///< for each indexer and pass
+  double pass_s = 0;       ///< for each pass
+};
+
 /// One card and the server around it. SI units throughout: FLOP/s, bytes, bytes/s.
 struct Hardware {
   std::string name;
@@ -77,6 +94,7 @@ struct Hardware {
   std::int64_t cards_per_node = 8;
   double reserve_bytes = 10e9;
   Efficiency efficiency;
+  std::optional<EngineCosts> engine;  ///< plans of one card are timed by these, where given
 };
 
 /// Parallel plan. dp = 0 means ep / (tp * cp), at least 1: as many attention groups as the EP group holds.

@@ -91,7 +91,7 @@ class LLM:
     """A model directory in Hugging Face's format (config.json, safetensors, tokenizer.json), ready to generate.
 
     ``device``: "auto", "cpu" or "cuda". ``precision`` of weights and cache: "auto", "float32" or "bfloat16".
-    ``quantize``: of the weights; "none" (as the checkpoint has them), "fp8", or on the CPU "int8" or "w4a8" (docs/model.md).
+    ``quantize``: of the weights; "none" (as the checkpoint has them), "fp8", "w4a8", or on the CPU "int8" (docs/model.md).
     ``kv_cache``: of the cache's rows; "auto" as precision says, "bfloat16", "float16" (beside precision "float32"), or
     "fp8" for 656 bytes per token and layer instead of 1,152 (on a GPU for models with an indexer).
     ``load_format``: "auto" for the directory's safetensors, "dummy" for random weights in the shape of its config.json.

@@ -40,7 +40,7 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   app.add_option_function<std::string>(
          "--quantize", [&o](const std::string& name) { o.quantize = quantizations.at(name); },
          "Of the weights: none (as the checkpoint has them); fp8 with one scale per block of 128 x 128 (attention, "
-         "experts); on the CPU int8 with one per output channel, or w4a8: experts in 4 bits")
+         "experts); w4a8: experts in 4 bits; on the CPU int8 with one scale per output channel")
       ->check(CLI::IsMember({"none", "int8", "fp8", "w4a8"}));
   app.add_option_function<std::string>(
          "--kv-cache", [&o](const std::string& name) { o.kv_cache = kv_caches.at(name); },

@@ -6,6 +6,8 @@
 #include <array>
 #include <cmath>
 
+#include "planner/engine_step.h"
+
 namespace flash_mla::planner {
 namespace {
 
@@ -24,18 +26,15 @@ double loss(const std::vector<BenchRow>& rows, const Hardware& h, const std::arr
   return sum;
 }
 
-struct Errors {
-  double median, worst;
-};
+}  // namespace
 
-Errors summarize(std::vector<double> errors) {
+Json summarize(std::vector<double> errors) {
   for (double& e : errors) e = std::abs(e);
   std::sort(errors.begin(), errors.end());
   const std::size_t n = errors.size();
-  return {n % 2 == 1 ? errors[n / 2] : (errors[n / 2 - 1] + errors[n / 2]) / 2, errors.back()};
+  const double median = n % 2 == 1 ? errors[n / 2] : (errors[n / 2 - 1] + errors[n / 2]) / 2;
+  return {{"median_abs_error", median}, {"max_abs_error", errors.back()}};
 }
-
-}  // namespace
 
 std::vector<BenchRow> read_bench(const Json& json, const std::string& source) {
   ObjectReader top(json, source);
@@ -121,6 +120,28 @@ Efficiency fit_attention(const std::vector<BenchRow>& rows, const Hardware& h) {
   return e;
 }
 
+Json measured_profile(const Hardware& h) {
+  Json profile = {{"name", h.name + ", measured"},
+                  {"peak_tflops", {{"bf16", h.peak_bf16 / 1e12}}},
+                  {"memory_gb", h.memory_bytes / 1e9},
+                  {"memory_bandwidth_gb_s", h.memory_bandwidth / 1e9},
+                  {"nvlink_both_directions_gb_s", h.nvlink_both_directions / 1e9},
+                  {"network_one_way_gb_s", h.network_one_way / 1e9},
+                  {"cards_per_node", h.cards_per_node},
+                  {"reserve_gb", h.reserve_bytes / 1e9}};
+  profile["peak_tflops"]["fp8"] = h.peak_fp8 > 0 ? Json(h.peak_fp8 / 1e12) : Json(nullptr);
+  return profile;
+}
+
+Json read_source(const Json& one, std::string& name) {
+  name = "bench";
+  if (!one.is_string()) return one;
+  name = one.get<std::string>();
+  const auto shipped = std::ranges::find(data_files(), "measured/" + name + ".json", &DataFile::path);
+  return shipped != data_files().end() ? parse_json(shipped->text, "data/" + std::string(shipped->path))
+                                       : load_json(name);
+}
+
 Json run_calibrate(const Json& request) {
   ObjectReader r(request, "request");
   r.text("command", "calibrate");
@@ -131,20 +152,14 @@ Json run_calibrate(const Json& request) {
   const Json& bench = *r.find("bench");
   const Json list = bench.is_array() ? bench : Json::array({bench});
   r.finish();
+  std::string first;
+  if (!list.empty() && is_engine_bench(read_source(list.front(), first))) return calibrate_engine(h, list);
 
   std::vector<BenchRow> rows;
   Json sources = Json::array();
   for (const Json& one : list) {
-    std::string source = "bench";
-    Json json = one;
-    if (one.is_string()) {
-      source = one.get<std::string>();
-      const auto shipped = std::find_if(data_files().begin(), data_files().end(), [&](const DataFile& f) {
-        return f.path == "measured/" + source + ".json";
-      });
-      json = shipped != data_files().end() ? parse_json(shipped->text, "data/" + std::string(shipped->path))
-                                           : load_json(source);
-    }
+    std::string source;
+    const Json json = read_source(one, source);
     for (const BenchRow& row : read_bench(json, source)) {
       if (row.dtype == dtype) rows.push_back(row);
     }
@@ -193,22 +208,10 @@ Json run_calibrate(const Json& request) {
     }
     out_rows.push_back(o);
   }
-  auto stats = [](const std::vector<double>& v) {
-    const Errors s = summarize(v);
-    return Json{{"median_abs_error", s.median}, {"max_abs_error", s.worst}};
-  };
-  Json summary = {{"rows", rows.size()}, {"fitted", stats(errors)}, {"at_peak", stats(peaks)}};
-  if (held_out) summary["held_out"] = stats(unseen);
+  Json summary = {{"rows", rows.size()}, {"fitted", summarize(errors)}, {"at_peak", summarize(peaks)}};
+  if (held_out) summary["held_out"] = summarize(unseen);
 
-  Json profile = {{"name", h.name + ", measured"},
-                  {"peak_tflops", {{"bf16", h.peak_bf16 / 1e12}}},
-                  {"memory_gb", h.memory_bytes / 1e9},
-                  {"memory_bandwidth_gb_s", h.memory_bandwidth / 1e9},
-                  {"nvlink_both_directions_gb_s", h.nvlink_both_directions / 1e9},
-                  {"network_one_way_gb_s", h.network_one_way / 1e9},
-                  {"cards_per_node", h.cards_per_node},
-                  {"reserve_gb", h.reserve_bytes / 1e9}};
-  profile["peak_tflops"]["fp8"] = h.peak_fp8 > 0 ? Json(h.peak_fp8 / 1e12) : Json(nullptr);
+  Json profile = measured_profile(h);
   profile["efficiency"] = {{"attention_compute", e.attention_compute},
                            {"attention_memory", e.attention_memory},
                            {"attention_launch_us", e.attention_launch_s * 1e6},

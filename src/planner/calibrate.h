@@ -29,6 +29,13 @@ double predict_attention(const BenchRow& row, const Hardware& hardware, const Ef
 /// The fit; deterministic. Needs at least 3 rows.
 Efficiency fit_attention(const std::vector<BenchRow>& rows, const Hardware& hardware);
 
+/// A result by path, by shipped name, or as it is; `name` is what errors call it.
+Json read_source(const Json& one, std::string& name);
+/// A hardware profile without efficiencies.
+Json measured_profile(const Hardware& hardware);
+/// Median and largest of relative errors; at least one.
+Json summarize(std::vector<double> errors);
+
 /// The "calibrate" command.
 Json run_calibrate(const Json& request);
 

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "planner/check.h"
+#include "planner/engine_step.h"
 #include "planner/equations.h"
 #include "planner/experts.h"
 
@@ -219,7 +220,9 @@ Phase run_phase(const Request& q, PhaseKind kind, Values& v) {
                        : q.overlap == "full"   ? p.full_s
                                                : p.operators_s;
   p.step_s = stage * num(p.plan.pp);
-  p.mfu /= stage;
+  if (q.mode == Mode::kExact && q.hardware.engine && p.cards == 1)
+    p.step_s = engine_seconds(engine_step(q, kind), *q.hardware.engine);
+  p.mfu /= p.step_s / num(p.plan.pp);
   p.memory_ratio = p.memory_s / p.compute_s;
   p.communication_ratio = p.communication_s / p.compute_s;
   const double worst = std::max({p.compute_s, p.memory_s, p.communication_s});

@@ -10,6 +10,8 @@
 #include <map>
 #include <sstream>
 
+#include "planner/engine_step.h"
+
 namespace flash_mla::planner {
 namespace {
 
@@ -283,6 +285,20 @@ Model read_model(const Json& json, const std::string& source) {
   return m;  // a config.json has many more keys, so the rest is not refused
 }
 
+namespace {
+
+EngineCosts read_engine_costs(ObjectReader r) {
+  EngineCosts e;
+  for (const auto& [key, value] : engine_factors(e)) *value = r.number(key, 1e-3, 1e6);
+  e.layer_s = r.number("layer_us", 0, 1e6) * 1e-6;
+  e.indexer_s = r.number("indexer_us", 0, 1e6) * 1e-6;
+  e.pass_s = r.number("pass_us", 0, 1e6) * 1e-6;
+  r.finish();
+  return e;
+}
+
+}  // namespace
+
 Hardware read_hardware(const Json& json, const std::string& source) {
   ObjectReader r(json, source);
   Hardware h;
@@ -306,6 +322,7 @@ Hardware read_hardware(const Json& json, const std::string& source) {
   f.memory = e.number("memory", 1, 1e-4, 1);
   f.link = e.number("link", 1, 1e-4, 1);
   e.finish();
+  if (r.has("engine")) h.engine = read_engine_costs(r.object("engine"));
   r.text("note", "");
   r.find("calibration");  // where the efficiencies come from; for the reader
   r.find("sm_count");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 
 #include "planner/number.h"
 #include "planner/read.h"
@@ -299,7 +300,35 @@ std::string tables_table(const Json& r) {
                      counts[0], counts[1], counts[2], counts[3]);
 }
 
+std::string engine_table(const Json& r) {
+  std::vector<Row> rows = {
+      {"result", "phase", "batch", "tokens", "measured ms", "predicted ms", "error", "left out"}};
+  auto percent = [](const Json& row, const char* key) {
+    return row.contains(key) ? fmt::format("{:+.1f} %", 100 * value(row[key])) : std::string("-");
+  };
+  for (const Json& row : r["rows"]) {
+    rows.push_back({std::filesystem::path(plain(row["source"])).stem().string(), plain(row["phase"]),
+                    plain(row["batch"]), plain(row["tokens"]),
+                    fmt::format("{:.3f}", value(row["measured_ms"])),
+                    fmt::format("{:.3f}", value(row["predicted_ms"])), percent(row, "error"),
+                    percent(row, "held_out_error")});
+  }
+  std::string out = columns(rows) + "\n";
+  for (const auto& [name, what] : {std::pair{"fitted", "fitted on all rows"},
+                                   std::pair{"held_out", "each row predicted from the others"}}) {
+    if (!r["summary"].contains(name)) continue;
+    const Json& s = r["summary"][name];
+    out += fmt::format("{}: median error {:.1f} %, largest {:.1f} %\n", what,
+                       100 * value(s["median_abs_error"]), 100 * value(s["max_abs_error"]));
+  }
+  for (const auto& [key, cost] : r["profile"]["engine"].items()) {
+    out += fmt::format("{} {:.3g}{}", key == "weights" ? "costs:" : ",", value(cost), " " + key);
+  }
+  return out + "\n";
+}
+
 std::string calibrate_table(const Json& r) {
+  if (r["profile"].contains("engine")) return engine_table(r);
   std::vector<Row> rows = {
       {"b", "s_q", "h_q", "s_k", "measured ms", "predicted ms", "error", "held out", "at peak"}};
   auto percent = [](const Json& row, const char* key) {
