@@ -67,14 +67,15 @@ struct Efficiency {
 };
 
 /// What an engine on one card takes for what a step does, fitted to `flash-mla bench-engine` by `flash-mla plan calibrate`.
-/// The first eight multiply times at the card's peaks.
+/// The first nine multiply times at the card's peaks.
 struct EngineCosts {
   double weights = 1;      ///< reading 16-bit weights
   double quantised = 1;    ///< reading weights of 8 or 4 bits
   double cache = 1;        ///< reading the cache
   double index = 1;        ///< reading index keys
   double gemm = 1;         ///< products, at the BF16 peak
-  double attention = 1;    ///< attention, at the BF16 peak
+  double attention = 1;    ///< attention of decode steps, at the BF16 peak
+  double prompts = 1;      ///< attention of prompts, at the BF16 peak
   double scores = 1;       ///< the indexer's scores, at the BF16 peak
   double activations = 1;  ///< moving ten hidden states for each token and layer
   double layer_s = 0;      ///< for each layer and pass

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -120,6 +121,10 @@ class EngineBench {
     for (const BackendInfo& b : backends()) {
       if (b.backend == Backend::kSm90) out_["gpu"] = b.device;
     }
+    // What `flash-mla plan calibrate` needs to know.
+    out_["model"] = options_.config.empty()
+                        ? nlohmann::ordered_json("deepseek-v2-lite")
+                        : nlohmann::ordered_json::parse(std::ifstream(options_.config + "/config.json"));
     out_["weights"] = options_.fp8_weights ? "fp8" : options_.int4_weights ? "w4a8" : "bf16";
     if (options_.tp > 1)
       out_["ranks"] = {{"tp", options_.tp}, {"ep", options_.ep > 0 ? options_.ep : options_.tp}};

@@ -62,10 +62,10 @@ class StepSum {
     const double products = all * (p_.attention + p_.absorbed + p_.of_indexer) + dense * p_.dense +
                             mixture * p_.expert * (chosen + shared);
     out_[4] += 2 * tokens * products / q_.hardware.peak_bf16;
-    out_[7] += tokens * all * 10 * p_.hidden * 2 / q_.hardware.memory_bandwidth;
-    out_[8] += passes * all;
-    if (p_.indexer > 0) out_[9] += passes * all;
-    out_[10] += passes;
+    out_[8] += tokens * all * 10 * p_.hidden * 2 / q_.hardware.memory_bandwidth;
+    out_[9] += passes * all;
+    if (p_.indexer > 0) out_[10] += passes * all;
+    out_[11] += passes;
   }
   void head(double rows) {
     read(2, p_.head);
@@ -77,7 +77,7 @@ class StepSum {
     const double seen = chooses ? num(m_.index_topk) : context;
     const double row = q_.precision.kv == "bf16" ? 2 * (p_.latent + p_.rope) : 656;
     out_[2] += sequences * seen * layers * row / q_.hardware.memory_bandwidth;
-    attend(layers * tokens * seen * (2 * p_.latent + p_.rope));
+    attend(5, layers * tokens * seen * (2 * p_.latent + p_.rope));
     if (!chooses) return;
     out_[3] += sequences * context * layers * (p_.index_dim + 4) / q_.hardware.memory_bandwidth;
     score(layers * tokens * context);
@@ -85,8 +85,8 @@ class StepSum {
   void prompt_attention(double layers, double tokens) {
     const double most = num(m_.index_topk), pairs = tokens * (tokens + 1) / 2;
     const bool chooses = p_.indexer > 0 && tokens > most;
-    if (!chooses) return attend(layers * pairs * (p_.nope + p_.rope + p_.v));
-    attend(layers * (most * (most + 1) / 2 + most * (tokens - most)) * (2 * p_.latent + p_.rope));
+    if (!chooses) return attend(6, layers * pairs * (p_.nope + p_.rope + p_.v));
+    attend(6, layers * (most * (most + 1) / 2 + most * (tokens - most)) * (2 * p_.latent + p_.rope));
     score(layers * pairs);
   }
   /// The module's input, which two hidden states are multiplied to.
@@ -102,8 +102,8 @@ class StepSum {
     const bool quantised = bytes < 2;
     out_[quantised ? 1 : 0] += bytes * weights / q_.hardware.memory_bandwidth;
   }
-  void attend(double flop) { out_[5] += 2 * flop * p_.heads / q_.hardware.peak_bf16; }
-  void score(double pairs) { out_[6] += 2 * pairs * p_.indexer * p_.index_dim / q_.hardware.peak_bf16; }
+  void attend(std::size_t cost, double flop) { out_[cost] += 2 * flop * p_.heads / q_.hardware.peak_bf16; }
+  void score(double pairs) { out_[7] += 2 * pairs * p_.indexer * p_.index_dim / q_.hardware.peak_bf16; }
 
   const Request& q_;
   const Model& m_;
@@ -113,8 +113,8 @@ class StepSum {
 };
 
 std::array<double, kEngineCosts> as_array(const EngineCosts& e) {
-  return {e.weights, e.quantised,   e.cache,   e.index,     e.gemm,  e.attention,
-          e.scores,  e.activations, e.layer_s, e.indexer_s, e.pass_s};
+  return {e.weights, e.quantised, e.cache,       e.index,   e.gemm,      e.attention,
+          e.prompts, e.scores,    e.activations, e.layer_s, e.indexer_s, e.pass_s};
 }
 
 }  // namespace
@@ -188,7 +188,7 @@ EngineCosts fit_engine(const std::vector<EngineRow>& rows) {
     }
     if (moved < 1e-9) break;
   }
-  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10]};
+  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11]};
 }
 
 }  // namespace flash_mla::planner

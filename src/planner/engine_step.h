@@ -14,17 +14,18 @@
 namespace flash_mla::planner {
 
 /// What multiplies each cost of EngineCosts, in its order: seconds at the card's peaks, and counts.
-inline constexpr std::size_t kEngineCosts = 11;
+inline constexpr std::size_t kEngineCosts = 12;
 using EngineStep = std::array<double, kEngineCosts>;
 
 /// The factors by the keys that profiles have for them.
-inline std::array<std::pair<const char*, double*>, 8> engine_factors(EngineCosts& e) {
+inline std::array<std::pair<const char*, double*>, 9> engine_factors(EngineCosts& e) {
   return {{{"weights", &e.weights},
            {"quantised", &e.quantised},
            {"cache", &e.cache},
            {"index", &e.index},
            {"gemm", &e.gemm},
            {"attention", &e.attention},
+           {"prompts", &e.prompts},
            {"scores", &e.scores},
            {"activations", &e.activations}}};
 }

@@ -80,12 +80,20 @@ TEST(Size, OnADevice) {
   };
   EXPECT_THAT(refused(12), HasSubstr("15.7 billion weights of 1.03 bytes are 15.1 GiB"));
   check_fits_device(c, 0, 0, false, {16 * kGiB, 80 * kGiB});
-  // Of other blocks and of 4 bits nothing is kept.
+  // Of other blocks, and of 4 bits in other groups, nothing is kept.
   for (const checkpoint::StoredFormat& stored :
        {checkpoint::StoredFormat{4, 128, 0}, checkpoint::StoredFormat{128, 64, 0},
-        checkpoint::StoredFormat{0, 0, 128}}) {
+        checkpoint::StoredFormat{0, 0, 32}}) {
     c.stored = stored;
     EXPECT_EQ(device_weight_bytes(c, ModelQuantize::kNone), 2 * all);
+  }
+  // Experts in 4 bits, stored so or made so.
+  c.stored = {};
+  const double int4 = device_weight_bytes(c, ModelQuantize::kW4A8);
+  EXPECT_NEAR(int4, 2 * all - 14.845e9 * (2 - 0.53125), 1e7);
+  for (const int group : {128, 256, -1}) {
+    c.stored = {0, 0, group};
+    EXPECT_EQ(device_weight_bytes(c, ModelQuantize::kNone), int4);
   }
 }
 
