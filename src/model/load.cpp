@@ -53,6 +53,7 @@ bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
 struct Seat {
   Partition partition;
   comm::Communicator* communicator = nullptr;  ///< null: the rank is alone
+  bool module = false;                         ///< it has one for multi-token prediction
 };
 
 std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOptions& options,
@@ -84,7 +85,7 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
   // Before anything is loaded; make_cuda_device says what is missing where there is no GPU.
   if (why_no_cuda_device().empty()) {
     check_fits_device(config, options.cache_pages, static_cast<double>(options.cache_bytes), fp8_cache,
-                      cuda_memory(), options.quantize);
+                      cuda_memory(), options.quantize, seat.module);
   }
   return make_cuda_device(config, options.quantize, options.time_steps, fp8_cache);
 }
@@ -156,14 +157,16 @@ void check(const ModelConfig& config, const ModelOptions& o) {
   }
 }
 
-/// A model on as many ranks as the options ask for. `weights(device, partition)`: the source of a rank's.
+/// A model on as many ranks as the options ask for. `module`: with one for multi-token prediction. `weights(device,
+/// partition)`: the source of a rank's.
 template <class Weights>
-std::unique_ptr<Model> make_ranks(const ModelConfig& config, const ModelOptions& options,
+std::unique_ptr<Model> make_ranks(const ModelConfig& config, const ModelOptions& options, bool module,
                                   const Weights& weights) {
   if (options.tp == 1) {
-    std::unique_ptr<Device> device = make_device(config, options, {});
-    auto source = weights(*device, Partition());
-    return make_model(config, options, {}, std::move(device), std::move(source));
+    const Seat seat{{}, nullptr, module};
+    std::unique_ptr<Device> device = make_device(config, options, seat);
+    auto source = weights(*device, seat.partition);
+    return make_model(config, options, seat, std::move(device), std::move(source));
   }
   const auto experts = std::make_shared<const ExpertPlacement>(
       config, options.tp, options.ep > 0 ? options.ep : options.tp, options.expert_placement);
@@ -172,7 +175,7 @@ std::unique_ptr<Model> make_ranks(const ModelConfig& config, const ModelOptions&
     ModelOptions own = options;
     own.num_threads = std::max(threads / options.tp, 1);
     if (rank > 0) own.on_load = nullptr;
-    const Seat seat{{rank, options.tp, options.batch_invariant, experts}, &communicator};
+    const Seat seat{{rank, options.tp, options.batch_invariant, experts}, &communicator, module};
     std::unique_ptr<Device> device = make_device(config, own, seat);
     auto source = weights(*device, seat.partition);
     return make_model(config, own, seat, std::move(device), std::move(source));
@@ -185,16 +188,17 @@ std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const 
   const ModelConfig config = checkpoint::read_config(directory);
   check(config, options);
   const Checkpoint checkpoint = Checkpoint::open(directory);
-  return make_ranks(config, options, [&](const Device& device, const Partition& partition) {
+  const bool module = options.draft_module && has_module(config, checkpoint);
+  return make_ranks(config, options, module, [&](const Device& device, const Partition& partition) {
     return checkpoint_weights(config, checkpoint, device.weight_dtype(), partition);
   });
 }
 
 std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options) {
   check(config, options);
-  const bool with_module = options.draft_module && config.shares_index.empty();
-  return make_ranks(config, options, [&](const Device& device, const Partition& partition) {
-    return random_weights(config, device.makes_up_weights(), with_module, partition);
+  const bool module = options.draft_module && config.shares_index.empty();
+  return make_ranks(config, options, module, [&](const Device& device, const Partition& partition) {
+    return random_weights(config, device.makes_up_weights(), module, partition);
   });
 }
 

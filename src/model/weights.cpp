@@ -95,10 +95,7 @@ class CheckpointWeights : public WeightSource {
             matrix(config_.hidden_size, {{name, config_.vocab_size, partition_.share(config_.vocab_size)}})};
   }
 
-  // Where layers share an index it is not known whose the module's layer would have.
-  bool has_mtp() const override {
-    return config_.shares_index.empty() && checkpoint_.contains(mtp_name() + ".eh_proj.weight");
-  }
+  bool has_mtp() const override { return has_module(config_, checkpoint_); }
 
   MtpWeights mtp() override {
     const std::int64_t hidden = config_.hidden_size;
@@ -363,6 +360,12 @@ AbsorbedHalves<Element> split_kv_b(const ModelConfig& config, const Element* kv_
 }
 template AbsorbedHalves<float> split_kv_b(const ModelConfig&, const float*);
 template AbsorbedHalves<std::uint16_t> split_kv_b(const ModelConfig&, const std::uint16_t*);
+
+// Where layers share an index it is not known whose the module's layer would have.
+bool has_module(const ModelConfig& config, const Checkpoint& checkpoint) {
+  return config.shares_index.empty() &&
+         checkpoint.contains(fmt::format("model.layers.{}.eh_proj.weight", config.num_hidden_layers));
+}
 
 std::unique_ptr<WeightSource> checkpoint_weights(const ModelConfig& config, const Checkpoint& checkpoint,
                                                  DType dtype, const Partition& partition) {

@@ -111,6 +111,9 @@ class WeightSource {
   virtual MtpWeights mtp() { return {}; }
 };
 
+/// Whether a checkpoint has a module for multi-token prediction that the model can use.
+bool has_module(const ModelConfig& config, const Checkpoint& checkpoint);
+
 /// A checkpoint's, in float32 or bfloat16. It and what it gives throw InvalidArgument for a tensor that is
 /// missing, has another shape, or holds a NaN or infinity; the message names it. Config, the whole model's, and
 /// checkpoint must outlive it.

@@ -97,6 +97,49 @@ TEST(Size, OnADevice) {
   }
 }
 
+/// And in fewer bits, but for what the engine keeps wide.
+TEST(Size, IsThePlannersInFewerBits) {
+  for (const std::string name : {"deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "deepseek-v3.2"}) {
+    SCOPED_TRACE(name);
+    const std::string path = std::string(FLASH_MLA_MODELS) + "/" + name + ".json";
+    checkpoint::ModelConfig c = checkpoint::parse_config(read_file(path), path);
+    const auto planned = [&](const Json& precision) {
+      const Json request = {
+          {"model", name}, {"hardware", "h200"}, {"precision", precision}, {"plan", {{"tp", 1}, {"ep", 1}}}};
+      const Json resident = Json::parse(planner::run_json(request.dump()))["decode"]["resident_bytes"];
+      return resident["dense_weights"].get<double>() + resident["shared_experts"].get<double>() +
+             resident["routed_experts"].get<double>();
+    };
+    const double int4 = device_weight_bytes(c, ModelQuantize::kW4A8);
+    EXPECT_NEAR(planned({{"dense", "bf16"}, {"moe", "w4a8"}, {"scale_group", 64}}) / int4, 1, 1e-3);
+    c.stored = {128, 128, 0};
+    const double wide = c.vocab_size * 2.0 * c.hidden_size + double{1} * c.num_hidden_layers *
+                                                                 c.num_attention_heads * c.kv_lora_rank *
+                                                                 (c.qk_nope_head_dim + c.v_head_dim);
+    const double fp8 = device_weight_bytes(c, ModelQuantize::kNone);
+    EXPECT_NEAR((planned({{"dense", "fp8"}, {"moe", "fp8"}}) + wide) / fp8, 1, 0.005);
+  }
+}
+
+TEST(Size, TheModuleCounts) {
+  checkpoint::ModelConfig c = v2_lite();
+  // A layer's attention and experts, and two hidden states to one.
+  const double expert = 3 * 2048 * 1408;
+  const double module =
+      2048 * 16 * 192 + 576 * 2048 + 16 * 512 * 256 + 2048 * 2048 + 66 * expert + 2 * 2048 * 2048;
+  EXPECT_EQ(num_module_weights(c), module);
+  EXPECT_EQ(device_weight_bytes(c, ModelQuantize::kNone, true), 2 * (num_weights(c) + module));
+  EXPECT_NEAR(
+      device_weight_bytes(c, ModelQuantize::kW4A8, true) - device_weight_bytes(c, ModelQuantize::kW4A8),
+      2 * (module - 66 * expert) + 0.53125 * 66 * expert, 1);
+  EXPECT_EQ(page_bytes(c, false, true), page_bytes(c, false) / 27 * 28);
+  const DeviceMemory memory{2 * num_weights(c) + module, 80 * kGiB};
+  check_fits_device(c, 0, 0, false, memory);
+  EXPECT_THAT(
+      message_of<OutOfMemory>([&] { check_fits_device(c, 0, 0, false, memory, ModelQuantize::kNone, true); }),
+      HasSubstr("16.3 billion weights in bfloat16"));
+}
+
 /// The planner counts what the engine counts, to the norms and biases.
 TEST(Size, IsThePlanners) {
   for (const std::string name :
