@@ -90,7 +90,7 @@ Json resolve(const Json& value, const std::string& key, const std::string& folde
   const std::string name = value.get<std::string>();
   const std::string shipped = shipped_name(name);
   for (const DataFile& file : data_files()) {
-    if (file.path == folder + "/" + shipped + ".json") {
+    if (file.path == fmt::format("{}/{}.json", folder, shipped)) {
       source = "data/" + std::string(file.path);
       return parse_json(file.text, source);
     }
@@ -218,7 +218,8 @@ bool ObjectReader::boolean(const char* key, bool fallback) {
 
 ObjectReader ObjectReader::object(const char* key) {
   static const Json kEmpty = Json::object();
-  return ObjectReader(has(key) ? *find(key) : kEmpty, source_, path(key));
+  const Json* value = find(key);
+  return ObjectReader(value == nullptr || value->is_null() ? kEmpty : *value, source_, path(key));
 }
 
 void ObjectReader::finish() const {

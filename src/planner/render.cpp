@@ -148,7 +148,8 @@ std::string plan_table(const Json& r) {
   std::vector<Row> summary;
   for (const auto& [name, v] : r["summary"].items()) {
     if (v.is_object()) {
-      for (const auto& [inner, x] : v.items()) summary.push_back({name + "." + inner, shown(x)});
+      for (const auto& [inner, x] : v.items())
+        summary.push_back({fmt::format("{}.{}", name, inner), shown(x)});
     } else {
       summary.push_back({name, shown(v)});
     }

@@ -110,6 +110,7 @@ TEST(Size, IsThePlannersInFewerBits) {
       return resident["dense_weights"].get<double>() + resident["shared_experts"].get<double>() +
              resident["routed_experts"].get<double>();
     };
+    c.stored = {};
     const double int4 = device_weight_bytes(c, ModelQuantize::kW4A8);
     EXPECT_NEAR(planned({{"dense", "bf16"}, {"moe", "w4a8"}, {"scale_group", 64}}) / int4, 1, 1e-3);
     c.stored = {128, 128, 0};
