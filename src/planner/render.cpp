@@ -187,7 +187,8 @@ std::string plan_table(const Json& r) {
 
 void flatten(std::vector<Row>& rows, const std::string& path, const Json& v) {
   if (v.is_object()) {
-    for (const auto& [key, inner] : v.items()) flatten(rows, path.empty() ? key : path + "." + key, inner);
+    for (const auto& [key, inner] : v.items())
+      flatten(rows, path.empty() ? key : fmt::format("{}.{}", path, key), inner);
   } else if (v.is_array()) {
     for (std::size_t i = 0; i < v.size(); ++i) flatten(rows, fmt::format("{}[{}]", path, i), v[i]);
   } else {

@@ -69,8 +69,10 @@ TEST(Int4Weight, StoredGroupsAreSpreadOverThoseOf128) {
   EXPECT_TRUE(stored_as_int4(weight));
   const Int4Weight got = read_int4(weight);
   for (std::size_t row = 0; row < 8; ++row) {
-    for (std::size_t g = 0; g < 4; ++g)
-      EXPECT_EQ(got.scales[row * 4 + g], static_cast<float>(2 * row + g / 2));
+    for (std::size_t g = 0; g < 4; ++g) {
+      const std::size_t group = 2 * row + g / 2;
+      EXPECT_EQ(got.scales[row * 4 + g], static_cast<float>(group));
+    }
   }
   weight.stored->group = 400;  // one for each row
   EXPECT_TRUE(stored_as_int4(weight));
