@@ -95,9 +95,6 @@ class Block {
   /// What the other lanes of the warp gave, until the next exchange.
   const std::array<std::uint64_t, 32>& exchange(std::uint64_t mine);
 
-  /// Groups of copies that the running thread has committed and not waited for, the oldest first.
-  std::deque<std::vector<std::function<void()>>>& copy_groups() { return fiber().copy_groups; }
-
   void issue(const Product& p) { fiber().products.push_back(p); }
   /// Bytes of asynchronous copies that the running thread has asked for since it last asked for an arrival.
   std::vector<std::function<void()>>& copies() { return fiber().copies; }

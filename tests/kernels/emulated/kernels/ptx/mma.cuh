@@ -24,48 +24,6 @@ inline void cp_async_4(std::uint32_t smem, const void* global, std::uint32_t byt
     std::memcpy(to, global, bytes);
   });
 }
-inline void cp_async_commit() {
-  Block::current().copy_groups().push_back(std::exchange(Block::current().copies(), {}));
-}
-/// Those that are waited for happen here, no sooner.
-template <int kPending>
-void cp_async_wait() {
-  auto& groups = Block::current().copy_groups();
-  for (; groups.size() > kPending; groups.pop_front()) {
-    for (const auto& copy : groups.front()) copy();
-  }
-}
-
-/// Of what all lanes gave, two registers of each.
-struct WarpWords {
-  std::array<std::uint64_t, 32> of;
-  explicit WarpWords(std::uint32_t first, std::uint32_t second)
-      : of(Block::current().exchange(first | static_cast<std::uint64_t>(second) << 32)) {}
-  float bf16(unsigned lane, unsigned word, unsigned half) const {
-    return Block::bf16_to_float(static_cast<std::uint16_t>(of[lane] >> (32 * word + 16 * half)));
-  }
-};
-inline void mma_m16n8k16_bf16(float (&d)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                              std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-  const WarpWords first(a0, a1), second(a2, a3), b(b0, b1);
-  const unsigned lane = Block::current().thread() % 32;
-  for (unsigned i = 0; i < 4; ++i) {
-    const unsigned column = lane % 4 * 2 + i % 2;
-    for (unsigned k = 0; k < 16; ++k) {
-      const WarpWords& a = k < 8 ? first : second;
-      d[i] += a.bf16(lane / 4 * 4 + k % 8 / 2, i / 2, k % 2) * b.bf16(column * 4 + k % 8 / 2, k / 8, k % 2);
-    }
-  }
-}
-
-/// Of a cluster of one.
-inline float4 load_cluster_16(std::uint32_t smem, std::uint32_t rank) {
-  if (rank != 0) throw std::logic_error("a CTA of a cluster of one has no neighbours");
-  float4 out;
-  std::memcpy(&out, Block::current().shared_at(smem, sizeof(out)), sizeof(out));
-  return out;
-}
-
 /// The copies happen all together, at some later switch.
 inline void cp_async_arrive(std::uint64_t* barrier) {
   auto& block = Block::current();
@@ -110,5 +68,17 @@ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, 
       d[i] += x * y;
     }
   }
+}
+inline void mma_m16n8k16_bf16(float (&d)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                              std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+  mma_m16n8k16<true>(d, {a0, a1, a2, a3}, b0, b1);
+}
+
+/// Of a cluster of one.
+inline float4 load_cluster_16(std::uint32_t smem, std::uint32_t rank) {
+  if (rank != 0) throw std::logic_error("a CTA of a cluster of one has no neighbours");
+  float4 out;
+  std::memcpy(&out, Block::current().shared_at(smem, sizeof(out)), sizeof(out));
+  return out;
 }
 }  // namespace flash_mla::sm90::ptx
