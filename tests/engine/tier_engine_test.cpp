@@ -45,7 +45,7 @@ Completion complete(Engine& engine) {
 /// Computes the prompt and waits until its two whole chunks are stored.
 Completion compute(const fs::path& model, const EngineOptions& o) {
   Engine engine(model, o);
-  const Completion out = complete(engine);
+  Completion out = complete(engine);
   for (int i = 0; i < 60000 && engine.stats().kv_tiers[0].tokens_stored < 512; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }

@@ -136,6 +136,7 @@ TEST_P(TierTransfersTest, TwoHundredRandomPromptsUnderEviction) {
   o.kv_tiers.insert(o.kv_tiers.begin(), "ram:20KB");
   Harness h(o);
   std::vector<Tokens> beginnings;
+  beginnings.reserve(6);
   for (int i = 0; i < 6; ++i) beginnings.push_back(random_prompt(random_, 300 + random_() % 900));
   std::map<RequestId, Tokens> prompts;
   for (int i = 0; i < 200; ++i) {

@@ -189,6 +189,7 @@ TEST(CudaTierRate, CopiesComeNearTheLink) {
   const std::size_t chunk = model->bytes_per_page() * kv::kChunkPages;
   EXPECT_EQ(chunk, std::size_t{kLayers} * kv::kChunkTokens * 1152);
   std::vector<Buffer> host;
+  host.reserve(kChunks);
   for (int i = 0; i < kChunks; ++i) host.push_back(model->allocate_host(chunk));
   std::vector<std::int32_t> pages(kPages);  // in no order, as a pool has them
   for (int i = 0; i < kPages; ++i) pages[static_cast<std::size_t>(i)] = i * 37 % kPages;
@@ -212,7 +213,7 @@ TEST(CudaTierRate, CopiesComeNearTheLink) {
       begin = std::chrono::steady_clock::now();
       for (int i = 0; i < kChunks; ++i) {
         const auto own =
-            std::span(pages).subspan(static_cast<std::size_t>(i * kv::kChunkPages), kv::kChunkPages);
+            std::span(pages).subspan(static_cast<std::size_t>(i) * kv::kChunkPages, kv::kChunkPages);
         std::byte* const data = host[static_cast<std::size_t>(i)].data();
         up ? copies->upload(own, data) : copies->download(own, data);
       }

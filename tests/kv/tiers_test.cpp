@@ -105,7 +105,7 @@ TEST_P(TiersTest, GivesBackTheLeadingChunksOfAPrompt) {
   // A prompt that ends within a chunk, goes on, or goes another way.
   EXPECT_EQ(good_chunks(*tier, {tokens.begin(), tokens.begin() + 700}), 2);
   Tokens longer = tokens;
-  longer.resize(6 * kChunkTokens, 7);
+  longer.resize(std::size_t{6} * kChunkTokens, 7);
   EXPECT_EQ(good_chunks(*tier, longer), 5);
   for (const std::size_t at : {std::size_t{0}, std::size_t{255}, std::size_t{256}, std::size_t{1279}}) {
     Tokens other = tokens;
@@ -116,7 +116,7 @@ TEST_P(TiersTest, GivesBackTheLeadingChunksOfAPrompt) {
 }
 
 TEST_P(TiersTest, KeepsNoMoreThanItMayAndWhatWasUsedLast) {
-  constexpr std::size_t kLimit = 40 * (kBytes + 4 * 4 * kChunkTokens + kOverhead);
+  constexpr std::size_t kLimit = 40 * (kBytes + 16 * kChunkTokens + kOverhead);
   const std::unique_ptr<KvTier> tier = make(kLimit);
   std::mt19937 random(5);
   const Tokens favourite = tokens_of(4, 1000);
@@ -156,7 +156,7 @@ TEST_F(FileTierTest, SurvivesARestart) {
   store_all(*make(), tokens);
   EXPECT_EQ(good_chunks(*make(), tokens), 3);
   // With less room: what goes is the end of the prompt.
-  EXPECT_EQ(good_chunks(*make(2 * (kBytes + 2 * 4 * kChunkTokens + kOverhead)), tokens), 2);
+  EXPECT_EQ(good_chunks(*make(2 * (kBytes + 8 * kChunkTokens + kOverhead)), tokens), 2);
 }
 
 TEST_F(FileTierTest, ModelsDoNotShare) {

@@ -226,7 +226,7 @@ TEST_F(DeepSeekTest, CopiesPagesOfEveryLayerToTheHostAndBack) {
   copies->follow_steps();
   EXPECT_THAT(calls_, ElementsAre("copies wait for steps"));
   const std::int32_t pages[] = {5, 2};
-  std::vector<std::byte> host(3 * 2 * 100);
+  std::vector<std::byte> host(600);  // layers, pages, bytes
   copies->download(pages, host.data());
   for (std::size_t i = 0; i < host.size(); ++i) {
     ASSERT_EQ(static_cast<int>(host[i]), pages[i / 100 % 2]) << i;
@@ -235,7 +235,7 @@ TEST_F(DeepSeekTest, CopiesPagesOfEveryLayerToTheHostAndBack) {
   const std::int32_t targets[] = {-1, 3};
   copies->upload(targets, host.data());
   const std::int32_t all[] = {5, 2, 3};
-  std::vector<std::byte> back(3 * 3 * 100);
+  std::vector<std::byte> back(900);
   copies->download(all, back.data());
   const int expected[] = {5, 2, 2};
   for (std::size_t i = 0; i < back.size(); ++i) {
