@@ -16,9 +16,6 @@ from ._indexer import (
 )
 from ._interface import (
     FlashMLASchedMeta,
-    flash_attn_varlen_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
     flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
     get_mla_decoding_metadata,
@@ -34,6 +31,11 @@ from ._library import (
 )
 from ._prefill import dense_prefill
 from ._sparse import append_kv, dense_fp8_decode, gather_kv, quantise_fp8, sparse_decode, sparse_prefill
+from ._varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from .llm import LLM, SamplingParams
 from .tokenizer import ChatTemplate, Tokenizer
 

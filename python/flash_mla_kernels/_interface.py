@@ -14,10 +14,6 @@ from ._library import run_dense_decode
 from ._sparse import as_bytes, dense_fp8_decode, sparse_decode, sparse_prefill
 
 
-def _missing(feature: str) -> NotImplementedError:
-    return NotImplementedError(f"{feature} is not implemented in flash_mla_kernels {_C.version()}")
-
-
 @dataclass
 class FlashMLASchedMeta:
     """Schedule of a decoding step, filled by the first flash_mla_with_kvcache call it is passed to.
@@ -313,54 +309,3 @@ def flash_mla_sparse_fwd(
     if d_v != 512:
         raise ValueError(f"d_v is {d_v!r}, expected 512")
     return sparse_prefill(q, kv, indices, softmax_scale=sm_scale, attn_sink=attn_sink, topk_length=topk_length, out=out)
-
-
-def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_qo,
-    cu_seqlens_kv,
-    max_seqlen_qo,
-    max_seqlen_kv,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    deterministic=False,
-    is_varlen=True,
-):
-    """Dense prefill. Not there yet: raises NotImplementedError."""
-    raise _missing("flash_attn_varlen_func (dense prefill)")
-
-
-def flash_attn_varlen_qkvpacked_func(
-    qkv,
-    cu_seqlens,
-    max_seqlen,
-    head_dim_qk,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    deterministic=False,
-    is_varlen=True,
-):
-    """Dense prefill. Not there yet: raises NotImplementedError."""
-    raise _missing("flash_attn_varlen_qkvpacked_func (dense prefill)")
-
-
-def flash_attn_varlen_kvpacked_func(
-    q,
-    kv,
-    cu_seqlens_qo,
-    cu_seqlens_kv,
-    max_seqlen_qo,
-    max_seqlen_kv,
-    head_dim_qk,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    deterministic=False,
-    is_varlen=True,
-):
-    """Dense prefill. Not there yet: raises NotImplementedError."""
-    raise _missing("flash_attn_varlen_kvpacked_func (dense prefill)")
