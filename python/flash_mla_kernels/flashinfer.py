@@ -11,15 +11,18 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 
+from ._flashinfer_mla import BatchMLAPagedAttentionWrapper, append_paged_mla_kv_cache
 from ._gqa import gqa_attention, gqa_schedule
 from ._library import merge_states as _merge_states
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchMLAPagedAttentionWrapper",
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
     "MultiLevelCascadeAttentionWrapper",
     "append_paged_kv_cache",
+    "append_paged_mla_kv_cache",
     "get_batch_indices_positions",
     "get_seq_lens",
     "merge_state",
@@ -31,12 +34,8 @@ __all__ = [
 
 #: Of FlashInfer, and not here.
 _NOT_OFFERED = (
-    *("BatchMLAPagedAttentionWrapper", "BatchAttention", "PODWithPagedKVCacheWrapper", "BlockSparseAttentionWrapper"),
-    *(
-        "VariableBlockSparseAttentionWrapper",
-        "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
-        "append_paged_mla_kv_cache",
-    ),
+    *("BatchAttention", "PODWithPagedKVCacheWrapper", "BlockSparseAttentionWrapper"),
+    *("VariableBlockSparseAttentionWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper"),
     *("BatchDecodeWithSharedPrefixPagedKVCacheWrapper", "BatchPrefillWithSharedPrefixPagedKVCacheWrapper"),
     *("rmsnorm", "fused_add_rmsnorm", "gemma_rmsnorm", "gemma_fused_add_rmsnorm", "silu_and_mul", "gelu_and_mul"),
     *("gelu_tanh_and_mul", "apply_rope", "apply_rope_inplace", "apply_llama31_rope", "apply_llama31_rope_inplace"),
