@@ -20,6 +20,8 @@ using prometheus::ClientMetric;
 using prometheus::MetricFamily;
 using prometheus::MetricType;
 
+constexpr int kTokensPerPage = 64;
+
 double share(double part, double whole) { return whole == 0 ? 0 : part / whole; }
 
 class Families {
@@ -45,13 +47,18 @@ class Families {
       metric.counter.value = static_cast<double>(value);
     }
   }
+  template <typename Value>
+  void labelled(const char* name, const char* help,
+                const std::vector<std::pair<std::string, std::string>>& labels, Value value) {
+    begin(name, help, MetricType::Gauge);
+    ClientMetric& metric = sample();
+    for (const auto& [key, text] : labels) metric.label.push_back({key, text});
+    metric.gauge.value = static_cast<double>(value);
+  }
   /// Text, as labels of a gauge that is 1.
   void info(const char* name, const char* help,
             const std::vector<std::pair<std::string, std::string>>& labels) {
-    begin(name, help, MetricType::Gauge);
-    ClientMetric& metric = sample();
-    for (const auto& [key, value] : labels) metric.label.push_back({key, value});
-    metric.gauge.value = 1;
+    labelled(name, help, labels, 1);
   }
   void histogram(const char* name, const char* help, const Histogram& h) {
     begin(name, help, MetricType::Histogram);
@@ -103,6 +110,17 @@ void add_ranks(Families& f, const std::vector<RankStats>& ranks) {
              "Time of it in exchanges with other ranks, the wait for them included.", "rank", wait);
   f.counters("mla_rank_exchanges_total", "Exchanges of each rank with the others.", "rank", exchanges);
   f.counters("mla_rank_sent_bytes_total", "Bytes that each rank gave to others.", "rank", bytes);
+}
+
+/// What gateways that know vLLM read (llm-d's scheduler, its autoscaler): the same figures under vLLM's names.
+void add_vllm_names(Families& f, const EngineStats& s, const std::string& model) {
+  const std::vector<std::pair<std::string, std::string>> labels = {{"model_name", model}};
+  f.labelled("vllm:num_requests_running", "Sequences in the batch.", labels, s.running);
+  f.labelled("vllm:num_requests_waiting", "Sequences in the queue.", labels, s.waiting);
+  f.labelled("vllm:kv_cache_usage_perc", "Cache pages of running sequences over all, 0 to 1.", labels,
+             share(s.pages_used, s.pages_total));
+  f.info("vllm:cache_config_info", "Tokens of a page, and pages of the cache.",
+         {{"block_size", std::to_string(kTokensPerPage)}, {"num_gpu_blocks", std::to_string(s.pages_total)}});
 }
 
 void add_tiers(Families& f, std::vector<KvTierStats> tiers) {
@@ -186,6 +204,7 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   f.histogram("mla_ttft_seconds", "Submission to first token.", s.ttft_seconds);
   f.histogram("mla_tpot_seconds", "Time per token after the first, per continuation.", s.tpot_seconds);
   f.histogram("mla_e2e_seconds", "Submission to the end of a continuation.", s.e2e_seconds);
+  add_vllm_names(f, s, http.model);
   return f.text();
 }
 
