@@ -13,6 +13,7 @@ void register_verify(CLI::App& app, int& exit_code);
 void register_bench(CLI::App& app, int& exit_code);
 void register_bench_engine(CLI::App& app, int& exit_code);
 void register_plan(CLI::App& app, int& exit_code);
+void register_experts(CLI::App& app, int& exit_code);
 void register_generate(CLI::App& app, int& exit_code);
 void register_quantize(CLI::App& app, int& exit_code);
 void register_chat(CLI::App& app, int& exit_code);

@@ -34,6 +34,7 @@ int run(int argc, char** argv) {
   flash_mla::cli::register_bench(app, exit_code);
   flash_mla::cli::register_bench_engine(app, exit_code);
   flash_mla::cli::register_plan(app, exit_code);
+  flash_mla::cli::register_experts(app, exit_code);
   flash_mla::cli::register_generate(app, exit_code);
   flash_mla::cli::register_quantize(app, exit_code);
   flash_mla::cli::register_chat(app, exit_code);

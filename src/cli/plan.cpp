@@ -10,6 +10,7 @@
 #include "cli/plot.h"
 #include "flash_mla/error.h"
 #include "flash_mla/planner.h"
+#include "planner/placement.h"
 
 // `flash-mla plan`: turns options into a planner request, prints the result, draws the pictures.
 
@@ -68,7 +69,7 @@ struct Options {
   std::vector<std::string> sweep, cases, files, bench, set;
   std::string calibrate_hardware = "h200", dtype = "bf16";
   bool explain = false;
-  std::string users, tokens_per_s;
+  std::string users, tokens_per_s, experts;
 };
 
 /// A number where the text is one, else the text; the planner says what it expected.
@@ -125,12 +126,26 @@ Json axis_values(const std::string& text, const std::string& option) {
   return values;
 }
 
-Json read_file(const std::string& path) {
+std::string read_text(const std::string& path, const char* expected) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
   if (!file || !(text << file.rdbuf()))
-    throw InvalidArgument(fmt::format("{}: cannot be read; expected a JSON request", path));
-  const Json json = Json::parse(text.str(), nullptr, false);
+    throw InvalidArgument(fmt::format("{}: cannot be read; expected {}", path, expected));
+  return text.str();
+}
+
+/// How often each expert was chosen, over all layers of a histogram.
+std::vector<double> expert_load(const std::string& path) {
+  const auto layers = planner::read_histogram(read_text(path, "what GET /experts answers"), path);
+  std::vector<double> out(layers.front().load.size(), 0);
+  for (const planner::LayerLoad& layer : layers) {
+    for (std::size_t e = 0; e < out.size(); ++e) out[e] += layer.load[e];
+  }
+  return out;
+}
+
+Json read_file(const std::string& path) {
+  const Json json = Json::parse(read_text(path, "a JSON request"), nullptr, false);
   if (!json.is_object())
     throw InvalidArgument(fmt::format("{}: not a JSON object; expected a plan request", path));
   return json;
@@ -148,6 +163,7 @@ Json base_request(const Options& o) {
     set[key] = scalar(value);
   }
   if (!set.empty()) request["set"] = set;
+  if (!o.experts.empty()) request["workload"]["expert_load"] = expert_load(o.experts);
   return request;
 }
 
@@ -266,6 +282,10 @@ void add_settings(CLI::App* app, Options& o) {
   for (std::size_t i = 0; i < std::size(kSettings); ++i) {
     app->add_option(kSettings[i].option, o.values[i], kSettings[i].help)->group("Request");
   }
+  app->add_option(
+         "--experts", o.experts,
+         "How often experts were chosen (workload.expert_load): what GET /experts or experts plan wrote")
+      ->group("Request");
   app->add_option("--request", o.request_file, "JSON request that the options change")->group("Request");
   app->add_option("--set", o.set, "key=value for any other key")->group("Request")->expected(1, -1);
   add_format(app, o);

@@ -56,6 +56,27 @@ TEST(PlanDocumentation, ExamplesPrintWhatThePageShows) {
   EXPECT_GE(examples, 3);
 }
 
+TEST(ExpertsProgram, PlansAHistogramThatThePlannerTakes) {
+  const std::string file = testing::TempDir() + "flash_mla_experts.json";
+  std::ofstream out(file);
+  out << R"({"layers": [{"layer": 1, "counts": [9)";
+  for (int e = 1; e < 256; ++e) out << ", 1";
+  out << "]}]}";
+  out.close();
+  const Output plan = run("experts plan --histogram " + file + " --gpus 8 --copies 8", false);
+  EXPECT_EQ(plan.code, 0);
+  EXPECT_NE(plan.text.find("\"balancedness\""), std::string::npos) << plan.text;
+  EXPECT_EQ(run("experts plan --histogram " + file + " --gpus 7", false).code, 2);
+  EXPECT_NE(run("experts plan --histogram " + file + " --gpus 7", true).text.find("gpus = 7"),
+            std::string::npos);
+  EXPECT_EQ(run("experts plan --gpus 8 --histogram /no/such/file", false).code, 2);
+  const std::string uniform = run("plan --model deepseek-v3 --ep 8 --format csv", false).text;
+  const Output measured = run("plan --model deepseek-v3 --ep 8 --format csv --experts " + file, false);
+  EXPECT_NE(measured.text, uniform);
+  EXPECT_NE(run("plan --model deepseek-v3 --experts /no/such/file", true).text.find("/no/such/file"),
+            std::string::npos);
+}
+
 TEST(PlanProgram, ExitCodes) {
   EXPECT_EQ(run("plan --ep 16", false).code, 0);
   for (const char* wrong :
