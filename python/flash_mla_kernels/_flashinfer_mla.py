@@ -126,8 +126,8 @@ class BatchMLAPagedAttentionWrapper:
         result = found if out is None else out.copy_(found)
         if not return_lse:
             return result
-        statistic = (statistic * math.log2(math.e)).masked_fill(statistic == math.inf, -math.inf)
-        return result, statistic.contiguous() if lse is None else lse.copy_(statistic)
+        statistic = base_2(statistic)
+        return result, statistic if lse is None else lse.copy_(statistic)
 
 
 def append_paged_mla_kv_cache(
@@ -142,11 +142,28 @@ def append_paged_mla_kv_cache(
     kv_last_page_len: torch.Tensor,
 ) -> None:
     """Writes latents (tokens, 512) and rotary keys (tokens, 64) to their places in the pages."""
-    page_size = ckv_cache.shape[1]
+    places = places_in_pages(batch_indices, positions, kv_indices, kv_indptr, ckv_cache.shape[1])
+    ckv_cache[places] = append_ckv
+    kpe_cache[places] = append_kpe
+
+
+def base_2(lse: torch.Tensor) -> torch.Tensor:
+    """lse (tokens, heads) of the library, base e and +inf where no key is seen, as FlashInfer's: base 2 and -inf."""
+    lse = lse * math.log2(math.e)
+    return lse.masked_fill_(lse == math.inf, -math.inf).contiguous()
+
+
+def places_in_pages(
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    page_size: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Page and row of each token, given its sequence and its position there."""
     positions = positions.long()
     pages = kv_indices.long()[kv_indptr.long()[batch_indices.long()] + positions // page_size]
-    ckv_cache[pages, positions % page_size] = append_ckv
-    kpe_cache[pages, positions % page_size] = append_kpe
+    return pages, positions % page_size
 
 
 def _counts(indptr: torch.Tensor, name: str) -> list:

@@ -11,7 +11,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 
-from ._flashinfer_mla import BatchMLAPagedAttentionWrapper, append_paged_mla_kv_cache
+from ._flashinfer_mla import BatchMLAPagedAttentionWrapper, append_paged_mla_kv_cache, base_2, places_in_pages
 from ._gqa import gqa_attention, gqa_schedule
 from ._library import merge_states as _merge_states
 
@@ -82,11 +82,6 @@ def _pools(paged_kv_cache, layout: str) -> Tuple[torch.Tensor, torch.Tensor]:
         paged_kv_cache = paged_kv_cache.unbind(1)
     k, v = paged_kv_cache
     return _by_tokens(k, layout, 2), _by_tokens(v, layout, 2)
-
-
-def _base_2(lse: torch.Tensor) -> torch.Tensor:
-    lse = lse.t() * math.log2(math.e)
-    return lse.masked_fill_(lse == math.inf, -math.inf).contiguous()
 
 
 def _alibi_slopes(mode: str, heads: int, aligned: bool, device) -> Optional[torch.Tensor]:
@@ -168,8 +163,13 @@ class _Wrapper:
         )
         if not return_lse:
             return result
-        sums = _base_2(sums)
+        sums = base_2(sums.t())
         return result, sums if lse is None else lse.copy_(sums)
+
+    def run_return_lse(self, *tensors, **options):
+        return self.run(*tensors, return_lse=True, **options)
+
+    forward_return_lse = run_return_lse
 
     def end_forward(self) -> None:
         """Has no effect, as in FlashInfer."""
@@ -194,7 +194,30 @@ def _options(sm_scale, window_left, logits_soft_cap, slopes, causal=False) -> di
     )
 
 
-class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
+class _PagedRun:
+    """run() of the wrappers over a paged cache."""
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache,
+        *args,
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+        enable_pdl: Optional[bool] = None,
+        window_left: Optional[int] = None,
+        sinks: Optional[torch.Tensor] = None,
+    ):
+        """q (tokens, heads, head_dim) to out, or (out, lse)."""
+        _refuse(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, args=args or None)
+        return self._run(q, *_pools(paged_kv_cache, self._layout), out, lse, return_lse, window_left, sinks)
+
+
+class BatchDecodeWithPagedKVCacheWrapper(_PagedRun, _Wrapper):
     """Decoding over a paged cache: plan() once a step, run() once a layer."""
 
     def __init__(
@@ -240,32 +263,11 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
 
     begin_forward = plan
 
-    def run(
-        self,
-        q: torch.Tensor,
-        paged_kv_cache,
-        *args,
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
-        out: Optional[torch.Tensor] = None,
-        lse: Optional[torch.Tensor] = None,
-        return_lse: bool = False,
-        enable_pdl: Optional[bool] = None,
-        window_left: Optional[int] = None,
-        sinks: Optional[torch.Tensor] = None,
-    ):
-        """q (b, heads, head_dim) to out, or (out, lse)."""
-        _refuse(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, args=args or None)
-        return self._run(q, *_pools(paged_kv_cache, self._layout), out, lse, return_lse, window_left, sinks)
-
-    def run_return_lse(self, q, paged_kv_cache, **options):
-        return self.run(q, paged_kv_cache, return_lse=True, **options)
-
-    forward_return_lse = run_return_lse
-
 
 class _PrefillWrapper(_Wrapper):
+    def __init__(self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, **buffers):
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
+
     def _plan(self, qo_indptr, tensors, heads, options, custom_mask, packed_custom_mask, causal, mode, lengths):
         starts = qo_indptr.cpu().tolist()
         queries = [b - a for a, b in zip(starts, starts[1:])]
@@ -282,11 +284,8 @@ class _PrefillWrapper(_Wrapper):
         self._set(heads, tensors, dict(options(slopes, causal), max_seqlen_q=max(queries, default=0)))
 
 
-class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
+class BatchPrefillWithPagedKVCacheWrapper(_PagedRun, _PrefillWrapper):
     """Prompts and chunks of prompts over a paged cache, decoding sequences among them if need be."""
-
-    def __init__(self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, **buffers):
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
 
     def plan(
         self,
@@ -328,36 +327,9 @@ class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
 
     begin_forward = plan
 
-    def run(
-        self,
-        q: torch.Tensor,
-        paged_kv_cache,
-        *args,
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
-        out: Optional[torch.Tensor] = None,
-        lse: Optional[torch.Tensor] = None,
-        return_lse: bool = False,
-        enable_pdl: Optional[bool] = None,
-        window_left: Optional[int] = None,
-        sinks: Optional[torch.Tensor] = None,
-    ):
-        """q (tokens, heads, head_dim) to out, or (out, lse)."""
-        _refuse(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, args=args or None)
-        return self._run(q, *_pools(paged_kv_cache, self._layout), out, lse, return_lse, window_left, sinks)
-
-    def run_return_lse(self, q, paged_kv_cache, **options):
-        return self.run(q, paged_kv_cache, return_lse=True, **options)
-
-    forward_return_lse = run_return_lse
-
 
 class BatchPrefillWithRaggedKVCacheWrapper(_PrefillWrapper):
     """Prompts whose keys and values lie end to end."""
-
-    def __init__(self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, **buffers):
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
 
     def plan(
         self,
@@ -400,11 +372,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(_PrefillWrapper):
         _refuse(args=args or None)
         k, v = _by_tokens(k, self._layout, 1), _by_tokens(v, self._layout, 1)
         return self._run(q, k, v, out, lse, return_lse, sinks=sinks)
-
-    def run_return_lse(self, q, k, v, **options):
-        return self.run(q, k, v, return_lse=True, **options)
-
-    forward_return_lse = run_return_lse
 
 
 class MultiLevelCascadeAttentionWrapper:
@@ -498,7 +465,7 @@ def single_decode_with_kv_cache(
         schedule=gqa_schedule(seqlens, q.shape[0], k.shape[2], q.shape[1]),
         **_options(sm_scale, window_left, logits_soft_cap, slopes),
     )
-    return (out[0], _base_2(lse)[0]) if return_lse else out[0]
+    return (out[0], base_2(lse.t())[0]) if return_lse else out[0]
 
 
 def single_prefill_with_kv_cache(
@@ -599,8 +566,6 @@ def append_paged_kv_cache(
 ) -> None:
     """Writes keys and values (tokens, kv heads, d) to their places in the pages."""
     pools = _pools(paged_kv_cache, kv_layout)
-    page_size = pools[0].shape[1]
-    positions = positions.long()
-    pages = kv_indices.long()[kv_indptr.long()[batch_indices.long()] + positions // page_size]
+    places = places_in_pages(batch_indices, positions, kv_indices, kv_indptr, pools[0].shape[1])
     for pool, rows in zip(pools, (append_key, append_value)):
-        pool[pages, positions % page_size] = rows
+        pool[places] = rows
