@@ -2,10 +2,10 @@
 
 #include <fstream>
 #include <memory>
-#include <sstream>
 #include <string>
 
 #include "cli/commands.h"
+#include "cli/read_text.h"
 #include "flash_mla/error.h"
 #include "planner/placement.h"
 
@@ -19,18 +19,10 @@ struct Options {
   planner::PlacementOptions placement;
 };
 
-std::string read_text(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  if (!file || !(text << file.rdbuf())) {
-    throw InvalidArgument(
-        fmt::format("--histogram {}: cannot be read; expected a histogram (docs/planner.md)", path));
-  }
-  return text.str();
-}
-
 int run_plan(const Options& o) {
-  const auto layers = planner::read_histogram(read_text(o.histogram), o.histogram);
+  const std::string histogram =
+      read_text(o.histogram, "--histogram " + o.histogram, "a histogram (docs/planner.md)");
+  const auto layers = planner::read_histogram(histogram, o.histogram);
   const std::string text = planner::plan_placement(layers, o.placement);
   if (o.out.empty()) {
     fmt::print("{}", text);

@@ -8,6 +8,7 @@
 
 #include "cli/commands.h"
 #include "cli/plot.h"
+#include "cli/read_text.h"
 #include "flash_mla/error.h"
 #include "flash_mla/planner.h"
 #include "planner/placement.h"
@@ -127,17 +128,9 @@ Json axis_values(const std::string& text, const std::string& option) {
   return values;
 }
 
-std::string read_text(const std::string& path, const char* expected) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  if (!file || !(text << file.rdbuf()))
-    throw InvalidArgument(fmt::format("{}: cannot be read; expected {}", path, expected));
-  return text.str();
-}
-
 /// How often each expert was chosen, over all layers of a histogram.
 std::vector<double> expert_load(const std::string& path) {
-  const auto layers = planner::read_histogram(read_text(path, "a histogram (docs/planner.md)"), path);
+  const auto layers = planner::read_histogram(read_text(path, path, "a histogram (docs/planner.md)"), path);
   std::vector<double> out(layers.front().load.size(), 0);
   for (const planner::LayerLoad& layer : layers) {
     for (std::size_t e = 0; e < out.size(); ++e) out[e] += layer.load[e];
@@ -146,7 +139,7 @@ std::vector<double> expert_load(const std::string& path) {
 }
 
 Json read_file(const std::string& path) {
-  Json json = Json::parse(read_text(path, "a JSON request"), nullptr, false);
+  Json json = Json::parse(read_text(path, path, "a JSON request"), nullptr, false);
   if (!json.is_object())
     throw InvalidArgument(fmt::format("{}: not a JSON object; expected a plan request", path));
   return json;
