@@ -200,6 +200,7 @@ bool EngineCore::step() {
     StepPlan plan = scheduler_.plan();
     if (tiers_ && plan.work.empty()) return wait_for_tiers();
     step = pipeline_.launch(std::move(plan), begin, speculation_.with_module());
+    note_load();  // who asks after a first token finds its sequence running
   } else if (tiers_ && tiers_->holds_pages()) {
     return wait_for_tiers();
   } else {
