@@ -97,6 +97,13 @@ FLASH_MLA_API flash_mla_status flash_mla_merge_states(const DLTensor* out_a, con
                                                       DLTensor* out, DLTensor* lse, flash_mla_lse_base base,
                                                       void* stream);
 
+/* See flash_mla::merge_states_in_place; out and lse are written. mask may be NULL. */
+FLASH_MLA_API flash_mla_status flash_mla_merge_states_in_place(DLTensor* out, DLTensor* lse,
+                                                               const DLTensor* other_out,
+                                                               const DLTensor* other_lse,
+                                                               const DLTensor* mask, flash_mla_lse_base base,
+                                                               void* stream);
+
 /* How a token lies in a cache page: flash_mla::KvFormat. Caches are (num_pages, page_size, 1, width), of bytes
  * (uint8) in the FP8 formats: 656, 584 and 576 of them per token. */
 typedef int32_t flash_mla_kv_format;
@@ -383,5 +390,11 @@ FLASH_MLA_API flash_mla_status flash_mla_gqa_attention(const flash_mla_gqa_args*
 #ifdef __cplusplus
 }
 #endif
+
+/* IWYU pragma: begin_exports */
+#include "flash_mla/c_pages.h"
+#include "flash_mla/c_rows.h"
+#include "flash_mla/c_sampling.h"
+/* IWYU pragma: end_exports */
 
 #endif /* FLASH_MLA_C_API_H_ */

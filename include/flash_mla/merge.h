@@ -29,4 +29,11 @@ FLASH_MLA_API void merge_states(const TensorView& out_a, const TensorView& lse_a
                                 const TensorView& lse_b, const TensorView& out, const TensorView& lse,
                                 LseBase base = LseBase::kE, void* stream = nullptr);
 
+/// merge_states of (out, lse) and (other_out, other_lse) into out and lse. mask: optional, (b, s_q) uint8, on the CPU: rows
+/// where it is 0 stay as they are.
+FLASH_MLA_API void merge_states_in_place(const TensorView& out, const TensorView& lse,
+                                         const TensorView& other_out, const TensorView& other_lse,
+                                         const TensorView& mask = {}, LseBase base = LseBase::kE,
+                                         void* stream = nullptr);
+
 }  // namespace flash_mla

@@ -21,15 +21,17 @@ struct RowOptions {
 struct RmsNormOptions {
   float eps = 1e-6f;
   float weight_offset = 0.0f;  ///< 1 for models whose weights are relative to 1 (Gemma)
+  float out_scale = 1.0f;      ///< of an out of e4m3, positive: value = e4m3 * out_scale
 };
 
 /// out = x / sqrt(mean(x^2) + eps) * (weight + weight_offset).
-/// x, out: (n, d), one dtype; weight: (d), that dtype or float32. out may be x.
+/// x, out: (n, d), one dtype; weight: (d), that dtype or float32. out may be x. An out of uint8 is e4m3, on the CPU: what
+/// would be rounded to x's dtype is divided by norm.out_scale and rounded to the nearest e4m3, at most 448 in magnitude.
 FLASH_MLA_API void rms_norm(const TensorView& x, const TensorView& weight, const TensorView& out,
                             const RmsNormOptions& norm = {}, const RowOptions& options = {});
 
 /// residual += x, rounded to its dtype; out = rms_norm(residual), of what was rounded. x, residual, out: (n, d). out may be x,
-/// not residual.
+/// not residual; an out of uint8 is e4m3 as rms_norm's.
 FLASH_MLA_API void add_rms_norm(const TensorView& x, const TensorView& residual, const TensorView& weight,
                                 const TensorView& out, const RmsNormOptions& norm = {},
                                 const RowOptions& options = {});

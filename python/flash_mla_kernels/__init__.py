@@ -29,7 +29,11 @@ from ._library import (
     merge_states,
     reference_dense_decode,
 )
+from ._pages import append_pages, batch_positions, merge_states_in_place, paged_seqlens
 from ._prefill import dense_prefill
+from ._routing import choose_experts
+from ._rows import add_rms_norm, apply_rope, gated_activation, rms_norm
+from ._sampling import filter_tokens, sample_tokens, speculative_sampling, token_probabilities
 from ._sparse import append_kv, dense_fp8_decode, gather_kv, quantise_fp8, sparse_decode, sparse_prefill
 from ._varlen import (
     flash_attn_varlen_func,
@@ -48,14 +52,20 @@ __all__ = [
     "LLM",
     "SamplingParams",
     "Tokenizer",
+    "add_rms_norm",
     "append_index_keys",
     "append_kv",
+    "append_pages",
+    "apply_rope",
     "backends",
+    "batch_positions",
     "build_decode_schedule",
+    "choose_experts",
     "cpu_isa",
     "dense_decode",
     "dense_fp8_decode",
     "dense_prefill",
+    "filter_tokens",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
@@ -63,19 +73,26 @@ __all__ = [
     "flash_mla_with_kvcache",
     "fp8_mqa_logits",
     "fp8_paged_mqa_logits",
+    "gated_activation",
     "gather_kv",
     "get_mla_decoding_metadata",
     "get_mla_metadata",
     "gqa_attention",
     "gqa_schedule",
     "merge_states",
+    "merge_states_in_place",
     "mqa_top_k",
     "paged_mqa_top_k",
+    "paged_seqlens",
     "quantise_fp8",
     "quantise_index_queries",
     "reference_dense_decode",
+    "rms_norm",
+    "sample_tokens",
     "sparse_decode",
     "sparse_prefill",
+    "speculative_sampling",
     "threading_info",
+    "token_probabilities",
     "top_k",
 ]

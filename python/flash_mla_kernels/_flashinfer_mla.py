@@ -1,11 +1,11 @@
 """FlashInfer's names for latent attention: part of flash_mla_kernels.flashinfer, which says what holds for all of it."""
 
-import math
 from typing import Optional, Tuple, Union
 
 import torch
 
 from ._arrays import count
+from ._flashinfer_merge import base_2
 from ._interface import get_mla_decoding_metadata
 from ._library import dense_decode
 
@@ -128,42 +128,6 @@ class BatchMLAPagedAttentionWrapper:
             return result
         statistic = base_2(statistic)
         return result, statistic if lse is None else lse.copy_(statistic)
-
-
-def append_paged_mla_kv_cache(
-    append_ckv: torch.Tensor,
-    append_kpe: torch.Tensor,
-    batch_indices: torch.Tensor,
-    positions: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_last_page_len: torch.Tensor,
-) -> None:
-    """Writes latents (tokens, 512) and rotary keys (tokens, 64) to their places in the pages."""
-    places = places_in_pages(batch_indices, positions, kv_indices, kv_indptr, ckv_cache.shape[1])
-    ckv_cache[places] = append_ckv
-    kpe_cache[places] = append_kpe
-
-
-def base_2(lse: torch.Tensor) -> torch.Tensor:
-    """lse (tokens, heads) of the library, base e and +inf where no key is seen, as FlashInfer's: base 2 and -inf."""
-    lse = lse * math.log2(math.e)
-    return lse.masked_fill_(lse == math.inf, -math.inf).contiguous()
-
-
-def places_in_pages(
-    batch_indices: torch.Tensor,
-    positions: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    page_size: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Page and row of each token, given its sequence and its position there."""
-    positions = positions.long()
-    pages = kv_indices.long()[kv_indptr.long()[batch_indices.long()] + positions // page_size]
-    return pages, positions % page_size
 
 
 def _counts(indptr: torch.Tensor, name: str) -> list:

@@ -5,6 +5,8 @@ and loaded only then: torch is not needed to import the package. Outputs are arg
 ``out=`` is one too; only a plan, whose number of rows is the library's to say, is a result.
 """
 
+from functools import partial
+
 import torch
 
 from . import _C
@@ -13,6 +15,7 @@ from ._gqa import INPUTS as _GQA_INPUTS
 from ._gqa import call_gqa_attention
 from ._library import call_dense_decode
 from ._prefill import call_dense_prefill
+from ._rows import call_rows
 from ._sparse import call_dense_fp8_decode, call_sparse_decode, call_sparse_prefill
 
 _NAMESPACE = "flash_mla_kernels"
@@ -134,5 +137,26 @@ gqa_attention = _operator(
     "bool causal, int window_left, int window_right, float soft_cap, SymInt max_seqlen_q, int fixed_split_blocks, "
     "int num_threads, bool reference) -> ()",
     _run_with(call_gqa_attention, *_GQA_INPUTS, "out", "lse"),
+    _nothing,
+)
+
+rms_norm = _operator(
+    "rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, Tensor(b!) out, float eps, float weight_offset, "
+    "float out_scale, int num_threads) -> ()",
+    _run_with(partial(call_rows, "rms_norm"), "x", "residual", "weight", "out"),
+    _nothing,
+)
+
+gated_activation = _operator(
+    "gated_activation(Tensor gate_up, Tensor(a!) out, str activation, int num_threads) -> ()",
+    _run_with(partial(call_rows, "gated_activation"), "gate_up", "out"),
+    _nothing,
+)
+
+apply_rope = _operator(
+    "apply_rope(Tensor x, Tensor positions, Tensor? cos_sin, Tensor(a!) out, bool interleaved, int rotary_dim, "
+    "float theta, str scaling, float factor, int original_max_position, float low_freq_factor, float high_freq_factor, "
+    "float beta_fast, float beta_slow, float attention_factor, int num_threads) -> ()",
+    _run_with(partial(call_rows, "apply_rope"), "x", "positions", "cos_sin", "out"),
     _nothing,
 )

@@ -11,9 +11,56 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 
-from ._flashinfer_mla import BatchMLAPagedAttentionWrapper, append_paged_mla_kv_cache, base_2, places_in_pages
+from ._flashinfer_merge import base_2, merge_state, merge_state_in_place, merge_states
+from ._flashinfer_mla import BatchMLAPagedAttentionWrapper
+from ._flashinfer_pages import (
+    append_paged_kv_cache,
+    append_paged_mla_kv_cache,
+    get_batch_indices_positions,
+    get_seq_lens,
+    pools,
+    tokens_first,
+)
+from ._flashinfer_rows import (
+    apply_llama31_rope,
+    apply_llama31_rope_inplace,
+    apply_llama31_rope_pos_ids,
+    apply_llama31_rope_pos_ids_inplace,
+    apply_rope,
+    apply_rope_inplace,
+    apply_rope_pos_ids,
+    apply_rope_pos_ids_inplace,
+    apply_rope_with_cos_sin_cache,
+    apply_rope_with_cos_sin_cache_inplace,
+    fused_add_rmsnorm,
+    fused_add_rmsnorm_quant,
+    gelu_and_mul,
+    gelu_tanh_and_mul,
+    gemma_fused_add_rmsnorm,
+    gemma_rmsnorm,
+    rmsnorm,
+    rmsnorm_quant,
+    silu_and_mul,
+)
+from ._flashinfer_sampling import (
+    chain_speculative_sampling,
+    fused_topk_deepseek,
+    min_p_sampling_from_probs,
+    sampling_from_logits,
+    sampling_from_probs,
+    softmax,
+    top_k_mask_logits,
+    top_k_renorm_prob,
+    top_k_renorm_probs,
+    top_k_sampling_from_probs,
+    top_k_top_p_sampling_from_logits,
+    top_k_top_p_sampling_from_probs,
+    top_p_renorm_prob,
+    top_p_renorm_probs,
+    top_p_sampling_from_probs,
+)
 from ._gqa import gqa_attention, gqa_schedule
-from ._library import merge_states as _merge_states
+from ._pages import merge_states_in_place
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
@@ -23,13 +70,47 @@ __all__ = [
     "MultiLevelCascadeAttentionWrapper",
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
+    "apply_llama31_rope",
+    "apply_llama31_rope_inplace",
+    "apply_llama31_rope_pos_ids",
+    "apply_llama31_rope_pos_ids_inplace",
+    "apply_rope",
+    "apply_rope_inplace",
+    "apply_rope_pos_ids",
+    "apply_rope_pos_ids_inplace",
+    "apply_rope_with_cos_sin_cache",
+    "apply_rope_with_cos_sin_cache_inplace",
+    "chain_speculative_sampling",
+    "fused_add_rmsnorm",
+    "fused_add_rmsnorm_quant",
+    "fused_topk_deepseek",
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "gemma_fused_add_rmsnorm",
+    "gemma_rmsnorm",
     "get_batch_indices_positions",
     "get_seq_lens",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
+    "min_p_sampling_from_probs",
+    "rmsnorm",
+    "rmsnorm_quant",
+    "sampling_from_logits",
+    "sampling_from_probs",
+    "silu_and_mul",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",
+    "softmax",
+    "top_k_mask_logits",
+    "top_k_renorm_prob",
+    "top_k_renorm_probs",
+    "top_k_sampling_from_probs",
+    "top_k_top_p_sampling_from_logits",
+    "top_k_top_p_sampling_from_probs",
+    "top_p_renorm_prob",
+    "top_p_renorm_probs",
+    "top_p_sampling_from_probs",
 ]
 
 #: Of FlashInfer, and not here.
@@ -37,18 +118,8 @@ _NOT_OFFERED = (
     *("BatchAttention", "PODWithPagedKVCacheWrapper", "BlockSparseAttentionWrapper"),
     *("VariableBlockSparseAttentionWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper"),
     *("BatchDecodeWithSharedPrefixPagedKVCacheWrapper", "BatchPrefillWithSharedPrefixPagedKVCacheWrapper"),
-    *("rmsnorm", "fused_add_rmsnorm", "gemma_rmsnorm", "gemma_fused_add_rmsnorm", "silu_and_mul", "gelu_and_mul"),
-    *("gelu_tanh_and_mul", "apply_rope", "apply_rope_inplace", "apply_llama31_rope", "apply_llama31_rope_inplace"),
-    *("apply_rope_pos_ids", "apply_rope_pos_ids_inplace", "apply_rope_with_cos_sin_cache"),
-    *("apply_rope_with_cos_sin_cache_inplace", "packbits", "segment_packbits", "softmax", "sampling_from_probs"),
-    *("sampling_from_logits", "top_k_sampling_from_probs", "top_p_sampling_from_probs", "min_p_sampling_from_probs"),
-    *(
-        "top_k_top_p_sampling_from_probs",
-        "top_k_top_p_sampling_from_logits",
-        "top_k_renorm_probs",
-        "top_p_renorm_probs",
-    ),
-    *("top_k_mask_logits", "chain_speculative_sampling", "bmm_fp8", "cutlass_fused_moe", "fused_topk_deepseek"),
+    *("layernorm", "fused_rmsnorm_silu", "fused_add_rmsnorm_fp8_block_quant", "rope_quantize_fp8"),
+    *("packbits", "segment_packbits", "bmm_fp8", "cutlass_fused_moe"),
 )
 
 
@@ -63,25 +134,6 @@ def _refuse(**given) -> None:
     for name, value in given.items():
         if value is not None and not (isinstance(value, (int, float)) and value == 1):
             raise NotImplementedError(f"{name} is {value!r}; flash_mla_kernels.flashinfer takes none")
-
-
-def _by_tokens(x: torch.Tensor, layout: str, heads: int) -> torch.Tensor:
-    """The view with tokens before heads, whose dimension is ``heads`` in NHD order."""
-    if layout not in ("NHD", "HND"):
-        raise ValueError(f'kv_layout is {layout!r}, expected "NHD" or "HND"')
-    return x if layout == "NHD" else x.transpose(heads - 1, heads)
-
-
-def _pools(paged_kv_cache, layout: str) -> Tuple[torch.Tensor, torch.Tensor]:
-    """(num_pages, page_size, heads, d) of keys and of values."""
-    if isinstance(paged_kv_cache, torch.Tensor):
-        if paged_kv_cache.dim() != 5 or paged_kv_cache.shape[1] != 2:
-            raise ValueError(
-                f"paged_kv_cache has shape {tuple(paged_kv_cache.shape)}, expected two tensors or (num_pages, 2, ...)"
-            )
-        paged_kv_cache = paged_kv_cache.unbind(1)
-    k, v = paged_kv_cache
-    return _by_tokens(k, layout, 2), _by_tokens(v, layout, 2)
 
 
 def _alibi_slopes(mode: str, heads: int, aligned: bool, device) -> Optional[torch.Tensor]:
@@ -148,7 +200,8 @@ class _Wrapper:
                     tensors[name] = kept
         self._heads, self._tensors, self._options = heads, tensors, options
 
-    def _run(self, q, k, v, out, lse, return_lse, window_left=None, sinks=None):
+    def _attend(self, q, k, v, out=None, window_left=None, sinks=None):
+        """gqa_attention as planned: out, and lse as the library has it."""
         if self._tensors is None:
             raise RuntimeError("plan() has not been called")
         if q.shape[1] != self._heads:
@@ -158,9 +211,12 @@ class _Wrapper:
             options["window"] = (window_left, -1)
         tensors = dict(self._tensors)
         parts, splits = tensors.pop("parts", None), tensors.pop("num_splits", None)
-        result, sums = gqa_attention(
+        return gqa_attention(
             q, k, v, out=out, schedule=None if parts is None else (parts, splits), **tensors, **options
         )
+
+    def _run(self, q, k, v, out, lse, return_lse, window_left=None, sinks=None):
+        result, sums = self._attend(q, k, v, out, window_left, sinks)
         if not return_lse:
             return result
         sums = base_2(sums.t())
@@ -197,6 +253,10 @@ def _options(sm_scale, window_left, logits_soft_cap, slopes, causal=False) -> di
 class _PagedRun:
     """run() of the wrappers over a paged cache."""
 
+    def attend(self, q: torch.Tensor, paged_kv_cache) -> Tuple[torch.Tensor, torch.Tensor]:
+        """run() with lse as the library has it, (heads, tokens) in base e: what a cascade merges."""
+        return self._attend(q, *pools(paged_kv_cache, self._layout))
+
     def run(
         self,
         q: torch.Tensor,
@@ -214,7 +274,7 @@ class _PagedRun:
     ):
         """q (tokens, heads, head_dim) to out, or (out, lse)."""
         _refuse(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, args=args or None)
-        return self._run(q, *_pools(paged_kv_cache, self._layout), out, lse, return_lse, window_left, sinks)
+        return self._run(q, *pools(paged_kv_cache, self._layout), out, lse, return_lse, window_left, sinks)
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_PagedRun, _Wrapper):
@@ -370,7 +430,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_PrefillWrapper):
     def run(self, q, k, v, *args, out=None, lse=None, return_lse=False, enable_pdl=None, sinks=None):
         """q (tokens, heads, d), k, v (tokens, kv heads, d), in HND order (kv heads, tokens, d), to out or (out, lse)."""
         _refuse(args=args or None)
-        k, v = _by_tokens(k, self._layout, 1), _by_tokens(v, self._layout, 1)
+        k, v = tokens_first(k, self._layout, 1), tokens_first(v, self._layout, 1)
         return self._run(q, k, v, out, lse, return_lse, sinks=sinks)
 
 
@@ -427,9 +487,10 @@ class MultiLevelCascadeAttentionWrapper:
     begin_forward = plan
 
     def run(self, q: torch.Tensor, paged_kv_cache) -> torch.Tensor:
-        out, lse = self._levels[-1].run(q, paged_kv_cache, return_lse=True)
+        out, lse = self._levels[-1].attend(q, paged_kv_cache)
         for wrapper in self._levels[:-1]:
-            merge_state_in_place(out, lse, *wrapper.run(q, paged_kv_cache, return_lse=True))
+            level, level_lse = wrapper.attend(q, paged_kv_cache)
+            merge_states_in_place(out[None], lse[None], level[None], level_lse[None])
         return out
 
     forward = run
@@ -454,7 +515,7 @@ def single_decode_with_kv_cache(
 ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
     """q (heads, d), k and v (tokens, kv heads, d), to out (heads, d), or with lse (heads,)."""
     _refuse(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
-    k, v = (_by_tokens(x, kv_layout, 1).unsqueeze(0) for x in (k, v))
+    k, v = (tokens_first(x, kv_layout, 1).unsqueeze(0) for x in (k, v))
     slopes = _alibi_slopes(pos_encoding_mode, q.shape[0], True, q.device)
     seqlens = torch.full((1,), k.shape[1], dtype=torch.int32, device=q.device)
     out, lse = gqa_attention(
@@ -509,63 +570,3 @@ def single_prefill_with_kv_cache(
         sm_scale=sm_scale,
     )
     return wrapper.run(q, k, v, return_lse=return_lse)
-
-
-def merge_state(v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s_b: torch.Tensor):
-    """v (tokens, heads, d) and s (tokens, heads), base 2, of the same queries over two disjoint sets of keys: (v, s)."""
-    v, s = _merge_states(
-        *(x for v, s in ((v_a, s_a), (v_b, s_b)) for x in (v.unsqueeze(0), s.t().unsqueeze(0))), base="2"
-    )
-    s = s[0].t()
-    return v[0], s.masked_fill(s == math.inf, -math.inf)
-
-
-def merge_state_in_place(v, s, v_other, s_other, mask: Optional[torch.Tensor] = None) -> None:
-    """merge_state into v and s, of the tokens that the mask lets through."""
-    merged_v, merged_s = merge_state(v, s, v_other, s_other)
-    if mask is not None:
-        merged_v = torch.where(mask[:, None, None], merged_v, v)
-        merged_s = torch.where(mask[:, None], merged_s, s)
-    v.copy_(merged_v)
-    s.copy_(merged_s)
-
-
-def merge_states(v: torch.Tensor, s: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """v (tokens, states, heads, d) and s (tokens, states, heads), base 2: all states of a token merged, in order."""
-    merged = (v[:, 0].contiguous(), s[:, 0].contiguous())
-    for i in range(1, v.shape[1]):
-        merged = merge_state(*merged, v[:, i], s[:, i])
-    return merged
-
-
-def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Tokens of each sequence; 0 of one without pages."""
-    pages = kv_indptr[1:] - kv_indptr[:-1]
-    return torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0).to(torch.int32)
-
-
-def get_batch_indices_positions(append_indptr: torch.Tensor, seq_lens: torch.Tensor, nnz: int):
-    """Sequence and position of each of nnz tokens, those of sequence i being its last ones: both int32 (nnz,)."""
-    counts = (append_indptr[1:] - append_indptr[:-1]).long()
-    sequences = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=nnz)
-    first = seq_lens.to(counts.device).long() - counts
-    positions = torch.arange(nnz, device=counts.device) - append_indptr[:-1].long()[sequences] + first[sequences]
-    return sequences.int(), positions.int()
-
-
-def append_paged_kv_cache(
-    append_key: torch.Tensor,
-    append_value: torch.Tensor,
-    batch_indices: torch.Tensor,
-    positions: torch.Tensor,
-    paged_kv_cache,
-    kv_indices: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_last_page_len: torch.Tensor,
-    kv_layout: str = "NHD",
-) -> None:
-    """Writes keys and values (tokens, kv heads, d) to their places in the pages."""
-    pools = _pools(paged_kv_cache, kv_layout)
-    places = places_in_pages(batch_indices, positions, kv_indices, kv_indptr, pools[0].shape[1])
-    for pool, rows in zip(pools, (append_key, append_value)):
-        pool[places] = rows

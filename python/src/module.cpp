@@ -17,8 +17,11 @@
 #include "gqa_bindings.h"
 #include "indexer_bindings.h"
 #include "model_bindings.h"
+#include "pages_bindings.h"
 #include "planner_bindings.h"
 #include "prefill_bindings.h"
+#include "rows_bindings.h"
+#include "sampling_bindings.h"
 #include "sparse_bindings.h"
 #include "tensor_argument.h"
 
@@ -162,8 +165,11 @@ NB_MODULE(_C, m) {
   flash_mla::python::bind_gqa(m);
   flash_mla::python::bind_indexer(m);
   flash_mla::python::bind_model(m);
+  flash_mla::python::bind_pages(m);
   flash_mla::python::bind_planner(m);
   flash_mla::python::bind_prefill(m);
+  flash_mla::python::bind_rows(m);
+  flash_mla::python::bind_sampling(m);
   flash_mla::python::bind_sparse(m);
   m.def("version", &version);
   // nanobind refuses None before the argument has a name, so every argument takes it and refuses it by name.

@@ -54,6 +54,13 @@ DecodeCall decode_call(const flash_mla_dense_decode_args* args,
   return call;
 }
 
+LseBase lse_base(flash_mla_lse_base base) {
+  if (base != FLASH_MLA_LSE_BASE_E && base != FLASH_MLA_LSE_BASE_2) {
+    api::invalid("base is {}, expected FLASH_MLA_LSE_BASE_E or FLASH_MLA_LSE_BASE_2", static_cast<int>(base));
+  }
+  return base == FLASH_MLA_LSE_BASE_E ? LseBase::kE : LseBase::kTwo;
+}
+
 }  // namespace
 
 const char* flash_mla_last_error(void) { return last_error().c_str(); }
@@ -144,16 +151,21 @@ flash_mla_status flash_mla_dense_decode(const flash_mla_dense_decode_args* args,
   });
 }
 
+flash_mla_status flash_mla_merge_states_in_place(DLTensor* out, DLTensor* lse, const DLTensor* other_out,
+                                                 const DLTensor* other_lse, const DLTensor* mask,
+                                                 flash_mla_lse_base base, void* stream) {
+  return guarded([&] {
+    merge_states_in_place(view(out, "out"), view(lse, "lse"), view(other_out, "other_out"),
+                          view(other_lse, "other_lse"), api::optional_view(mask, "mask"), lse_base(base),
+                          stream);
+  });
+}
+
 flash_mla_status flash_mla_merge_states(const DLTensor* out_a, const DLTensor* lse_a, const DLTensor* out_b,
                                         const DLTensor* lse_b, DLTensor* out, DLTensor* lse,
                                         flash_mla_lse_base base, void* stream) {
   return guarded([&] {
-    if (base != FLASH_MLA_LSE_BASE_E && base != FLASH_MLA_LSE_BASE_2) {
-      api::invalid("base is {}, expected FLASH_MLA_LSE_BASE_E or FLASH_MLA_LSE_BASE_2",
-                   static_cast<int>(base));
-    }
     merge_states(view(out_a, "out_a"), view(lse_a, "lse_a"), view(out_b, "out_b"), view(lse_b, "lse_b"),
-                 view(out, "out"), view(lse, "lse"),
-                 base == FLASH_MLA_LSE_BASE_E ? LseBase::kE : LseBase::kTwo, stream);
+                 view(out, "out"), view(lse, "lse"), lse_base(base), stream);
   });
 }

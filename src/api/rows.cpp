@@ -17,16 +17,17 @@ using api::check_same_device;
 using api::check_size;
 using api::check_tensor;
 
-/// An output or a second input of the shape of `like`.
-void check_like(const TensorView& t, const char* name, const TensorView& like, const char* like_name) {
-  check_tensor(t, name, like.rank, {like.dtype});
+/// An output or a second input of the shape of `like`, of its dtype or of `other`.
+void check_like(const TensorView& t, const char* name, const TensorView& like, const char* like_name,
+                DType other) {
+  check_tensor(t, name, like.rank, {like.dtype, other});
   for (int d = 0; d < like.rank; ++d) check_size(t, name, d, like.size(d), like_name);
   check_last_dim_contiguous(t, name);
   check_same_device(t, name, like, like_name);
 }
 
 void check_output(const TensorView& t, const char* name, const TensorView& like, const char* like_name) {
-  check_like(t, name, like, like_name);
+  check_like(t, name, like, like_name, like.dtype);
   check_no_overlap(t, name);
 }
 
@@ -43,9 +44,16 @@ int threads_of(const RowOptions& o) {
 void run_norm(const NormCall& call, const RowOptions& options) {
   check_input(call.x, "x", 2);
   if (call.residual.defined()) check_output(call.residual, "residual", call.x, "x");
-  check_output(call.out, "out", call.x, "x");
+  check_like(call.out, "out", call.x, "x", DType::kUInt8);
+  check_no_overlap(call.out, "out");
   if (call.residual.defined() && call.out.data == call.residual.data && call.out.numel() > 0) {
     api::invalid("out is residual, expected another tensor");
+  }
+  if (call.out.dtype == DType::kUInt8 && call.out.data == call.x.data && call.out.numel() > 0) {
+    api::invalid("out is x, expected another tensor for e4m3");
+  }
+  if (!(call.norm.out_scale > 0.0f) || !std::isfinite(call.norm.out_scale)) {
+    api::invalid("out_scale is {}, expected a positive finite number", call.norm.out_scale);
   }
   check_tensor(call.weight, "weight", 1, {call.x.dtype, DType::kFloat32});
   check_size(call.weight, "weight", 0, call.x.size(1), "x.shape[1] (d)");
@@ -56,6 +64,10 @@ void run_norm(const NormCall& call, const RowOptions& options) {
   }
   const int threads = threads_of(options);
   const Backend backend = api::backend_of(options.backend, call.x, "x");
+  if (backend == Backend::kSm90 && call.out.dtype == DType::kUInt8) {
+    throw Unsupported(fmt::format(
+        "out is {}, e4m3; norms on a GPU write x's dtype, which quantise_fp8 narrows", call.out.describe()));
+  }
   if (call.x.numel() == 0) return;
   if (backend == Backend::kSm90) return sm90::rms_norm(call, options.stream);
   cpu::rms_norm(call, threads);

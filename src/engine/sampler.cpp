@@ -7,7 +7,7 @@
 #include <limits>
 #include <numeric>
 
-#include "engine/philox.h"
+#include "base/philox.h"
 #include "flash_mla/error.h"
 
 namespace flash_mla::engine {

@@ -18,8 +18,8 @@ awk -v dir="$work" '
   marked && /^```/ { file = dir "/example-" ++count "." substr($0, 4); marked = 0; inside = 1; next }
   inside && /^```$/ { inside = 0; close(file); next }
   inside { print >> file }
-' README.md docs/sparse.md docs/shelf.md
-for language in cpp python sh; do
+' README.md docs/api.md docs/sparse.md docs/shelf.md
+for language in c cpp python sh; do
   ls "$work"/example-*."$language" >/dev/null || { echo "no page has a $language example" >&2; exit 1; }
 done
 
@@ -31,7 +31,7 @@ build=${1:-build/release}
 quiet cmake --install "$build" --prefix "$PWD/$work/prefix"
 for example in "$work"/example-*; do
   case $example in
-    *.cpp)
+    *.cpp | *.c)
       quiet cmake -S tests/docs -B "$example.build" -G Ninja -DCMAKE_PREFIX_PATH="$PWD/$work/prefix" \
         -DEXAMPLE="$PWD/$example"
       quiet cmake --build "$example.build"

@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "engine/philox.h"
+#include "base/philox.h"
 #include "flash_mla/error.h"
 #include "kernels/sampling/draw_weight.h"
 

@@ -54,6 +54,12 @@ FLASH_MLA_HOST_DEVICE inline std::uint64_t draw_weight(float below, float scale)
   return n >= -20 ? bits << (20 + n) : bits >> (-20 - n);
 }
 
+/// p in units of 2^-44 of the largest of its row, rounded down: p >= 0, largest > 0. Never more for a smaller p.
+FLASH_MLA_HOST_DEVICE inline std::uint64_t probability_weight(float p, float largest) {
+  return static_cast<std::uint64_t>(static_cast<double>(p) / static_cast<double>(largest) *
+                                    static_cast<double>(kDrawOne));
+}
+
 /// `part` of `whole`, rounded down: part in [0, 1].
 FLASH_MLA_HOST_DEVICE inline std::uint64_t part_of(double part, std::uint64_t whole) {
 #ifdef __CUDA_ARCH__

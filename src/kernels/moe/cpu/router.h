@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "base/routing.h"
+#include "flash_mla/export.h"
 
 namespace flash_mla::cpu {
 
@@ -12,7 +13,7 @@ namespace flash_mla::cpu {
 /// Softmax or sigmoid scores; greedy, group-limited (DeepSeek-V2, arXiv 2405.04434, section 2.2.2) or
 /// bias-corrected selection (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). The bias chooses and never
 /// weighs.
-void choose_experts(const Routing& routing, const float* logits, const float* bias, std::int32_t* ids,
-                    float* weights);
+FLASH_MLA_API void choose_experts(const Routing& routing, const float* logits, const float* bias,
+                                  std::int32_t* ids, float* weights);
 
 }  // namespace flash_mla::cpu

@@ -4,6 +4,7 @@
 #include <numbers>
 
 #include "base/element.h"
+#include "base/fp8.h"
 #include "base/parallel.h"
 
 namespace flash_mla::cpu {
@@ -27,7 +28,6 @@ void norm_row(const NormCall& call, std::int64_t i) {
   const std::int64_t d = call.x.size(1);
   const T* x = row<const T>(call.x, i);
   const W* weight = call.weight.ptr<const W>();
-  T* out = row<T>(call.out, i);
   if (call.residual.defined()) {
     T* residual = row<T>(call.residual, i);
     for (std::int64_t c = 0; c < d; ++c) residual[c] = from_double<T>(to_float(residual[c]) + to_float(x[c]));
@@ -43,9 +43,16 @@ void norm_row(const NormCall& call, std::int64_t i) {
   float sum = 0;
   for (const float s : squares) sum += s;
   const float factor = 1.0f / std::sqrt(sum / static_cast<float>(d) + call.norm.eps);
-  for (std::int64_t c = 0; c < d; ++c) {
+  const auto normed = [&](std::int64_t c) {
     const float w = static_cast<float>(to_float(weight[c])) + call.norm.weight_offset;
-    out[c] = from_double<T>(static_cast<float>(to_float(x[c])) * factor * w);
+    return static_cast<float>(to_float(x[c])) * factor * w;
+  };
+  if (call.out.dtype == DType::kUInt8) {
+    std::uint8_t* out = row<std::uint8_t>(call.out, i);
+    for (std::int64_t c = 0; c < d; ++c) out[c] = to_e4m3(normed(c) / call.norm.out_scale).bits;
+  } else {
+    T* out = row<T>(call.out, i);
+    for (std::int64_t c = 0; c < d; ++c) out[c] = from_double<T>(normed(c));
   }
 }
 

@@ -38,12 +38,15 @@ void merge_row(const T* a, const T* b, T* out, std::int64_t d, float weight_a, f
 }  // namespace
 
 void merge_states(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b,
-                  const TensorView& lse_b, const TensorView& out, const TensorView& lse, LseBase base) {
+                  const TensorView& lse_b, const TensorView& out, const TensorView& lse, LseBase base,
+                  const TensorView& mask) {
   // Everything in base 2: exp2 and log2 are exact for powers of two and no slower.
   const float to_base2 = base == LseBase::kE ? std::numbers::log2e_v<float> : 1.0f;
   const float from_base2 = base == LseBase::kE ? std::numbers::ln2_v<float> : 1.0f;
   for (std::int64_t b = 0; b < out.size(0); ++b) {
     for (std::int64_t i = 0; i < out.size(1); ++i) {
+      if (mask.defined() && mask.ptr<const std::uint8_t>()[b * mask.stride(0) + i * mask.stride(1)] == 0)
+        continue;
       for (std::int64_t h = 0; h < out.size(2); ++h) {
         const float x = empty_as_minus_inf(lse_of(lse_a, b, i, h));
         const float y = empty_as_minus_inf(lse_of(lse_b, b, i, h));

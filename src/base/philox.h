@@ -3,7 +3,7 @@
 #include <array>
 #include <cstdint>
 
-namespace flash_mla::engine {
+namespace flash_mla {
 
 /// Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): 128
 /// random bits as a pure function of counter and key, so a draw needs no state that a batch could disturb.
@@ -20,13 +20,15 @@ constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> count
   return counter;
 }
 
-/// A number in [0, 1) with 53 random bits for the token at `position` of continuation `index`.
-constexpr double uniform(std::uint64_t seed, std::uint32_t index, std::uint64_t position) {
+/// A number in [0, 1) with 53 random bits for the token at `position` of continuation `index`; `use` tells apart what one
+/// token needs several numbers for.
+constexpr double uniform(std::uint64_t seed, std::uint32_t index, std::uint64_t position,
+                         std::uint32_t use = 0) {
   const auto bits =
-      philox({static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32), index, 0},
+      philox({static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32), index, use},
              {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
   const std::uint64_t joined = (std::uint64_t{bits[0]} << 32 | bits[1]) >> 11;
   return static_cast<double>(joined) * 0x1p-53;
 }
 
-}  // namespace flash_mla::engine
+}  // namespace flash_mla
