@@ -392,6 +392,7 @@ FLASH_MLA_API flash_mla_status flash_mla_gqa_attention(const flash_mla_gqa_args*
 #endif
 
 /* IWYU pragma: begin_exports */
+#include "flash_mla/c_mhc.h"
 #include "flash_mla/c_pages.h"
 #include "flash_mla/c_rows.h"
 #include "flash_mla/c_sampling.h"

@@ -29,6 +29,7 @@ from ._library import (
     merge_states,
     reference_dense_decode,
 )
+from ._mhc import mhc_post, mhc_post_pre, mhc_pre
 from ._pages import append_pages, batch_positions, merge_states_in_place, paged_seqlens
 from ._prefill import dense_prefill
 from ._routing import choose_experts
@@ -81,6 +82,9 @@ __all__ = [
     "gqa_schedule",
     "merge_states",
     "merge_states_in_place",
+    "mhc_post",
+    "mhc_post_pre",
+    "mhc_pre",
     "mqa_top_k",
     "paged_mqa_top_k",
     "paged_seqlens",

@@ -11,7 +11,13 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 
+from . import _flashinfer_merge as cascade
+from . import _flashinfer_mhc as mhc
+from . import _flashinfer_pages as page
+from . import _flashinfer_rows as norm
+from . import _flashinfer_sampling as sampling
 from ._flashinfer_merge import base_2, merge_state, merge_state_in_place, merge_states
+from ._flashinfer_mhc import mhc_fused_post_pre, mhc_post
 from ._flashinfer_mla import BatchMLAPagedAttentionWrapper
 from ._flashinfer_pages import (
     append_paged_kv_cache,
@@ -68,6 +74,7 @@ __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
     "MultiLevelCascadeAttentionWrapper",
+    "activation",
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
     "apply_llama31_rope",
@@ -80,6 +87,7 @@ __all__ = [
     "apply_rope_pos_ids_inplace",
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "cascade",
     "chain_speculative_sampling",
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant",
@@ -93,9 +101,16 @@ __all__ = [
     "merge_state",
     "merge_state_in_place",
     "merge_states",
+    "mhc",
+    "mhc_fused_post_pre",
+    "mhc_post",
     "min_p_sampling_from_probs",
+    "norm",
+    "page",
     "rmsnorm",
     "rmsnorm_quant",
+    "rope",
+    "sampling",
     "sampling_from_logits",
     "sampling_from_probs",
     "silu_and_mul",
@@ -113,13 +128,16 @@ __all__ = [
     "top_p_sampling_from_probs",
 ]
 
+# FlashInfer's modules; its norms, gates and rotations are one file here.
+activation = rope = norm
+
 #: Of FlashInfer, and not here.
 _NOT_OFFERED = (
     *("BatchAttention", "PODWithPagedKVCacheWrapper", "BlockSparseAttentionWrapper"),
     *("VariableBlockSparseAttentionWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper"),
     *("BatchDecodeWithSharedPrefixPagedKVCacheWrapper", "BatchPrefillWithSharedPrefixPagedKVCacheWrapper"),
     *("layernorm", "fused_rmsnorm_silu", "fused_add_rmsnorm_fp8_block_quant", "rope_quantize_fp8"),
-    *("packbits", "segment_packbits", "bmm_fp8", "cutlass_fused_moe"),
+    *("packbits", "segment_packbits", "bmm_fp8", "cutlass_fused_moe", "mhc_pre_big_fuse"),
 )
 
 

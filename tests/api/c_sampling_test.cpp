@@ -87,5 +87,35 @@ TEST(CRouting, GroupsAndBias) {
             FLASH_MLA_INVALID_ARGUMENT);
 }
 
+TEST(CMhc, PreAndPost) {
+  // With fn and base of zeros pre is 1/2, post 1 and comb 1/n, but for what the epsilons add.
+  std::vector<float> residual{2, 4, 6, 8}, fn(8 * 4), scale{1, 1, 1}, base(8), post(2), comb(4), input(2),
+      x{1, 2}, out(4);
+  Tensor t_residual(residual.data(), DType::kFloat32, {1, 2, 2}), t_fn(fn.data(), DType::kFloat32, {8, 4}),
+      t_scale(scale.data(), DType::kFloat32, {3}), t_base(base.data(), DType::kFloat32, {8}),
+      t_post(post.data(), DType::kFloat32, {1, 2}), t_comb(comb.data(), DType::kFloat32, {1, 2, 2}),
+      t_input(input.data(), DType::kFloat32, {1, 2}), t_x(x.data(), DType::kFloat32, {1, 2}),
+      t_out(out.data(), DType::kFloat32, {1, 2, 2});
+  const flash_mla_mhc_weights weights{&t_fn.tensor, &t_scale.tensor, &t_base.tensor, nullptr};
+  const flash_mla_mhc_mixes mixes{&t_post.tensor, &t_comb.tensor, &t_input.tensor};
+  ASSERT_EQ(flash_mla_mhc_pre(&t_residual.tensor, &weights, &mixes, nullptr), FLASH_MLA_OK)
+      << flash_mla_last_error();
+  EXPECT_NEAR(input[0], 4, 1e-4);
+  EXPECT_NEAR(input[1], 6, 1e-4);
+  EXPECT_NEAR(post[1], 1, 1e-6);
+  ASSERT_EQ(
+      flash_mla_mhc_post(&t_x.tensor, &t_residual.tensor, &t_post.tensor, &t_comb.tensor, &t_out.tensor, 0),
+      FLASH_MLA_OK);
+  EXPECT_NEAR(out[0], 5, 1e-4);
+  EXPECT_NEAR(out[3], 8, 1e-4);
+  flash_mla_mhc_options options;
+  flash_mla_mhc_options_init(&options);
+  ASSERT_EQ(flash_mla_mhc_post_pre(&t_x.tensor, &t_residual.tensor, &t_post.tensor, &t_comb.tensor,
+                                   &t_residual.tensor, &weights, &mixes, &options),
+            FLASH_MLA_OK);
+  EXPECT_EQ(residual, out);
+  EXPECT_NEAR(input[0], 5, 1e-4);
+}
+
 }  // namespace
 }  // namespace flash_mla

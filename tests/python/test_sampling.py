@@ -113,6 +113,14 @@ def test_renormalised_probabilities_and_masked_logits():
         assert torch.equal(m[m.isfinite()], row[m.isfinite()])
 
 
+def test_flashinfers_modules_are_there():
+    assert flashinfer.sampling.top_k_mask_logits is flashinfer.top_k_mask_logits
+    assert flashinfer.norm.rmsnorm is flashinfer.rmsnorm and flashinfer.rope.apply_rope is flashinfer.apply_rope
+    assert flashinfer.activation.silu_and_mul is flashinfer.silu_and_mul
+    assert flashinfer.page.append_paged_kv_cache is flashinfer.append_paged_kv_cache
+    assert flashinfer.cascade.merge_state is flashinfer.merge_state and flashinfer.mhc.mhc_post is flashinfer.mhc_post
+
+
 def test_softmax():
     logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(4)) * 9
     temperature = torch.tensor([0.5, 1.0, 2.0])
