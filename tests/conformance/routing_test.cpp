@@ -151,9 +151,9 @@ TEST(Routing, NumericsOfEveryModel) {
 }
 
 TEST(Routing, EqualsGoByIdAndWeightsMayBeNarrow) {
-  std::vector<std::uint16_t> logits, weights(2 * 3);
+  std::vector<std::uint16_t> logits, weights(6);
   for (const float x : {1.f, 1.f, 1.f, 1.f, 0.f, 2.f, 1.f, 2.f}) logits.push_back(to_bf16(x).bits);
-  std::vector<std::int32_t> ids(2 * 3);
+  std::vector<std::int32_t> ids(6);
   RoutingArgs args;
   args.logits = view(logits, DType::kBFloat16, {2, 4});
   args.ids = view(ids, DType::kInt32, {2, 3});
