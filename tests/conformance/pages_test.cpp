@@ -109,7 +109,7 @@ TEST(Pages, TokensGoToTheirPlacesAndNowhereElse) {
 }
 
 TEST(Pages, BadNumbersAreNamedAndNothingIsWritten) {
-  std::vector<float> key(7 * 2), pool(8 * 4 * 2, -1.0f);
+  std::vector<float> key(14), pool(64, -1.0f);
   const auto message = [&](const auto& change) -> std::string {
     Batch b;
     PageAppendArgs a = b.args();

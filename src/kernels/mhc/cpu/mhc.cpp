@@ -11,7 +11,12 @@ namespace flash_mla::cpu {
 namespace {
 
 constexpr int kMaxMixes = kMaxMhcStreams * (kMaxMhcStreams + 2);
-using Mixes = std::array<float, kMaxMixes>;
+
+/// Numbers of one token, by signed indices.
+struct Mixes {
+  std::array<float, kMaxMixes> values{};
+  float& operator[](std::int64_t i) { return values[static_cast<std::size_t>(i)]; }
+};
 
 /// Several sums, so that they are added in vectors; their order depends on n alone.
 float dot(const float* a, const float* b, std::int64_t n) {
@@ -30,22 +35,22 @@ float dot(const float* a, const float* b, std::int64_t n) {
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 /// comb (n, n), its logits, becomes nearly doubly stochastic: Sinkhorn and Knopp's way.
-void sinkhorn(float* comb, int n, const MhcOptions& o) {
-  for (int row = 0; row < n; ++row) {
+void sinkhorn(float* comb, std::int64_t n, const MhcOptions& o) {
+  for (std::int64_t row = 0; row < n; ++row) {
     float* c = comb + row * n;
     const float largest = *std::max_element(c, c + n);
     float sum = 0;
-    for (int i = 0; i < n; ++i) sum += c[i] = std::exp(c[i] - largest);
-    for (int i = 0; i < n; ++i) c[i] = c[i] / sum + o.sinkhorn_eps;
+    for (std::int64_t i = 0; i < n; ++i) sum += c[i] = std::exp(c[i] - largest);
+    for (std::int64_t i = 0; i < n; ++i) c[i] = c[i] / sum + o.sinkhorn_eps;
   }
-  const auto divide = [&](int first, int step) {
+  const auto divide = [&](std::int64_t first, std::int64_t step) {
     float sum = o.sinkhorn_eps;
-    for (int i = 0; i < n; ++i) sum += comb[first + i * step];
-    for (int i = 0; i < n; ++i) comb[first + i * step] /= sum;
+    for (std::int64_t i = 0; i < n; ++i) sum += comb[first + i * step];
+    for (std::int64_t i = 0; i < n; ++i) comb[first + i * step] /= sum;
   };
   for (int repeat = 0; repeat < o.sinkhorn_repeat; ++repeat) {
-    for (int row = 0; row < n && repeat > 0; ++row) divide(row * n, 1);
-    for (int column = 0; column < n; ++column) divide(column, n);
+    for (std::int64_t row = 0; row < n && repeat > 0; ++row) divide(row * n, 1);
+    for (std::int64_t column = 0; column < n; ++column) divide(column, n);
   }
 }
 
@@ -66,42 +71,41 @@ void widen(const TensorView& residual, std::int64_t token, float* out) {
 
 /// One token, whose streams are `flat` (n, d).
 template <class T>
-void pre_token(const float* flat, std::int64_t token, int n, std::int64_t d, const MhcWeights& w,
+void pre_token(const float* flat, std::int64_t token, std::int64_t n, std::int64_t d, const MhcWeights& w,
                const MhcMixes& mixes, const MhcOptions& o) {
-  const int count = n * (n + 2);
+  const std::int64_t count = n * (n + 2);
   const float factor = 1.0f / std::sqrt(dot(flat, flat, n * d) / static_cast<float>(n * d) + o.rms_eps);
   const float* scale = w.scale.ptr<const float>();
-  Mixes m{};
-  for (int i = 0; i < count; ++i) {
+  Mixes m;
+  for (std::int64_t i = 0; i < count; ++i) {
     const float raw = dot(w.fn.ptr<const float>() + i * w.fn.stride(0), flat, n * d) * factor;
-    const int kind = std::min(i / n, 2);
-    m[static_cast<std::size_t>(i)] =
-        raw * scale[kind * w.scale.stride(0)] + w.base.ptr<const float>()[i * w.base.stride(0)];
+    const std::int64_t kind = std::min<std::int64_t>(i / n, 2);
+    m[i] = raw * scale[kind * w.scale.stride(0)] + w.base.ptr<const float>()[i * w.base.stride(0)];
   }
   float* post = mixes.post.ptr<float>() + token * mixes.post.stride(0);
-  for (int s = 0; s < n; ++s) {
-    m[static_cast<std::size_t>(s)] = sigmoid(m[static_cast<std::size_t>(s)]) + o.pre_eps;
-    post[s * mixes.post.stride(1)] = sigmoid(m[static_cast<std::size_t>(n + s)]) * o.post_mult;
+  for (std::int64_t s = 0; s < n; ++s) {
+    m[s] = sigmoid(m[s]) + o.pre_eps;
+    post[s * mixes.post.stride(1)] = sigmoid(m[n + s]) * o.post_mult;
   }
-  float* comb = m.data() + 2 * n;
+  float* comb = m.values.data() + 2 * n;
   sinkhorn(comb, n, o);
-  for (int i = 0; i < n * n; ++i) {
+  for (std::int64_t i = 0; i < n * n; ++i) {
     mixes.comb.ptr<float>()[token * mixes.comb.stride(0) + i / n * mixes.comb.stride(1) +
                             i % n * mixes.comb.stride(2)] = comb[i];
   }
   T* input = mixes.layer_input.ptr<T>() + token * mixes.layer_input.stride(0);
   for (std::int64_t c = 0; c < d; ++c) {
     float sum = 0;
-    for (int s = 0; s < n; ++s) sum += m[static_cast<std::size_t>(s)] * flat[s * d + c];
+    for (std::int64_t s = 0; s < n; ++s) sum += m[s] * flat[s * d + c];
     input[c] = from_double<T>(static_cast<double>(sum));
   }
   if (!w.norm.defined()) return;
-  float squares = 0;
+  double squares = 0;
   for (std::int64_t c = 0; c < d; ++c) {
-    const float x = static_cast<float>(to_float(input[c]));
+    const auto x = static_cast<double>(to_float(input[c]));
     squares += x * x;
   }
-  const float norm = 1.0f / std::sqrt(squares / static_cast<float>(d) + o.norm_eps);
+  const float norm = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(d)) + o.norm_eps);
   visit_float_type(w.norm.dtype, [&](auto element) {
     const auto* weight = w.norm.ptr<const decltype(element)>();
     for (std::int64_t c = 0; c < d; ++c) {
@@ -114,29 +118,27 @@ void pre_token(const float* flat, std::int64_t token, int n, std::int64_t d, con
 /// One token: `flat`, its streams, become the next residual's, rounded, and are written to out.
 template <class T>
 void post_token(const MhcPostCall& call, std::int64_t token, float* flat) {
-  const auto n = static_cast<int>(call.residual.size(1));
+  const std::int64_t n = call.residual.size(1);
   const std::int64_t d = call.residual.size(2);
-  Mixes post{}, comb{};
-  for (int t = 0; t < n; ++t) {
-    post[static_cast<std::size_t>(t)] =
-        call.post.ptr<const float>()[token * call.post.stride(0) + t * call.post.stride(1)];
-    for (int s = 0; s < n; ++s) {
-      comb[static_cast<std::size_t>(s * n + t)] =
-          call.comb.ptr<const float>()[token * call.comb.stride(0) + s * call.comb.stride(1) +
-                                       t * call.comb.stride(2)];
+  Mixes post, comb;
+  for (std::int64_t t = 0; t < n; ++t) {
+    post[t] = call.post.ptr<const float>()[token * call.post.stride(0) + t * call.post.stride(1)];
+    for (std::int64_t s = 0; s < n; ++s) {
+      comb[s * n + t] = call.comb.ptr<const float>()[token * call.comb.stride(0) + s * call.comb.stride(1) +
+                                                     t * call.comb.stride(2)];
     }
   }
   const T* x = call.x.ptr<const T>() + token * call.x.stride(0);
   T* out = call.out.ptr<T>() + token * call.out.stride(0);
   for (std::int64_t c = 0; c < d; ++c) {
     const float y = static_cast<float>(to_float(x[c]));
-    std::array<float, kMaxMhcStreams> mixed{};
-    for (int t = 0; t < n; ++t) {
-      float sum = post[static_cast<std::size_t>(t)] * y;
-      for (int s = 0; s < n; ++s) sum += comb[static_cast<std::size_t>(s * n + t)] * flat[s * d + c];
+    std::array<float, kMaxMhcStreams> mixed;
+    for (std::int64_t t = 0; t < n; ++t) {
+      float sum = post[t] * y;
+      for (std::int64_t s = 0; s < n; ++s) sum += comb[s * n + t] * flat[s * d + c];
       mixed[static_cast<std::size_t>(t)] = sum;
     }
-    for (int t = 0; t < n; ++t) {
+    for (std::int64_t t = 0; t < n; ++t) {
       const T rounded = from_double<T>(static_cast<double>(mixed[static_cast<std::size_t>(t)]));
       out[t * call.out.stride(1) + c] = rounded;
       flat[t * d + c] = static_cast<float>(to_float(rounded));
@@ -165,8 +167,7 @@ void for_tokens(const TensorView& residual, int num_threads, const F& f) {
 void mhc_pre(const TensorView& residual, const MhcWeights& weights, const MhcMixes& mixes,
              const MhcOptions& options, int num_threads) {
   for_tokens(residual, num_threads, [&](auto element, std::int64_t token, const float* flat) {
-    pre_token<decltype(element)>(flat, token, static_cast<int>(residual.size(1)), residual.size(2), weights,
-                                 mixes, options);
+    pre_token<decltype(element)>(flat, token, residual.size(1), residual.size(2), weights, mixes, options);
   });
 }
 
@@ -181,8 +182,7 @@ void mhc_post_pre(const MhcPostCall& call, const MhcWeights& weights, const MhcM
   for_tokens(call.residual, num_threads, [&](auto element, std::int64_t token, float* flat) {
     using T = decltype(element);
     post_token<T>(call, token, flat);
-    pre_token<T>(flat, token, static_cast<int>(call.residual.size(1)), call.residual.size(2), weights, mixes,
-                 options);
+    pre_token<T>(flat, token, call.residual.size(1), call.residual.size(2), weights, mixes, options);
   });
 }
 
