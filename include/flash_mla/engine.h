@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "flash_mla/chat.h"
+#include "flash_mla/expert_counts.h"
 #include "flash_mla/model_options.h"
 #include "flash_mla/text_format.h"
 
@@ -305,9 +306,10 @@ struct EngineStats {
   DraftStats ngram_drafts, mtp_drafts;
   std::vector<KvTierStats> kv_tiers;
   std::int64_t steps = 0;
-  double step_seconds = 0;       ///< all steps together
-  std::vector<RankStats> ranks;  ///< of a model that several share; else empty
-  double seconds = 0;            ///< since the engine was made
+  double step_seconds = 0;            ///< all steps together
+  std::vector<RankStats> ranks;       ///< of a model that several share; else empty
+  std::vector<ExpertCounts> experts;  ///< of every mixture layer; empty where Engine::expert_counts throws
+  double seconds = 0;                 ///< since the engine was made
   /// Of the last step with a sequence in decoding: blocks of the decode schedule over what its workers could
   /// have done in the time of the busiest, in [0, 1].
   double schedule_utilisation = 0;
@@ -419,6 +421,9 @@ class Engine {
   SamplingParams default_sampling() const;
 
   EngineStats stats() const;
+  /// How often each expert of every mixture layer has been chosen since the engine was made. Throws Unsupported for a model
+  /// without experts, and on a GPU, where nobody counts yet.
+  std::vector<ExpertCounts> expert_counts() const;
   /// The latest steps, oldest first.
   std::vector<StepRecord> timeline() const;
   /// The same as Chrome trace events in JSON (chrome://tracing, Perfetto).

@@ -250,7 +250,8 @@ class LLM:
         return self._engine.detokenize([int(t) for t in ids])
 
     def stats(self) -> Dict[str, float]:
-        """Counts and mean latencies since the engine was made."""
+        """Counts and mean latencies since the engine was made. ``experts`` has for every mixture layer its number, how often each
+        expert has been chosen (``counts``) and how many of the choices each rank has run (``rank_counts``); on the CPU."""
         return self._engine.stats()
 
     def chrome_trace(self) -> str:

@@ -195,6 +195,15 @@ nb::dict to_python(const EngineStats& s) {
     ranks.append(of);
   }
   d["ranks"] = ranks;
+  nb::list experts;
+  for (const ExpertCounts& layer : s.experts) {
+    nb::dict of;
+    of["layer"] = layer.layer;
+    of["counts"] = layer.counts;
+    of["rank_counts"] = layer.rank_counts;
+    experts.append(of);
+  }
+  d["experts"] = experts;
   d["ngram_drafts"] = to_python(s.ngram_drafts);
   d["mtp_drafts"] = to_python(s.mtp_drafts);
   nb::list tiers;

@@ -415,6 +415,7 @@ std::string Engine::why_no_chat() const { return impl_->why_no_chat; }
 SamplingParams Engine::default_sampling() const { return impl_->default_sampling; }
 
 EngineStats Engine::stats() const { return impl_->core.stats(); }
+std::vector<ExpertCounts> Engine::expert_counts() const { return impl_->core.expert_counts(); }
 std::vector<StepRecord> Engine::timeline() const { return impl_->core.timeline(); }
 std::string Engine::chrome_trace() const { return engine::chrome_trace(impl_->core.timeline()); }
 std::int32_t Engine::vocab_size() const { return impl_->core.vocab_size(); }

@@ -123,6 +123,13 @@ EngineCore::~EngineCore() { tiers_.reset(); }  // its threads wake the inbox
 EngineStats EngineCore::stats() const {
   EngineStats out = statistics_.snapshot();
   if (tiers_) out.kv_tiers = tiers_->stats();
+  out.experts = model_->expert_counts();
+  return out;
+}
+
+std::vector<ExpertCounts> EngineCore::expert_counts() const {
+  std::vector<ExpertCounts> out = model_->expert_counts();
+  if (out.empty()) throw Unsupported(fmt::format("expert_counts: {}", model_->why_no_expert_counts()));
   return out;
 }
 

@@ -68,6 +68,7 @@ class EngineCore {
   bool wait_for_work(const std::stop_token& stop) { return inbox_.wait_for_work(stop); }
 
   EngineStats stats() const;
+  std::vector<ExpertCounts> expert_counts() const;
   std::vector<StepRecord> timeline() const { return statistics_.timeline(); }
   std::int32_t vocab_size() const;
   std::int64_t max_length() const { return max_length_; }

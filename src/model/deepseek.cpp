@@ -117,6 +117,28 @@ std::int64_t DeepSeek::experts_hit(int num_tokens) {
   return hit;
 }
 
+std::vector<ExpertCounts> DeepSeek::expert_counts() const {
+  std::vector<ExpertCounts> out;
+  const auto add = [&](const FeedForward& feed_forward, int layer) {
+    ExpertCounts counts = feed_forward.expert_counts();
+    if (counts.counts.empty()) return;
+    counts.layer = layer;
+    out.push_back(std::move(counts));
+  };
+  for (std::size_t i = 0; i < layers_.size(); ++i) add(*layers_[i].feed_forward, static_cast<int>(i));
+  if (module_) add(*module_->layer.feed_forward, config_.num_hidden_layers);
+  return out;
+}
+
+std::string DeepSeek::why_no_expert_counts() const {
+  if (!expert_counts().empty()) return {};
+  for (int i = 0; i < config_.num_hidden_layers; ++i) {
+    if (config_.is_moe_layer(i))
+      return "device cuda does not count how often experts are chosen yet; device cpu does";
+  }
+  return "the model has no mixture of experts";
+}
+
 std::size_t DeepSeek::bytes_per_page() const {
   std::size_t bytes = 0;
   for_each_cache([&](const Attention& attention) { bytes += attention.bytes_per_page(); });

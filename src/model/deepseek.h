@@ -42,6 +42,8 @@ class DeepSeek : public Model {
   bool launches_ahead() const override { return device_->queues(); }
   double device_seconds() const override { return device_->device_seconds(); }
   std::int64_t experts_hit(int num_tokens) override;
+  std::vector<ExpertCounts> expert_counts() const override;
+  std::string why_no_expert_counts() const override;
 
  private:
   struct Layer {

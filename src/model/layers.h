@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/matrix.h"
+#include "flash_mla/expert_counts.h"
 
 namespace flash_mla::model {
 
@@ -79,6 +80,9 @@ class FeedForward {
     static_cast<void>(num_tokens);
     return {};
   }
+  /// How often each routed expert has been chosen, and how many of the choices have run here (rank_counts, of one). From
+  /// any thread, while steps run. Without counts: a dense layer, or a device that does not count.
+  virtual ExpertCounts expert_counts() const { return {}; }
 };
 
 /// x = W · [norm(E[token]) ; norm(state)]: the input of the module for multi-token prediction, of tokens and the states

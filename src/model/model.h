@@ -13,6 +13,7 @@
 #include "base/buffer.h"
 #include "base/matrix.h"
 #include "base/page_size.h"
+#include "flash_mla/expert_counts.h"
 #include "flash_mla/model_options.h"
 #include "flash_mla/schedule.h"
 #include "kernels/sampling/draw.h"
@@ -127,6 +128,13 @@ class Model {
   virtual std::int64_t experts_hit(int num_tokens) {
     static_cast<void>(num_tokens);
     return 0;
+  }
+  /// How often each expert of every mixture layer has been chosen, the module's included. From any thread, while steps run.
+  /// Empty where why_no_expert_counts() says so.
+  virtual std::vector<ExpertCounts> expert_counts() const { return {}; }
+  /// Empty: it counts.
+  virtual std::string why_no_expert_counts() const {
+    return "this model does not count its experts' choices";
   }
   /// Of every rank, between steps; empty where the model is whole.
   virtual std::vector<RankStats> rank_stats() const { return {}; }

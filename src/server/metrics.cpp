@@ -47,6 +47,16 @@ class Families {
       metric.counter.value = static_cast<double>(value);
     }
   }
+  /// One gauge for each value of a label.
+  void gauges(const char* name, const char* help, const char* label,
+              const std::vector<std::pair<std::string, double>>& values) {
+    begin(name, help, MetricType::Gauge);
+    for (const auto& [key, value] : values) {
+      ClientMetric& metric = sample();
+      metric.label = {{label, key}};
+      metric.gauge.value = value;
+    }
+  }
   template <typename Value>
   void labelled(const char* name, const char* help,
                 const std::vector<std::pair<std::string, std::string>>& labels, Value value) {
@@ -110,6 +120,33 @@ void add_ranks(Families& f, const std::vector<RankStats>& ranks) {
              "Time of it in exchanges with other ranks, the wait for them included.", "rank", wait);
   f.counters("mla_rank_exchanges_total", "Exchanges of each rank with the others.", "rank", exchanges);
   f.counters("mla_rank_sent_bytes_total", "Bytes that each rank gave to others.", "rank", bytes);
+}
+
+// Of a mixture whose choices are counted. GET /experts has every expert's.
+void add_experts(Families& f, const std::vector<ExpertCounts>& layers) {
+  if (layers.empty()) return;
+  std::vector<std::pair<std::string, std::int64_t>> choices, ranks;
+  std::vector<std::pair<std::string, double>> hottest;
+  for (const ExpertCounts& layer : layers) {
+    const std::string name = std::to_string(layer.layer);
+    choices.emplace_back(name, layer.total());
+    hottest.emplace_back(name, layer.hottest_share());
+    for (std::size_t r = 0; r < layer.rank_counts.size(); ++r) {
+      if (r == ranks.size()) ranks.emplace_back(std::to_string(r), 0);
+      ranks[r].second += layer.rank_counts[r];
+    }
+  }
+  const ExpertBalance balance = balance_of(layers);
+  f.counters("mla_expert_choices_total", "Choices of experts by the layer's router, of all tokens.", "layer",
+             choices);
+  f.counters("mla_rank_expert_choices_total", "Choices of experts that each rank has run, over all layers.",
+             "rank", ranks);
+  f.gauges("mla_expert_hottest_share", "The layer's choices that went to its most chosen expert, 0 to 1.",
+           "layer", hottest);
+  f.gauges(
+      "mla_expert_balancedness",
+      "Choices of the mean over those of the most loaded, each added up over the layers: of experts, and of ranks.",
+      "of", {{"experts", balance.experts}, {"ranks", balance.ranks}});
 }
 
 /// What gateways that know vLLM read (llm-d's scheduler, its autoscaler): the same figures under vLLM's names.
@@ -188,6 +225,7 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   f.counter("mla_steps_total", "Steps of the engine.", s.steps);
   f.counter("mla_step_seconds_total", "Time spent in steps.", s.step_seconds);
   add_ranks(f, s.ranks);
+  add_experts(f, s.experts);
   f.gauge("mla_cache_pages", "Pages of 64 tokens in the cache.", s.pages_total);
   f.gauge("mla_cache_pages_used", "Pages of running sequences.", s.pages_used);
   f.gauge("mla_cache_pages_cached", "Pages kept for prefix reuse only.", s.pages_cached);

@@ -9,6 +9,7 @@
 #include "server/call.h"
 #include "server/chat_prompt.h"
 #include "server/dialect.h"
+#include "server/experts.h"
 #include "server/headers.h"
 
 namespace flash_mla::server {
@@ -45,6 +46,14 @@ HttpResponse status_page(const Exchange& x) {
 }
 
 HttpResponse trace(const Exchange& x) { return text(x, "application/json", x.shared.engine.chrome_trace()); }
+
+HttpResponse experts(const Exchange& x) {
+  try {
+    return text(x, "application/json", experts_json(x.shared.engine.expert_counts()));
+  } catch (const Unsupported& e) {
+    throw ApiError(501, "not_implemented_error", e.what());
+  }
+}
 
 HttpResponse version(const Exchange& x) {
   return json_response(x.request, 200, {{"version", x.shared.options.version}});
@@ -102,23 +111,24 @@ HttpResponse detokenize(const Exchange& x) {
 }
 
 constexpr Route kRoutes[] = {
-    {http::verb::get, "/health", /*open=*/true, health},
-    {http::verb::get, "/ready", /*open=*/true, ready},
-    {http::verb::get, "/metrics", /*open=*/true, metrics},
-    {http::verb::get, "/version", /*open=*/true, version},
-    {http::verb::get, "/", /*open=*/true, status_page},
-    {http::verb::get, "/trace", /*open=*/false, trace},
-    {http::verb::get, "/v1/models", /*open=*/false, models},
-    {http::verb::get, kModelPath, /*open=*/false, model},
-    {http::verb::post, "/v1/tokenize", /*open=*/false, tokenize},
-    {http::verb::post, "/tokenize", /*open=*/false, tokenize},  // vLLM's name for it
-    {http::verb::post, "/v1/detokenize", /*open=*/false, detokenize},
-    {http::verb::post, "/detokenize", /*open=*/false, detokenize},
-    {http::verb::post, "/v1/completions", /*open=*/false, nullptr, Route::Generates::kCompletion},
-    {http::verb::post, "/v1/chat/completions", /*open=*/false, nullptr, Route::Generates::kChat},
-    {http::verb::post, "/v1/responses", /*open=*/false, nullptr, Route::Generates::kResponses},
-    {http::verb::post, "/v1/messages", /*open=*/false, nullptr, Route::Generates::kMessages},
-    {http::verb::post, "/v1/messages/count_tokens", /*open=*/false, count_tokens},
+    {http::verb::get, /*open=*/true, "/health", health},
+    {http::verb::get, /*open=*/true, "/ready", ready},
+    {http::verb::get, /*open=*/true, "/metrics", metrics},
+    {http::verb::get, /*open=*/true, "/version", version},
+    {http::verb::get, /*open=*/true, "/", status_page},
+    {http::verb::get, /*open=*/false, "/trace", trace},
+    {http::verb::get, /*open=*/false, "/experts", experts},
+    {http::verb::get, /*open=*/false, "/v1/models", models},
+    {http::verb::get, /*open=*/false, kModelPath, model},
+    {http::verb::post, /*open=*/false, "/v1/tokenize", tokenize},
+    {http::verb::post, /*open=*/false, "/tokenize", tokenize},  // vLLM's name for it
+    {http::verb::post, /*open=*/false, "/v1/detokenize", detokenize},
+    {http::verb::post, /*open=*/false, "/detokenize", detokenize},
+    {http::verb::post, /*open=*/false, "/v1/completions", nullptr, Route::Generates::kCompletion},
+    {http::verb::post, /*open=*/false, "/v1/chat/completions", nullptr, Route::Generates::kChat},
+    {http::verb::post, /*open=*/false, "/v1/responses", nullptr, Route::Generates::kResponses},
+    {http::verb::post, /*open=*/false, "/v1/messages", nullptr, Route::Generates::kMessages},
+    {http::verb::post, /*open=*/false, "/v1/messages/count_tokens", count_tokens},
 };
 
 bool leads(const Exchange& x, const Route& route) {

@@ -10,8 +10,8 @@ namespace flash_mla::server {
 /// A path that this server answers.
 struct Route {
   http::verb method;
-  std::string_view path;  ///< ends with '/': the model's name follows
   bool open;              ///< needs no API key
+  std::string_view path;  ///< ends with '/': the model's name follows
   /// Makes the answer; null where `generates` says that it comes from the engine. Throws ApiError.
   HttpResponse (*respond)(const Exchange& x);
   enum class Generates {

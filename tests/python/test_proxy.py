@@ -110,7 +110,7 @@ def test_answers_are_the_servers(server, proxy):
 
 
 def test_what_is_for_inside_stays_there(proxy):
-    assert [proxy.call(path)[0] for path in ("/metrics", "/trace", "/", "/health", "/v1/models")] == [404, 404, 404, 200, 200]
+    assert [proxy.call(path)[0] for path in ("/metrics", "/trace", "/experts", "/", "/health", "/v1/models")] == [404, 404, 404, 404, 200, 200]
 
 
 def test_tokens_leave_when_they_come(server, proxy):

@@ -42,7 +42,7 @@ void ExpertPlacement::read(const ModelConfig& config, int ranks, const std::file
     if (!config.is_moe_layer(layer)) continue;
     const auto found = layers.json().find(std::to_string(layer));
     if (found == layers.json().end()) {
-      // Whoever measures how often experts are taken does not see the module's.
+      // A histogram of steps without the module's drafts lacks its layer.
       if (layer == config.num_hidden_layers && layer > 0) {
         layers_.back() = layers_[static_cast<std::size_t>(layer) - 1];
         continue;

@@ -190,6 +190,17 @@ void ParallelModel::draft(const DraftBatch& batch, std::int32_t* tokens) {
   });
 }
 
+// Every rank chooses for all tokens; each runs some of the choices.
+std::vector<ExpertCounts> ParallelModel::expert_counts() const {
+  std::vector<ExpertCounts> out = first().expert_counts();
+  for (std::size_t r = 1; r < ranks_.size(); ++r) {
+    const std::vector<ExpertCounts> of_rank = ranks_[r].model->expert_counts();
+    for (std::size_t i = 0; i < out.size(); ++i)
+      out[i].rank_counts.push_back(of_rank.at(i).rank_counts.at(0));
+  }
+  return out;
+}
+
 std::vector<RankStats> ParallelModel::rank_stats() const {
   std::vector<RankStats> out;
   for (const Rank& rank : ranks_) {

@@ -47,6 +47,8 @@ class ParallelModel : public Model {
   bool launches_ahead() const override { return first().launches_ahead(); }
   double device_seconds() const override { return first().device_seconds(); }
   std::int64_t experts_hit(int num_tokens) override { return first().experts_hit(num_tokens); }
+  std::vector<ExpertCounts> expert_counts() const override;
+  std::string why_no_expert_counts() const override { return first().why_no_expert_counts(); }
   std::vector<RankStats> rank_stats() const override;
   std::string broken() const override { return broken_ ? broken_->what() : ""; }
 

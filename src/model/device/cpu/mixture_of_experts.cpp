@@ -25,7 +25,8 @@ CpuMixtureOfExperts::CpuMixtureOfExperts(CpuContext& context, const MixtureWeigh
                                 weights.router.columns, DType::kFloat32)),
       correction_bias_(weights.correction_bias),
       ranks_(weights.ranks),
-      own_index_(static_cast<std::size_t>(weights.router.rows), -1) {
+      own_index_(static_cast<std::size_t>(weights.router.rows), -1),
+      counts_(static_cast<std::size_t>(weights.router.rows)) {
   for (int e = 0; e < weights.router.rows; ++e) {
     if (!ranks_.empty() &&
         std::ranges::count(ranks_[static_cast<std::size_t>(e)], context.partition.rank) == 0) {
@@ -51,6 +52,7 @@ void CpuMixtureOfExperts::forward(Residual& x) {
   context_.rms_norm(x.x, norm_, context_.config.rms_norm_eps, h);
   route(h);
   find_own(h.rows);
+  count_choices();
   if (context_.partition.alone() || context_.partition.exact) {
     if (shared_) shared_->add(context_, h, x.x);
     const Matrix results = run_experts(h);
@@ -76,6 +78,13 @@ std::vector<std::int32_t> CpuMixtureOfExperts::experts_taken(int num_tokens) con
   if (num_tokens > num_tokens_) return {};
   const auto* ids = reinterpret_cast<const std::int32_t*>(ids_.data());
   return {ids, ids + std::int64_t{num_tokens} * context_.config.num_experts_per_tok};
+}
+
+ExpertCounts CpuMixtureOfExperts::expert_counts() const {
+  ExpertCounts out;
+  for (const auto& count : counts_) out.counts.push_back(count.load(std::memory_order_relaxed));
+  out.rank_counts = {own_count_.load(std::memory_order_relaxed)};
+  return out;
 }
 
 // Experts of every row of h and their weights.
@@ -123,6 +132,16 @@ void CpuMixtureOfExperts::find_own(std::int64_t num_tokens) {
     const bool here = runs_at(i / chosen, ids[i]) == context_.partition.rank;
     own_[static_cast<std::size_t>(i)] = here ? own_index_[static_cast<std::size_t>(ids[i])] : -1;
   }
+}
+
+// Plain additions: one thread writes, whoever reads wants no order among them.
+void CpuMixtureOfExperts::count_choices() {
+  const auto add = [](std::atomic<std::int64_t>& count, std::int64_t more) {
+    count.store(count.load(std::memory_order_relaxed) + more, std::memory_order_relaxed);
+  };
+  const auto* ids = reinterpret_cast<const std::int32_t*>(ids_.data());
+  for (std::size_t i = 0; i < own_.size(); ++i) add(counts_[static_cast<std::size_t>(ids[i])], 1);
+  add(own_count_, std::ssize(own_) - std::ranges::count(own_, -1));
 }
 
 // Every expert multiplies the rows of its tokens. Whichever was done first, the results of a token's experts are then

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -22,6 +23,7 @@ class CpuMixtureOfExperts : public FeedForward {
 
   void forward(Residual& x) override;
   std::vector<std::int32_t> experts_taken(int num_tokens) const override;
+  ExpertCounts expert_counts() const override;
 
  private:
   struct Expert {
@@ -44,6 +46,7 @@ class CpuMixtureOfExperts : public FeedForward {
   void add_results(const Matrix& results, const Matrix& rows, DType dtype, std::int64_t first = 0) const;
   void add_results_of_all(const Matrix& results, const Matrix& x);
   void find_own(std::int64_t num_tokens);
+  void count_choices();
   void sort_by_expert();
   void run_expert(const Matrix& h, const Piece& piece, const Matrix& out) const;
 
@@ -55,6 +58,10 @@ class CpuMixtureOfExperts : public FeedForward {
   std::vector<std::int32_t> own_index_;  ///< of each routed expert, its place in experts_; -1: not here
   std::vector<Expert> experts_;
   std::unique_ptr<CpuGatedNetwork> shared_;  ///< or null
+
+  // Only the thread of the steps writes to them.
+  std::vector<std::atomic<std::int64_t>> counts_;  ///< choices of each routed expert so far
+  std::atomic<std::int64_t> own_count_ = 0;        ///< of which ran here
 
   Buffer ids_;  ///< of the last step (tokens, num_experts_per_tok) int32
   std::int64_t num_tokens_ = 0;
