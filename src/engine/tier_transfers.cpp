@@ -76,7 +76,7 @@ TierTransfers::TierTransfers(model::Model& model, kv::PagePool& pool, Options op
     : pool_(pool),
       on_news_(std::move(options.on_news)),
       wait_seconds_(options.wait_seconds),
-      memory_(std::make_shared<ChunkMemory>(model, model.bytes_per_page() * kChunkPages)),
+      memory_(std::make_shared<ChunkMemory>(model, model.bytes_per_copied_page() * kChunkPages)),
       tiers_(kv::make_tiers(options.tiers, tier_config(options.salt, memory_))),
       uploads_(model.make_page_copies()),
       downloads_(model.make_page_copies()),

@@ -70,7 +70,7 @@ std::string DeepSeek::page_format() const {
 }
 
 std::unique_ptr<PageCopies> Model::make_page_copies() {
-  throw Unsupported("kv_tiers: not with several ranks yet");
+  throw Unsupported("kv_tiers: pages of this model cannot be copied");
 }
 
 Buffer Model::allocate_host(std::size_t bytes) const { return allocate_aligned(bytes); }

@@ -83,6 +83,8 @@ class Model {
   virtual std::string page_format() const { return {}; }
   /// Copies between the cache and the host, beside the steps. Throws Unsupported where there are none.
   virtual std::unique_ptr<PageCopies> make_page_copies();
+  /// Of a page as those copies have it on the host.
+  virtual std::size_t bytes_per_copied_page() const { return bytes_per_page(); }
   /// Memory of the host that such copies are fast to and from. Throws std::bad_alloc.
   virtual Buffer allocate_host(std::size_t bytes) const;
   /// Makes room for steps of up to `num_tokens` tokens with `num_rows` rows of all three kinds, so that no

@@ -95,6 +95,28 @@ TEST_F(TierEngineTest, AnIndexersKeysComeAlong) {
   expect_equal(loaded, first);
 }
 
+// In batch-invariant mode a page has the same bits on any number of ranks.
+TEST_F(TierEngineTest, RanksLoadWhatOneHasComputedAndTheOtherWayRound) {
+  EngineOptions one = options(directory_.path() / "one");
+  one.batch_invariant = true;
+  EngineOptions two = one;
+  two.tp = 2;
+  two.num_threads = 2;
+  const Completion first = compute(FLASH_MLA_SMALL_MODEL, one);
+  {
+    Engine ranks(FLASH_MLA_SMALL_MODEL, two);
+    const Completion loaded = complete(ranks);
+    EXPECT_EQ(loaded.usage.cached_tokens, 512);
+    expect_equal(loaded, first);
+  }
+  one.kv_tiers = two.kv_tiers = {"file:" + (directory_.path() / "two").string() + ",1GiB"};
+  expect_equal(compute(FLASH_MLA_SMALL_MODEL, two), first);
+  Engine engine(FLASH_MLA_SMALL_MODEL, one);
+  const Completion loaded = complete(engine);
+  EXPECT_EQ(loaded.usage.cached_tokens, 512);
+  expect_equal(loaded, first);
+}
+
 TEST_F(TierEngineTest, TwoModelsNeverShare) {
   const EngineOptions o = options(directory_.path() / "tier");
   compute(FLASH_MLA_SMALL_MODEL, o);

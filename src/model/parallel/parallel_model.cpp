@@ -157,6 +157,54 @@ void ParallelModel::copy_page(int source, int target) {
   on_all(Call::kStep, [&](Rank& rank) { rank.model->copy_page(source, target); });
 }
 
+namespace {
+
+/// All of them.
+class JointMark : public CopyMark {
+ public:
+  explicit JointMark(std::vector<std::unique_ptr<CopyMark>> marks) : marks_(std::move(marks)) {}
+  bool done() override {
+    return std::ranges::all_of(marks_, [](const auto& mark) { return mark->done(); });
+  }
+  void wait() override {
+    for (const auto& mark : marks_) mark->wait();
+  }
+
+ private:
+  std::vector<std::unique_ptr<CopyMark>> marks_;
+};
+
+/// Of the ranks' caches.
+class JointCopies : public PageCopies {
+ public:
+  explicit JointCopies(std::vector<std::unique_ptr<PageCopies>> ranks) : ranks_(std::move(ranks)) {}
+  void follow_steps() override {
+    for (const auto& rank : ranks_) rank->follow_steps();
+  }
+  void download(std::span<const std::int32_t> pages, std::byte* to) override {
+    ranks_[0]->download(pages, to);
+  }
+  void upload(std::span<const std::int32_t> pages, const std::byte* from) override {
+    for (const auto& rank : ranks_) rank->upload(pages, from);
+  }
+  std::unique_ptr<CopyMark> mark() override {
+    std::vector<std::unique_ptr<CopyMark>> marks;
+    for (const auto& rank : ranks_) marks.push_back(rank->mark());
+    return std::make_unique<JointMark>(std::move(marks));
+  }
+
+ private:
+  std::vector<std::unique_ptr<PageCopies>> ranks_;
+};
+
+}  // namespace
+
+std::unique_ptr<PageCopies> ParallelModel::make_page_copies() {
+  std::vector<std::unique_ptr<PageCopies>> ranks;
+  for (const Rank& rank : ranks_) ranks.push_back(rank.model->make_page_copies());
+  return std::make_unique<JointCopies>(std::move(ranks));
+}
+
 void ParallelModel::reserve(int num_tokens, int num_rows) {
   on_all(Call::kSetUp, [&](Rank& rank) { rank.model->reserve(num_tokens, num_rows); });
 }

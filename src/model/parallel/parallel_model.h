@@ -37,6 +37,11 @@ class ParallelModel : public Model {
   }
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
+  /// Every rank has the same cache, with the same bits: pages are copied from rank 0, and to all.
+  std::unique_ptr<PageCopies> make_page_copies() override;
+  std::size_t bytes_per_copied_page() const override { return first().bytes_per_page(); }
+  std::string page_format() const override { return first().page_format(); }
+  Buffer allocate_host(std::size_t bytes) const override { return first().allocate_host(bytes); }
   void reserve(int num_tokens, int num_rows) override;
   void launch(const ForwardBatch& batch) override;
   bool draws_take_masks() const override { return first().draws_take_masks(); }
