@@ -96,6 +96,28 @@ void check_finite(const TensorView& t, const char* name) {
   });
 }
 
+/// That the kernel takes a call.
+void check_gpu(const ChooseCall& c) {
+  const auto refuse = [](const TensorView& t, const char* name, const char* what) {
+    throw Unsupported(fmt::format("{} is {}; choose_experts on a GPU takes {}", name, t.describe(), what));
+  };
+  const auto dense = [&](const TensorView& t, const char* name, DType dtype) {
+    if (!t.defined()) return;
+    if (t.dtype != dtype) refuse(t, name, dtype == DType::kInt32 ? "int32" : "float32");
+    if (t.rank == 2 && t.size(0) > 1 && t.stride(0) != t.size(1)) refuse(t, name, "dense rows");
+  };
+  dense(c.logits, "logits", DType::kFloat32);
+  dense(c.bias, "bias", DType::kFloat32);
+  dense(c.ids, "ids", DType::kInt32);
+  dense(c.weights, "weights", DType::kFloat32);
+  if (c.routing.num_experts > kMaxGpuExperts) refuse(c.logits, "logits", "up to 512 experts");
+  if (c.routing.experts_per_token > kMaxGpuExpertsPerToken) refuse(c.ids, "ids", "up to 32 experts a token");
+  if (c.routing.num_groups > kMaxGpuGroups) {
+    throw Unsupported(fmt::format("num_groups is {}; choose_experts on a GPU takes up to {}",
+                                  c.routing.num_groups, kMaxGpuGroups));
+  }
+}
+
 }  // namespace
 
 void choose_experts(const RoutingArgs& args, const RoutingOptions& options) {
@@ -104,7 +126,9 @@ void choose_experts(const RoutingArgs& args, const RoutingOptions& options) {
   if (options.num_threads < 0) api::invalid("num_threads is {}, expected >= 0", options.num_threads);
   const Backend backend = api::backend_of(options.backend, args.logits, "logits");
   if (backend == Backend::kSm90) {
-    throw Unsupported(fmt::format("logits is {}; choose_experts runs on the CPU", args.logits.describe()));
+    check_gpu(call);
+    if (call.ids.numel() > 0) sm90::choose_experts(call, options.stream);
+    return;
   }
   check_finite(args.logits, "logits");
   if (args.bias.defined()) check_finite(args.bias, "bias");

@@ -80,7 +80,7 @@ double unit(DType dtype) {
   return dtype == DType::kBFloat16 ? 1.0 / 128 : dtype == DType::kFloat16 ? 1.0 / 1024 : 2e-6;
 }
 
-TEST(Mhc, NumericsOfPreAndPost) {
+TEST(Mhc, PreAndPostAreTheDefinition) {
   unsigned seed = 1;
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
     for (const auto& [n, d] :

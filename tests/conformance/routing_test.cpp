@@ -103,7 +103,7 @@ const Model kModels[] = {
     {"one", 1, 1, true, {}},
 };
 
-TEST(Routing, NumericsOfEveryModel) {
+TEST(Routing, EveryModelIsTheDefinition) {
   for (const Model& m : kModels) {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
       constexpr std::int64_t kTokens = 37;

@@ -497,3 +497,40 @@ def test_prefill_of_keys_that_are_put_together(dtype, causal):
     into = torch.full_like(out, float("nan"))
     again, _ = flash_mla_kernels.dense_prefill(*call, softmax_scale=0.1, causal=causal, out=into)
     assert again is into and torch.equal(into, out)
+
+
+def test_rows_as_on_the_cpu():
+    g = torch.Generator().manual_seed(1)
+    x, residual, weight = (torch.randn(*s, generator=g).bfloat16() for s in ((9, 512), (9, 512), (512,)))
+    positions = torch.tensor([0, 5, 70, 1, 2, 3, 4, 9, 8])
+    heads = torch.randn(9, 4, 128, generator=g).bfloat16()
+
+    def on(device):
+        a, r, w, p, h = (t.to(device, copy=True) for t in (x, residual, weight, positions, heads))
+        out = flash_mla_kernels.add_rms_norm(a, r, w)
+        turned = flash_mla_kernels.apply_rope(h, p, theta=5e5, scaling="llama3", factor=8, original_max_position=8192)
+        return r, out, flash_mla_kernels.gated_activation(out), turned
+
+    for got, expected in zip(on(DEVICES[0]), on("cpu")):
+        assert got.device == DEVICES[0]
+        torch.testing.assert_close(got.cpu().float(), expected.float(), rtol=2**-7, atol=1e-5)
+    narrow = torch.empty(9, 512, dtype=torch.float8_e4m3fn, device=DEVICES[0])
+    with pytest.raises(NotImplementedError, match="e4m3"):
+        flash_mla_kernels.rms_norm(x.to(DEVICES[0]), weight.to(DEVICES[0]), out=narrow)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_routing_as_on_the_cpu_and_sampling_is_refused(grouped):
+    logits = torch.randn(70, 256, generator=torch.Generator().manual_seed(2))
+    bias = 0.1 * torch.randn(256, generator=torch.Generator().manual_seed(3))
+    options = dict(scores="sigmoid", normalise=True, scale=2.5)
+    if grouped:
+        options.update(num_groups=8, groups_kept=4, groups_by_best_two=True)
+    ids, weights = flash_mla_kernels.choose_experts(logits.to(DEVICES[0]), 8, bias=bias.to(DEVICES[0]), **options)
+    expected = flash_mla_kernels.choose_experts(logits, 8, bias=bias, **options)
+    assert torch.equal(ids.cpu(), expected[0])
+    torch.testing.assert_close(weights.cpu(), expected[1], rtol=1e-5, atol=0)
+    with pytest.raises(NotImplementedError, match="float32"):
+        flash_mla_kernels.choose_experts(logits.to(DEVICES[0]).bfloat16(), 8)
+    with pytest.raises(NotImplementedError, match="sampling as a call of its own runs on the CPU"):
+        flash_mla_kernels.sample_tokens(logits.to(DEVICES[0]))

@@ -12,8 +12,16 @@ struct ChooseCall {
   Routing routing;
 };
 
+/// What the kernel of a GPU takes.
+inline constexpr int kMaxGpuExperts = 512, kMaxGpuExpertsPerToken = 32, kMaxGpuGroups = 32;
+
 namespace cpu {
 void choose_experts(const ChooseCall& call, int num_threads);
 }  // namespace cpu
+
+namespace sm90 {
+/// Of float32 logits, bias and weights with dense rows, within the limits above; queued on `stream`.
+void choose_experts(const ChooseCall& call, void* stream);
+}  // namespace sm90
 
 }  // namespace flash_mla

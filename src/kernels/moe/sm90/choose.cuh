@@ -12,6 +12,18 @@ namespace flash_mla::sm90::choice {
 constexpr unsigned kAll = ~0u;
 constexpr int kMaxGroups = 32;
 
+/// Whether the kernels take these arguments.
+inline bool valid(const RouteArgs& p) {
+  const Routing& r = p.routing;
+  const bool groups = r.method == TopkMethod::kGreedy ||
+                      (r.num_groups >= 1 && r.num_groups <= kMaxGroups && r.num_experts % r.num_groups == 0 &&
+                       r.groups_kept >= 1 && r.groups_kept <= r.num_groups);
+  return p.tokens >= 0 && r.num_experts >= 1 && r.num_experts <= kMaxExperts && r.experts_per_token >= 1 &&
+         r.experts_per_token <= r.num_experts && r.shared_experts >= 0 &&
+         r.experts_per_token + r.shared_experts <= kMaxExpertsPerToken && groups &&
+         (p.tokens == 0 || (p.logits != nullptr && p.ids != nullptr && p.weights != nullptr));
+}
+
 /// Unsigned integers in the order of the floats, 0 below all of them. NaN has a place too: ids stay in range.
 __device__ inline std::uint32_t order(float x) {
   const std::uint32_t bits = __float_as_uint(x + 0.0f);  // -0 becomes 0

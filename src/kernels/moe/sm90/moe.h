@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "base/routing.h"
+#include "flash_mla/export.h"
 
 namespace flash_mla::sm90 {
 
@@ -35,7 +36,7 @@ inline constexpr int kMaxExpertsPerToken = 32;
 cudaError_t route(const RouteArgs& args, cudaStream_t stream);
 
 /// The choice alone, from `args.logits`; x and router are not read.
-cudaError_t choose_experts(const RouteArgs& args, cudaStream_t stream);
+FLASH_MLA_API cudaError_t choose_experts(const RouteArgs& args, cudaStream_t stream);
 
 /// inout[t] += sum over i of weights[t, i] * down_e(silu(gate_e(x[t])) * up_e(x[t])), e = ids[t, i], in the
 /// order of i, added in fp32 and rounded once.

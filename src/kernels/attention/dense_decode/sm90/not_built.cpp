@@ -13,6 +13,7 @@
 #include "kernels/attention/top_k/sm90/top_k.h"
 #include "kernels/cache/sm90/append.h"
 #include "kernels/cache/sm90/gather.h"
+#include "kernels/moe/choose_call.h"
 #include "kernels/quant/sm90/quantise.h"
 #include "kernels/rows/row_ops.h"
 
@@ -80,5 +81,6 @@ ScheduleOptions gqa_schedule_options(int, int, int, int, int) { refuse(); }
 void rms_norm(const NormCall&, void*) { refuse(); }
 void gated_activation(const GateCall&, void*) { refuse(); }
 void apply_rope(const RopeCall&, void*) { refuse(); }
+void choose_experts(const ChooseCall&, void*) { refuse(); }
 
 }  // namespace flash_mla::sm90
