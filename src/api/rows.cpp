@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numbers>
 
 #include "api/call.h"
@@ -141,6 +142,10 @@ void gated_activation(const TensorView& gate_up, const TensorView& out, Activati
   check_input(gate_up, "gate_up", 2);
   check_tensor(out, "out", 2, {gate_up.dtype});
   check_size(out, "out", 0, gate_up.size(0), "gate_up.shape[0] (n)");
+  if (out.size(1) > std::numeric_limits<std::int64_t>::max() / 2) {
+    api::invalid("out.shape[1] (d) is {}, expected half of gate_up.shape[1] = {}", out.size(1),
+                 gate_up.size(1));
+  }
   check_size(gate_up, "gate_up", 1, 2 * out.size(1), "2 * out.shape[1] (d)");
   check_last_dim_contiguous(out, "out");
   check_no_overlap(out, "out");
