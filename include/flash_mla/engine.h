@@ -208,12 +208,16 @@ struct EngineOptions {
   int max_waiting = 0;  ///< requests that wait at most; 0: no bound. submit throws Overloaded past it
   bool prefix_cache = true;
   /// Places beyond the cache where pages are kept, in chunks of 256 tokens, for later requests, after a restart, or for
-  /// other engines of the same model: "ram:SIZE" (host memory) and "file:DIRECTORY,SIZE", asked in this order
-  /// (docs/serving.md). What is found there is as if computed; what is not found in time is computed.
+  /// other engines of the same model: "ram:SIZE" (host memory), "file:DIRECTORY,SIZE" and "lmcache://HOST:PORT" (LMCache's
+  /// server on this machine, where this build has a client of it), asked in this order (docs/serving.md). What is found there is as if computed; what is not found in time is computed.
   std::vector<std::string> kv_tiers;
   /// How long a request waits for them at most, once to be told what they have and once for it. 0: as long as computing
   /// those tokens would take, by the prompts so far.
   double kv_tier_wait_seconds = 0;
+  /// Not empty: chunks at an LMCache server are vLLM's, under this name of the model, and come from there and go there. Only
+  /// for models whose pages are vLLM's in bfloat16: no indexer, no module for drafts, rotary pairs interleaved. Not with
+  /// batch_invariant. Chunks then have no checksum.
+  std::string kv_shared;
   /// The same bits for a request whatever else is in the batch.
   bool batch_invariant = false;
   /// On a GPU the next step is queued while the current one runs, wherever nothing but more tokens of the
@@ -238,9 +242,9 @@ struct EngineOptions {
   std::function<void(const std::string& why)> on_broken;
 };
 
-/// Throws InvalidArgument unless each is a tier as EngineOptions::kv_tiers has them: worth knowing before a model is
-/// loaded.
-void check_kv_tiers(std::span<const std::string> kv_tiers);
+/// Throws InvalidArgument unless each is a tier as EngineOptions::kv_tiers has them, one of them a server if there is
+/// kv_shared, and Unsupported for one that this build has not: worth knowing before a model is loaded.
+void check_kv_tiers(std::span<const std::string> kv_tiers, const std::string& kv_shared = {});
 
 /// Too many requests wait already (EngineOptions::max_waiting).
 class Overloaded : public std::runtime_error {

@@ -75,9 +75,11 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   app.add_flag("!--no-prefix-cache", o.prefix_cache, "Compute equal prefixes every time");
   app.add_option(
          "--kv-tier", o.kv_tiers,
-         "Where pages are kept beyond the cache: ram:SIZE or file:DIRECTORY,SIZE, as in file:/var/cache/kv,64GiB; "
-         "may be given several times, the fastest first")
+         "Where pages are kept beyond the cache: ram:SIZE, file:DIRECTORY,SIZE, as in file:/var/cache/kv,64GiB, or "
+         "lmcache://HOST:PORT; may be given several times, the fastest first")
       ->allow_extra_args(false);
+  app.add_option("--kv-shared", o.kv_shared,
+                 "The model's name at vLLM, with which the LMCache server's chunks are shared");
   app.add_option("--kv-tier-wait", o.kv_tier_wait_seconds,
                  "Seconds that a request waits for a tier at most (0: as long as computing would take)")
       ->check(CLI::NonNegativeNumber)

@@ -72,7 +72,7 @@ int run_serve(ServeOptions o) {
   }
   o.server.version = version();
   server::check_options(o.server);  // rather than when the model has been loaded
-  check_kv_tiers(o.engine.kv_tiers);
+  check_kv_tiers(o.engine.kv_tiers, o.engine.kv_shared);
   if (server::is_public(o.server) && o.server.api_keys.empty()) {
     fmt::print(stderr,
                "flash-mla serve: warning: everybody who reaches {}:{} may use it; {} sets a key "

@@ -290,11 +290,14 @@ struct Engine::Impl {
 };
 
 Engine::Engine(const std::filesystem::path& model_directory, const EngineOptions& options)
-    : impl_((check_kv_tiers(options.kv_tiers), std::make_unique<Impl>(model_directory, options))) {}
+    : impl_((check_kv_tiers(options.kv_tiers, options.kv_shared),
+             std::make_unique<Impl>(model_directory, options))) {}
 
 Engine::~Engine() { stop(); }
 
-void check_kv_tiers(std::span<const std::string> kv_tiers) { kv::check_tiers(kv_tiers); }
+void check_kv_tiers(std::span<const std::string> kv_tiers, const std::string& kv_shared) {
+  kv::check_tiers(kv_tiers, !kv_shared.empty());
+}
 
 RequestId Engine::submit(Request request, EventHandler on_event) {
   Request tokens = impl_->tokenized(std::move(request));

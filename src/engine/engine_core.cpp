@@ -66,6 +66,25 @@ std::unique_ptr<model::Model> with_room_for_steps(std::unique_ptr<model::Model> 
   return model;
 }
 
+// The form of chunks that vLLM shares, if that is wanted.
+kv::SharedForm shared_form(const model::Model& model, const EngineOptions& options) {
+  if (options.kv_shared.empty()) return {};
+  if (options.batch_invariant) {
+    throw InvalidArgument(
+        "kv_shared is set with batch_invariant: what others have computed has other bits; expected one of them");
+  }
+  if (options.quantize != EngineOptions::Quantize::kNone)
+    throw InvalidArgument(
+        "kv_shared is set with quantize: those are another model's pages; expected one of them");
+  const int layers = model.num_plain_layers();
+  if (layers == 0) {
+    throw Unsupported(
+        "kv_shared: the pages of this model are not vLLM's; they are for 512 + 64 elements in bfloat16, rotary pairs "
+        "interleaved, without an indexer and without a module for drafts");
+  }
+  return {options.kv_shared, layers};
+}
+
 // Null without tiers.
 std::unique_ptr<TierTransfers> make_tiers(model::Model& model, kv::PagePool& pool,
                                           const EngineOptions& options, const std::string& weights,
@@ -76,13 +95,15 @@ std::unique_ptr<TierTransfers> make_tiers(model::Model& model, kv::PagePool& poo
         fmt::format("kv_tier_wait_seconds is {}, expected 0 or more", options.kv_tier_wait_seconds));
   }
   // Bits of a page depend on the batch it was computed in, but not in batch-invariant mode: such pages are apart.
-  std::string salt = fmt::format("flash_mla 1, weights {}, quantize {}, pages {}{}", weights,
+  // So are those that may have come from other engines.
+  std::string salt = fmt::format("flash_mla 1, weights {}, quantize {}, pages {}{}{}", weights,
                                  static_cast<int>(options.quantize), model.page_format(),
-                                 options.batch_invariant ? ", batch-invariant" : "");
+                                 options.batch_invariant ? ", batch-invariant" : "",
+                                 options.kv_shared.empty() ? "" : ", shared as " + options.kv_shared);
   return std::make_unique<TierTransfers>(
       model, pool,
-      TierTransfers::Options{options.kv_tiers, std::move(salt), options.kv_tier_wait_seconds,
-                             std::move(on_news)});
+      TierTransfers::Options{options.kv_tiers, std::move(salt), shared_form(model, options),
+                             options.kv_tier_wait_seconds, std::move(on_news)});
 }
 
 // What keeps a sequence from growing further than min(model, option, cache).

@@ -66,8 +66,9 @@ void end_soon(const std::vector<std::weak_ptr<TierTicket>>& loads) {
   }
 }
 
-kv::TierConfig tier_config(const std::string& salt, const std::shared_ptr<ChunkMemory>& memory) {
-  return {salt, memory->chunk_bytes(), [memory] { return memory->take(); }};
+kv::TierConfig tier_config(const TierTransfers::Options& options,
+                           const std::shared_ptr<ChunkMemory>& memory) {
+  return {options.salt, memory->chunk_bytes(), [memory] { return memory->take(); }, options.shared};
 }
 
 }  // namespace
@@ -77,7 +78,7 @@ TierTransfers::TierTransfers(model::Model& model, kv::PagePool& pool, Options op
       on_news_(std::move(options.on_news)),
       wait_seconds_(options.wait_seconds),
       memory_(std::make_shared<ChunkMemory>(model, model.bytes_per_copied_page() * kChunkPages)),
-      tiers_(kv::make_tiers(options.tiers, tier_config(options.salt, memory_))),
+      tiers_(kv::make_tiers(options.tiers, tier_config(options, memory_))),
       uploads_(model.make_page_copies()),
       downloads_(model.make_page_copies()),
       stats_(tiers_.size()),

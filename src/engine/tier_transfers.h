@@ -31,6 +31,7 @@ class TierTransfers : public PrefixLoader {
   struct Options {
     std::vector<std::string> tiers;  ///< as kv::make_tiers takes them; not empty
     std::string salt;
+    kv::SharedForm shared;    ///< of an LMCache server's chunks
     double wait_seconds = 0;  ///< EngineOptions::kv_tier_wait_seconds
     /// Called from either thread when found(), loaded() or poll() may have changed.
     std::function<void()> on_news;

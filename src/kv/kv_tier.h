@@ -42,6 +42,12 @@ class KvTier {
   virtual bool store(std::span<const std::int32_t> tokens, const Buffer& bytes) = 0;
 };
 
+/// A form of chunks that other engines know, too: vLLM's of an MLA model, (layers, kChunkTokens, 576) bfloat16.
+struct SharedForm {
+  std::string model;  ///< its name there; empty: chunks are this library's own
+  int layers = 0;
+};
+
 /// What all tiers of an engine are made with.
 struct TierConfig {
   /// Of model, cache and format, in words: chunks of other words are never found.
@@ -49,11 +55,14 @@ struct TierConfig {
   std::size_t chunk_bytes = 0;
   /// Memory for a chunk, from and to which the device copies fast.
   std::function<Buffer()> allocate;
+  /// Of a server that keeps chunks of other engines, too.
+  SharedForm shared = {};
 };
 
-/// Throws InvalidArgument unless each of `specs` is "ram:SIZE" or "file:DIRECTORY,SIZE"; sizes are bytes or have a unit
-/// (4GiB, or 4GB for the same).
-void check_tiers(std::span<const std::string> specs);
+/// Throws InvalidArgument unless each of `specs` is "ram:SIZE", "file:DIRECTORY,SIZE" or "lmcache://HOST:PORT"; sizes are
+/// bytes or have a unit (4GiB, or 4GB for the same). `shared`: one of them must be such a server. Throws Unsupported where this
+/// build has no such client.
+void check_tiers(std::span<const std::string> specs, bool shared = false);
 
 /// The tiers that `specs` name, in their order. Throws InvalidArgument as check_tiers does, for sizes below one chunk, and
 /// where a directory cannot be written to.
@@ -67,6 +76,15 @@ std::unique_ptr<KvTier> make_ram_tier(std::size_t bytes, const TierConfig& confi
 /// torn or has been changed is a miss, and removed. Throws InvalidArgument if the directory cannot be made or written to.
 std::unique_ptr<KvTier> make_file_tier(const std::string& directory, std::size_t bytes,
                                        const TierConfig& config);
+
+/// Chunks at LMCache's multi-process server of this machine, "HOST:PORT", which keeps them in its memory and in stores of its
+/// own, and gives them to every engine of the model. Under a salt of this library's a chunk has a checksum, of all tokens up
+/// to its end too: what has been changed is a miss. With config.shared it has none, for others do not write it. Throws
+/// InvalidArgument for chunks of another size than config.shared says. Nothing is asked yet: a server that is not there yet,
+/// or goes away, is a miss.
+std::unique_ptr<KvTier> make_lmcache_tier(const std::string& address, const TierConfig& config);
+/// Empty: this build has it.
+std::string why_no_lmcache();
 
 /// A chunk's name.
 struct ChunkKey {

@@ -30,6 +30,7 @@ class DeepSeek : public Model {
   void allocate_cache(int num_pages) override;
   void copy_page(int source, int target) override;
   std::string page_format() const override;
+  int num_plain_layers() const override;
   std::unique_ptr<PageCopies> make_page_copies() override;
   Buffer allocate_host(std::size_t bytes) const override { return device_->allocate_host(bytes); }
   void reserve(int num_tokens, int num_rows) override { device_->reserve(num_tokens, num_rows); }

@@ -69,6 +69,14 @@ std::string DeepSeek::page_format() const {
   return out;
 }
 
+int DeepSeek::num_plain_layers() const {
+  if (module_ || !config_.rope_interleave) return 0;
+  for (const Layer& layer : layers_) {
+    if (!layer.attention->has_plain_rows()) return 0;
+  }
+  return static_cast<int>(layers_.size());
+}
+
 std::unique_ptr<PageCopies> Model::make_page_copies() {
   throw Unsupported("kv_tiers: pages of this model cannot be copied");
 }

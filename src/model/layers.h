@@ -63,6 +63,8 @@ class Attention {
   virtual std::array<std::span<std::byte>, 2> page(int index) const = 0;
   /// What a page's bytes mean, in words: whoever keeps pages never gives one of other words back.
   virtual std::string page_format() const = 0;
+  /// Whether a page is (kPageSize, 512 + 64) bfloat16 and nothing else.
+  virtual bool has_plain_rows() const { return false; }
 };
 
 /// x += ffn(norm(x)): a dense feed-forward network, down · (silu(gate · h) * (up · h)), or a mixture of

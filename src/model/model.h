@@ -81,6 +81,9 @@ class Model {
   /// What the bytes of a page mean, and of which device they are, in words. A page of a model with the same weights and
   /// the same words is as good as a page of this one's own.
   virtual std::string page_format() const { return {}; }
+  /// Layers, if all their pages are (kPageSize, 576) bfloat16, latent and then interleaved rotary part, as vLLM has them;
+  /// else 0.
+  virtual int num_plain_layers() const { return 0; }
   /// Copies between the cache and the host, beside the steps. Throws Unsupported where there are none.
   virtual std::unique_ptr<PageCopies> make_page_copies();
   /// Of a page as those copies have it on the host.

@@ -55,8 +55,8 @@ KNOWN_EXCEPTIONS = {
     ("src/engine/sampler.h", "kernels/sampling/cpu/draw.h"),
 }
 
-# Headers that CMake writes.
-GENERATED = re.compile(r"flash_mla_(commit|presets|status_page)\.h$")
+# Headers that CMake writes, and protoc.
+GENERATED = re.compile(r"(flash_mla_(commit|presets|status_page)|lmcache\.grpc\.pb)\.h$")
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 SOURCE_SUFFIXES = {".h", ".cuh", ".c", ".cpp", ".cu", ".in"}

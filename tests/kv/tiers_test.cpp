@@ -276,8 +276,38 @@ TEST(MakeTiersTest, ReadsSpecifications) {
   for (const char* spec : {"file:", "file:/tmp", "file:,4GB"})
     expect_refused(spec, "names no directory or no size");
   expect_refused("ram:2999", "expected at least the 3000 of a chunk of 256 tokens");
+  for (const char* spec : {"lmcache://", "lmcache://host", "lmcache://:5599", "lmcache://host:0",
+                           "lmcache://host:65536", "lmcache://host:5599/x", "lmcache://host:x"}) {
+    expect_refused(spec, "names no host and port");
+  }
+  expect_refused("lmcache:host:5599", "is no tier");
   std::ofstream(path + "/plain") << "a file";
   expect_refused("file:" + path + "/plain,1GB", "cannot be");
+}
+
+TEST(MakeTiersTest, AServerIsTakenWhereThisBuildHasAClient) {
+  const std::vector<std::string> server = {"ram:4KiB", "lmcache://127.0.0.1:5599"}, none = {"ram:4KiB"};
+  EXPECT_THROW(check_tiers(none, /*shared=*/true), InvalidArgument);
+  if (!why_no_lmcache().empty()) {
+    EXPECT_THROW(check_tiers(server), Unsupported);
+    return;
+  }
+  check_tiers(server);
+  check_tiers(server, /*shared=*/true);
+  EXPECT_STREQ(make_tiers(server, config()).at(1)->name(), "lmcache");
+  TierConfig other = config();
+  other.shared = {"a model", 3};  // of 3000 bytes
+  EXPECT_THROW(make_tiers(server, other), InvalidArgument);
+}
+
+// Nobody listens: every call fails at once, and says why.
+TEST(LmCacheTier, AServerThatIsNotThereFails) {
+  if (!why_no_lmcache().empty()) GTEST_SKIP() << why_no_lmcache();
+  const auto tier = make_lmcache_tier("127.0.0.1:1", config());
+  const std::vector<std::int32_t> tokens(512, 7);
+  EXPECT_EQ(tier->look_up(std::span(tokens).first(255)), nullptr) << "less than a chunk";
+  EXPECT_THROW(tier->look_up(tokens), std::runtime_error);
+  EXPECT_THROW(tier->store(tokens, config().allocate()), std::runtime_error);
 }
 
 }  // namespace

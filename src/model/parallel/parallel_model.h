@@ -41,6 +41,7 @@ class ParallelModel : public Model {
   std::unique_ptr<PageCopies> make_page_copies() override;
   std::size_t bytes_per_copied_page() const override { return first().bytes_per_page(); }
   std::string page_format() const override { return first().page_format(); }
+  int num_plain_layers() const override { return first().num_plain_layers(); }
   Buffer allocate_host(std::size_t bytes) const override { return first().allocate_host(bytes); }
   void reserve(int num_tokens, int num_rows) override;
   void launch(const ForwardBatch& batch) override;

@@ -82,6 +82,8 @@ std::string CpuAttention::page_format() const {
   return "cpu, " + cache_.format() + (indexer_ ? ", " + indexer_->format() : "");
 }
 
+bool CpuAttention::has_plain_rows() const { return !indexer_ && cache_.has_plain_rows(); }
+
 void CpuAttention::forward(Residual& x, Rows rows) {
   const ModelConfig& config = context_.config;
   Matrix h = context_.activations(context_.buffers.h, x.x.rows, config.hidden_size);

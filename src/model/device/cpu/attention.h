@@ -33,6 +33,7 @@ class CpuAttention : public Attention {
   void copy_page(int source, int target) override;
   std::array<std::span<std::byte>, 2> page(int index) const override;
   std::string page_format() const override;
+  bool has_plain_rows() const override;
 
  private:
   /// The part of the layer's first product that is the queries', and that of latents and keys.

@@ -49,6 +49,12 @@ std::string CpuLatentCache::format() const {
                      static_cast<int>(*context_.cache_format), dtype_name(context_.dtype));
 }
 
+bool CpuLatentCache::has_plain_rows() const {
+  const bool bf16 = context_.cache_format ? *context_.cache_format == KvFormat::kBFloat16
+                                          : context_.dtype == DType::kBFloat16;
+  return bf16 && width() == 576;
+}
+
 void CpuLatentCache::allocate(int num_pages) {
   data_ = allocate_aligned(bytes_per_page() * static_cast<std::size_t>(num_pages));
 }

@@ -30,6 +30,8 @@ class CpuLatentCache {
   }
   /// Of its rows, in words.
   std::string format() const;
+  /// Whether they are 512 + 64 elements of bfloat16.
+  bool has_plain_rows() const;
 
   /// The rows themselves, (pages, kPageSize, rank + rope); null where they have another format.
   std::byte* rows() const { return context_.cache_format ? nullptr : data_.data(); }

@@ -87,6 +87,8 @@ std::string CudaAttention::page_format() const {
   return "cuda, " + cache_.format() + (indexer_ ? ", " + indexer_->format() : "");
 }
 
+bool CudaAttention::has_plain_rows() const { return !indexer_ && cache_.has_plain_rows(); }
+
 void CudaAttention::forward(Residual& x, Rows /*rows*/) {
   if (context_.is_one_token_step()) {
     list(context_.one_token.add_layer());

@@ -32,6 +32,7 @@ class CudaAttention : public Attention {
   void copy_page(int source, int target) override;
   std::array<std::span<std::byte>, 2> page(int index) const override;
   std::string page_format() const override;
+  bool has_plain_rows() const override;
 
   /// (hidden) float32: of the layer's input.
   const float* norm() const { return floats(norm_); }

@@ -26,6 +26,8 @@ std::string CudaLatentCache::format() const {
   return std::to_string(width()) + (context_.fp8_cache ? " in fp8_v32" : " x bfloat16");
 }
 
+bool CudaLatentCache::has_plain_rows() const { return !context_.fp8_cache && width() == 576; }
+
 void CudaLatentCache::allocate(int num_pages) {
   data_ = context_.pool->allocate(bytes_per_page() * static_cast<std::size_t>(num_pages));
 }

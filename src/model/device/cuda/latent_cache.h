@@ -30,6 +30,8 @@ class CudaLatentCache {
   }
   /// Of its rows, in words.
   std::string format() const;
+  /// Whether they are 512 + 64 elements of bfloat16.
+  bool has_plain_rows() const;
 
   /// The rows themselves, (pages, kPageSize, rank + rope) bfloat16; null where they are FP8.
   std::byte* rows() const { return context_.fp8_cache ? nullptr : data_.data(); }
