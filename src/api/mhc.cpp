@@ -129,7 +129,7 @@ int host_threads(const TensorView& residual, const MhcOptions& o) {
   if (api::backend_of(o.backend, residual, "residual") != Backend::kCpu) {
     throw Unsupported(fmt::format("residual is {}; hyper-connections run on the CPU", residual.describe()));
   }
-  return o.num_threads > 0 ? o.num_threads : cpu::default_num_threads();
+  return cpu::threads_of_call(o.num_threads);
 }
 
 }  // namespace

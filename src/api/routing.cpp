@@ -132,7 +132,7 @@ void choose_experts(const RoutingArgs& args, const RoutingOptions& options) {
   }
   check_finite(args.logits, "logits");
   if (args.bias.defined()) check_finite(args.bias, "bias");
-  cpu::choose_experts(call, options.num_threads > 0 ? options.num_threads : cpu::default_num_threads());
+  cpu::choose_experts(call, cpu::threads_of_call(options.num_threads));
 }
 
 }  // namespace flash_mla

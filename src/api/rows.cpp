@@ -39,7 +39,7 @@ void check_input(const TensorView& t, const char* name, int rank) {
 
 int threads_of(const RowOptions& o) {
   if (o.num_threads < 0) api::invalid("num_threads is {}, expected >= 0", o.num_threads);
-  return o.num_threads > 0 ? o.num_threads : cpu::default_num_threads();
+  return cpu::threads_of_call(o.num_threads);
 }
 
 void run_norm(const NormCall& call, const RowOptions& options) {

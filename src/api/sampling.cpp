@@ -111,9 +111,7 @@ void check_values(const TensorView& t, const char* name, bool probabilities, boo
   });
 }
 
-int threads_of(const SamplingOptions& options) {
-  return options.num_threads > 0 ? options.num_threads : cpu::default_num_threads();
-}
+int threads_of(const SamplingOptions& options) { return cpu::threads_of_call(options.num_threads); }
 
 }  // namespace
 }  // namespace api

@@ -1,6 +1,8 @@
 """Choices of tokens and experts from Python and under FlashInfer's names, against their definitions in torch and float64."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -183,6 +185,24 @@ def test_routing_of_other_array_libraries():
     scores /= scores.sum(-1, keepdims=True)
     assert (ids == np.argsort(-scores, axis=-1)[:, :3]).all()
     np.testing.assert_allclose(weights, np.take_along_axis(scores, ids, -1), rtol=1e-6)
+
+
+def test_a_forked_child_runs_on_one_thread_whatever_is_asked_for():
+    """OpenMP's threads stay with the parent: a child that waits for them waits for ever."""
+    script = """
+import os, torch
+import flash_mla_kernels as fm
+logits, weight = torch.randn(8, 40000), torch.ones(40000)  # torch's threads, too, stay with the parent
+calls = lambda: (fm.sample_tokens(logits, seed=1, num_threads=2), fm.choose_experts(logits[:, :256], 8, num_threads=2),
+                 fm.rms_norm(logits, weight, num_threads=2))
+calls()
+child = os.fork()
+if child == 0:
+    calls()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_bad_input_is_named():

@@ -31,4 +31,9 @@ int default_num_threads();
 /// one thread.
 bool is_forked_child();
 
+/// The threads of a call that asks for `wanted`: default_num_threads() for 0, and one in such a child.
+inline int threads_of_call(int wanted) {
+  return wanted == 0 || is_forked_child() ? default_num_threads() : wanted;
+}
+
 }  // namespace flash_mla::cpu
