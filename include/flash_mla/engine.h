@@ -16,6 +16,7 @@
 #include "flash_mla/expert_counts.h"
 #include "flash_mla/model_options.h"
 #include "flash_mla/text_format.h"
+#include "flash_mla/transfer_options.h"
 
 namespace flash_mla {
 
@@ -112,6 +113,8 @@ struct Request {
   /// Special tokens that `prompt` spells out become those tokens. False for text of strangers: it cannot end
   /// the sentence or begin another speaker's turn then.
   bool allow_special = true;
+  /// For engines with EngineOptions::transfer: where a prefill and a decode engine meet for the request.
+  std::optional<BootstrapRoom> bootstrap;
   SamplingParams sampling;
 };
 
@@ -218,6 +221,8 @@ struct EngineOptions {
   /// for models whose pages are vLLM's in bfloat16: no indexer, no module for drafts, rotary pairs interleaved. Not with
   /// batch_invariant. Chunks then have no checksum.
   std::string kv_shared;
+  /// Prefill and decode as two engines. Not together with kv_tiers yet.
+  TransferOptions transfer;
   /// The same bits for a request whatever else is in the batch.
   bool batch_invariant = false;
   /// On a GPU the next step is queued while the current one runs, wherever nothing but more tokens of the
@@ -309,6 +314,7 @@ struct EngineStats {
   std::int64_t preemptions = 0, pages_evicted = 0, pages_copied = 0;
   DraftStats ngram_drafts, mtp_drafts;
   std::vector<KvTierStats> kv_tiers;
+  TransferStats transfer;
   std::int64_t steps = 0;
   double step_seconds = 0;            ///< all steps together
   std::vector<RankStats> ranks;       ///< of a model that several share; else empty

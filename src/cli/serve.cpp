@@ -14,6 +14,7 @@
 #include "cli/config_file.h"
 #include "cli/engine_flags.h"
 #include "cli/load_progress.h"
+#include "cli/transfer_flags.h"
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
 #include "flash_mla/info.h"
@@ -73,6 +74,7 @@ int run_serve(ServeOptions o) {
   o.server.version = version();
   server::check_options(o.server);  // rather than when the model has been loaded
   check_kv_tiers(o.engine.kv_tiers, o.engine.kv_shared);
+  check_transfer(o.engine.transfer);
   if (server::is_public(o.server) && o.server.api_keys.empty()) {
     fmt::print(stderr,
                "flash-mla serve: warning: everybody who reaches {}:{} may use it; {} sets a key "
@@ -93,6 +95,13 @@ int run_serve(ServeOptions o) {
   fmt::print(stderr, "flash-mla serve: {} on http://{}:{}/v1, {} pages of 64 tokens{}\n",
              fmt::join(o.server.model_names, ", "), o.server.host, server.port(), engine.stats().pages_total,
              o.engine.load_format == EngineOptions::LoadFormat::kDummy ? ", random weights" : "");
+  if (const TransferStats transfer = engine.stats().transfer; transfer.role == TransferRole::kPrefill) {
+    fmt::print(stderr, "flash-mla serve: prefill, decode servers meet it at {}:{} ({})\n",
+               o.engine.transfer.host, transfer.port, o.engine.transfer.transport);
+  } else if (transfer.role == TransferRole::kDecode) {
+    fmt::print(stderr, "flash-mla serve: decode, pages from {} ({})\n",
+               fmt::join(o.engine.transfer.peers, ", "), o.engine.transfer.transport);
+  }
   if (const std::string why = engine.why_no_chat(); !why.empty()) {
     fmt::print(stderr, "flash-mla serve: no chat, only completions: {}\n", why);
   } else {
@@ -172,6 +181,7 @@ void register_serve(CLI::App& app, int& exit_code) {
       ->check(integer_between(1, 64))
       ->capture_default_str();
   add_engine_flags(*sub, o->engine);
+  add_transfer_flags(*sub, o->engine.transfer);
   add_talk_flags(*sub, o->talk);
   sub->callback([o, &exit_code] { exit_code = run_serve(*o); });
 }

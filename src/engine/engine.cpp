@@ -65,7 +65,7 @@ std::unique_ptr<model::Model> make_model(const std::filesystem::path& directory,
 
 // What tells the model's pages from those of others, where anybody asks.
 std::string weights_of(const std::filesystem::path& directory, const EngineOptions& o) {
-  if (o.kv_tiers.empty()) return {};
+  if (o.kv_tiers.empty() && o.transfer.role == TransferRole::kNone) return {};
   return o.load_format == EngineOptions::LoadFormat::kDummy ? "random " + model::config_digest(directory)
                                                             : model::weights_digest(directory);
 }
@@ -267,6 +267,7 @@ struct Engine::Impl {
     Request out;
     out.prompt_token_ids = prompt_tokens(request);
     out.sampling = std::move(request.sampling);
+    out.bootstrap = std::move(request.bootstrap);
     for (const std::string& word : out.sampling.bad_words) add_bad_word(word, out.sampling.bad_token_ids);
     core.check(out);
     return out;
@@ -290,7 +291,7 @@ struct Engine::Impl {
 };
 
 Engine::Engine(const std::filesystem::path& model_directory, const EngineOptions& options)
-    : impl_((check_kv_tiers(options.kv_tiers, options.kv_shared),
+    : impl_((check_kv_tiers(options.kv_tiers, options.kv_shared), check_transfer(options.transfer),
              std::make_unique<Impl>(model_directory, options))) {}
 
 Engine::~Engine() { stop(); }

@@ -106,6 +106,21 @@ std::unique_ptr<TierTransfers> make_tiers(model::Model& model, kv::PagePool& poo
                              options.kv_tier_wait_seconds, std::move(on_news)});
 }
 
+// Null without a role.
+std::unique_ptr<PeerLoader> make_peers(model::Model& model, kv::PagePool& pool, const EngineOptions& options,
+                                       const std::string& weights, std::function<void()> on_news) {
+  const TransferOptions& transfer = options.transfer;
+  if (transfer.role == TransferRole::kNone) return nullptr;
+  check_transfer(transfer);
+  if (!options.kv_tiers.empty()) throw Unsupported("transfer: not together with kv_tiers yet");
+  transfer::Identity identity{fmt::format("{}, quantize {}", weights, static_cast<int>(options.quantize)),
+                              model.page_format(), kPageSize, options.batch_invariant,
+                              model.layer_page_bytes()};
+  PeerSetup setup{model, pool, transfer, std::move(identity), std::move(on_news)};
+  return transfer.role == TransferRole::kPrefill ? make_prefill_side(std::move(setup))
+                                                 : make_decode_side(std::move(setup));
+}
+
 // What keeps a sequence from growing further than min(model, option, cache).
 LengthLimit limit_of(std::int64_t max_length, const model::Model& model, const EngineOptions& options) {
   if (max_length < longest_sequence(model, options)) return LengthLimit::kCache;
@@ -122,9 +137,11 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
       options_(options),
       pool_(num_cache_pages(*model_, options), options.prefix_cache),
       tiers_(make_tiers(*model_, pool_, options, weights, [this] { inbox_.wake(); })),
+      peers_(make_peers(*model_, pool_, options, weights, [this] { inbox_.wake(); })),
+      loader_(peers_ ? static_cast<PrefixLoader*>(peers_.get()) : tiers_.get()),
       scheduler_({options.max_batch_size, options.max_tokens_per_step, kMaxScoredTokens,
                   max_drafts_per_step(options)},
-                 pool_, tiers_.get()),
+                 pool_, loader_),
       max_length_(std::min(longest_sequence(*model_, options), std::int64_t{pool_.num_pages()} * kPageSize)),
       statistics_(options.max_batch_size, pool_.num_pages(), model_->bytes_per_page()),
       inbox_(options.max_waiting, statistics_),
@@ -139,11 +156,15 @@ EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory m
   allocate_cache(*model_, pool_.num_pages());
 }
 
-EngineCore::~EngineCore() { tiers_.reset(); }  // its threads wake the inbox
+// Their threads wake the inbox.
+EngineCore::~EngineCore() {
+  tiers_.reset();
+  peers_.reset();
+}
 
 EngineStats EngineCore::stats() const {
   EngineStats out = statistics_.snapshot();
-  if (tiers_) out.kv_tiers = tiers_->stats();
+  if (loader_) loader_->add_to(out);
   out.experts = model_->expert_counts();
   return out;
 }
@@ -184,6 +205,7 @@ void EngineCore::check(const Request& request) const {
     }
   }
   check_tokens(request.sampling, model_->vocab_size());
+  if (request.bootstrap) check_room(*request.bootstrap);
   if (!has_text_ && !request.sampling.format.is_free()) {
     throw Unsupported("the format of a text: this engine has no tokenizer");
   }
@@ -192,11 +214,26 @@ void EngineCore::check(const Request& request) const {
   }
 }
 
+void EngineCore::check_room(const BootstrapRoom& room) const {
+  if (!peers_)
+    throw InvalidArgument(
+        fmt::format("bootstrap_room is {}, expected none: the server has no --role", room.room));
+  if (room.room < 0)
+    throw InvalidArgument(fmt::format("bootstrap_room is {}, expected 0 or more", room.room));
+  peers_->check(room);
+}
+
 RequestId EngineCore::submit(Request request, EventHandler on_event, bool bounded,
                              std::shared_ptr<const grammar::Grammar> grammar) {
   auto active = std::make_unique<ActiveRequest>();
   active->prompt = std::move(request.prompt_token_ids);
   active->sampling = std::move(request.sampling);
+  active->room = std::move(request.bootstrap);
+  if (active->room && options_.transfer.role == TransferRole::kPrefill) {
+    // What follows is the decode server's.
+    active->sampling.max_tokens = std::min(active->sampling.max_tokens, 1);
+    active->sampling.min_tokens = std::min(active->sampling.min_tokens, active->sampling.max_tokens);
+  }
   if (active->sampling.best_of > active->sampling.n) {
     throw InvalidArgument(
         fmt::format("best_of is {}, expected at most n, {}: which is best is known at the end",
@@ -219,18 +256,19 @@ bool EngineCore::step() {
   const std::lock_guard one_step(step_mutex_);
   const Clock::time_point begin = Clock::now();
   const bool news = empty_inbox();
-  if (tiers_) tiers_->poll();
+  if (loader_) poll_loader();
   std::unique_ptr<LaunchedStep> step = std::move(ahead_);
   if (step) {
     step->record.begin = step->record.planned = statistics_.seconds(begin);
   } else if (!scheduler_.idle()) {
     speculation_.propose(scheduler_.running());
     StepPlan plan = scheduler_.plan();
-    if (tiers_ && plan.work.empty()) return wait_for_tiers();
+    if (loader_ && plan.work.empty()) return wait_for_loader();
+    if (loader_) loader_->launching(plan);
     step = pipeline_.launch(std::move(plan), begin, speculation_.with_module());
     note_load();  // who asks after a first token finds its sequence running
-  } else if (tiers_ && tiers_->holds_pages()) {
-    return wait_for_tiers();
+  } else if (loader_ && loader_->holds_pages()) {
+    return wait_for_loader();
   } else {
     note_load();
     return news;
@@ -256,8 +294,13 @@ bool EngineCore::step() {
   return true;
 }
 
-// There is nothing to compute before a tier has answered.
-bool EngineCore::wait_for_tiers() {
+void EngineCore::poll_loader() {
+  loader_->poll();
+  for (const auto& [sequence, why] : loader_->refused()) requests_.refuse(*sequence, why);
+}
+
+// There is nothing to compute before a tier, or a peer, has answered.
+bool EngineCore::wait_for_loader() {
   note_load();
   inbox_.wait_for_news(std::chrono::milliseconds(2));
   return true;
@@ -294,7 +337,7 @@ void EngineCore::finish(LaunchedStep& step) {
     end_all(step, step.failure);
   }
   record.end = statistics_.seconds(Clock::now());
-  if (tiers_) tiers_->prefilled(record.prefill_tokens, record.end - record.begin);
+  if (loader_) loader_->prefilled(record.prefill_tokens, record.end - record.begin);
   for (const DraftOutcome& outcome : step.drafts) record.decode_tokens += outcome.committed;
   speculation_.learn(step, record.end - record.begin);
   statistics_.drafted(step);
@@ -308,7 +351,7 @@ void EngineCore::accept_tokens(LaunchedStep& step) {
     Continuation& c = step.continuation(i);
     if (c.ended) continue;
     scheduler_.commit(step.plan.work[i]);
-    if (tiers_) tiers_->store(c);
+    if (loader_) loader_->store(c);
   }
   for (const auto& [continuation, error] : chooser_.score(step, pipeline_, model_->vocab_size())) {
     requests_.end(*continuation, FinishReason::kError, error, /*keep_pages=*/false);

@@ -8,6 +8,8 @@
 
 #include "engine/inbox.h"
 #include "engine/module_drafts.h"
+#include "engine/peer_loader.h"
+#include "engine/prefix_loader.h"
 #include "engine/requests.h"
 #include "engine/scheduler.h"
 #include "engine/speculation.h"
@@ -76,7 +78,9 @@ class EngineCore {
 
  private:
   bool empty_inbox();
-  bool wait_for_tiers();
+  void poll_loader();
+  bool wait_for_loader();
+  void check_room(const BootstrapRoom& room) const;
   void launch_ahead(const LaunchedStep& step);
   void finish(LaunchedStep& step);
   void accept_tokens(LaunchedStep& step);
@@ -91,6 +95,8 @@ class EngineCore {
   EngineOptions options_;
   kv::PagePool pool_;
   std::unique_ptr<TierTransfers> tiers_;  // null: there are none
+  std::unique_ptr<PeerLoader> peers_;     // null: there are none
+  PrefixLoader* loader_;                  // one of these, or null: pages come from nowhere else
   Scheduler scheduler_;
   std::int64_t max_length_;  // of prompt and continuation together: what model and cache hold
   Statistics statistics_;

@@ -3,10 +3,18 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace flash_mla {
+struct EngineStats;
+}
 
 namespace flash_mla::engine {
 
 struct Sequence;
+struct StepPlan;
 
 /// Where the pages of a prompt's beginning may come from besides the prefix cache. No call waits for anything. All are
 /// made by the thread that steps.
@@ -25,6 +33,8 @@ class PrefixLoader {
   virtual std::optional<std::int64_t> loaded(Sequence& sequence) = 0;
   /// Whether loaded() has an answer.
   virtual bool has_loaded(const Sequence& sequence) const = 0;
+  /// The sequence runs without what was found, if anything was.
+  virtual void skip(Sequence& sequence) { forget(sequence); }
   /// Nobody waits for the sequence any more. Where a load goes on, its pages are taken from it and kept until they are
   /// no longer written.
   virtual void forget(Sequence& sequence) = 0;
@@ -32,6 +42,22 @@ class PrefixLoader {
   virtual void hurry() = 0;
   /// Whether pages will come back to the pool for which nobody has to do anything.
   virtual bool holds_pages() const = 0;
+
+  // Around steps.
+  /// Lets go of pages that no copy reads or writes any more, and looks what else has come.
+  virtual void poll() {}
+  /// Sequences that cannot run since the last call, and why. They wait, and are to be ended.
+  virtual std::vector<std::pair<Sequence*, std::string>> refused() { return {}; }
+  /// The plan goes to the model now.
+  virtual void launching(const StepPlan& plan) { static_cast<void>(plan); }
+  /// A step of the sequence has been committed.
+  virtual void store(Sequence& sequence) { static_cast<void>(sequence); }
+  /// A step has taken `seconds` for `tokens` of prompts.
+  virtual void prefilled(int tokens, double seconds) {
+    static_cast<void>(tokens), static_cast<void>(seconds);
+  }
+  /// Its figures. From any thread.
+  virtual void add_to(EngineStats& stats) const = 0;
 };
 
 }  // namespace flash_mla::engine

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -80,7 +81,8 @@ struct ActiveRequest {
   SamplingParams sampling;
   LogitRules rules;
   std::shared_ptr<const grammar::Grammar> grammar;  // null: the text is free
-  std::vector<TokenLogprobs> prompt_logprobs;       // as far as the prompt has been scored
+  std::optional<BootstrapRoom> room;
+  std::vector<TokenLogprobs> prompt_logprobs;  // as far as the prompt has been scored
   EventHandler on_event;
   std::uint64_t seed = 0;
   Clock::time_point submitted{};

@@ -25,6 +25,7 @@ void Requests::begin(std::unique_ptr<ActiveRequest> request) {
   r.open = r.sampling.n;
   Continuation& first = *r.continuations.emplace_back(std::make_unique<Continuation>(r, 0, new_decoder()));
   first.tokens = r.prompt;
+  first.room = r.room;
   first.format = new_matcher(r);
   std::vector<std::int32_t> ends = r.sampling.stop_token_ids;
   if (!r.sampling.ignore_eos) ends.insert(ends.end(), eos_token_ids_.begin(), eos_token_ids_.end());

@@ -36,6 +36,12 @@ class Requests {
   void end(Continuation& c, FinishReason reason, const std::string& error, bool keep_pages = true) {
     end(c, reason, error, {}, keep_pages);
   }
+  /// The same of a sequence that has not run.
+  void refuse(Sequence& sequence, const std::string& error) {
+    auto& c = static_cast<Continuation&>(sequence);
+    started(*c.request);
+    end(c, FinishReason::kError, error);
+  }
   /// Its end where no token was asked for.
   void end_at_prompt(Continuation& c);
   /// Forgets requests that have ended, except those in a step that the model has been given.

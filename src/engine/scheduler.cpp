@@ -42,8 +42,8 @@ Scheduler::Scheduler(const SchedulerOptions& options, kv::PagePool& pool, Prefix
 void Scheduler::look_up(Sequence& sequence) {
   if (loader_ == nullptr) return;
   const std::span<const std::int32_t> all = reusable(sequence), tokens = all.first(all.size() - 1);
-  // Not for what the prefix cache has anyway.
-  if (std::ssize(tokens) - pool_.cached_prefix(all) < kv::kChunkTokens) return;
+  // Not for what the prefix cache has anyway; but a peer waits to be told.
+  if (!sequence.room && std::ssize(tokens) - pool_.cached_prefix(all) < kv::kChunkTokens) return;
   loader_->look_up(sequence, tokens);
 }
 
@@ -217,7 +217,7 @@ void Scheduler::load(Sequence& sequence) {
   const std::int64_t end = loader_->found(sequence).value_or(0);
   std::vector<kv::PageCopy> none;  // pages behind full ones are new
   if (end <= sequence.num_computed() || !pool_.reserve(sequence.pages, end, none)) {
-    loader_->forget(sequence);
+    loader_->skip(sequence);
     return;
   }
   loader_->load(sequence, end);

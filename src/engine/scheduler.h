@@ -14,6 +14,7 @@
 
 namespace flash_mla::engine {
 
+struct PeerTicket;
 struct TierTicket;
 
 /// A sequence as the scheduler sees it. The engine adds its own members by deriving.
@@ -40,9 +41,13 @@ struct Sequence {
   bool loading = false;    // its pages are being filled from a tier
   bool scheduled = false;  // in the plan that is being made
 
+  /// Where its pages come from, or go to, until the prefix loader has taken it.
+  std::optional<BootstrapRoom> room;
+
   // The prefix loader's own.
-  std::shared_ptr<TierTicket> ticket;  // null: nothing is looked up or loaded
-  std::int64_t num_stored = 0;         // tokens that tiers have, or have been offered
+  std::shared_ptr<TierTicket> ticket;       // null: nothing is looked up or loaded
+  std::int64_t num_stored = 0;              // tokens that tiers have, or have been offered
+  std::shared_ptr<PeerTicket> peer_ticket;  // null: there is no room
 };
 
 struct SchedulerOptions {

@@ -51,15 +51,6 @@ Clock::time_point in(double seconds) {
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
 }
 
-// A device that has failed copies nothing any more.
-bool is_over(model::CopyMark& mark) {
-  try {
-    return mark.done();
-  } catch (const std::exception&) {
-    return true;
-  }
-}
-
 void end_soon(const std::vector<std::weak_ptr<TierTicket>>& loads) {
   for (const auto& load : loads) {
     if (const auto ticket = load.lock()) ticket->hurry = true;
@@ -81,6 +72,7 @@ TierTransfers::TierTransfers(model::Model& model, kv::PagePool& pool, Options op
       tiers_(kv::make_tiers(options.tiers, tier_config(options, memory_))),
       uploads_(model.make_page_copies()),
       downloads_(model.make_page_copies()),
+      held_(pool),
       stats_(tiers_.size()),
       storer_("kv-store"),
       loader_("kv-load") {
@@ -280,7 +272,7 @@ void TierTransfers::forget(Sequence& sequence) {
   if (!ticket) return;
   if (ticket->loading && !ticket->done) {
     ticket->hurry = true;
-    held_.push_back({std::move(sequence.pages), [ticket] { return ticket->done.load(); }});
+    held_.hold(std::move(sequence.pages), [ticket] { return ticket->done.load(); });
     return;
   }
   // What a match holds may take a while to let go of.
@@ -320,8 +312,8 @@ void TierTransfers::store_chunk(Sequence& sequence, std::int64_t chunk) {
                          bytes.data());
     const std::shared_ptr<model::CopyMark> mark = downloads_->mark();
     if (!mark->done()) {
-      held_.push_back({pool_.share(sequence.pages, static_cast<int>((chunk + 1) * kChunkPages)),
-                       [mark] { return is_over(*mark); }});
+      held_.hold(pool_.share(sequence.pages, static_cast<int>((chunk + 1) * kChunkPages)),
+                 [mark] { return is_over(*mark); });
     }
     const auto end = sequence.tokens.begin() + (chunk + 1) * kChunkTokens;
     storer_.post([this, mark, bytes, tokens = std::vector<std::int32_t>(sequence.tokens.begin(), end)] {
@@ -360,12 +352,6 @@ void TierTransfers::store_in(std::size_t tier, std::span<const std::int32_t> tok
   });
 }
 
-void TierTransfers::poll() {
-  std::erase_if(held_, [this](Held& held) {
-    if (!held.is_done()) return false;
-    pool_.release(held.pages);
-    return true;
-  });
-}
+void TierTransfers::poll() { held_.poll(); }
 
 }  // namespace flash_mla::engine

@@ -10,10 +10,11 @@
 #include <string>
 #include <vector>
 
+#include "base/task_thread.h"
 #include "engine/chunk_memory.h"
+#include "engine/held_pages.h"
 #include "engine/prefix_loader.h"
 #include "engine/request.h"
-#include "engine/task_thread.h"
 #include "flash_mla/engine.h"
 #include "kv/kv_tier.h"
 #include "kv/page_pool.h"
@@ -51,21 +52,15 @@ class TierTransfers : public PrefixLoader {
   bool holds_pages() const override { return !held_.empty(); }
 
   /// Offers the tiers the chunks of a sequence that have become full since it was last called.
-  void store(Sequence& sequence);
-  /// Lets go of pages that no copy reads or writes any more.
-  void poll();
-  /// A step has taken `seconds` for `tokens` of prompts: by that it is judged what is worth waiting for.
-  void prefilled(int tokens, double seconds);
+  void store(Sequence& sequence) override;
+  void poll() override;
+  /// By that it is judged what is worth waiting for.
+  void prefilled(int tokens, double seconds) override;
+  void add_to(EngineStats& stats) const override { stats.kv_tiers = this->stats(); }
   /// From any thread.
   std::vector<KvTierStats> stats() const;
 
  private:
-  /// Pages that are no sequence's and that a copy still reads or writes.
-  struct Held {
-    kv::SequencePages pages;
-    std::function<bool()> is_done;
-  };
-
   double allowance(std::int64_t tokens) const;
   void do_look_up(TierTicket& ticket);
   void do_load(TierTicket& ticket);
@@ -83,7 +78,7 @@ class TierTransfers : public PrefixLoader {
   std::vector<std::unique_ptr<kv::KvTier>> tiers_;
   std::unique_ptr<model::PageCopies> uploads_, downloads_;
   double seconds_per_token_ = 0;  // of prompts, lately; 0: not known
-  std::vector<Held> held_;
+  HeldPages held_;
   std::vector<std::weak_ptr<TierTicket>> loads_;
 
   mutable std::mutex mutex_;  // of what follows

@@ -45,7 +45,8 @@ void DeepSeek::forward_pass() {
     // Nothing reads what the last layer makes of a prompt's tokens but the last, unless the module does.
     const bool last = &layer == &layers_.back() && !module_;
     layer.attention->forward(x, last ? Rows::kLogits : Rows::kAll);  // x += attention(norm(x))
-    layer.feed_forward->forward(x);                                  // x += ffn(norm(x)), or experts'
+    if (on_layer_) on_layer_(static_cast<int>(&layer - layers_.data()));
+    layer.feed_forward->forward(x);  // x += ffn(norm(x)), or experts'
   }
   if (module_) module_->input->keep(x);
   const Matrix logits = head_->forward(x);  // logits = W · norm(x)

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -31,6 +32,8 @@ class DeepSeek : public Model {
   void copy_page(int source, int target) override;
   std::string page_format() const override;
   int num_plain_layers() const override;
+  std::vector<std::size_t> layer_page_bytes() const override;
+  bool set_on_layer(const std::function<void(int layer)>& on_layer) override;
   std::unique_ptr<PageCopies> make_page_copies() override;
   Buffer allocate_host(std::size_t bytes) const override { return device_->allocate_host(bytes); }
   void reserve(int num_tokens, int num_rows) override { device_->reserve(num_tokens, num_rows); }
@@ -86,6 +89,7 @@ class DeepSeek : public Model {
   int num_pages_ = 0;
   class Copies;
 
+  std::function<void(int layer)> on_layer_;  ///< null: nobody asks
   std::deque<Flight> flights_;
   Step step_;                           ///< the last that was launched
   Step module_step_;                    ///< of the module's last application

@@ -78,6 +78,14 @@ class Model {
   virtual void allocate_cache(int num_pages) = 0;
   /// Copies one page, in every layer.
   virtual void copy_page(int source, int target) = 0;
+  /// Bytes of a page in each layer of the cache.
+  virtual std::vector<std::size_t> layer_page_bytes() const { return {bytes_per_page()}; }
+  /// `on_layer` is called in launch(), with the number of each layer, once the latents of the step's tokens are in its
+  /// cache; it must not throw. Null: no more. False where they are not there before launch() returns: then never.
+  virtual bool set_on_layer(const std::function<void(int layer)>& on_layer) {
+    static_cast<void>(on_layer);
+    return false;
+  }
   /// What the bytes of a page mean, and of which device they are, in words. A page of a model with the same weights and
   /// the same words is as good as a page of this one's own.
   virtual std::string page_format() const { return {}; }

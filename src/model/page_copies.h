@@ -29,6 +29,8 @@ class PageCopies {
   virtual void follow_steps() = 0;
   /// Queues the copies of pages to the host.
   virtual void download(std::span<const std::int32_t> pages, std::byte* to) = 0;
+  /// The same of one layer, (pages, bytes of a page in the layer).
+  virtual void download(int layer, std::span<const std::int32_t> pages, std::byte* to) = 0;
   /// Queues the copies of pages from the host; where `pages` has -1, none is made.
   virtual void upload(std::span<const std::int32_t> pages, const std::byte* from) = 0;
   /// Of all that has been queued here so far.

@@ -197,6 +197,31 @@ void read_best_of(const Body& json, Call& call, SamplingParams& p) {
   p.logprobs = std::max(p.logprobs, 0);
 }
 
+// Where a router has a prefill and a decode server meet, in SGLang's fields: null and absent are the same.
+void read_bootstrap(const Body& json, Call& call) {
+  const Body* room = find(json, "bootstrap_room");
+  if (room == nullptr) {
+    if (const Body* host = find(json, "bootstrap_host"); host != nullptr)
+      throw bad_request("bootstrap_host: expected together with bootstrap_room", "bootstrap_host");
+    return;
+  }
+  BootstrapRoom out;
+  out.room = integer(*room, "bootstrap_room");
+  if (const Body* host = find(json, "bootstrap_host")) {
+    if (!host->is_string()) throw wrong_type("bootstrap_host", *host, "a string");
+    out.host = host->get<std::string>();
+    if (out.host.size() > kMaxHostBytes)
+      throw bad_request(
+          fmt::format("bootstrap_host has {} bytes, expected at most {}", out.host.size(), kMaxHostBytes),
+          "bootstrap_host");
+  }
+  read(json, "bootstrap_port", out.port);
+  if (call.requests.size() != 1)
+    throw bad_request(fmt::format("bootstrap_room: expected a single prompt, got {}", call.requests.size()),
+                      "bootstrap_room");
+  call.requests.front().bootstrap = std::move(out);
+}
+
 void check_model(const Body& json, const std::vector<std::string>& model_names) {
   const Body* model = find(json, "model");
   const std::string expected = fmt::format("\"{}\"", fmt::join(model_names, "\" or \""));
@@ -245,6 +270,7 @@ Call parse_call(std::string_view body, bool chat, const std::vector<std::string>
   } else {
     read_completion(json, call, p);
   }
+  read_bootstrap(json, call);
   FormatField format = read_format(json, body);
   p.format = std::move(format.format);
   call.format_field = std::move(format.name);

@@ -115,6 +115,8 @@ constexpr std::string_view kKnown[] = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "request_id", "rid", "priority", "cache_prompt", "parallel_tool_calls", "tools",
     "tool_choice", "include_reasoning", "separate_reasoning", "thinking", "enable_thinking",
+    // read_bootstrap
+    "bootstrap_host", "bootstrap_port", "bootstrap_room",
     // Special tokens are left out of texts, so nothing stands between them.
     "spaces_between_special_tokens"};
 

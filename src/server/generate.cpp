@@ -106,7 +106,8 @@ void prepare_format(Exchange& x, const Call& call) {
 
 // Which field an error of the engine is about: all else has been checked.
 std::string field_of(std::string_view error, bool chat) {
-  for (const char* name : {"chat_template_kwargs", "tools", "suffix"}) {
+  for (const char* name :
+       {"chat_template_kwargs", "tools", "suffix", "bootstrap_room", "bootstrap_host", "bootstrap_port"}) {
     if (error.starts_with(name)) return name;
   }
   return chat ? "messages" : "prompt";

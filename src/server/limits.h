@@ -30,6 +30,8 @@ inline constexpr std::size_t kMaxNamedTokens = 16384;
 inline constexpr std::size_t kMaxInlineBodyBytes = 32768;
 inline constexpr int kBodyThreads = 2;
 
+inline constexpr std::size_t kMaxHostBytes = 255;  ///< of bootstrap_host
+
 /// More of a path or an error tells nothing, and a log must not grow with what strangers send.
 inline constexpr std::size_t kMaxLoggedBytes = 200;
 /// Of fields that no API defines: how many are named in the log, and how many of one request.

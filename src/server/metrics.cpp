@@ -185,6 +185,25 @@ void add_tiers(Families& f, std::vector<KvTierStats> tiers) {
             tiers, &T::failures);
 }
 
+void add_transfer(Families& f, const TransferStats& t) {
+  if (t.role == TransferRole::kNone) return;
+  f.info("mla_transfer_info", "What this side of prefill and decode does, and why a room last failed.",
+         {{"role", transfer_role_name(t.role)}, {"last_trouble", t.last_trouble}});
+  f.counter("mla_transfer_rooms_total", "Requests with a bootstrap room.", t.rooms);
+  f.counter("mla_transfer_handed_over_total", "Of which all pages were sent, or came and were loaded.",
+            t.handed_over);
+  f.counter("mla_transfer_bytes_total", "Bytes of pages sent or received.", t.bytes);
+  f.counter("mla_transfer_seconds_total",
+            "Prefill: time in writes. Decode: time from asking to the pages' arrival, over all rooms.",
+            t.seconds);
+  f.counter("mla_transfer_overlapped_seconds_total",
+            "Prefill: time in writes while their prompt was still being computed.", t.overlapped_seconds);
+  f.gauge("mla_transfer_rooms_open", "Rooms whose pages are awaited.", t.open);
+  f.counters("mla_transfer_fallbacks_total",
+             "Decode: prompts computed here, by why. Prefill: requests refused, and rooms that were left.",
+             "reason", t.fallbacks);
+}
+
 }  // namespace
 
 std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
@@ -239,6 +258,7 @@ std::string prometheus_text(const EngineStats& s, const HttpStats& http) {
   f.gauge("cache_hit_rate", "Prompt tokens found in the prefix cache over those looked up.",
           share(static_cast<double>(s.prefix_tokens_hit), static_cast<double>(s.prefix_tokens_looked_up)));
   add_tiers(f, s.kv_tiers);
+  add_transfer(f, s.transfer);
   f.histogram("mla_ttft_seconds", "Submission to first token.", s.ttft_seconds);
   f.histogram("mla_tpot_seconds", "Time per token after the first, per continuation.", s.tpot_seconds);
   f.histogram("mla_e2e_seconds", "Submission to the end of a continuation.", s.e2e_seconds);

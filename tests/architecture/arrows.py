@@ -26,7 +26,8 @@ ARROWS = {
     "comm": (),
     "model": ("checkpoint", "comm", "kv", "kernels"),
     "grammar": (),
-    "engine": ("model", "kv", "text", "grammar"),
+    "transfer": (),
+    "engine": ("model", "kv", "text", "grammar", "transfer"),
     "server": (),
     "planner": (),
     # The harness measures what the public headers do not show: kernels, and the steps of a model in a shape that the

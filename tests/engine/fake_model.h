@@ -87,6 +87,7 @@ class FakeModel : public model::Model {
           }
         });
       }
+      void download(int, std::span<const std::int32_t> pages, std::byte* to) override { download(pages, to); }
       void upload(std::span<const std::int32_t> pages, const std::byte* from) override {
         for (std::size_t i = 0; i < pages.size(); ++i) {
           if (pages[i] < 0) continue;

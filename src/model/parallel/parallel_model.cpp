@@ -184,6 +184,9 @@ class JointCopies : public PageCopies {
   void download(std::span<const std::int32_t> pages, std::byte* to) override {
     ranks_[0]->download(pages, to);
   }
+  void download(int layer, std::span<const std::int32_t> pages, std::byte* to) override {
+    ranks_[0]->download(layer, pages, to);
+  }
   void upload(std::span<const std::int32_t> pages, const std::byte* from) override {
     for (const auto& rank : ranks_) rank->upload(pages, from);
   }

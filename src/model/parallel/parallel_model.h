@@ -42,6 +42,7 @@ class ParallelModel : public Model {
   std::size_t bytes_per_copied_page() const override { return first().bytes_per_page(); }
   std::string page_format() const override { return first().page_format(); }
   int num_plain_layers() const override { return first().num_plain_layers(); }
+  std::vector<std::size_t> layer_page_bytes() const override { return first().layer_page_bytes(); }
   Buffer allocate_host(std::size_t bytes) const override { return first().allocate_host(bytes); }
   void reserve(int num_tokens, int num_rows) override;
   void launch(const ForwardBatch& batch) override;

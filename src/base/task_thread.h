@@ -9,7 +9,7 @@
 #include <mutex>
 #include <thread>
 
-namespace flash_mla::engine {
+namespace flash_mla {
 
 /// A thread that does what others leave for it, in that order.
 class TaskThread {
@@ -42,4 +42,4 @@ class TaskThread {
   std::jthread thread_;
 };
 
-}  // namespace flash_mla::engine
+}  // namespace flash_mla

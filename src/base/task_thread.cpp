@@ -1,10 +1,10 @@
-#include "engine/task_thread.h"
+#include "base/task_thread.h"
 
 #include <pthread.h>
 
 #include <utility>
 
-namespace flash_mla::engine {
+namespace flash_mla {
 
 TaskThread::TaskThread(const char* name)
     : thread_([this, name](const std::stop_token& stop) {
@@ -51,4 +51,4 @@ void TaskThread::run(const std::stop_token& stop) {
   }
 }
 
-}  // namespace flash_mla::engine
+}  // namespace flash_mla
