@@ -238,7 +238,11 @@ struct EngineOptions {
   /// Ranks that share the model: attention, dense layers and the LM head are cut into `tp` parts, a divisor of its heads.
   /// On the CPU they are threads; on a GPU only 1 so far.
   int tp = 1;
-  /// Parts that the experts are divided into, a divisor of tp; 0: tp.
+  /// Ranks that share the experts alone: each has a cache, a scheduler and all other weights of its own, and runs some of
+  /// the requests, in steps that all take together. num_pages, max_batch_size and max_tokens_per_step are each rank's, and
+  /// memory_bytes all ranks' together. Not with tp above 1. On the CPU they are threads; on a GPU only 1 so far.
+  int dp = 1;
+  /// Parts that the experts are divided into, a divisor of tp (or dp); 0: that many.
   int ep = 0;
   /// Which rank has which experts: "linear", "round-robin", or the path of a JSON file (docs/ranks.md).
   std::string expert_placement = "linear";
@@ -307,6 +311,7 @@ struct EngineStats {
   int pages_used = 0;    ///< now, by running sequences
   int pages_cached = 0;  ///< now, kept for prefix reuse, free to be taken
   std::size_t bytes_per_page = 0;
+  double weight_bytes = 0;            ///< of the model's products, embedding and LM head, on all ranks
   std::int64_t prompt_tokens = 0;     ///< of submitted requests
   std::int64_t computed_tokens = 0;   ///< that went through the model, without drafts that were not accepted
   std::int64_t generated_tokens = 0;  ///< of continuations
@@ -332,6 +337,7 @@ struct EngineStats {
 /// before it ran begins, planned, when the engine turns to it.
 struct StepRecord {
   std::int64_t step = 0;
+  int rank = 0;  ///< whose part of the step it is, with EngineOptions::dp
   double begin = 0, planned = 0, computed = 0, end = 0;  ///< plan, then model, then sampling and events
   int prefill_tokens = 0, decode_tokens = 0, sequences = 0;
   int waiting = 0, preempted = 0, pages_used = 0;

@@ -105,8 +105,9 @@ class LLM:
     ``speculative``: "off", "ngram", "mtp" or "auto" for drafts of up to ``draft_tokens`` tokens, which a step checks and
     which leave a text as it is: what came behind the last tokens before, or those of the model's module for multi-token
     prediction; with "auto" the one or, where that has none or guesses better, the other, and only as many as pay.
-    ``tp``: ranks that share the model, a divisor of its heads, threads of this process on the CPU; ``ep``: parts that the
-    experts are divided into, a divisor of ``tp`` (0: ``tp``); ``expert_placement``: which rank has which experts, "linear",
+    ``tp``: ranks that share the model, a divisor of its heads, threads of this process on the CPU; ``dp``: ranks that share
+    the experts alone, each with a cache of its own, and some of the prompts; ``ep``: parts that the experts are divided
+    into, a divisor of ``tp`` or ``dp`` (0: that many); ``expert_placement``: which rank has which experts, "linear",
     "round-robin" or a JSON file.
     ``generation_config``: "auto" for the sampling that the directory's generation_config.json asks for where a call has no
     sampling_params, "none" for SamplingParams' own defaults. ``chat_template``: a Jinja file instead of the directory's own.
@@ -141,6 +142,7 @@ class LLM:
         speculative="off",
         draft_tokens=3,
         tp=1,
+        dp=1,
         ep=0,
         expert_placement="linear",
         kv_tiers=(),
@@ -169,6 +171,7 @@ class LLM:
             speculative=speculative,
             draft_tokens=draft_tokens,
             tp=tp,
+            dp=dp,
             ep=ep,
             expert_placement=os.fspath(expert_placement),
             kv_tiers=list(kv_tiers),

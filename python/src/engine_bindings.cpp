@@ -192,6 +192,16 @@ nb::dict to_python(const EngineStats& s) {
     of["exchanges"] = rank.exchanges;
     of["bytes_sent"] = rank.bytes_sent;
     of["exchange_seconds"] = rank.exchange_seconds;
+    if (rank.pages_total > 0) {  // it has requests of its own
+      of["running"] = rank.running;
+      of["waiting"] = rank.waiting;
+      of["pages_total"] = rank.pages_total;
+      of["pages_used"] = rank.pages_used;
+      of["pages_cached"] = rank.pages_cached;
+      of["computed_tokens"] = rank.computed_tokens;
+      of["prefix_tokens_hit"] = rank.prefix_tokens_hit;
+      of["preemptions"] = rank.preemptions;
+    }
     ranks.append(of);
   }
   d["ranks"] = ranks;
@@ -365,7 +375,7 @@ void bind_engine(nb::module_& m) {
              std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step, bool prefix_cache,
              bool batch_invariant, bool overlap_steps, int num_threads, bool generation_config,
              const std::string& chat_template, const std::string& speculative, int draft_tokens, int tp,
-             int ep, const std::string& expert_placement, const std::vector<std::string>& kv_tiers,
+             int dp, int ep, const std::string& expert_placement, const std::vector<std::string>& kv_tiers,
              double kv_tier_wait_seconds) {
             EngineOptions o;
             o.generation_config = generation_config;
@@ -387,6 +397,7 @@ void bind_engine(nb::module_& m) {
             o.speculative = speculative_named(speculative);
             o.draft_tokens = draft_tokens;
             o.tp = tp;
+            o.dp = dp;
             o.ep = ep;
             o.expert_placement = expert_placement;
             o.kv_tiers = kv_tiers;
@@ -397,7 +408,7 @@ void bind_engine(nb::module_& m) {
           "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "kv_cache"_a,
           "load_format"_a, "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a,
           "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a,
-          "generation_config"_a, "chat_template"_a, "speculative"_a, "draft_tokens"_a, "tp"_a, "ep"_a,
+          "generation_config"_a, "chat_template"_a, "speculative"_a, "draft_tokens"_a, "tp"_a, "dp"_a, "ep"_a,
           "expert_placement"_a, "kv_tiers"_a, "kv_tier_wait_seconds"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)

@@ -6,9 +6,9 @@
 
 namespace flash_mla {
 
-TaskThread::TaskThread(const char* name)
-    : thread_([this, name](const std::stop_token& stop) {
-        pthread_setname_np(pthread_self(), name);
+TaskThread::TaskThread(std::string name)
+    : thread_([this, name = std::move(name)](const std::stop_token& stop) {
+        pthread_setname_np(pthread_self(), name.c_str());
         run(stop);
       }) {}
 

@@ -7,6 +7,7 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <thread>
 
 namespace flash_mla {
@@ -15,7 +16,7 @@ namespace flash_mla {
 class TaskThread {
  public:
   /// `name` in lists of threads, at most 15 characters.
-  explicit TaskThread(const char* name);
+  explicit TaskThread(std::string name);
   /// Ends after the task that is under way; the others are dropped.
   ~TaskThread();
   TaskThread(const TaskThread&) = delete;

@@ -28,6 +28,7 @@ class BorrowedModel : public model::Model {
   bool has_draft_module() const override { return model_.has_draft_module(); }
   void draft(const model::DraftBatch& batch, std::int32_t* tokens) override { model_.draft(batch, tokens); }
   bool launches_ahead() const override { return model_.launches_ahead(); }
+  void end_step() override { model_.end_step(); }
 
  private:
   model::Model& model_;

@@ -105,15 +105,17 @@ class EngineBench {
     model_options.time_steps = true;
     model_options.quantize = quantize_;
     model_options.tp = options_.tp;
+    model_options.dp = options_.dp;
     model_options.ep = options_.ep;
     if (options_.fp8_cache) model_options.kv_cache = ModelKvCache::kFp8;
     model_options.draft_module = !options_.draft_tokens.empty();
-    model_ = model::make_random_model(config_, model_options);
+    models_ = model::make_random_models(config_, model_options);
+    model_ = models_.front().get();
     const int most_batch = *std::ranges::max_element(options_.batch);
     const int most_context = *std::ranges::max_element(options_.context);
     const int most_prefill = *std::ranges::max_element(options_.prefill);
     pages_per_sequence_ = pages(std::max(most_context + options_.steps + 16, most_prefill));
-    model_->allocate_cache(most_batch * pages_per_sequence_);
+    if (options_.dp == 1) model_->allocate_cache(most_batch * pages_per_sequence_);
     const int most_drafts =
         options_.draft_tokens.empty() ? 0 : *std::ranges::max_element(options_.draft_tokens);
     model_->reserve(std::max(kChunk, most_batch * (1 + most_drafts)), most_batch * (1 + most_drafts));
@@ -126,8 +128,10 @@ class EngineBench {
                         ? nlohmann::ordered_json("deepseek-v2-lite")
                         : nlohmann::ordered_json::parse(std::ifstream(options_.config + "/config.json"));
     out_["weights"] = options_.fp8_weights ? "fp8" : options_.int4_weights ? "w4a8" : "bf16";
-    if (options_.tp > 1)
-      out_["ranks"] = {{"tp", options_.tp}, {"ep", options_.ep > 0 ? options_.ep : options_.tp}};
+    if (const int ranks = std::max(options_.tp, options_.dp); ranks > 1) {
+      out_["ranks"] = {
+          {"tp", options_.tp}, {"dp", options_.dp}, {"ep", options_.ep > 0 ? options_.ep : ranks}};
+    }
     out_["cache"] = options_.fp8_cache ? "fp8" : "bf16";
     out_["parameters"] = parameters(config_);
     out_["bandwidth_of_floor"] = options_.bandwidth;
@@ -136,7 +140,10 @@ class EngineBench {
                seconds_since(begin));
 
     std::fflush(stdout);
-    if (options_.draft_tokens.empty()) {
+    if (options_.dp > 1) {
+      if (!options_.draft_tokens.empty()) throw Unsupported("--draft-tokens with --dp: expected one rank");
+      generate();
+    } else if (options_.draft_tokens.empty()) {
       prefill();
       fill_cache();
       decode();
@@ -282,13 +289,14 @@ class EngineBench {
     const int most = *std::ranges::max_element(options_.batch);
     Table rows({"batch (engine)", "tokens", "queued", "step ms", "device ms", "idle", "tokens/s"});
     for (const bool ahead : {true, false}) {
-      model::Model* model = model_.get();
       EngineOptions engine_options;
       engine_options.num_pages = most * pages(kPrompt + options_.generated + 1);
       engine_options.max_batch_size = most;
       engine_options.max_tokens_per_step = kChunk;
       engine_options.overlap_steps = ahead;
-      engine::EngineCore core(std::make_unique<BorrowedModel>(*model), {}, {}, engine_options);
+      std::vector<std::unique_ptr<model::Model>> borrowed;
+      for (const auto& model : models_) borrowed.push_back(std::make_unique<BorrowedModel>(*model));
+      engine::EngineCore core(std::move(borrowed), {}, {}, engine_options);
       for (const bool drawn : {false, true}) {
         for (const int b : options_.batch) {
           for (const bool warm : {false, true}) {
@@ -304,12 +312,12 @@ class EngineBench {
               core.submit(std::move(s), [&](const GenerationEvent& e) { finished += e.last; });
             }
             core.step();  // the prompts
-            const double device_before = model->device_seconds();
+            const double device_before = model_->device_seconds();
             const Clock::time_point begin = Clock::now();
             int steps = 0;
             while (finished < b && core.step()) ++steps;
             const double time = seconds_since(begin) / steps,
-                         busy = (model->device_seconds() - device_before) / steps;
+                         busy = (model_->device_seconds() - device_before) / steps;
             if (!warm) continue;
             rows.add({fmt::format("{}", b), drawn ? "drawn" : "greedy", ahead ? "ahead" : "after",
                       fmt::format("{:.3f}", time * 1e3), fmt::format("{:.3f}", busy * 1e3),
@@ -344,7 +352,8 @@ class EngineBench {
   const EngineBenchOptions& options_;
   ModelQuantize quantize_;
   checkpoint::ModelConfig config_;
-  std::unique_ptr<model::Model> model_;
+  std::vector<std::unique_ptr<model::Model>> models_;  // of each rank with tokens of its own
+  model::Model* model_ = nullptr;                      // the first
   int pages_per_sequence_ = 0;
   std::mt19937 random_{11};
   nlohmann::ordered_json out_;

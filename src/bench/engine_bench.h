@@ -18,9 +18,10 @@ struct EngineBenchOptions {
   bool fp8_weights = false;               ///< what --quantize fp8 makes of a checkpoint
   bool int4_weights = false;              ///< what --quantize w4a8 makes of one
   bool cpu = false;                       ///< on the CPU; times of the device are 0 then
-  int tp = 1, ep = 0;                     ///< ranks that share the model, its experts (0: tp)
-  std::vector<int> draft_tokens;          ///< measured in place of all else: drafts of a sequence and step
-  double acceptance = 0.8;                ///< simulated: of a draft whose predecessors were accepted
+  int tp = 1, ep = 0;                     ///< ranks that share the model, its experts (0: tp, or dp)
+  int dp = 1;                     ///< ranks that share the experts alone: generation alone is measured
+  std::vector<int> draft_tokens;  ///< measured in place of all else: drafts of a sequence and step
+  double acceptance = 0.8;        ///< simulated: of a draft whose predecessors were accepted
 };
 
 /// Measures decode steps, prefill and generation of a model with random weights and prints them

@@ -98,7 +98,12 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
   app.add_option("--tp", o.tp,
                  "Ranks that share the model, each with a part of every head's weights; on the CPU threads")
       ->capture_default_str();
-  app.add_option("--ep", o.ep, "Parts that the experts are divided into, a divisor of --tp (0: --tp)")
+  app.add_option(
+         "--dp", o.dp,
+         "Ranks that share the experts alone: each has a cache and runs some of the requests; not with --tp")
+      ->capture_default_str();
+  app.add_option("--ep", o.ep,
+                 "Parts that the experts are divided into, a divisor of --tp or --dp (0: that many)")
       ->capture_default_str();
   app.add_option("--expert-placement", o.expert_placement,
                  "Which rank has which experts: linear, round-robin or a JSON file")

@@ -16,7 +16,7 @@ namespace {
 
 double gib(double bytes) { return bytes / (1 << 30); }
 
-// Throws where the cache is larger than all the memory that there is. What is asked for may be `memory_bytes`
+// Throws where the cache, or those of all ranks, larger than all the memory that there is. What is asked for may be `memory_bytes`
 // or `num_pages`.
 void check_fits(const model::Model& model, double num_pages, const char* name, double value) {
   const std::size_t device = model.free_memory();
@@ -29,13 +29,15 @@ void check_fits(const model::Model& model, double num_pages, const char* name, d
                   device > 0 ? "besides the model the device has" : "this machine has", gib(there)));
 }
 
+// Of a rank.
 std::size_t cache_bytes(const model::Model& model, const EngineOptions& options) {
   constexpr std::size_t kHostBytes = std::size_t{2} << 30;
-  if (options.memory_bytes > 0) return options.memory_bytes;
+  const auto ranks = static_cast<std::size_t>(options.dp);
+  if (options.memory_bytes > 0) return options.memory_bytes / ranks;
   const std::size_t free = model.free_memory();
   // Batch-invariant prompts leave partial results of each token and 1024 keys: 17 GB for 2048 tokens that see
   // 256 K of them with 16 heads.
-  return free > 0 ? free / 10 * (options.batch_invariant ? 7 : 9) : kHostBytes;
+  return free > 0 ? free / 10 * (options.batch_invariant ? 7 : 9) : kHostBytes / ranks;
 }
 
 }  // namespace
@@ -56,7 +58,7 @@ int num_cache_pages(const model::Model& model, const EngineOptions& options) {
         fmt::format("num_pages is {}, expected 0 (from memory_bytes) or more", options.num_pages));
   }
   if (options.num_pages > 0) {
-    check_fits(model, options.num_pages, "num_pages", options.num_pages);
+    check_fits(model, double{1} * options.num_pages * options.dp, "num_pages", options.num_pages);
     return options.num_pages;
   }
   const std::int64_t useful =
@@ -64,11 +66,14 @@ int num_cache_pages(const model::Model& model, const EngineOptions& options) {
   const std::size_t bytes = cache_bytes(model, options);
   const auto fitting = static_cast<std::int64_t>(bytes / std::max<std::size_t>(1, model.bytes_per_page()));
   if (fitting < 1) {
-    throw InvalidArgument(fmt::format("memory_bytes is {}, expected at least the {} bytes of one page", bytes,
-                                      model.bytes_per_page()));
+    throw InvalidArgument(fmt::format("memory_bytes is {}, expected at least the {} bytes of one page{}",
+                                      options.memory_bytes > 0 ? options.memory_bytes : bytes,
+                                      model.bytes_per_page() * static_cast<std::size_t>(options.dp),
+                                      options.dp > 1 ? " on each rank" : ""));
   }
   if (options.memory_bytes > 0) {
-    check_fits(model, static_cast<double>(fitting), "memory_bytes", static_cast<double>(bytes));
+    check_fits(model, static_cast<double>(fitting * options.dp), "memory_bytes",
+               static_cast<double>(options.memory_bytes));
   }
   const std::int64_t most = options.memory_bytes > 0 ? fitting : std::min(useful, fitting);
   return static_cast<int>(std::clamp<std::int64_t>(most, 1, std::int64_t{1} << 30));

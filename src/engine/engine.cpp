@@ -46,6 +46,7 @@ model::ModelOptions model_options(const EngineOptions& o) {
   out.kv_cache = o.kv_cache;
   out.num_threads = o.num_threads;
   out.tp = o.tp;
+  out.dp = o.dp;
   out.ep = o.ep;
   out.expert_placement = o.expert_placement;
   out.batch_invariant = o.batch_invariant;
@@ -57,10 +58,11 @@ model::ModelOptions model_options(const EngineOptions& o) {
   return out;
 }
 
-std::unique_ptr<model::Model> make_model(const std::filesystem::path& directory, const EngineOptions& o) {
+std::vector<std::unique_ptr<model::Model>> make_models(const std::filesystem::path& directory,
+                                                       const EngineOptions& o) {
   return o.load_format == EngineOptions::LoadFormat::kDummy
-             ? model::make_random_model(checkpoint::read_config(directory), model_options(o))
-             : model::load_model(directory, model_options(o));
+             ? model::make_random_models(checkpoint::read_config(directory), model_options(o))
+             : model::load_models(directory, model_options(o));
 }
 
 // What tells the model's pages from those of others, where anybody asks.
@@ -151,8 +153,8 @@ struct Engine::Impl {
       : tokenizer(text::Tokenizer::open(directory)),
         eos_token_ids(checkpoint::read_config(directory).eos_token_ids),
         core(
-            make_model(directory, options), [this] { return std::make_unique<Decoder>(tokenizer); },
-            eos_token_ids, options, nullptr, weights_of(directory, options)),
+            make_models(directory, options), [this] { return std::make_unique<Decoder>(tokenizer); },
+            eos_token_ids, options, weights_of(directory, options)),
         formats(vocabulary()) {
     if (!options.chat_template.empty()) {
       chat_template.emplace(text::ChatTemplate::open(directory, options.chat_template));

@@ -3,23 +3,31 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <exception>
-#include <functional>
+#include <latch>
 #include <utility>
 
 #include "base/page_size.h"
+#include "engine/balance.h"
 #include "engine/cache_size.h"
 #include "flash_mla/error.h"
 
 namespace flash_mla::engine {
 namespace {
 
-void check(const EngineOptions& options) {
+void check_options(const EngineOptions& options) {
   check(SchedulerOptions{options.max_batch_size, options.max_tokens_per_step});
   if (options.max_waiting < 0) {
     throw InvalidArgument(
         fmt::format("max_waiting is {}, expected 0 (no bound) or more", options.max_waiting));
+  }
+  if (options.dp < 1) throw InvalidArgument(fmt::format("dp is {}, expected 1 or more", options.dp));
+  if (options.dp > 1 && !options.kv_tiers.empty()) {
+    throw Unsupported(fmt::format("kv_tiers with dp {}: tiers serve one rank so far", options.dp));
+  }
+  if (options.dp > 1 && options.transfer.role != TransferRole::kNone) {
+    throw Unsupported(
+        fmt::format("transfer with dp {}: pages go between servers of one rank so far", options.dp));
   }
   if (options.num_threads < 0) {
     throw InvalidArgument(fmt::format("num_threads is {}, expected 0 (all) or more", options.num_threads));
@@ -40,172 +48,106 @@ void check_tokens(const SamplingParams& p, int vocab_size) {
   }
 }
 
-// Of all sequences: each needs a row of logits, and in a large batch they do not pay.
-int max_drafts_per_step(const EngineOptions& options) {
-  return options.speculative == EngineOptions::Speculative::kOff ? 0 : 128;
-}
-
-// Whether drafts come of the model's module.
-bool uses_module(const model::Model& model, const EngineOptions& options) {
-  using Speculative = EngineOptions::Speculative;
-  if (options.speculative == Speculative::kMtp && !model.has_draft_module()) {
-    throw InvalidArgument(
-        "speculative is mtp, expected off, ngram or auto: the checkpoint has no module for multi-token prediction "
-        "(eh_proj.weight of the layer behind the last)");
-  }
-  return model.has_draft_module() &&
-         (options.speculative == Speculative::kMtp || options.speculative == Speculative::kAuto);
-}
-
-// Room for steps is made before the cache, which by default takes most of what is left.
-std::unique_ptr<model::Model> with_room_for_steps(std::unique_ptr<model::Model> model,
-                                                  const EngineOptions& options) {
-  check(options);
-  model->reserve(options.max_tokens_per_step,
-                 options.max_batch_size + kMaxScoredTokens + max_drafts_per_step(options));
-  return model;
-}
-
-// The form of chunks that vLLM shares, if that is wanted.
-kv::SharedForm shared_form(const model::Model& model, const EngineOptions& options) {
-  if (options.kv_shared.empty()) return {};
-  if (options.batch_invariant) {
-    throw InvalidArgument(
-        "kv_shared is set with batch_invariant: what others have computed has other bits; expected one of them");
-  }
-  if (options.quantize != EngineOptions::Quantize::kNone)
-    throw InvalidArgument(
-        "kv_shared is set with quantize: those are another model's pages; expected one of them");
-  const int layers = model.num_plain_layers();
-  if (layers == 0) {
-    throw Unsupported(
-        "kv_shared: the pages of this model are not vLLM's; they are for 512 + 64 elements in bfloat16, rotary pairs "
-        "interleaved, without an indexer and without a module for drafts");
-  }
-  return {options.kv_shared, layers};
-}
-
-// Null without tiers.
-std::unique_ptr<TierTransfers> make_tiers(model::Model& model, kv::PagePool& pool,
-                                          const EngineOptions& options, const std::string& weights,
-                                          std::function<void()> on_news) {
-  if (options.kv_tiers.empty()) return nullptr;
-  if (options.kv_tier_wait_seconds < 0) {
-    throw InvalidArgument(
-        fmt::format("kv_tier_wait_seconds is {}, expected 0 or more", options.kv_tier_wait_seconds));
-  }
-  // Bits of a page depend on the batch it was computed in, but not in batch-invariant mode: such pages are apart.
-  // So are those that may have come from other engines.
-  std::string salt = fmt::format("flash_mla 1, weights {}, quantize {}, pages {}{}{}", weights,
-                                 static_cast<int>(options.quantize), model.page_format(),
-                                 options.batch_invariant ? ", batch-invariant" : "",
-                                 options.kv_shared.empty() ? "" : ", shared as " + options.kv_shared);
-  return std::make_unique<TierTransfers>(
-      model, pool,
-      TierTransfers::Options{options.kv_tiers, std::move(salt), shared_form(model, options),
-                             options.kv_tier_wait_seconds, std::move(on_news)});
-}
-
-// Null without a role.
-std::unique_ptr<PeerLoader> make_peers(model::Model& model, kv::PagePool& pool, const EngineOptions& options,
-                                       const std::string& weights, std::function<void()> on_news) {
-  const TransferOptions& transfer = options.transfer;
-  if (transfer.role == TransferRole::kNone) return nullptr;
-  check_transfer(transfer);
-  if (!options.kv_tiers.empty()) throw Unsupported("transfer: not together with kv_tiers yet");
-  transfer::Identity identity{fmt::format("{}, quantize {}", weights, static_cast<int>(options.quantize)),
-                              model.page_format(), kPageSize, options.batch_invariant,
-                              model.layer_page_bytes()};
-  PeerSetup setup{model, pool, transfer, std::move(identity), std::move(on_news)};
-  return transfer.role == TransferRole::kPrefill ? make_prefill_side(std::move(setup))
-                                                 : make_decode_side(std::move(setup));
-}
-
-// What keeps a sequence from growing further than min(model, option, cache).
-LengthLimit limit_of(std::int64_t max_length, const model::Model& model, const EngineOptions& options) {
-  if (max_length < longest_sequence(model, options)) return LengthLimit::kCache;
-  return max_length < model.max_position() ? LengthLimit::kOption : LengthLimit::kModel;
+std::vector<std::unique_ptr<model::Model>> one(std::unique_ptr<model::Model> model) {
+  std::vector<std::unique_ptr<model::Model>> out;
+  out.push_back(std::move(model));
+  return out;
 }
 
 }  // namespace
 
-EngineCore::EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
-                       std::vector<std::int32_t> eos_token_ids, const EngineOptions& options,
+EngineCore::EngineCore(std::unique_ptr<model::Model> model, const TextDecoderFactory& make_decoder,
+                       const std::vector<std::int32_t>& eos_token_ids, const EngineOptions& options,
                        std::unique_ptr<Drafter> drafter, const std::string& weights)
-    : model_(with_room_for_steps(std::move(model), options)),
-      has_text_(static_cast<bool>(make_decoder)),
+    : EngineCore(one(std::move(model)), make_decoder, eos_token_ids, options, std::move(drafter), weights) {}
+
+EngineCore::EngineCore(std::vector<std::unique_ptr<model::Model>> models,
+                       const TextDecoderFactory& make_decoder, const std::vector<std::int32_t>& eos_token_ids,
+                       const EngineOptions& options, const std::string& weights)
+    : EngineCore(std::move(models), make_decoder, eos_token_ids, options, nullptr, weights) {}
+
+EngineCore::EngineCore(std::vector<std::unique_ptr<model::Model>> models,
+                       const TextDecoderFactory& make_decoder, const std::vector<std::int32_t>& eos_token_ids,
+                       const EngineOptions& options, std::unique_ptr<Drafter> drafter,
+                       const std::string& weights)
+    : has_text_(static_cast<bool>(make_decoder)),
       options_(options),
-      pool_(num_cache_pages(*model_, options), options.prefix_cache),
-      tiers_(make_tiers(*model_, pool_, options, weights, [this] { inbox_.wake(); })),
-      peers_(make_peers(*model_, pool_, options, weights, [this] { inbox_.wake(); })),
-      loader_(peers_ ? static_cast<PrefixLoader*>(peers_.get()) : tiers_.get()),
-      scheduler_({options.max_batch_size, options.max_tokens_per_step, kMaxScoredTokens,
-                  max_drafts_per_step(options)},
-                 pool_, loader_),
-      max_length_(std::min(longest_sequence(*model_, options), std::int64_t{pool_.num_pages()} * kPageSize)),
-      statistics_(options.max_batch_size, pool_.num_pages(), model_->bytes_per_page()),
-      inbox_(options.max_waiting, statistics_),
-      requests_(scheduler_, inbox_, statistics_, std::move(make_decoder), std::move(eos_token_ids),
-                max_length_, limit_of(max_length_, *model_, options)),
-      module_drafts_(uses_module(*model_, options) ? std::make_unique<ModuleDrafts>(*model_) : nullptr),
-      pipeline_(*model_, scheduler_, pool_, requests_, statistics_, options_, max_length_,
-                module_drafts_.get()),
-      chooser_(options.num_threads),
-      speculation_(options_, std::move(drafter), max_length_, module_drafts_ != nullptr) {
-  options_.num_pages = pool_.num_pages();
-  allocate_cache(*model_, pool_.num_pages());
+      inbox_(options.max_waiting, statistics_) {
+  check_options(options);
+  options_.dp = static_cast<int>(models.size());
+  for (std::unique_ptr<model::Model>& model : models) {
+    const int rank = static_cast<int>(ranks_.size());
+    ranks_.push_back(std::make_unique<EngineRank>(rank, std::move(model), make_decoder, eos_token_ids,
+                                                  options_, std::move(drafter), weights, inbox_,
+                                                  statistics_));
+    if (rank > 0) threads_.push_back(std::make_unique<TaskThread>(fmt::format("rank {}", rank)));
+  }
+  options_.num_pages = ranks_[0]->num_pages();
 }
 
-// Their threads wake the inbox.
-EngineCore::~EngineCore() {
-  tiers_.reset();
-  peers_.reset();
-}
+EngineCore::~EngineCore() = default;
 
 EngineStats EngineCore::stats() const {
   EngineStats out = statistics_.snapshot();
-  if (loader_) loader_->add_to(out);
-  out.experts = model_->expert_counts();
+  ranks_[0]->add_to(out);
+  out.experts = count_experts();
+  return out;
+}
+
+// Every rank counts what its own tokens choose, and what it has run.
+std::vector<ExpertCounts> EngineCore::count_experts() const {
+  std::vector<ExpertCounts> out = ranks_[0]->model().expert_counts();
+  for (std::size_t rank = 1; rank < ranks_.size(); ++rank) {
+    const std::vector<ExpertCounts> more = ranks_[rank]->model().expert_counts();
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      for (std::size_t e = 0; e < out[i].counts.size(); ++e) out[i].counts[e] += more.at(i).counts.at(e);
+      out[i].rank_counts.push_back(more.at(i).rank_counts.at(0));
+    }
+  }
   return out;
 }
 
 std::vector<ExpertCounts> EngineCore::expert_counts() const {
-  std::vector<ExpertCounts> out = model_->expert_counts();
-  if (out.empty()) throw Unsupported(fmt::format("expert_counts: {}", model_->why_no_expert_counts()));
+  std::vector<ExpertCounts> out = count_experts();
+  if (out.empty()) {
+    throw Unsupported(fmt::format("expert_counts: {}", ranks_[0]->model().why_no_expert_counts()));
+  }
   return out;
 }
 
-std::int32_t EngineCore::vocab_size() const { return model_->vocab_size(); }
+std::int32_t EngineCore::vocab_size() const { return ranks_[0]->model().vocab_size(); }
+std::int64_t EngineCore::max_length() const { return ranks_[0]->max_length(); }
 
 void EngineCore::check(const Request& request) const {
+  const model::Model& model = ranks_[0]->model();
   const std::vector<std::int32_t>& prompt = request.prompt_token_ids;
   validate(request.sampling);
   if (prompt.empty()) throw InvalidArgument("prompt has no tokens, expected at least 1");
   const auto length = static_cast<std::int64_t>(prompt.size());
-  if (length >= model_->max_position()) {
+  if (length >= model.max_position()) {
     throw InvalidArgument(
         fmt::format("prompt has {} tokens, expected at most {}: the model's {} positions less "
                     "one to generate",
-                    length, model_->max_position() - 1, model_->max_position()));
+                    length, model.max_position() - 1, model.max_position()));
   }
-  if (length >= longest_sequence(*model_, options_)) {
+  if (length >= longest_sequence(model, options_)) {
     throw InvalidArgument(fmt::format("prompt has {} tokens, expected at most {}: max_model_len is {}",
                                       length, options_.max_model_len - 1, options_.max_model_len));
   }
-  if (length >= max_length_) {
+  if (length >= max_length()) {
     throw InvalidArgument(
         fmt::format("prompt has {} tokens, expected at most {}: the cache has {} pages of {} "
                     "tokens (num_pages, memory_bytes)",
-                    length, max_length_ - 1, pool_.num_pages(), kPageSize));
+                    length, max_length() - 1, options_.num_pages, kPageSize));
   }
   for (std::size_t i = 0; i < prompt.size(); ++i) {
-    if (prompt[i] < 0 || prompt[i] >= model_->vocab_size()) {
-      throw InvalidArgument(fmt::format("prompt_token_ids[{}] is {}, expected 0 to {}", i, prompt[i],
-                                        model_->vocab_size() - 1));
+    if (prompt[i] < 0 || prompt[i] >= model.vocab_size()) {
+      throw InvalidArgument(
+          fmt::format("prompt_token_ids[{}] is {}, expected 0 to {}", i, prompt[i], model.vocab_size() - 1));
     }
   }
-  check_tokens(request.sampling, model_->vocab_size());
-  if (request.bootstrap) check_room(*request.bootstrap);
+  check_tokens(request.sampling, model.vocab_size());
+  if (request.bootstrap) ranks_[0]->check(*request.bootstrap);
   if (!has_text_ && !request.sampling.format.is_free()) {
     throw Unsupported("the format of a text: this engine has no tokenizer");
   }
@@ -214,13 +156,13 @@ void EngineCore::check(const Request& request) const {
   }
 }
 
-void EngineCore::check_room(const BootstrapRoom& room) const {
-  if (!peers_)
-    throw InvalidArgument(
-        fmt::format("bootstrap_room is {}, expected none: the server has no --role", room.room));
-  if (room.room < 0)
-    throw InvalidArgument(fmt::format("bootstrap_room is {}, expected 0 or more", room.room));
-  peers_->check(room);
+// Ranks tell their handlers from threads of their own.
+EventHandler EngineCore::one_at_a_time(EventHandler on_event) {
+  if (!on_event) return on_event;
+  return [this, on_event = std::move(on_event)](const GenerationEvent& event) {
+    const std::lock_guard lock(event_mutex_);
+    on_event(event);
+  };
 }
 
 RequestId EngineCore::submit(Request request, EventHandler on_event, bool bounded,
@@ -240,202 +182,90 @@ RequestId EngineCore::submit(Request request, EventHandler on_event, bool bounde
                     active->sampling.best_of, active->sampling.n));
   }
   active->grammar = std::move(grammar);
-  active->on_event = std::move(on_event);
+  active->on_event = ranks_.size() > 1 ? one_at_a_time(std::move(on_event)) : std::move(on_event);
   return inbox_.submit(std::move(active), bounded);
 }
 
 bool EngineCore::empty_inbox() {
   Inbox::Contents contents = inbox_.take();
-  for (auto& request : contents.submitted) requests_.begin(std::move(request));
-  for (const auto& [id, continuation] : contents.cancelled) requests_.cancel(id, continuation);
-  requests_.drop_ended();
+  if (!contents.submitted.empty()) place(std::move(contents.submitted));
+  for (const auto& rank : ranks_) {
+    for (const auto& [id, continuation] : contents.cancelled) rank->cancel(id, continuation);
+    rank->drop_ended();
+  }
   return !contents.empty();
+}
+
+// Every request goes to the rank that is expected to come to its tokens first.
+void EngineCore::place(std::vector<std::unique_ptr<ActiveRequest>> requests) {
+  std::vector<RankLoad> loads;
+  loads.reserve(ranks_.size());
+  for (const auto& rank : ranks_) loads.push_back(rank->backlog());
+  for (std::unique_ptr<ActiveRequest>& request : requests) {
+    std::vector<std::int64_t> cached;
+    cached.reserve(ranks_.size());
+    for (const auto& rank : ranks_) cached.push_back(rank->cached_prefix(*request));
+    const auto length = static_cast<std::int64_t>(request->prompt.size());
+    const std::size_t rank = take_rank(loads, cached, length, request->sampling.n);
+    ranks_[rank]->begin(std::move(request));
+  }
 }
 
 bool EngineCore::step() {
   const std::lock_guard one_step(step_mutex_);
-  const Clock::time_point begin = Clock::now();
   const bool news = empty_inbox();
-  if (loader_) poll_loader();
-  std::unique_ptr<LaunchedStep> step = std::move(ahead_);
-  if (step) {
-    step->record.begin = step->record.planned = statistics_.seconds(begin);
-  } else if (!scheduler_.idle()) {
-    speculation_.propose(scheduler_.running());
-    StepPlan plan = scheduler_.plan();
-    if (loader_ && plan.work.empty()) return wait_for_loader();
-    if (loader_) loader_->launching(plan);
-    step = pipeline_.launch(std::move(plan), begin, speculation_.with_module());
-    note_load();  // who asks after a first token finds its sequence running
-  } else if (loader_ && loader_->holds_pages()) {
-    return wait_for_loader();
-  } else {
-    note_load();
-    return news;
-  }
-  try {
-    for (const auto& [continuation, error] : chooser_.prepare(*step, model_->vocab_size())) {
-      requests_.end(*continuation, FinishReason::kError, error, /*keep_pages=*/false);
-    }
-    pipeline_.choose(*step);
-    launch_ahead(*step);
-    finish(*step);
-  } catch (const std::exception& e) {
-    give_up(*step, e.what());
-  }
-  if (ahead_ && ahead_->all_ended()) drop_ahead();
-  requests_.drop_ended();
-  if (!told_broken_ && options_.on_broken) {
-    if (const std::string why = model_->broken(); !why.empty()) {
+  const bool worked = step_ranks();
+  statistics_.step_ended();
+  note_busy();
+  for (const auto& rank : ranks_) {
+    if (told_broken_ || !options_.on_broken) break;
+    if (const std::string why = rank->model().broken(); !why.empty()) {
       told_broken_ = true;
       options_.on_broken(why);
     }
   }
+  return news || worked;
+}
+
+// One step of all ranks, each on a thread of its own, rank 0 on this one.
+bool EngineCore::step_ranks() {
+  if (ranks_.size() == 1) return ranks_[0]->step();
+  if (std::ranges::none_of(ranks_, [](const auto& rank) { return rank->has_work(); })) {
+    for (const auto& rank : ranks_) rank->note_load();
+    return false;
+  }
+  std::vector<std::exception_ptr> errors(ranks_.size());
+  const auto run = [&](std::size_t rank) {
+    try {
+      ranks_[rank]->step();
+    } catch (...) {
+      errors[rank] = std::current_exception();
+    }
+  };
+  std::latch others(std::ssize(threads_));
+  for (std::size_t rank = 1; rank < ranks_.size(); ++rank) {
+    threads_[rank - 1]->post([&, rank] {
+      run(rank);
+      others.count_down();
+    });
+  }
+  run(0);
+  others.wait();
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
   return true;
 }
 
-void EngineCore::poll_loader() {
-  loader_->poll();
-  for (const auto& [sequence, why] : loader_->refused()) requests_.refuse(*sequence, why);
-}
-
-// There is nothing to compute before a tier, or a peer, has answered.
-bool EngineCore::wait_for_loader() {
-  note_load();
-  inbox_.wait_for_news(std::chrono::milliseconds(2));
-  return true;
-}
-
-// What the step leaves is taken and told while the next one runs already. If the host cannot prepare that one, it is
-// planned when this one's results are there.
-void EngineCore::launch_ahead(const LaunchedStep& step) {
-  try {
-    if (!speculation_.wants_drafts_after(step)) ahead_ = pipeline_.launch_ahead(step);
-  } catch (const std::exception&) {
-    ahead_.reset();
-  }
-}
-
-void EngineCore::finish(LaunchedStep& step) {
-  pipeline_.collect(step);
-  StepRecord& record = step.record;
-  record.computed = statistics_.seconds(Clock::now());
-  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
-    if (step.continuation(i).ended) continue;
-    const ScheduledWork& w = step.plan.work[i];
-    ++record.sequences;
-    (w.decoding ? record.decode_tokens : record.prefill_tokens) += w.count;
-  }
-  if (record.sequences == 0) {  // everything of it has ended in the meantime
-    note_load();
-    return;
-  }
-  if (step.failure.empty()) {
-    accept_tokens(step);
-    if (module_drafts_) module_drafts_->note(step);
-  } else {
-    end_all(step, step.failure);
-  }
-  record.end = statistics_.seconds(Clock::now());
-  if (loader_) loader_->prefilled(record.prefill_tokens, record.end - record.begin);
-  for (const DraftOutcome& outcome : step.drafts) record.decode_tokens += outcome.committed;
-  speculation_.learn(step, record.end - record.begin);
-  statistics_.drafted(step);
-  note_load();
-  statistics_.step_ended(record, step.utilisation, scheduler_.counters(), pool_.counters(),
-                         model_->rank_stats());
-}
-
-void EngineCore::accept_tokens(LaunchedStep& step) {
-  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
-    Continuation& c = step.continuation(i);
-    if (c.ended) continue;
-    scheduler_.commit(step.plan.work[i]);
-    if (loader_) loader_->store(c);
-  }
-  for (const auto& [continuation, error] : chooser_.score(step, pipeline_, model_->vocab_size())) {
-    requests_.end(*continuation, FinishReason::kError, error, /*keep_pages=*/false);
-  }
-  std::vector<TokenChoice> choices = chooser_.choose(step, pipeline_, model_->vocab_size(), requests_);
-  // What is chosen behind a draft depends on the tokens before: penalties, formats, where the text ends.
-  for (int draft = 1; !choices.empty(); ++draft) {
-    accept(step, choices);
-    choices = chooser_.choose_behind(draft, step, pipeline_, model_->vocab_size());
-  }
-  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
-    Continuation& c = step.continuation(i);
-    // Where the module had fewer drafts than there is room for, the room goes back too.
-    const ScheduledWork& work = step.plan.work[i];
-    const bool room = work.num_drafts() > 0 || (module_drafts_ && work.decoding);
-    // A step ahead has a place in what would go.
-    if (room && !ahead_ && !c.ended) scheduler_.drop_drafts(c);
-    if (step.plan.work[i].samples && !c.ended && c.request->sampling.max_tokens == 0)
-      requests_.end_at_prompt(c);
-  }
-}
-
-void EngineCore::accept(LaunchedStep& step, const std::vector<TokenChoice>& choices) {
-  for (const TokenChoice& choice : choices) {
-    Continuation& c = *choice.continuation;
-    if (!choice.error.empty()) {
-      requests_.end(c, FinishReason::kError, choice.error, /*keep_pages=*/false);
-      continue;
-    }
-    const std::vector<std::int32_t>& drafts = step.plan.work[choice.work].drafts;
-    DraftOutcome& outcome = step.drafts[choice.work];
-    const auto behind = static_cast<std::size_t>(outcome.committed);
-    const bool decided = behind < drafts.size();
-    const bool accepted = decided && drafts[behind] == choice.sampled.token;
-    requests_.accept(c, choice.sampled);
-    ++outcome.tokens;
-    outcome.decided += decided;
-    outcome.accepted += accepted;
-    if (accepted && !c.ended) {
-      scheduler_.commit_draft(c);
-      ++outcome.committed;
-    }
-  }
-}
-
-// The host has failed with a step's results: its requests end, whatever they have got of them, and the step
-// behind it, made for what they would have been, counts for nothing.
-void EngineCore::give_up(LaunchedStep& step, const std::string& why) {
-  pipeline_.collect(step);  // if it has not been
-  drop_ahead();
-  end_all(step, fmt::format("the step failed: {}", why));
-}
-
-// Nobody knows what a failed step has left in the pages of those that took part; others go on.
-void EngineCore::end_all(LaunchedStep& step, const std::string& why) {
-  for (std::size_t i = 0; i < step.plan.work.size(); ++i) {
-    Continuation& c = step.continuation(i);
-    if (!c.ended) requests_.end(c, FinishReason::kError, why, /*keep_pages=*/false);
-  }
-}
-
-// The step ahead, if there is one, counts for nothing.
-void EngineCore::drop_ahead() {
-  if (!ahead_) return;
-  pipeline_.collect(*ahead_);
-  ahead_.reset();
-}
-
-void EngineCore::note_load() {
-  inbox_.set_busy(!scheduler_.idle());
-  statistics_.set_load(
-      {scheduler_.num_running(), scheduler_.num_waiting(), pool_.num_used(), pool_.num_cached()});
+void EngineCore::note_busy() {
+  inbox_.set_busy(std::ranges::any_of(ranks_, [](const auto& rank) { return rank->is_busy(); }));
 }
 
 void EngineCore::cancel_all() {
   const std::lock_guard one_step(step_mutex_);
   empty_inbox();
-  requests_.cancel_all();
-  requests_.drop_ended();
-  if (ahead_) {
-    drop_ahead();
-    requests_.drop_ended();
-  }
-  note_load();
+  for (const auto& rank : ranks_) rank->cancel_all();
+  note_busy();
 }
 
 }  // namespace flash_mla::engine

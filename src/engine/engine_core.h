@@ -1,24 +1,17 @@
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <stop_token>
 #include <string>
 #include <vector>
 
+#include "base/task_thread.h"
+#include "engine/engine_rank.h"
 #include "engine/inbox.h"
-#include "engine/module_drafts.h"
-#include "engine/peer_loader.h"
-#include "engine/prefix_loader.h"
-#include "engine/requests.h"
-#include "engine/scheduler.h"
-#include "engine/speculation.h"
 #include "engine/statistics.h"
-#include "engine/step_pipeline.h"
-#include "engine/tier_transfers.h"
-#include "engine/token_chooser.h"
 #include "flash_mla/engine.h"
-#include "kv/page_pool.h"
 #include "model/model.h"
 
 // The words of this room:
@@ -35,6 +28,7 @@
 //   draft          a token that may follow, which goes through the model with those before it; it is accepted if
 //                  it is the one that is chosen there
 //   choice         the next token of a continuation and where it comes from: TokenChoice
+//   rank           a model with a cache and a scheduler of its own; all ranks take their steps together
 //   inbox          where other threads leave requests and cancellations for the thread that steps
 //   page           kPageSize tokens of the cache, in every layer (room kv); a block is the unit of the decode
 //                  schedule, not of the cache
@@ -48,9 +42,14 @@ class EngineCore {
   /// `make_decoder` may be empty: events then carry tokens and no text, and stop strings are refused.
   /// Allocates the model's cache. `drafter`, if there is one, takes the place of n-grams. `weights`: what tells the model
   /// from others whose pages a tier may have. Throws InvalidArgument for options out of range.
-  EngineCore(std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
-             std::vector<std::int32_t> eos_token_ids, const EngineOptions& options,
+  EngineCore(std::unique_ptr<model::Model> model, const TextDecoderFactory& make_decoder,
+             const std::vector<std::int32_t>& eos_token_ids, const EngineOptions& options,
              std::unique_ptr<Drafter> drafter = nullptr, const std::string& weights = {});
+  /// Of ranks that share a model's experts (model::load_models): a request runs on one of them. Options of the cache and
+  /// of steps are each rank's.
+  EngineCore(std::vector<std::unique_ptr<model::Model>> models, const TextDecoderFactory& make_decoder,
+             const std::vector<std::int32_t>& eos_token_ids, const EngineOptions& options,
+             const std::string& weights = {});
   ~EngineCore();
 
   /// Of `request`, here and in submit, prompt_token_ids and sampling count: text has been tokenized before.
@@ -73,43 +72,30 @@ class EngineCore {
   std::vector<ExpertCounts> expert_counts() const;
   std::vector<StepRecord> timeline() const { return statistics_.timeline(); }
   std::int32_t vocab_size() const;
-  std::int64_t max_length() const { return max_length_; }
+  std::int64_t max_length() const;
   const EngineOptions& options() const { return options_; }
 
  private:
+  EngineCore(std::vector<std::unique_ptr<model::Model>> models, const TextDecoderFactory& make_decoder,
+             const std::vector<std::int32_t>& eos_token_ids, const EngineOptions& options,
+             std::unique_ptr<Drafter> drafter, const std::string& weights);
+  EventHandler one_at_a_time(EventHandler on_event);
   bool empty_inbox();
-  void poll_loader();
-  bool wait_for_loader();
-  void check_room(const BootstrapRoom& room) const;
-  void launch_ahead(const LaunchedStep& step);
-  void finish(LaunchedStep& step);
-  void accept_tokens(LaunchedStep& step);
-  void accept(LaunchedStep& step, const std::vector<TokenChoice>& choices);
-  void give_up(LaunchedStep& step, const std::string& why);
-  void end_all(LaunchedStep& step, const std::string& why);
-  void drop_ahead();
-  void note_load();
+  void place(std::vector<std::unique_ptr<ActiveRequest>> requests);
+  bool step_ranks();
+  void note_busy();
+  std::vector<ExpertCounts> count_experts() const;
 
-  std::unique_ptr<model::Model> model_;
   bool has_text_;
   EngineOptions options_;
-  kv::PagePool pool_;
-  std::unique_ptr<TierTransfers> tiers_;  // null: there are none
-  std::unique_ptr<PeerLoader> peers_;     // null: there are none
-  PrefixLoader* loader_;                  // one of these, or null: pages come from nowhere else
-  Scheduler scheduler_;
-  std::int64_t max_length_;  // of prompt and continuation together: what model and cache hold
   Statistics statistics_;
   Inbox inbox_;
+  std::mutex event_mutex_;  // of handlers, where several ranks tell them
 
   std::mutex step_mutex_;  // one step at a time; of what follows
-  Requests requests_;
-  std::unique_ptr<ModuleDrafts> module_drafts_;  // null: the model's module, if it has one, does not draft
-  StepPipeline pipeline_;
-  TokenChooser chooser_;
-  Speculation speculation_;
+  std::vector<std::unique_ptr<EngineRank>> ranks_;
+  std::vector<std::unique_ptr<TaskThread>> threads_;  // of all ranks but the first
   bool told_broken_ = false;
-  std::unique_ptr<LaunchedStep> ahead_;  // launched ahead; at least one of its continuations goes on
 };
 
 }  // namespace flash_mla::engine

@@ -36,7 +36,6 @@ void Inbox::cancel(RequestId id, int continuation) {
 
 Inbox::Contents Inbox::take() {
   const std::lock_guard lock(mutex_);
-  statistics_.taken(static_cast<int>(contents_.submitted.size()));
   woken_ = false;
   return std::exchange(contents_, {});
 }

@@ -185,13 +185,34 @@ bool Scheduler::reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& p
   return true;
 }
 
-bool Scheduler::fits(const Sequence& sequence) const {
-  // Pages that running prompts still need, and one for each running sequence to grow into.
+// Pages that running prompts still need, and one for each running sequence to grow into.
+std::int64_t Scheduler::promised_pages() const {
   std::int64_t promised = 0;
   for (const auto& active : {std::cref(running_), std::cref(loading_)}) {
     for (const Sequence* s : active.get()) promised += 1 + pool_.pages_needed(s->pages, length(*s));
   }
-  return pool_.admission_cost(reusable(sequence), length(sequence)) + promised <= pool_.num_available();
+  return promised;
+}
+
+bool Scheduler::fits(const Sequence& sequence) const {
+  return pool_.admission_cost(reusable(sequence), length(sequence)) + promised_pages() <=
+         pool_.num_available();
+}
+
+RankLoad Scheduler::backlog() const {
+  RankLoad out;
+  out.pages = pool_.num_available() - promised_pages();
+  const auto add = [&](const Sequence& s) {
+    out.tokens += s.num_remaining();
+    ++out.sequences;
+  };
+  for (const Sequence* s : running_) add(*s);
+  for (const Sequence* s : loading_) add(*s);
+  for (const Sequence* s : waiting_) {
+    add(*s);
+    out.pages -= 1 + (length(*s) + kPageSize - 1) / kPageSize;
+  }
+  return out;
 }
 
 bool Scheduler::try_to_join(Sequence& sequence) {

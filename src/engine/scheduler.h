@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/balance.h"
 #include "engine/prefix_loader.h"
 #include "flash_mla/engine.h"
 #include "kv/page_pool.h"
@@ -141,6 +142,8 @@ class Scheduler {
   int num_running() const { return static_cast<int>(running_.size()); }
   int num_waiting() const { return static_cast<int>(waiting_.size() + loading_.size()); }
   bool idle() const { return running_.empty() && num_waiting() == 0; }
+  /// What has yet to be done.
+  RankLoad backlog() const;
   const Counters& counters() const { return counters_; }
   std::span<Sequence* const> running() const { return running_; }
 
@@ -162,6 +165,7 @@ class Scheduler {
   void plan_prefill(StepPlan& plan);
   void plan_drafts(StepPlan& plan);
   bool reserve(Sequence& sequence, std::int64_t num_tokens, StepPlan& plan);
+  std::int64_t promised_pages() const;
   bool fits(const Sequence& sequence) const;
   bool try_to_join(Sequence& sequence);
   void schedule(Sequence& sequence, int count, StepPlan& plan);

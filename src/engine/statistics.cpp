@@ -1,5 +1,6 @@
 #include "engine/statistics.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "engine/step_pipeline.h"
@@ -19,14 +20,23 @@ double seconds_between(Clock::time_point from, Clock::time_point to) {
 
 }  // namespace
 
-Statistics::Statistics(int max_batch_size, int num_pages, std::size_t bytes_per_page) {
-  stats_.max_batch_size = max_batch_size;
-  stats_.pages_total = num_pages;
-  stats_.bytes_per_page = bytes_per_page;
+Statistics::Statistics() {
   for (Histogram* h : {&stats_.ttft_seconds, &stats_.tpot_seconds, &stats_.e2e_seconds}) {
     h->bounds = latency_bounds();
     h->counts.resize(h->bounds.size() + 1);
   }
+}
+
+void Statistics::add_rank(int max_batch_size, int num_pages, std::size_t bytes_per_page, double weight_bytes,
+                          std::vector<RankStats> ranks) {
+  const std::lock_guard lock(mutex_);
+  stats_.max_batch_size += max_batch_size;
+  stats_.pages_total += num_pages;
+  stats_.bytes_per_page = bytes_per_page;
+  stats_.weight_bytes += weight_bytes;
+  Rank& rank = ranks_.emplace_back();
+  rank.pages_total = num_pages;
+  rank.ranks = std::move(ranks);
 }
 
 void Statistics::submitted(std::int64_t prompt_tokens) {
@@ -34,12 +44,6 @@ void Statistics::submitted(std::int64_t prompt_tokens) {
   ++in_inbox_;
   ++stats_.requests_submitted;
   stats_.prompt_tokens += prompt_tokens;
-}
-
-void Statistics::taken(int requests) {
-  const std::lock_guard lock(mutex_);
-  in_inbox_ -= requests;
-  stats_.waiting += requests;
 }
 
 void Statistics::generated(const Continuation& c) {
@@ -85,35 +89,74 @@ void Statistics::drafted(const LaunchedStep& step) {
   }
 }
 
-void Statistics::set_load(const Load& load) {
+void Statistics::set_load(int rank, const Load& load) {
   const std::lock_guard lock(mutex_);
-  stats_.running = load.running;
-  stats_.waiting = load.waiting;
-  stats_.pages_used = load.pages_used;
-  stats_.pages_cached = load.pages_cached;
+  ranks_[static_cast<std::size_t>(rank)].load = load;
 }
 
-void Statistics::step_ended(StepRecord record, double utilisation, const Scheduler::Counters& scheduled,
-                            const kv::PagePool::Counters& pages, std::vector<RankStats> ranks) {
+void Statistics::begun(int rank, const Load& load) {
   const std::lock_guard lock(mutex_);
-  record.step = stats_.steps++;
-  stats_.step_seconds += record.end - record.begin;
-  stats_.computed_tokens += record.decode_tokens + record.prefill_tokens;
-  stats_.prefix_tokens_looked_up = scheduled.tokens_looked_up;
-  stats_.prefix_tokens_hit = scheduled.tokens_hit;
-  stats_.preemptions = scheduled.preemptions;
-  stats_.pages_evicted = pages.pages_evicted;
-  stats_.pages_copied = pages.pages_copied;
-  stats_.ranks = std::move(ranks);
+  --in_inbox_;
+  ranks_[static_cast<std::size_t>(rank)].load = load;
+}
+
+void Statistics::set_ranks(int rank, std::vector<RankStats> ranks) {
+  const std::lock_guard lock(mutex_);
+  ranks_[static_cast<std::size_t>(rank)].ranks = std::move(ranks);
+}
+
+void Statistics::step_ended(int rank, StepRecord record, double utilisation,
+                            const Scheduler::Counters& scheduled, const kv::PagePool::Counters& pages) {
+  const std::lock_guard lock(mutex_);
+  record.step = stats_.steps;
+  record.rank = rank;
+  step_begin_ = stepped_ ? std::min(step_begin_, record.begin) : record.begin;
+  step_end_ = stepped_ ? std::max(step_end_, record.end) : record.end;
+  stepped_ = true;
+  Rank& of = ranks_[static_cast<std::size_t>(rank)];
+  of.computed_tokens += record.decode_tokens + record.prefill_tokens;
+  of.scheduled = scheduled;
+  of.pages = pages;
   if (utilisation > 0) stats_.schedule_utilisation = utilisation;
   timeline_.push_back(record);
   if (timeline_.size() > kTimelineSteps) timeline_.pop_front();
 }
 
+void Statistics::step_ended() {
+  const std::lock_guard lock(mutex_);
+  if (!std::exchange(stepped_, false)) return;
+  ++stats_.steps;
+  stats_.step_seconds += step_end_ - step_begin_;
+}
+
 EngineStats Statistics::snapshot() const {
   const std::lock_guard lock(mutex_);
   EngineStats out = stats_;
-  out.waiting += in_inbox_;
+  out.waiting = in_inbox_;
+  for (const Rank& rank : ranks_) {
+    out.running += rank.load.running;
+    out.waiting += rank.load.waiting;
+    out.pages_used += rank.load.pages_used;
+    out.pages_cached += rank.load.pages_cached;
+    out.computed_tokens += rank.computed_tokens;
+    out.prefix_tokens_looked_up += rank.scheduled.tokens_looked_up;
+    out.prefix_tokens_hit += rank.scheduled.tokens_hit;
+    out.preemptions += rank.scheduled.preemptions;
+    out.pages_evicted += rank.pages.pages_evicted;
+    out.pages_copied += rank.pages.pages_copied;
+    out.ranks.insert(out.ranks.end(), rank.ranks.begin(), rank.ranks.end());
+    if (ranks_.size() == 1) break;
+    if (rank.ranks.empty()) out.ranks.emplace_back();  // its model counts nothing
+    RankStats& of = out.ranks.back();
+    of.running = rank.load.running;
+    of.waiting = rank.load.waiting;
+    of.pages_total = rank.pages_total;
+    of.pages_used = rank.load.pages_used;
+    of.pages_cached = rank.load.pages_cached;
+    of.computed_tokens = rank.computed_tokens;
+    of.prefix_tokens_hit = rank.scheduled.tokens_hit;
+    of.preemptions = rank.scheduled.preemptions;
+  }
   out.seconds = seconds(Clock::now());
   return out;
 }

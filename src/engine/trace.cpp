@@ -1,5 +1,6 @@
 #include "engine/trace.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 namespace flash_mla::engine {
@@ -8,13 +9,20 @@ std::string chrome_trace(std::span<const StepRecord> steps) {
   using Json = nlohmann::ordered_json;
   constexpr double kMicroseconds = 1e6;
   Json events = Json::array();
-  events.push_back(
-      {{"name", "process_name"}, {"ph", "M"}, {"pid", 1}, {"args", {{"name", "flash_mla engine"}}}});
+  // Ranks with requests of their own side by side.
+  int ranks = 1;
+  for (const StepRecord& r : steps) ranks = std::max(ranks, r.rank + 1);
+  for (int rank = 0; rank < ranks; ++rank) {
+    const std::string name =
+        ranks == 1 ? "flash_mla engine" : "flash_mla engine, rank " + std::to_string(rank);
+    events.push_back({{"name", "process_name"}, {"ph", "M"}, {"pid", rank + 1}, {"args", {{"name", name}}}});
+  }
   for (const StepRecord& r : steps) {
+    const int process = r.rank + 1;
     const auto span = [&](const char* name, int thread, double begin, double end) {
       events.push_back({{"name", name},
                         {"ph", "X"},
-                        {"pid", 1},
+                        {"pid", process},
                         {"tid", thread},
                         {"ts", begin * kMicroseconds},
                         {"dur", (end - begin) * kMicroseconds},
@@ -31,7 +39,7 @@ std::string chrome_trace(std::span<const StepRecord> steps) {
     span("sample", 2, r.computed, r.end);
     const auto counter = [&](const char* name, const Json& values) {
       events.push_back(
-          {{"name", name}, {"ph", "C"}, {"pid", 1}, {"ts", r.begin * kMicroseconds}, {"args", values}});
+          {{"name", name}, {"ph", "C"}, {"pid", process}, {"ts", r.begin * kMicroseconds}, {"args", values}});
     };
     counter("pages used", {{"pages", r.pages_used}});
     counter("sequences", {{"running", r.sequences}, {"waiting", r.waiting}});

@@ -65,7 +65,7 @@ void DeepSeek::launch(const ForwardBatch& batch) {
   Flight flight;
   flight.num_logit_rows = batch.logit_rows.size();
   flight.num_tokens = batch.drawn_rows.size() + batch.greedy_rows.size();
-  if (step_.num_tokens() > 0) {
+  if (step_.num_tokens() > 0 || device_->runs_empty_steps()) {
     device_->begin_step(step_);
     device_->run([&] { forward_pass(); });
   }

@@ -48,6 +48,8 @@ class DeepSeek : public Model {
   std::int64_t experts_hit(int num_tokens) override;
   std::vector<ExpertCounts> expert_counts() const override;
   std::string why_no_expert_counts() const override;
+  double weight_bytes() const override { return weight_bytes_; }
+  void set_weight_bytes(double bytes) { weight_bytes_ = bytes; }
 
  private:
   struct Layer {
@@ -87,6 +89,7 @@ class DeepSeek : public Model {
   std::unique_ptr<Head> head_;
   std::unique_ptr<Module> module_;  ///< null: none
   int num_pages_ = 0;
+  double weight_bytes_ = 0;
   class Copies;
 
   std::function<void(int layer)> on_layer_;  ///< null: nobody asks

@@ -52,6 +52,8 @@ class Device {
   virtual ScheduleOptions schedule_options(int sequences, bool batch_invariant) const = 0;
   /// Whether calls return before they ran.
   virtual bool queues() const = 0;
+  /// Whether a step without tokens is to run as well: for ranks that have some.
+  virtual bool runs_empty_steps() const { return false; }
   /// Of the steps that have run, where they are timed; else 0.
   virtual double device_seconds() const = 0;
 

@@ -1,10 +1,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/host_memory.h"
 #include "base/parallel.h"
@@ -12,6 +14,7 @@
 #include "model/deepseek.h"
 #include "model/device/cpu/cpu_device.h"
 #include "model/device/cuda/cuda_device.h"
+#include "model/parallel/lock_step.h"
 #include "model/parallel/parallel_model.h"
 #include "model/parallel/partition.h"
 #include "model/size.h"
@@ -42,7 +45,7 @@ bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
     case ModelDevice::kAuto:
       break;
   }
-  return options.tp == 1 && why_no_cuda_indexer(config).empty() &&
+  return options.tp == 1 && options.dp == 1 && why_no_cuda_indexer(config).empty() &&
          options.kv_cache != ModelKvCache::kFloat16 &&
          (options.kv_cache != ModelKvCache::kFp8 || config.index_topk > 0) &&
          options.precision != ModelPrecision::kFloat32 && options.quantize != ModelQuantize::kInt8 &&
@@ -61,13 +64,14 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
   if (!takes_cuda(config, options)) {
     const DType dtype = cpu_dtype(options.precision);
     const std::optional<KvFormat> cache_format = cpu_cache_format(config, dtype, options.kv_cache);
-    check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()));
+    check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()), options.dp);
     return make_cpu_device(seat.partition.local(config), dtype, cache_format, options, seat.partition,
                            seat.communicator);
   }
-  if (options.tp > 1) {
+  for (const auto& [name, ranks] : {std::pair("tp", options.tp), std::pair("dp", options.dp)}) {
+    if (ranks == 1) continue;
     throw Unsupported(
-        fmt::format("tp is {}: device cuda runs a model on one rank so far; use device cpu", options.tp));
+        fmt::format("{} is {}: device cuda runs a model on one rank so far; use device cpu", name, ranks));
   }
   if (const std::string why = why_no_cuda_indexer(config); !why.empty()) throw Unsupported(why);
   const bool fp8_cache = options.kv_cache == ModelKvCache::kFp8;
@@ -93,24 +97,70 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
 /// Weights whose reader is told of: a model asks for those of a layer once it has made the layers before.
 class WatchedWeights : public WeightSource {
  public:
+  /// `bytes_each(kind)`: of a weight; `wide`: of those that are never quantised.
   WatchedWeights(const ModelConfig& config, std::unique_ptr<WeightSource> source, double weight_bytes,
+                 double wide, std::function<double(LayerKind)> bytes_each, int rank,
                  const std::function<void(const LoadProgress&)>& on_load)
-      : config_(config), source_(std::move(source)), weight_bytes_(weight_bytes), on_load_(on_load) {}
+      : config_(config),
+        source_(std::move(source)),
+        weight_bytes_(weight_bytes),
+        wide_(wide),
+        bytes_each_(std::move(bytes_each)),
+        on_load_(on_load),
+        rank_(rank) {}
 
-  Weight embedding() override { return source_->embedding(); }
+  Weight embedding() override {
+    Weight out = source_->embedding();
+    bytes_ += static_cast<double>(out.size()) * wide_;
+    return out;
+  }
   AttentionWeights attention(int layer) override {
     if (layer < config_.num_hidden_layers) report(layer, num_weights_before(config_, layer));
-    return source_->attention(layer);
+    AttentionWeights out = source_->attention(layer);
+    bytes_ += static_cast<double>(out.kv_b.size()) * wide_;
+    for (const Weight* w :
+         {&out.qkv_a, &out.q_b, &out.o, &out.indexer.q_b, &out.indexer.k, &out.indexer.head_weights}) {
+      count(*w, LayerKind::kAttention);
+    }
+    return out;
   }
-  FeedForwardWeights feed_forward(int layer) override { return source_->feed_forward(layer); }
-  MixtureWeights mixture(int layer) override { return source_->mixture(layer); }
-  HeadWeights head() override { return source_->head(); }
+  FeedForwardWeights feed_forward(int layer) override {
+    FeedForwardWeights out = source_->feed_forward(layer);
+    count(out.gate_up, LayerKind::kDense);
+    count(out.down, LayerKind::kDense);
+    return out;
+  }
+  MixtureWeights mixture(int layer) override {
+    MixtureWeights out = source_->mixture(layer);
+    count(out.shared_gate_up, LayerKind::kShared);
+    count(out.shared_down, LayerKind::kShared);
+    const auto mine = [&](const std::vector<int>& ranks) { return std::ranges::count(ranks, rank_) > 0; };
+    const auto experts =
+        out.ranks.empty() ? config_.n_routed_experts : std::ranges::count_if(out.ranks, mine);
+    bytes_ += 3.0 * static_cast<double>(config_.hidden_size * out.intermediate * experts) *
+              bytes_each_(LayerKind::kExperts);
+    return out;
+  }
+  HeadWeights head() override {
+    HeadWeights out = source_->head();
+    count(out.weight, LayerKind::kHead);
+    return out;
+  }
   bool has_mtp() const override { return source_->has_mtp(); }
-  MtpWeights mtp() override { return source_->mtp(); }
+  MtpWeights mtp() override {
+    MtpWeights out = source_->mtp();
+    count(out.projection, LayerKind::kDense);
+    return out;
+  }
 
+  /// Of all that has been asked for.
+  double bytes() const { return bytes_; }
   void report_end() const { report(config_.num_hidden_layers, num_weights(config_)); }
 
  private:
+  void count(const Weight& weight, LayerKind kind) {
+    bytes_ += static_cast<double>(weight.size()) * bytes_each_(kind);
+  }
   void report(int layers, double weights) const {
     if (!on_load_) return;
     on_load_(
@@ -119,20 +169,30 @@ class WatchedWeights : public WeightSource {
 
   const ModelConfig& config_;
   std::unique_ptr<WeightSource> source_;
-  double weight_bytes_;
+  double weight_bytes_, wide_;
+  std::function<double(LayerKind)> bytes_each_;
   const std::function<void(const LoadProgress&)>& on_load_;
+  int rank_;
+  double bytes_ = 0;
 };
 
 std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelOptions& options, const Seat& seat,
                                   std::unique_ptr<Device> device, std::unique_ptr<WeightSource> source) {
   const double all = num_weights(config);
-  const double bytes = takes_cuda(config, options)
-                           ? device_weight_bytes(config, options.quantize)
-                           : weight_bytes(config, cpu_dtype(options.precision), options.quantize);
-  WatchedWeights weights(config, std::move(source), bytes / all, options.on_load);
+  const bool cuda = takes_cuda(config, options);
+  const DType dtype = cuda ? DType::kBFloat16 : cpu_dtype(options.precision);
+  const double bytes =
+      cuda ? device_weight_bytes(config, options.quantize) : weight_bytes(config, dtype, options.quantize);
+  const auto each = [&](LayerKind kind) {
+    return cuda ? device_bytes_each(config, options.quantize, kind)
+                : bytes_each(config, dtype, options.quantize, kind);
+  };
+  WatchedWeights weights(config, std::move(source), bytes / all, static_cast<double>(dtype_size(dtype)), each,
+                         seat.partition.rank, options.on_load);
   auto model = std::make_unique<DeepSeek>(seat.partition.local(config), std::move(device), weights,
                                           options.draft_module);
   weights.report_end();
+  model->set_weight_bytes(weights.bytes());
   return model;
 }
 
@@ -141,14 +201,18 @@ void check(const ModelConfig& config, const ModelOptions& o) {
     throw InvalidArgument(fmt::format("{} is {}, expected {}", name, value, expected));
   };
   if (o.num_threads < 0) fail("num_threads", o.num_threads, ">= 0");
+  if (o.dp < 1) fail("dp", o.dp, ">= 1");
+  if (o.dp > 1 && o.tp > 1) fail("tp", o.tp, fmt::format("1 with dp {}: ranks share one or the other", o.dp));
   if (o.tp < 1 || config.num_attention_heads % o.tp != 0) {
     fail("tp", o.tp, fmt::format("a divisor of {}, the attention heads", config.num_attention_heads));
   }
-  if (o.ep < 0 || (o.ep > 0 && o.tp % o.ep != 0)) {
-    fail("ep", o.ep, fmt::format("0 or a divisor of tp, {}", o.tp));
+  const int ranks = std::max(o.tp, o.dp);
+  if (o.ep < 0 || (o.ep > 0 && ranks % o.ep != 0)) {
+    fail("ep", o.ep, fmt::format("0 or a divisor of {}, {}", o.dp > 1 ? "dp" : "tp", ranks));
   }
-  if (o.tp == 1) return;
-  if (o.on_product) throw Unsupported(fmt::format("on_product with tp {}: expected tp 1", o.tp));
+  if (ranks == 1) return;
+  if (o.on_product) throw Unsupported(fmt::format("on_product with {} ranks: expected 1", ranks));
+  if (o.dp > 1) return;
   for (const auto& [name, size] :
        {std::pair("hidden_size", config.hidden_size), std::pair("vocab_size", config.vocab_size),
         std::pair("intermediate_size", config.intermediate_size),
@@ -157,34 +221,60 @@ void check(const ModelConfig& config, const ModelOptions& o) {
   }
 }
 
-/// A model on as many ranks as the options ask for. `module`: with one for multi-token prediction. `weights(device,
-/// partition)`: the source of a rank's.
+/// Models on as many ranks as the options ask for: one for each of dp. `module`: with one for multi-token prediction.
+/// `weights(device, partition)`: the source of a rank's.
 template <class Weights>
-std::unique_ptr<Model> make_ranks(const ModelConfig& config, const ModelOptions& options, bool module,
-                                  const Weights& weights) {
-  if (options.tp == 1) {
-    const Seat seat{{}, nullptr, module};
-    std::unique_ptr<Device> device = make_device(config, options, seat);
-    auto source = weights(*device, seat.partition);
-    return make_model(config, options, seat, std::move(device), std::move(source));
-  }
-  const auto experts = std::make_shared<const ExpertPlacement>(
-      config, options.tp, options.ep > 0 ? options.ep : options.tp, options.expert_placement);
-  const int threads = options.num_threads > 0 ? options.num_threads : default_threads();
-  return std::make_unique<ParallelModel>(options.tp, [&](int rank, comm::Communicator& communicator) {
-    ModelOptions own = options;
-    own.num_threads = std::max(threads / options.tp, 1);
-    if (rank > 0) own.on_load = nullptr;
-    const Seat seat{{rank, options.tp, options.batch_invariant, experts}, &communicator, module};
+std::vector<std::unique_ptr<Model>> make_ranks(const ModelConfig& config, const ModelOptions& options,
+                                               bool module, const Weights& weights) {
+  const auto take_seat = [&](const ModelOptions& own, const Seat& seat) {
     std::unique_ptr<Device> device = make_device(config, own, seat);
     auto source = weights(*device, seat.partition);
     return make_model(config, own, seat, std::move(device), std::move(source));
-  });
+  };
+  std::vector<std::unique_ptr<Model>> out;
+  const int ranks = std::max(options.tp, options.dp);
+  if (ranks == 1) {
+    out.push_back(take_seat(options, {{}, nullptr, module}));
+    return out;
+  }
+  const auto experts = std::make_shared<const ExpertPlacement>(
+      config, ranks, options.ep > 0 ? options.ep : ranks, options.expert_placement);
+  const int threads = options.num_threads > 0 ? options.num_threads : default_threads();
+  const bool own_tokens = options.dp > 1;
+  const auto make = [&](int rank, comm::Communicator& communicator) {
+    ModelOptions own = options;
+    own.num_threads = std::max(threads / ranks, 1);
+    if (rank > 0) own.on_load = nullptr;
+    const bool exact = own_tokens || options.batch_invariant;
+    return take_seat(own, {{rank, ranks, exact, experts, own_tokens}, &communicator, module});
+  };
+  if (own_tokens) return LockStepModel::make(ranks, options.batch_invariant, make);
+  out.push_back(std::make_unique<ParallelModel>(ranks, make));
+  return out;
+}
+
+// The model of options that ask for one.
+std::unique_ptr<Model> only(std::vector<std::unique_ptr<Model>> models) { return std::move(models.front()); }
+
+void check_one(const ModelOptions& options) {
+  if (options.dp != 1)
+    throw InvalidArgument(fmt::format("dp is {}, expected 1: one model is asked for", options.dp));
 }
 
 }  // namespace
 
 std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const ModelOptions& options) {
+  check_one(options);
+  return only(load_models(directory, options));
+}
+
+std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options) {
+  check_one(options);
+  return only(make_random_models(config, options));
+}
+
+std::vector<std::unique_ptr<Model>> load_models(const std::filesystem::path& directory,
+                                                const ModelOptions& options) {
   const ModelConfig config = checkpoint::read_config(directory);
   check(config, options);
   const Checkpoint checkpoint = Checkpoint::open(directory);
@@ -194,7 +284,8 @@ std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const 
   });
 }
 
-std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options) {
+std::vector<std::unique_ptr<Model>> make_random_models(const ModelConfig& config,
+                                                       const ModelOptions& options) {
   check(config, options);
   const bool module = options.draft_module && config.shares_index.empty();
   return make_ranks(config, options, module, [&](const Device& device, const Partition& partition) {

@@ -60,6 +60,8 @@ struct DraftBatch {
   std::span<const std::int32_t> states;  ///< (num_tokens): the last step's token (index) that each follows
   std::span<const std::int32_t> num_drafts;  ///< (num_seqs), >= 0: tokens wanted behind the sequence's last
   std::span<const Draw> draws;  ///< (sum of num_drafts): how each is drawn; scale 0: the likeliest
+  /// How often the module is applied at least: ranks with tokens of their own do so equally often.
+  int num_applications = 0;
 };
 
 /// A loaded model with its paged latent cache. Position of a sequence's n-th new token is
@@ -132,6 +134,13 @@ class Model {
   virtual void draft(const DraftBatch& batch, std::int32_t* tokens);
   /// Whether launch() returns before the step has run.
   virtual bool launches_ahead() const { return false; }
+  /// Of a rank with tokens of its own (ModelOptions::dp), whose steps are those of the others: takes part, without any,
+  /// in the step that it has not launched. All ranks call it behind every step, whether they have had tokens or not, each
+  /// on a thread of its own. Does not throw: where a rank has failed, broken() says so.
+  virtual void end_step() {}
+
+  /// Of the weights of products, the embedding and the LM head that it has, of all ranks; 0 where nobody counts.
+  virtual double weight_bytes() const { return 0; }
 
   // For benchmarks; 0 where nobody counts.
   /// Time that the device has worked on steps since the model was made, with ModelOptions::time_steps: from
@@ -165,6 +174,9 @@ struct ModelOptions {
   int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use; of all ranks together
   /// Ranks that share the attention, a divisor of its heads, and that share the experts, a divisor of tp (0: tp).
   int tp = 1, ep = 0;
+  /// Ranks that share the experts alone, each with tokens, a cache and all other weights of its own; then ep is a divisor
+  /// of dp (0: dp), and tp is 1.
+  int dp = 1;
   std::string expert_placement = "linear";  ///< or "round-robin", or a file's path (ExpertPlacement)
   /// The steps will be batch-invariant; then they have the same bits on every number of ranks.
   bool batch_invariant = false;
@@ -182,10 +194,16 @@ struct ModelOptions {
 
 /// Loads config and weights of a Hugging Face model directory. Throws InvalidArgument or Unsupported.
 std::unique_ptr<Model> load_model(const std::filesystem::path& directory, const ModelOptions& options = {});
+/// The same for options.dp ranks: the model of each. Every step is one of all of them (Model::end_step).
+std::vector<std::unique_ptr<Model>> load_models(const std::filesystem::path& directory,
+                                                const ModelOptions& options = {});
 
 /// A model of the configuration with random weights, the same ones every time, for benchmarks and load tests:
 /// no file is read, and nothing sensible comes out. Throws as load_model does.
 std::unique_ptr<Model> make_random_model(const ModelConfig& config, const ModelOptions& options = {});
+/// The same for options.dp ranks.
+std::vector<std::unique_ptr<Model>> make_random_models(const ModelConfig& config,
+                                                       const ModelOptions& options = {});
 
 /// What tells the weights of a model directory from others: a digest, in hexadecimal, of its config.json and of what its
 /// safetensors say and hold, of large tensors a sample. Throws InvalidArgument.

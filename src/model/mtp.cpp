@@ -123,7 +123,7 @@ void DeepSeek::draft(const DraftBatch& batch, std::int32_t* tokens) {
   if (!module_) throw std::logic_error("draft: the model has no module for multi-token prediction");
   if (!flights_.empty()) throw std::logic_error("draft: a step has not been collected");
   check(batch, step_.order.size());
-  if (batch.tokens.token_ids.empty()) return;
+  if (batch.tokens.token_ids.empty() && batch.num_applications == 0) return;
   num_tokens_chosen_ = 0;
   std::vector<std::size_t> first(batch.num_drafts.size() + 1, 0);  // of each sequence, among the drafts
   std::inclusive_scan(batch.num_drafts.begin(), batch.num_drafts.end(), first.begin() + 1, std::plus<>(),
@@ -154,6 +154,10 @@ void DeepSeek::draft(const DraftBatch& batch, std::int32_t* tokens) {
     chosen.emplace_back(next.sequences, apply_module(next.view(batch.tokens.batch_invariant), next.states,
                                                      ModuleStates::kOwn, std::ssize(last.sequences)));
     last = std::move(next);
+  }
+  for (auto others = std::ssize(chosen); others < batch.num_applications; ++others) {
+    Application none;
+    apply_module(none.view(batch.tokens.batch_invariant), {}, ModuleStates::kOwn, 0);
   }
   for (std::size_t done = 0; done < chosen.size(); ++done) {
     const auto& [sequences, download] = chosen[done];

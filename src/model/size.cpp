@@ -17,11 +17,16 @@ namespace flash_mla::model {
 namespace {
 
 constexpr double kGiB = 1 << 30;
+constexpr double kDeviceWide = 2;  // bytes of bfloat16
 
 /// How many there are of each.
 struct Weights {
   double embedding = 0, head = 0, attention = 0, kv_b = 0, dense = 0, shared = 0, experts = 0;
   double all() const { return embedding + head + attention + kv_b + dense + shared + experts; }
+  /// Of ranks that share the routed experts alone.
+  Weights on_ranks(int n) const {
+    return {n * embedding, n * head, n * attention, n * kv_b, n * dense, n * shared, experts};
+  }
 };
 
 /// Adds a layer's attention.
@@ -96,34 +101,38 @@ double num_weights_before(const checkpoint::ModelConfig& c, int layers) {
   return w.all() - w.head;
 }
 
-double weight_bytes(const checkpoint::ModelConfig& c, DType dtype, ModelQuantize quantize) {
-  const double wide = static_cast<double>(dtype_size(dtype));
-  return sum_bytes(count_weights(c, c.num_hidden_layers), wide, [&](LayerKind kind) {
-    if (quantize == ModelQuantize::kInt8) return 1.0;
-    std::optional<QuantizedFormat> format = quantized_format(quantize, kind);
-    if (!format && kind != LayerKind::kHead) format = stored_format(c);
-    if (!format) return wide;
-    const double bits = format->type == QuantizedType::kInt4 ? 0.5 : 1.0;
-    return bits + static_cast<double>(sizeof(float)) / static_cast<double>(format->group);
-  });
+double weight_bytes(const checkpoint::ModelConfig& c, DType dtype, ModelQuantize quantize, int dp) {
+  return sum_bytes(count_weights(c, c.num_hidden_layers).on_ranks(dp), static_cast<double>(dtype_size(dtype)),
+                   [&](LayerKind kind) { return bytes_each(c, dtype, quantize, kind); });
 }
 
-double device_weight_bytes(const checkpoint::ModelConfig& c, ModelQuantize quantize, bool module) {
-  constexpr double kWide = 2, kE4m3 = 1 + static_cast<double>(sizeof(float)) / (kE4m3Rows * kE4m3Columns);
+double bytes_each(const checkpoint::ModelConfig& c, DType dtype, ModelQuantize quantize, LayerKind kind) {
+  if (quantize == ModelQuantize::kInt8) return 1;
+  std::optional<QuantizedFormat> format = quantized_format(quantize, kind);
+  if (!format && kind != LayerKind::kHead) format = stored_format(c);
+  if (!format) return static_cast<double>(dtype_size(dtype));
+  const double bits = format->type == QuantizedType::kInt4 ? 0.5 : 1.0;
+  return bits + static_cast<double>(sizeof(float)) / static_cast<double>(format->group);
+}
+
+double device_bytes_each(const checkpoint::ModelConfig& c, ModelQuantize quantize, LayerKind kind) {
+  constexpr double kE4m3 = 1 + static_cast<double>(sizeof(float)) / (kE4m3Rows * kE4m3Columns);
   const bool stored = c.stored.fp8_block_columns > 0 && c.stored.fp8_block_columns % kE4m3Columns == 0 &&
                       c.stored.fp8_block_rows % kE4m3Rows == 0;
   constexpr double kInt4 = 0.5 + static_cast<double>(sizeof(float)) / static_cast<double>(kInt4Group);
   const bool int4_experts =
       c.stored.int4_group < 0 || (c.stored.int4_group > 0 && c.stored.int4_group % kInt4Group == 0);
-  const auto each = [&](LayerKind kind) {
-    const bool experts = kind == LayerKind::kExperts || kind == LayerKind::kShared;
-    if (asks_for_int4(quantize, kind) || (int4_experts && experts && !asks_for_e4m3(quantize, kind)))
-      return kInt4;
-    const bool e4m3 = asks_for_e4m3(quantize, kind) || (stored && kind != LayerKind::kHead);
-    return e4m3 ? kE4m3 : kWide;
-  };
-  const double model = sum_bytes(count_weights(c, c.num_hidden_layers), kWide, each);
-  return module ? model + sum_bytes(count_module_weights(c), kWide, each) : model;
+  const bool experts = kind == LayerKind::kExperts || kind == LayerKind::kShared;
+  if (asks_for_int4(quantize, kind) || (int4_experts && experts && !asks_for_e4m3(quantize, kind)))
+    return kInt4;
+  const bool e4m3 = asks_for_e4m3(quantize, kind) || (stored && kind != LayerKind::kHead);
+  return e4m3 ? kE4m3 : kDeviceWide;
+}
+
+double device_weight_bytes(const checkpoint::ModelConfig& c, ModelQuantize quantize, bool module) {
+  const auto each = [&](LayerKind kind) { return device_bytes_each(c, quantize, kind); };
+  const double model = sum_bytes(count_weights(c, c.num_hidden_layers), kDeviceWide, each);
+  return module ? model + sum_bytes(count_module_weights(c), kDeviceWide, each) : model;
 }
 
 double page_bytes(const checkpoint::ModelConfig& c, bool fp8_cache, bool module) {
@@ -155,8 +164,10 @@ void check_fits_device(const checkpoint::ModelConfig& config, int cache_pages, d
       cache / kGiB, memory.total / kGiB, memory.free / kGiB));
 }
 
-void check_fits(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize, double memory) {
-  const double weights = num_weights(config), bytes = weight_bytes(config, dtype, quantize);
+void check_fits(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize, double memory,
+                int dp) {
+  const double weights = count_weights(config, config.num_hidden_layers).on_ranks(dp).all(),
+               bytes = weight_bytes(config, dtype, quantize, dp);
   if (bytes <= memory) return;
   throw OutOfMemory(fmt::format(
       "the model does not fit into memory: {:.1f} billion weights of {:.3g} bytes are {:.1f} GiB, and "

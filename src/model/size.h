@@ -3,6 +3,7 @@
 #include "checkpoint/config.h"
 #include "flash_mla/model_options.h"
 #include "flash_mla/tensor.h"
+#include "model/quantized_layers.h"
 
 namespace flash_mla::model {
 
@@ -38,10 +39,16 @@ void check_fits_device(const checkpoint::ModelConfig& config, int cache_pages, d
                        ModelQuantize quantize = ModelQuantize::kNone, bool module = false);
 
 /// Bytes of those weights on the CPU, in `dtype` where neither `quantize` nor the checkpoint keeps them in fewer bits.
-/// (A checkpoint of 4 bits may keep less so than is counted here: every product but the LM head's.)
-double weight_bytes(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize);
+/// (A checkpoint of 4 bits may keep less so than is counted here: every product but the LM head's.) Of `dp` ranks in one
+/// memory that share the routed experts alone.
+double weight_bytes(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize, int dp = 1);
+
+/// Of one weight in layers of a kind: on the CPU, and on a GPU. (The embedding and kv_b are always wide.)
+double bytes_each(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize, LayerKind kind);
+double device_bytes_each(const checkpoint::ModelConfig& config, ModelQuantize quantize, LayerKind kind);
 
 /// Throws OutOfMemory, with the sizes, if the weights alone are larger than all of `memory` bytes.
-void check_fits(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize, double memory);
+void check_fits(const checkpoint::ModelConfig& config, DType dtype, ModelQuantize quantize, double memory,
+                int dp = 1);
 
 }  // namespace flash_mla::model

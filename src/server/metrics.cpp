@@ -120,6 +120,28 @@ void add_ranks(Families& f, const std::vector<RankStats>& ranks) {
              "Time of it in exchanges with other ranks, the wait for them included.", "rank", wait);
   f.counters("mla_rank_exchanges_total", "Exchanges of each rank with the others.", "rank", exchanges);
   f.counters("mla_rank_sent_bytes_total", "Bytes that each rank gave to others.", "rank", bytes);
+  if (ranks[0].pages_total == 0) return;
+  // Ranks with requests of their own.
+  const auto by_rank = [&](auto RankStats::*value) {
+    std::vector<std::pair<std::string, double>> out;
+    out.reserve(ranks.size());
+    for (const RankStats& rank : ranks)
+      out.emplace_back(std::to_string(out.size()), static_cast<double>(rank.*value));
+    return out;
+  };
+  f.gauges("mla_rank_sequences_running", "Sequences in each rank's batch.", "rank",
+           by_rank(&RankStats::running));
+  f.gauges("mla_rank_sequences_waiting", "Sequences in each rank's queue.", "rank",
+           by_rank(&RankStats::waiting));
+  f.gauges("mla_rank_cache_pages", "Pages in each rank's cache.", "rank", by_rank(&RankStats::pages_total));
+  f.gauges("mla_rank_cache_pages_used", "Pages of each rank's running sequences.", "rank",
+           by_rank(&RankStats::pages_used));
+  f.counters("mla_rank_computed_tokens_total", "Tokens of each rank's sequences that went through the model.",
+             "rank", by_rank(&RankStats::computed_tokens));
+  f.counters("mla_rank_prefix_tokens_hit_total", "Prompt tokens found in each rank's prefix cache.", "rank",
+             by_rank(&RankStats::prefix_tokens_hit));
+  f.counters("mla_rank_preemptions_total", "Sequences that lost their pages on each rank.", "rank",
+             by_rank(&RankStats::preemptions));
 }
 
 // Of a mixture whose choices are counted. GET /experts has every expert's.

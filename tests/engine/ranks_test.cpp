@@ -52,6 +52,21 @@ std::vector<Request> requests(int count) {
   return out;
 }
 
+void expect_equal(const std::vector<Completion>& expected, const std::vector<Completion>& out) {
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    SCOPED_TRACE(i);
+    ASSERT_EQ(expected[i].choices.size(), out[i].choices.size());
+    for (std::size_t k = 0; k < out[i].choices.size(); ++k) {
+      const Completion::Choice &a = expected[i].choices[k], &b = out[i].choices[k];
+      EXPECT_EQ(a.token_ids, b.token_ids);
+      EXPECT_EQ(b.error, "");
+      ASSERT_EQ(a.logprobs.size(), b.logprobs.size());
+      for (std::size_t t = 0; t < a.logprobs.size(); ++t)
+        EXPECT_EQ(a.logprobs[t].chosen.logprob, b.logprobs[t].chosen.logprob) << "to the bit";
+    }
+  }
+}
+
 TEST(EngineOnRanks, WritesTheTextOfOneRank) {
   const std::vector<Request> all = requests(10);
   Engine one(FLASH_MLA_SMALL_MODEL, options(1));
@@ -63,18 +78,7 @@ TEST(EngineOnRanks, WritesTheTextOfOneRank) {
     if (tp == 4) o.expert_placement = "round-robin";
     Engine engine(FLASH_MLA_SMALL_MODEL, o);
     const std::vector<Completion> out = engine.generate(all);
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      SCOPED_TRACE(i);
-      ASSERT_EQ(expected[i].choices.size(), out[i].choices.size());
-      for (std::size_t k = 0; k < out[i].choices.size(); ++k) {
-        const Completion::Choice &a = expected[i].choices[k], &b = out[i].choices[k];
-        EXPECT_EQ(a.token_ids, b.token_ids);
-        EXPECT_EQ(b.error, "");
-        ASSERT_EQ(a.logprobs.size(), b.logprobs.size());
-        for (std::size_t t = 0; t < a.logprobs.size(); ++t)
-          EXPECT_EQ(a.logprobs[t].chosen.logprob, b.logprobs[t].chosen.logprob) << "to the bit";
-      }
-    }
+    expect_equal(expected, out);
     const EngineStats stats = engine.stats();
     EXPECT_EQ(stats.pages_used, 0);
     EXPECT_GT(stats.preemptions, 0);
@@ -85,6 +89,39 @@ TEST(EngineOnRanks, WritesTheTextOfOneRank) {
       EXPECT_GT(rank.bytes_sent, 0);
       EXPECT_EQ(rank.exchanges, stats.ranks[0].exchanges);
     }
+  }
+}
+
+// Wherever a request runs, and whatever is drafted.
+TEST(EngineOnRanks, WithRequestsOfTheirOwnWriteItToo) {
+  const std::vector<Request> all = requests(10);
+  Engine one(FLASH_MLA_SMALL_MODEL, options(1));
+  const std::vector<Completion> expected = one.generate(all);
+  for (const int dp : {2, 4}) {
+    SCOPED_TRACE(dp);
+    EngineOptions o = options(1);
+    o.num_threads = o.dp = dp;
+    if (dp == 4) {
+      o.ep = 2;
+    } else {
+      o.speculative = EngineOptions::Speculative::kMtp;
+    }
+    Engine engine(FLASH_MLA_SMALL_MODEL, o);
+    EXPECT_GT(engine.stats().weight_bytes, one.stats().weight_bytes);
+    EXPECT_LT(engine.stats().weight_bytes, dp * one.stats().weight_bytes);
+    expect_equal(expected, engine.generate(all));
+    const EngineStats stats = engine.stats();
+    EXPECT_EQ(stats.pages_used, 0);
+    EXPECT_EQ(stats.pages_total, 8 * dp);
+    EXPECT_EQ(stats.bytes_per_page, one.stats().bytes_per_page * (dp == 2 ? 6 : 5) / 5)
+        << "with the module's";
+    ASSERT_EQ(stats.ranks.size(), static_cast<std::size_t>(dp));
+    for (const RankStats& rank : stats.ranks) {
+      EXPECT_GT(rank.computed_tokens, 0);
+      EXPECT_GT(rank.bytes_sent, 0);
+      EXPECT_EQ(rank.exchanges, stats.ranks[0].exchanges);
+    }
+    EXPECT_EQ(stats.mtp_drafts.accepted > 0, dp == 2);
   }
 }
 

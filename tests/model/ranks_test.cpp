@@ -14,62 +14,17 @@
 
 #include "checkpoint/config.h"
 #include "flash_mla/error.h"
-#include "kernels/sampling/cpu/draw.h"
 #include "model/model.h"
 #include "model/parallel/expert_placement.h"
 #include "model/parallel/parallel_model.h"
 #include "model/parallel/partition.h"
-#include "random_checkpoint.h"
+#include "rank_session.h"
 #include "temporary_directory.h"
 
 namespace flash_mla::model {
 namespace {
 
 using testing::HasSubstr;
-using Ids = std::vector<std::int32_t>;
-using Logits = std::vector<float>;
-
-constexpr int kVocab = 131, kPages = 3;
-
-struct Kind {
-  const char* name;
-  const char* fields;
-  Stored stored = Stored::kBf16;
-};
-const Kind kKinds[] = {
-    // V2-Lite: queries without a low-rank step, softmax over all experts.
-    {"V2", R"("model_type": "deepseek_v2", "q_lora_rank": null, "n_group": 1, "topk_group": 1,
-              "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": false)"},
-    {"V3",
-     R"("model_type": "deepseek_v3", "q_lora_rank": 40, "n_group": 2, "topk_group": 1, "norm_topk_prob": true,
-              "attention_bias": true)"},
-    {"V32",
-     R"("model_type": "deepseek_v32", "q_lora_rank": 40, "n_group": 2, "topk_group": 1, "norm_topk_prob": true,
-               "index_n_heads": 4, "index_head_dim": 64, "index_topk": 24)"},
-    // Stored in blocks of 128 x 128, of which shares cut whole ones where there are enough.
-    {"Fp8",
-     R"("model_type": "deepseek_v3", "q_lora_rank": 128, "n_group": 2, "topk_group": 1, "norm_topk_prob": true,
-        "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "v_head_dim": 64,
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]})",
-     Stored::kFp8},
-};
-
-std::string config(const Kind& kind) {
-  std::string out = std::string("{") + kind.fields;
-  const auto unless = [&](const std::string& name, int value) {
-    const std::string key = '"' + name + "\": ";
-    if (out.find(key) == std::string::npos) out += ", " + key + std::to_string(value);
-  };
-  unless("vocab_size", kVocab);
-  unless("hidden_size", 96);
-  unless("intermediate_size", 100);
-  unless("moe_intermediate_size", 41);
-  unless("v_head_dim", 12);
-  return out +
-         R"(, "num_hidden_layers": 3, "num_attention_heads": 12, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8, "n_routed_experts": 10, "n_shared_experts": 1, "num_experts_per_tok": 3,
-    "routed_scaling_factor": 1.5, "first_k_dense_replace": 1, "max_position_embeddings": 512, "rope_theta": 10000.0})";
-}
 
 ModelOptions on_ranks(int tp, bool batch_invariant = false) {
   ModelOptions options;
@@ -80,107 +35,6 @@ ModelOptions on_ranks(int tp, bool batch_invariant = false) {
   options.batch_invariant = batch_invariant;
   return options;
 }
-
-/// What a model says of three sequences: prompts, then steps of one token, then one of many, then copies.
-class Session {
- public:
-  Session(Model& model, bool batch_invariant) : model_(model), batch_invariant_(batch_invariant) {
-    model_.allocate_cache(4 * kPages);
-    step({33, 5, 20});
-    step({1, 18, 1});
-    for (int i = 0; i < 2; ++i) step({1, 1, 1});
-    step({0, 0, 25});
-    if (model_.has_draft_module()) draft();
-    model_.copy_page(0, 3 * kPages);
-    choose();
-  }
-  Logits logits;
-  Ids tokens;
-
- private:
-  // counts[s] more tokens of sequence s, logits of all.
-  void step(const std::vector<int>& counts) {
-    Ids ids, starts{0}, lengths, table, rows;
-    for (std::size_t s = 0; s < counts.size(); ++s) {
-      if (counts[s] == 0) continue;
-      for (int i = 0; i < counts[s]; ++i) {
-        const std::int32_t t = lengths_[s]++ + static_cast<std::int32_t>(7 * s);
-        rows.push_back(static_cast<std::int32_t>(ids.size()));
-        ids.push_back((t * t + 3 * t) % kVocab);
-      }
-      starts.push_back(static_cast<std::int32_t>(ids.size()));
-      lengths.push_back(lengths_[s]);
-      for (int p = 0; p < kPages; ++p) table.push_back(static_cast<std::int32_t>(s) * kPages + p);
-    }
-    ForwardBatch batch;
-    batch.token_ids = ids;
-    batch.query_starts = starts;
-    batch.seq_lens = lengths;
-    batch.block_table = table;
-    batch.max_blocks = kPages;
-    batch.logit_rows = rows;
-    batch.batch_invariant = batch_invariant_;
-    Logits out(rows.size() * kVocab);
-    model_.forward(batch, out.data(), nullptr);
-    logits.insert(logits.end(), out.begin(), out.end());
-  }
-
-  // A drawn and a greedy token, the second among those of a mask.
-  void choose() {
-    const Ids ids = {3, 5}, starts = {0, 1, 2}, lengths = {lengths_[0] + 1, lengths_[1] + 1};
-    const Ids table = {3 * kPages, 1, 2, kPages, kPages + 1, kPages + 2}, drawn = {0}, greedy = {1};
-    const Draw draws[] = {cpu::make_draw(0.6, 2.0, 0, 0.9, 0)};
-    ForwardBatch batch;
-    batch.token_ids = ids;
-    batch.query_starts = starts;
-    batch.seq_lens = lengths;
-    batch.block_table = table;
-    batch.max_blocks = kPages;
-    batch.drawn_rows = drawn;
-    batch.draws = draws;
-    batch.greedy_rows = greedy;
-    batch.batch_invariant = batch_invariant_;
-    Ids out(2);
-    model_.forward(batch, nullptr, out.data());
-    tokens.insert(tokens.end(), out.begin(), out.end());
-    batch.masked = true;
-    const std::vector<std::uint32_t> mask = {0x55555555, 0x33333333, 0x77777777, 0x11111111, 3};
-    const TokenRule rules[] = {{}, {mask.data(), {}}};
-    model_.launch(batch);
-    model_.choose(rules);
-    model_.collect(nullptr, out.data());
-    tokens.insert(tokens.end(), out.begin(), out.end());
-  }
-
-  // Behind the last step, which was of 25 tokens of sequence 2.
-  void draft() {
-    Ids ids, states;
-    for (std::int32_t i = 0; i < 25; ++i) {
-      ids.push_back((i * 11 + 2) % kVocab);
-      states.push_back(i);
-    }
-    const Ids starts = {0, 25}, lengths = {lengths_[2]}, table = {2 * kPages, 2 * kPages + 1, 2 * kPages + 2};
-    const Ids num_drafts = {3};
-    const std::vector<Draw> draws(3);
-    DraftBatch batch;
-    batch.tokens.token_ids = ids;
-    batch.tokens.query_starts = starts;
-    batch.tokens.seq_lens = lengths;
-    batch.tokens.block_table = table;
-    batch.tokens.max_blocks = kPages;
-    batch.tokens.batch_invariant = batch_invariant_;
-    batch.states = states;
-    batch.num_drafts = num_drafts;
-    batch.draws = draws;
-    Ids out(3);
-    model_.draft(batch, out.data());
-    tokens.insert(tokens.end(), out.begin(), out.end());
-  }
-
-  Model& model_;
-  bool batch_invariant_;
-  std::int32_t lengths_[3] = {0, 0, 0};
-};
 
 class Ranks : public testing::TestWithParam<Kind> {
  protected:
@@ -195,8 +49,8 @@ class Ranks : public testing::TestWithParam<Kind> {
     options.draft_module = true;
     return load_model(directory_.path(), options);
   }
-  Session session(const ModelOptions& options, bool batch_invariant = false) const {
-    return Session(*load(options), batch_invariant);
+  Said session(const ModelOptions& options, bool batch_invariant = false) const {
+    return Session(*load(options), batch_invariant).said;
   }
 
   TemporaryDirectory directory_;
@@ -204,19 +58,13 @@ class Ranks : public testing::TestWithParam<Kind> {
 INSTANTIATE_TEST_SUITE_P(Models, Ranks, testing::ValuesIn(kKinds),
                          [](const auto& kind) { return std::string(kind.param.name); });
 
-void expect_close(const Session& a, const Session& b) {
-  ASSERT_EQ(a.logits.size(), b.logits.size());
-  double largest = 0;
-  for (std::size_t i = 0; i < a.logits.size(); ++i) {
-    ASSERT_TRUE(std::isfinite(b.logits[i]));
-    largest = std::max(largest, double{std::abs(a.logits[i] - b.logits[i])});
-  }
-  EXPECT_LT(largest, 1e-4);
+void expect_close(const Said& a, const Said& b) {
+  EXPECT_LT(largest_difference(a, b), 1e-4);
   EXPECT_EQ(a.tokens, b.tokens);
 }
 
 TEST_P(Ranks, SayWhatOneRankSays) {
-  const Session one = session(on_ranks(1));
+  const Said one = session(on_ranks(1));
   for (const int tp : {2, 4}) {
     SCOPED_TRACE(tp);
     expect_close(one, session(on_ranks(tp)));
@@ -224,29 +72,18 @@ TEST_P(Ranks, SayWhatOneRankSays) {
 }
 
 TEST_P(Ranks, HaveItsBitsInBatchInvariantMode) {
-  const Session one = session(on_ranks(1, true), true);
+  const Said one = session(on_ranks(1, true), true);
   for (const int tp : {2, 3}) {  // 4 is below
     SCOPED_TRACE(tp);
-    const Session many = session(on_ranks(tp, true), true);
-    EXPECT_EQ(one.logits, many.logits);
-    EXPECT_EQ(one.tokens, many.tokens);
+    const Said many = session(on_ranks(tp, true), true);
+    EXPECT_EQ(one, many);
   }
 }
 
 // Wherever the experts are, and on however many ranks each.
 TEST_P(Ranks, PlaceExpertsAsTheyAreTold) {
-  const Session one = session(on_ranks(1)), exact = session(on_ranks(1, true), true);
-  std::string layers;
-  for (int layer = 1; layer <= 3; ++layer) {
-    layers += (layer > 1 ? ", \"" : "\"") + std::to_string(layer) + "\": [";
-    for (int e = 0; e < 10; ++e) {
-      layers += e == 0 ? "" : ", ";
-      // One expert everywhere, rank 3 with no other.
-      layers += e == layer ? "[3, 1, 0, 2]" : e % 4 == 1 ? "[0, 2]" : "[" + std::to_string(e % 3) + "]";
-    }
-    layers += "]";
-  }
-  directory_.write("placement.json", "{\"layers\": {" + layers + "}}");
+  const Said one = session(on_ranks(1)), exact = session(on_ranks(1, true), true);
+  directory_.write("placement.json", uneven_placement());
   for (const std::string how : {"round-robin", "", "file"}) {
     SCOPED_TRACE(how);
     ModelOptions options = on_ranks(4);
@@ -257,9 +94,8 @@ TEST_P(Ranks, PlaceExpertsAsTheyAreTold) {
     }
     expect_close(one, session(options));
     options.batch_invariant = true;
-    const Session bits = session(options, true);
-    EXPECT_EQ(exact.logits, bits.logits);
-    EXPECT_EQ(exact.tokens, bits.tokens);
+    const Said bits = session(options, true);
+    EXPECT_EQ(exact, bits);
   }
 }
 
@@ -272,16 +108,15 @@ TEST_P(Ranks, OfBfloat16HaveThoseBitsToo) {
   } catch (const Unsupported& e) {
     GTEST_SKIP() << e.what();  // no AVX-512
   }
-  const Session expected(*whole, true), got = session(two, true);
-  EXPECT_EQ(expected.logits, got.logits);
-  EXPECT_EQ(expected.tokens, got.tokens);
+  const Said expected = Session(*whole, true).said, got = session(two, true);
+  EXPECT_EQ(expected, got);
 }
 
 TEST_P(Ranks, OfRandomWeightsHaveThoseOfOneRank) {
   const ModelConfig parsed = checkpoint::parse_config(config(GetParam()), "test");
   const auto whole = make_random_model(parsed, on_ranks(1, true));
   const auto parts = make_random_model(parsed, on_ranks(4, true));
-  EXPECT_EQ(Session(*whole, true).logits, Session(*parts, true).logits);
+  EXPECT_EQ(Session(*whole, true).said, Session(*parts, true).said);
 }
 
 // Failures, on ranks that do nothing else than meet.

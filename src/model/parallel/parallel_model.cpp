@@ -149,6 +149,11 @@ std::size_t ParallelModel::bytes_per_page() const {
   });
 }
 
+double ParallelModel::weight_bytes() const {
+  return std::accumulate(ranks_.begin(), ranks_.end(), 0.0,
+                         [](double sum, const Rank& rank) { return sum + rank.model->weight_bytes(); });
+}
+
 void ParallelModel::allocate_cache(int num_pages) {
   on_all(Call::kSetUp, [&](Rank& rank) { rank.model->allocate_cache(num_pages); });
 }
@@ -260,6 +265,7 @@ std::vector<RankStats> ParallelModel::rank_stats() const {
     of.exchanges = traffic.calls;
     of.bytes_sent = traffic.bytes;
     of.exchange_seconds = traffic.seconds;
+    of.weight_bytes = rank.model->weight_bytes();
   }
   return out;
 }

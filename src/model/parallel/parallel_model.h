@@ -52,6 +52,7 @@ class ParallelModel : public Model {
   bool has_draft_module() const override { return first().has_draft_module(); }
   void draft(const DraftBatch& batch, std::int32_t* tokens) override;
   bool launches_ahead() const override { return first().launches_ahead(); }
+  double weight_bytes() const override;
   double device_seconds() const override { return first().device_seconds(); }
   std::int64_t experts_hit(int num_tokens) override { return first().experts_hit(num_tokens); }
   std::vector<ExpertCounts> expert_counts() const override;

@@ -22,14 +22,18 @@ struct Partition {
   /// Then every value is computed as one rank would, and has its bits.
   bool exact = false;
   std::shared_ptr<const ExpertPlacement> experts;  ///< null: all on every rank
+  /// Every rank has tokens of its own, and all weights but the routed experts'; then it is exact.
+  bool own_tokens = false;
 
-  bool alone() const { return size == 1; }
+  /// Nothing but the routed experts is in parts.
+  bool alone() const { return size == 1 || own_tokens; }
 
   /// This rank's share of n things, or another's. Shares are whole multiples of a block of FP8 or group of 4 bits (128)
   /// where that leaves something for all.
   Range share(std::int64_t n) const { return share(n, rank); }
   Range share(std::int64_t n, int of) const {
     constexpr std::int64_t kBlock = 128;
+    if (own_tokens) return {0, n};
     const std::int64_t unit = n % kBlock == 0 && n / kBlock >= size ? kBlock : 1;
     const std::int64_t units = n / unit, first = units * of / size, end = units * (of + 1) / size;
     return {first * unit, (end - first) * unit};
@@ -41,12 +45,13 @@ struct Partition {
   }
   /// Heads divide evenly.
   Range heads(const ModelConfig& whole) const {
+    if (own_tokens) return {0, whole.num_attention_heads};
     const std::int64_t count = whole.num_attention_heads / size;
     return {rank * count, count};
   }
   /// The model as the rank's device sees it: with its heads.
   ModelConfig local(ModelConfig whole) const {
-    whole.num_attention_heads /= size;
+    whole.num_attention_heads = static_cast<int>(heads(whole).count);
     return whole;
   }
 };

@@ -85,6 +85,7 @@ std::string CpuAttention::page_format() const {
 bool CpuAttention::has_plain_rows() const { return !indexer_ && cache_.has_plain_rows(); }
 
 void CpuAttention::forward(Residual& x, Rows rows) {
+  if (x.x.rows == 0) return;
   const ModelConfig& config = context_.config;
   Matrix h = context_.activations(context_.buffers.h, x.x.rows, config.hidden_size);
   context_.rms_norm(x.x, norm_, config.rms_norm_eps, h);

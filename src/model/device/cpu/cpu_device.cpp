@@ -48,6 +48,7 @@ class CpuDevice : public Device {
     return context_.schedule_options(batch_invariant);
   }
   bool queues() const override { return false; }
+  bool runs_empty_steps() const override { return context_.partition.own_tokens; }
   double device_seconds() const override { return 0; }
 
   DType weight_dtype() const override { return DType::kFloat32; }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <span>
 #include <utility>
 
 #include "kernels/moe/cpu/router.h"
@@ -26,6 +27,7 @@ CpuMixtureOfExperts::CpuMixtureOfExperts(CpuContext& context, const MixtureWeigh
       correction_bias_(weights.correction_bias),
       ranks_(weights.ranks),
       own_index_(static_cast<std::size_t>(weights.router.rows), -1),
+      exchange_(context),
       counts_(static_cast<std::size_t>(weights.router.rows)) {
   for (int e = 0; e < weights.router.rows; ++e) {
     if (!ranks_.empty() &&
@@ -47,10 +49,15 @@ CpuMixtureOfExperts::CpuMixtureOfExperts(CpuContext& context, const MixtureWeigh
 }
 
 void CpuMixtureOfExperts::forward(Residual& x) {
-  if (x.x.rows == 0) return;
+  const bool own_tokens = context_.partition.own_tokens;
+  if (x.x.rows == 0 && !own_tokens) return;
   const Matrix h = context_.activations(context_.buffers.h, x.x.rows, x.x.columns);
   context_.rms_norm(x.x, norm_, context_.config.rms_norm_eps, h);
   route(h);
+  if (own_tokens) {
+    if (shared_ && h.rows > 0) shared_->add(context_, h, x.x);
+    return add_from_ranks(h, x.x);
+  }
   find_own(h.rows);
   count_choices();
   if (context_.partition.alone() || context_.partition.exact) {
@@ -116,9 +123,12 @@ void CpuMixtureOfExperts::route(const Matrix& h) {
   });
 }
 
-// Replicas take turns, but in a batch-invariant step, where a token's place must not matter.
+// Replicas take turns, but in a batch-invariant step, where a token's place must not matter, and where a token is this
+// rank's and need not leave it.
 int CpuMixtureOfExperts::runs_at(std::int64_t token, std::int32_t expert) const {
-  if (ranks_.empty()) return context_.partition.rank;
+  const Partition& partition = context_.partition;
+  if (ranks_.empty()) return partition.rank;
+  if (partition.own_tokens && own_index_[static_cast<std::size_t>(expert)] >= 0) return partition.rank;
   const std::vector<int>& ranks = ranks_[static_cast<std::size_t>(expert)];
   return ranks[context_.step->batch_invariant ? 0 : static_cast<std::size_t>(token) % ranks.size()];
 }
@@ -140,7 +150,8 @@ void CpuMixtureOfExperts::count_choices() {
     count.store(count.load(std::memory_order_relaxed) + more, std::memory_order_relaxed);
   };
   const auto* ids = reinterpret_cast<const std::int32_t*>(ids_.data());
-  for (std::size_t i = 0; i < own_.size(); ++i) add(counts_[static_cast<std::size_t>(ids[i])], 1);
+  const std::int64_t choices = num_tokens_ * context_.config.num_experts_per_tok;
+  for (std::int64_t i = 0; i < choices; ++i) add(counts_[static_cast<std::size_t>(ids[i])], 1);
   add(own_count_, std::ssize(own_) - std::ranges::count(own_, -1));
 }
 
@@ -215,6 +226,23 @@ void CpuMixtureOfExperts::add_results_of_all(const Matrix& results, const Matrix
         next[static_cast<std::size_t>(runs_at(i / chosen, ids[i]))]++;
   add_results(received, x.row_range(own.first, own.count), context_.dtype, own.first);
   gather_rows(context_, x, tokens);
+}
+
+void CpuMixtureOfExperts::add_from_ranks(const Matrix& h, const Matrix& x) {
+  const std::int64_t chosen = context_.config.num_experts_per_tok;
+  const std::span<const std::int32_t> ids(reinterpret_cast<const std::int32_t*>(ids_.data()),
+                                          static_cast<std::size_t>(h.rows * chosen));
+  std::vector<int> ranks;
+  ranks.reserve(ids.size());
+  for (std::int64_t i = 0; i < std::ssize(ids); ++i)
+    ranks.push_back(runs_at(i / chosen, ids[static_cast<std::size_t>(i)]));
+  const Matrix rows = exchange_.dispatch(h, ids, ranks);
+  own_.clear();
+  for (const std::int32_t expert : exchange_.experts())
+    own_.push_back(expert < 0 ? -1 : own_index_[static_cast<std::size_t>(expert)]);
+  count_choices();
+  const Matrix results = exchange_.combine(run_experts(rows), places_);
+  add_results(results, x, context_.dtype);
 }
 
 // Lists this rank's choices (token * num_experts_per_tok + rank) expert by expert in `by_expert_`, and cuts each

@@ -10,6 +10,7 @@
 #include "base/buffer.h"
 #include "base/matrix.h"
 #include "model/device/cpu/context.h"
+#include "model/device/cpu/expert_exchange.h"
 #include "model/device/cpu/feed_forward.h"
 #include "model/device/cpu/linear.h"
 #include "model/layers.h"
@@ -45,6 +46,8 @@ class CpuMixtureOfExperts : public FeedForward {
   /// `first`: the token of the first row; places_ begin with it.
   void add_results(const Matrix& results, const Matrix& rows, DType dtype, std::int64_t first = 0) const;
   void add_results_of_all(const Matrix& results, const Matrix& x);
+  /// x += the results of the tokens' experts, which run where they are, beside those of other ranks' tokens.
+  void add_from_ranks(const Matrix& h, const Matrix& x);
   void find_own(std::int64_t num_tokens);
   void count_choices();
   void sort_by_expert();
@@ -58,6 +61,7 @@ class CpuMixtureOfExperts : public FeedForward {
   std::vector<std::int32_t> own_index_;  ///< of each routed expert, its place in experts_; -1: not here
   std::vector<Expert> experts_;
   std::unique_ptr<CpuGatedNetwork> shared_;  ///< or null
+  CpuExpertExchange exchange_;               ///< of ranks with tokens of their own
 
   // Only the thread of the steps writes to them.
   std::vector<std::atomic<std::int64_t>> counts_;  ///< choices of each routed expert so far

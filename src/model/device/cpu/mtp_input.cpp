@@ -26,6 +26,7 @@ void CpuMtpInput::keep_own(const Residual& x) {
 
 void CpuMtpInput::forward(Residual& x) {
   const std::int64_t hidden = x.x.columns, count = x.x.rows;
+  if (count == 0) return;
   const Matrix joined = context_.activations(joined_, count, 2 * hidden);
   const Buffer& from = context_.step->reads == ModuleStates::kModels ? states_ : own_states_;
   const Matrix kept{from.data(), context_.dtype,
