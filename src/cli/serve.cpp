@@ -14,6 +14,7 @@
 #include "cli/config_file.h"
 #include "cli/engine_flags.h"
 #include "cli/load_progress.h"
+#include "cli/planned_bytes.h"
 #include "cli/transfer_flags.h"
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
@@ -95,6 +96,7 @@ int run_serve(ServeOptions o) {
   fmt::print(stderr, "flash-mla serve: {} on http://{}:{}/v1, {} pages of 64 tokens{}\n",
              fmt::join(o.server.model_names, ", "), o.server.host, server.port(), engine.stats().pages_total,
              o.engine.load_format == EngineOptions::LoadFormat::kDummy ? ", random weights" : "");
+  fmt::print(stderr, "flash-mla serve: {}\n", planned_bytes(o.model, o.engine, engine.stats()));
   if (const TransferStats transfer = engine.stats().transfer; transfer.role == TransferRole::kPrefill) {
     fmt::print(stderr, "flash-mla serve: prefill, decode servers meet it at {}:{} ({})\n",
                o.engine.transfer.host, transfer.port, o.engine.transfer.transport);

@@ -167,6 +167,9 @@ std::string plan_table(const Json& r) {
           significant(value(a["ttft_s"]), 4), significant(value(a["tpot_s"]) * 1e3, 4));
     }
   }
+  const std::string start = plain(r["start"]["command"]);
+  out += fmt::format("\nStart\n  {}\n", start.empty() ? "flash-mla serve cannot" : start);
+  for (const Json& caveat : r["start"]["caveats"]) out += fmt::format("  ! {}\n", plain(caveat));
   for (const Json& note : r["notes"]) out += fmt::format("note: {}\n", plain(note));
   if (r.contains("explain")) {
     std::string phase;

@@ -8,6 +8,7 @@
 #include "planner/calibrate.h"
 #include "planner/deployment.h"
 #include "planner/read.h"
+#include "planner/start_command.h"
 #include "planner/tables.h"
 
 namespace flash_mla::planner {
@@ -277,6 +278,14 @@ Json advice(const Request& q, const Result& now) {
   return out;
 }
 
+/// How the engine is started so. The plans are those that were evaluated, in which nothing is left open.
+Json start_json(Request q, const Result& r) {
+  q.prefill_plan = r.prefill.plan;
+  q.decode_plan = r.decode.plan;
+  const StartCommand start = start_command(q);
+  return {{"command", start.command}, {"caveats", start.caveats}};
+}
+
 Json run_plan(Json request, const std::string& source) {
   apply_set(request, source);
   const Request q = read_request(request, source, nullptr, nullptr);
@@ -311,6 +320,7 @@ Json run_plan(Json request, const std::string& source) {
               {"prefill", phase_json(r.prefill)},
               {"decode", phase_json(r.decode)},
               {"advice", advice(q, r)},
+              {"start", start_json(q, r)},
               {"notes", r.notes}};
   if (with_steps) {
     Json steps = Json::array();
