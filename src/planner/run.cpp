@@ -397,6 +397,7 @@ Json run_sweep(const Json& request) {
     rows.push_back(std::move(row));
   }
   std::vector<std::string> names;
+  names.reserve(dims.size());
   for (const auto& dim : dims) names.push_back(dim.first);
   return finish_rows({{"command", "sweep"},
                       {"axes", names},
