@@ -6,9 +6,27 @@
 #include "flash_mla/error.h"
 
 namespace flash_mla::transfer {
+namespace {
+
+#if defined(__has_feature)
+#define FLASH_MLA_HAS_FEATURE(name) __has_feature(name)
+#else
+#define FLASH_MLA_HAS_FEATURE(name) 0
+#endif
+
+// NIXL brings a protobuf of its own, which must not meet gRPC's where this program has the client of LMCache's server: two
+// in one set of symbols end the process. Sanitizers refuse the flag.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || \
+    FLASH_MLA_HAS_FEATURE(address_sanitizer) || FLASH_MLA_HAS_FEATURE(thread_sanitizer)
+constexpr int kOpen = RTLD_NOW | RTLD_LOCAL;
+#else
+constexpr int kOpen = RTLD_NOW | RTLD_LOCAL | RTLD_DEEPBIND;
+#endif
+
+}  // namespace
 
 NixlLibrary open_nixl(const std::string& path) {
-  void* const library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  void* const library = ::dlopen(path.c_str(), kOpen);
   if (library == nullptr) {
     const char* const why = ::dlerror();  // NOLINT(concurrency-mt-unsafe): glibc's is per thread
     throw Unsupported(fmt::format(
