@@ -32,7 +32,8 @@ namespace flash_mla::transfer {
 
 class PageSender;
 
-/// A room on the prefill side. Belongs to the engine; write, finish and fail may be called from any one thread at a time.
+/// A room on the prefill side. Belongs to the engine, and does not outlive the sender; write, finish and fail may be called
+/// from any one thread at a time.
 class OutgoingRoom {
  public:
   ~OutgoingRoom();

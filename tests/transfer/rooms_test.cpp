@@ -245,10 +245,11 @@ TEST_P(RoomsTest, ADecodeServerThatEndsIsNoticed) {
 
 TEST_P(RoomsTest, LeasesEnd) {
   receiver_lease_ = 0.05;
-  const auto out = expect(1, prompt(100));
+  auto out = expect(1, prompt(100));
   const auto in = ask(1, prompt(100));
   expect_trouble(in, Trouble::kLate, "the lease is over");
   wait_until([&] { return out->over(); });
+  out.reset();
   receiver_.reset();
   sender_.reset();
   // Of a prefill server's request that nobody asks for, and of one asked for that has no request.
