@@ -198,6 +198,10 @@ bool EngineCore::empty_inbox() {
 
 // Every request goes to the rank that is expected to come to its tokens first.
 void EngineCore::place(std::vector<std::unique_ptr<ActiveRequest>> requests) {
+  if (ranks_.size() == 1) {  // without a look at what its cache has, which the whole prompt is hashed for
+    for (std::unique_ptr<ActiveRequest>& request : requests) ranks_[0]->begin(std::move(request));
+    return;
+  }
   std::vector<RankLoad> loads;
   loads.reserve(ranks_.size());
   for (const auto& rank : ranks_) loads.push_back(rank->backlog());
