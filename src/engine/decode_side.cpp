@@ -9,8 +9,7 @@
 #include "base/page_size.h"
 #include "base/task_thread.h"
 #include "engine/held_pages.h"
-#include "engine/peer_loader.h"
-#include "engine/peer_ticket.h"
+#include "engine/peer_side.h"
 #include "engine/scheduler.h"
 #include "flash_mla/error.h"
 
@@ -22,7 +21,7 @@ namespace {
 
 using transfer::PageReceiver;
 
-class DecodeSide : public PeerLoader {
+class DecodeSide : public PeerSide {
  public:
   explicit DecodeSide(PeerSetup setup)
       : model_(setup.model),
@@ -38,12 +37,10 @@ class DecodeSide : public PeerLoader {
   ~DecodeSide() override {
     loader_.reset();
     // Landings end before what they were made by.
-    for (const auto& weak : tickets_) {
-      const auto ticket = weak.lock();
-      if (!ticket) continue;
-      give_up(*ticket);
-      ticket->incoming.reset();
-    }
+    for_tickets([this](PeerTicket& ticket) {
+      give_up(ticket);
+      ticket.incoming.reset();
+    });
   }
 
   void check(const BootstrapRoom& room) const override { receiver_.check_peer(room.host, room.port); }
@@ -70,10 +67,7 @@ class DecodeSide : public PeerLoader {
       fall_back("unneeded");
       return;
     }
-    sequence.peer_ticket = ticket;
-    std::erase_if(tickets_, [](const auto& t) { return t.expired(); });
-    tickets_.push_back(ticket);
-    ++open_;
+    admit(sequence, std::move(ticket));
   }
 
   std::optional<std::int64_t> found(Sequence& sequence) override {
@@ -135,19 +129,12 @@ class DecodeSide : public PeerLoader {
     give_up(*ticket);
   }
 
-  void hurry() override {}
   bool holds_pages() const override { return !held_.empty(); }
   void poll() override {
     held_.poll();
     receiver_.poll();
   }
-  void add_to(EngineStats& stats) const override {
-    const std::lock_guard lock(mutex_);
-    stats.transfer = stats_;
-    stats.transfer.role = TransferRole::kDecode;
-    stats.transfer.open = open_;
-    stats.transfer.fallbacks.assign(fallbacks_.begin(), fallbacks_.end());
-  }
+  void add_to(EngineStats& stats) const override { stats.transfer = figures(TransferRole::kDecode); }
 
  private:
   void give_up(PeerTicket& ticket) {
@@ -174,16 +161,6 @@ class DecodeSide : public PeerLoader {
     on_news_();
   }
 
-  void count(const std::function<void(TransferStats&)>& change) {
-    const std::lock_guard lock(mutex_);
-    change(stats_);
-  }
-  void fall_back(const std::string& why, const std::string& reason = {}) {
-    const std::lock_guard lock(mutex_);
-    ++fallbacks_[why];
-    if (!reason.empty()) stats_.last_trouble = reason;
-  }
-
   model::Model& model_;
   kv::PagePool& pool_;
   const std::function<void()> on_news_;
@@ -191,12 +168,6 @@ class DecodeSide : public PeerLoader {
   std::unique_ptr<transfer::PageTransport> transport_;
   std::unique_ptr<model::PageCopies> uploads_;
   HeldPages held_;
-  std::vector<std::weak_ptr<PeerTicket>> tickets_;
-  std::atomic<int> open_ = 0;
-
-  mutable std::mutex mutex_;  // of what follows
-  TransferStats stats_;
-  std::map<std::string, std::int64_t> fallbacks_;
 
   PageReceiver receiver_;
   std::unique_ptr<TaskThread> loader_;  // last: it uses the others

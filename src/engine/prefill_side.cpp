@@ -11,8 +11,7 @@
 #include "base/task_thread.h"
 #include "engine/chunk_memory.h"
 #include "engine/held_pages.h"
-#include "engine/peer_loader.h"
-#include "engine/peer_ticket.h"
+#include "engine/peer_side.h"
 #include "engine/request.h"
 #include "engine/scheduler.h"
 #include "flash_mla/error.h"
@@ -23,13 +22,12 @@
 namespace flash_mla::engine {
 namespace {
 
-using transfer::OutgoingRoom;
 using transfer::PageSender;
 
 // Pages, in all layers, of a piece that is copied and sent as one.
 constexpr std::int64_t kPiecePages = 8;
 
-class PrefillSide : public PeerLoader {
+class PrefillSide : public PeerSide {
  public:
   explicit PrefillSide(PeerSetup setup)
       : model_(setup.model),
@@ -48,9 +46,7 @@ class PrefillSide : public PeerLoader {
   ~PrefillSide() override {
     model_.set_on_layer(nullptr);
     threads_.clear();
-    for (const auto& weak : tickets_) {
-      if (const auto ticket = weak.lock()) ticket->outgoing.reset();
-    }
+    for_tickets([](PeerTicket& ticket) { ticket.outgoing.reset(); });
   }
 
   void check(const BootstrapRoom&) const override {}
@@ -69,10 +65,7 @@ class PrefillSide : public PeerLoader {
       ticket->refused = true;
       refuse(sequence, "refused", e.what());
     }
-    sequence.peer_ticket = ticket;
-    std::erase_if(tickets_, [](const auto& t) { return t.expired(); });
-    tickets_.push_back(ticket);
-    ++open_;
+    admit(sequence, std::move(ticket));
   }
 
   std::optional<std::int64_t> found(Sequence& sequence) override {
@@ -111,7 +104,6 @@ class PrefillSide : public PeerLoader {
     }
   }
 
-  void hurry() override {}
   bool holds_pages() const override { return !held_.empty(); }
   void poll() override {
     held_.poll();
@@ -163,12 +155,8 @@ class PrefillSide : public PeerLoader {
   }
 
   void add_to(EngineStats& stats) const override {
-    const std::lock_guard lock(mutex_);
-    stats.transfer = stats_;
-    stats.transfer.role = TransferRole::kPrefill;
+    stats.transfer = figures(TransferRole::kPrefill);
     stats.transfer.port = sender_.port();
-    stats.transfer.open = open_;
-    stats.transfer.fallbacks.assign(fallbacks_.begin(), fallbacks_.end());
   }
 
  private:
@@ -269,16 +257,7 @@ class PrefillSide : public PeerLoader {
 
   void refuse(Sequence& sequence, const std::string& why, const std::string& message) {
     refused_.emplace_back(&sequence, message);
-    fall_back(why);
-    count([&](TransferStats& s) { s.last_trouble = message; });
-  }
-  void count(const std::function<void(TransferStats&)>& change) {
-    const std::lock_guard lock(mutex_);
-    change(stats_);
-  }
-  void fall_back(const std::string& why) {
-    const std::lock_guard lock(mutex_);
-    ++fallbacks_[why];
+    fall_back(why, message);
   }
 
   model::Model& model_;
@@ -292,14 +271,8 @@ class PrefillSide : public PeerLoader {
   std::unique_ptr<model::PageCopies> downloads_;
   std::shared_ptr<model::CopyMark> last_mark_;  // of all copies so far
   HeldPages held_;
-  std::vector<std::weak_ptr<PeerTicket>> tickets_;
   std::vector<Sequence*> running_;  // sequences of the step that runs whose layers go at once
   std::vector<std::pair<Sequence*, std::string>> refused_;
-  std::atomic<int> open_ = 0;
-
-  mutable std::mutex mutex_;  // of what follows
-  TransferStats stats_;
-  std::map<std::string, std::int64_t> fallbacks_;
 
   PageSender sender_;
   std::map<std::uint64_t, Thread> threads_;  // last: they use the others
