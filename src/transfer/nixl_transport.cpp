@@ -171,10 +171,7 @@ class NixlLanding : public Landing {
 
   const std::string& address() const override { return address_; }
   void read(std::size_t offset, std::span<std::byte> to) override {
-    if (offset > bytes_ || to.size() > bytes_ - offset) {
-      throw TransferError(
-          fmt::format("{} bytes at {} are not in a landing of {}", to.size(), offset, bytes_));
-    }
+    check_in_landing(offset, to.size(), bytes_, "a landing");
     std::memcpy(to.data(), region_.at(begin_ + offset), to.size());
   }
 
@@ -289,10 +286,7 @@ class NixlTarget : public Target {
 
   void write(std::span<const Piece> pieces, Clock::time_point deadline) override {
     for (const Piece& piece : pieces) {
-      if (piece.offset > bytes_ || piece.bytes > bytes_ - piece.offset) {
-        throw TransferError(fmt::format("{} bytes at {} are not in the peer's landing of {}", piece.bytes,
-                                        piece.offset, bytes_));
-      }
+      check_in_landing(piece.offset, piece.bytes, bytes_, "the peer's landing");
     }
     peer_.write(pieces, base_, deadline);
   }

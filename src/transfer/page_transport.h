@@ -1,5 +1,7 @@
 #pragma once
 
+#include <fmt/format.h>
+
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -23,6 +25,13 @@ struct Piece {
   const std::byte* from = nullptr;
   std::size_t offset = 0, bytes = 0;
 };
+
+/// Throws TransferError unless [offset, offset + size) lies in a landing of `bytes`; `landing` names it.
+inline void check_in_landing(std::size_t offset, std::size_t size, std::size_t bytes, const char* landing) {
+  if (offset > bytes || size > bytes - offset) {
+    throw TransferError(fmt::format("{} bytes at {} are not in {} of {}", size, offset, landing, bytes));
+  }
+}
 
 /// Memory for what one peer sends, and nobody else's: never the cache itself. It ends with the object, which is to live
 /// as long as the peer may write.

@@ -112,10 +112,7 @@ class SharedLanding : public Landing {
 
   const std::string& address() const override { return address_; }
   void read(std::size_t offset, std::span<std::byte> to) override {
-    if (offset > bytes_ || to.size() > bytes_ - offset) {
-      throw TransferError(
-          fmt::format("{} bytes at {} are not in a landing of {}", to.size(), offset, bytes_));
-    }
+    check_in_landing(offset, to.size(), bytes_, "a landing");
     transfer_all("read", ::pread, file_.get(), to.data(), to.size(), offset);
   }
 
@@ -132,10 +129,7 @@ class SharedTarget : public Target {
 
   void write(std::span<const Piece> pieces, Clock::time_point deadline) override {
     for (const Piece& piece : pieces) {
-      if (piece.offset > bytes_ || piece.bytes > bytes_ - piece.offset) {
-        throw TransferError(fmt::format("{} bytes at {} are not in the peer's landing of {}", piece.bytes,
-                                        piece.offset, bytes_));
-      }
+      check_in_landing(piece.offset, piece.bytes, bytes_, "the peer's landing");
       if (Clock::now() > deadline) throw TransferError("the time for the transfer is over");
       transfer_all("written", ::pwrite, file_.get(), piece.from, piece.bytes, piece.offset);
     }

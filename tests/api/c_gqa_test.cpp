@@ -7,20 +7,11 @@
 #include <string>
 #include <vector>
 
+#include "c_tensor.h"
 #include "flash_mla/c_api.h"
-#include "flash_mla/dlpack.h"
 
 namespace flash_mla {
 namespace {
-
-struct Tensor {
-  Tensor(void* data, DType dtype, std::initializer_list<std::int64_t> shape)
-      : view(TensorView::contiguous(data, dtype, shape)), tensor(to_dlpack(view)) {}
-  Tensor(const Tensor&) = delete;
-  Tensor& operator=(const Tensor&) = delete;
-  TensorView view;
-  DLTensor tensor;
-};
 
 TEST(CGqa, TwoKeysWithASinkAndASchedule) {
   // One query, two heads over one key head; the second page's key is twice the query, the first's is 0.

@@ -6,20 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "c_tensor.h"
 #include "flash_mla/c_api.h"
-#include "flash_mla/dlpack.h"
 
 namespace flash_mla {
 namespace {
-
-struct Tensor {
-  Tensor(void* data, DType dtype, std::initializer_list<std::int64_t> shape)
-      : view(TensorView::contiguous(data, dtype, shape)), tensor(to_dlpack(view)) {}
-  Tensor(const Tensor&) = delete;
-  Tensor& operator=(const Tensor&) = delete;
-  TensorView view;
-  DLTensor tensor;
-};
 
 TEST(CRows, NormsInPlaceAndToE4m3) {
   std::vector<float> x{1, 3, -5, 7}, residual{2, 0, 8, -3}, weight{1, 2};

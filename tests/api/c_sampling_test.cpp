@@ -5,20 +5,11 @@
 #include <cmath>
 #include <vector>
 
+#include "c_tensor.h"
 #include "flash_mla/c_api.h"
-#include "flash_mla/dlpack.h"
 
 namespace flash_mla {
 namespace {
-
-struct Tensor {
-  Tensor(void* data, DType dtype, std::initializer_list<std::int64_t> shape)
-      : view(TensorView::contiguous(data, dtype, shape)), tensor(to_dlpack(view)) {}
-  Tensor(const Tensor&) = delete;
-  Tensor& operator=(const Tensor&) = delete;
-  TensorView view;
-  DLTensor tensor;
-};
 
 TEST(CSampling, DrawsFiltersAndProbabilities) {
   std::vector<float> probs{0.1f, 0.2f, 0.3f, 0.4f, 0.4f, 0.3f, 0.2f, 0.1f}, out(8);
