@@ -6,14 +6,13 @@
 #include <exception>
 #include <nlohmann/json.hpp>
 
+#include "base/page_size.h"
 #include "flash_mla/planner.h"
 
 namespace flash_mla::cli {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-constexpr int kPageTokens = 64;
 
 struct Bytes {
   double weights = 0, cache = 0;
@@ -46,7 +45,7 @@ Bytes of_planner(const std::filesystem::path& config, const EngineOptions& o, in
                           {"kv", o.kv_cache == EngineOptions::KvCache::kFp8 ? "fp8_656" : "bf16"}}},
                         {"workload",
                          {{"batch", pages},
-                          {"input", kPageTokens - 1},
+                          {"input", kPageSize - 1},
                           {"output", 1},
                           {"mtp_draft", drafts ? o.draft_tokens : 0}}}};
   const Json result = Json::parse(planner::run_json(request.dump()));
