@@ -84,9 +84,10 @@ inline Pool make_pool(const KvCacheView& view) {
   p.data = static_cast<std::byte*>(t.data);
   p.num_pages = t.size(0);
   p.page_size = t.size(1);
-  // The stride of a dimension of one element may be anything.
-  p.page_stride = t.size(0) > 1 ? t.stride(0) * element : 0;
-  p.token_stride = t.size(1) > 1 ? t.stride(1) * element : 0;
+  // The stride of a dimension of one element may be anything, and all of a tensor of none.
+  const bool empty = t.numel() == 0;
+  p.page_stride = t.size(0) > 1 && !empty ? t.stride(0) * element : 0;
+  p.token_stride = t.size(1) > 1 && !empty ? t.stride(1) * element : 0;
   if (view.format == KvFormat::kFp8V4) p.token_stride = Fp8V4::kRowBytes;
   p.format = view.format;
   p.d_qk = is_fp8(view.format) ? format_d_qk(view.format) : static_cast<int>(t.size(3));

@@ -111,15 +111,31 @@ class PageReceiver::Link {
       if (Clock::now() > room->end_) {
         room->fail(Trouble::kLate, "the lease is over");
       } else {
-        const std::shared_ptr<Connection> connection = connected();
-        if (land(room)) send_ask(*connection, room);
+        std::shared_ptr<Connection> connection = connected();
+        if (land(room)) {
+          while (!enter(*connection, room)) connection = connected();
+          send_ask(*connection, *room);
+        }
       }
     } catch (const Refused& e) {
-      room->fail(Trouble::kRefused, e.what());
+      give_up(room, Trouble::kRefused, e.what());
+    } catch (const Taken& e) {
+      give_up(room, Trouble::kGivenUp, e.what());
     } catch (const std::exception& e) {
-      room->fail(Trouble::kGone, e.what());
+      give_up(room, Trouble::kGone, e.what());
     }
     if (room->settled()) receiver_.options_.on_news();
+  }
+
+  /// The reader frees the landing of a room that it knows: the server may write to it until their connection ends.
+  void give_up(const std::shared_ptr<IncomingRoom>& room, Trouble trouble, const std::string& why) {
+    room->fail(trouble, why);
+    {
+      const std::lock_guard lock(mutex_);
+      const auto it = rooms_.find(room->room_);
+      if (it != rooms_.end() && it->second == room) return;
+    }
+    free_landing(*room);
   }
 
   // Not for a room that waits for memory.
@@ -146,25 +162,33 @@ class PageReceiver::Link {
     }
   }
 
-  void send_ask(Connection& connection, const std::shared_ptr<IncomingRoom>& room) {
+  /// Hands the room to the reader of this connection; false if it has ended and takes no more.
+  bool enter(const Connection& connection, const std::shared_ptr<IncomingRoom>& room) {
+    const std::lock_guard lock(mutex_);
+    if (connection_.get() != &connection) return false;
+    if (!rooms_.emplace(room->room_, room).second) throw Taken("another request has the room");
+    return true;
+  }
+
+  static void send_ask(Connection& connection, IncomingRoom& room) {
+    std::string landing;
     {
-      const std::lock_guard lock(mutex_);
-      if (!rooms_.emplace(room->room_, room).second) {
-        room->fail(Trouble::kGivenUp, "another request has the room");
-        const std::lock_guard of_room(room->mutex_);
-        room->landing_.reset();
-        return;
-      }
+      const std::lock_guard lock(room.mutex_);
+      if (room.landing_) landing = room.landing_->address();
     }
     connection.send({{"kind", "ask"},
-                     {"room", room->room_},
-                     {"digest", room->digest_},
-                     {"tokens", room->num_tokens_},
-                     {"pages", room->layout_.num_pages()},
-                     {"landing", room->landing_ ? room->landing_->address() : ""}});
+                     {"room", room.room_},
+                     {"digest", room.digest_},
+                     {"tokens", room.num_tokens_},
+                     {"pages", room.layout_.num_pages()},
+                     {"landing", landing}});
   }
 
   class Refused : public TransferError {
+   public:
+    using TransferError::TransferError;
+  };
+  class Taken : public TransferError {
    public:
     using TransferError::TransferError;
   };
