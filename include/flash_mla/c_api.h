@@ -370,6 +370,8 @@ typedef struct flash_mla_gqa_options {
   int32_t window_right;       /* default -1: none */
   float soft_cap;             /* default 0: none */
   int32_t max_seqlen_q;       /* default 0: not known */
+  int32_t num_scheduled;      /* default -1: the schedule is of all sequences */
+  int32_t max_scheduled_q;    /* default 0: max_seqlen_q */
   int32_t num_threads;        /* CPU; default 0: as many as OpenMP would use */
   int32_t block_size;         /* of the schedule; default 64 */
   int32_t fixed_split_blocks; /* of the schedule; default 0 */

@@ -57,14 +57,19 @@ struct GqaOptions {
   float soft_cap = 0.0f;  ///< > 0: a score x becomes soft_cap * tanh(x / soft_cap)
   /// Queries of a sequence at most; only read where cu_seqlens_q is given on a GPU. 0: not known, total_q.
   int max_seqlen_q = 0;
+  /// >= 0: the schedule is of the first so many sequences, the others are worked on as a whole. For batches that begin with
+  /// decoding sequences and go on with prompts. -1: of all sequences. Without effect where there is no schedule.
+  int num_scheduled = -1;
+  /// Queries of a scheduled sequence at most, as max_seqlen_q of all. 0: max_seqlen_q. Partial results have room for as many.
+  int max_scheduled_q = 0;
   int num_threads = 0;     ///< CPU: threads to run on; 0 means as many as OpenMP would use
   void* stream = nullptr;  ///< CUDA: the cudaStream_t to launch on
   Backend backend = Backend::kAuto;
 };
 
 /// Bytes of scratch memory gqa_attention needs for this problem, on the tensors' device, 64-byte aligned. With a schedule it
-/// has room for the partial results of 2 * num_parts splits of max_seqlen_q queries (GPU), or of the longest sequence's
-/// queries (CPU, which reads cu_seqlens_q). Throws as gqa_attention does for shapes that do not fit together.
+/// has room for the partial results of 2 * num_parts splits of max_scheduled_q queries (GPU), or of the scheduled sequences'
+/// longest (CPU, which reads cu_seqlens_q). Throws as gqa_attention does for shapes that do not fit together.
 FLASH_MLA_API std::size_t gqa_workspace_size(const GqaArgs& args, const DecodeScheduleView& schedule = {},
                                              const GqaOptions& options = {});
 
@@ -74,7 +79,8 @@ FLASH_MLA_API std::size_t gqa_workspace_size(const GqaArgs& args, const DecodeSc
 /// `schedule` cuts long sequences into splits that are computed side by side and combined, as in dense_decode: made by
 /// build_decode_schedule from seqlens_k, with blocks of 64 tokens, one for all layers of a step. Without one (parts not
 /// defined) each sequence, key head and block of queries is worked on as a whole, which is right where there are many of
-/// them: large batches, prompts. Blocks of keys that no query of a sequence sees are skipped in both cases.
+/// them: large batches, prompts. A batch of both, decoding sequences first, has a schedule of those and options.num_scheduled:
+/// then one plan and one call take all of them. Blocks of keys that no query of a sequence sees are skipped in both cases.
 ///
 /// Never allocates and never synchronises; `workspace` needs no initialisation. On the host every argument is checked before
 /// anything is written, tables and lengths included. On a GPU the work is queued on options.stream and may be captured in a

@@ -35,6 +35,8 @@ def gqa_attention(
     window: Tuple[int, int] = (-1, -1),
     soft_cap: float = 0.0,
     max_seqlen_q: int = 0,
+    num_scheduled: int = -1,
+    max_scheduled_q: int = 0,
     num_threads: int = 0,
     out: Optional[Array] = None,
     reference: bool = False,
@@ -58,6 +60,10 @@ def gqa_attention(
     schedule: what gqa_schedule returned for these lengths, to cut long sequences into parts that are computed side by side.
     max_seqlen_q: queries of a sequence at most, which a GPU wants to know beside cu_seqlens_q.
 
+    A batch that begins with decoding sequences and goes on with prompts has a schedule of the decoding ones, and
+    num_scheduled says how many they are: prompts are worked on as a whole. max_scheduled_q: as max_seqlen_q, of those
+    (0: max_seqlen_q); partial results have room for as many queries.
+
     Returns out (total_q, h_q, d_v) in q's dtype and lse (h_q, total_q) float32, natural log; 0 and +inf where a query sees no
     key. ``reference`` computes in float64, on the CPU. On a GPU the work is queued on torch's current stream. Raises ValueError
     naming the argument, NotImplementedError for what no backend has (head dimensions on a GPU). There is no backward pass.
@@ -79,6 +85,8 @@ def gqa_attention(
         right,
         float(soft_cap),
         max_seqlen_q,
+        num_scheduled,
+        max_scheduled_q,
         fixed_split_blocks,
         num_threads,
         reference,

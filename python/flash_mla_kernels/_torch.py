@@ -134,8 +134,8 @@ gqa_attention = _operator(
     "gqa_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "
     "Tensor? block_table, Tensor? page_indptr, Tensor? page_indices, Tensor? sinks, Tensor? alibi_slopes, Tensor? mask, "
     "Tensor? mask_indptr, Tensor? parts, Tensor? num_splits, Tensor(a!) out, Tensor(b!) lse, float? softmax_scale, "
-    "bool causal, int window_left, int window_right, float soft_cap, SymInt max_seqlen_q, int fixed_split_blocks, "
-    "int num_threads, bool reference) -> ()",
+    "bool causal, int window_left, int window_right, float soft_cap, SymInt max_seqlen_q, int num_scheduled, "
+    "SymInt max_scheduled_q, int fixed_split_blocks, int num_threads, bool reference) -> ()",
     _run_with(call_gqa_attention, *_GQA_INPUTS, "out", "lse"),
     _nothing,
 )

@@ -12,8 +12,8 @@ namespace {
 
 void py_gqa_attention(nb::dict tensors, nb::handle softmax_scale, nb::handle causal, nb::handle window_left,
                       nb::handle window_right, double soft_cap, nb::handle max_seqlen_q,
-                      nb::handle fixed_split_blocks, nb::handle num_threads, bool reference,
-                      std::uintptr_t stream, nb::handle allocate) {
+                      nb::handle num_scheduled, nb::handle max_scheduled_q, nb::handle fixed_split_blocks,
+                      nb::handle num_threads, bool reference, std::uintptr_t stream, nb::handle allocate) {
   Tensors t(std::move(tensors));
   GqaArgs args;
   args.q = t("q");
@@ -42,6 +42,8 @@ void py_gqa_attention(nb::dict tensors, nb::handle softmax_scale, nb::handle cau
   options.window_right = int_argument(window_right, "window_right", -1);
   options.soft_cap = static_cast<float>(soft_cap);
   options.max_seqlen_q = int_argument(max_seqlen_q, "max_seqlen_q", 0);
+  options.num_scheduled = int_argument(num_scheduled, "num_scheduled", -1);
+  options.max_scheduled_q = int_argument(max_scheduled_q, "max_scheduled_q", 0);
   options.num_threads = int_argument(num_threads, "num_threads", 0);
   options.stream = reinterpret_cast<void*>(stream);
   if (reference) {
@@ -67,8 +69,9 @@ nb::dict py_gqa_schedule_options(int device_index, int max_seqlen_q, int num_hea
 void bind_gqa(nb::module_& m) {
   m.def("gqa_attention", &py_gqa_attention, "tensors"_a, "softmax_scale"_a.none() = nb::none(),
         "causal"_a.none() = false, "window_left"_a.none() = -1, "window_right"_a.none() = -1,
-        "soft_cap"_a = 0.0, "max_seqlen_q"_a.none() = 0, "fixed_split_blocks"_a.none() = 0,
-        "num_threads"_a.none() = 0, "reference"_a = false, "stream"_a = 0, "allocate"_a.none() = nb::none());
+        "soft_cap"_a = 0.0, "max_seqlen_q"_a.none() = 0, "num_scheduled"_a.none() = -1,
+        "max_scheduled_q"_a.none() = 0, "fixed_split_blocks"_a.none() = 0, "num_threads"_a.none() = 0,
+        "reference"_a = false, "stream"_a = 0, "allocate"_a.none() = nb::none());
   m.def("gqa_schedule_options", &py_gqa_schedule_options, "device_index"_a, "max_seqlen_q"_a, "num_heads_q"_a,
         "num_heads_k"_a, "head_dim"_a);
 }

@@ -52,6 +52,8 @@ struct GqaCall {
     options.window_right = o.window_right;
     options.soft_cap = o.soft_cap;
     options.max_seqlen_q = o.max_seqlen_q;
+    options.num_scheduled = o.num_scheduled;
+    options.max_scheduled_q = o.max_scheduled_q;
     options.num_threads = o.num_threads;
     options.stream = o.stream;
   }
@@ -69,6 +71,8 @@ void flash_mla_gqa_options_init(flash_mla_gqa_options* options) {
               defaults.window_right,
               defaults.soft_cap,
               defaults.max_seqlen_q,
+              defaults.num_scheduled,
+              defaults.max_scheduled_q,
               defaults.num_threads,
               schedule.block_size,
               schedule.fixed_split_blocks,

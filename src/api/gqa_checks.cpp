@@ -144,6 +144,8 @@ void check_options(const GqaOptions& o) {
   if (o.window_left < -1) invalid("window_left is {}, expected -1 (none) or more", o.window_left);
   if (o.window_right < -1) invalid("window_right is {}, expected -1 (none) or more", o.window_right);
   if (o.max_seqlen_q < 0) invalid("max_seqlen_q is {}, expected >= 0", o.max_seqlen_q);
+  if (o.num_scheduled < -1) invalid("num_scheduled is {}, expected -1 (all) or more", o.num_scheduled);
+  if (o.max_scheduled_q < 0) invalid("max_scheduled_q is {}, expected >= 0", o.max_scheduled_q);
   if (o.num_threads < 0) invalid("num_threads is {}, expected >= 0", o.num_threads);
 }
 

@@ -59,6 +59,11 @@ TEST(CGqa, TwoKeysWithASinkAndASchedule) {
   ASSERT_EQ(flash_mla_gqa_attention(&args, &options, workspace, bytes), FLASH_MLA_OK)
       << flash_mla_last_error();
   EXPECT_NEAR(out[2], 10, 1e-5f);
+  EXPECT_EQ(options.num_scheduled, -1);
+  options.num_scheduled = 2;
+  EXPECT_EQ(flash_mla_gqa_attention(&args, &options, workspace, bytes), FLASH_MLA_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(flash_mla_last_error()).find("num_scheduled is 2, expected up to b = 1"),
+            std::string::npos);
   std::free(workspace);
 }
 

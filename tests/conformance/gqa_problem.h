@@ -9,6 +9,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <span>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -37,6 +38,7 @@ struct GqaShape {
   bool sinks = false, alibi = false, mask = false, with_lse = true;
   int num_parts = 0;  ///< > 0: with a schedule
   int fixed_split_blocks = 0;
+  int num_scheduled = -1;  ///< sequences that the schedule is of
   GqaOptions options{};
   unsigned seed = 1;
 
@@ -45,8 +47,8 @@ struct GqaShape {
     t << h_q << '/' << h_kv << " heads of " << d_qk << '/' << d_v << ' ' << dtype_name(dtype) << " layout "
       << static_cast<int>(layout) << " page " << page_size << (hnd ? " HND" : "") << (sinks ? " sinks" : "")
       << (alibi ? " alibi" : "") << (mask ? " mask" : "") << " parts " << num_parts << '/'
-      << fixed_split_blocks << (options.causal ? " causal" : "") << " window " << options.window_left << ','
-      << options.window_right << " cap " << options.soft_cap << " (q, k):";
+      << fixed_split_blocks << " of " << num_scheduled << (options.causal ? " causal" : "") << " window "
+      << options.window_left << ',' << options.window_right << " cap " << options.soft_cap << " (q, k):";
     for (const GqaLengths& s : seqs) t << " (" << s.q << ", " << s.k << ')';
     return t.str();
   }
@@ -85,7 +87,8 @@ class GqaProblem {
       options.num_parts = s.num_parts;
       options.fixed_split_blocks = s.fixed_split_blocks;
       options.fixed_overhead_blocks = 1;
-      schedule = DecodeSchedule::build(lengths, options);
+      const auto n = s.num_scheduled < 0 ? lengths.size() : static_cast<std::size_t>(s.num_scheduled);
+      schedule = DecodeSchedule::build(std::span(lengths).first(n), options);
     }
   }
 
@@ -151,6 +154,10 @@ class GqaProblem {
     GqaOptions options = s.options;
     options.num_threads = num_threads;
     for (const GqaLengths& l : s.seqs) options.max_seqlen_q = std::max(options.max_seqlen_q, l.q);
+    options.num_scheduled = s.num_scheduled;
+    for (int r = 0; r < s.num_scheduled; ++r) {
+      options.max_scheduled_q = std::max(options.max_scheduled_q, s.seqs[static_cast<std::size_t>(r)].q);
+    }
     const std::size_t bytes = gqa_workspace_size(a, plan, options);
     Guarded workspace(backend, bytes);
     const std::vector<std::uint8_t> poison(bytes, 0xFF);

@@ -127,6 +127,54 @@ TEST_P(Gqa, LongPromptsOverManyBlocksOfRows) {
   }
 }
 
+TEST_P(Gqa, OnePlanAndOneCallForDecodesAndPrompts) {
+  unsigned seed = 800;
+  // Decoding sequences, a verified draft, an empty one; then prompts, and chunks of prompts behind what is cached.
+  const std::vector<GqaLengths> mixed{{1, 700}, {1, 30},   {3, 400}, {1, 0},
+                                      {70, 70}, {40, 300}, {0, 9},   {130, 130}};
+  const std::vector<GqaLengths> decodes{{1, 900}, {1, 5}, {1, 64}, {1, 300}};
+  for (const Layout layout : {Layout::kRagged, Layout::kStretch, Layout::kTable, Layout::kCsr}) {
+    for (const int scheduled : {0, 1, 4, 8}) {
+      for (const int fixed : {0, 2}) {
+        if (fixed > 0 && layout != Layout::kTable) continue;
+        expect_right({.seqs = mixed,
+                      .layout = layout,
+                      .sinks = true,
+                      .mask = layout == Layout::kCsr,
+                      .num_parts = 5,
+                      .fixed_split_blocks = fixed,
+                      .num_scheduled = scheduled,
+                      .options = {.causal = true},
+                      .seed = seed++});
+      }
+    }
+    expect_right({.seqs = decodes,
+                  .layout = layout,
+                  .uniform = true,
+                  .num_parts = 5,
+                  .num_scheduled = 2,
+                  .options = {.window_left = 40},
+                  .seed = seed++});
+  }
+}
+
+// A prompt among the unscheduled sequences costs no room for its partial results.
+TEST_P(Gqa, RoomIsForTheScheduledSequencesAlone) {
+  if (on_gpu()) return;
+  const auto bytes = [](int queries, int scheduled) {
+    GqaProblem p({.seqs = {{1, 500}, {queries, queries}}, .num_parts = 5, .num_scheduled = scheduled});
+    GqaArgs a = p.host_args();
+    std::vector<std::uint8_t> out(p.q.size());
+    a.out = TensorView::contiguous(out.data(), DType::kBFloat16, {p.total_q, 8, 128});
+    GqaOptions options;
+    options.num_threads = 1;
+    options.num_scheduled = scheduled;
+    return gqa_workspace_size(a, p.schedule.view(), options);
+  };
+  EXPECT_EQ(bytes(300, 1), bytes(30, 1));
+  EXPECT_GT(bytes(300, 2), bytes(30, 2));
+}
+
 TEST_P(Gqa, FixedSplitsAreBatchInvariant) {
   GqaShape shape{.seqs = kDecodes, .uniform = true, .num_parts = 6, .fixed_split_blocks = 2, .seed = 400};
   expect_right(shape);
@@ -199,6 +247,26 @@ TEST_P(Gqa, BadInputIsNamed) {
   EXPECT_NE(message([](A, O o, S) { o.window_left = -2; }).find("window_left is -2"), std::string::npos);
   EXPECT_NE(message([](A, O o, S) { o.soft_cap = -1; }).find("soft_cap is -1"), std::string::npos);
   EXPECT_NE(message([](A, O o, S) { o.softmax_scale = 0; }).find("softmax_scale is 0"), std::string::npos);
+  EXPECT_NE(message([](A, O o, S) { o.num_scheduled = -2; }).find("num_scheduled is -2"), std::string::npos);
+  EXPECT_NE(message([](A, O o, S) { o.max_scheduled_q = -1; }).find("max_scheduled_q is -1"),
+            std::string::npos);
+  const DecodeSchedule of_two = DecodeSchedule::build(problem.lengths, {}),
+                       of_other = DecodeSchedule::build(std::vector<std::int32_t>{300}, {});
+  EXPECT_NE(message([&](A, O o, S s) {
+              s = of_two.view();
+              o.num_scheduled = 3;
+            }).find("num_scheduled is 3, expected up to b = 2"),
+            std::string::npos);
+  EXPECT_NE(message([&](A, O o, S s) {
+              s = of_two.view();
+              o.num_scheduled = 1;
+            }).find("schedule.num_splits.shape[0] is 3"),
+            std::string::npos);
+  EXPECT_NE(message([&](A, O o, S s) {
+              s = of_other.view();
+              o.num_scheduled = 1;
+            }).find("is the schedule from other lengths?"),
+            std::string::npos);
   EXPECT_NE(message([&](A, O, S s) {
               s = DecodeSchedule::build(std::vector<std::int32_t>{20}, {}).view();
             }).find("schedule.num_splits.shape[0] is 2"),
