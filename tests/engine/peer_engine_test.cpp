@@ -17,6 +17,7 @@
 
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
+#include "sanitized.h"
 
 namespace flash_mla {
 namespace {
@@ -386,11 +387,7 @@ TEST(PeerTest, OptionsAreCheckedBeforeTheModel) {
 // some given to one side alone: each ends, whole answers are what they are alone, and nothing stays behind.
 TEST(PeerTest, RandomRequestsLeakNothing) {
   const char* const asked = std::getenv("FLASH_MLA_TRANSFER_REQUESTS");
-#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
-  constexpr int kCount = 8;  // the sanitizers, which are built with clang, take minutes for more
-#else
-  constexpr int kCount = 40;
-#endif
+  constexpr int kCount = unless_sanitized(40, 8);
   const int count = asked != nullptr ? std::atoi(asked) : kCount;
   EngineOptions o = options();
   o.num_pages = 24;

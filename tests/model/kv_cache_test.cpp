@@ -11,6 +11,7 @@
 #include "flash_mla/info.h"
 #include "model/model.h"
 #include "model/size.h"
+#include "sanitized.h"
 #include "temporary_directory.h"
 
 namespace flash_mla::model {
@@ -150,11 +151,7 @@ TEST(LongPrompt, IsTheSameInAnyChunks) {
     "num_hidden_layers": 1, "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 32,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": null,
     "max_position_embeddings": 32768, "index_topk": 64, "index_n_heads": 2, "index_head_dim": 16})";
-#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
-  constexpr std::int32_t kLength = 5000;  // the sanitizers, which are built with clang, take minutes for more
-#else
-  constexpr std::int32_t kLength = 20000;
-#endif
+  constexpr std::int32_t kLength = unless_sanitized(20000, 5000);
   const auto model = make_random_model(checkpoint::parse_config(kLong, "test"), options(ModelKvCache::kAuto));
   model->allocate_cache(kLength / 64 + 1);
   std::vector<std::int32_t> pages;
