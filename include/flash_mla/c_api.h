@@ -395,6 +395,7 @@ FLASH_MLA_API flash_mla_status flash_mla_gqa_attention(const flash_mla_gqa_args*
 
 /* IWYU pragma: begin_exports */
 #include "flash_mla/c_mhc.h"
+#include "flash_mla/c_mla_cascade.h"
 #include "flash_mla/c_pages.h"
 #include "flash_mla/c_rows.h"
 #include "flash_mla/c_sampling.h"

@@ -10,6 +10,7 @@
 #include "flash_mla/kv_cache.h"
 #include "flash_mla/merge.h"
 #include "flash_mla/mhc.h"
+#include "flash_mla/mla_cascade.h"
 #include "flash_mla/pages.h"
 #include "flash_mla/quantise.h"
 #include "flash_mla/reference.h"

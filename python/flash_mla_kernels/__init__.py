@@ -30,6 +30,7 @@ from ._library import (
     reference_dense_decode,
 )
 from ._mhc import mhc_post, mhc_post_pre, mhc_pre
+from ._mla_cascade import expand_latents, mla_cascade
 from ._pages import append_pages, batch_positions, merge_states_in_place, paged_seqlens
 from ._prefill import dense_prefill
 from ._routing import choose_experts
@@ -66,6 +67,7 @@ __all__ = [
     "dense_decode",
     "dense_fp8_decode",
     "dense_prefill",
+    "expand_latents",
     "filter_tokens",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
@@ -85,6 +87,7 @@ __all__ = [
     "mhc_post",
     "mhc_post_pre",
     "mhc_pre",
+    "mla_cascade",
     "mqa_top_k",
     "paged_mqa_top_k",
     "paged_seqlens",

@@ -17,6 +17,7 @@
 #include "gqa_bindings.h"
 #include "indexer_bindings.h"
 #include "mhc_bindings.h"
+#include "mla_cascade_bindings.h"
 #include "model_bindings.h"
 #include "pages_bindings.h"
 #include "planner_bindings.h"
@@ -166,6 +167,7 @@ NB_MODULE(_C, m) {
   flash_mla::python::bind_gqa(m);
   flash_mla::python::bind_indexer(m);
   flash_mla::python::bind_mhc(m);
+  flash_mla::python::bind_mla_cascade(m);
   flash_mla::python::bind_model(m);
   flash_mla::python::bind_pages(m);
   flash_mla::python::bind_planner(m);
