@@ -177,7 +177,8 @@ class Problem {
             sum += weight;
             for (int c = 0; c < s.v; ++c)
               want[static_cast<std::size_t>(c)] +=
-                  weight * keys[static_cast<std::size_t>(j)][static_cast<std::size_t>(d + c)];
+                  weight * keys[static_cast<std::size_t>(j)]
+                               [static_cast<std::size_t>(d) + static_cast<std::size_t>(c)];
           }
           for (int c = 0; c < s.v; ++c) {
             const double x = seen > 0 ? want[static_cast<std::size_t>(c)] / sum : 0.0;
