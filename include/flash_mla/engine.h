@@ -12,6 +12,7 @@
 #include <string_view>
 #include <vector>
 
+#include "flash_mla/cache_events.h"
 #include "flash_mla/chat.h"
 #include "flash_mla/expert_counts.h"
 #include "flash_mla/model_options.h"
@@ -210,6 +211,8 @@ struct EngineOptions {
   int max_tokens_per_step = 2048;  ///< >= max_batch_size; prompts are processed in chunks that fit
   int max_waiting = 0;  ///< requests that wait at most; 0: no bound. submit throws Overloaded past it
   bool prefix_cache = true;
+  /// Engine::take_cache_events says what comes into the prefix cache and leaves it.
+  bool cache_events = false;
   /// Places beyond the cache where pages are kept, in chunks of 256 tokens, for later requests, after a restart, or for
   /// other engines of the same model: "ram:SIZE" (host memory), "file:DIRECTORY,SIZE" and "lmcache://HOST:PORT" (LMCache's
   /// server on this machine, where this build has a client of it), asked in this order (docs/serving.md). What is found there is as if computed; what is not found in time is computed.
@@ -333,6 +336,15 @@ struct EngineStats {
   Histogram e2e_seconds;   ///< submission to the end of a continuation
 };
 
+/// How full an engine is, between two steps.
+struct EngineLoad {
+  int running = 0, waiting = 0;  ///< sequences
+  int pages_used = 0;            ///< by running sequences
+  int pages_cached = 0;          ///< kept for prefix reuse, free to be taken
+  int pages_total = 0;
+  std::int64_t prefix_tokens_looked_up = 0, prefix_tokens_hit = 0;  ///< since the engine was made
+};
+
 /// One step in the past; times in seconds since the engine was made. A step that was queued while the one
 /// before it ran begins, planned, when the engine turns to it.
 struct StepRecord {
@@ -437,6 +449,11 @@ class Engine {
   SamplingParams default_sampling() const;
 
   EngineStats stats() const;
+  /// Of stats() what changes from step to step, without the rest's price: for somebody who asks many times a second.
+  EngineLoad load() const;
+  /// What has come into the prefix cache, or left it, since the last call; in the order in which it happened, of each rank.
+  /// Empty without EngineOptions::cache_events. If nobody calls it, it costs no more than two events of each page.
+  std::vector<CacheEvent> take_cache_events();
   /// How often each expert of every mixture layer has been chosen since the engine was made. Throws Unsupported for a model
   /// without experts, and on a GPU, where nobody counts yet.
   std::vector<ExpertCounts> expert_counts() const;

@@ -27,7 +27,8 @@ class _Finder:
             return None
         # A program run with -m takes its own path from here.
         origin = f"alias of {_TARGET}" if name == _ALIAS else real.origin
-        return spec_from_loader(name, _Loader, origin=origin, is_package=name == _ALIAS)
+        is_package = name == _ALIAS or real.submodule_search_locations is not None
+        return spec_from_loader(name, _Loader, origin=origin, is_package=is_package)
 
     @staticmethod
     def invalidate_caches():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Union
 
 from . import _C
-from ._C import SamplingParams
+from ._C import SamplingParams, TransferOptions
 
 Prompt = Union[str, Sequence[int]]
 
@@ -115,6 +115,9 @@ class LLM:
     ``kv_tiers``: places beyond the cache where pages are kept, such as "ram:4GiB" and "file:/var/cache/kv,64GiB"
     (docs/serving.md), for which a prompt waits ``kv_tier_wait_seconds`` at most, 0 for as long as computing it would take.
 
+    ``cache_events``: ``AsyncLLM.take_cache_events`` says what the prefix cache holds. ``transfer``: TransferOptions, for prefill
+    and decode as two engines.
+
     Raises ``ValueError`` for a malformed model directory or an option out of range, ``NotImplementedError`` for a
     model that the library does not run.
     """
@@ -147,6 +150,8 @@ class LLM:
         expert_placement="linear",
         kv_tiers=(),
         kv_tier_wait_seconds=0.0,
+        cache_events=False,
+        transfer=None,
     ):
         if generation_config not in ("auto", "none"):
             raise ValueError(f'generation_config is "{generation_config}", expected "auto" or "none"')
@@ -176,6 +181,8 @@ class LLM:
             expert_placement=os.fspath(expert_placement),
             kv_tiers=list(kv_tiers),
             kv_tier_wait_seconds=kv_tier_wait_seconds,
+            cache_events=cache_events,
+            transfer=transfer or TransferOptions(),
         )
 
     def generate(

@@ -4,13 +4,16 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unordered_map.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <tuple>
 
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
+#include "serving_bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -69,35 +72,20 @@ Speculative speculative_named(const std::string& name) {
   throw InvalidArgument("speculative is \"" + name + "\", expected off, ngram, auto or mtp");
 }
 
-nb::list to_python(const std::vector<TokenLogprobs>& logprobs) {
-  nb::list out;
-  for (const TokenLogprobs& l : logprobs) {
-    nb::dict top;
-    for (const TokenLogprob& t : l.top) top[nb::int_(t.token)] = t.logprob;
-    nb::dict one;
-    one["token"] = l.chosen.token;
-    one["logprob"] = l.rank == 0 ? nb::object(nb::none()) : nb::object(nb::float_(l.chosen.logprob));
-    one["rank"] = l.rank;
-    one["top"] = top;
-    out.append(one);
-  }
-  return out;
-}
-
 nb::dict to_python(const Completion& completion) {
   nb::list choices;
   for (const Completion::Choice& c : completion.choices) {
     nb::dict choice;
     choice["text"] = c.text;
     choice["token_ids"] = c.token_ids;
-    choice["logprobs"] = to_python(c.logprobs);
+    choice["logprobs"] = logprobs_of(c.logprobs);
     choice["finish_reason"] = finish_reason_name(c.finish);
     choice["error"] = c.error;
     choices.append(choice);
   }
   nb::dict out;
   out["choices"] = choices;
-  out["prompt_logprobs"] = to_python(completion.prompt_logprobs);
+  out["prompt_logprobs"] = logprobs_of(completion.prompt_logprobs);
   out["prompt_tokens"] = completion.usage.prompt_tokens;
   out["cached_tokens"] = completion.usage.cached_tokens;
   out["completion_tokens"] = completion.usage.completion_tokens;
@@ -219,6 +207,7 @@ nb::dict to_python(const EngineStats& s) {
   nb::list tiers;
   for (const KvTierStats& tier : s.kv_tiers) tiers.append(to_python(tier));
   d["kv_tiers"] = tiers;
+  d["transfer"] = transfer_of(s.transfer);
   d["steps"] = s.steps;
   d["step_seconds"] = s.step_seconds;
   d["ttft_seconds_mean"] = mean(s.ttft_seconds);
@@ -345,15 +334,36 @@ void bind_sampling_params(nb::module_& m) {
 
 }  // namespace
 
+nb::list logprobs_of(const std::vector<TokenLogprobs>& logprobs) {
+  nb::list out;
+  for (const TokenLogprobs& l : logprobs) {
+    nb::dict top;
+    for (const TokenLogprob& t : l.top) top[nb::int_(t.token)] = t.logprob;
+    nb::dict one;
+    one["token"] = l.chosen.token;
+    one["logprob"] = l.rank == 0 ? nb::object(nb::none()) : nb::object(nb::float_(l.chosen.logprob));
+    one["rank"] = l.rank;
+    one["top"] = top;
+    out.append(one);
+  }
+  return out;
+}
+
 void bind_engine(nb::module_& m) {
   bind_sampling_params(m);
+  bind_serving(m);
   nb::class_<Request>(m, "Request")
       .def(
           "__init__",
           [](Request* self, std::string prompt, std::vector<std::int32_t> prompt_token_ids,
              const std::vector<std::pair<std::string, std::string>>& messages, const SamplingParams& sampling,
-             std::string suffix, bool continue_final_message, std::string chat_variables) {
+             std::string suffix, bool continue_final_message, std::string chat_variables,
+             const std::optional<std::tuple<std::string, int, std::int64_t>>& bootstrap) {
             Request r;
+            if (bootstrap) {
+              const auto& [host, port, room] = *bootstrap;
+              r.bootstrap = BootstrapRoom{host, port, room};
+            }
             r.chat_variables = std::move(chat_variables);
             r.prompt = std::move(prompt);
             r.suffix = std::move(suffix);
@@ -365,8 +375,9 @@ void bind_engine(nb::module_& m) {
           },
           nb::kw_only(), "prompt"_a = "", "prompt_token_ids"_a = std::vector<std::int32_t>(),
           "messages"_a = std::vector<std::pair<std::string, std::string>>(), "sampling"_a, "suffix"_a = "",
-          "continue_final_message"_a = false, "chat_variables"_a = "");
-  nb::class_<Engine>(m, "Engine")
+          "continue_final_message"_a = false, "chat_variables"_a = "", "bootstrap"_a = nb::none());
+  nb::class_<Engine> engine(m, "Engine");
+  engine
       .def(
           "__init__",
           [](Engine* self, const std::string& directory, const std::string& device,
@@ -376,7 +387,7 @@ void bind_engine(nb::module_& m) {
              bool batch_invariant, bool overlap_steps, int num_threads, bool generation_config,
              const std::string& chat_template, const std::string& speculative, int draft_tokens, int tp,
              int dp, int ep, const std::string& expert_placement, const std::vector<std::string>& kv_tiers,
-             double kv_tier_wait_seconds) {
+             double kv_tier_wait_seconds, bool cache_events, const TransferOptions& transfer) {
             EngineOptions o;
             o.generation_config = generation_config;
             o.chat_template = chat_template;
@@ -402,6 +413,8 @@ void bind_engine(nb::module_& m) {
             o.expert_placement = expert_placement;
             o.kv_tiers = kv_tiers;
             o.kv_tier_wait_seconds = kv_tier_wait_seconds;
+            o.cache_events = cache_events;
+            o.transfer = transfer;
             const nb::gil_scoped_release release;
             new (self) Engine(directory, o);
           },
@@ -409,7 +422,7 @@ void bind_engine(nb::module_& m) {
           "load_format"_a, "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a,
           "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a,
           "generation_config"_a, "chat_template"_a, "speculative"_a, "draft_tokens"_a, "tp"_a, "dp"_a, "ep"_a,
-          "expert_placement"_a, "kv_tiers"_a, "kv_tier_wait_seconds"_a)
+          "expert_placement"_a, "kv_tiers"_a, "kv_tier_wait_seconds"_a, "cache_events"_a, "transfer"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(
@@ -420,6 +433,7 @@ void bind_engine(nb::module_& m) {
       .def("stats", [](const Engine& e) { return to_python(e.stats()); })
       .def("chrome_trace", &Engine::chrome_trace)
       .def_prop_ro("max_length", &Engine::max_length);
+  bind_serving(engine);
 }
 
 }  // namespace flash_mla::python

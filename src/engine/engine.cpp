@@ -421,6 +421,8 @@ std::string Engine::why_no_chat() const { return impl_->why_no_chat; }
 SamplingParams Engine::default_sampling() const { return impl_->default_sampling; }
 
 EngineStats Engine::stats() const { return impl_->core.stats(); }
+EngineLoad Engine::load() const { return impl_->core.load(); }
+std::vector<CacheEvent> Engine::take_cache_events() { return impl_->core.take_cache_events(); }
 std::vector<ExpertCounts> Engine::expert_counts() const { return impl_->core.expert_counts(); }
 std::vector<StepRecord> Engine::timeline() const { return impl_->core.timeline(); }
 std::string Engine::chrome_trace() const { return engine::chrome_trace(impl_->core.timeline()); }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <iterator>
 #include <latch>
 #include <utility>
 
@@ -91,6 +92,12 @@ EngineStats EngineCore::stats() const {
   EngineStats out = statistics_.snapshot();
   ranks_[0]->add_to(out);
   out.experts = count_experts();
+  return out;
+}
+
+std::vector<CacheEvent> EngineCore::take_cache_events() {
+  std::vector<CacheEvent> out;
+  for (const auto& rank : ranks_) std::ranges::move(rank->take_cache_events(), std::back_inserter(out));
   return out;
 }
 

@@ -69,6 +69,8 @@ class EngineCore {
   bool wait_for_work(const std::stop_token& stop) { return inbox_.wait_for_work(stop); }
 
   EngineStats stats() const;
+  EngineLoad load() const { return statistics_.load(); }
+  std::vector<CacheEvent> take_cache_events();
   std::vector<ExpertCounts> expert_counts() const;
   std::vector<StepRecord> timeline() const { return statistics_.timeline(); }
   std::int32_t vocab_size() const;

@@ -120,7 +120,8 @@ EngineRank::EngineRank(int rank, std::unique_ptr<model::Model> model, TextDecode
     : rank_(rank),
       model_(with_room_for_steps(std::move(model), options)),
       options_(of_rank(options)),
-      pool_(num_cache_pages(*model_, options), options.prefix_cache),
+      cache_log_(options.cache_events ? std::make_unique<kv::CacheLog>(rank) : nullptr),
+      pool_(num_cache_pages(*model_, options), options.prefix_cache, nullptr, cache_log_.get()),
       tiers_(make_tiers(*model_, pool_, options, weights, [&inbox] { inbox.wake(); })),
       peers_(make_peers(*model_, pool_, options, weights, [&inbox] { inbox.wake(); })),
       loader_(peers_ ? static_cast<PrefixLoader*>(peers_.get()) : tiers_.get()),
@@ -179,9 +180,11 @@ bool EngineRank::step() {
     const bool did = run_step();
     model_->end_step();
     statistics_.set_ranks(rank_, model_->rank_stats());
+    hand_over_events();
     return did;
   } catch (...) {
     model_->end_step();  // the other ranks go on
+    hand_over_events();
     throw;
   }
 }
@@ -359,6 +362,15 @@ void EngineRank::cancel_all() {
     requests_.drop_ended();
   }
   note_load();
+  hand_over_events();
+}
+
+void EngineRank::hand_over_events() {
+  if (cache_log_) cache_log_->hand_over();
+}
+
+std::vector<CacheEvent> EngineRank::take_cache_events() {
+  return cache_log_ ? cache_log_->take() : std::vector<CacheEvent>();
 }
 
 }  // namespace flash_mla::engine

@@ -18,6 +18,7 @@
 #include "engine/tier_transfers.h"
 #include "engine/token_chooser.h"
 #include "flash_mla/engine.h"
+#include "kv/cache_log.h"
 #include "kv/page_pool.h"
 #include "model/model.h"
 
@@ -50,6 +51,9 @@ class EngineRank {
   /// As Requests::cancel: without effect on those of other ranks.
   void cancel(RequestId id, int continuation) { requests_.cancel(id, continuation); }
   void cancel_all();
+  /// What has come into the prefix cache and left it since the last call; empty without EngineOptions::cache_events. From
+  /// any thread.
+  std::vector<CacheEvent> take_cache_events();
   void drop_ended() { requests_.drop_ended(); }
   /// One step, if there is work; where ranks share experts, it is one of all ranks, which take part with work or without.
   /// False if there was nothing to do.
@@ -70,11 +74,13 @@ class EngineRank {
   void give_up(LaunchedStep& step, const std::string& why);
   void end_all(LaunchedStep& step, const std::string& why);
   void drop_ahead();
+  void hand_over_events();
   Statistics::Load load() const;
 
   const int rank_;
   std::unique_ptr<model::Model> model_;
   const EngineOptions options_;
+  std::unique_ptr<kv::CacheLog> cache_log_;  // null: nobody asks; the pool writes there
   kv::PagePool pool_;
   std::unique_ptr<TierTransfers> tiers_;  // null: there are none
   std::unique_ptr<PeerLoader> peers_;     // null: there are none

@@ -161,6 +161,22 @@ EngineStats Statistics::snapshot() const {
   return out;
 }
 
+EngineLoad Statistics::load() const {
+  const std::lock_guard lock(mutex_);
+  EngineLoad out;
+  out.waiting = in_inbox_;
+  for (const Rank& rank : ranks_) {
+    out.running += rank.load.running;
+    out.waiting += rank.load.waiting;
+    out.pages_used += rank.load.pages_used;
+    out.pages_cached += rank.load.pages_cached;
+    out.pages_total += rank.pages_total;
+    out.prefix_tokens_looked_up += rank.scheduled.tokens_looked_up;
+    out.prefix_tokens_hit += rank.scheduled.tokens_hit;
+  }
+  return out;
+}
+
 std::vector<StepRecord> Statistics::timeline() const {
   const std::lock_guard lock(mutex_);
   return {timeline_.begin(), timeline_.end()};

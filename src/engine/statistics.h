@@ -49,6 +49,7 @@ class Statistics {
   void step_ended();
 
   EngineStats snapshot() const;
+  EngineLoad load() const;
   std::vector<StepRecord> timeline() const;
 
  private:

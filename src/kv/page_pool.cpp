@@ -26,8 +26,8 @@ SequencePages& SequencePages::operator=(SequencePages&& other) noexcept {
   return *this;
 }
 
-PagePool::PagePool(int num_pages, bool prefix_cache, PageHash hash)
-    : prefix_cache_(prefix_cache), tree_(prefix_cache ? std::max(num_pages, 0) : 0, hash) {
+PagePool::PagePool(int num_pages, bool prefix_cache, PageHash hash, CacheLog* log)
+    : prefix_cache_(prefix_cache), tree_(prefix_cache ? std::max(num_pages, 0) : 0, hash, log) {
   if (num_pages <= 0) {
     throw InvalidArgument(fmt::format("num_pages is {}, expected at least 1", num_pages));
   }

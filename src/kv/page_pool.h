@@ -53,8 +53,10 @@ class PagePool {
     std::int64_t pages_copied = 0;  ///< copy-on-write
   };
 
+  /// `log`, if there is one, is told what comes into the prefix cache and leaves it; it outlives the pool.
   /// Throws InvalidArgument unless num_pages > 0.
-  explicit PagePool(int num_pages, bool prefix_cache = true, PageHash hash = nullptr);
+  explicit PagePool(int num_pages, bool prefix_cache = true, PageHash hash = nullptr,
+                    CacheLog* log = nullptr);
 
   /// Starts `sequence` (empty before) with the cached pages of the longest known prefix of `tokens`, always
   /// leaving at least one token to be computed. Returns the tokens found.

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 
 namespace flash_mla::kv {
@@ -17,8 +18,9 @@ std::uint64_t hash_page(std::uint64_t parent, std::span<const std::int32_t> toke
   return h;
 }
 
-PrefixTree::PrefixTree(int num_pages, PageHash hash)
+PrefixTree::PrefixTree(int num_pages, PageHash hash, CacheLog* log)
     : hash_(hash != nullptr ? hash : hash_page),
+      log_(log),
       entries_(static_cast<std::size_t>(num_pages)),
       tokens_(entries_.size() * kPageSize) {}
 
@@ -64,6 +66,7 @@ void PrefixTree::link(std::int32_t page, const Node& parent, std::uint64_t hash,
   if (parent.page >= 0) ++at(parent.page).num_children;
   std::ranges::copy(tokens, tokens_.begin() + static_cast<std::ptrdiff_t>(page) * kPageSize);
   by_hash_.emplace(hash, page);
+  if (log_) log_->stored(page, hash, parent.page < 0 ? std::nullopt : std::optional(parent.hash), tokens);
 }
 
 void PrefixTree::unlink(std::int32_t page) {
@@ -73,6 +76,7 @@ void PrefixTree::unlink(std::int32_t page) {
   const auto [begin, end] = by_hash_.equal_range(e.hash);
   by_hash_.erase(std::find_if(begin, end, [page](const auto& entry) { return entry.second == page; }));
   if (e.parent >= 0) --at(e.parent).num_children;
+  if (log_) log_->removed(page, e.hash);
   e = Entry();
 }
 

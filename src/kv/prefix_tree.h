@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/page_size.h"
+#include "kv/cache_log.h"
 
 namespace flash_mla::kv {
 
@@ -20,8 +21,8 @@ class PrefixTree {
   /// Hash of one page of tokens that follows a prefix with hash `parent`.
   using PageHash = std::uint64_t (*)(std::uint64_t parent, std::span<const std::int32_t> tokens);
 
-  /// Of pages 0 to num_pages - 1. `hash` null: hash_page.
-  PrefixTree(int num_pages, PageHash hash);
+  /// Of pages 0 to num_pages - 1. `hash` null: hash_page. `log`, if there is one, is told of every link and unlink.
+  PrefixTree(int num_pages, PageHash hash, CacheLog* log = nullptr);
 
   /// A place in the tree: a page (-1: before the first), and the hash of all tokens up to its end.
   struct Node {
@@ -60,6 +61,7 @@ class PrefixTree {
   std::span<const std::int32_t> tokens_of(std::int32_t page) const;
 
   PageHash hash_;
+  CacheLog* log_;
   std::vector<Entry> entries_;
   std::vector<std::int32_t> tokens_;  // (num_pages, kPageSize): of linked pages
   std::unordered_multimap<std::uint64_t, std::int32_t> by_hash_;

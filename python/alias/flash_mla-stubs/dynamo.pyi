@@ -1,0 +1,1 @@
+from flash_mla_kernels.dynamo import *
