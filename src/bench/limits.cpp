@@ -8,11 +8,13 @@
 #include <cstring>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "bench/machine.h"
 #include "bench/problem.h"
+#include "flash_mla/info.h"
 
 namespace flash_mla::bench {
 namespace {
@@ -69,6 +71,31 @@ __attribute__((target("avx512f,avx512bf16"))) double dot_avx512_bf16() {
   }
   for (auto& x : acc) sink = _mm512_cvtss_f32(x);
   return 2.0 * 32 * kAccumulators * static_cast<double>(kPeakSteps);
+}
+
+// Four sums of tiles cover the latency of the matrix unit; tiles stay in their registers.
+__attribute__((target("amx-tile,amx-bf16"))) double dot_amx() {
+  struct alignas(64) Config {
+    std::uint8_t palette = 1, rest[15] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+  };
+  static constexpr Config kConfig;
+  _tile_loadconfig(&kConfig);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  for (std::int64_t i = 0; i < kPeakSteps; ++i) {
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_release();
+  return 2.0 * 4 * 16 * 16 * 32 * static_cast<double>(kPeakSteps);
 }
 
 // Sums `bytes` (a multiple of 256) from `data`.
@@ -177,7 +204,11 @@ Limits measure_limits(int threads, double seconds) {
   limits.read_gbps = measure_read(threads, seconds);
   limits.fp32_gflops = measure_fma(threads, seconds);
   if (__builtin_cpu_supports("avx512bf16")) {
-    limits.bf16_gflops = rate(threads, seconds, [](int) { return dot_avx512_bf16(); }) / 1e9;
+    // The kernels' choice: the matrix unit where they may use it.
+    const std::vector<std::string> isas = cpu_isa().available;
+    const bool amx = std::ranges::find(isas, "avx512_amx") != isas.end();
+    limits.bf16_gflops =
+        rate(threads, seconds, [amx](int) { return amx ? dot_amx() : dot_avx512_bf16(); }) / 1e9;
   }
   return limits;
 }

@@ -4,6 +4,7 @@
 
 #include "base/element.h"
 #include "flash_mla/info.h"
+#include "kernels/attention/dense_decode/cpu/isa.h"
 
 // Compiled once for each instruction set, see the foot of the file for how one is chosen.
 
@@ -193,7 +194,7 @@ const Kernel& highway_kernel(DType dtype) {
 
 bool multiplies_bfloat16_pairs() {
   __builtin_cpu_init();
-  return cpu_isa().selected == "avx512_bf16" && __builtin_cpu_supports("avx512vbmi") != 0;
+  return has_bf16_pairs(cpu_isa().selected) && __builtin_cpu_supports("avx512vbmi") != 0;
 }
 
 const Kernel& select_kernel(DType dtype) {

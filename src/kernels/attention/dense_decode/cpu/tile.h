@@ -109,6 +109,9 @@ struct TileKernel {
 /// AVX512_BF16 machine and an even d_qk.
 const TileKernel& avx512_bf16_tile_kernel();
 
+/// The same on the matrix unit. Needs AMX_BF16 too, leave to use it (has_avx512_amx), and a d_qk divisible by 32.
+const TileKernel& avx512_amx_tile_kernel();
+
 /// The fp32 kernel for one of Highway's targets (HWY_AVX2, ...).
 const TileKernel& highway_tile_kernel(std::int64_t target);
 

@@ -10,6 +10,7 @@
 #include "base/element.h"
 #include "base/fp8.h"
 #include "flash_mla/info.h"
+#include "kernels/attention/dense_decode/cpu/isa.h"
 
 // This file is compiled once for each instruction set.
 #undef HWY_TARGET_INCLUDE
@@ -143,7 +144,7 @@ const IndexTileKernel& highway_index_tile_kernel() {
 }
 
 const IndexTileKernel& index_tile_kernel(IndexElement element) {
-  const bool pairs = element != IndexElement::kFloat32 && cpu_isa().selected == "avx512_bf16";
+  const bool pairs = element != IndexElement::kFloat32 && has_bf16_pairs(cpu_isa().selected);
   return pairs ? avx512_bf16_index_tile_kernel() : highway_index_tile_kernel();
 }
 

@@ -10,6 +10,7 @@
 
 #include "base/element.h"
 #include "base/fp8.h"
+#include "kernels/attention/dense_decode/cpu/transpose_words.h"
 #include "kernels/attention/indexer/cpu/key_tile.h"
 
 // Everything below may use AVX-512; nothing above may, since other files share those definitions.
@@ -59,31 +60,6 @@ std::size_t query_bytes(int heads, int dim) {
   return (static_cast<std::size_t>(heads) * static_cast<std::size_t>(dim) * 2 + 63) / 64 * 64;
 }
 
-/// out[t][i] = in[i][t] for 16 words of 32 bits each.
-inline void transpose(const __m512i* in, __m512i* out) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i x = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88),
-                  y = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xDD);
-    const __m512i z = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88),
-                  w = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xDD);
-    out[i] = _mm512_shuffle_i32x4(x, z, 0x88);
-    out[i + 4] = _mm512_shuffle_i32x4(y, w, 0x88);
-    out[i + 8] = _mm512_shuffle_i32x4(x, z, 0xDD);
-    out[i + 12] = _mm512_shuffle_i32x4(y, w, 0xDD);
-  }
-}
-
 void pack_keys(const std::byte* const* keys, int n, IndexElement element, int dim, void* tile) {
   const E4m3Table& table = e4m3_table();
   auto* words = static_cast<std::uint32_t*>(tile);
@@ -102,7 +78,7 @@ void pack_keys(const std::byte* const* keys, int n, IndexElement element, int di
         const int left = std::min(dim - at, 32);
         const auto mask = static_cast<__mmask32>(left == 32 ? ~0u : (1u << left) - 1);
         for (std::size_t t = 0; t < 16; ++t) in[t] = _mm512_maskz_loadu_epi16(mask, rows[t] + 2 * at);
-        transpose(in, out);
+        transpose_words(in, out);
         for (int p = 0; p < left / 2; ++p) store(at / 2 + p, out[p]);
       }
       continue;
@@ -111,7 +87,7 @@ void pack_keys(const std::byte* const* keys, int n, IndexElement element, int di
       const int left = std::min(dim - at, 64);
       const auto mask = left == 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
       for (std::size_t t = 0; t < 16; ++t) in[t] = _mm512_maskz_loadu_epi8(mask, rows[t] + at);
-      transpose(in, out);
+      transpose_words(in, out);
       for (int q = 0; q < left / 4; ++q) {
         // Bytes 0 and 1 of each word to its half words, then 2 and 3.
         const __m512i even = _mm512_and_si512(out[q], _mm512_set1_epi16(0x00FF));
