@@ -243,9 +243,10 @@ struct EngineOptions {
   int tp = 1;
   /// Ranks that share the experts alone: each has a cache, a scheduler and all other weights of its own, and runs some of
   /// the requests, in steps that all take together. num_pages, max_batch_size and max_tokens_per_step are each rank's, and
-  /// memory_bytes all ranks' together. Not with tp above 1. On the CPU they are threads; on a GPU only 1 so far.
+  /// memory_bytes all ranks' together. With tp above 1 each of them is a group of tp ranks that share its attention, dense
+  /// layers and LM head; all tp * dp share the experts. On the CPU they are threads; on a GPU only 1 so far.
   int dp = 1;
-  /// Parts that the experts are divided into, a divisor of tp (or dp); 0: that many.
+  /// Parts that the experts are divided into, a divisor of tp * dp; 0: that many.
   int ep = 0;
   /// Which rank has which experts: "linear", "round-robin", or the path of a JSON file (docs/ranks.md).
   std::string expert_placement = "linear";
@@ -349,10 +350,17 @@ struct EngineLoad {
 /// before it ran begins, planned, when the engine turns to it.
 struct StepRecord {
   std::int64_t step = 0;
-  int rank = 0;  ///< whose part of the step it is, with EngineOptions::dp
+  int rank = 0;  ///< whose part of the step it is, 0 to EngineOptions::dp - 1
   double begin = 0, planned = 0, computed = 0, end = 0;  ///< plan, then model, then sampling and events
   int prefill_tokens = 0, decode_tokens = 0, sequences = 0;
   int waiting = 0, preempted = 0, pages_used = 0;
+  /// What a rank's model did in it: one of those that share the model (EngineOptions::tp), or the rank itself.
+  struct Rank {
+    int rank = 0;                 ///< as in EngineStats::ranks
+    double begin = 0, end = 0;    ///< of the model's step
+    double exchange_seconds = 0;  ///< of it in exchanges with other ranks, the wait for them included
+  };
+  std::vector<Rank> ranks;  ///< of a model that several share; else empty
 };
 
 /// What generate() returns for one prompt.

@@ -35,7 +35,7 @@ struct RankStats {
   std::int64_t bytes_sent = 0;  ///< in them, to others
   double exchange_seconds = 0;  ///< in them, the wait for others included
   double weight_bytes = 0;      ///< of its products, embedding and LM head
-  // Of a rank with requests of its own (EngineOptions::dp); else 0.
+  // Of a rank with requests of its own (EngineOptions::dp), the first of its group with tp above 1; else 0.
   int running = 0, waiting = 0;                             ///< sequences now
   int pages_total = 0, pages_used = 0, pages_cached = 0;    ///< of its cache now, as in EngineStats
   std::int64_t computed_tokens = 0, prefix_tokens_hit = 0;  ///< of its sequences

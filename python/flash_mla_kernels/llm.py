@@ -106,8 +106,8 @@ class LLM:
     which leave a text as it is: what came behind the last tokens before, or those of the model's module for multi-token
     prediction; with "auto" the one or, where that has none or guesses better, the other, and only as many as pay.
     ``tp``: ranks that share the model, a divisor of its heads, threads of this process on the CPU; ``dp``: ranks that share
-    the experts alone, each with a cache of its own, and some of the prompts; ``ep``: parts that the experts are divided
-    into, a divisor of ``tp`` or ``dp`` (0: that many); ``expert_placement``: which rank has which experts, "linear",
+    the experts alone, each (with ``tp`` a group of so many) with a cache and some of the prompts; ``ep``: parts that they are divided
+    into, a divisor of ``tp`` times ``dp`` (0: that many); ``expert_placement``: which rank has which experts, "linear",
     "round-robin" or a JSON file.
     ``generation_config``: "auto" for the sampling that the directory's generation_config.json asks for where a call has no
     sampling_params, "none" for SamplingParams' own defaults. ``chat_template``: a Jinja file instead of the directory's own.

@@ -128,7 +128,7 @@ class EngineBench {
                         ? nlohmann::ordered_json("deepseek-v2-lite")
                         : nlohmann::ordered_json::parse(std::ifstream(options_.config + "/config.json"));
     out_["weights"] = options_.fp8_weights ? "fp8" : options_.int4_weights ? "w4a8" : "bf16";
-    if (const int ranks = std::max(options_.tp, options_.dp); ranks > 1) {
+    if (const int ranks = options_.tp * options_.dp; ranks > 1) {
       out_["ranks"] = {
           {"tp", options_.tp}, {"dp", options_.dp}, {"ep", options_.ep > 0 ? options_.ep : ranks}};
     }

@@ -45,10 +45,10 @@ void register_bench_engine(CLI::App& app, int& exit_code) {
   sub->add_option("--tp", o->tp, "Ranks that share the model (CPU)")->check(CLI::Range(1, 1024));
   sub->add_option(
          "--dp", o->dp,
-         "Ranks that share the experts alone (CPU): generation by the engine is measured, and nothing else")
+         "Ranks, or groups of --tp, that share the experts alone (CPU): generation by the engine is measured, and nothing else")
       ->check(CLI::Range(1, 1024));
   sub->add_option("--ep", o->ep,
-                  "Parts that the experts are divided into, a divisor of --tp or --dp (0: that many)")
+                  "Parts that the experts are divided into, a divisor of --tp times --dp (0: that many)")
       ->check(CLI::Range(0, 1024));
   sub->add_option("--json", o->json, "Write the figures, with machine, command and commit, to this file");
   sub->callback([o, &exit_code] { exit_code = bench::run_engine_bench(*o); });

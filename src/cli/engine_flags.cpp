@@ -100,10 +100,11 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
       ->capture_default_str();
   app.add_option(
          "--dp", o.dp,
-         "Ranks that share the experts alone: each has a cache and runs some of the requests; not with --tp")
+         "Ranks that share the experts alone: each has a cache and runs some of the requests; with --tp each is a "
+         "group of so many")
       ->capture_default_str();
   app.add_option("--ep", o.ep,
-                 "Parts that the experts are divided into, a divisor of --tp or --dp (0: that many)")
+                 "Parts that the experts are divided into, a divisor of --tp times --dp (0: that many)")
       ->capture_default_str();
   app.add_option("--expert-placement", o.expert_placement,
                  "Which rank has which experts: linear, round-robin or a JSON file")

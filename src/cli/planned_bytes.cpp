@@ -30,7 +30,7 @@ Bytes of_engine(const EngineStats& stats) {
 /// Of a card, with `pages` pages of a cache whose rows are of 16 bits or FP8.
 Bytes of_planner(const std::filesystem::path& config, const EngineOptions& o, int pages) {
   using Quantize = EngineOptions::Quantize;
-  const int ranks = std::max(o.tp, o.dp);
+  const int ranks = o.tp * o.dp;
   const bool drafts = o.speculative == EngineOptions::Speculative::kMtp;
   const bool fp8 = o.quantize == Quantize::kFp8;
   const Json request = {{"model", config.string()},
@@ -63,7 +63,7 @@ std::string planned_bytes(const std::filesystem::path& model_directory, const En
                           const EngineStats& stats) {
   constexpr double kMb = 1e6;
   const Bytes engine = of_engine(stats);
-  const int ranks = std::max(options.tp, options.dp);
+  const int ranks = options.tp * options.dp;
   std::string line =
       fmt::format("{:.1f} MB of weights and {:.1f} MB of cache{}", engine.weights / kMb, engine.cache / kMb,
                   ranks > 1 ? fmt::format(" on each of {} ranks", ranks) : "");

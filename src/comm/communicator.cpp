@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <numeric>
+#include <utility>
 
 #include "flash_mla/error.h"
 
@@ -47,8 +48,8 @@ void check_counts(const char* name, std::span<const std::int64_t> counts, const 
 
 }  // namespace
 
-RankError::RankError(int rank, const std::string& reason)
-    : std::runtime_error(fmt::format("rank {}: {}", rank, reason)), rank_(rank) {}
+RankError::RankError(int rank, std::string reason)
+    : std::runtime_error(fmt::format("rank {}: {}", rank, reason)), rank_(rank), reason_(std::move(reason)) {}
 
 template <class F>
 void Communicator::count(std::int64_t bytes, F&& call) {

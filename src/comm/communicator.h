@@ -13,11 +13,13 @@ namespace flash_mla::comm {
 /// A rank cannot go on, and so none of its group can. The message names it and says why.
 class RankError : public std::runtime_error {
  public:
-  RankError(int rank, const std::string& reason);
+  RankError(int rank, std::string reason);
   int rank() const { return rank_; }  ///< which one it is
+  const std::string& reason() const { return reason_; }
 
  private:
   int rank_;
+  std::string reason_;
 };
 
 /// What a rank has exchanged since it was made.
@@ -39,6 +41,8 @@ class Communicator {
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  /// What errors call this rank: rank(), unless the group is part of a larger one.
+  virtual int number() const { return rank(); }
 
   /// inout = the sum of all ranks' inout, of one shape.
   void all_reduce(const Matrix& inout);
@@ -53,8 +57,10 @@ class Communicator {
   /// inout = that of rank `root`.
   void broadcast(const Matrix& inout, int root);
 
-  /// This rank gives up: calls of all others throw RankError with `reason`, those that wait already too.
-  virtual void fail(const std::string& reason) = 0;
+  /// This rank gives up: calls of all others throw RankError with its number() and `reason`, those that wait already too.
+  void fail(const std::string& reason) { fail(number(), reason); }
+  /// The same because of another, of this group or not. The first reason of a group stays.
+  void fail(const RankError& error) { fail(error.rank(), error.reason()); }
 
   const Traffic& traffic() const { return traffic_; }
 
@@ -65,6 +71,7 @@ class Communicator {
   virtual void do_all_to_all_v(const Matrix& in, std::span<const std::int64_t> to, const Matrix& out,
                                std::span<const std::int64_t> from) = 0;
   virtual void do_broadcast(const Matrix& inout, int root) = 0;
+  virtual void fail(int number, const std::string& reason) = 0;
 
  private:
   template <class F>

@@ -8,8 +8,10 @@
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/element.h"
@@ -48,7 +50,7 @@ struct Call {
 };
 
 struct Failure {
-  int rank;
+  int rank;  ///< its number
   std::string reason;
 };
 
@@ -100,12 +102,16 @@ void add_up(std::span<const Matrix> terms, std::int64_t begin, std::int64_t end,
 }  // namespace
 
 struct ThreadGroup::Shared {
-  Shared(int num_ranks, std::chrono::milliseconds wait)
-      : size(num_ranks),
+  Shared(std::vector<int> of_ranks, std::chrono::milliseconds wait)
+      : numbers(std::move(of_ranks)),
+        size(static_cast<int>(numbers.size())),
         timeout(wait),
-        calls(static_cast<std::size_t>(num_ranks)),
-        came(static_cast<std::size_t>(num_ranks)) {}
+        calls(numbers.size()),
+        came(numbers.size()) {}
 
+  int number(std::int64_t rank) const { return numbers[static_cast<std::size_t>(rank)]; }
+
+  const std::vector<int> numbers;  ///< of its ranks, in errors
   const int size;
   const std::chrono::milliseconds timeout;
   std::vector<Call> calls;  ///< of each rank, written by it before it comes to a meeting
@@ -117,11 +123,11 @@ struct ThreadGroup::Shared {
   std::atomic<bool> failed{false};
   std::optional<Failure> failure;
 
-  void fail(int rank, const std::string& reason) {
+  void fail(int number, const std::string& reason) {
     {
       const std::lock_guard lock(mutex);
       if (failure) return;  // the first is the reason
-      failure = {rank, reason};
+      failure = {number, reason};
       failed = true;
     }
     changed.notify_all();
@@ -158,7 +164,7 @@ struct ThreadGroup::Shared {
     if (over >= meeting) return;
     if (!failure) {
       const auto missing = std::ranges::find_if(came, [&](std::uint64_t n) { return n < meeting; });
-      failure = {static_cast<int>(missing - came.begin()),
+      failure = {number(missing - came.begin()),
                  fmt::format("has not come to {} within {} ms",
                              calls[static_cast<std::size_t>(rank)].described(), timeout.count())};
       failed = true;
@@ -173,7 +179,7 @@ class ThreadGroup::Rank : public Communicator {
   Rank(Shared& shared, int rank) : shared_(shared), rank_(rank) {}
   int rank() const override { return rank_; }
   int size() const override { return shared_.size; }
-  void fail(const std::string& reason) override { shared_.fail(rank_, reason); }
+  int number() const override { return shared_.number(rank_); }
 
  protected:
   void do_all_reduce(const Matrix& inout) override {
@@ -213,6 +219,7 @@ class ThreadGroup::Rank : public Communicator {
   void do_broadcast(const Matrix& inout, int root) override {
     exchange({"broadcast", inout, inout, {}, {}, root}, [&] { copy(call(root).in, inout); });
   }
+  void fail(int number, const std::string& reason) override { shared_.fail(number, reason); }
 
  private:
   const Call& call(int rank) const { return shared_.calls[static_cast<std::size_t>(rank)]; }
@@ -239,8 +246,8 @@ class ThreadGroup::Rank : public Communicator {
   std::optional<Failure> disagreement() const {
     for (int r = 0; r < size(); ++r) {
       if (!call(r).agrees_with(call(0))) {
-        return Failure{
-            r, fmt::format("calls {}, where rank 0 calls {}", call(r).described(), call(0).described())};
+        return Failure{shared_.number(r), fmt::format("calls {}, where rank {} calls {}", call(r).described(),
+                                                      shared_.number(0), call(0).described())};
       }
     }
     for (int r = 0; r < size() && !call(0).to.empty(); ++r) {
@@ -248,8 +255,9 @@ class ThreadGroup::Rank : public Communicator {
         const std::int64_t expected = call(r).from[static_cast<std::size_t>(s)];
         const std::int64_t sent = call(s).to[static_cast<std::size_t>(r)];
         if (expected == sent) continue;
-        return Failure{
-            r, fmt::format("expects {} rows of rank {} in all_to_all_v, which sends {}", expected, s, sent)};
+        return Failure{shared_.number(r),
+                       fmt::format("expects {} rows of rank {} in all_to_all_v, which sends {}", expected,
+                                   shared_.number(s), sent)};
       }
     }
     return std::nullopt;
@@ -261,7 +269,13 @@ class ThreadGroup::Rank : public Communicator {
 
 ThreadGroup::ThreadGroup(int size, std::chrono::milliseconds timeout) {
   if (size < 1) throw InvalidArgument(fmt::format("size is {}, expected >= 1, the ranks of a group", size));
-  shared_ = std::make_unique<Shared>(size, timeout);
+  std::vector<int> numbers(static_cast<std::size_t>(size));
+  std::iota(numbers.begin(), numbers.end(), 0);
+  shared_ = std::make_unique<Shared>(std::move(numbers), timeout);
+}
+ThreadGroup::ThreadGroup(std::vector<int> numbers, std::chrono::milliseconds timeout) {
+  if (numbers.empty()) throw InvalidArgument("numbers has no ranks, expected at least 1");
+  shared_ = std::make_unique<Shared>(std::move(numbers), timeout);
 }
 ThreadGroup::~ThreadGroup() = default;
 

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <memory>
+#include <vector>
 
 #include "comm/communicator.h"
 
@@ -12,6 +13,8 @@ class ThreadGroup {
  public:
   /// Throws InvalidArgument unless size >= 1. `timeout`: how long a rank waits for the others.
   explicit ThreadGroup(int size, std::chrono::milliseconds timeout = kTimeout);
+  /// The same, part of a larger group: `numbers` are what errors call its ranks.
+  ThreadGroup(std::vector<int> numbers, std::chrono::milliseconds timeout);
   ~ThreadGroup();
 
   /// Of one rank, for one thread at a time; the group must outlive it.

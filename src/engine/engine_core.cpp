@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <iterator>
 #include <latch>
@@ -23,9 +24,6 @@ void check_options(const EngineOptions& options) {
         fmt::format("max_waiting is {}, expected 0 (no bound) or more", options.max_waiting));
   }
   if (options.dp < 1) throw InvalidArgument(fmt::format("dp is {}, expected 1 or more", options.dp));
-  if (options.dp > 1 && !options.kv_tiers.empty()) {
-    throw Unsupported(fmt::format("kv_tiers with dp {}: tiers serve one rank so far", options.dp));
-  }
   if (options.dp > 1 && options.transfer.role != TransferRole::kNone) {
     throw Unsupported(
         fmt::format("transfer with dp {}: pages go between servers of one rank so far", options.dp));
@@ -78,7 +76,8 @@ EngineCore::EngineCore(std::vector<std::unique_ptr<model::Model>> models,
   options_.dp = static_cast<int>(models.size());
   for (std::unique_ptr<model::Model>& model : models) {
     const int rank = static_cast<int>(ranks_.size());
-    ranks_.push_back(std::make_unique<EngineRank>(rank, std::move(model), make_decoder, eos_token_ids,
+    const EngineRank* const first = ranks_.empty() ? nullptr : ranks_[0].get();
+    ranks_.push_back(std::make_unique<EngineRank>(rank, first, std::move(model), make_decoder, eos_token_ids,
                                                   options_, std::move(drafter), weights, inbox_,
                                                   statistics_));
     if (rank > 0) threads_.push_back(std::make_unique<TaskThread>(fmt::format("rank {}", rank)));
@@ -86,7 +85,9 @@ EngineCore::EngineCore(std::vector<std::unique_ptr<model::Model>> models,
   options_.num_pages = ranks_[0]->num_pages();
 }
 
-EngineCore::~EngineCore() = default;
+EngineCore::~EngineCore() {
+  for (const auto& rank : ranks_) rank->end_transfers();
+}
 
 EngineStats EngineCore::stats() const {
   EngineStats out = statistics_.snapshot();
@@ -108,7 +109,8 @@ std::vector<ExpertCounts> EngineCore::count_experts() const {
     const std::vector<ExpertCounts> more = ranks_[rank]->model().expert_counts();
     for (std::size_t i = 0; i < out.size(); ++i) {
       for (std::size_t e = 0; e < out[i].counts.size(); ++e) out[i].counts[e] += more.at(i).counts.at(e);
-      out[i].rank_counts.push_back(more.at(i).rank_counts.at(0));
+      const std::vector<std::int64_t>& of = more.at(i).rank_counts;
+      out[i].rank_counts.insert(out[i].rank_counts.end(), of.begin(), of.end());
     }
   }
   return out;
@@ -226,6 +228,7 @@ bool EngineCore::step() {
   const std::lock_guard one_step(step_mutex_);
   const bool news = empty_inbox();
   const bool worked = step_ranks();
+  wait_for_pages();
   statistics_.step_ended();
   note_busy();
   for (const auto& rank : ranks_) {
@@ -266,6 +269,14 @@ bool EngineCore::step_ranks() {
     if (error) std::rethrow_exception(error);
   }
   return true;
+}
+
+// Where no rank has anything to compute before a tier, or a peer, has answered.
+void EngineCore::wait_for_pages() {
+  const auto waits = [](const auto& rank) { return rank->waits(); };
+  const auto has_nothing = [](const auto& rank) { return rank->waits() || !rank->has_work(); };
+  if (std::ranges::any_of(ranks_, waits) && std::ranges::all_of(ranks_, has_nothing))
+    inbox_.wait_for_news(std::chrono::milliseconds(2));
 }
 
 void EngineCore::note_busy() {

@@ -85,6 +85,7 @@ class EngineCore {
   bool empty_inbox();
   void place(std::vector<std::unique_ptr<ActiveRequest>> requests);
   bool step_ranks();
+  void wait_for_pages();
   void note_busy();
   std::vector<ExpertCounts> count_experts() const;
 

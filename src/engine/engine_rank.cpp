@@ -63,7 +63,7 @@ kv::SharedForm shared_form(const model::Model& model, const EngineOptions& optio
 // Null without tiers.
 std::unique_ptr<TierTransfers> make_tiers(model::Model& model, kv::PagePool& pool,
                                           const EngineOptions& options, const std::string& weights,
-                                          std::function<void()> on_news) {
+                                          std::shared_ptr<TierSet> shared, std::function<void()> on_news) {
   if (options.kv_tiers.empty()) return nullptr;
   if (options.kv_tier_wait_seconds < 0) {
     throw InvalidArgument(
@@ -78,7 +78,8 @@ std::unique_ptr<TierTransfers> make_tiers(model::Model& model, kv::PagePool& poo
   return std::make_unique<TierTransfers>(
       model, pool,
       TierTransfers::Options{options.kv_tiers, std::move(salt), shared_form(model, options),
-                             options.kv_tier_wait_seconds, std::move(on_news)});
+                             options.kv_tier_wait_seconds, std::move(on_news)},
+      std::move(shared));
 }
 
 // Null without a role.
@@ -113,16 +114,18 @@ EngineOptions of_rank(EngineOptions options) {
 
 }  // namespace
 
-EngineRank::EngineRank(int rank, std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
-                       std::vector<std::int32_t> eos_token_ids, const EngineOptions& options,
-                       std::unique_ptr<Drafter> drafter, const std::string& weights, Inbox& inbox,
-                       Statistics& statistics)
+EngineRank::EngineRank(int rank, const EngineRank* first, std::unique_ptr<model::Model> model,
+                       TextDecoderFactory make_decoder, std::vector<std::int32_t> eos_token_ids,
+                       const EngineOptions& options, std::unique_ptr<Drafter> drafter,
+                       const std::string& weights, Inbox& inbox, Statistics& statistics)
     : rank_(rank),
       model_(with_room_for_steps(std::move(model), options)),
       options_(of_rank(options)),
       cache_log_(options.cache_events ? std::make_unique<kv::CacheLog>(rank) : nullptr),
       pool_(num_cache_pages(*model_, options), options.prefix_cache, nullptr, cache_log_.get()),
-      tiers_(make_tiers(*model_, pool_, options, weights, [&inbox] { inbox.wake(); })),
+      tiers_(make_tiers(*model_, pool_, options, weights,
+                        first != nullptr && first->tiers_ ? first->tiers_->tiers() : nullptr,
+                        [&inbox] { inbox.wake(); })),
       peers_(make_peers(*model_, pool_, options, weights, [&inbox] { inbox.wake(); })),
       loader_(peers_ ? static_cast<PrefixLoader*>(peers_.get()) : tiers_.get()),
       scheduler_({options.max_batch_size, options.max_tokens_per_step, kMaxScoredTokens,
@@ -144,7 +147,9 @@ EngineRank::EngineRank(int rank, std::unique_ptr<model::Model> model, TextDecode
 }
 
 // Their threads read what goes before them.
-EngineRank::~EngineRank() {
+EngineRank::~EngineRank() { end_transfers(); }
+
+void EngineRank::end_transfers() {
   tiers_.reset();
   peers_.reset();
 }
@@ -191,6 +196,7 @@ bool EngineRank::step() {
 
 bool EngineRank::run_step() {
   const Clock::time_point begin = Clock::now();
+  waits_ = false;
   if (loader_) poll_loader();
   std::unique_ptr<LaunchedStep> step = std::move(ahead_);
   if (step) {
@@ -198,15 +204,17 @@ bool EngineRank::run_step() {
   } else if (!scheduler_.idle()) {
     speculation_.propose(scheduler_.running());
     StepPlan plan = scheduler_.plan();
-    if (loader_ && plan.work.empty()) return wait_for_loader();
+    if (loader_ && plan.work.empty()) {
+      note_load();
+      return waits_ = true;
+    }
     if (loader_) loader_->launching(plan);
     step = pipeline_.launch(std::move(plan), begin, speculation_.with_module());
     note_load();  // who asks after a first token finds its sequence running
-  } else if (loader_ && loader_->holds_pages()) {
-    return wait_for_loader();
   } else {
     note_load();
-    return false;
+    waits_ = loader_ && loader_->holds_pages();
+    return waits_;
   }
   try {
     for (const auto& [continuation, error] : chooser_.prepare(*step, model_->vocab_size())) {
@@ -226,13 +234,6 @@ bool EngineRank::run_step() {
 void EngineRank::poll_loader() {
   loader_->poll();
   for (const auto& [sequence, why] : loader_->refused()) requests_.refuse(*sequence, why);
-}
-
-// There is nothing to compute before a tier, or a peer, has answered.
-bool EngineRank::wait_for_loader() {
-  note_load();
-  inbox_.wait_for_news(std::chrono::milliseconds(2));
-  return true;
 }
 
 // What the step leaves is taken and told while the next one runs already. If the host cannot prepare that one, it is
@@ -266,6 +267,12 @@ void EngineRank::finish(LaunchedStep& step) {
     end_all(step, step.failure);
   }
   record.end = statistics_.seconds(Clock::now());
+  const std::vector<model::RankSpan> spans = model_->rank_spans();
+  for (std::size_t i = 0; i < spans.size(); ++i) {
+    const int number = rank_ * static_cast<int>(spans.size()) + static_cast<int>(i);
+    record.ranks.push_back({number, statistics_.seconds(spans[i].begin), statistics_.seconds(spans[i].end),
+                            spans[i].exchange_seconds});
+  }
   if (loader_) loader_->prefilled(record.prefill_tokens, record.end - record.begin);
   for (const DraftOutcome& outcome : step.drafts) record.decode_tokens += outcome.committed;
   speculation_.learn(step, record.end - record.begin);

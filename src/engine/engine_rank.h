@@ -28,12 +28,15 @@ namespace flash_mla::engine {
 /// for each rank with requests of its own. All calls but those that say so are made by one thread at a time.
 class EngineRank {
  public:
-  /// As EngineCore's. `inbox` and `statistics` are those of all ranks. Throws InvalidArgument for options out of range.
-  EngineRank(int rank, std::unique_ptr<model::Model> model, TextDecoderFactory make_decoder,
-             std::vector<std::int32_t> eos_token_ids, const EngineOptions& options,
-             std::unique_ptr<Drafter> drafter, const std::string& weights, Inbox& inbox,
-             Statistics& statistics);
+  /// As EngineCore's. `inbox` and `statistics` are those of all ranks, and `first` (null: this is it) is rank 0, whose tiers
+  /// are this one's too. Throws InvalidArgument for options out of range.
+  EngineRank(int rank, const EngineRank* first, std::unique_ptr<model::Model> model,
+             TextDecoderFactory make_decoder, std::vector<std::int32_t> eos_token_ids,
+             const EngineOptions& options, std::unique_ptr<Drafter> drafter, const std::string& weights,
+             Inbox& inbox, Statistics& statistics);
   ~EngineRank();
+  /// Waits for transfers of pages that are under way; there will be no more. Before any rank is destroyed.
+  void end_transfers();
 
   const model::Model& model() const { return *model_; }
   int num_pages() const { return pool_.num_pages(); }
@@ -61,12 +64,13 @@ class EngineRank {
 
   bool has_work() const;
   bool is_busy() const { return !scheduler_.idle(); }  ///< with sequences
+  /// The last step() had work, but nothing to compute before pages come.
+  bool waits() const { return waits_; }
   void note_load();
 
  private:
   bool run_step();
   void poll_loader();
-  bool wait_for_loader();
   void launch_ahead(const LaunchedStep& step);
   void finish(LaunchedStep& step);
   void accept_tokens(LaunchedStep& step);
@@ -94,6 +98,7 @@ class EngineRank {
   StepPipeline pipeline_;
   TokenChooser chooser_;
   Speculation speculation_;
+  bool waits_ = false;
   std::unique_ptr<LaunchedStep> ahead_;  // launched ahead; at least one of its continuations goes on
 };
 

@@ -118,7 +118,7 @@ void Statistics::step_ended(int rank, StepRecord record, double utilisation,
   of.scheduled = scheduled;
   of.pages = pages;
   if (utilisation > 0) stats_.schedule_utilisation = utilisation;
-  timeline_.push_back(record);
+  timeline_.push_back(std::move(record));
   if (timeline_.size() > kTimelineSteps) timeline_.pop_front();
 }
 
@@ -144,10 +144,11 @@ EngineStats Statistics::snapshot() const {
     out.preemptions += rank.scheduled.preemptions;
     out.pages_evicted += rank.pages.pages_evicted;
     out.pages_copied += rank.pages.pages_copied;
+    const std::size_t first = out.ranks.size();
     out.ranks.insert(out.ranks.end(), rank.ranks.begin(), rank.ranks.end());
     if (ranks_.size() == 1) break;
     if (rank.ranks.empty()) out.ranks.emplace_back();  // its model counts nothing
-    RankStats& of = out.ranks.back();
+    RankStats& of = out.ranks[first];
     of.running = rank.load.running;
     of.waiting = rank.load.waiting;
     of.pages_total = rank.pages_total;

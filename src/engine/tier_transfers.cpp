@@ -64,19 +64,19 @@ kv::TierConfig tier_config(const TierTransfers::Options& options,
 
 }  // namespace
 
-TierTransfers::TierTransfers(model::Model& model, kv::PagePool& pool, Options options)
+TierTransfers::TierTransfers(model::Model& model, kv::PagePool& pool, Options options,
+                             std::shared_ptr<TierSet> shared)
     : pool_(pool),
       on_news_(std::move(options.on_news)),
       wait_seconds_(options.wait_seconds),
       memory_(std::make_shared<ChunkMemory>(model, model.bytes_per_copied_page() * kChunkPages)),
-      tiers_(kv::make_tiers(options.tiers, tier_config(options, memory_))),
+      tiers_(shared ? std::move(shared)
+                    : std::make_shared<TierSet>(options.tiers, tier_config(options, memory_))),
       uploads_(model.make_page_copies()),
       downloads_(model.make_page_copies()),
       held_(pool),
-      stats_(tiers_.size()),
       storer_("kv-store"),
       loader_("kv-load") {
-  for (std::size_t i = 0; i < tiers_.size(); ++i) stats_[i].name = tiers_[i]->name();
   refill();
 }
 
@@ -103,16 +103,6 @@ void TierTransfers::prefilled(int tokens, double seconds) {
   seconds_per_token_ = seconds_per_token_ == 0 ? now : 0.8 * seconds_per_token_ + 0.2 * now;
 }
 
-void TierTransfers::count(std::size_t tier, const std::function<void(KvTierStats&)>& change) {
-  const std::lock_guard lock(mutex_);
-  change(stats_[tier]);
-}
-
-std::vector<KvTierStats> TierTransfers::stats() const {
-  const std::lock_guard lock(mutex_);
-  return stats_;
-}
-
 void TierTransfers::look_up(Sequence& sequence, std::span<const std::int32_t> tokens) {
   forget(sequence);
   const auto whole = static_cast<std::int64_t>(tokens.size()) / kChunkTokens * kChunkTokens;
@@ -129,19 +119,19 @@ void TierTransfers::look_up(Sequence& sequence, std::span<const std::int32_t> to
 
 void TierTransfers::do_look_up(TierTicket& ticket) {
   const auto asked = static_cast<std::int64_t>(ticket.tokens.size());
-  ticket.matches.resize(tiers_.size());
-  for (std::size_t i = 0; i < tiers_.size(); ++i) {
+  ticket.matches.resize(tiers_->size());
+  for (std::size_t i = 0; i < tiers_->size(); ++i) {
     const Clock::time_point begin = Clock::now();
     std::int64_t here = 0;
     bool failed = false;
     try {
-      ticket.matches[i] = tiers_[i]->look_up(ticket.tokens);
+      ticket.matches[i] = (*tiers_)[i].look_up(ticket.tokens);
       if (ticket.matches[i]) here = std::min(ticket.matches[i]->num_chunks() * kChunkTokens, asked);
     } catch (const std::exception&) {
       failed = true;
     }
     ticket.found = std::max(ticket.found, here);
-    count(i, [&](KvTierStats& s) {
+    tiers_->count(i, [&](KvTierStats& s) {
       s.tokens_looked_up += asked;
       s.tokens_found += here;
       s.look_up_seconds += seconds_since(begin);
@@ -181,7 +171,7 @@ void TierTransfers::load(Sequence& sequence, std::int64_t end) {
 
 // The bytes of a chunk from the first tier that has them.
 Buffer TierTransfers::read(TierTicket& ticket, std::int64_t chunk) {
-  for (std::size_t i = 0; i < tiers_.size(); ++i) {
+  for (std::size_t i = 0; i < tiers_->size(); ++i) {
     kv::TierMatch* const match = ticket.matches[i].get();
     if (match == nullptr || chunk >= match->num_chunks()) continue;
     const Clock::time_point begin = Clock::now();
@@ -192,7 +182,7 @@ Buffer TierTransfers::read(TierTicket& ticket, std::int64_t chunk) {
       bytes = {};
     }
     const bool good = bytes.data() != nullptr && bytes.bytes() == memory_->chunk_bytes();
-    count(i, [&](KvTierStats& s) {
+    tiers_->count(i, [&](KvTierStats& s) {
       s.load_seconds += seconds_since(begin);
       s.failures += !good;
       s.tokens_loaded += good ? kChunkTokens : 0;
@@ -297,8 +287,8 @@ void TierTransfers::store(Sequence& sequence) {
 void TierTransfers::store_chunk(Sequence& sequence, std::int64_t chunk) {
   const std::size_t most = std::max(kLeastStores, kMostStoreBytes / memory_->chunk_bytes());
   const auto drop = [&] {
-    for (std::size_t i = 0; i < tiers_.size(); ++i)
-      count(i, [](KvTierStats& s) { s.tokens_dropped += kChunkTokens; });
+    for (std::size_t i = 0; i < tiers_->size(); ++i)
+      tiers_->count(i, [](KvTierStats& s) { s.tokens_dropped += kChunkTokens; });
   };
   if (storer_.num_tasks() >= most) return drop();
   try {
@@ -331,7 +321,7 @@ void TierTransfers::store_everywhere(model::CopyMark& mark, std::span<const std:
   } catch (const std::exception&) {
     return;  // the device has failed
   }
-  for (std::size_t i = 0; i < tiers_.size(); ++i) store_in(i, tokens, bytes);
+  for (std::size_t i = 0; i < tiers_->size(); ++i) store_in(i, tokens, bytes);
   refill();
   on_news_();
 }
@@ -340,11 +330,11 @@ void TierTransfers::store_in(std::size_t tier, std::span<const std::int32_t> tok
   const Clock::time_point begin = Clock::now();
   bool stored = false;
   try {
-    stored = tiers_[tier]->store(tokens, bytes);
+    stored = (*tiers_)[tier].store(tokens, bytes);
   } catch (const std::exception&) {
     stored = false;
   }
-  count(tier, [&](KvTierStats& s) {
+  tiers_->count(tier, [&](KvTierStats& s) {
     s.store_seconds += seconds_since(begin);
     s.failures += !stored;
     s.tokens_stored += stored ? kChunkTokens : 0;

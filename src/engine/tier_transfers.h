@@ -15,6 +15,7 @@
 #include "engine/held_pages.h"
 #include "engine/prefix_loader.h"
 #include "engine/request.h"
+#include "engine/tier_set.h"
 #include "flash_mla/engine.h"
 #include "kv/kv_tier.h"
 #include "kv/page_pool.h"
@@ -37,8 +38,10 @@ class TierTransfers : public PrefixLoader {
     /// Called from either thread when found(), loaded() or poll() may have changed.
     std::function<void()> on_news;
   };
-  /// Throws as kv::make_tiers does, and Unsupported for a model whose pages cannot be copied.
-  TierTransfers(model::Model& model, kv::PagePool& pool, Options options);
+  /// Throws as kv::make_tiers does, and Unsupported for a model whose pages cannot be copied. `shared`: another rank's
+  /// tiers(), which are this one's too; its model must outlive this object.
+  TierTransfers(model::Model& model, kv::PagePool& pool, Options options,
+                std::shared_ptr<TierSet> shared = nullptr);
   /// Waits for the calls to tiers that are under way.
   ~TierTransfers() override;
 
@@ -56,9 +59,8 @@ class TierTransfers : public PrefixLoader {
   void poll() override;
   /// By that it is judged what is worth waiting for.
   void prefilled(int tokens, double seconds) override;
-  void add_to(EngineStats& stats) const override { stats.kv_tiers = this->stats(); }
-  /// From any thread.
-  std::vector<KvTierStats> stats() const;
+  void add_to(EngineStats& stats) const override { stats.kv_tiers = tiers_->stats(); }
+  const std::shared_ptr<TierSet>& tiers() const { return tiers_; }
 
  private:
   double allowance(std::int64_t tokens) const;
@@ -69,20 +71,16 @@ class TierTransfers : public PrefixLoader {
   void store_everywhere(model::CopyMark& mark, std::span<const std::int32_t> tokens, const Buffer& bytes);
   void store_in(std::size_t tier, std::span<const std::int32_t> tokens, const Buffer& bytes);
   void store_chunk(Sequence& sequence, std::int64_t chunk);
-  void count(std::size_t tier, const std::function<void(KvTierStats&)>& change);
 
   kv::PagePool& pool_;
   const std::function<void()> on_news_;
   const double wait_seconds_;
   std::shared_ptr<ChunkMemory> memory_;
-  std::vector<std::unique_ptr<kv::KvTier>> tiers_;
+  const std::shared_ptr<TierSet> tiers_;
   std::unique_ptr<model::PageCopies> uploads_, downloads_;
   double seconds_per_token_ = 0;  // of prompts, lately; 0: not known
   HeldPages held_;
   std::vector<std::weak_ptr<TierTicket>> loads_;
-
-  mutable std::mutex mutex_;  // of what follows
-  std::vector<KvTierStats> stats_;
 
   // Last, so that they end first, and the one that leaves work for the other before it.
   TaskThread storer_, loader_;

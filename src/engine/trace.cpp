@@ -5,20 +5,30 @@
 
 namespace flash_mla::engine {
 
+namespace {
+
+// Whose scheduler it was.
+int first_rank(const StepRecord& r) { return r.ranks.empty() ? r.rank : r.ranks.front().rank; }
+
+}  // namespace
+
 std::string chrome_trace(std::span<const StepRecord> steps) {
   using Json = nlohmann::ordered_json;
   constexpr double kMicroseconds = 1e6;
   Json events = Json::array();
-  // Ranks with requests of their own side by side.
+  // Ranks side by side, as processes.
   int ranks = 1;
-  for (const StepRecord& r : steps) ranks = std::max(ranks, r.rank + 1);
+  for (const StepRecord& r : steps) {
+    ranks = std::max(ranks, first_rank(r) + 1);
+    for (const StepRecord::Rank& rank : r.ranks) ranks = std::max(ranks, rank.rank + 1);
+  }
   for (int rank = 0; rank < ranks; ++rank) {
     const std::string name =
         ranks == 1 ? "flash_mla engine" : "flash_mla engine, rank " + std::to_string(rank);
     events.push_back({{"name", "process_name"}, {"ph", "M"}, {"pid", rank + 1}, {"args", {{"name", name}}}});
   }
   for (const StepRecord& r : steps) {
-    const int process = r.rank + 1;
+    const int process = first_rank(r) + 1;
     const auto span = [&](const char* name, int thread, double begin, double end) {
       events.push_back({{"name", name},
                         {"ph", "X"},
@@ -43,6 +53,15 @@ std::string chrome_trace(std::span<const StepRecord> steps) {
     };
     counter("pages used", {{"pages", r.pages_used}});
     counter("sequences", {{"running", r.sequences}, {"waiting", r.waiting}});
+    for (const StepRecord::Rank& rank : r.ranks) {
+      events.push_back({{"name", "rank's step"},
+                        {"ph", "X"},
+                        {"pid", rank.rank + 1},
+                        {"tid", 3},
+                        {"ts", rank.begin * kMicroseconds},
+                        {"dur", (rank.end - rank.begin) * kMicroseconds},
+                        {"args", {{"step", r.step}, {"exchange_ms", rank.exchange_seconds * 1e3}}}});
+    }
   }
   return Json{{"displayTimeUnit", "ms"}, {"traceEvents", events}}.dump();
 }

@@ -55,8 +55,8 @@ bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
 /// One of the ranks that share a model.
 struct Seat {
   Partition partition;
-  comm::Communicator* communicator = nullptr;  ///< null: the rank is alone
-  bool module = false;                         ///< it has one for multi-token prediction
+  RankLinks links;
+  bool module = false;  ///< it has one for multi-token prediction
 };
 
 std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOptions& options,
@@ -66,7 +66,7 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
     const std::optional<KvFormat> cache_format = cpu_cache_format(config, dtype, options.kv_cache);
     check_fits(config, dtype, options.quantize, static_cast<double>(host_memory()), options.dp);
     return make_cpu_device(seat.partition.local(config), dtype, cache_format, options, seat.partition,
-                           seat.communicator);
+                           seat.links);
   }
   for (const auto& [name, ranks] : {std::pair("tp", options.tp), std::pair("dp", options.dp)}) {
     if (ranks == 1) continue;
@@ -188,7 +188,7 @@ std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelOptions&
                 : bytes_each(config, dtype, options.quantize, kind);
   };
   WatchedWeights weights(config, std::move(source), bytes / all, static_cast<double>(dtype_size(dtype)), each,
-                         seat.partition.rank, options.on_load);
+                         seat.partition.expert_rank, options.on_load);
   auto model = std::make_unique<DeepSeek>(seat.partition.local(config), std::move(device), weights,
                                           options.draft_module);
   weights.report_end();
@@ -202,17 +202,16 @@ void check(const ModelConfig& config, const ModelOptions& o) {
   };
   if (o.num_threads < 0) fail("num_threads", o.num_threads, ">= 0");
   if (o.dp < 1) fail("dp", o.dp, ">= 1");
-  if (o.dp > 1 && o.tp > 1) fail("tp", o.tp, fmt::format("1 with dp {}: ranks share one or the other", o.dp));
   if (o.tp < 1 || config.num_attention_heads % o.tp != 0) {
     fail("tp", o.tp, fmt::format("a divisor of {}, the attention heads", config.num_attention_heads));
   }
-  const int ranks = std::max(o.tp, o.dp);
+  const int ranks = o.tp * o.dp;
   if (o.ep < 0 || (o.ep > 0 && ranks % o.ep != 0)) {
-    fail("ep", o.ep, fmt::format("0 or a divisor of {}, {}", o.dp > 1 ? "dp" : "tp", ranks));
+    fail("ep", o.ep, fmt::format("0 or a divisor of {}, tp times dp", ranks));
   }
   if (ranks == 1) return;
   if (o.on_product) throw Unsupported(fmt::format("on_product with {} ranks: expected 1", ranks));
-  if (o.dp > 1) return;
+  if (o.tp == 1) return;
   for (const auto& [name, size] :
        {std::pair("hidden_size", config.hidden_size), std::pair("vocab_size", config.vocab_size),
         std::pair("intermediate_size", config.intermediate_size),
@@ -232,25 +231,41 @@ std::vector<std::unique_ptr<Model>> make_ranks(const ModelConfig& config, const 
     return make_model(config, own, seat, std::move(device), std::move(source));
   };
   std::vector<std::unique_ptr<Model>> out;
-  const int ranks = std::max(options.tp, options.dp);
+  const int tp = options.tp, ranks = tp * options.dp;
   if (ranks == 1) {
-    out.push_back(take_seat(options, {{}, nullptr, module}));
+    out.push_back(take_seat(options, {{}, {}, module}));
     return out;
   }
   const auto experts = std::make_shared<const ExpertPlacement>(
       config, ranks, options.ep > 0 ? options.ep : ranks, options.expert_placement);
   const int threads = options.num_threads > 0 ? options.num_threads : default_threads();
-  const bool own_tokens = options.dp > 1;
-  const auto make = [&](int rank, comm::Communicator& communicator) {
+  const auto make = [&](int rank, const RankLinks& links) {  // `rank`: among all
     ModelOptions own = options;
     own.num_threads = std::max(threads / ranks, 1);
     if (rank > 0) own.on_load = nullptr;
-    const bool exact = own_tokens || options.batch_invariant;
-    return take_seat(own, {{rank, ranks, exact, experts, own_tokens}, &communicator, module});
+    const bool own_tokens = options.dp > 1;
+    return take_seat(
+        own, {{rank % tp, tp, options.batch_invariant, experts, own_tokens, rank, ranks}, links, module});
   };
-  if (own_tokens) return LockStepModel::make(ranks, options.batch_invariant, make);
-  out.push_back(std::make_unique<ParallelModel>(ranks, make));
-  return out;
+  if (options.dp == 1) {
+    out.push_back(std::make_unique<ParallelModel>(tp, [&](int rank, comm::Communicator& group) {
+      return make(rank, {&group, nullptr});
+    }));
+    return out;
+  }
+  if (tp == 1) {
+    return LockStepModel::make(ranks, options.batch_invariant, [&](int rank, comm::Communicator& all) {
+      return make(rank, {nullptr, &all});
+    });
+  }
+  const auto all = std::make_shared<comm::ThreadGroup>(ranks);
+  std::vector<int> firsts;
+  for (int first = 0; first < ranks; first += tp) firsts.push_back(first);
+  return LockStepModel::make(std::move(firsts), options.batch_invariant, [&](int group, comm::Communicator&) {
+    const int first = group * tp;
+    return std::make_unique<ParallelModel>(
+        tp, all, first, [&](int rank, const RankLinks& links) { return make(first + rank, links); });
+  });
 }
 
 // The model of options that ask for one.

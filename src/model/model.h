@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -62,6 +63,12 @@ struct DraftBatch {
   std::span<const Draw> draws;  ///< (sum of num_drafts): how each is drawn; scale 0: the likeliest
   /// How often the module is applied at least: ranks with tokens of their own do so equally often.
   int num_applications = 0;
+};
+
+/// When one of several ranks was at a step.
+struct RankSpan {
+  std::chrono::steady_clock::time_point begin, end;
+  double exchange_seconds = 0;  ///< in exchanges with the others, the wait for them included
 };
 
 /// A loaded model with its paged latent cache. Position of a sequence's n-th new token is
@@ -160,6 +167,8 @@ class Model {
   }
   /// Of every rank, between steps; empty where the model is whole.
   virtual std::vector<RankStats> rank_stats() const { return {}; }
+  /// The last step of every rank, likewise.
+  virtual std::vector<RankSpan> rank_spans() const { return {}; }
   /// Why no step will ever run again; empty: they do.
   virtual std::string broken() const { return {}; }
 };
@@ -172,10 +181,9 @@ struct ModelOptions {
   /// CPU: index keys in e4m3 whatever kv_cache says, as a GPU has them. For comparisons.
   bool fp8_index_keys = false;
   int num_threads = 0;  ///< CPU: 0 for as many as OpenMP would use; of all ranks together
-  /// Ranks that share the attention, a divisor of its heads, and that share the experts, a divisor of tp (0: tp).
+  /// Ranks that share the attention, a divisor of its heads, and parts of the experts, a divisor of tp * dp (0: that).
   int tp = 1, ep = 0;
-  /// Ranks that share the experts alone, each with tokens, a cache and all other weights of its own; then ep is a divisor
-  /// of dp (0: dp), and tp is 1.
+  /// Groups of tp ranks with tokens and a cache of their own, which share the routed experts alone with the others.
   int dp = 1;
   std::string expert_placement = "linear";  ///< or "round-robin", or a file's path (ExpertPlacement)
   /// The steps will be batch-invariant; then they have the same bits on every number of ranks.

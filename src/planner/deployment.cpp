@@ -9,6 +9,7 @@
 
 #include "planner/evaluate.h"
 #include "planner/number.h"
+#include "planner/start_command.h"
 
 namespace flash_mla::planner {
 namespace {
@@ -191,14 +192,18 @@ class Search {
   Plan fastest_;
 };
 
-Json side_json(const Side& side, const Phase& phase, std::int64_t batch) {
+/// `request` with both plans as they are found.
+Json side_json(const Side& side, const Phase& phase, std::int64_t batch, const Request& request,
+               ServerRole role) {
   const Plan& p = phase.plan;
+  const StartCommand start = start_command(request, role);
   return {{"cards", side.cards},
           {"instances", side.instances},
           {"plan", {{"tp", p.tp}, {"ep", p.ep}, {"dp", p.dp}, {"pp", p.pp}, {"cp", p.cp}}},
           {"batch", batch},
           {"memory_share", phase.memory_share},
-          {"bottleneck", phase.bottleneck}};
+          {"bottleneck", phase.bottleneck},
+          {"start", {{"command", start.command}, {"caveats", start.caveats}}}};
 }
 
 }  // namespace
@@ -235,14 +240,18 @@ Json run_deployment(const Json& request) {
     return out;
   }
   const double price = price_per_card_hour(q.prices);
+  const Phase &decoding = best->decode.result.decode, &prefilling = best->prefill.result.prefill;
+  Request found = best->request;
+  found.decode_plan = decoding.plan;
+  found.prefill_plan = prefilling.plan;
   out["best"] = {
       {"cards", best->cards()},
       {"tokens_per_s_user", 1 / best->decode.result.tpot_s},
       {"tpot_s", best->decode.result.tpot_s},
       {"ttft_s", best->ttft_s},
-      {"decode", side_json(best->decode, best->decode.result.decode, best->request.workload.batch)},
+      {"decode", side_json(best->decode, decoding, found.workload.batch, found, ServerRole::kDecode)},
       {"prefill",
-       side_json(best->prefill, best->prefill.result.prefill, best->request.workload.prefill_batch)}};
+       side_json(best->prefill, prefilling, found.workload.prefill_batch, found, ServerRole::kPrefill)}};
   if (price > 0) out["best"]["per_hour"] = price * best->cards();
   return out;
 }

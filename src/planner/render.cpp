@@ -103,6 +103,14 @@ void kinds_table(std::string& out, const char* title, const char* unit, double s
   out += columns(rows) + "\n";
 }
 
+/// A command, or that there is none, and what is to be said of it.
+std::string start_lines(const Json& start, const std::string& before) {
+  const std::string command = plain(start["command"]);
+  std::string out = fmt::format("  {}{}\n", before, command.empty() ? "flash-mla serve cannot" : command);
+  for (const Json& caveat : start["caveats"]) out += fmt::format("  ! {}\n", plain(caveat));
+  return out;
+}
+
 std::string plan_table(const Json& r) {
   const Json& p = r["prefill"];
   const Json& d = r["decode"];
@@ -167,9 +175,7 @@ std::string plan_table(const Json& r) {
           significant(value(a["ttft_s"]), 4), significant(value(a["tpot_s"]) * 1e3, 4));
     }
   }
-  const std::string start = plain(r["start"]["command"]);
-  out += fmt::format("\nStart\n  {}\n", start.empty() ? "flash-mla serve cannot" : start);
-  for (const Json& caveat : r["start"]["caveats"]) out += fmt::format("  ! {}\n", plain(caveat));
+  out += "\nStart\n" + start_lines(r["start"], "");
   for (const Json& note : r["notes"]) out += fmt::format("note: {}\n", plain(note));
   if (r.contains("explain")) {
     std::string phase;
@@ -266,7 +272,7 @@ std::string rows_table(const Json& r) {
   return out;
 }
 
-/// The whole answer in a line.
+/// The whole answer in a line; then how both sides are started.
 std::string deployment_line(const Json& r) {
   const std::string asked = fmt::format("{} users of {}, {} tokens in and {} out", plain(r["users"]),
                                         plain(r["model"]), plain(r["input"]), plain(r["output"]));
@@ -284,10 +290,13 @@ std::string deployment_line(const Json& r) {
   };
   const std::string price =
       best.contains("per_hour") ? fmt::format(", {} per hour", shown(best["per_hour"])) : std::string();
-  return fmt::format("{}: {} {} cards, {} for decode and {} for prefill: {} tokens/s each, TTFT {} ms{}\n",
-                     asked, shown(best["cards"]), plain(r["hardware"]), side(best["decode"]),
-                     side(best["prefill"]), shown(best["tokens_per_s_user"]),
-                     significant(value(best["ttft_s"]) * 1e3, 4), price);
+  std::string out = fmt::format(
+      "{}: {} {} cards, {} for decode and {} for prefill: {} tokens/s each, TTFT {} ms{}\n", asked,
+      shown(best["cards"]), plain(r["hardware"]), side(best["decode"]), side(best["prefill"]),
+      shown(best["tokens_per_s_user"]), significant(value(best["ttft_s"]) * 1e3, 4), price);
+  for (const char* name : {"decode", "prefill"})
+    out += start_lines(best[name]["start"], fmt::format("{}: ", name));
+  return out;
 }
 
 std::string tables_table(const Json& r) {

@@ -121,12 +121,12 @@ void add_ranks(Families& f, const std::vector<RankStats>& ranks) {
   f.counters("mla_rank_exchanges_total", "Exchanges of each rank with the others.", "rank", exchanges);
   f.counters("mla_rank_sent_bytes_total", "Bytes that each rank gave to others.", "rank", bytes);
   if (ranks[0].pages_total == 0) return;
-  // Ranks with requests of their own.
+  // Ranks with requests of their own, or the first of each group of them.
   const auto by_rank = [&](auto RankStats::*value) {
     std::vector<std::pair<std::string, double>> out;
-    out.reserve(ranks.size());
-    for (const RankStats& rank : ranks)
-      out.emplace_back(std::to_string(out.size()), static_cast<double>(rank.*value));
+    for (std::size_t i = 0; i < ranks.size(); ++i) {
+      if (ranks[i].pages_total > 0) out.emplace_back(std::to_string(i), static_cast<double>(ranks[i].*value));
+    }
     return out;
   };
   f.gauges("mla_rank_sequences_running", "Sequences in each rank's batch.", "rank",

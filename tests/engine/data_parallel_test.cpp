@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <random>
@@ -22,6 +23,15 @@
 
 namespace flash_mla::engine {
 namespace {
+
+// Under a sanitizer every step takes many times as long.
+#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
+constexpr int kCancelled = 150, kFailures = 5, kOfAClient = 15;
+constexpr std::initializer_list<int> kRanks = {3};
+#else
+constexpr int kCancelled = 500, kFailures = 20, kOfAClient = 40;
+constexpr std::initializer_list<int> kRanks = {2, 4};
+#endif
 
 std::size_t place(std::vector<RankLoad> loads, const std::vector<std::int64_t>& cached, std::int64_t length) {
   return take_rank(loads, cached, length, 1);
@@ -246,7 +256,7 @@ TEST(EngineOfRanks, TheQueueIsBoundedOverAllRanks) {
 }
 
 TEST(EngineOfRanks, FiveHundredRequestsWithRandomCancelsLeaveNoPage) {
-  for (const int dp : {2, 4}) {
+  for (const int dp : kRanks) {
     SCOPED_TRACE(dp);
     EngineOptions o = Harness::defaults();
     o.num_pages = 12;  // so few that sequences are preempted
@@ -257,8 +267,8 @@ TEST(EngineOfRanks, FiveHundredRequestsWithRandomCancelsLeaveNoPage) {
     std::vector<RequestId> ids;
     std::map<RequestId, Tokens> prompts;
     const Tokens common = random_prompt(random, 150);
-    while (ranks.ended < 500) {
-      while (ids.size() < 500 && random() % 3 != 0) {
+    while (ranks.ended < kCancelled) {
+      while (std::ssize(ids) < kCancelled && random() % 3 != 0) {
         const Tokens prompt =
             random_prompt(random, 1 + random() % 250, random() % 2 == 0 ? common : Tokens());
         SamplingParams p = greedy(1 + static_cast<int>(random() % 60));
@@ -302,7 +312,7 @@ TEST(EngineOfRanks, ManyThreadsSubmitAndCancel) {
   std::jthread stepper([&](const std::stop_token& stop) {
     while (core.wait_for_work(stop)) core.step();
   });
-  constexpr int kThreads = 3, kRequests = 40;
+  constexpr int kThreads = 3, kRequests = kOfAClient;
   std::atomic<int> ended = 0;
   std::atomic<int> wrong = 0;
   {
@@ -340,7 +350,7 @@ TEST(EngineOfRanks, ManyThreadsSubmitAndCancel) {
 // At a random step, twenty times: every request that runs or waits ends with the rank's name and reason, wherever it is.
 TEST(EngineOfRanks, EndsWithTheNameOfARankThatFails) {
   std::mt19937 random(2);
-  for (int i = 0; i < 20; ++i) {
+  for (int i = 0; i < kFailures; ++i) {
     const int failing = static_cast<int>(random() % 3);
     int left = 1 + static_cast<int>(random() % 12);  // of that rank's steps; its thread alone counts them
     EngineOptions o = Harness::defaults();
@@ -378,12 +388,12 @@ TEST(EngineOfRanks, AThrowingHandlerEndsItsRequestAlone) {
 TEST(EngineOfRanks, WhatItCannotDoIsRefused) {
   EngineOptions o = Harness::defaults();
   o.dp = 2;
-  o.kv_tiers = {"ram:1MiB"};
+  o.transfer.role = TransferRole::kDecode;
   try {
     Ranks ranks(2, o);
-    ADD_FAILURE() << "tiers of several ranks";
+    ADD_FAILURE() << "a decode server of several ranks";
   } catch (const Unsupported& e) {
-    EXPECT_STREQ(e.what(), "kv_tiers with dp 2: tiers serve one rank so far");
+    EXPECT_STREQ(e.what(), "transfer with dp 2: pages go between servers of one rank so far");
   }
 }
 

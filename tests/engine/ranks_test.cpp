@@ -4,9 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <initializer_list>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/engine_core.h"
@@ -15,6 +18,17 @@
 
 namespace flash_mla {
 namespace {
+
+// Under a sanitizer every step takes many times as long, and what there is to find is in the fewest ranks already.
+#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
+constexpr int kRequests = 6, kCancelled = 25;
+constexpr std::initializer_list<int> kRanks = {2};
+constexpr std::initializer_list<std::pair<int, int>> kGroups = {{2, 2}};
+#else
+constexpr int kRequests = 10, kCancelled = 170;
+constexpr std::initializer_list<int> kRanks = {2, 4};
+constexpr std::initializer_list<std::pair<int, int>> kGroups = {{2, 1}, {1, 2}, {2, 2}};
+#endif
 
 EngineOptions options(int tp) {
   EngineOptions o;
@@ -68,11 +82,11 @@ void expect_equal(const std::vector<Completion>& expected, const std::vector<Com
 }
 
 TEST(EngineOnRanks, WritesTheTextOfOneRank) {
-  const std::vector<Request> all = requests(10);
+  const std::vector<Request> all = requests(kRequests);
   Engine one(FLASH_MLA_SMALL_MODEL, options(1));
   const std::vector<Completion> expected = one.generate(all);
   EXPECT_TRUE(one.stats().ranks.empty());
-  for (const int tp : {2, 4}) {
+  for (const int tp : kRanks) {
     SCOPED_TRACE(tp);
     EngineOptions o = options(tp);
     if (tp == 4) o.expert_placement = "round-robin";
@@ -94,10 +108,10 @@ TEST(EngineOnRanks, WritesTheTextOfOneRank) {
 
 // Wherever a request runs, and whatever is drafted.
 TEST(EngineOnRanks, WithRequestsOfTheirOwnWriteItToo) {
-  const std::vector<Request> all = requests(10);
+  const std::vector<Request> all = requests(kRequests);
   Engine one(FLASH_MLA_SMALL_MODEL, options(1));
   const std::vector<Completion> expected = one.generate(all);
-  for (const int dp : {2, 4}) {
+  for (const int dp : kRanks) {
     SCOPED_TRACE(dp);
     EngineOptions o = options(1);
     o.num_threads = o.dp = dp;
@@ -125,14 +139,80 @@ TEST(EngineOnRanks, WithRequestsOfTheirOwnWriteItToo) {
   }
 }
 
-TEST(EngineOnRanks, HasNoPageInUseAfterRandomCancels) {
+// Two groups of two ranks, each with a cache on both of its ranks.
+TEST(EngineOnRanks, OfGroupsWriteItToo) {
+  const std::vector<Request> all = requests(kRequests);
+  Engine one(FLASH_MLA_SMALL_MODEL, options(1));
   EngineOptions o = options(2);
+  o.dp = 2;
+  o.num_threads = 4;
+  o.speculative = EngineOptions::Speculative::kMtp;
+  Engine engine(FLASH_MLA_SMALL_MODEL, o);
+  expect_equal(one.generate(all), engine.generate(all));
+  const EngineStats stats = engine.stats();
+  EXPECT_EQ(stats.pages_used, 0);
+  EXPECT_EQ(stats.pages_total, 16);
+  EXPECT_GT(stats.mtp_drafts.accepted, 0);
+  ASSERT_EQ(stats.ranks.size(), 4u);
+  for (const RankStats& rank : stats.ranks) {
+    EXPECT_GT(rank.bytes_sent, 0);
+    EXPECT_GT(rank.weight_bytes, 0);
+  }
+  for (const std::size_t first : {0u, 2u}) {
+    EXPECT_GT(stats.ranks[first].computed_tokens, 0);
+    EXPECT_EQ(stats.ranks[first].pages_total, 8);
+    EXPECT_EQ(stats.ranks[first + 1].pages_total, 0) << "those of the first of its group";
+  }
+  for (const ExpertCounts& layer : stats.experts) {
+    std::int64_t chosen = 0, run = 0;
+    for (const std::int64_t count : layer.counts) chosen += count;
+    for (const std::int64_t count : layer.rank_counts) run += count;
+    EXPECT_EQ(layer.rank_counts.size(), 4u);
+    EXPECT_EQ(chosen, run) << "layer " << layer.layer;
+  }
+}
+
+// Side by side, as processes; each with its part of every step.
+TEST(EngineOnRanks, StandSideBySideInTheTimeline) {
+  for (const auto& [tp, dp] : kGroups) {
+    SCOPED_TRACE(testing::Message() << tp << " x " << dp);
+    EngineOptions o = options(tp);
+    o.dp = dp;
+    Engine engine(FLASH_MLA_SMALL_MODEL, o);
+    engine.generate(requests(4));
+    std::set<int> seen;
+    for (const StepRecord& step : engine.timeline()) {
+      ASSERT_EQ(step.ranks.size(), static_cast<std::size_t>(tp));
+      for (const StepRecord::Rank& rank : step.ranks) {
+        seen.insert(rank.rank);
+        EXPECT_EQ(rank.rank / tp, step.rank);
+        EXPECT_LE(step.begin, rank.begin);
+        EXPECT_LE(rank.begin, rank.end);
+        EXPECT_LE(rank.end, step.end);
+        EXPECT_GT(rank.exchange_seconds, 0);
+        EXPECT_LE(rank.exchange_seconds, rank.end - rank.begin);
+      }
+    }
+    EXPECT_EQ(std::ssize(seen), tp * dp);
+    const std::string trace = engine.chrome_trace();
+    for (const int rank : seen)
+      EXPECT_NE(trace.find("flash_mla engine, rank " + std::to_string(rank)), std::string::npos);
+  }
+  Engine one(FLASH_MLA_SMALL_MODEL, options(1));
+  one.generate(requests(1));
+  EXPECT_TRUE(one.timeline().at(0).ranks.empty());
+}
+
+void cancel_at_random(int tp, int dp) {
+  EngineOptions o = options(tp);
+  o.dp = dp;
+  o.num_threads = tp * dp;
   o.batch_invariant = false;
   Engine engine(FLASH_MLA_SMALL_MODEL, o);
   std::mt19937 random(11);
   std::vector<RequestId> ids;
-  int left = 40, ended = 0;
-  while (ended < 40) {
+  int left = kCancelled, ended = 0;
+  while (ended < kCancelled) {
     while (left > 0 && random() % 3 != 0) {
       Request r;
       const auto length = 1 + random() % 150;
@@ -147,8 +227,17 @@ TEST(EngineOnRanks, HasNoPageInUseAfterRandomCancels) {
     engine.step();
   }
   EXPECT_EQ(engine.stats().pages_used, 0);
+  for (const RankStats& rank : engine.stats().ranks) EXPECT_EQ(rank.pages_used, 0);
   EXPECT_EQ(engine.stats().failed, 0);
   EXPECT_GT(engine.stats().cancelled, 0);
+}
+
+// 510 requests in all.
+TEST(EngineOnRanks, HasNoPageInUseAfterRandomCancels) {
+  for (const auto& [tp, dp] : kGroups) {
+    SCOPED_TRACE(testing::Message() << tp << " x " << dp);
+    cancel_at_random(tp, dp);
+  }
 }
 
 // Wraps the model of one rank and throws from some step on.

@@ -30,7 +30,7 @@ EngineOptions options(const fs::path& tier) {
   return o;
 }
 
-Completion complete(Engine& engine) {
+Request prompt() {
   Request request;
   for (std::size_t i = 0; i < kPromptTokens; ++i) {
     request.prompt_token_ids.push_back(static_cast<std::int32_t>(5 + i * i % 4000));
@@ -39,8 +39,10 @@ Completion complete(Engine& engine) {
   request.sampling.max_tokens = 8;
   request.sampling.ignore_eos = true;
   request.sampling.logprobs = 0;
-  return engine.generate(std::vector{request}).at(0);
+  return request;
 }
+
+Completion complete(Engine& engine) { return engine.generate(std::vector{prompt()}).at(0); }
 
 /// Computes the prompt and waits until its two whole chunks are stored.
 Completion compute(const fs::path& model, const EngineOptions& o) {
@@ -115,6 +117,34 @@ TEST_F(TierEngineTest, RanksLoadWhatOneHasComputedAndTheOtherWayRound) {
   const Completion loaded = complete(engine);
   EXPECT_EQ(loaded.usage.cached_tokens, 512);
   expect_equal(loaded, first);
+}
+
+// What a rank has computed the others find, too: tiers are those of the engine. The same prompt twice goes to two ranks.
+TEST_F(TierEngineTest, RanksWithRequestsOfTheirOwnShareTheTiers) {
+  for (const int tp : {1, 2}) {
+    SCOPED_TRACE(tp);
+    EngineOptions o = options(directory_.path() / std::to_string(tp));
+    o.kv_tiers.insert(o.kv_tiers.begin(), "ram:256MiB");
+    o.batch_invariant = true;
+    o.prefix_cache = false;
+    o.tp = tp;
+    o.dp = 2;
+    o.num_threads = 2 * tp;
+    const Completion first = compute(FLASH_MLA_SMALL_MODEL, o);
+    Engine engine(FLASH_MLA_SMALL_MODEL, o);
+    const std::vector<Completion> loaded = engine.generate(std::vector{prompt(), prompt()});
+    for (const Completion& one : loaded) {
+      EXPECT_EQ(one.usage.cached_tokens, 512);
+      expect_equal(one, first);
+    }
+    const EngineStats stats = engine.stats();
+    ASSERT_EQ(stats.kv_tiers.size(), 2u);
+    EXPECT_EQ(stats.kv_tiers[0].tokens_loaded + stats.kv_tiers[1].tokens_loaded, 1024);
+    EXPECT_EQ(stats.pages_used, 0);
+    for (const std::size_t rank : {0, tp}) EXPECT_GT(stats.ranks.at(rank).computed_tokens, 0);
+    EXPECT_EQ(complete(engine).usage.cached_tokens, 512);
+    EXPECT_GT(engine.stats().kv_tiers[0].tokens_loaded, 0) << "the slower tier's go into the faster";
+  }
 }
 
 TEST_F(TierEngineTest, TwoModelsNeverShare) {

@@ -6,17 +6,20 @@
 #include <chrono>
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "checkpoint/config.h"
 #include "flash_mla/error.h"
 #include "model/model.h"
 #include "model/parallel/lock_step.h"
+#include "model/parallel/parallel_model.h"
 #include "rank_session.h"
 #include "temporary_directory.h"
 
@@ -25,11 +28,12 @@ namespace {
 
 using testing::HasSubstr;
 
-ModelOptions options_of(int dp, bool batch_invariant = false) {
+ModelOptions options_of(int dp, bool batch_invariant = false, int tp = 1) {
   ModelOptions options;
   options.device = ModelDevice::kCpu;
   options.precision = ModelPrecision::kFloat32;
-  options.num_threads = dp;  // one each
+  options.num_threads = tp * dp;  // one each
+  options.tp = tp;
   options.dp = dp;
   options.batch_invariant = batch_invariant;
   options.draft_module = true;
@@ -68,6 +72,17 @@ Said run(const std::vector<std::unique_ptr<Model>>& ranks, bool batch_invariant)
   return out;
 }
 
+// Under a sanitizer every step takes many times as long, and what there is to find is in the fewest ranks already.
+#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
+constexpr std::initializer_list<int> kManyRanks = {2};
+constexpr std::initializer_list<std::pair<int, int>> kGroups = {{2, 2}};
+constexpr int kFailures = 4;
+#else
+constexpr std::initializer_list<int> kManyRanks = {2, 3, 4};
+constexpr std::initializer_list<std::pair<int, int>> kGroups = {{2, 2}, {3, 2}, {2, 4}};
+constexpr int kFailures = 20;
+#endif
+
 class DataParallel : public testing::TestWithParam<Kind> {
  protected:
   DataParallel() {
@@ -102,9 +117,55 @@ TEST_P(DataParallel, SaysWhatOneRankSays) {
 // And so wherever a sequence runs, and whatever runs elsewhere.
 TEST_P(DataParallel, HasTheBitsOfOneRankInBatchInvariantMode) {
   const Said one = session(options_of(1, true));
-  for (const int dp : {2, 3, 4}) {
+  for (const int dp : kManyRanks) {
     SCOPED_TRACE(dp);
     EXPECT_EQ(one, session(options_of(dp, true)));
+  }
+}
+
+// Groups of ranks that share the attention of their tokens, and the experts with all others.
+TEST_P(DataParallel, OfGroupsSaysWhatOneRankSays) {
+  const Said one = session(options_of(1)), exact = session(options_of(1, true));
+  for (const auto& [tp, dp] : kGroups) {
+    SCOPED_TRACE(testing::Message() << tp << " x " << dp);
+    expect_close(one, session(options_of(dp, false, tp)));
+    EXPECT_EQ(exact, session(options_of(dp, true, tp)));
+  }
+  directory_.write("placement.json", uneven_placement());
+  for (const std::string how : {"round-robin", "ep 2", "file"}) {
+    SCOPED_TRACE(how);
+    ModelOptions options = options_of(2, true, 2);
+    if (how == "ep 2") {
+      options.ep = 2;
+    } else {
+      options.expert_placement = how == "file" ? (directory_.path() / "placement.json").string() : how;
+    }
+    EXPECT_EQ(exact, session(options));
+  }
+}
+
+TEST_P(DataParallel, OfGroupsCountsForEveryRank) {
+  const auto one = load_models(directory_.path(), options_of(1)),
+             groups = load_models(directory_.path(), options_of(2, false, 2));
+  ASSERT_EQ(groups.size(), 2u);
+  EXPECT_EQ(groups[0]->bytes_per_page(), 2 * one[0]->bytes_per_page()) << "both ranks have the cache";
+  run(groups, false);
+  for (const auto& group : groups) {
+    const std::vector<RankStats> stats = group->rank_stats();
+    ASSERT_EQ(stats.size(), 2u);
+    for (const RankStats& rank : stats) {
+      EXPECT_GT(rank.bytes_sent, 0);
+      EXPECT_GT(rank.weight_bytes, 0);
+      EXPECT_LT(rank.weight_bytes, one[0]->weight_bytes());
+      EXPECT_GE(rank.seconds, rank.exchange_seconds);
+    }
+    const std::vector<RankSpan> spans = group->rank_spans();
+    ASSERT_EQ(spans.size(), 2u);
+    for (const RankSpan& span : spans) {
+      const double seconds = std::chrono::duration<double>(span.end - span.begin).count();
+      EXPECT_GT(span.exchange_seconds, 0);
+      EXPECT_GE(seconds, span.exchange_seconds);
+    }
   }
 }
 
@@ -247,7 +308,7 @@ std::vector<std::string> meet(int failing, int fails_at, std::chrono::millisecon
 
 TEST(DataParallelFailure, EndsAllRanksWithNameAndReason) {
   std::mt19937 random(3);
-  for (int i = 0; i < 20; ++i) {
+  for (int i = 0; i < kFailures; ++i) {
     const int failing = static_cast<int>(random() % 3), fails_at = static_cast<int>(random() % 50);
     const auto begin = std::chrono::steady_clock::now();
     const std::string expected = "rank " + std::to_string(failing) + ": the memory of the device is broken";
@@ -255,6 +316,48 @@ TEST(DataParallelFailure, EndsAllRanksWithNameAndReason) {
     EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
   }
   EXPECT_THAT(meet(-1, -1, {}, comm::kTimeout, 5), testing::Each(""));
+}
+
+// Two groups of two ranks that meet in their group, and all four.
+class MeetingTwice : public Meeting {
+ public:
+  MeetingTwice(const RankLinks& links, int fails_at)
+      : Meeting(*links.ranks, fails_at, {}), all_(*links.expert_ranks) {}
+  void launch(const ForwardBatch& batch) override {
+    for (int i = 0; i < 3; ++i) {
+      Meeting::launch(batch);
+      float x = 1;
+      all_.all_reduce({reinterpret_cast<std::byte*>(&x), DType::kFloat32, 1, 1, 1});
+    }
+  }
+
+ private:
+  comm::Communicator& all_;
+};
+
+TEST(DataParallelFailure, OfARankOfAGroupEndsAllGroups) {
+  std::mt19937 random(4);
+  for (int i = 0; i < kFailures; ++i) {
+    const int failing = static_cast<int>(random() % 4), fails_at = static_cast<int>(random() % 90);
+    const auto all = std::make_shared<comm::ThreadGroup>(4);
+    const auto groups = LockStepModel::make({0, 2}, false, [&](int group, comm::Communicator&) {
+      return std::make_unique<ParallelModel>(2, all, 2 * group, [&](int rank, const RankLinks& links) {
+        return std::make_unique<MeetingTwice>(links, 2 * group + rank == failing ? fails_at : -1);
+      });
+    });
+    std::vector<std::string> heard(2);
+    {
+      std::vector<std::jthread> threads;
+      for (std::size_t group = 0; group < 2; ++group) {
+        threads.emplace_back([&, group] {
+          for (int step = 0; step < 4; ++step) groups[group]->end_step();
+          heard[group] = groups[group]->broken();
+        });
+      }
+    }
+    EXPECT_THAT(heard,
+                testing::Each("rank " + std::to_string(failing) + ": the memory of the device is broken"));
+  }
 }
 
 TEST(DataParallelFailure, IsATimeOutWhereARankDoesNotCome) {
@@ -283,11 +386,11 @@ std::string refusal(const ModelOptions& options) {
 TEST(DataParallelOptions, ThatCannotBeAreRefused) {
   EXPECT_EQ(refusal(options_of(0)), "dp is 0, expected >= 1");
   ModelOptions options = options_of(2);
+  options.tp = 5;
+  EXPECT_EQ(refusal(options), "tp is 5, expected a divisor of 12, the attention heads");
   options.tp = 2;
-  EXPECT_EQ(refusal(options), "tp is 2, expected 1 with dp 2: ranks share one or the other");
-  options = options_of(4);
   options.ep = 3;
-  EXPECT_EQ(refusal(options), "ep is 3, expected 0 or a divisor of dp, 4");
+  EXPECT_EQ(refusal(options), "ep is 3, expected 0 or a divisor of 4, tp times dp");
   EXPECT_EQ(refusal(options_of(12)), "ep is 12, expected at most 10, the routed experts");
   const ModelConfig parsed = checkpoint::parse_config(config(kKinds[1]), "test");
   EXPECT_EQ(message_of<InvalidArgument>([&] { make_random_model(parsed, options_of(2)); }),

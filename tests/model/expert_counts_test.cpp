@@ -148,15 +148,15 @@ TEST_F(ExpertCountsOfAModel, AreTheSameOnRanksWhichEachRunSome) {
       EXPECT_EQ(layers[i].rank_counts, of_ranks);
     }
   }
-  // Where every rank has all experts they take turns.
+  // Where every rank has all experts, those of a step are shared out.
   ModelOptions replicas = options(2);
   replicas.ep = 1;
   const auto model = load(replicas);
   run(*model);
   for (const ExpertCounts& layer : model->expert_counts()) {
     EXPECT_EQ(sum(layer.rank_counts), sum(layer.counts));
-    // A step's first token takes the first.
-    EXPECT_EQ(layer.rank_counts[1] > 0, layer.layer == 1);
+    EXPECT_EQ(layer.rank_counts[0] > 0, sum(layer.counts) > 0);
+    EXPECT_EQ(layer.rank_counts[1] > 0, sum(layer.counts) > 0);
   }
 }
 

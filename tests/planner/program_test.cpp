@@ -101,12 +101,20 @@ TEST(PlanProgram, ExitCodes) {
   }
 }
 
-TEST(PlanProgram, UsersAreAnsweredInOneLine) {
+TEST(PlanProgram, UsersAreAnsweredInOneLineAndHowItIsStarted) {
   const Output out =
       run("plan --users 128 --tokens-per-s 50 --input 4096 --model deepseek-v3 --hardware h200", false);
   EXPECT_EQ(out.code, 0);
-  EXPECT_EQ(std::count(out.text.begin(), out.text.end(), '\n'), 1) << out.text;
-  EXPECT_NE(out.text.find("24 H200 SXM cards"), std::string::npos) << out.text;
+  EXPECT_LT(out.text.find("24 H200 SXM cards"), out.text.find('\n')) << out.text;
+  EXPECT_NE(out.text.find("\n  decode: flash-mla serve cannot\n  ! dp 4 and prefill apart from decode"),
+            std::string::npos)
+      << out.text;
+  EXPECT_NE(out.text.find("\n  prefill: flash-mla serve --model DIR --tp 8 --ep 8"), std::string::npos)
+      << out.text;
+  const Output one =
+      run("plan --users 4 --tp 8 --ep 8 --input 4096 --model deepseek-v3 --hardware h200", false);
+  EXPECT_NE(one.text.find("--role decode --peer HOST:PORT\n"), std::string::npos) << one.text;
+  EXPECT_NE(one.text.find("--role prefill\n"), std::string::npos) << one.text;
   for (const char* wrong :
        {"plan --users 0", "plan --users many", "plan --users 1 --tokens-per-s -1", "plan --tokens-per-s 5",
         "plan --users 5 --sweep ep=8", "plan --users 5 --explain", "plan --users 5 --ep 3"}) {

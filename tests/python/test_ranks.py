@@ -62,12 +62,12 @@ def test_a_server_tells_what_its_ranks_do():
         server.stop()
 
 
-@pytest.mark.parametrize("flags", [(), ("--tp", "2"), ("--dp", "2")])
+@pytest.mark.parametrize("flags", [(), ("--tp", "2"), ("--dp", "2"), ("--tp", "2", "--dp", "2")])
 def test_a_server_says_its_bytes_beside_the_planners(flags):
     server = Server(SMALL, "--device", "cpu", "--precision", "bf16", "--threads", "2", *flags)
     try:
         pattern = (
-            r"([\d.]+) MB of weights and ([\d.]+) MB of cache( on each of 2 ranks)?; planner.*: ([\d.]+) and ([\d.]+)\n"
+            r"([\d.]+) MB of weights and ([\d.]+) MB of cache( on each of [24] ranks)?; planner.*: ([\d.]+) and ([\d.]+)\n"
         )
         wait_for(lambda: re.search(pattern, server.log.read_text()), server.log.read_text())
         weights, cache, on_each, planned_weights, planned_cache = re.search(pattern, server.log.read_text()).groups()
@@ -87,12 +87,10 @@ def test_a_server_says_its_bytes_beside_the_planners(flags):
 
 
 def test_what_ranks_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="tp is 2, expected 1 with dp 2"):
-        LLM(SMALL, device="cpu", dp=2, tp=2)
+    with pytest.raises(ValueError, match="ep is 3, expected 0 or a divisor of 4, tp times dp"):
+        LLM(SMALL, device="cpu", dp=2, tp=2, ep=3)
     with pytest.raises(ValueError, match="dp is 0, expected"):
         LLM(SMALL, device="cpu", dp=0)
-    with pytest.raises(NotImplementedError, match="kv_tiers with dp 2"):
-        LLM(SMALL, device="cpu", dp=2, kv_tiers=["ram:1MiB"])
 
 
 def test_a_plan_says_how_it_is_started():
@@ -111,6 +109,8 @@ def test_a_plan_says_how_it_is_started():
     )
     drafting = planner.plan(model="deepseek-v3", hardware="h200", tp=8, ep=8, mtp_draft=2, mtp_acceptance=0.8)["start"]
     assert " --tp 8 --ep 8 " in drafting["command"] and " --speculative mtp --draft-tokens 2 " in drafting["command"]
+    start = planner.plan(model="deepseek-v3", hardware="h200", tp=4, ep=16)["start"]
+    assert " --tp 4 --dp 4 --ep 16 " in start["command"] and "16 ranks" in start["caveats"][0]
     start = planner.plan(model="deepseek-v3", hardware="h200", tp=4, ep=16, kv="fp8_576")["start"]
     assert start["command"] == ""
-    assert "tp 4 with dp 4" in start["caveats"][0] and "fp8_576" in start["caveats"][-1]
+    assert "fp8_576" in start["caveats"][-1]

@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 #include <exception>
+#include <numeric>
 #include <thread>
 #include <utility>
 
@@ -33,7 +34,16 @@ constexpr std::array<std::int32_t, 1> kNoStarts = {0};
 std::vector<std::unique_ptr<Model>> LockStepModel::make(int num_ranks, bool batch_invariant,
                                                         const MakeRank& make,
                                                         std::chrono::milliseconds timeout) {
-  const auto group = std::make_shared<comm::ThreadGroup>(num_ranks, timeout);
+  std::vector<int> numbers(static_cast<std::size_t>(num_ranks));
+  std::iota(numbers.begin(), numbers.end(), 0);
+  return LockStepModel::make(std::move(numbers), batch_invariant, make, timeout);
+}
+
+std::vector<std::unique_ptr<Model>> LockStepModel::make(std::vector<int> numbers, bool batch_invariant,
+                                                        const MakeRank& make,
+                                                        std::chrono::milliseconds timeout) {
+  const int num_ranks = static_cast<int>(numbers.size());
+  const auto group = std::make_shared<comm::ThreadGroup>(std::move(numbers), timeout);
   std::vector<std::unique_ptr<LockStepModel>> ranks;
   ranks.reserve(static_cast<std::size_t>(num_ranks));
   for (int rank = 0; rank < num_ranks; ++rank)
@@ -72,12 +82,11 @@ void LockStepModel::take_part(F&& f) {
   } catch (const comm::RankError& e) {
     broken_ = e;
   } catch (const std::exception& e) {
-    broken_ = comm::RankError(communicator_->rank(), e.what());
-    communicator_->fail(e.what());
+    broken_ = comm::RankError(communicator_->number(), e.what());
   } catch (...) {
-    broken_ = comm::RankError(communicator_->rank(), "an unknown exception");
-    communicator_->fail("an unknown exception");
+    broken_ = comm::RankError(communicator_->number(), "an unknown exception");
   }
+  if (broken_) communicator_->fail(*broken_);
   seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   if (broken_) throw comm::RankError(*broken_);
 }
@@ -106,7 +115,11 @@ void LockStepModel::launch(const ForwardBatch& batch) {
     none.tokens = nothing();
     if (has_draft_module() && !drafted_) join_drafts(none, nullptr);
     launched_ = true;
+    const double exchanged = communicator_->traffic().seconds;
+    span_.begin = std::chrono::steady_clock::now();
     model_->launch(batch);
+    span_.end = std::chrono::steady_clock::now();
+    span_.exchange_seconds = communicator_->traffic().seconds - exchanged;
   });
 }
 
@@ -122,15 +135,23 @@ void LockStepModel::end_step() {
   drafted_ = launched_ = false;
 }
 
+std::vector<RankSpan> LockStepModel::rank_spans() const {
+  std::vector<RankSpan> out = model_->rank_spans();
+  if (out.empty()) out.push_back(span_);
+  return out;
+}
+
 std::vector<RankStats> LockStepModel::rank_stats() const {
+  std::vector<RankStats> out = model_->rank_stats();
+  if (out.empty()) out.resize(1);
+  RankStats& first = out.front();
   const comm::Traffic& traffic = communicator_->traffic();
-  RankStats out;
-  out.seconds = seconds_;
-  out.exchanges = traffic.calls;
-  out.bytes_sent = traffic.bytes;
-  out.exchange_seconds = traffic.seconds;
-  out.weight_bytes = weight_bytes();
-  return {out};
+  first.seconds = seconds_;
+  first.exchanges += traffic.calls;
+  first.bytes_sent += traffic.bytes;
+  first.exchange_seconds += traffic.seconds;
+  if (out.size() == 1) first.weight_bytes = weight_bytes();
+  return out;
 }
 
 }  // namespace flash_mla::model

@@ -25,6 +25,10 @@ class LockStepModel : public Model {
   /// Of all ranks, made at once on a thread each. Throws what `make` throws on any. `batch_invariant`: steps are.
   static std::vector<std::unique_ptr<Model>> make(int num_ranks, bool batch_invariant, const MakeRank& make,
                                                   std::chrono::milliseconds timeout = comm::kTimeout);
+  /// The same where a model is one of several ranks itself (ParallelModel); `numbers`: of the first rank of each.
+  static std::vector<std::unique_ptr<Model>> make(std::vector<int> numbers, bool batch_invariant,
+                                                  const MakeRank& make,
+                                                  std::chrono::milliseconds timeout = comm::kTimeout);
 
   int vocab_size() const override { return model_->vocab_size(); }
   std::int64_t max_position() const override { return model_->max_position(); }
@@ -35,6 +39,12 @@ class LockStepModel : public Model {
   }
   void allocate_cache(int num_pages) override { model_->allocate_cache(num_pages); }
   void copy_page(int source, int target) override { model_->copy_page(source, target); }
+  std::unique_ptr<PageCopies> make_page_copies() override { return model_->make_page_copies(); }
+  std::size_t bytes_per_copied_page() const override { return model_->bytes_per_copied_page(); }
+  std::string page_format() const override { return model_->page_format(); }
+  int num_plain_layers() const override { return model_->num_plain_layers(); }
+  std::vector<std::size_t> layer_page_bytes() const override { return model_->layer_page_bytes(); }
+  Buffer allocate_host(std::size_t bytes) const override { return model_->allocate_host(bytes); }
   void reserve(int num_tokens, int num_rows) override { model_->reserve(num_tokens, num_rows); }
   void launch(const ForwardBatch& batch) override;
   bool draws_take_masks() const override { return model_->draws_take_masks(); }
@@ -50,6 +60,7 @@ class LockStepModel : public Model {
   double device_seconds() const override { return model_->device_seconds(); }
   std::int64_t experts_hit(int num_tokens) override { return model_->experts_hit(num_tokens); }
   std::vector<RankStats> rank_stats() const override;
+  std::vector<RankSpan> rank_spans() const override;
   std::string broken() const override { return broken_ ? broken_->what() : ""; }
 
  private:
@@ -65,6 +76,7 @@ class LockStepModel : public Model {
   const bool batch_invariant_;
   bool drafted_ = false, launched_ = false;  ///< in this step
   double seconds_ = 0;
+  RankSpan span_;
   std::optional<comm::RankError> broken_;
 };
 

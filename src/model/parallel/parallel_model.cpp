@@ -52,14 +52,35 @@ class ParallelModel::Thread {
   std::jthread thread_;  // last: it is joined before the rest goes
 };
 
+namespace {
+
+std::vector<int> numbers_from(int first, int count) {
+  std::vector<int> out(static_cast<std::size_t>(count));
+  std::iota(out.begin(), out.end(), first);
+  return out;
+}
+
+}  // namespace
+
 ParallelModel::ParallelModel(int num_ranks, const MakeRank& make, std::chrono::milliseconds timeout)
-    : group_(num_ranks, timeout), ranks_(static_cast<std::size_t>(num_ranks)) {
+    : ParallelModel(
+          num_ranks, nullptr, 0,
+          [&make](int rank, const RankLinks& links) { return make(rank, *links.ranks); }, timeout) {}
+
+ParallelModel::ParallelModel(int num_ranks, std::shared_ptr<comm::ThreadGroup> all, int first,
+                             const MakeLinkedRank& make, std::chrono::milliseconds timeout)
+    : group_(numbers_from(first, num_ranks), timeout),
+      all_(std::move(all)),
+      ranks_(static_cast<std::size_t>(num_ranks)) {
   for (int rank = 0; rank < num_ranks; ++rank) {
     Rank& of = ranks_[static_cast<std::size_t>(rank)];
     of.communicator = group_.communicator(rank);
-    if (rank > 0) of.thread = std::make_unique<Thread>(rank);
+    if (all_) of.expert_ranks = all_->communicator(first + rank);
+    if (rank > 0) of.thread = std::make_unique<Thread>(first + rank);
   }
-  on_all(Call::kSetUp, [&](Rank& rank) { rank.model = make(rank.communicator->rank(), *rank.communicator); });
+  on_all(Call::kSetUp, [&](Rank& rank) {
+    rank.model = make(rank.communicator->rank(), {rank.communicator.get(), rank.expert_ranks.get()});
+  });
 }
 
 ParallelModel::~ParallelModel() {
@@ -75,16 +96,21 @@ ParallelModel::~ParallelModel() {
 template <class F>
 void ParallelModel::on_all(Call call, F&& f) {
   check_alive();
-  const auto run = [&f](Rank& rank) {
+  const auto run = [&f, call](Rank& rank) {
     const auto begin = std::chrono::steady_clock::now();
+    const auto fail = [&](const comm::RankError& why) {
+      rank.error = std::current_exception();
+      rank.communicator->fail(why);
+      if (rank.expert_ranks && call == Call::kStep) rank.expert_ranks->fail(why);
+    };
     try {
       f(rank);
+    } catch (const comm::RankError& e) {
+      fail(e);
     } catch (const std::exception& e) {
-      rank.error = std::current_exception();
-      rank.communicator->fail(e.what());
+      fail({rank.communicator->number(), e.what()});
     } catch (...) {
-      rank.error = std::current_exception();
-      rank.communicator->fail("an unknown exception");
+      fail({rank.communicator->number(), "an unknown exception"});
     }
     rank.stats.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   };
@@ -123,7 +149,7 @@ void ParallelModel::raise(Call call) {
       ++num_own;
       if (own) continue;
       own = errors[r];
-      failed = static_cast<int>(r);
+      failed = ranks_[r].communicator->number();
     }
   }
   if (own && (call == Call::kSetUp || num_own == std::ssize(ranks_))) {
@@ -217,8 +243,18 @@ void ParallelModel::reserve(int num_tokens, int num_rows) {
   on_all(Call::kSetUp, [&](Rank& rank) { rank.model->reserve(num_tokens, num_rows); });
 }
 
+double ParallelModel::Rank::exchange_seconds() const {
+  return communicator->traffic().seconds + (expert_ranks ? expert_ranks->traffic().seconds : 0);
+}
+
 void ParallelModel::launch(const ForwardBatch& batch) {
-  on_all(Call::kStep, [&](Rank& rank) { rank.model->launch(batch); });
+  on_all(Call::kStep, [&](Rank& rank) {
+    const double exchanged = rank.exchange_seconds();
+    rank.span.begin = std::chrono::steady_clock::now();
+    rank.model->launch(batch);
+    rank.span.end = std::chrono::steady_clock::now();
+    rank.span.exchange_seconds = rank.exchange_seconds() - exchanged;
+  });
   logit_rows_.push_back(batch.logit_rows.size());
   const std::size_t tokens = batch.drawn_rows.size() + batch.greedy_rows.size();
   for (Rank& rank : ranks_) rank.tokens.resize(std::max(rank.tokens.size(), tokens));
@@ -261,12 +297,21 @@ std::vector<RankStats> ParallelModel::rank_stats() const {
   std::vector<RankStats> out;
   for (const Rank& rank : ranks_) {
     RankStats& of = out.emplace_back(rank.stats);
-    const comm::Traffic& traffic = rank.communicator->traffic();
-    of.exchanges = traffic.calls;
-    of.bytes_sent = traffic.bytes;
-    of.exchange_seconds = traffic.seconds;
+    for (const comm::Communicator* to : {rank.communicator.get(), rank.expert_ranks.get()}) {
+      if (to == nullptr) continue;
+      of.exchanges += to->traffic().calls;
+      of.bytes_sent += to->traffic().bytes;
+    }
+    of.exchange_seconds = rank.exchange_seconds();
     of.weight_bytes = rank.model->weight_bytes();
   }
+  return out;
+}
+
+std::vector<RankSpan> ParallelModel::rank_spans() const {
+  std::vector<RankSpan> out;
+  out.reserve(ranks_.size());
+  for (const Rank& rank : ranks_) out.push_back(rank.span);
   return out;
 }
 

@@ -12,6 +12,7 @@
 #include "comm/communicator.h"
 #include "comm/thread_group.h"
 #include "model/model.h"
+#include "model/parallel/partition.h"
 
 namespace flash_mla::model {
 
@@ -22,9 +23,14 @@ class ParallelModel : public Model {
  public:
   /// Makes the model of one rank, which keeps the communicator. Called on the rank's own thread, of all ranks at once.
   using MakeRank = std::function<std::unique_ptr<Model>(int rank, comm::Communicator& communicator)>;
+  /// The same of one that shares the experts with ranks of other tokens, too.
+  using MakeLinkedRank = std::function<std::unique_ptr<Model>(int rank, const RankLinks& links)>;
 
   /// Throws what `make` throws on any rank. `timeout`: how long ranks wait for each other within a step.
   ParallelModel(int num_ranks, const MakeRank& make, std::chrono::milliseconds timeout = comm::kTimeout);
+  /// Ranks [first, first + num_ranks) of `all`, which share the routed experts. In a step that fails here all others fail.
+  ParallelModel(int num_ranks, std::shared_ptr<comm::ThreadGroup> all, int first, const MakeLinkedRank& make,
+                std::chrono::milliseconds timeout = comm::kTimeout);
   ~ParallelModel() override;
 
   int vocab_size() const override { return first().vocab_size(); }
@@ -58,18 +64,22 @@ class ParallelModel : public Model {
   std::vector<ExpertCounts> expert_counts() const override;
   std::string why_no_expert_counts() const override { return first().why_no_expert_counts(); }
   std::vector<RankStats> rank_stats() const override;
+  std::vector<RankSpan> rank_spans() const override;
   std::string broken() const override { return broken_ ? broken_->what() : ""; }
 
  private:
   class Thread;
   struct Rank {
     std::unique_ptr<comm::Communicator> communicator;
+    std::unique_ptr<comm::Communicator> expert_ranks;  ///< or null
     std::unique_ptr<Model> model;
     std::exception_ptr error;  ///< of its last call
     std::unique_ptr<Thread> thread;
     std::vector<float> logits;         ///< that nobody reads
     std::vector<std::int32_t> tokens;  ///< likewise
     RankStats stats;
+    RankSpan span;
+    double exchange_seconds() const;  ///< so far
   };
   enum class Call { kSetUp, kStep };
 
@@ -81,6 +91,7 @@ class ParallelModel : public Model {
   void check_alive() const;
 
   comm::ThreadGroup group_;
+  const std::shared_ptr<comm::ThreadGroup> all_;  ///< or null
   std::vector<Rank> ranks_;
   std::optional<comm::RankError> broken_;
   std::vector<std::size_t> logit_rows_;  ///< of the steps that are on their way

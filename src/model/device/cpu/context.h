@@ -27,9 +27,8 @@ namespace flash_mla::model {
 /// What the layers of the CPU share: how they work, the step that runs, and memory for activations that grows
 /// and stays.
 struct CpuContext {
-  /// `communicator`: null where the rank is alone.
   CpuContext(const ModelConfig& model_config, DType type, std::optional<KvFormat> format,
-             const ModelOptions& options, Partition part = {}, comm::Communicator* communicator = nullptr)
+             const ModelOptions& options, Partition part = {}, RankLinks links = {})
       : config(model_config),
         dtype(type),
         quantize(options.quantize),
@@ -40,7 +39,8 @@ struct CpuContext {
         threads(options.num_threads > 0 ? options.num_threads : default_threads()),
         rope(make_rope(model_config)),
         partition(std::move(part)),
-        ranks(communicator) {}
+        ranks(links.ranks),
+        expert_ranks(links.expert_ranks) {}
 
   ScheduleOptions schedule_options(bool batch_invariant) const;
   /// As Device::reserve; what a layer keeps for itself is not in it.
@@ -91,7 +91,8 @@ struct CpuContext {
   const int threads;
   const Rope rope;
   const Partition partition;
-  comm::Communicator* const ranks;
+  comm::Communicator* const ranks;         ///< RankLinks'
+  comm::Communicator* const expert_ranks;  ///< likewise
   mutable cpu::Gemm gemm;
 
   const Step* step = nullptr;

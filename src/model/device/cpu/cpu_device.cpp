@@ -40,8 +40,8 @@ class AtOnce : public CopyQueue {
 class CpuDevice : public Device {
  public:
   CpuDevice(const ModelConfig& config, DType dtype, std::optional<KvFormat> cache_format,
-            const ModelOptions& options, const Partition& partition, comm::Communicator* communicator)
-      : context_(config, dtype, cache_format, options, partition, communicator) {}
+            const ModelOptions& options, const Partition& partition, const RankLinks& links)
+      : context_(config, dtype, cache_format, options, partition, links) {}
 
   std::size_t free_memory() const override { return 0; }
   ScheduleOptions schedule_options(int /*sequences*/, bool batch_invariant) const override {
@@ -148,11 +148,11 @@ std::optional<KvFormat> cpu_cache_format(const ModelConfig& config, DType dtype,
 
 std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype,
                                         std::optional<KvFormat> cache_format, const ModelOptions& options,
-                                        const Partition& partition, comm::Communicator* communicator) {
+                                        const Partition& partition, const RankLinks& links) {
   if (dtype == DType::kBFloat16 && !cpu::Gemm::supports_bfloat16()) {
     throw Unsupported("precision bfloat16 needs a processor with AVX-512; use float32");
   }
-  return std::make_unique<CpuDevice>(config, dtype, cache_format, options, partition, communicator);
+  return std::make_unique<CpuDevice>(config, dtype, cache_format, options, partition, links);
 }
 
 }  // namespace flash_mla::model

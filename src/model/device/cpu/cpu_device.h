@@ -3,7 +3,6 @@
 #include <memory>
 #include <optional>
 
-#include "comm/communicator.h"
 #include "flash_mla/kv_cache.h"
 #include "model/device.h"
 #include "model/model.h"
@@ -20,11 +19,9 @@ std::optional<KvFormat> cpu_cache_format(const ModelConfig& config, DType dtype,
 
 /// The CPU: products by oneDNN or our own kernels, decode attention by flash_mla::dense_decode. `dtype`, of
 /// weights, activations and a cache without a format of its own, is float32 or bfloat16. Of a rank among several:
-/// `config` with its heads, its partition and its communicator, which must outlive the device. Throws Unsupported where
-/// the machine has no kernels for the type.
+/// `config` with its heads, its partition and its links. Throws Unsupported where the machine has no kernels for the type.
 std::unique_ptr<Device> make_cpu_device(const ModelConfig& config, DType dtype,
                                         std::optional<KvFormat> cache_format, const ModelOptions& options,
-                                        const Partition& partition = {},
-                                        comm::Communicator* communicator = nullptr);
+                                        const Partition& partition = {}, const RankLinks& links = {});
 
 }  // namespace flash_mla::model

@@ -24,10 +24,10 @@ std::int64_t sum(const std::vector<std::int64_t>& counts) {
 
 // How many rows each rank has for this one.
 std::vector<std::int64_t> CpuExpertExchange::counts_from_others(std::span<const std::int64_t> to) {
-  const auto ranks = to.size(), self = static_cast<std::size_t>(context_.partition.rank);
+  const auto ranks = to.size(), self = static_cast<std::size_t>(context_.partition.expert_rank);
   std::vector<std::int64_t> own(to.begin(), to.end()), all(ranks * ranks);
-  context_.ranks->all_gather(matrix_of(own, DType::kInt64, std::ssize(own)),
-                             matrix_of(all, DType::kInt64, std::ssize(own)));
+  context_.expert_ranks->all_gather(matrix_of(own, DType::kInt64, std::ssize(own)),
+                                    matrix_of(all, DType::kInt64, std::ssize(own)));
   std::vector<std::int64_t> out;
   for (std::size_t rank = 0; rank < ranks; ++rank) out.push_back(all[rank * ranks + self]);
   return out;
@@ -35,7 +35,7 @@ std::vector<std::int64_t> CpuExpertExchange::counts_from_others(std::span<const 
 
 Matrix CpuExpertExchange::dispatch(const Matrix& h, std::span<const std::int32_t> experts,
                                    std::span<const int> ranks) {
-  const auto size = static_cast<std::size_t>(context_.partition.size);
+  const auto size = static_cast<std::size_t>(context_.partition.expert_ranks);
   const std::int64_t chosen = context_.config.num_experts_per_tok;
   ranks_.assign(ranks.begin(), ranks.end());
   std::vector<std::int64_t> rows;  // of h, rank after rank
@@ -55,19 +55,19 @@ Matrix CpuExpertExchange::dispatch(const Matrix& h, std::span<const std::int32_t
   }
   received_rows_ = counts_from_others(sent_rows_);
   received_experts_.resize(static_cast<std::size_t>(sum(received_rows_) * chosen));
-  context_.ranks->all_to_all_v(matrix_of(sent_experts_, DType::kInt32, chosen), sent_rows_,
-                               matrix_of(received_experts_, DType::kInt32, chosen), received_rows_);
+  context_.expert_ranks->all_to_all_v(matrix_of(sent_experts_, DType::kInt32, chosen), sent_rows_,
+                                      matrix_of(received_experts_, DType::kInt32, chosen), received_rows_);
 
   const Matrix sent = context_.activations(context_.buffers.sent, std::ssize(rows), h.columns);
   for (std::int64_t i = 0; i < sent.rows; ++i)
     copy_row(h.row(rows[static_cast<std::size_t>(i)]), sent.row(i), h);
   const Matrix received = context_.activations(context_.buffers.gathered, sum(received_rows_), h.columns);
-  context_.ranks->all_to_all_v(sent, sent_rows_, received, received_rows_);
+  context_.expert_ranks->all_to_all_v(sent, sent_rows_, received, received_rows_);
   return received;
 }
 
 Matrix CpuExpertExchange::combine(const Matrix& results, std::vector<std::int64_t>& places) {
-  const auto size = static_cast<std::size_t>(context_.partition.size);
+  const auto size = static_cast<std::size_t>(context_.partition.expert_ranks);
   const std::int64_t chosen = context_.config.num_experts_per_tok;
   // A row for each choice, in the order in which the rows came.
   const Matrix sent =
@@ -85,7 +85,7 @@ Matrix CpuExpertExchange::combine(const Matrix& results, std::vector<std::int64_
   for (const int rank : ranks_) ++from[static_cast<std::size_t>(rank)];
   const Matrix received =
       CpuContext::matrix(context_.buffers.received, DType::kFloat32, std::ssize(ranks_), results.columns);
-  context_.ranks->all_to_all_v(sent, to, received, from);
+  context_.expert_ranks->all_to_all_v(sent, to, received, from);
 
   std::exclusive_scan(from.begin(), from.end(), next.begin(), std::int64_t{0});
   places.clear();

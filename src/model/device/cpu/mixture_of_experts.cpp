@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
+#include <numeric>
 #include <span>
 #include <utility>
 
@@ -31,7 +33,7 @@ CpuMixtureOfExperts::CpuMixtureOfExperts(CpuContext& context, const MixtureWeigh
       counts_(static_cast<std::size_t>(weights.router.rows)) {
   for (int e = 0; e < weights.router.rows; ++e) {
     if (!ranks_.empty() &&
-        std::ranges::count(ranks_[static_cast<std::size_t>(e)], context.partition.rank) == 0) {
+        std::ranges::count(ranks_[static_cast<std::size_t>(e)], context.partition.expert_rank) == 0) {
       continue;
     }
     own_index_[static_cast<std::size_t>(e)] = static_cast<std::int32_t>(experts_.size());
@@ -123,23 +125,45 @@ void CpuMixtureOfExperts::route(const Matrix& h) {
   });
 }
 
-// Replicas take turns, but in a batch-invariant step, where a token's place must not matter, and where a token is this
-// rank's and need not leave it.
+// Where ranks have the same tokens; else replicas take turns, if the token is not this rank's and need not leave it.
 int CpuMixtureOfExperts::runs_at(std::int64_t token, std::int32_t expert) const {
   const Partition& partition = context_.partition;
-  if (ranks_.empty()) return partition.rank;
-  if (partition.own_tokens && own_index_[static_cast<std::size_t>(expert)] >= 0) return partition.rank;
-  const std::vector<int>& ranks = ranks_[static_cast<std::size_t>(expert)];
-  return ranks[context_.step->batch_invariant ? 0 : static_cast<std::size_t>(token) % ranks.size()];
+  const auto e = static_cast<std::size_t>(expert);
+  if (ranks_.empty()) return partition.expert_rank;
+  if (!partition.own_tokens) return taken_by_[e];
+  if (own_index_[e] >= 0) return partition.expert_rank;
+  return ranks_[e][static_cast<std::size_t>(token) % ranks_[e].size()];
+}
+
+// Every expert of the step runs on one rank, so that its weights are read once: those with the most rows first, each on
+// the rank with the least to do of those that have it. All ranks come to the same, for they have the same choices.
+void CpuMixtureOfExperts::share_experts(std::int64_t num_tokens) {
+  // What reading an expert's weights takes, in rows: up to 4 use them for nothing more (worth_threads).
+  constexpr std::int64_t kRowsOfWeights = 4;
+  const auto* ids = reinterpret_cast<const std::int32_t*>(ids_.data());
+  std::vector<std::int64_t> rows(ranks_.size(), 0),
+      load(static_cast<std::size_t>(context_.partition.expert_ranks), 0);
+  for (std::int64_t i = 0; i < num_tokens * context_.config.num_experts_per_tok; ++i)
+    ++rows[static_cast<std::size_t>(ids[i])];
+  std::vector<std::size_t> order(ranks_.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::ranges::stable_sort(order, std::ranges::greater(), [&](std::size_t e) { return rows[e]; });
+  taken_by_.resize(ranks_.size());
+  for (const std::size_t e : order) {
+    const auto load_of = [&](int rank) { return load[static_cast<std::size_t>(rank)]; };
+    taken_by_[e] = *std::ranges::min_element(ranks_[e], {}, load_of);
+    if (rows[e] > 0) load[static_cast<std::size_t>(taken_by_[e])] += std::max(rows[e], kRowsOfWeights);
+  }
 }
 
 // Which of the step's choices are this rank's.
 void CpuMixtureOfExperts::find_own(std::int64_t num_tokens) {
   const std::int64_t chosen = context_.config.num_experts_per_tok;
   const auto* ids = reinterpret_cast<const std::int32_t*>(ids_.data());
+  if (!ranks_.empty()) share_experts(num_tokens);
   own_.resize(static_cast<std::size_t>(num_tokens * chosen));
   for (std::int64_t i = 0; i < num_tokens * chosen; ++i) {
-    const bool here = runs_at(i / chosen, ids[i]) == context_.partition.rank;
+    const bool here = runs_at(i / chosen, ids[i]) == context_.partition.expert_rank;
     own_[static_cast<std::size_t>(i)] = here ? own_index_[static_cast<std::size_t>(ids[i])] : -1;
   }
 }
@@ -228,21 +252,26 @@ void CpuMixtureOfExperts::add_results_of_all(const Matrix& results, const Matrix
   gather_rows(context_, x, tokens);
 }
 
+// Of the tokens that several ranks have, each sends a share.
 void CpuMixtureOfExperts::add_from_ranks(const Matrix& h, const Matrix& x) {
   const std::int64_t chosen = context_.config.num_experts_per_tok;
-  const std::span<const std::int32_t> ids(reinterpret_cast<const std::int32_t*>(ids_.data()),
-                                          static_cast<std::size_t>(h.rows * chosen));
+  const std::vector<Range> tokens = shares(context_.partition, h.rows);
+  const Range own = tokens[static_cast<std::size_t>(context_.partition.rank)];
+  const std::span<const std::int32_t> ids(
+      reinterpret_cast<const std::int32_t*>(ids_.data()) + own.first * chosen,
+      static_cast<std::size_t>(own.count * chosen));
   std::vector<int> ranks;
   ranks.reserve(ids.size());
   for (std::int64_t i = 0; i < std::ssize(ids); ++i)
     ranks.push_back(runs_at(i / chosen, ids[static_cast<std::size_t>(i)]));
-  const Matrix rows = exchange_.dispatch(h, ids, ranks);
+  const Matrix rows = exchange_.dispatch(h.row_range(own.first, own.count), ids, ranks);
   own_.clear();
   for (const std::int32_t expert : exchange_.experts())
     own_.push_back(expert < 0 ? -1 : own_index_[static_cast<std::size_t>(expert)]);
   count_choices();
   const Matrix results = exchange_.combine(run_experts(rows), places_);
-  add_results(results, x, context_.dtype);
+  add_results(results, x.row_range(own.first, own.count), context_.dtype, own.first);
+  if (!context_.partition.alone() && x.rows > 0) gather_rows(context_, x, tokens);
 }
 
 // Lists this rank's choices (token * num_experts_per_tok + rank) expert by expert in `by_expert_`, and cuts each

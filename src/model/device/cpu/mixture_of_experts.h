@@ -48,6 +48,7 @@ class CpuMixtureOfExperts : public FeedForward {
   void add_results_of_all(const Matrix& results, const Matrix& x);
   /// x += the results of the tokens' experts, which run where they are, beside those of other ranks' tokens.
   void add_from_ranks(const Matrix& h, const Matrix& x);
+  void share_experts(std::int64_t num_tokens);
   void find_own(std::int64_t num_tokens);
   void count_choices();
   void sort_by_expert();
@@ -59,6 +60,7 @@ class CpuMixtureOfExperts : public FeedForward {
   std::vector<float> correction_bias_;
   std::vector<std::vector<int>> ranks_;  ///< that have each routed expert; empty: this one has all
   std::vector<std::int32_t> own_index_;  ///< of each routed expert, its place in experts_; -1: not here
+  std::vector<int> taken_by_;            ///< of each routed expert of the step: the rank that runs it
   std::vector<Expert> experts_;
   std::unique_ptr<CpuGatedNetwork> shared_;  ///< or null
   CpuExpertExchange exchange_;               ///< of ranks with tokens of their own
