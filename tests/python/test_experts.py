@@ -99,10 +99,13 @@ def test_the_file_makes_a_placement_for_ranks_and_a_plan(counted, tmp_path):
     }
     for layer in answer["layers"]:
         of = planned["layers"][str(layer["layer"])]
-        # A batch-invariant step takes the first rank of every expert.
-        expected = [sum(c for c, at in zip(layer["counts"], of, strict=True) if at[0] == rank) for rank in range(2)]
-        assert layer["rank_counts"] == expected
-        assert layer["rank_balancedness"] == pytest.approx(mean_over_max(expected))
+        # Each step's experts that both ranks have are shared out by its load.
+        for rank, count in enumerate(layer["rank_counts"]):
+            alone = sum(c for c, at in zip(layer["counts"], of, strict=True) if at == [rank])
+            most = sum(c for c, at in zip(layer["counts"], of, strict=True) if rank in at)
+            assert alone <= count <= most
+        assert sum(layer["rank_counts"]) == layer["choices"]
+        assert layer["rank_balancedness"] == pytest.approx(mean_over_max(layer["rank_counts"]))
     means = sum(sum(layer["rank_counts"]) / 2 for layer in answer["layers"])
     balance = means / sum(max(layer["rank_counts"]) for layer in answer["layers"])
     assert answer["rank_balancedness"] == pytest.approx(balance)

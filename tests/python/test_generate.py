@@ -98,7 +98,7 @@ def test_ranks_leave_the_text():
         assert json.loads(generate(*flags, *ranks)[0])["completions"] == one["completions"]
     for ranks, part in (
         (["--tp", "3"], "tp is 3, expected a divisor of 4, the attention heads"),
-        (["--tp", "2", "--ep", "4"], "ep is 4, expected 0 or a divisor of tp, 2"),
+        (["--tp", "2", "--ep", "4"], "ep is 4, expected 0 or a divisor of 2, tp times dp"),
         (["--tp", "2", "--expert-placement", "/no/such/file"], "/no/such/file"),
     ):
         assert part in generate("--prompt", "a", "--device", "cpu", *ranks, expected=2)[1]

@@ -55,7 +55,7 @@ def test_ranks_write_what_one_writes(model, llm):
         assert a.choices[0].token_ids == b.choices[0].token_ids
     assert [rank["bytes_sent"] > 0 for rank in ranks.stats()["ranks"]] == [True, True]
     assert llm.stats()["ranks"] == []
-    with pytest.raises(ValueError, match="ep is 3, expected 0 or a divisor of tp, 2"):
+    with pytest.raises(ValueError, match="ep is 3, expected 0 or a divisor of 2, tp times dp"):
         LLM(model[0], device="cpu", tp=2, ep=3)
 
 

@@ -26,7 +26,10 @@ def test_settings_go_on_top_of_a_request():
 def test_a_deployment_is_searched():
     found = planner.deployment(128, 50, model="DeepSeek-R1", hardware="H200", input=4096)
     assert found["best"]["cards"] == 24 and found["best"]["tokens_per_s_user"] >= 50
-    assert planner.render(found).count("\n") == 1
+    lines = planner.render(found).splitlines()
+    assert lines[0].startswith("128 users of deepseek-v3, 4096 tokens in")
+    # What starts either side, or why nothing does.
+    assert lines[1].startswith("  decode: ") and any(line.startswith("  prefill: flash-mla serve --model DIR --tp 8") for line in lines)
     assert planner.deployment(128, 1e5)["best"] is None
 
 
