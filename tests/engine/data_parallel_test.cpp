@@ -4,9 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <functional>
-#include <initializer_list>
 #include <map>
 #include <memory>
 #include <random>
@@ -20,18 +20,15 @@
 #include "flash_mla/error.h"
 #include "harness.h"
 #include "model/parallel/lock_step.h"
+#include "sanitized.h"
 
 namespace flash_mla::engine {
 namespace {
 
 // Under a sanitizer every step takes many times as long.
-#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
-constexpr int kCancelled = 150, kFailures = 5, kOfAClient = 15;
-constexpr std::initializer_list<int> kRanks = {3};
-#else
-constexpr int kCancelled = 500, kFailures = 20, kOfAClient = 40;
-constexpr std::initializer_list<int> kRanks = {2, 4};
-#endif
+constexpr int kCancelled = unless_sanitized(500, 150), kFailures = unless_sanitized(20, 5),
+              kOfAClient = unless_sanitized(40, 15);
+constexpr auto kRanks = unless_sanitized(std::array{2, 4}, std::array{3});
 
 std::size_t place(std::vector<RankLoad> loads, const std::vector<std::int64_t>& cached, std::int64_t length) {
   return take_rank(loads, cached, length, 1);

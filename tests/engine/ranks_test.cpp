@@ -3,8 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
-#include <initializer_list>
 #include <memory>
 #include <random>
 #include <set>
@@ -15,21 +15,17 @@
 #include "engine/engine_core.h"
 #include "flash_mla/engine.h"
 #include "model/parallel/parallel_model.h"
+#include "sanitized.h"
 
 namespace flash_mla {
 namespace {
 
 constexpr int kRequests = 10;  // enough for sequences to be preempted
 // Under a sanitizer every step takes many times as long, and what there is to find is in the fewest ranks already.
-#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
-constexpr int kCancelled = 25;
-constexpr std::initializer_list<int> kRanks = {2};
-constexpr std::initializer_list<std::pair<int, int>> kGroups = {{2, 2}};
-#else
-constexpr int kCancelled = 170;
-constexpr std::initializer_list<int> kRanks = {2, 4};
-constexpr std::initializer_list<std::pair<int, int>> kGroups = {{2, 1}, {1, 2}, {2, 2}};
-#endif
+constexpr int kCancelled = unless_sanitized(170, 25);
+constexpr auto kRanks = unless_sanitized(std::array{2, 4}, std::array{2});
+constexpr auto kGroups = unless_sanitized(std::array{std::pair(2, 1), std::pair(1, 2), std::pair(2, 2)},
+                                          std::array{std::pair(2, 2)});
 
 EngineOptions options(int tp) {
   EngineOptions o;

@@ -2,11 +2,11 @@
 
 #include <gmock/gmock.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <exception>
-#include <initializer_list>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -21,6 +21,7 @@
 #include "model/parallel/lock_step.h"
 #include "model/parallel/parallel_model.h"
 #include "rank_session.h"
+#include "sanitized.h"
 #include "temporary_directory.h"
 
 namespace flash_mla::model {
@@ -73,15 +74,10 @@ Said run(const std::vector<std::unique_ptr<Model>>& ranks, bool batch_invariant)
 }
 
 // Under a sanitizer every step takes many times as long, and what there is to find is in the fewest ranks already.
-#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
-constexpr std::initializer_list<int> kManyRanks = {2};
-constexpr std::initializer_list<std::pair<int, int>> kGroups = {{2, 2}};
-constexpr int kFailures = 4;
-#else
-constexpr std::initializer_list<int> kManyRanks = {2, 3, 4};
-constexpr std::initializer_list<std::pair<int, int>> kGroups = {{2, 2}, {3, 2}, {2, 4}};
-constexpr int kFailures = 20;
-#endif
+constexpr auto kManyRanks = unless_sanitized(std::array{2, 3, 4}, std::array{2});
+constexpr auto kGroups = unless_sanitized(std::array{std::pair(2, 2), std::pair(3, 2), std::pair(2, 4)},
+                                          std::array{std::pair(2, 2)});
+constexpr int kFailures = unless_sanitized(20, 4);
 
 class DataParallel : public testing::TestWithParam<Kind> {
  protected:

@@ -4,10 +4,10 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <initializer_list>
 #include <random>
 #include <string>
 #include <thread>
@@ -20,6 +20,7 @@
 #include "model/parallel/parallel_model.h"
 #include "model/parallel/partition.h"
 #include "rank_session.h"
+#include "sanitized.h"
 #include "temporary_directory.h"
 
 namespace flash_mla::model {
@@ -38,13 +39,9 @@ ModelOptions on_ranks(int tp, bool batch_invariant = false) {
 }
 
 // Under a sanitizer every step takes many times as long, and what there is to find is in the fewest ranks already.
-#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
-constexpr std::initializer_list<int> kRanks = {2}, kExactRanks = {3};
-constexpr int kFailures = 4;
-#else
-constexpr std::initializer_list<int> kRanks = {2, 4}, kExactRanks = {2, 3};  // exactly 4 are below
-constexpr int kFailures = 20;
-#endif
+constexpr auto kRanks = unless_sanitized(std::array{2, 4}, std::array{2});
+constexpr auto kExactRanks = unless_sanitized(std::array{2, 3}, std::array{3});  // exactly 4 are below
+constexpr int kFailures = unless_sanitized(20, 4);
 
 class Ranks : public testing::TestWithParam<Kind> {
  protected:
