@@ -61,7 +61,8 @@ void Block::run(const std::function<void()>& body) {
     if (ready.empty()) {
       std::string who;
       for (std::size_t i = 0; i < fibers_.size(); ++i) {
-        if (!fibers_[i].done && i % 32 == 0) who += " " + std::to_string(i / 32);
+        if (!fibers_[i].done && i % 32 == 0)
+          who += " " + std::to_string(i / 32) + " (" + fibers_[i].waits_at + ")";
       }
       throw DeadlockError("all threads wait; of warps" + who);
     }
@@ -79,8 +80,9 @@ void Block::run(const std::function<void()>& body) {
   }
 }
 
-void Block::wait_until(std::function<bool()> ready) {
+void Block::wait_until(std::function<bool()> ready, std::string at) {
   Fiber& f = fiber();
+  f.waits_at = std::move(at);
   f.ready = std::move(ready);
   swapcontext(&f.context, &scheduler_);
 }
@@ -105,7 +107,7 @@ bool Block::meet(int key, int threads, bool stays, bool any) {
     return m.result;
   }
   if (!stays) return false;
-  wait_until([&m, generation] { return m.generation != generation; });
+  wait_until([&m, generation] { return m.generation != generation; }, "meeting " + std::to_string(key));
   return m.result;
 }
 
@@ -131,6 +133,19 @@ std::uint32_t start_of(std::uint64_t descriptor) {
     throw std::logic_error("a descriptor that is not of a K-major tile with 128-byte swizzle");
   }
   return static_cast<std::uint32_t>(descriptor & 0x3FFF) << 4;
+}
+
+/// Bytes from 64 columns of an MN-major tile to the next.
+std::uint32_t leading_of(std::uint64_t descriptor) {
+  return static_cast<std::uint32_t>(descriptor >> 16 & 0x3FFF) << 4;
+}
+
+/// Where an MN-major one begins.
+std::uint32_t start_of_mn_major(std::uint64_t descriptor) {
+  constexpr std::uint64_t kLeading = std::uint64_t{0x3FFF} << 16;
+  if (leading_of(descriptor) % 1024 != 0 || leading_of(descriptor) == 0)
+    throw std::logic_error("a descriptor that is not of an MN-major tile");
+  return start_of(descriptor & ~kLeading);
 }
 
 }  // namespace
@@ -172,7 +187,7 @@ void Block::execute(const Product& p, std::size_t index) {
   const auto widen = p.bf16 ? &bf16_to_float : &half_to_float;
   const std::size_t lane = running_ % 32, warp_first = running_ - lane;
   const std::size_t g = lane / 4, t = lane % 4;
-  const std::uint32_t start = start_of(p.b);
+  const std::uint32_t start = p.mn_major ? start_of_mn_major(p.b) : start_of(p.b);
   const int n = 2 * p.count;
   const auto shared_value = [&](std::uint32_t first, std::size_t row, std::uint32_t k) {
     const std::uint32_t linear = first + static_cast<std::uint32_t>(row) * 128 + k * 2;
@@ -196,7 +211,10 @@ void Block::execute(const Product& p, std::size_t index) {
     for (std::size_t e = 0; e < 2; ++e) {
       const auto column = static_cast<std::uint32_t>(8 * group) + static_cast<std::uint32_t>(2 * t + e);
       float b[16];
-      for (std::uint32_t k = 0; k < 16; ++k) b[k] = shared_value(start, column, k);
+      for (std::uint32_t k = 0; k < 16; ++k) {
+        b[k] = p.mn_major ? shared_value(start + column / 64 * leading_of(p.b), k, column % 64)
+                          : shared_value(start, column, k);
+      }
       for (std::size_t h = 0; h < 2; ++h) {
         float& d = p.sums[static_cast<std::size_t>(4 * group) + 2 * h + e];
         float sum = p.accumulate ? d : 0.0f;
@@ -208,16 +226,25 @@ void Block::execute(const Product& p, std::size_t index) {
 }
 
 void Block::wait_for_products(int pending) {
-  meet_warpgroup();  // all have issued what they did
-  Fiber& f = fiber();
-  const std::size_t groups = f.groups.size();
+  const std::size_t groups = fiber().groups.size();
   const std::size_t until =
       groups > static_cast<std::size_t>(pending) ? groups - static_cast<std::size_t>(pending) : 0;
-  if (until > f.groups_done) {
+  // A product is the whole warpgroup's: it is done when all have issued it, and then for all of them, whose warps may have
+  // gone different ways since.
+  const std::size_t own = running_, first = own / 128 * 128;
+  const auto issued = [this, first, until] {
+    return std::all_of(fibers_.begin() + static_cast<std::ptrdiff_t>(first),
+                       fibers_.begin() + static_cast<std::ptrdiff_t>(first + 128),
+                       [until](const Fiber& f) { return f.groups.size() >= until; });
+  };
+  if (!issued()) wait_until(issued, "products " + std::to_string(until));
+  for (running_ = first; running_ < first + 128; ++running_) {
+    Fiber& f = fiber();
+    if (f.groups_done >= until) continue;
     for (; f.executed < f.groups[until - 1]; ++f.executed) execute(f.products[f.executed], f.executed);
     f.groups_done = until;
   }
-  meet_warpgroup();  // all have read what they wanted
+  running_ = own;
 }
 
 }  // namespace emulated

@@ -55,6 +55,7 @@ struct Product {
   bool e4m3 = false;
   std::uint64_t a_shared = 0;
   bool shared = false;
+  bool mn_major = false;  // B
 };
 
 class Block {
@@ -73,7 +74,8 @@ class Block {
   // ---- of the running thread
   unsigned thread() const { return static_cast<unsigned>(running_); }
   Dim3 block_index{}, grid_size{};
-  void wait_until(std::function<bool()> ready);
+  /// `at` goes into a DeadlockError's text.
+  void wait_until(std::function<bool()> ready, std::string at);
   std::uint32_t shared_address(const void* p) const {
     return static_cast<std::uint32_t>(static_cast<const std::byte*>(p) - shared_);
   }
@@ -90,7 +92,6 @@ class Block {
   bool meet(int key, int threads, bool stays, bool any = false);
   void meet_block() { meet(0, static_cast<int>(fibers_.size()), true); }
   void meet_warp() { meet(1000 + static_cast<int>(thread() / 32), 32, true); }
-  void meet_warpgroup() { meet(2000 + static_cast<int>(thread() / 128), 128, true); }
 
   /// What the other lanes of the warp gave, until the next exchange.
   const std::array<std::uint64_t, 32>& exchange(std::uint64_t mine);
@@ -111,6 +112,7 @@ class Block {
     ucontext_t context{};
     std::vector<char> stack;
     std::function<bool()> ready;
+    std::string waits_at;
     bool done = false;
     std::vector<Product> products;    // issued
     std::vector<std::size_t> groups;  // ends of groups

@@ -144,6 +144,18 @@ T __shfl_sync(unsigned, T x, int lane) {
   std::memcpy(&x, &other, sizeof(T));
   return x;
 }
+/// What lane - delta gives; of the first lanes their own.
+template <class T>
+T __shfl_up_sync(unsigned, T x, unsigned delta) {
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(T));
+  auto& block = emulated::Block::current();
+  const unsigned lane = block.thread() % 32;
+  const std::uint64_t other = block.exchange(bits)[lane >= delta ? lane - delta : lane];
+  std::memcpy(&x, &other, sizeof(T));
+  return x;
+}
+inline int atomicAdd(int* to, int x) { return (*to += x) - x; }  // between two switches nobody else runs
 inline unsigned __ballot_sync(unsigned, bool x) {
   const auto& of_all = emulated::Block::current().exchange(x);
   unsigned bits = 0;

@@ -21,8 +21,9 @@
 namespace flash_mla::sm90 {
 namespace {
 
-static_assert(kPrefillHeadDim == prefill::kHeadDim && kPrefillHeadDimNope == prefill::kHeadDimNope &&
-              kPrefillHeadDimV == prefill::kHeadDimV);
+using Heads = prefill::LatentHeads;
+static_assert(kPrefillHeadDim == Heads::kHeadDim && kPrefillHeadDimNope == Heads::kHeadDimNope &&
+              kPrefillHeadDimV == Heads::kHeadDimV && Heads::kTileKeys == prefill::kTileRows);
 
 std::string shape_text(std::initializer_list<std::int64_t> shape) {
   return fmt::format("({})", fmt::join(shape, ", "));

@@ -26,24 +26,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                    const __grid_constant__ CUtensorMap k_rope_map, const __grid_constant__ CUtensorMap v_map,
                    const __grid_constant__ Params p) {
   extern __shared__ std::byte dynamic_smem[];
-  auto& s = *reinterpret_cast<Smem<ptx::Element<kBf16>>*>(
+  auto& s = *reinterpret_cast<Smem<LatentHeads, ptx::Element<kBf16>>*>(
       (reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp == kConsumerWarps && threadIdx.x % 32 == 0) {
     for (const CUtensorMap* map : {&q_map, &k_nope_map, &k_rope_map, &v_map}) ptx::prefetch_tensor_map(map);
-    ptx::mbarrier_init(&s.q_full, 1);
-    ptx::mbarrier_init(&s.q_empty, kConsumerWarps);
-    for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(&s.item_full[i], 1);
-      ptx::mbarrier_init(&s.item_empty[i], kConsumerWarps);
-    }
-    for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&s.k_full[i], 1);
-      ptx::mbarrier_init(&s.v_full[i], 1);
-      ptx::mbarrier_init(&s.k_empty[i], kConsumerWarps);
-      ptx::mbarrier_init(&s.v_empty[i], kConsumerWarps);
-    }
-    ptx::fence_barrier_init();
+    init_barriers(s);
   }
   __syncthreads();
   if (warp >= kConsumerWarps) {
@@ -51,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp == kConsumerWarps) Producer(p, s, Maps{&q_map, &k_nope_map, &k_rope_map, &v_map}).run();
   } else {
     ptx::set_max_registers_up<232>();
-    Consumer<kBf16>(p, s).run();
+    Consumer<LatentHeads, kBf16>(p, s).run();
   }
 }
 

@@ -13,7 +13,7 @@
 namespace flash_mla::sm90::prefill {
 namespace {
 
-constexpr std::size_t kSmemBytes = sizeof(Smem<ptx::Element<true>>) + 1024;
+constexpr std::size_t kSmemBytes = sizeof(Smem<LatentHeads, ptx::Element<true>>) + 1024;
 
 template <bool kBf16>
 void launch_as(const Params& p, const CUtensorMap& q, const CUtensorMap& k_nope, const CUtensorMap& k_rope,

@@ -21,14 +21,19 @@ struct Maps {
   const CUtensorMap *q, *k_nope, *k_rope, *v;
 };
 
+/// Of MLA's heads.
 template <class T>
 class Producer {
+  using C = LatentHeads;
+  static constexpr int kStages = C::kStages, kTileKeys = C::kTileKeys;
+  using Item = prefill::Item<false>;
+
  public:
-  __device__ Producer(const Params& params, Smem<T>& smem, const Maps& maps)
+  __device__ Producer(const Params& params, Smem<C, T>& smem, const Maps& maps)
       : p_(params), s_(smem), maps_(maps), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ void run() {
-    WorkList list(p_);
+    WorkList<C> list(p_);
     int index = static_cast<int>(blockIdx.x);
     for (;;) {
       const Item item = list.at(index);
@@ -79,7 +84,7 @@ class Producer {
     ptx::mbarrier_wait(&s_.k_empty[k_.slot], k_.parity ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, sizeof(s_.k[0]));
     ptx::tma_load_4d(&s_.k[k_.slot], maps_.k_nope, full, 0, key, 0, item.head);
-    ptx::tma_load_4d(s_.k[k_.slot].at(kNopeChunks), maps_.k_rope, full, 0, key, 0, 0);
+    ptx::tma_load_4d(s_.k[k_.slot].at(C::kHeadDimNope / 64), maps_.k_rope, full, 0, key, 0, 0);
     k_.advance();
   }
 
@@ -92,7 +97,7 @@ class Producer {
   }
 
   const Params& p_;
-  Smem<T>& s_;
+  Smem<C, T>& s_;
   const Maps maps_;
   const int lane_;
   Ring<2> items_;

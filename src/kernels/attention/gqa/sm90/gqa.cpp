@@ -12,6 +12,7 @@
 #include "base/cuda/device.h"
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
+#include "kernels/attention/dense_prefill/sm90/grouped.h"
 #include "kernels/attention/gqa/sm90/launch.h"
 
 namespace flash_mla::sm90 {
@@ -44,6 +45,15 @@ std::int64_t num_slots(const GqaArgs& a, const DecodeScheduleView& s) {
   if (s.fixed_split_blocks == 0) return s.parts.size(0) > 1 ? 2 * s.parts.size(0) : 0;
   const std::int64_t split = std::int64_t{s.fixed_split_blocks} * s.block_size;
   return batch_of(a) * std::max<std::int64_t>((most_keys(a) + split - 1) / split, 1);
+}
+
+/// Rows of a sequence and key head from which on a tile of 128 pays.
+constexpr std::int64_t kPrefillRows = 64;
+
+/// Fixed splits are for bits that do not depend on the batch; which kernel does would.
+bool is_prefill(const GqaArgs& a, const DecodeScheduleView& s) {
+  return s.fixed_split_blocks == 0 && grouped_prefill_takes(a) &&
+         a.q.size(0) * grouped_prefill_heads(a) >= kPrefillRows * batch_of(a);
 }
 
 struct Partial {
@@ -113,6 +123,7 @@ void check_supported(const GqaArgs& a, const DecodeScheduleView& s) {
 }
 
 std::size_t gqa_workspace_size(const GqaArgs& a, const DecodeScheduleView& s, const GqaOptions& o) {
+  if (is_prefill(a, s)) return kGroupedPrefillWorkspace;
   const Partial partial = partial_of(a, s, o);
   return partial.out_bytes + partial.lse_bytes;
 }
@@ -122,6 +133,7 @@ void gqa_attention(const GqaArgs& a, const DecodeScheduleView& s, void* workspac
   const DeviceGuard guard(a.q.device.index);
   gqa::Params p{};
   p.problem = flash_mla::gqa::problem_of(a, o, scale);
+  if (is_prefill(a, s)) return grouped_prefill(a, p.problem, workspace, o.stream);
   p.max_queries = static_cast<int>(max_queries(a, o));
   p.scale_log2 = scale * std::numbers::log2e_v<float>;
   if (s.parts.defined()) {

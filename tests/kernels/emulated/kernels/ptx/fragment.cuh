@@ -18,6 +18,12 @@ inline float quad_max(float x) {
   x = std::fmax(x, __shfl_xor_sync(~0U, x, 1));
   return std::fmax(x, __shfl_xor_sync(~0U, x, 2));
 }
+template <int kScores>
+float row_max(const float (&x)[kScores], int h) {
+  float best = -INFINITY;
+  for (int i = 2 * h; i < kScores; i += 4) best = std::fmax(best, std::fmax(x[i], x[i + 1]));
+  return quad_max(best);
+}
 /// Lane l of a quad gives x[i] to lane i and gets x[l] of lane i as its x[i].
 inline void quad_transpose(std::uint32_t (&x)[4]) {
   auto& block = emulated::Block::current();

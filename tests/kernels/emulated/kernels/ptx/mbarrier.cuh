@@ -1,4 +1,5 @@
 #pragma once
+#include <string>
 #include <utility>
 
 #include "cuda_stand_in.h"
@@ -26,7 +27,14 @@ inline void mbarrier_arrive_expect_tx(std::uint64_t* b, std::uint32_t bytes) {
 }
 inline void mbarrier_wait(std::uint64_t* b, std::uint32_t parity) {
   auto& x = Block::current().barrier(b);
-  if (x.phase == parity) Block::current().wait_until([&x, parity] { return x.phase != parity; });
+  if (x.phase == parity) {
+    Block::current().wait_until([&x, parity] { return x.phase != parity; },
+                                "mbarrier at " + std::to_string(smem_address(b)));
+  }
+}
+
+inline bool mbarrier_test_wait(std::uint64_t* b, std::uint32_t parity) {
+  return Block::current().barrier(b).phase != parity;
 }
 
 template <int kId, int kThreads>

@@ -5,6 +5,7 @@ namespace flash_mla::sm90::ptx {
 inline void prefetch_tensor_map(const CUtensorMap*) {}
 inline void fence_async_proxy() {}
 inline void prefetch_l2(const void*) {}
+inline void tma_prefetch_5d(const CUtensorMap*, int, int, int, int, int) {}
 
 inline void complete(std::uint64_t* barrier, std::uint32_t bytes) {
   auto& x = Block::current().barrier(barrier);
@@ -36,7 +37,7 @@ inline void tma_load_5d(void* smem, const CUtensorMap* map, std::uint64_t* barri
           bool inside = true;
           for (int d = 1; d < 5; ++d) {
             from += i[d] * m.stride[d];
-            inside &= i[d] < m.size[d];
+            inside &= i[d] >= 0 && i[d] < m.size[d];
           }
           for (std::uint32_t word = 0; word < 8; ++word) {
             std::byte* const to = static_cast<std::byte*>(smem) + row * 128 + ((word ^ row % 8) * 16);

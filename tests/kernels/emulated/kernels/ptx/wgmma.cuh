@@ -16,12 +16,11 @@ inline std::uint64_t swizzled_descriptor(const void* smem, std::uint32_t leading
 inline std::uint64_t advance(std::uint64_t descriptor, std::uint32_t units) { return descriptor + units; }
 template <bool kBf16, bool kMnMajor, int kSums>
 void wgmma_rs(float (&d)[kSums], const std::uint32_t (&a)[4], std::uint64_t b, bool accumulate) {
-  static_assert(!kMnMajor);
-  Block::current().issue({d, kSums, {a[0], a[1], a[2], a[3]}, b, kBf16, accumulate});
+  Block::current().issue(
+      {d, kSums, {a[0], a[1], a[2], a[3]}, b, kBf16, accumulate, false, 0, false, kMnMajor});
 }
 template <bool kBf16, bool kMnMajor, int kSums>
 void wgmma_ss(float (&d)[kSums], std::uint64_t a, std::uint64_t b, bool accumulate) {
-  static_assert(!kMnMajor);
-  Block::current().issue({d, kSums, {}, b, kBf16, accumulate, false, a, true});
+  Block::current().issue({d, kSums, {}, b, kBf16, accumulate, false, a, true, kMnMajor});
 }
 }  // namespace flash_mla::sm90::ptx

@@ -1,0 +1,7 @@
+#include "kernels/attention/dense_prefill/sm90/grouped_launch.cuh"
+
+namespace flash_mla::sm90::prefill {
+
+template void launch_grouped<256, 256>(const GroupedLaunch& call);
+
+}  // namespace flash_mla::sm90::prefill
