@@ -1,11 +1,11 @@
 // Times the weight-streaming products over the shapes of V2-Lite and V3.
 //
-//   weight_stream_rows [--e4m3 | --int4] [--sweep] [--dense] [--experts] [--m 1,8,32]
+//   weight_stream_rows [--e4m3 | --int4 | --w4a8] [--sweep] [--dense] [--experts] [--m 1,8,32]
 //
 // "cold": one launch behind a read pass over 256 MiB and a spin kernel, events around it; median. "chain": a
 // CUDA graph of products back to back over different weights (more than the L2 holds), launched early; time
 // of one. GB/s counts the weights once, x and out. --sweep tries every division of the work instead of the
-// planned one; --e4m3 and --int4 have weights in these with scales. Correctness is model_kernels_gpu's affair.
+// planned one; --e4m3 and --int4 have weights in these with scales; --w4a8: int4 with activations in e4m3, experts alone. Correctness is model_kernels_gpu's affair.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -22,9 +22,11 @@
 #include <string>
 #include <vector>
 
+#include "kernels/gemm/sm90/int4_gemm.h"
 #include "kernels/gemm/sm90/skinny_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/moe/sm90/moe.h"
+#include "kernels/quant/sm90/quantise_rows.h"
 #include "protocol.cuh"
 
 namespace {
@@ -78,6 +80,7 @@ struct Form {
   const float* scales = nullptr;  ///< null: bfloat16
   bool int4 = false;
   double bytes = 2;  ///< of a weight, with its share of a scale
+  bool w4a8 = false;
 };
 
 /// With scales of e4m3 or int4 weights, of as many as any shape here has.
@@ -86,7 +89,7 @@ Form scaled(bool int4) {
   const std::size_t count = kWeights / (int4 ? 128 : 1024);
   float* const scales = scratch<float>(count);
   CHECK(cudaMemset(scales, 0x3c, count * sizeof(float)));  // 0.0115
-  return {scales, int4, int4 ? 0.5 + 4.0 / 128 : 1 + 4.0 / 1024};
+  return {scales, int4, int4 ? 0.5 + 4.0 / 128 : 1 + 4.0 / 1024, false};
 }
 
 class Timer {
@@ -324,6 +327,7 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
       f.down = down;
       f.gate_up_scales = f.down_scales = form.scales;
       f.int4 = form.int4;
+      if (form.w4a8) f.fp8_rows = 0;
       f.ids = ids;
       f.weights = weights;
       f.inout = inout;
@@ -397,10 +401,65 @@ void experts(Timer& timer, const std::vector<int>& rows, bool sweep, int num_sms
   }
 }
 
+/// Eight experts with the same number of rows each, n = 4096, k = 7168.
+void masked(Timer& timer, const Form& form) {
+  constexpr int kExperts = 8, kN = 4096, kK = 7168, kBlocks = kK / 128;
+  __nv_bfloat16* const weight = random_array(std::size_t{kExperts} * kN * kK / 4, 0.03f);
+  for (const int each : {4, 16, 32, 64, 128, 1024, 4096}) {
+    const int m = kExperts * each;
+    __nv_bfloat16* const values = random_array(std::size_t(m) * kK, 1.0f);
+    QuantiseRows q;
+    q.x = values;
+    q.x_stride = q.columns = kK;
+    q.rows = m;
+    q.codes = scratch<std::uint8_t>(std::size_t(m) * kK);
+    q.scales = scratch<float>(std::size_t(m) * kBlocks);
+    q.offsets = scratch<float>(std::size_t(m) * kBlocks);
+    CHECK(quantise_rows(q, nullptr));
+    CHECK(cudaDeviceSynchronize());
+    for (const int tile : {16, 32, 64, 128}) {
+      if (tile > 2 * each && tile > 16) continue;
+      std::vector<ExpertUnit> host;
+      for (int e = 0; e < kExperts; ++e) {
+        for (int r = 0; r < each; r += tile) host.push_back({e, e * each + r, std::min(tile, each - r)});
+      }
+      const auto count = static_cast<std::int32_t>(host.size());
+      auto* const units = scratch<ExpertUnit>(host.size());
+      auto* const num_units = scratch<std::int32_t>(1);
+      CHECK(cudaMemcpy(units, host.data(), host.size() * sizeof(ExpertUnit), cudaMemcpyHostToDevice));
+      CHECK(cudaMemcpy(num_units, &count, 4, cudaMemcpyHostToDevice));
+      Int4Gemm g;
+      g.x = q.codes;
+      g.x_scales = q.scales;
+      g.x_offsets = q.offsets;
+      g.weight = weight;
+      g.weight_scales = form.scales;
+      g.m = g.x_rows = m;
+      g.n = g.out_stride = kN;
+      g.k = kK;
+      g.experts = kExperts;
+      g.units = units;
+      g.num_units = num_units;
+      g.max_units = count;
+      g.rows_per_unit = tile;
+      g.out = scratch<__nv_bfloat16>(std::size_t(m) * kN);
+      const double us = timer.cold([&](cudaStream_t s) { CHECK(int4_gemm(g, s)); }, 15);
+      const double bytes = kExperts * form.bytes * kN * kK;
+      std::printf("int4_gemm 8 x %4d rows, tiles of %3d: %8.1f us, weights at %5.0f GB/s, %5.0f TFLOP/s\n",
+                  each, tile, us, bytes / us / 1000, 2.0 * m * kN * kK / us / 1e6);
+      for (void* p : {static_cast<void*>(units), static_cast<void*>(num_units), g.out}) CHECK(cudaFree(p));
+    }
+    for (void* p :
+         {static_cast<void*>(values), q.codes, static_cast<void*>(q.scales), static_cast<void*>(q.offsets)})
+      CHECK(cudaFree(p));
+  }
+  CHECK(cudaFree(weight));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool e4m3 = false, int4 = false, sweep = false, only_dense = false, only_experts = false;
+  bool e4m3 = false, int4 = false, w4a8 = false, sweep = false, only_dense = false, only_experts = false;
   std::vector<int> rows = {1, 8, 32, 64};
   std::vector<int> tokens = {1, 8, 32, 64, 128, 512, 4096};
   for (int i = 1; i < argc; ++i) {
@@ -408,6 +467,8 @@ int main(int argc, char** argv) {
       e4m3 = true;
     } else if (std::strcmp(argv[i], "--int4") == 0) {
       int4 = true;
+    } else if (std::strcmp(argv[i], "--w4a8") == 0) {
+      int4 = w4a8 = only_experts = true;
     } else if (std::strcmp(argv[i], "--sweep") == 0) {
       sweep = true;
     } else if (std::strcmp(argv[i], "--dense") == 0) {
@@ -430,7 +491,9 @@ int main(int argc, char** argv) {
   std::printf("%s, %d multiprocessors; %% of %.0f GB/s\n", device.name, device.multiProcessorCount,
               kStreamRate);
   Timer timer;
-  const Form form = e4m3 || int4 ? scaled(int4) : Form{};
+  Form form = e4m3 || int4 ? scaled(int4) : Form{};
+  form.w4a8 = w4a8;
+  if (w4a8) masked(timer, form);
   if (!only_experts) dense(timer, rows, sweep, device.multiProcessorCount, form);
   if (!only_dense) experts(timer, tokens, sweep, device.multiProcessorCount, form);
 }

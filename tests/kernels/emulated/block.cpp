@@ -150,7 +150,7 @@ std::uint32_t start_of_mn_major(std::uint64_t descriptor) {
 
 }  // namespace
 
-void Block::execute_e4m3(const Product& p) {
+void Block::execute_e4m3(const Product& p, std::size_t index) {
   static const std::array<float, 256> kValues = [] {
     std::array<float, 256> values{};
     for (std::size_t i = 0; i < 256; ++i)
@@ -166,9 +166,19 @@ void Block::execute_e4m3(const Product& p) {
     return out;
   };
   const std::size_t warp = running_ % 128 / 32, lane = running_ % 32;
-  const std::uint32_t of_a = start_of(p.a_shared), of_b = start_of(p.b);
-  const std::array<std::array<float, 32>, 2> a = {row_of(of_a, 16 * warp + lane / 4),
-                                                  row_of(of_a, 16 * warp + lane / 4 + 8)};
+  const std::uint32_t of_b = start_of(p.b);
+  std::array<std::array<float, 32>, 2> a{};
+  if (p.a_shared != 0) {
+    const std::uint32_t of_a = start_of(p.a_shared);
+    a = {row_of(of_a, 16 * warp + lane / 4), row_of(of_a, 16 * warp + lane / 4 + 8)};
+  } else {
+    for (std::size_t h = 0; h < 2; ++h) {
+      for (std::size_t k = 0; k < 32; ++k) {
+        const Product& of = fibers_[running_ / 4 * 4 + k % 16 / 4].products[index];
+        a[h][k] = kValues[of.a[h + 2 * (k / 16)] >> (8 * (k % 4)) & 0xFF];
+      }
+    }
+  }
   for (std::size_t i = 0; i < static_cast<std::size_t>(p.count); i += 4) {
     for (std::size_t e = 0; e < 2; ++e) {
       const std::array<float, 32> b = row_of(of_b, 2 * i + lane % 4 * 2 + e);
@@ -183,7 +193,7 @@ void Block::execute_e4m3(const Product& p) {
 }
 
 void Block::execute(const Product& p, std::size_t index) {
-  if (p.e4m3) return execute_e4m3(p);
+  if (p.e4m3) return execute_e4m3(p, index);
   const auto widen = p.bf16 ? &bf16_to_float : &half_to_float;
   const std::size_t lane = running_ % 32, warp_first = running_ - lane;
   const std::size_t g = lane / 4, t = lane % 4;

@@ -44,8 +44,8 @@ struct Meeting {
   bool any = false, result = false;
 };
 
-/// One m64nNk16 that a thread has issued, or with `e4m3` m64nNk32, whose A is where `a_shared` says; with `shared` the
-/// other's is too.
+/// One m64nNk16 that a thread has issued, or with `e4m3` m64nNk32; A is in registers or, where `a_shared` is not 0 or
+/// `shared` is set, in shared memory.
 struct Product {
   float* sums;
   int count;
@@ -126,7 +126,7 @@ class Block {
   }
   Fiber& fiber() { return fibers_[running_]; }
   void execute(const Product& p, std::size_t index);
-  void execute_e4m3(const Product& p);
+  void execute_e4m3(const Product& p, std::size_t index);
   static void enter();
 
   std::byte* shared_;

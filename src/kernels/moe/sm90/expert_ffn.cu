@@ -24,6 +24,7 @@
 #include "kernels/gemm/sm90/grouped_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/moe/sm90/fp8_experts.h"
+#include "kernels/moe/sm90/int4_experts.h"
 #include "kernels/moe/sm90/moe.h"
 #include "kernels/moe/sm90/plain_experts.cuh"
 #include "kernels/ptx/cluster.cuh"
@@ -223,8 +224,9 @@ struct Workspace {
   std::int32_t *num_units, *pairs;
   __nv_bfloat16* act;
   float* results;
-  std::byte* x_codes;  // of products in FP8: x, quantised; their activations are where the others' are
-  float *x_scales, *act_scales;
+  // Of products in FP8 and W4A8: x, quantised; their activations are where the others' are. Offsets are W4A8's.
+  std::byte* x_codes;
+  float *x_scales, *act_scales, *x_offsets, *act_offsets;
   std::size_t bytes;
 };
 
@@ -246,11 +248,14 @@ Workspace lay_out(void* base, std::int64_t tokens, std::int64_t hidden, std::int
       reinterpret_cast<ExpertUnit*>(take(unit_bound(pairs, num_experts, kSmallestUnit), sizeof(ExpertUnit)));
   w.num_units = reinterpret_cast<std::int32_t*>(take(1, sizeof(std::int32_t)));
   w.pairs = reinterpret_cast<std::int32_t*>(take(pairs, sizeof(std::int32_t)));
-  w.act = reinterpret_cast<__nv_bfloat16*>(take(pairs * intermediate, sizeof(__nv_bfloat16)));
+  const std::int64_t x_blocks = (hidden + 127) / 128, act_blocks = (intermediate + 127) / 128;
+  w.act = reinterpret_cast<__nv_bfloat16*>(take(pairs * std::max(intermediate * 2, act_blocks * 128), 1));
   w.results = reinterpret_cast<float*>(take(pairs * hidden, sizeof(float)));
-  w.x_codes = take(tokens * hidden, 1);
-  w.x_scales = reinterpret_cast<float*>(take(tokens * ((hidden + 127) / 128), sizeof(float)));
-  w.act_scales = reinterpret_cast<float*>(take(pairs * ((intermediate + 127) / 128), sizeof(float)));
+  w.x_codes = take(tokens * x_blocks * 128, 1);
+  w.x_scales = reinterpret_cast<float*>(take(tokens * x_blocks, sizeof(float)));
+  w.x_offsets = reinterpret_cast<float*>(take(tokens * x_blocks, sizeof(float)));
+  w.act_scales = reinterpret_cast<float*>(take(pairs * act_blocks, sizeof(float)));
+  w.act_offsets = reinterpret_cast<float*>(take(pairs * act_blocks, sizeof(float)));
   w.bytes = at;
   return w;
 }
@@ -319,6 +324,31 @@ cudaError_t run_fp8(const ExpertFfn& p, const Workspace& w, const Fp8Experts& pr
   if (const cudaError_t e = launch_sort(sort, p.programmatic_launch, stream)) return e;
   if (const cudaError_t e = fp8_gemm(products.gate_up, stream)) return e;
   return fp8_gemm(products.down, stream);
+}
+
+Int4Experts int4_experts(const ExpertFfn& p, const Workspace& w) {
+  Int4ExpertMemory memory;
+  memory.units = w.units;
+  memory.num_units = w.num_units;
+  memory.pairs = w.pairs;
+  memory.x_codes = w.x_codes;
+  memory.act_codes = w.act;
+  memory.x_scales = w.x_scales;
+  memory.x_offsets = w.x_offsets;
+  memory.act_scales = w.act_scales;
+  memory.act_offsets = w.act_offsets;
+  memory.results = w.results;
+  return int4_experts(p, memory, mean_pairs(p));
+}
+
+cudaError_t run_w4a8(const ExpertFfn& p, const Workspace& w, const Int4Experts& products,
+                     cudaStream_t stream) {
+  const SortArgs sort{p.ids,   products.gate_up.m, p.num_experts, products.gate_up.rows_per_unit, w.pairs,
+                      w.units, w.num_units};
+  if (const cudaError_t e = quantise_rows(products.quantise, stream)) return e;
+  if (const cudaError_t e = launch_sort(sort, p.programmatic_launch, stream)) return e;
+  if (const cudaError_t e = int4_gemm(products.gate_up, stream)) return e;
+  return int4_gemm(products.down, stream);
 }
 
 cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream) {
@@ -410,6 +440,11 @@ cudaError_t expert_ffn(const ExpertFfn& p, cudaStream_t stream) {
   const Fp8Experts products = fp8_experts(p, w, num_sms);
   if (takes_fp8(p, products)) {
     if (const cudaError_t e = run_fp8(p, w, products, stream)) return e;
+    return launch_combine(p, reinterpret_cast<const __nv_bfloat16*>(w.results), stream);
+  }
+  const Int4Experts in_w4a8 = int4_experts(p, w);
+  if (takes_w4a8(p, in_w4a8, mean_pairs(p))) {
+    if (const cudaError_t e = run_w4a8(p, w, in_w4a8, stream)) return e;
     return launch_combine(p, reinterpret_cast<const __nv_bfloat16*>(w.results), stream);
   }
   if (const cudaError_t e = fast ? run_fast(p, w, stream) : run_plain(p, w, num_sms, stream)) return e;

@@ -7,7 +7,9 @@
 #include <cstdint>
 
 #include "base/cuda/launch.h"
+#include "kernels/gemm/sm90/int4_gemm.h"
 #include "kernels/ptx/cluster.cuh"
+#include "kernels/ptx/words.cuh"
 #include "kernels/quant/sm90/narrow_e4m3.cuh"
 #include "kernels/quant/sm90/quantise_rows.h"
 
@@ -16,6 +18,28 @@ namespace {
 
 constexpr int kThreads = 256, kLanes = 16, kWidth = 8;
 constexpr float kLargest = 448.0f, kLeastScale = 1.17549435e-38f;
+
+/// Of a lane's eight columns those with bit 1 clear are a word of the row, the others a second one 16 further.
+__device__ __forceinline__ void store_for_int4(const QuantiseRows& p, std::int64_t row, std::int64_t group,
+                                               std::int64_t groups, int lane, const std::uint32_t (&codes)[2],
+                                               float scale) {
+  auto* const to = static_cast<std::uint8_t*>(p.codes) + (row * groups + group) * (kLanes * kWidth);
+  const int first = int4_order(lane * kWidth);
+  // Columns 0, 4, 1, 5 and 2, 6, 3, 7.
+  *reinterpret_cast<std::uint32_t*>(to + first) = __byte_perm(codes[0], codes[1], 0x5140);
+  *reinterpret_cast<std::uint32_t*>(to + first + 16) = __byte_perm(codes[0], codes[1], 0x7362);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t wide = ptx::widen_e4m3(static_cast<std::uint16_t>(codes[i / 2] >> (16 * (i % 2))));
+    const float2 pair = __half22float2(reinterpret_cast<const __half2&>(wide));
+    sum += pair.x + pair.y;
+  }
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    sum += __shfl_xor_sync(0xFFFFu << (threadIdx.x % 32 / kLanes * kLanes), sum, mask);
+  }
+  if (lane == 0) p.offsets[row * groups + group] = 8.0f * scale * sum;
+}
 
 __global__ __launch_bounds__(kThreads) void quantise(const QuantiseRows p) {
   ptx::grid_dependency_wait();
@@ -41,7 +65,7 @@ __global__ __launch_bounds__(kThreads) void quantise(const QuantiseRows p) {
   for (int mask = kLanes / 2; mask > 0; mask /= 2) {
     highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, mask));
   }
-  if (!inside) return;
+  if (row >= p.rows || (!inside && p.offsets == nullptr)) return;
   const float scale = fmaxf(highest * (1.0f / kLargest), kLeastScale), factor = 1.0f / scale;
   std::uint32_t codes[2];
 #pragma unroll
@@ -50,8 +74,12 @@ __global__ __launch_bounds__(kThreads) void quantise(const QuantiseRows p) {
     codes[i] = static_cast<std::uint32_t>(narrow_e4m3(y[0] * factor, y[1] * factor)) |
                static_cast<std::uint32_t>(narrow_e4m3(y[2] * factor, y[3] * factor)) << 16;
   }
-  *reinterpret_cast<uint2*>(static_cast<std::uint8_t*>(p.codes) + row * p.columns + column) =
-      make_uint2(codes[0], codes[1]);
+  if (p.offsets != nullptr) {
+    store_for_int4(p, row, group, groups, lane, codes, scale);
+  } else {
+    *reinterpret_cast<uint2*>(static_cast<std::uint8_t*>(p.codes) + row * p.columns + column) =
+        make_uint2(codes[0], codes[1]);
+  }
   if (lane == 0) p.scales[row * groups + group] = scale;
 }
 
