@@ -24,6 +24,7 @@ using sm90::Int4Gemm;
 struct OnGpu {
   explicit OnGpu(const Problem& problem)
       : x(problem.x),
+        wide(problem.wide),
         words(problem.words),
         x_scales(problem.x_scales),
         x_offsets(problem.x_offsets),
@@ -34,7 +35,7 @@ struct OnGpu {
 
   Int4Gemm arguments(const Problem& problem) const {
     Int4Gemm g = problem.arguments();
-    g.x = x.get();
+    g.x = problem.s.bf16 ? static_cast<const void*>(wide.get()) : x.get();
     g.x_scales = x_scales.get();
     g.x_offsets = x_offsets.get();
     g.weight = words.get();
@@ -48,6 +49,7 @@ struct OnGpu {
   }
 
   OnDevice<std::uint8_t> x;
+  OnDevice<std::uint16_t> wide;
   OnDevice<std::uint32_t> words;
   OnDevice<float> x_scales, x_offsets, weight_scales;
   OnDevice<std::int32_t> pairs;
@@ -88,8 +90,9 @@ void check_products(const Shape& shape) {
       }
       const Problem::Sum want = problem.product(i, n);
       // Tensor cores keep some 14 bits of the sum of 128 products by codes, whose zero is 8.
-      ASSERT_NEAR(double{got}, want.value, std::abs(want.value) / 200 + want.size / 2000)
-          << "row " << row << " column " << n;
+      // Of bfloat16 all.
+      const double bound = std::abs(want.value) / 200 + want.size * (s.bf16 ? 2e-6 : 5e-4);
+      ASSERT_NEAR(double{got}, want.value, bound) << "row " << row << " column " << n;
       error += (double{got} - want.value) * (double{got} - want.value);
       total += want.value * want.value;
     }
@@ -103,6 +106,21 @@ TEST(Int4Gemm, OddSizes) {
     check_products({.n = 8, .k = 16, .rows = {1}, .rows_per_unit = rows, .seed = 2});
     check_products({.n = 520, .k = 128, .rows = {65}, .rows_per_unit = rows, .seed = 3});
     check_products({.n = 776, .k = 2064, .rows = {300}, .rows_per_unit = rows, .seed = 4});
+  }
+}
+
+TEST(Int4Gemm, Bf16) {
+  for (const int rows : {16, 32, 64}) {
+    check_products({.n = 264, .k = 400, .rows = {200}, .rows_per_unit = rows, .fp32 = true, .bf16 = true});
+    check_products({.n = 8, .k = 16, .rows = {1}, .rows_per_unit = rows, .bf16 = true, .seed = 2});
+    check_products({.n = 776, .k = 2064, .rows = {300}, .rows_per_unit = rows, .bf16 = true, .seed = 4});
+    check_products({.n = 136,
+                    .k = 784,
+                    .rows = {3, 0, 129, 64, 0, 1, 400},
+                    .rows_per_unit = rows,
+                    .scatter = true,
+                    .bf16 = true,
+                    .seed = 5});
   }
 }
 

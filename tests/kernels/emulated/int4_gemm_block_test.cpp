@@ -26,7 +26,7 @@ struct Run {
   explicit Run(Problem& problem) : num_units(static_cast<std::int32_t>(problem.units.size())) {
     Int4Gemm& g = p.gemm;
     g = problem.arguments();
-    g.x = problem.x.data();
+    g.x = problem.s.bf16 ? static_cast<const void*>(problem.wide.data()) : problem.x.data();
     g.x_scales = problem.x_scales.data();
     g.x_offsets = problem.x_offsets.data();
     g.weight = problem.words.data();
@@ -74,7 +74,11 @@ void check_products(Shape shape, int blocks = 2) {
   std::vector<std::uint16_t> narrow(size, to_bf16(nan).bits);
   run.p.gemm.out = shape.fp32 ? static_cast<void*>(wide.data()) : narrow.data();
   run.p.gemm.out_stride = stride;
-  run.run<Config<kRows, false>>(shape.n, blocks, shape.seed);
+  if (shape.bf16) {
+    if constexpr (kRows <= 64) run.run<Config<kRows, false, true>>(shape.n, blocks, shape.seed);
+  } else {
+    run.run<Config<kRows, false>>(shape.n, blocks, shape.seed);
+  }
   for (int i = 0; i < problem.m; ++i) {
     const int row = shape.scatter ? problem.pairs[static_cast<std::size_t>(i)] : i;
     for (int n = 0; n < stride; ++n) {
@@ -131,6 +135,52 @@ void check_activations(Shape shape, int blocks = 2) {
       ASSERT_NEAR(static_cast<double>(offsets[at]), 8 * sum * scale, std::abs(sum * scale) * 1e-5 + 1e-5);
     }
   }
+}
+
+template <int kRows>
+void check_bf16_activations(Shape shape, int blocks = 2) {
+  shape.rows_per_unit = kRows;
+  shape.silu = shape.bf16 = shape.scatter = true;
+  Problem problem(shape);
+  Run run(problem);
+  const int outputs = problem.outputs(), stride = outputs + 8;
+  std::vector<std::uint16_t> out(static_cast<std::size_t>(problem.m * stride), 0x7FC0);
+  run.p.gemm.out = out.data();
+  run.p.gemm.out_stride = stride;
+  run.run<Config<kRows, true, true>>(outputs, blocks, shape.seed);
+  for (int i = 0; i < problem.m; ++i) {
+    const int row = problem.pairs[static_cast<std::size_t>(i)];
+    for (int n = 0; n < stride; ++n) {
+      const float got = to_float(Bf16{out[static_cast<std::size_t>(row * stride + n)]});
+      if (n >= outputs) {
+        ASSERT_TRUE(std::isnan(got)) << "padding of row " << row;
+        continue;
+      }
+      const double gate = problem.product(i, n).value, up = problem.product(i, outputs + n).value;
+      const double want = gate / (1 + std::exp(-gate)) * up;
+      ASSERT_NEAR(static_cast<double>(got), want, std::abs(want) / 200 + 1e-4)
+          << "row " << row << " column " << n;
+    }
+  }
+}
+
+TEST(Int4GemmBlock, Bf16) {
+  check_products<16>({.n = 264, .k = 400, .rows = {20}, .fp32 = true, .bf16 = true});
+  check_products<16>({.n = 8, .k = 16, .rows = {1}, .bf16 = true, .seed = 2});
+  check_products<32>({.n = 520, .k = 128, .rows = {65}, .bf16 = true, .seed = 3});
+  check_products<64>({.n = 72, .k = 144, .rows = {64}, .bf16 = true, .seed = 4});
+  check_products<16>({.n = 512, .k = 1680, .rows = {30}, .bf16 = true}, 1);
+  for (unsigned seed = 1; seed < 4; ++seed) {
+    check_products<16>(
+        {.n = 136, .k = 288, .rows = {3, 0, 33, 16, 0, 1}, .scatter = true, .bf16 = true, .seed = seed});
+  }
+}
+
+TEST(Int4GemmBlock, ActivatesBf16) {
+  check_bf16_activations<16>({.n = 544, .k = 272, .rows = {20}});
+  check_bf16_activations<16>({.n = 320, .k = 144, .rows = {3, 0, 17, 16, 0, 1}, .divisor = 3});
+  check_bf16_activations<32>({.n = 272, .k = 144, .rows = {40}, .divisor = 2, .seed = 7});
+  check_bf16_activations<64>({.n = 512, .k = 128, .rows = {9, 70}, .seed = 8}, 1);
 }
 
 TEST(Int4GemmBlock, OrderIsAPermutation) {

@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "base/element.h"
 #include "base/fp8.h"
 #include "kernels/gemm/sm90/int4_gemm.h"
 #include "kernels/gemm/sm90/int4_weights.h"
@@ -22,6 +23,7 @@ struct Shape {
   int rows_per_unit = 16;
   /// Rows are gathered and the results activated and quantised; rows are scattered.
   bool silu = false, scatter = false, fp32 = false;
+  bool bf16 = false;  ///< x is bfloat16
   int divisor = 1;
   unsigned seed = 1;
 };
@@ -36,6 +38,7 @@ struct Problem {
         width((s.k + 127) / 128),
         pairs(static_cast<std::size_t>(m)),
         x(static_cast<std::size_t>(x_rows * width * 128)),
+        wide(static_cast<std::size_t>(x_rows * stride()), 0x7FC0),  // NaN
         codes(static_cast<std::size_t>(std::int64_t{experts} * s.n * s.k)),
         words(codes.size() / 8) {
     std::iota(pairs.begin(), pairs.end(), 0);
@@ -49,6 +52,7 @@ struct Problem {
           const float tail = rng() % 300 == 0 ? 12.0f : 1.0f;
           const E4m3 code = to_e4m3((normal(rng) + 0.5f) * 20 * tail);
           x[static_cast<std::size_t>((r * width + b) * 128 + sm90::int4_order(c))] = code.bits;
+          wide[static_cast<std::size_t>(r * stride() + 128 * b + c)] = to_bf16(normal(rng) * tail).bits;
           sum += static_cast<double>(to_float(code));
         }
         x_scales.push_back(uniform(rng));
@@ -72,6 +76,7 @@ struct Problem {
     }
   }
 
+  int stride() const { return s.k + 8; }  // of `wide`
   int outputs() const { return s.silu ? s.n / 2 : s.n; }
 
   /// All but pointers.
@@ -85,9 +90,11 @@ struct Problem {
     g.max_units = static_cast<std::int64_t>(units.size());
     g.rows_per_unit = s.rows_per_unit;
     g.x_divisor = s.divisor;
-    g.gather = g.silu_quantise = s.silu;
+    g.gather = g.silu = s.silu;
     g.scatter = s.scatter;
     g.out_fp32 = s.fp32;
+    g.bf16 = s.bf16;
+    g.x_stride = stride();
     return g;
   }
 
@@ -104,13 +111,16 @@ struct Problem {
       for (int c = 0; c < 128 && 128 * b + c < s.k; ++c) {
         const std::size_t at = static_cast<std::size_t>((row * width + b) * 128 + sm90::int4_order(c));
         const int code = codes[static_cast<std::size_t>((std::int64_t{e} * s.n + n) * s.k + 128 * b + c)];
-        const auto value = static_cast<double>(to_float(E4m3{x[at]}));
+        const double value = s.bf16 ? static_cast<double>(to_float(
+                                          Bf16{wide[static_cast<std::size_t>(row * stride() + 128 * b + c)]}))
+                                    : static_cast<double>(to_float(E4m3{x[at]}));
         part += value * (code - 8);
         size += std::abs(value) * 8;
       }
+      const double of_x =
+          s.bf16 ? 1 : static_cast<double>(x_scales[static_cast<std::size_t>(row * width + b)]);
       const double scale =
-          static_cast<double>(x_scales[static_cast<std::size_t>(row * width + b)]) *
-          static_cast<double>(weight_scales[static_cast<std::size_t>((e * width + b) * s.n + n)]);
+          of_x * static_cast<double>(weight_scales[static_cast<std::size_t>((e * width + b) * s.n + n)]);
       sum.value += part * scale;
       sum.size += size * scale;
     }
@@ -121,7 +131,9 @@ struct Problem {
   std::mt19937 rng;
   int experts, m, x_rows, width;
   std::vector<std::int32_t> pairs;
-  std::vector<std::uint8_t> x, codes;
+  std::vector<std::uint8_t> x;
+  std::vector<std::uint16_t> wide;  // x in bfloat16
+  std::vector<std::uint8_t> codes;
   std::vector<std::uint32_t> words;
   std::vector<float> x_scales, x_offsets, weight_scales;
   std::vector<sm90::ExpertUnit> units;

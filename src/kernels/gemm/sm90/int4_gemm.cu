@@ -38,18 +38,20 @@ cudaError_t run(Params p, int num_sms, cudaStream_t stream) {
   return launch(config.programmatic(g.programmatic_launch), int4::int4_gemm_kernel<C>, p);
 }
 
-template <int kRows>
+template <int kRows, bool kBf16>
 cudaError_t choose(const Params& p, int num_sms, cudaStream_t stream) {
-  return p.gemm.silu_quantise ? run<int4::Config<kRows, true>>(p, num_sms, stream)
-                              : run<int4::Config<kRows, false>>(p, num_sms, stream);
+  return p.gemm.silu ? run<int4::Config<kRows, true, kBf16>>(p, num_sms, stream)
+                     : run<int4::Config<kRows, false, kBf16>>(p, num_sms, stream);
 }
 
 }  // namespace
 
 bool fits_int4_gemm(const Int4Gemm& g) {
   if (g.m < 0 || g.n <= 0 || g.k <= 0 || g.experts < 1 || g.k % 16 != 0 || g.n % 8 != 0) return false;
-  if (g.silu_quantise && g.n % 16 != 0) return false;
-  if (!g.silu_quantise && (g.out_stride < g.n || g.out_stride % 2 != 0)) return false;
+  if (g.silu && g.n % 16 != 0) return false;
+  const bool quantises = g.silu && !g.bf16;
+  if (!quantises && (g.out_stride < (g.silu ? g.n / 2 : g.n) || g.out_stride % 2 != 0)) return false;
+  if (g.bf16 && (g.x_stride % 8 != 0 || (g.x_rows > 1 && g.x_stride < g.k))) return false;
   if (std::max(g.m, g.x_rows) > INT32_MAX / 2 || g.n > INT32_MAX / 2 || g.k > INT32_MAX / 2) return false;
   return aligned(g.x) && aligned(g.weight) && aligned(g.weight_scales) && aligned(g.out);
 }
@@ -57,9 +59,9 @@ bool fits_int4_gemm(const Int4Gemm& g) {
 cudaError_t int4_gemm(const Int4Gemm& g, cudaStream_t stream) {
   if (!fits_int4_gemm(g)) return cudaErrorInvalidValue;
   if (g.m == 0) return cudaSuccess;
-  if (g.x == nullptr || g.x_scales == nullptr || g.x_offsets == nullptr || g.weight == nullptr ||
-      g.weight_scales == nullptr || g.out == nullptr || g.x_rows <= 0 ||
-      (g.silu_quantise && (g.out_scales == nullptr || g.out_offsets == nullptr)) ||
+  if (g.x == nullptr || g.weight == nullptr || g.weight_scales == nullptr || g.out == nullptr ||
+      g.x_rows <= 0 || (!g.bf16 && (g.x_scales == nullptr || g.x_offsets == nullptr)) ||
+      (g.silu && !g.bf16 && (g.out_scales == nullptr || g.out_offsets == nullptr)) ||
       (g.units == nullptr && g.experts != 1)) {
     return cudaErrorInvalidValue;
   }
@@ -71,13 +73,13 @@ cudaError_t int4_gemm(const Int4Gemm& g, cudaStream_t stream) {
   p.weight_map = weight_map(g);
   switch (g.rows_per_unit) {
     case 16:
-      return choose<16>(p, num_sms, stream);
+      return g.bf16 ? choose<16, true>(p, num_sms, stream) : choose<16, false>(p, num_sms, stream);
     case 32:
-      return choose<32>(p, num_sms, stream);
+      return g.bf16 ? choose<32, true>(p, num_sms, stream) : choose<32, false>(p, num_sms, stream);
     case 64:
-      return choose<64>(p, num_sms, stream);
+      return g.bf16 ? choose<64, true>(p, num_sms, stream) : choose<64, false>(p, num_sms, stream);
     case 128:
-      return choose<128>(p, num_sms, stream);
+      return g.bf16 ? cudaErrorInvalidValue : choose<128, false>(p, num_sms, stream);
     default:
       return cudaErrorInvalidValue;
   }

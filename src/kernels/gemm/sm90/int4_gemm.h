@@ -1,8 +1,8 @@
 #pragma once
 
-// Experts' products in W4A8: int4 weights as int4_weights.h lays them out, e4m3 activations with a scale for every row and
-// 128 columns. The weights are read as they are and expanded in registers, so that up to some 64 rows of an expert a product
-// takes the time of reading them.
+// Experts' products by int4 weights as int4_weights.h lays them out: W4A16, activations in bfloat16, or W4A8, in e4m3 with a
+// scale for every row and 128 columns. The weights are read as they are and expanded in registers, so that up to some 64 rows
+// of an expert a product takes the time of reading them.
 
 #include <cuda_runtime_api.h>
 
@@ -21,12 +21,16 @@ constexpr int int4_order(int column) {
 
 /// out[i, j] = sum over blocks b of 128 columns of weight_scales[b, j] * x_scales[i, b] * (sum over k in b of x[i, k] *
 /// (code[j, k] - 8)), the inner sums on the tensor cores, the outer in fp32 and in order: a row's bits depend on nothing else.
+/// W4A16: without x_scales.
 ///
 /// Experts, positions and pairs as in Fp8Gemm.
 struct Int4Gemm {
-  const void* x =
-      nullptr;  ///< (x_rows, blocks * 128) e4m3 in int4_order, blocks = ceil(k / 128); zeros behind k
-  const float* x_scales = nullptr;  ///< (x_rows, blocks)
+  /// (x_rows, blocks * 128) e4m3 in int4_order, blocks = ceil(k / 128), zeros behind k; or with `bf16` (x_rows, k)
+  /// bfloat16, rows x_stride elements apart. 16 bytes.
+  const void* x = nullptr;
+  bool bf16 = false;
+  std::int64_t x_stride = 0;        ///< with bf16; divisible by 8
+  const float* x_scales = nullptr;  ///< (x_rows, blocks), without bf16
   /// (x_rows, blocks): x_scales times 8 times the sum of the block's codes, which is taken off as the codes' zero is 8.
   const float* x_offsets = nullptr;
   const void* weight = nullptr;          ///< (experts, n, k) int4; 16 bytes
@@ -37,22 +41,23 @@ struct Int4Gemm {
   const ExpertUnit* units = nullptr;        ///< of at most rows_per_unit positions each; or null: one matrix
   const std::int32_t* num_units = nullptr;  ///< on the device
   std::int64_t max_units = 0;
-  int rows_per_unit = 16;  ///< 16, 32, 64 or 128: rows of a tile
+  int rows_per_unit = 16;  ///< 16, 32, 64 or, without bf16, 128: rows of a tile
   const std::int32_t* pairs = nullptr;
   int x_divisor = 1;
   bool gather = false, scatter = false;
 
-  void* out = nullptr;          ///< (m, n) bfloat16 or, with out_fp32, float32; or what silu_quantise says
+  void* out = nullptr;          ///< (m, n) bfloat16 or, with out_fp32, float32; or what `silu` says
   std::int64_t out_stride = 0;  ///< elements
   bool out_fp32 = false;
-  /// `weight` is [gate; up], n / 2 rows each: out is silu(gate) * up as the next product's x, with its scales and offsets.
-  bool silu_quantise = false;
+  /// `weight` is [gate; up], n / 2 rows each: out is silu(gate) * up as the next product's x: with bf16 (m, n / 2) bfloat16,
+  /// rows out_stride apart, else codes with scales and offsets.
+  bool silu = false;
   float *out_scales = nullptr, *out_offsets = nullptr;
 
   bool programmatic_launch = false;
 };
 
-/// Whether int4_gemm() takes it: k divisible by 16, n by 8 (with silu_quantise by 16).
+/// Whether int4_gemm() takes it: k divisible by 16, n by 8 (with `silu` by 16).
 bool fits_int4_gemm(const Int4Gemm& args);
 
 /// Queues the product: no allocation, no synchronisation; may be captured in a CUDA graph. Returns cudaErrorInvalidValue for

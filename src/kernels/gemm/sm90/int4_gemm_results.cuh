@@ -44,6 +44,33 @@ __device__ __forceinline__ void store(const Params& p, const Tile& tile, const f
   }
 }
 
+__device__ __forceinline__ float activate(float gate, float up) {
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
+
+/// silu(gate) * up in bfloat16.
+template <class C>
+__device__ __forceinline__ void store_activated(const Params& p, const Tile& tile,
+                                                const float (&sums)[2][C::kSums], int group, int warp,
+                                                int lane) {
+  const Int4Gemm& g = p.gemm;
+  const int column = tile.column + group * kBlockRows + warp * 16 + lane / 4 * 2;
+  if (column >= g.n / 2) return;  // n / 2 is even
+#pragma unroll
+  for (int j = 0; j < C::kGroups; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = 8 * j + lane % 4 * 2 + i;
+      if (row >= tile.unit.count) continue;
+      std::int64_t to = tile.unit.first + row;
+      if (g.scatter) to = __ldcg(g.pairs + to);
+      *reinterpret_cast<std::uint32_t*>(static_cast<__nv_bfloat16*>(g.out) + to * g.out_stride + column) =
+          pack2<true>(activate(sums[0][4 * j + i], sums[1][4 * j + i]),
+                      activate(sums[0][4 * j + 2 + i], sums[1][4 * j + 2 + i]));
+    }
+  }
+}
+
 /// Over the lanes that have the same rows of x.
 template <class F>
 __device__ __forceinline__ float over_outputs(float x, const F& f) {
@@ -68,9 +95,7 @@ __device__ __forceinline__ void store_quantised(const Params& p, Shared<C>& s, c
   for (int j = 0; j < C::kGroups; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float gate = act[4 * j + i];
-      const float value = __fdividef(gate, 1.0f + __expf(-gate)) * sums[1][4 * j + i];
-      act[4 * j + i] = inside ? value : 0.0f;
+      act[4 * j + i] = inside ? activate(act[4 * j + i], sums[1][4 * j + i]) : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

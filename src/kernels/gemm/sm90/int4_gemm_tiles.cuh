@@ -16,15 +16,16 @@ constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup, kWarps = 8;   // warp
 constexpr int kBoxBytes = kBoxRows * kStepK, kWeightBytes = 4 * kBoxBytes;
 constexpr float kLargest = 448.0f, kLeastScale = 1.17549435e-38f;
 
-/// kRows: of x, at most; kSilu: silu and quantisation of the result.
-template <int kRows_, bool kSilu_>
+/// kRows: of x, at most; kSilu: silu of the result, for the next product; kBf16: x is bfloat16.
+template <int kRows_, bool kSilu_, bool kBf16_ = false>
 struct Config {
   static constexpr int kRows = kRows_;
-  static constexpr bool kSilu = kSilu_;
+  static constexpr bool kSilu = kSilu_, kBf16 = kBf16_;
   static constexpr int kOutputs = kSilu ? 128 : 256;
-  static constexpr int kSums = kRows / 2;    // of a thread, of 64 rows of W
-  static constexpr int kGroups = kRows / 8;  // of 8 rows of x
-  static constexpr int kStageBytes = kWeightBytes + kRows * kStepK + 4 * kBlockRows * 4 + 2 * kRows * 4;
+  static constexpr int kSums = kRows / 2;                     // of a thread, of 64 rows of W
+  static constexpr int kGroups = kRows / 8;                   // of 8 rows of x
+  static constexpr int kRowBytes = kStepK * (kBf16 ? 2 : 1);  // of x, in a stage
+  static constexpr int kStageBytes = kWeightBytes + kRows * kRowBytes + 4 * kBlockRows * 4 + 2 * kRows * 4;
   static constexpr int kStages = (208 << 10) / kStageBytes;
 };
 
@@ -38,7 +39,8 @@ template <class C>
 struct Shared {
   /// Of warpgroup g and block b, by [2 g + b]; in the 128-byte swizzle of the copy engine.
   alignas(1024) std::uint8_t weights[C::kStages][4][kBoxBytes];
-  alignas(1024) std::uint8_t x[C::kStages][C::kRows * kStepK];  // in the swizzle of wgmma
+  /// In the swizzle of wgmma; bfloat16: 64 columns of all rows, then the others.
+  alignas(1024) std::uint8_t x[C::kStages][C::kRows * C::kRowBytes];
   alignas(16) float weight_scales[C::kStages][4][kBlockRows];
   alignas(16) float x_scales[C::kStages][C::kRows], x_offsets[C::kStages][C::kRows];
   std::uint64_t full[C::kStages], empty[C::kStages];

@@ -326,26 +326,28 @@ cudaError_t run_fp8(const ExpertFfn& p, const Workspace& w, const Fp8Experts& pr
   return fp8_gemm(products.down, stream);
 }
 
-Int4Experts int4_experts(const ExpertFfn& p, const Workspace& w) {
+Int4ExpertMemory int4_memory(const Workspace& w) {
   Int4ExpertMemory memory;
   memory.units = w.units;
   memory.num_units = w.num_units;
   memory.pairs = w.pairs;
   memory.x_codes = w.x_codes;
-  memory.act_codes = w.act;
+  memory.act = w.act;
   memory.x_scales = w.x_scales;
   memory.x_offsets = w.x_offsets;
   memory.act_scales = w.act_scales;
   memory.act_offsets = w.act_offsets;
   memory.results = w.results;
-  return int4_experts(p, memory, mean_pairs(p));
+  return memory;
 }
 
-cudaError_t run_w4a8(const ExpertFfn& p, const Workspace& w, const Int4Experts& products,
+cudaError_t run_int4(const ExpertFfn& p, const Workspace& w, const Int4Experts& products,
                      cudaStream_t stream) {
   const SortArgs sort{p.ids,   products.gate_up.m, p.num_experts, products.gate_up.rows_per_unit, w.pairs,
                       w.units, w.num_units};
-  if (const cudaError_t e = quantise_rows(products.quantise, stream)) return e;
+  if (products.quantise.x != nullptr) {
+    if (const cudaError_t e = quantise_rows(products.quantise, stream)) return e;
+  }
   if (const cudaError_t e = launch_sort(sort, p.programmatic_launch, stream)) return e;
   if (const cudaError_t e = int4_gemm(products.gate_up, stream)) return e;
   return int4_gemm(products.down, stream);
@@ -442,10 +444,15 @@ cudaError_t expert_ffn(const ExpertFfn& p, cudaStream_t stream) {
     if (const cudaError_t e = run_fp8(p, w, products, stream)) return e;
     return launch_combine(p, reinterpret_cast<const __nv_bfloat16*>(w.results), stream);
   }
-  const Int4Experts in_w4a8 = int4_experts(p, w);
-  if (takes_w4a8(p, in_w4a8, mean_pairs(p))) {
-    if (const cudaError_t e = run_w4a8(p, w, in_w4a8, stream)) return e;
+  const Int4Experts w4a8 = w4a8_experts(p, int4_memory(w), mean_pairs(p)),
+                    w4a16 = w4a16_experts(p, int4_memory(w), mean_pairs(p));
+  if (takes_w4a8(p, w4a8, mean_pairs(p))) {
+    if (const cudaError_t e = run_int4(p, w, w4a8, stream)) return e;
     return launch_combine(p, reinterpret_cast<const __nv_bfloat16*>(w.results), stream);
+  }
+  if (takes_w4a16(p, w4a16, mean_pairs(p))) {
+    if (const cudaError_t e = run_int4(p, w, w4a16, stream)) return e;
+    return launch_combine(p, w.results, stream);
   }
   if (const cudaError_t e = fast ? run_fast(p, w, stream) : run_plain(p, w, num_sms, stream)) return e;
   return launch_combine(p, w.results, stream);
