@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/gemm/sm90/int4_gemm.h"
+#include "kernels/gemm/sm90/narrow_gemm.h"
 #include "kernels/gemm/sm90/skinny_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/moe/sm90/moe.h"
@@ -428,7 +428,7 @@ void masked(Timer& timer, const Form& form) {
       auto* const num_units = scratch<std::int32_t>(1);
       CHECK(cudaMemcpy(units, host.data(), host.size() * sizeof(ExpertUnit), cudaMemcpyHostToDevice));
       CHECK(cudaMemcpy(num_units, &count, 4, cudaMemcpyHostToDevice));
-      Int4Gemm g;
+      NarrowGemm g;
       g.x = q.codes;
       g.x_scales = q.scales;
       g.x_offsets = q.offsets;
@@ -443,9 +443,9 @@ void masked(Timer& timer, const Form& form) {
       g.max_units = count;
       g.rows_per_unit = tile;
       g.out = scratch<__nv_bfloat16>(std::size_t(m) * kN);
-      const double us = timer.cold([&](cudaStream_t s) { CHECK(int4_gemm(g, s)); }, 15);
+      const double us = timer.cold([&](cudaStream_t s) { CHECK(narrow_gemm(g, s)); }, 15);
       const double bytes = kExperts * form.bytes * kN * kK;
-      std::printf("int4_gemm 8 x %4d rows, tiles of %3d: %8.1f us, weights at %5.0f GB/s, %5.0f TFLOP/s\n",
+      std::printf("narrow_gemm 8 x %4d rows, tiles of %3d: %8.1f us, weights at %5.0f GB/s, %5.0f TFLOP/s\n",
                   each, tile, us, bytes / us / 1000, 2.0 * m * kN * kK / us / 1e6);
       for (void* p : {static_cast<void*>(units), static_cast<void*>(num_units), g.out}) CHECK(cudaFree(p));
     }

@@ -24,8 +24,8 @@
 #include "kernels/gemm/sm90/grouped_gemm.h"
 #include "kernels/gemm/sm90/weight_stream.h"
 #include "kernels/moe/sm90/fp8_experts.h"
-#include "kernels/moe/sm90/int4_experts.h"
 #include "kernels/moe/sm90/moe.h"
+#include "kernels/moe/sm90/narrow_experts.h"
 #include "kernels/moe/sm90/plain_experts.cuh"
 #include "kernels/ptx/cluster.cuh"
 
@@ -326,8 +326,8 @@ cudaError_t run_fp8(const ExpertFfn& p, const Workspace& w, const Fp8Experts& pr
   return fp8_gemm(products.down, stream);
 }
 
-Int4ExpertMemory int4_memory(const Workspace& w) {
-  Int4ExpertMemory memory;
+NarrowExpertMemory narrow_memory(const Workspace& w) {
+  NarrowExpertMemory memory;
   memory.units = w.units;
   memory.num_units = w.num_units;
   memory.pairs = w.pairs;
@@ -341,16 +341,16 @@ Int4ExpertMemory int4_memory(const Workspace& w) {
   return memory;
 }
 
-cudaError_t run_int4(const ExpertFfn& p, const Workspace& w, const Int4Experts& products,
-                     cudaStream_t stream) {
+cudaError_t run_narrow(const ExpertFfn& p, const Workspace& w, const NarrowExperts& products,
+                       cudaStream_t stream) {
   const SortArgs sort{p.ids,   products.gate_up.m, p.num_experts, products.gate_up.rows_per_unit, w.pairs,
                       w.units, w.num_units};
   if (products.quantise.x != nullptr) {
     if (const cudaError_t e = quantise_rows(products.quantise, stream)) return e;
   }
   if (const cudaError_t e = launch_sort(sort, p.programmatic_launch, stream)) return e;
-  if (const cudaError_t e = int4_gemm(products.gate_up, stream)) return e;
-  return int4_gemm(products.down, stream);
+  if (const cudaError_t e = narrow_gemm(products.gate_up, stream)) return e;
+  return narrow_gemm(products.down, stream);
 }
 
 cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream) {
@@ -444,14 +444,14 @@ cudaError_t expert_ffn(const ExpertFfn& p, cudaStream_t stream) {
     if (const cudaError_t e = run_fp8(p, w, products, stream)) return e;
     return launch_combine(p, reinterpret_cast<const __nv_bfloat16*>(w.results), stream);
   }
-  const Int4Experts w4a8 = w4a8_experts(p, int4_memory(w), mean_pairs(p)),
-                    w4a16 = w4a16_experts(p, int4_memory(w), mean_pairs(p));
+  const NarrowExperts w4a8 = w4a8_experts(p, narrow_memory(w), mean_pairs(p)),
+                      exact = exact_experts(p, narrow_memory(w), mean_pairs(p));
   if (takes_w4a8(p, w4a8, mean_pairs(p))) {
-    if (const cudaError_t e = run_int4(p, w, w4a8, stream)) return e;
+    if (const cudaError_t e = run_narrow(p, w, w4a8, stream)) return e;
     return launch_combine(p, reinterpret_cast<const __nv_bfloat16*>(w.results), stream);
   }
-  if (takes_w4a16(p, w4a16, mean_pairs(p))) {
-    if (const cudaError_t e = run_int4(p, w, w4a16, stream)) return e;
+  if (takes_exact(p, exact, mean_pairs(p))) {
+    if (const cudaError_t e = run_narrow(p, w, exact, stream)) return e;
     return launch_combine(p, w.results, stream);
   }
   if (const cudaError_t e = fast ? run_fast(p, w, stream) : run_plain(p, w, num_sms, stream)) return e;

@@ -58,7 +58,7 @@ struct ExpertFfn {
   /// 16 bytes. Exact and rounded as e4m3 is. hidden and intermediate are divisible by 8.
   bool int4 = false;
   /// Of e4m3 and int4 weights: from so many pairs of an expert on, on average, x and the activations are quantised as well,
-  /// with a scale for every row and 128 columns, and multiplied in FP8 (fp8_gemm.h) or W4A8 (int4_gemm.h). Never where
+  /// with a scale for every row and 128 columns, and multiplied in FP8 (fp8_gemm.h) or W4A8 (narrow_gemm.h). Never where
   /// batch_invariant.
   double fp8_rows = std::numeric_limits<double>::infinity();
   bool whole_blocks = false;  ///< as Fp8Gemm's, of gate, of up and of down

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "base/cuda/launch.h"
-#include "kernels/gemm/sm90/int4_gemm.h"
+#include "kernels/gemm/sm90/narrow_gemm.h"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/words.cuh"
 #include "kernels/quant/sm90/narrow_e4m3.cuh"

@@ -13,7 +13,7 @@ struct QuantiseRows {
   void* codes = nullptr;               ///< out (rows, columns) e4m3, dense; 8 bytes
   float* scales = nullptr;             ///< out (rows, ceil(columns / 128)), dense
   std::int64_t rows = 0, columns = 0;  ///< columns divisible by 8
-  /// Not null: as Int4Gemm::x takes it (gemm/sm90/int4_gemm.h). Rows of codes are ceil(columns / 128) * 128 bytes, in
+  /// Not null: as NarrowGemm::x takes it (gemm/sm90/narrow_gemm.h). Rows of codes are ceil(columns / 128) * 128 bytes, in
   /// int4_order, and these are the offsets.
   float* offsets = nullptr;
   bool programmatic_launch = false;

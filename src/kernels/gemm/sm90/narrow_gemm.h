@@ -1,7 +1,7 @@
 #pragma once
 
-// Experts' products by int4 weights as int4_weights.h lays them out: W4A16, activations in bfloat16, or W4A8, in e4m3 with a
-// scale for every row and 128 columns. The weights are read as they are and expanded in registers, so that up to some 64 rows
+// Experts' products by narrow weights: W4A16, int4 as int4_weights.h lays them out and activations in bfloat16; W4A8, the
+// activations in e4m3 with a scale for every row and 128 columns; W8A16, weights in e4m3. The weights are read as they are and expanded in registers, so that up to some 64 rows
 // of an expert a product takes the time of reading them.
 
 #include <cuda_runtime_api.h>
@@ -13,7 +13,7 @@
 namespace flash_mla::sm90 {
 
 /// Where the kernel expects column 0 to 127 of a block of activations, so that a thread finds what meets the codes that it
-/// holds (int4_gemm.cuh): the codes of x are stored in this order.
+/// holds (narrow_gemm.cuh): the codes of x are stored in this order.
 constexpr int int4_order(int column) {
   const int quad = column / 32, product = column % 32 / 8, c = column % 8;
   return 32 * product + (c & 2) / 2 * 16 + 4 * quad + c % 2 * 2 + c / 4;
@@ -21,10 +21,10 @@ constexpr int int4_order(int column) {
 
 /// out[i, j] = sum over blocks b of 128 columns of weight_scales[b, j] * x_scales[i, b] * (sum over k in b of x[i, k] *
 /// (code[j, k] - 8)), the inner sums on the tensor cores, the outer in fp32 and in order: a row's bits depend on nothing else.
-/// W4A16: without x_scales.
+/// W4A16: without x_scales; W8A16: code[j, k] for code - 8 and weight_scales[j / 8, b].
 ///
 /// Experts, positions and pairs as in Fp8Gemm.
-struct Int4Gemm {
+struct NarrowGemm {
   /// (x_rows, blocks * 128) e4m3 in int4_order, blocks = ceil(k / 128), zeros behind k; or with `bf16` (x_rows, k)
   /// bfloat16, rows x_stride elements apart. 16 bytes.
   const void* x = nullptr;
@@ -35,6 +35,8 @@ struct Int4Gemm {
   const float* x_offsets = nullptr;
   const void* weight = nullptr;          ///< (experts, n, k) int4; 16 bytes
   const float* weight_scales = nullptr;  ///< (experts, blocks, n); 16 bytes
+  /// With bf16: `weight` is (experts, n, k) e4m3, dense, and weight_scales (experts, ceil(n / 8), blocks).
+  bool e4m3 = false;
   std::int64_t m = 0, n = 0, k = 0, experts = 1;
   std::int64_t x_rows = 0;
 
@@ -57,11 +59,11 @@ struct Int4Gemm {
   bool programmatic_launch = false;
 };
 
-/// Whether int4_gemm() takes it: k divisible by 16, n by 8 (with `silu` by 16).
-bool fits_int4_gemm(const Int4Gemm& args);
+/// Whether narrow_gemm() takes it: k divisible by 16, n by 8 (with `silu` by 16).
+bool fits_narrow_gemm(const NarrowGemm& args);
 
 /// Queues the product: no allocation, no synchronisation; may be captured in a CUDA graph. Returns cudaErrorInvalidValue for
-/// what fits_int4_gemm() refuses and for missing pointers.
-cudaError_t int4_gemm(const Int4Gemm& args, cudaStream_t stream);
+/// what fits_narrow_gemm() refuses and for missing pointers.
+cudaError_t narrow_gemm(const NarrowGemm& args, cudaStream_t stream);
 
 }  // namespace flash_mla::sm90

@@ -1,25 +1,25 @@
 #pragma once
 
-// Of int4_gemm.cuh: what becomes of a tile's sums. They lie in registers as wgmma leaves them: of a warp's 16 rows of W a
-// thread has lane / 4 and lane / 4 + 8, which are the neighbours 2 (lane / 4) and the next of the matrix, and of every 8 rows
+// Of narrow_gemm.cuh: what becomes of a tile's sums. They lie in registers as wgmma leaves them: of a warp's 16 rows of W a
+// thread has lane / 4 and lane / 4 + 8, which are two neighbours of the matrix (row_of), and of every 8 rows
 // of x the two from lane % 4 * 2 on: sums[4 j + 2 half + i] is of row `half` of W and row 8 j + lane % 4 * 2 + i of x.
 
 #include <cuda_bf16.h>
 
 #include <cstdint>
 
-#include "kernels/gemm/sm90/int4_gemm_tiles.cuh"
+#include "kernels/gemm/sm90/narrow_gemm_tiles.cuh"
 #include "kernels/ptx/fragment.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/words.cuh"
 #include "kernels/quant/sm90/narrow_e4m3.cuh"
 
-namespace flash_mla::sm90::int4 {
+namespace flash_mla::sm90::narrow {
 
 template <class C>
 __device__ __forceinline__ void store(const Params& p, const Tile& tile, const float (&sums)[2][C::kSums],
                                       int group, int warp, int lane) {
-  const Int4Gemm& g = p.gemm;
+  const NarrowGemm& g = p.gemm;
 #pragma unroll
   for (int j = 0; j < C::kGroups; ++j) {
 #pragma unroll
@@ -30,7 +30,7 @@ __device__ __forceinline__ void store(const Params& p, const Tile& tile, const f
       if (g.scatter) to = __ldcg(g.pairs + to);
 #pragma unroll
       for (int block = 0; block < 2; ++block) {
-        const int column = tile.column + (2 * group + block) * kBlockRows + warp * 16 + lane / 4 * 2;
+        const int column = tile.column + (2 * group + block) * kBlockRows + warp * 16 + row_of<C>(lane);
         if (column >= g.n) continue;  // n is even
         const float low = sums[block][4 * j + i], high = sums[block][4 * j + 2 + i];
         const std::int64_t at = to * g.out_stride + column;
@@ -53,8 +53,8 @@ template <class C>
 __device__ __forceinline__ void store_activated(const Params& p, const Tile& tile,
                                                 const float (&sums)[2][C::kSums], int group, int warp,
                                                 int lane) {
-  const Int4Gemm& g = p.gemm;
-  const int column = tile.column + group * kBlockRows + warp * 16 + lane / 4 * 2;
+  const NarrowGemm& g = p.gemm;
+  const int column = tile.column + group * kBlockRows + warp * 16 + row_of<C>(lane);
   if (column >= g.n / 2) return;  // n / 2 is even
 #pragma unroll
   for (int j = 0; j < C::kGroups; ++j) {
@@ -84,11 +84,11 @@ template <class C>
 __device__ __forceinline__ void store_quantised(const Params& p, Shared<C>& s, const Tile& tile,
                                                 float (&sums)[2][C::kSums], int parity, int group, int warp,
                                                 int lane) {
-  const Int4Gemm& g = p.gemm;
+  const NarrowGemm& g = p.gemm;
   const auto most = [](float a, float b) { return fmaxf(a, b); };
   const auto sum = [](float a, float b) { return a + b; };
   const int outputs = static_cast<int>(g.n) / 2, warp_of_all = 4 * group + warp;
-  const int own = group * kBlockRows + warp * 16 + lane / 4 * 2;  // first of the thread's two outputs
+  const int own = group * kBlockRows + warp * 16 + row_of<C>(lane);  // first of the thread's two outputs
   const bool inside = tile.column + own < outputs;
   float(&act)[C::kSums] = sums[0];
 #pragma unroll
@@ -149,4 +149,4 @@ __device__ __forceinline__ void store_quantised(const Params& p, Shared<C>& s, c
   }
 }
 
-}  // namespace flash_mla::sm90::int4
+}  // namespace flash_mla::sm90::narrow

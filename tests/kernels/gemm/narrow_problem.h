@@ -1,6 +1,6 @@
 #pragma once
 
-// Products in W4A8 on random codes and scales, and what they mean in float64. What no product may read is NaN.
+// Products by narrow weights on random codes and scales, and what they mean in float64. What no product may read is NaN.
 
 #include <algorithm>
 #include <cmath>
@@ -12,10 +12,10 @@
 
 #include "base/element.h"
 #include "base/fp8.h"
-#include "kernels/gemm/sm90/int4_gemm.h"
 #include "kernels/gemm/sm90/int4_weights.h"
+#include "kernels/gemm/sm90/narrow_gemm.h"
 
-namespace flash_mla::int4_test {
+namespace flash_mla::narrow_test {
 
 struct Shape {
   int n = 256, k = 256;
@@ -24,6 +24,7 @@ struct Shape {
   /// Rows are gathered and the results activated and quantised; rows are scattered.
   bool silu = false, scatter = false, fp32 = false;
   bool bf16 = false;  ///< x is bfloat16
+  bool e4m3 = false;  ///< of the weights, with bf16
   int divisor = 1;
   unsigned seed = 1;
 };
@@ -66,7 +67,11 @@ struct Problem {
       words[static_cast<std::size_t>(e * s.n * s.k / 8 + sm90::int4_word(row, column, s.k))] |=
           std::uint32_t{codes[i]} << (4 * sm90::int4_place(column));
     }
-    for (int i = 0; i < experts * width * s.n; ++i) weight_scales.push_back(uniform(rng));
+    if (s.e4m3) {
+      for (std::uint8_t& code : codes) code = to_e4m3(normal(rng) * (rng() % 9 == 0 ? 0.01f : 20)).bits;
+    }
+    for (int i = 0; i < experts * width * (s.e4m3 ? (s.n + 7) / 8 : s.n); ++i)
+      weight_scales.push_back(uniform(rng));
     for (int e = 0, first = 0; e < experts; ++e) {
       const int count = s.rows[static_cast<std::size_t>(e)];
       for (int u = 0; u < count; u += s.rows_per_unit)
@@ -80,8 +85,8 @@ struct Problem {
   int outputs() const { return s.silu ? s.n / 2 : s.n; }
 
   /// All but pointers.
-  sm90::Int4Gemm arguments() const {
-    sm90::Int4Gemm g;
+  sm90::NarrowGemm arguments() const {
+    sm90::NarrowGemm g;
     g.m = m;
     g.n = s.n;
     g.k = s.k;
@@ -94,6 +99,7 @@ struct Problem {
     g.scatter = s.scatter;
     g.out_fp32 = s.fp32;
     g.bf16 = s.bf16;
+    g.e4m3 = s.e4m3;
     g.x_stride = stride();
     return g;
   }
@@ -110,17 +116,20 @@ struct Problem {
       double part = 0, size = 0;
       for (int c = 0; c < 128 && 128 * b + c < s.k; ++c) {
         const std::size_t at = static_cast<std::size_t>((row * width + b) * 128 + sm90::int4_order(c));
-        const int code = codes[static_cast<std::size_t>((std::int64_t{e} * s.n + n) * s.k + 128 * b + c)];
+        const std::uint8_t code =
+            codes[static_cast<std::size_t>((std::int64_t{e} * s.n + n) * s.k + 128 * b + c)];
+        const double weight = s.e4m3 ? static_cast<double>(to_float(E4m3{code})) : code - 8;
         const double value = s.bf16 ? static_cast<double>(to_float(
                                           Bf16{wide[static_cast<std::size_t>(row * stride() + 128 * b + c)]}))
                                     : static_cast<double>(to_float(E4m3{x[at]}));
-        part += value * (code - 8);
-        size += std::abs(value) * 8;
+        part += value * weight;
+        size += std::abs(value) * (s.e4m3 ? std::abs(weight) : 8);
       }
       const double of_x =
           s.bf16 ? 1 : static_cast<double>(x_scales[static_cast<std::size_t>(row * width + b)]);
       const double scale =
-          of_x * static_cast<double>(weight_scales[static_cast<std::size_t>((e * width + b) * s.n + n)]);
+          of_x * static_cast<double>(weight_scales[static_cast<std::size_t>(
+                     s.e4m3 ? (e * ((s.n + 7) / 8) + n / 8) * width + b : (e * width + b) * s.n + n)]);
       sum.value += part * scale;
       sum.size += size * scale;
     }
@@ -140,4 +149,4 @@ struct Problem {
   std::vector<int> expert_of;
 };
 
-}  // namespace flash_mla::int4_test
+}  // namespace flash_mla::narrow_test

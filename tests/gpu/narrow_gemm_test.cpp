@@ -1,6 +1,6 @@
-// Products in W4A8 against what codes and scales mean in fp64, and against what was quantised.
+// Products by narrow weights against what codes and scales mean in fp64, and against what was quantised.
 
-#include "kernels/gemm/sm90/int4_gemm.h"
+#include "kernels/gemm/sm90/narrow_gemm.h"
 
 #include <gtest/gtest.h>
 
@@ -9,16 +9,16 @@
 
 #include "base/element.h"
 #include "experts.h"
-#include "kernels/gemm/int4_problem.h"
+#include "kernels/gemm/narrow_problem.h"
 #include "kernels/quant/sm90/quantise_rows.h"
 #include "model_data.h"
 
 namespace flash_mla::gpu_test {
 namespace {
 
-using int4_test::Problem;
-using int4_test::Shape;
-using sm90::Int4Gemm;
+using narrow_test::Problem;
+using narrow_test::Shape;
+using sm90::NarrowGemm;
 
 /// A problem's data on the GPU.
 struct OnGpu {
@@ -26,6 +26,7 @@ struct OnGpu {
       : x(problem.x),
         wide(problem.wide),
         words(problem.words),
+        codes(problem.codes),
         x_scales(problem.x_scales),
         x_offsets(problem.x_offsets),
         weight_scales(problem.weight_scales),
@@ -33,12 +34,12 @@ struct OnGpu {
         units(problem.units),
         num_units(std::vector<std::int32_t>{static_cast<std::int32_t>(problem.units.size())}) {}
 
-  Int4Gemm arguments(const Problem& problem) const {
-    Int4Gemm g = problem.arguments();
+  NarrowGemm arguments(const Problem& problem) const {
+    NarrowGemm g = problem.arguments();
     g.x = problem.s.bf16 ? static_cast<const void*>(wide.get()) : x.get();
     g.x_scales = x_scales.get();
     g.x_offsets = x_offsets.get();
-    g.weight = words.get();
+    g.weight = problem.s.e4m3 ? static_cast<const void*>(codes.get()) : words.get();
     g.weight_scales = weight_scales.get();
     if (problem.experts > 1) {
       g.units = units.get();
@@ -51,15 +52,16 @@ struct OnGpu {
   OnDevice<std::uint8_t> x;
   OnDevice<std::uint16_t> wide;
   OnDevice<std::uint32_t> words;
+  OnDevice<std::uint8_t> codes;
   OnDevice<float> x_scales, x_offsets, weight_scales;
   OnDevice<std::int32_t> pairs;
   OnDevice<sm90::ExpertUnit> units;
   OnDevice<std::int32_t> num_units;
 };
 
-void run(const Int4Gemm& g) {
-  ASSERT_TRUE(sm90::fits_int4_gemm(g));
-  check(sm90::int4_gemm(g, nullptr), "int4_gemm");
+void run(const NarrowGemm& g) {
+  ASSERT_TRUE(sm90::fits_narrow_gemm(g));
+  check(sm90::narrow_gemm(g, nullptr), "narrow_gemm");
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 
@@ -67,7 +69,7 @@ void check_products(const Shape& shape) {
   Problem problem(shape);
   const Shape& s = problem.s;
   const OnGpu data(problem);
-  Int4Gemm g = data.arguments(problem);
+  NarrowGemm g = data.arguments(problem);
   const int stride = s.n + 8;
   const std::size_t size = std::size_t(problem.m) * std::size_t(stride);
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -100,7 +102,7 @@ void check_products(const Shape& shape) {
   EXPECT_LT(error / total, 5e-5);
 }
 
-TEST(Int4Gemm, OddSizes) {
+TEST(NarrowGemm, OddSizes) {
   for (const int rows : {16, 32, 64, 128}) {
     check_products({.n = 264, .k = 400, .rows = {200}, .rows_per_unit = rows, .fp32 = true});
     check_products({.n = 8, .k = 16, .rows = {1}, .rows_per_unit = rows, .seed = 2});
@@ -109,22 +111,24 @@ TEST(Int4Gemm, OddSizes) {
   }
 }
 
-TEST(Int4Gemm, Bf16) {
-  for (const int rows : {16, 32, 64}) {
-    check_products({.n = 264, .k = 400, .rows = {200}, .rows_per_unit = rows, .fp32 = true, .bf16 = true});
-    check_products({.n = 8, .k = 16, .rows = {1}, .rows_per_unit = rows, .bf16 = true, .seed = 2});
-    check_products({.n = 776, .k = 2064, .rows = {300}, .rows_per_unit = rows, .bf16 = true, .seed = 4});
-    check_products({.n = 136,
-                    .k = 784,
-                    .rows = {3, 0, 129, 64, 0, 1, 400},
-                    .rows_per_unit = rows,
-                    .scatter = true,
-                    .bf16 = true,
-                    .seed = 5});
+TEST(NarrowGemm, Bf16) {
+  for (const bool e4m3 : {false, true}) {
+    for (const int rows : {16, 32, 64}) {
+      Shape s{
+          .n = 264, .k = 400, .rows = {200}, .rows_per_unit = rows, .fp32 = true, .bf16 = true, .e4m3 = e4m3};
+      check_products(s);
+      s.fp32 = false;
+      s.n = 8, s.k = 16, s.rows = {1}, s.seed = 2;
+      check_products(s);
+      s.n = 776, s.k = 2064, s.rows = {300}, s.seed = 4;
+      check_products(s);
+      s.n = 136, s.k = 784, s.rows = {3, 0, 129, 64, 0, 1, 400}, s.scatter = true, s.seed = 5;
+      check_products(s);
+    }
   }
 }
 
-TEST(Int4Gemm, Experts) {
+TEST(NarrowGemm, Experts) {
   for (const int rows : {16, 32, 64, 128}) {
     for (unsigned seed = 1; seed < 4; ++seed) {
       check_products({.n = 136,
@@ -138,7 +142,7 @@ TEST(Int4Gemm, Experts) {
   }
 }
 
-TEST(Int4Gemm, ARowsBitsDependOnNothingElse) {
+TEST(NarrowGemm, ARowsBitsDependOnNothingElse) {
   constexpr int kMost = 200, kN = 520;
   Problem problem({.n = kN, .k = 912, .rows = {kMost}});
   const OnGpu data(problem);
@@ -146,7 +150,7 @@ TEST(Int4Gemm, ARowsBitsDependOnNothingElse) {
   std::vector<std::uint16_t> whole;
   for (int m = kMost; m >= 1; --m) {
     for (const int rows : {16, 32, 64, 128}) {
-      Int4Gemm g = data.arguments(problem);
+      NarrowGemm g = data.arguments(problem);
       g.m = g.x_rows = m;
       g.rows_per_unit = rows;
       g.out = out.get();
@@ -166,7 +170,7 @@ TEST(Int4Gemm, ARowsBitsDependOnNothingElse) {
 void check_activations(const Shape& shape) {
   Problem problem(shape);
   const OnGpu data(problem);
-  Int4Gemm g = data.arguments(problem);
+  NarrowGemm g = data.arguments(problem);
   const int outputs = problem.outputs(), width = (outputs + 127) / 128;
   const std::size_t blocks = std::size_t(problem.m) * std::size_t(width);
   OnDevice<std::uint8_t> codes(blocks * 128);
@@ -203,7 +207,7 @@ void check_activations(const Shape& shape) {
   EXPECT_LT(error / total, 2e-3);
 }
 
-TEST(Int4Gemm, ActivatesAndQuantises) {
+TEST(NarrowGemm, ActivatesAndQuantises) {
   for (const int rows : {16, 32, 64, 128}) {
     check_activations({.n = 544, .k = 272, .rows = {130}, .rows_per_unit = rows, .silu = true});
     check_activations({.n = 320,
@@ -215,7 +219,7 @@ TEST(Int4Gemm, ActivatesAndQuantises) {
   }
 }
 
-TEST(Int4Gemm, QuantisesRowsInOrder) {
+TEST(NarrowGemm, QuantisesRowsInOrder) {
   Random random(7);
   for (const int rows : {1, 3, 67}) {
     for (const int columns : {8, 128, 272, 2048}) {
@@ -259,7 +263,7 @@ TEST(Int4Gemm, QuantisesRowsInOrder) {
 }
 
 // Experts through both products, against fp64 sums over what the weights mean: activations are quantised twice.
-TEST(Int4Gemm, ExpertsOfALayer) {
+TEST(NarrowGemm, ExpertsOfALayer) {
   Random random(11);
   for (const Layer layer : {Layer{256, 128, 8, 2}, Layer{272, 144, 20, 4}, Layer{1024, 384, 64, 6}}) {
     for (const int tokens : {2, 33, 150, 1200}) {
@@ -285,24 +289,24 @@ TEST(Int4Gemm, ExpertsOfALayer) {
   }
 }
 
-TEST(Int4Gemm, RefusesWhatItDoesNotTake) {
+TEST(NarrowGemm, RefusesWhatItDoesNotTake) {
   Problem problem({.n = 264, .k = 400, .rows = {20}});
   const OnGpu data(problem);
   OnDevice<std::uint16_t> out(std::size_t{20} * 264);
-  Int4Gemm g = data.arguments(problem);
+  NarrowGemm g = data.arguments(problem);
   g.out = out.get();
   g.out_stride = 264;
   const auto refused = [&](auto&& change) {
-    Int4Gemm changed = g;
+    NarrowGemm changed = g;
     change(changed);
-    return sm90::int4_gemm(changed, nullptr) == cudaErrorInvalidValue;
+    return sm90::narrow_gemm(changed, nullptr) == cudaErrorInvalidValue;
   };
-  EXPECT_TRUE(refused([](Int4Gemm& a) { a.k = 392; }));
-  EXPECT_TRUE(refused([](Int4Gemm& a) { a.n = 260; }));
-  EXPECT_TRUE(refused([](Int4Gemm& a) { a.out_stride = 256; }));
-  EXPECT_TRUE(refused([](Int4Gemm& a) { a.rows_per_unit = 48; }));
-  EXPECT_TRUE(refused([](Int4Gemm& a) { a.x_offsets = nullptr; }));
-  EXPECT_TRUE(refused([](Int4Gemm& a) { a.x = static_cast<const std::uint8_t*>(a.x) + 8; }));
+  EXPECT_TRUE(refused([](NarrowGemm& a) { a.k = 392; }));
+  EXPECT_TRUE(refused([](NarrowGemm& a) { a.n = 260; }));
+  EXPECT_TRUE(refused([](NarrowGemm& a) { a.out_stride = 256; }));
+  EXPECT_TRUE(refused([](NarrowGemm& a) { a.rows_per_unit = 48; }));
+  EXPECT_TRUE(refused([](NarrowGemm& a) { a.x_offsets = nullptr; }));
+  EXPECT_TRUE(refused([](NarrowGemm& a) { a.x = static_cast<const std::uint8_t*>(a.x) + 8; }));
 }
 
 }  // namespace

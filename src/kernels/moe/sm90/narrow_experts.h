@@ -1,51 +1,51 @@
 #pragma once
 
-// The routed experts' two products by int4 weights, in W4A8 or W4A16: how a step's rows and memory become the arguments of
-// their kernels.
+// The routed experts' two products by narrow weights, in W4A8, W4A16 or W8A16: how a step's rows and memory become the arguments
+// of their kernels.
 
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/gemm/sm90/int4_gemm.h"
+#include "kernels/gemm/sm90/narrow_gemm.h"
 #include "kernels/moe/sm90/moe.h"
 #include "kernels/quant/sm90/quantise_rows.h"
 
 namespace flash_mla::sm90 {
 
-struct Int4ExpertMemory {
+struct NarrowExpertMemory {
   const ExpertUnit* units = nullptr;
   const std::int32_t *num_units = nullptr, *pairs = nullptr;
-  /// W4A8: (tokens, hidden) and (pairs, intermediate) codes, rows rounded up to 128; W4A16: the latter in bfloat16.
+  /// W4A8: (tokens, hidden) and (pairs, intermediate) codes, rows rounded up to 128; else the latter in bfloat16.
   void *x_codes = nullptr, *act = nullptr;
-  void* results = nullptr;  ///< (pairs, hidden) bfloat16, W4A16: float32
+  void* results = nullptr;  ///< (pairs, hidden) bfloat16 of W4A8, else float32
   float *x_scales = nullptr, *x_offsets = nullptr, *act_scales = nullptr, *act_offsets = nullptr;
 };
 
-struct Int4Experts {
+struct NarrowExperts {
   QuantiseRows quantise;
-  Int4Gemm gate_up, down;
+  NarrowGemm gate_up, down;
 };
 
 /// Rows of a tile: the least that few experts have more pairs than, if pairs are evenly spread. More are read again, though
 /// from L2.
-constexpr int int4_rows_per_unit(double mean_pairs) {
+constexpr int narrow_rows_per_unit(double mean_pairs) {
   return mean_pairs <= 9 ? 16 : mean_pairs <= 22 ? 32 : mean_pairs <= 50 ? 64 : 128;
 }
 
 /// What both products have in common.
-inline Int4Gemm int4_product(const ExpertFfn& p, const Int4ExpertMemory& memory, double mean_pairs) {
-  Int4Gemm g;
+inline NarrowGemm narrow_product(const ExpertFfn& p, const NarrowExpertMemory& memory, double mean_pairs) {
+  NarrowGemm g;
   g.m = p.tokens * p.experts_per_token;
   g.experts = p.num_experts;
   g.units = memory.units;
   g.num_units = memory.num_units;
   g.pairs = memory.pairs;
-  g.rows_per_unit = int4_rows_per_unit(mean_pairs);
+  g.rows_per_unit = narrow_rows_per_unit(mean_pairs);
   g.max_units = g.m / g.rows_per_unit + (g.m < p.num_experts ? g.m : p.num_experts);
   g.programmatic_launch = p.programmatic_launch;
   return g;
 }
-inline Int4Gemm int4_gate_up(const ExpertFfn& p, Int4Gemm g) {
+inline NarrowGemm narrow_gate_up(const ExpertFfn& p, NarrowGemm g) {
   g.x_rows = p.tokens;
   g.x_divisor = p.experts_per_token;
   g.gather = g.silu = true;
@@ -55,7 +55,7 @@ inline Int4Gemm int4_gate_up(const ExpertFfn& p, Int4Gemm g) {
   g.k = p.hidden;
   return g;
 }
-inline Int4Gemm int4_down(const ExpertFfn& p, Int4Gemm g) {
+inline NarrowGemm narrow_down(const ExpertFfn& p, NarrowGemm g) {
   g.x_rows = g.m;
   g.weight = p.down;
   g.weight_scales = p.down_scales;
@@ -65,9 +65,9 @@ inline Int4Gemm int4_down(const ExpertFfn& p, Int4Gemm g) {
   return g;
 }
 
-inline Int4Experts w4a8_experts(const ExpertFfn& p, const Int4ExpertMemory& memory, double mean_pairs) {
-  const Int4Gemm g = int4_product(p, memory, mean_pairs);
-  Int4Experts out;
+inline NarrowExperts w4a8_experts(const ExpertFfn& p, const NarrowExpertMemory& memory, double mean_pairs) {
+  const NarrowGemm g = narrow_product(p, memory, mean_pairs);
+  NarrowExperts out;
   out.quantise.x = p.x;
   out.quantise.x_stride = p.x_stride;
   out.quantise.codes = memory.x_codes;
@@ -77,7 +77,7 @@ inline Int4Experts w4a8_experts(const ExpertFfn& p, const Int4ExpertMemory& memo
   out.quantise.columns = p.hidden;
   out.quantise.programmatic_launch = p.programmatic_launch;
 
-  out.gate_up = int4_gate_up(p, g);
+  out.gate_up = narrow_gate_up(p, g);
   out.gate_up.x = memory.x_codes;
   out.gate_up.x_scales = memory.x_scales;
   out.gate_up.x_offsets = memory.x_offsets;
@@ -85,7 +85,7 @@ inline Int4Experts w4a8_experts(const ExpertFfn& p, const Int4ExpertMemory& memo
   out.gate_up.out_scales = memory.act_scales;
   out.gate_up.out_offsets = memory.act_offsets;
 
-  out.down = int4_down(p, g);
+  out.down = narrow_down(p, g);
   out.down.x = memory.act;
   out.down.x_scales = memory.act_scales;
   out.down.x_offsets = memory.act_offsets;
@@ -93,19 +93,20 @@ inline Int4Experts w4a8_experts(const ExpertFfn& p, const Int4ExpertMemory& memo
   return out;
 }
 
-/// Without `quantise`.
-inline Int4Experts w4a16_experts(const ExpertFfn& p, const Int4ExpertMemory& memory, double mean_pairs) {
-  Int4Gemm g = int4_product(p, memory, mean_pairs);
+/// Activations in bfloat16: without `quantise`.
+inline NarrowExperts exact_experts(const ExpertFfn& p, const NarrowExpertMemory& memory, double mean_pairs) {
+  NarrowGemm g = narrow_product(p, memory, mean_pairs);
   g.bf16 = true;
-  Int4Experts out;
-  out.gate_up = int4_gate_up(p, g);
+  g.e4m3 = !p.int4;
+  NarrowExperts out;
+  out.gate_up = narrow_gate_up(p, g);
   out.gate_up.x = p.x;
   out.gate_up.x_stride = p.x_stride;
   out.gate_up.scatter = true;
   out.gate_up.out = memory.act;
   out.gate_up.out_stride = p.intermediate;
 
-  out.down = int4_down(p, g);
+  out.down = narrow_down(p, g);
   out.down.x = memory.act;
   out.down.x_stride = p.intermediate;
   out.down.gather = true;
@@ -115,16 +116,16 @@ inline Int4Experts w4a16_experts(const ExpertFfn& p, const Int4ExpertMemory& mem
 }
 
 /// Pairs of an expert, on average, above which rounded tiles of 128 pairs are quicker than exact products of fewer.
-inline constexpr double kMostW4A16Pairs = 50;
+inline constexpr double kMostExactPairs = 50;
 
 /// Whether the products are made so.
-inline bool takes_w4a16(const ExpertFfn& p, const Int4Experts& products, double mean_pairs) {
-  return p.int4 && !p.batch_invariant && p.tokens > 1 && mean_pairs <= kMostW4A16Pairs &&
-         fits_int4_gemm(products.gate_up) && fits_int4_gemm(products.down);
+inline bool takes_exact(const ExpertFfn& p, const NarrowExperts& products, double mean_pairs) {
+  return p.gate_up_scales != nullptr && !p.batch_invariant && p.tokens > 1 && mean_pairs <= kMostExactPairs &&
+         fits_narrow_gemm(products.gate_up) && fits_narrow_gemm(products.down);
 }
-inline bool takes_w4a8(const ExpertFfn& p, const Int4Experts& products, double mean_pairs) {
+inline bool takes_w4a8(const ExpertFfn& p, const NarrowExperts& products, double mean_pairs) {
   return p.int4 && !p.batch_invariant && p.tokens > 1 && mean_pairs >= p.fp8_rows && p.x_stride % 8 == 0 &&
-         fits_int4_gemm(products.gate_up) && fits_int4_gemm(products.down);
+         fits_narrow_gemm(products.gate_up) && fits_narrow_gemm(products.down);
 }
 
 }  // namespace flash_mla::sm90

@@ -1,4 +1,4 @@
-// Products in W4A8: the Hopper kernel's own code, thread by thread, on the CPU (tests/kernels/emulated), against what the codes
+// Products by narrow weights: the Hopper kernel's own code, thread by thread, on the CPU (tests/kernels/emulated), against what the codes
 // and scales mean in float64.
 
 #include <gtest/gtest.h>
@@ -9,27 +9,27 @@
 #include <vector>
 
 #include "base/element.h"
-#include "kernels/gemm/int4_problem.h"
-#include "kernels/gemm/sm90/int4_gemm.cuh"
+#include "kernels/gemm/narrow_problem.h"
+#include "kernels/gemm/sm90/narrow_gemm.cuh"
 
-namespace flash_mla::sm90::int4 {
+namespace flash_mla::sm90::narrow {
 
 // The kernel's dynamic shared memory.
 alignas(1024) std::byte dynamic_smem[228 << 10];
 
 namespace {
 
-using int4_test::Problem;
-using int4_test::Shape;
+using narrow_test::Problem;
+using narrow_test::Shape;
 
 struct Run {
   explicit Run(Problem& problem) : num_units(static_cast<std::int32_t>(problem.units.size())) {
-    Int4Gemm& g = p.gemm;
+    NarrowGemm& g = p.gemm;
     g = problem.arguments();
     g.x = problem.s.bf16 ? static_cast<const void*>(problem.wide.data()) : problem.x.data();
     g.x_scales = problem.x_scales.data();
     g.x_offsets = problem.x_offsets.data();
-    g.weight = problem.words.data();
+    g.weight = problem.s.e4m3 ? static_cast<const void*>(problem.codes.data()) : problem.words.data();
     g.weight_scales = problem.weight_scales.data();
     if (problem.experts > 1) {
       g.units = problem.units.data();
@@ -38,10 +38,11 @@ struct Run {
     if (problem.s.silu || problem.s.scatter) g.pairs = problem.pairs.data();
     p.steps = problem.width;
     p.dense_units = (problem.m + g.rows_per_unit - 1) / g.rows_per_unit;
-    p.weight_map = {reinterpret_cast<const std::byte*>(problem.words.data()),
-                    {g.k / 2, g.n / 2, g.experts, 1, 1},
-                    {2, g.k, g.n / 2 * g.k, 0, 0},
-                    {64, kBoxRows, 1, 1, 1}};
+    const std::int64_t rows = g.e4m3 ? g.n : g.n / 2;
+    p.weight_map = {static_cast<const std::byte*>(g.weight),
+                    {g.k / 2, rows, g.experts, 1, 1},
+                    {2, g.k, rows * g.k, 0, 0},
+                    {64, g.e4m3 ? kBlockRows : kBlockRows / 2, 1, 1, 1}};
   }
   Run(const Run&) = delete;
 
@@ -54,7 +55,7 @@ struct Run {
       emulated::Block block(kThreads, dynamic_smem, sizeof(dynamic_smem), seed + static_cast<unsigned>(i));
       block.block_index = {static_cast<unsigned>(i), 0, 0};
       block.grid_size = {static_cast<unsigned>(blocks), 1, 1};
-      block.run([&] { int4_gemm_kernel<C>(p); });
+      block.run([&] { narrow_gemm_kernel<C>(p); });
     }
   }
 
@@ -75,9 +76,15 @@ void check_products(Shape shape, int blocks = 2) {
   run.p.gemm.out = shape.fp32 ? static_cast<void*>(wide.data()) : narrow.data();
   run.p.gemm.out_stride = stride;
   if (shape.bf16) {
-    if constexpr (kRows <= 64) run.run<Config<kRows, false, true>>(shape.n, blocks, shape.seed);
+    if constexpr (kRows <= 64) {
+      if (shape.e4m3) {
+        run.run<Config<kRows, false, Kind::kW8A16>>(shape.n, blocks, shape.seed);
+      } else {
+        run.run<Config<kRows, false, Kind::kW4A16>>(shape.n, blocks, shape.seed);
+      }
+    }
   } else {
-    run.run<Config<kRows, false>>(shape.n, blocks, shape.seed);
+    run.run<Config<kRows, false, Kind::kW4A8>>(shape.n, blocks, shape.seed);
   }
   for (int i = 0; i < problem.m; ++i) {
     const int row = shape.scatter ? problem.pairs[static_cast<std::size_t>(i)] : i;
@@ -111,7 +118,7 @@ void check_activations(Shape shape, int blocks = 2) {
   run.p.gemm.out = codes.data();
   run.p.gemm.out_scales = scales.data();
   run.p.gemm.out_offsets = offsets.data();
-  run.run<Config<kRows, true>>(outputs, blocks, shape.seed);
+  run.run<Config<kRows, true, Kind::kW4A8>>(outputs, blocks, shape.seed);
   for (int i = 0; i < problem.m; ++i) {
     for (int b = 0; b < width; ++b) {
       const auto at = static_cast<std::size_t>(i * width + b);
@@ -147,7 +154,11 @@ void check_bf16_activations(Shape shape, int blocks = 2) {
   std::vector<std::uint16_t> out(static_cast<std::size_t>(problem.m * stride), 0x7FC0);
   run.p.gemm.out = out.data();
   run.p.gemm.out_stride = stride;
-  run.run<Config<kRows, true, true>>(outputs, blocks, shape.seed);
+  if (shape.e4m3) {
+    run.run<Config<kRows, true, Kind::kW8A16>>(outputs, blocks, shape.seed);
+  } else {
+    run.run<Config<kRows, true, Kind::kW4A16>>(outputs, blocks, shape.seed);
+  }
   for (int i = 0; i < problem.m; ++i) {
     const int row = problem.pairs[static_cast<std::size_t>(i)];
     for (int n = 0; n < stride; ++n) {
@@ -164,7 +175,7 @@ void check_bf16_activations(Shape shape, int blocks = 2) {
   }
 }
 
-TEST(Int4GemmBlock, Bf16) {
+TEST(NarrowGemmBlock, Bf16) {
   check_products<16>({.n = 264, .k = 400, .rows = {20}, .fp32 = true, .bf16 = true});
   check_products<16>({.n = 8, .k = 16, .rows = {1}, .bf16 = true, .seed = 2});
   check_products<32>({.n = 520, .k = 128, .rows = {65}, .bf16 = true, .seed = 3});
@@ -176,20 +187,33 @@ TEST(Int4GemmBlock, Bf16) {
   }
 }
 
-TEST(Int4GemmBlock, ActivatesBf16) {
+TEST(NarrowGemmBlock, ActivatesBf16) {
   check_bf16_activations<16>({.n = 544, .k = 272, .rows = {20}});
   check_bf16_activations<16>({.n = 320, .k = 144, .rows = {3, 0, 17, 16, 0, 1}, .divisor = 3});
   check_bf16_activations<32>({.n = 272, .k = 144, .rows = {40}, .divisor = 2, .seed = 7});
   check_bf16_activations<64>({.n = 512, .k = 128, .rows = {9, 70}, .seed = 8}, 1);
 }
 
-TEST(Int4GemmBlock, OrderIsAPermutation) {
+TEST(NarrowGemmBlock, E4m3Weights) {
+  check_products<16>({.n = 264, .k = 400, .rows = {20}, .fp32 = true, .bf16 = true, .e4m3 = true});
+  check_products<16>({.n = 8, .k = 16, .rows = {1}, .bf16 = true, .e4m3 = true, .seed = 2});
+  check_products<32>({.n = 520, .k = 128, .rows = {65}, .bf16 = true, .e4m3 = true, .seed = 3});
+  check_products<64>({.n = 72, .k = 144, .rows = {64}, .bf16 = true, .e4m3 = true, .seed = 4});
+  check_products<16>({.n = 512, .k = 1680, .rows = {30}, .bf16 = true, .e4m3 = true}, 1);
+  check_products<16>(
+      {.n = 136, .k = 288, .rows = {3, 0, 33, 16, 0, 1}, .scatter = true, .bf16 = true, .e4m3 = true});
+  check_bf16_activations<16>({.n = 544, .k = 272, .rows = {20}, .e4m3 = true});
+  check_bf16_activations<16>({.n = 320, .k = 144, .rows = {3, 0, 17, 16, 0, 1}, .e4m3 = true, .divisor = 3});
+  check_bf16_activations<64>({.n = 512, .k = 128, .rows = {9, 70}, .e4m3 = true, .seed = 8}, 1);
+}
+
+TEST(NarrowGemmBlock, OrderIsAPermutation) {
   std::vector<bool> seen(128);
   for (int c = 0; c < 128; ++c) seen[static_cast<std::size_t>(int4_order(c))] = true;
   EXPECT_EQ(std::count(seen.begin(), seen.end(), true), 128);
 }
 
-TEST(Int4GemmBlock, OddSizes) {
+TEST(NarrowGemmBlock, OddSizes) {
   check_products<16>({.n = 264, .k = 400, .rows = {20}, .fp32 = true});
   check_products<16>({.n = 8, .k = 16, .rows = {1}, .seed = 2});
   check_products<32>({.n = 520, .k = 128, .rows = {65}, .seed = 3});
@@ -197,19 +221,19 @@ TEST(Int4GemmBlock, OddSizes) {
   check_products<128>({.n = 328, .k = 272, .rows = {130}, .seed = 5});
 }
 
-TEST(Int4GemmBlock, MoreStagesThanTheRingHas) {
+TEST(NarrowGemmBlock, MoreStagesThanTheRingHas) {
   check_products<16>({.n = 512, .k = 1680, .rows = {30}}, 1);
   check_products<128>({.n = 256, .k = 1296, .rows = {140}}, 1);
 }
 
-TEST(Int4GemmBlock, Experts) {
+TEST(NarrowGemmBlock, Experts) {
   for (unsigned seed = 1; seed < 4; ++seed) {
     check_products<16>({.n = 136, .k = 288, .rows = {3, 0, 33, 16, 0, 1}, .scatter = true, .seed = seed});
   }
   check_products<64>({.n = 136, .k = 288, .rows = {3, 0, 70}, .scatter = true, .fp32 = true, .seed = 9});
 }
 
-TEST(Int4GemmBlock, ActivatesAndQuantises) {
+TEST(NarrowGemmBlock, ActivatesAndQuantises) {
   check_activations<16>({.n = 544, .k = 272, .rows = {20}});
   for (unsigned seed = 1; seed < 4; ++seed) {
     check_activations<16>({.n = 320, .k = 144, .rows = {3, 0, 17, 16, 0, 1}, .divisor = 3, .seed = seed});
@@ -220,4 +244,4 @@ TEST(Int4GemmBlock, ActivatesAndQuantises) {
 }
 
 }  // namespace
-}  // namespace flash_mla::sm90::int4
+}  // namespace flash_mla::sm90::narrow

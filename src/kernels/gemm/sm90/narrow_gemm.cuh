@@ -1,6 +1,6 @@
 #pragma once
 
-// out^T = weight · x^T in W4A8 or W4A16, for int4_gemm.h.
+// out^T = weight · x^T in W4A8, W4A16 or W8A16, for narrow_gemm.h.
 //
 // Tile:      256 rows of W (kSilu: 128 gate rows and the up rows of the same outputs) times up to kRows = 16 to 128 rows of
 //            x, 128 columns of k a stage.
@@ -12,9 +12,9 @@
 //
 // Codes:     W4A8: a code of 0 to 15 is as e4m3 itself times 2^-9 (subnormal below 8): to expand eight of them takes a shift and two
 //            masks. Their zero is 8, so that x's sum times 8 is taken off where products are scaled; the 2^9 is in x's scale.
-//            W4A16: eight codes become bfloat16 exactly in twelve operations (widen_int4.cuh).
-// Order:     16 bytes of weights are 16 columns of rows 2 r and 2 r + 1 (int4_weights.h), which are rows r and r + 8 of a
-//            warp's 16. Thread t of a quad takes columns 32 t to 32 t + 31, eight for each of four products (bfloat16: four for
+//            W4A16, W8A16: eight codes become bfloat16 exactly in 12 operations (widen_int4.cuh) or 20 (widen_e4m3.cuh).
+// Order:     16 bytes of int4 weights are 16 columns of rows 2 r and 2 r + 1 (int4_weights.h), which are rows r and r + 8 of a
+//            warp's 16; of e4m3 weights two neighbours are made such rows too (row_of). Thread t of a quad takes columns 32 t to 32 t + 31, eight for each of four products (bfloat16: four for
 //            each of eight); x lies so that these are the columns which wgmma gives that thread: e4m3 is stored so
 //            (int4_order), bfloat16 is copied so, two columns at a time.
 //
@@ -26,8 +26,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "kernels/gemm/sm90/int4_gemm_results.cuh"
-#include "kernels/gemm/sm90/int4_gemm_tiles.cuh"
+#include "kernels/gemm/sm90/narrow_gemm_results.cuh"
+#include "kernels/gemm/sm90/narrow_gemm_tiles.cuh"
+#include "kernels/gemm/sm90/widen_e4m3.cuh"
 #include "kernels/gemm/sm90/widen_int4.cuh"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/mma.cuh"
@@ -35,7 +36,7 @@
 #include "kernels/ptx/wgmma_e4m3_wide.cuh"
 #include "kernels/ptx/words.cuh"
 
-namespace flash_mla::sm90::int4 {
+namespace flash_mla::sm90::narrow {
 
 // ---- Copies
 
@@ -45,11 +46,11 @@ __device__ __forceinline__ void load_weights(const Params& p, Shared<C>& s, int 
                                              int step) {
   std::uint64_t* const full = &s.full[slot];
   Block blocks[4];
-  std::uint32_t bytes = kWeightBytes;
+  std::uint32_t bytes = 4 * C::kBoxBytes;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     blocks[i] = block_of<C>(p, tile, i / 2, i % 2);
-    bytes += static_cast<std::uint32_t>(blocks[i].count) * 4;
+    if constexpr (!C::kE4m3) bytes += static_cast<std::uint32_t>(blocks[i].count) * 4;
   }
   ptx::mbarrier_arrive_expect_tx(full, bytes);
   const float* const scales =
@@ -57,17 +58,19 @@ __device__ __forceinline__ void load_weights(const Params& p, Shared<C>& s, int 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const Block& block = blocks[i];
-    ptx::tma_load_5d(s.weights[slot][i], &p.weight_map, full, step * (kStepK / 2), block.row / 2,
-                     tile.unit.expert, 0, 0);
-    if (block.count > 0) {
-      ptx::bulk_load(s.weight_scales[slot][i], scales + block.row,
-                     static_cast<std::uint32_t>(block.count) * 4, full);
+    ptx::tma_load_5d(s.weights[slot][i], &p.weight_map, full, step * (kStepK / 2),
+                     C::kE4m3 ? block.row : block.row / 2, tile.unit.expert, 0, 0);
+    if constexpr (!C::kE4m3) {
+      if (block.count > 0) {
+        ptx::bulk_load(s.weight_scales[slot][i], scales + block.row,
+                       static_cast<std::uint32_t>(block.count) * 4, full);
+      }
     }
   }
 }
 
 /// Which row of x is a tile's `row`; -1: none.
-__device__ __forceinline__ int source_of(const Int4Gemm& g, const Tile& tile, int row) {
+__device__ __forceinline__ int source_of(const NarrowGemm& g, const Tile& tile, int row) {
   if (row >= tile.unit.count) return -1;
   const int position = tile.unit.first + row;
   return g.gather && g.pairs != nullptr ? __ldcg(g.pairs + position) / g.x_divisor : position;
@@ -90,7 +93,7 @@ struct CodeCopies {
     own = thread < C::kRows ? source_of(p.gemm, tile, thread) : -1;
   }
   __device__ void copy(Shared<C>& s, int slot, int step) const {
-    const Int4Gemm& g = p.gemm;
+    const NarrowGemm& g = p.gemm;
     const std::uint32_t to =
         ptx::smem_address(s.x[slot]) +
         static_cast<std::uint32_t>(first_row * kStepK + ((piece ^ (first_row % 8)) * 16));
@@ -109,8 +112,8 @@ struct CodeCopies {
   }
 };
 
-/// The same of bfloat16: thread t copies eight columns, t % 16, of rows t / 16 + 8 i. They are of a quad's thread t % 16 / 4, two
-/// for each half of two products.
+/// The same of bfloat16: thread t copies eight columns, t % 16, of rows t / 16 + 8 i. They are of one thread of every quad, two for
+/// each half of two products.
 template <class C>
 struct Bf16Copies {
   static constexpr int kRowsPerPass = kWarpgroup / 16, kPasses = C::kRows / kRowsPerPass;
@@ -126,7 +129,9 @@ struct Bf16Copies {
     for (int i = 0; i < kPasses; ++i) rows[i] = source_of(p.gemm, tile, first_row + i * kRowsPerPass);
   }
   __device__ void copy(Shared<C>& s, int slot, int step) const {
-    const int quad = piece / 4, word = piece % 4;
+    // int4: a thread has four pieces in a row; e4m3: the two of a 16 bytes of the first half of the columns and of the second.
+    const int quad = C::kE4m3 ? piece % 8 / 2 : piece / 4;
+    const int word = C::kE4m3 ? piece / 8 * 2 + piece % 2 : piece % 4;
     const std::int64_t column = step * kStepK + piece * 8;
     const std::uint32_t to =
         ptx::smem_address(s.x[slot]) +
@@ -166,39 +171,59 @@ __device__ __forceinline__ void copy(const Params& p, Shared<C>& s) {
 
 // ---- Products
 
-/// A thread's 16 bytes `half` of a block of 64 rows and 128 columns: columns 16 half to 16 half + 15 of its 32, those of the
-/// row lane / 4 in x and z, of lane / 4 + 8 in y and w. `box`: in shared memory.
-__device__ __forceinline__ uint4 codes_of(std::uint32_t box, int warp, int lane, int half) {
-  const int row = warp * 8 + lane / 4, piece = lane % 4 * 2 + half;
+/// 16 bytes of a box.
+__device__ __forceinline__ uint4 piece_of(std::uint32_t box, int row, int piece) {
   return ptx::load_shared<uint4>(box + static_cast<std::uint32_t>(row * kStepK + ((piece ^ (row % 8)) * 16)));
+}
+
+/// Of eight columns of a product's rows r and r + 8 two products' A, in bfloat16.
+__device__ __forceinline__ void place(std::uint32_t (&first)[4], std::uint32_t (&second)[4],
+                                      const uint4& upper, const uint4& lower) {
+  first[0] = upper.x, first[1] = lower.x, first[2] = upper.y, first[3] = lower.y;
+  second[0] = upper.z, second[1] = lower.z, second[2] = upper.w, second[3] = lower.w;
+}
+__device__ __forceinline__ uint4 expand_e4m3_8(std::uint32_t low, std::uint32_t high) {
+  const uint2 a = expand_e4m3(low), b = expand_e4m3(high);
+  return make_uint4(a.x, a.y, b.x, b.y);
+}
+
+/// A thread's share of a block of 64 rows and 128 columns, as A of the block's products. `box`: in shared memory.
+template <class C, int kProducts>
+__device__ __forceinline__ void expand(std::uint32_t box, int warp, int lane,
+                                       std::uint32_t (&a)[kProducts][4]) {
+  constexpr std::uint32_t kCodes = 0x0F0F0F0F;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (C::kE4m3) {
+      const int row = warp * 16 + row_of<C>(lane), piece = lane % 4 + 4 * half;
+      const uint4 upper = piece_of(box, row, piece), lower = piece_of(box, row + 1, piece);
+      place(a[4 * half], a[4 * half + 1], expand_e4m3_8(upper.x, upper.y), expand_e4m3_8(lower.x, lower.y));
+      place(a[4 * half + 2], a[4 * half + 3], expand_e4m3_8(upper.z, upper.w),
+            expand_e4m3_8(lower.z, lower.w));
+    } else {
+      // x and z: eight columns each of the first row, y and w: of the second.
+      const uint4 words = piece_of(box, warp * 8 + lane / 4, lane % 4 * 2 + half);
+      const std::uint32_t of[2][2] = {{words.x, words.y}, {words.z, words.w}};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (C::kBf16) {
+          place(a[4 * half + 2 * i], a[4 * half + 2 * i + 1], expand_int4(of[i][0]), expand_int4(of[i][1]));
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) a[2 * half + i][j] = of[i][j % 2] >> (j / 2 * 4) & kCodes;
+        }
+      }
+    }
+  }
 }
 
 /// part = a block of weights times the stage's rows of x. Queued.
 template <class C>
 __device__ __forceinline__ void multiply(float (&part)[C::kSums], std::uint32_t box, std::uint64_t x,
                                          int warp, int lane) {
-  constexpr std::uint32_t kCodes = 0x0F0F0F0F;
   constexpr int kProducts = C::kBf16 ? 8 : 4;
   std::uint32_t a[kProducts][4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint4 words = codes_of(box, warp, lane, half);
-    const std::uint32_t of[2][2] = {{words.x, words.y}, {words.z, words.w}};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int word = 2 * half + i;
-      if constexpr (C::kBf16) {
-        const uint4 upper = expand_int4(of[i][0]), lower = expand_int4(of[i][1]);
-        const std::uint32_t both[2][4] = {{upper.x, lower.x, upper.y, lower.y},
-                                          {upper.z, lower.z, upper.w, lower.w}};
-#pragma unroll
-        for (int j = 0; j < 8; ++j) a[2 * word + j / 4][j % 4] = both[j / 4][j % 4];
-      } else {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) a[word][j] = of[i][j % 2] >> (j / 2 * 4) & kCodes;
-      }
-    }
-  }
+  expand<C>(box, warp, lane, a);
   ptx::wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kProducts; ++i) {
@@ -237,6 +262,25 @@ __device__ __forceinline__ void promote(float (&sums)[C::kSums], const float (&p
   }
 }
 
+/// The scale of a thread's two rows of each of its blocks, of e4m3 weights: read from memory, a stage ahead.
+template <class C>
+struct BlockScales {
+  const float* of_block[2];
+
+  __device__ BlockScales(const Params& p, const Tile& tile, int group, int warp, int lane) {
+    const std::int64_t scale_rows = (p.gemm.n + 7) / 8;
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      const int row = block_of<C>(p, tile, group, block).row + warp * 16 + row_of<C>(lane);
+      const std::int64_t scale_row = min(std::int64_t{row / 8}, scale_rows - 1);
+      of_block[block] = p.gemm.weight_scales + (tile.unit.expert * scale_rows + scale_row) * p.steps;
+    }
+  }
+  __device__ __forceinline__ float2 read(int step) const {
+    return make_float2(__ldg(of_block[0] + step), __ldg(of_block[1] + step));
+  }
+};
+
 template <class C>
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared<C>& s) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -248,17 +292,29 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared<C>& s) {
     float sums[2][C::kSums];
 #pragma unroll
     for (int i = 0; i < C::kSums; ++i) sums[0][i] = sums[1][i] = 0.0f;
+    const BlockScales<C> reader(p, tile, group, warp, lane);
+    float2 next{};
+    if constexpr (C::kE4m3) next = reader.read(0);
     for (int step = 0; step < p.steps; ++step, ring.next()) {
       const int slot = ring.slot;
       ptx::mbarrier_wait(&s.full[slot], ring.round & 1);
       ptx::fence_async_proxy();  // rows of x came by cp.async; wgmma reads through the other proxy
+      const float2 of_blocks = next;
+      if constexpr (C::kE4m3) {
+        if (step + 1 < p.steps) next = reader.read(step + 1);  // behind the fence, which would wait for it
+      }
       const std::uint64_t x = ptx::swizzled_descriptor(s.x[slot], 0, 8 * kStepK);
       const auto multiply_block = [&](float(&part)[C::kSums], int block) {
         multiply<C>(part, ptx::smem_address(s.weights[slot][2 * group + block]), x, warp, lane);
       };
       const auto add = [&](const float(&part)[C::kSums], int block) {
-        const float2 weight = *reinterpret_cast<const float2*>(
-            &s.weight_scales[slot][2 * group + block][warp * 16 + lane / 4 * 2]);
+        float2 weight;
+        if constexpr (C::kE4m3) {
+          weight.x = weight.y = block == 0 ? of_blocks.x : of_blocks.y;
+        } else {
+          weight = *reinterpret_cast<const float2*>(
+              &s.weight_scales[slot][2 * group + block][warp * 16 + row_of<C>(lane)]);
+        }
         promote<C>(sums[block], part, weight, s.x_scales[slot], s.x_offsets[slot], lane);
       };
       if constexpr (C::kRows <= 64) {
@@ -292,7 +348,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared<C>& s) {
 }
 
 template <class C>
-__global__ __launch_bounds__(kThreads, 1) void int4_gemm_kernel(const __grid_constant__ Params p) {
+__global__ __launch_bounds__(kThreads, 1) void narrow_gemm_kernel(const __grid_constant__ Params p) {
   extern __shared__ std::byte dynamic_smem[];
   auto& s =
       *reinterpret_cast<Shared<C>*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
@@ -316,4 +372,4 @@ __global__ __launch_bounds__(kThreads, 1) void int4_gemm_kernel(const __grid_con
   }
 }
 
-}  // namespace flash_mla::sm90::int4
+}  // namespace flash_mla::sm90::narrow

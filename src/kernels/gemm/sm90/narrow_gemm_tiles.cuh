@@ -1,50 +1,58 @@
 #pragma once
 
-// Of int4_gemm.cuh: shapes, memory, and which tiles a CTA takes.
+// Of narrow_gemm.cuh: shapes, memory, and which tiles a CTA takes.
 
 #include <cuda.h>
 
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/gemm/sm90/int4_gemm.h"
+#include "kernels/gemm/sm90/narrow_gemm.h"
 
-namespace flash_mla::sm90::int4 {
+namespace flash_mla::sm90::narrow {
 
-constexpr int kStepK = 128, kBlockRows = 64, kBoxRows = kBlockRows / 2;  // a box: two rows in 128 bytes
-constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup, kWarps = 8;   // warps that multiply
-constexpr int kBoxBytes = kBoxRows * kStepK, kWeightBytes = 4 * kBoxBytes;
+constexpr int kStepK = 128, kBlockRows = 64;
+constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup, kWarps = 8;  // warps that multiply
 constexpr float kLargest = 448.0f, kLeastScale = 1.17549435e-38f;
 
-/// kRows: of x, at most; kSilu: silu of the result, for the next product; kBf16: x is bfloat16.
-template <int kRows_, bool kSilu_, bool kBf16_ = false>
+enum class Kind { kW4A8, kW4A16, kW8A16 };
+
+/// kRows: of x, at most; kSilu: silu of the result, for the next product.
+template <int kRows_, bool kSilu_, Kind kKind>
 struct Config {
   static constexpr int kRows = kRows_;
-  static constexpr bool kSilu = kSilu_, kBf16 = kBf16_;
+  static constexpr bool kSilu = kSilu_;
+  static constexpr bool kBf16 = kKind != Kind::kW4A8;   // x
+  static constexpr bool kE4m3 = kKind == Kind::kW8A16;  // weights
+  /// Of 64 rows of W and 128 columns; int4: two rows in 128 bytes.
+  static constexpr int kBoxRows = kE4m3 ? kBlockRows : kBlockRows / 2;
+  static constexpr int kBoxBytes = kBoxRows * kStepK;
   static constexpr int kOutputs = kSilu ? 128 : 256;
   static constexpr int kSums = kRows / 2;                     // of a thread, of 64 rows of W
   static constexpr int kGroups = kRows / 8;                   // of 8 rows of x
   static constexpr int kRowBytes = kStepK * (kBf16 ? 2 : 1);  // of x, in a stage
-  static constexpr int kStageBytes = kWeightBytes + kRows * kRowBytes + 4 * kBlockRows * 4 + 2 * kRows * 4;
+  static constexpr int kStageBytes = 4 * kBoxBytes + kRows * kRowBytes + 4 * kBlockRows * 4 + 2 * kRows * 4;
   static constexpr int kStages = (208 << 10) / kStageBytes;
 };
 
 struct Params {
-  CUtensorMap weight_map;  // (k / 2, n / 2, experts) of 16 bits: 64 of them are 128 columns of two rows
-  Int4Gemm gemm;
+  /// Of 16 bits: e4m3 (k / 2, n, experts), int4 (k / 2, n / 2, experts), of which 64 are 128 columns of two rows.
+  CUtensorMap weight_map;
+  NarrowGemm gemm;
   int steps, column_tiles, dense_units;
 };
 
 template <class C>
 struct Shared {
   /// Of warpgroup g and block b, by [2 g + b]; in the 128-byte swizzle of the copy engine.
-  alignas(1024) std::uint8_t weights[C::kStages][4][kBoxBytes];
+  alignas(1024) std::uint8_t weights[C::kStages][4][C::kBoxBytes];
   /// In the swizzle of wgmma; bfloat16: 64 columns of all rows, then the others.
   alignas(1024) std::uint8_t x[C::kStages][C::kRows * C::kRowBytes];
   alignas(16) float weight_scales[C::kStages][4][kBlockRows];
   alignas(16) float x_scales[C::kStages][C::kRows], x_offsets[C::kStages][C::kRows];
   std::uint64_t full[C::kStages], empty[C::kStages];
-  float highest[2][kWarps][C::kRows], code_sums[2][kWarps][C::kRows];  // by the tile's parity
+  // Of W4A8, by the tile's parity.
+  float highest[2][kWarps][C::kRows], code_sums[2][kWarps][C::kRows];
 };
 
 struct Tile {
@@ -96,6 +104,14 @@ __device__ __forceinline__ Block block_of(const Params& p, const Tile& tile, int
   return {output + (C::kSilu && block == 1 ? outputs : 0), min(max(outputs - output, 0), kBlockRows)};
 }
 
+/// Of the 16 rows of W that a warp multiplies, the first of the two neighbours that a lane has the results of, as rows lane / 4
+/// and lane / 4 + 8 of the product. e4m3: lanes that read at the same time have rows 4 apart, which lie in different banks.
+template <class C>
+__device__ __forceinline__ int row_of(int lane) {
+  const int g = lane / 4;
+  return C::kE4m3 ? g % 2 * 4 + g / 2 % 2 * 2 + g / 4 * 8 : 2 * g;
+}
+
 /// A place in the ring of stages.
 template <class C>
 struct Ring {
@@ -110,4 +126,4 @@ struct Ring {
   }
 };
 
-}  // namespace flash_mla::sm90::int4
+}  // namespace flash_mla::sm90::narrow
