@@ -57,9 +57,15 @@ void run_kernel(const GqaArgs& a, GroupedParams p, int copy_keys, unsigned ctas,
     block.grid_size = {ctas, 1, 1};
     block.run([&] { grouped_prefill_kernel<C, kBf16>(q, k, v, p); });
   }
+  for (unsigned x = 0; x < 2 && C::kSplits; ++x) {
+    emulated::Block block(kCombineThreads, grouped_smem, 1024, seed + x);
+    block.block_index = {x, 0, 0};
+    block.grid_size = {2, 1, 1};
+    block.run([&] { grouped_combine<C, kBf16>(p); });
+  }
 }
 
-std::string difference(const GqaShape& shape, unsigned ctas) {
+std::string difference(const GqaShape& shape, unsigned ctas, int splits) {
   GqaProblem problem(shape);
   GqaArgs a = problem.host_args();
   std::vector<std::uint16_t> out(static_cast<std::size_t>(problem.total_q * shape.h_q * shape.d_v), 0xFFFF);
@@ -70,15 +76,25 @@ std::string difference(const GqaShape& shape, unsigned ctas) {
   a.lse = TensorView::contiguous(r.lse.data(), DType::kFloat32, {shape.h_q, problem.total_q});
   const float scale = shape.options.softmax_scale.value_or(1.0f / std::sqrt(static_cast<float>(shape.d_qk)));
   const bool pages = shape.layout == KeyLayout::kTable || shape.layout == KeyLayout::kCsr;
-  const auto run = [&]<int kDqk, int kDv>() {
-    using C = GroupedHeads<kDqk, kDv>;
+  const auto run_as = [&]<int kDqk, int kDv, bool kSplits>() {
+    using C = GroupedHeads<kDqk, kDv, kSplits>;
     const int copy_keys = pages ? std::min(shape.page_size, C::kTileKeys) : C::kTileKeys;
-    const GroupedParams p = grouped_params(flash_mla::gqa::problem_of(a, shape.options, scale), copy_keys);
+    GroupedParams p = grouped_params(flash_mla::gqa::problem_of(a, shape.options, scale), copy_keys);
+    p.splits = splits;
+    p.total_q = problem.total_q;
+    const auto rows = static_cast<std::size_t>(splits * problem.total_q * shape.h_q);
+    std::vector<float> partial_out(rows * kDv, std::numeric_limits<float>::quiet_NaN()), partial_lse(rows);
+    p.partial_out = partial_out.data();
+    p.partial_lse = partial_lse.data();
     if (shape.dtype == DType::kBFloat16) {
       run_kernel<C, true>(a, p, copy_keys, ctas, shape.seed);
     } else {
       run_kernel<C, false>(a, p, copy_keys, ctas, shape.seed);
     }
+  };
+  const auto run = [&]<int kDqk, int kDv>() {
+    if (splits > 1) return run_as.template operator()<kDqk, kDv, true>();
+    run_as.template operator()<kDqk, kDv, false>();
   };
   if (shape.d_qk == 64) run.template operator()<64, 64>();
   if (shape.d_qk == 128) run.template operator()<128, 128>();
@@ -90,9 +106,9 @@ std::string difference(const GqaShape& shape, unsigned ctas) {
   return problem.difference(r);
 }
 
-void expect_right(const GqaShape& shape, unsigned ctas = 2) {
+void expect_right(const GqaShape& shape, unsigned ctas = 2, int splits = 1) {
   try {
-    EXPECT_EQ(difference(shape, ctas), "") << shape.text();
+    EXPECT_EQ(difference(shape, ctas, splits), "") << shape.text();
   } catch (const emulated::DeadlockError& error) {
     ADD_FAILURE() << error.what() << ": " << shape.text();
   }
@@ -177,6 +193,33 @@ TEST(GroupedPrefillBlock, HeadsOfAGroupShareATile) {
                   .options = {.causal = group != 16, .window_left = group == 3 ? 50 : -1},
                   .seed = seed++});
   }
+}
+
+TEST(GroupedPrefillBlock, KeysInParts) {
+  unsigned seed = 100;
+  for (const int splits : {2, 5}) {
+    for (const int left : {-1, 100}) {
+      expect_right({.seqs = {{30, 700}, {1, 0}, {0, 20}, {7, 3}, {3, 260}},
+                    .h_q = 4,
+                    .h_kv = 2,
+                    .d_qk = 64,
+                    .d_v = 64,
+                    .layout = splits == 2 ? KeyLayout::kRagged : KeyLayout::kTable,
+                    .page_size = 64,
+                    .sinks = left > 0,
+                    .options = {.causal = true, .window_left = left},
+                    .seed = seed++},
+                   3, splits);
+    }
+  }
+  expect_right({.seqs = {{10, 300}, {10, 200}},
+                .h_q = 1,
+                .h_kv = 1,
+                .d_qk = 256,
+                .d_v = 256,
+                .uniform = true,
+                .seed = seed},
+               2, 3);
 }
 
 TEST(GroupedPrefillBlock, ManyItemsForFewBlocks) {

@@ -345,6 +345,13 @@ class Consumer {
 
   // O and log-sum-exp of the rows that there are.
   __device__ void store(const float (&o)[kOut], const Item& item, const float (&sum)[2]) {
+    if constexpr (C::kSplits) {
+      store_partial(o, item, sum);
+    } else {
+      store_whole(o, item, sum);
+    }
+  }
+  __device__ void store_whole(const float (&o)[kOut], const Item& item, const float (&sum)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float total = sum[h] + __shfl_xor_sync(0xFFFFFFFFu, sum[h], 1);
@@ -372,6 +379,30 @@ class Consumer {
     }
   }
 
+  // The same of a part of the keys.
+  __device__ void store_partial(const float (&o)[kOut], const Item& item, const float (&sum)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float total = sum[h] + __shfl_xor_sync(0xFFFFFFFFu, sum[h], 1);
+      total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
+      const int row = row_ + 8 * h;
+      if (row >= item.rows) continue;
+      const std::int64_t at = partial_row(item, row);
+      if (lane_ % 4 == 0) p_.partial_lse[at] = total == 0.0f ? -INFINITY : reference_[h] + log2f(total);
+      if (total == 0.0f) continue;  // nobody reads it
+      const float inverse = 1.0f / total;
+      float* const to = p_.partial_out + at * kHeadDimV + lane_ % 4 * 2;
+#pragma unroll
+      for (int g = 0; g < kHeadDimV / 8; ++g) {
+        *reinterpret_cast<float2*>(to + 8 * g) =
+            make_float2(o[4 * g + 2 * h] * inverse, o[4 * g + 2 * h + 1] * inverse);
+      }
+    }
+  }
+  __device__ std::int64_t partial_row(const Item& item, int row) const {
+    return (item.split * p_.total_q + item.query + query_of(row)) * p_.problem.h_q + head_of(item, row);
+  }
+
   __device__ bool row_sees(const Item& item, int row) const {
     if constexpr (C::kGrouped) {
       const int query = query_of(row);
@@ -392,9 +423,13 @@ class Consumer {
   // The same of an item in which no row sees a key.
   __device__ void store_nothing(const Item& item) {
     for (int row = row_; row < min(row_ + 16, item.rows); row += 8) {
-      for (int g = 0; g < kHeadDimV / 8; g += 4)
-        *reinterpret_cast<uint4*>(out_at(item, row) + g * 8) = uint4{0, 0, 0, 0};
-      store_lse(item, row, INFINITY);
+      if constexpr (C::kSplits) {
+        if (lane_ % 4 == 0) p_.partial_lse[partial_row(item, row)] = -INFINITY;
+      } else {
+        for (int g = 0; g < kHeadDimV / 8; g += 4)
+          *reinterpret_cast<uint4*>(out_at(item, row) + g * 8) = uint4{0, 0, 0, 0};
+        store_lse(item, row, INFINITY);
+      }
     }
   }
 

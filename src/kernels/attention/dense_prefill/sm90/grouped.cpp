@@ -3,6 +3,7 @@
 #include "kernels/attention/dense_prefill/sm90/grouped.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <numbers>
 
@@ -28,7 +29,7 @@ struct Kernel {
 };
 template <int kDqk, int kDv>
 constexpr Kernel kernel() {
-  return {kDqk, kDv, prefill::GroupedHeads<kDqk, kDv>::kTileKeys, prefill::launch_grouped<kDqk, kDv>};
+  return {kDqk, kDv, prefill::GroupedHeads<kDqk, kDv, false>::kTileKeys, prefill::launch_grouped<kDqk, kDv>};
 }
 constexpr Kernel kKernels[] = {kernel<64, 64>(), kernel<128, 128>(), kernel<192, 128>(), kernel<256, 256>()};
 
@@ -79,6 +80,37 @@ bool steps_forward(const TensorView& t) {
   return true;
 }
 
+int num_sms(const GqaArgs& a) { return gpus()[static_cast<std::size_t>(a.q.device.index)].sms; }
+
+std::int64_t batch_of(const GqaArgs& a) {
+  return a.seqlens_k.defined() ? a.seqlens_k.size(0) : a.cu_seqlens_k.size(0) - 1;
+}
+
+/// The most that the sequences can have in all.
+std::int64_t max_items(const GqaArgs& a) {
+  const std::int64_t pack = grouped_prefill_heads(a);
+  const std::int64_t row_tiles =
+      (a.q.size(0) * pack + (prefill::kTileRows - 1) * batch_of(a)) / prefill::kTileRows;
+  return row_tiles * (a.q.size(1) / pack);
+}
+
+/// The most that a sequence can have.
+std::int64_t max_keys(const GqaArgs& a) {
+  if (a.block_table.defined()) return a.block_table.size(1) * a.k.size(1);
+  if (a.page_indices.defined()) return a.page_indices.size(0) * a.k.size(1);
+  return a.k.rank == 3 ? a.k.size(0) : a.k.size(1);
+}
+
+/// Enough for all multiprocessors, and no part of fewer than 4 tiles if the longest sequence is as long as it can be.
+int num_splits(const GqaArgs& a) {
+  constexpr std::int64_t kLeastTiles = 4;
+  const std::int64_t tiles = max_keys(a) / kernel_for(a.q.size(2), a.out.size(2))->tile_keys;
+  const std::int64_t items = std::max<std::int64_t>(max_items(a), 1);
+  return static_cast<int>(std::max<std::int64_t>(std::min(num_sms(a) / items, tiles / kLeastTiles), 1));
+}
+
+constexpr std::size_t kCounterBytes = 256;
+
 }  // namespace
 
 bool grouped_prefill_takes(const GqaArgs& a) {
@@ -98,6 +130,13 @@ int grouped_prefill_heads(const GqaArgs& a) {
   return 1 << prefill::pack_log2(static_cast<unsigned>(a.q.size(1) / a.k.size(a.k.rank - 2)));
 }
 
+std::size_t grouped_prefill_workspace_size(const GqaArgs& a) {
+  const int splits = num_splits(a);
+  if (splits == 1) return kCounterBytes;
+  const auto rows = static_cast<std::size_t>(splits * a.q.size(0) * a.q.size(1));
+  return kCounterBytes + rows * static_cast<std::size_t>(a.out.size(2) + 1) * sizeof(float);
+}
+
 void grouped_prefill(const GqaArgs& a, const flash_mla::gqa::Problem& problem, void* workspace,
                      void* stream) {
   const Kernel& kernel = *kernel_for(problem.d_qk, problem.d_v);
@@ -110,12 +149,13 @@ void grouped_prefill(const GqaArgs& a, const flash_mla::gqa::Problem& problem, v
   call.v = map_of("v", a.v, a.q, copy_keys(a, kernel), whole_tiles);
   call.bf16 = a.q.dtype == DType::kBFloat16;
   call.stream = stream;
-  // The most row tiles that the sequences can have in all.
-  const std::int64_t rows = a.q.size(0) << call.params.pack_log2;
-  const std::int64_t row_tiles =
-      (rows + (prefill::kTileRows - 1) * std::int64_t{problem.batch}) / prefill::kTileRows;
-  call.max_items = row_tiles * call.params.num_heads;
-  call.sms = gpus()[static_cast<std::size_t>(a.q.device.index)].sms;
+  call.max_items = max_items(a);
+  call.sms = num_sms(a);
+  call.params.splits = num_splits(a);
+  call.params.total_q = a.q.size(0);
+  const std::int64_t rows = call.params.splits * a.q.size(0) * a.q.size(1);
+  call.params.partial_out = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kCounterBytes);
+  call.params.partial_lse = call.params.partial_out + rows * problem.d_v;
   kernel.launch(call);
 }
 

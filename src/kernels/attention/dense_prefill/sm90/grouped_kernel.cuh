@@ -8,6 +8,8 @@
 //            (grouped_producer.cuh).
 // Shared     Q | 2 to 4 slots of K | as many of V | two items | barriers. d 64: 16 + 4 x 32 KB; 128: 32 + 3 x 64;
 //            192/128: 48 + 2 x 80; 256: 64 + 2 x 64.
+// Splits     where items are fewer than multiprocessors, each is several, of a part of its tiles of keys each; a second kernel
+//            puts their results together.
 // Registers  consumers 224 (S, P and O as in kernel.cuh; with 256 columns O 128, S 32, P 16), producer 56.
 
 #include <cstddef>
@@ -20,6 +22,29 @@
 namespace flash_mla::sm90::prefill {
 
 extern __shared__ std::byte grouped_smem[];
+
+inline constexpr int kCombineThreads = 128;
+
+/// Whether a query, counted over all sequences, sees a key.
+__device__ inline bool row_of_batch_sees(const GroupedParams& p, std::int64_t token) {
+  const flash_mla::gqa::Problem& problem = p.problem;
+  int low = 0, high = problem.batch - 1;  // the last sequence that begins at or before it, and is not empty
+  if (problem.cu_q == nullptr) {
+    low = static_cast<int>(token / problem.uniform_q);
+  } else {
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (problem.cu_q[middle] <= token) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+  }
+  const flash_mla::gqa::Range seen =
+      problem.visible(token - problem.first_query(low), problem.queries(low), problem.keys(low));
+  return seen.end > seen.begin;
+}
 
 /// C: GroupedHeads.
 template <class C, bool kBf16>
@@ -43,6 +68,61 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::set_max_registers_up<224>();
     Consumer<C, kBf16>(p, s).run();
+  }
+}
+
+/// Puts the parts of split items together: a warp for each query and head, in turn.
+template <class C, bool kBf16>
+__global__ void __launch_bounds__(kCombineThreads) grouped_combine(const __grid_constant__ GroupedParams p) {
+  using flash_mla::gqa::Problem;
+  const Problem& problem = p.problem;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warps = kCombineThreads / 32;
+  const std::int64_t rows = p.total_q * problem.h_q;
+  for (std::int64_t row = std::int64_t{blockIdx.x} * warps + threadIdx.x / 32; row < rows;
+       row += std::int64_t{gridDim.x} * warps) {
+    // Of the parts that this lane looks at: the highest first, so that no weight is above 1.
+    float best = -INFINITY;
+    for (int s = lane; s < p.splits; s += 32) {
+      const float x = p.partial_lse[s * rows + row];
+      best = x > best || x != x ? x : best;
+    }
+    for (int i = 1; i < 32; i *= 2) {
+      const float x = __shfl_xor_sync(0xFFFFFFFFu, best, i);
+      best = x > best || x != x ? x : best;
+    }
+    float total = 0.0f;
+    for (int s = 0; s < p.splits; ++s) {
+      const float x = p.partial_lse[s * rows + row];
+      total += x == -INFINITY ? 0.0f : exp2f(x - best);
+    }
+    const std::int64_t token = row / problem.h_q, head = row - token * problem.h_q;
+    const bool sees = row_of_batch_sees(p, token);
+    const float lse = total == 0.0f ? -INFINITY : best + log2f(total);
+    float factor = 1.0f / total;
+    if (problem.sinks != nullptr && total != 0.0f)
+      factor /= 1.0f + exp2f(problem.sinks[head] * 1.4426950408889634f - lse);
+    for (int c = 2 * lane; c < C::kHeadDimV; c += 64) {
+      float2 sum = make_float2(0.0f, 0.0f);
+      for (int s = 0; s < p.splits; ++s) {
+        const float x = p.partial_lse[s * rows + row];
+        if (x == -INFINITY) continue;
+        const float weight = exp2f(x - best);
+        const float2 part =
+            *reinterpret_cast<const float2*>(p.partial_out + (s * rows + row) * C::kHeadDimV + c);
+        sum.x += weight * part.x;
+        sum.y += weight * part.y;
+      }
+      // A row that sees keys, all with scores of -inf, has no average.
+      const std::uint32_t word = sees ? pack2<kBf16>(sum.x * factor, sum.y * factor) : 0;
+      *reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(p.out) + token * p.out_stride_token +
+                                        head * p.out_stride_head + c) = word;
+    }
+    if (p.lse != nullptr && lane == 0) {
+      const float natural = lse * 0.6931471805599453f;
+      p.lse[head * p.lse_stride_head + token * p.lse_stride_token] = !sees           ? INFINITY
+                                                                     : total == 0.0f ? NAN
+                                                                                     : natural;
+    }
   }
 }
 

@@ -41,6 +41,13 @@ struct GroupedParams : Params {
   float cap_scale;
   /// Keys that one copy takes: those of a tile, or of a page if it has fewer.
   int copy_keys;
+
+  /// Into how many parts an item's tiles of keys are divided, where there are fewer items than multiprocessors; 1: results go
+  /// to out. Else (splits, total_q, h_q, d_v) averages and (splits, total_q, h_q) log2 of their sums, -inf where a row has no
+  /// weight in the part; grouped_combine puts them together.
+  int splits;
+  std::int64_t total_q;
+  float *partial_out, *partial_lse;
 };
 
 /// Of the heads of a group that share a tile.
@@ -48,7 +55,7 @@ constexpr int pack_log2(unsigned group) {
   return std::has_single_bit(group) && group <= kTileRows ? std::countr_zero(group) : 0;
 }
 
-/// Without `taken`.
+/// Without `taken`, and with one split.
 inline GroupedParams grouped_params(const flash_mla::gqa::Problem& problem, int copy_keys) {
   constexpr std::int64_t kFar = 1'000'000'000;
   constexpr float kLog2e = std::numbers::log2e_v<float>;
@@ -62,6 +69,7 @@ inline GroupedParams grouped_params(const flash_mla::gqa::Problem& problem, int 
   p.scale_log2 = (problem.soft_cap > 0 ? problem.soft_cap : problem.scale) * kLog2e;
   p.cap_scale = problem.soft_cap > 0 ? 2 * kLog2e * problem.scale / problem.soft_cap : 0.0f;
   p.copy_keys = copy_keys;
+  p.splits = 1;
   p.out = problem.out;
   p.out_stride_token = problem.out_strides.token;
   p.out_stride_head = problem.out_strides.head;
@@ -74,7 +82,7 @@ inline GroupedParams grouped_params(const flash_mla::gqa::Problem& problem, int 
 /// MLA's un-absorbed heads: keys of 128 columns for every head, and 64 that all heads share; values of 128.
 struct LatentHeads {
   using Params = prefill::Params;
-  static constexpr bool kGrouped = false;
+  static constexpr bool kGrouped = false, kSplits = false;
   static constexpr int kHeadDim = 192, kHeadDimNope = 128, kHeadDimV = 128;
   static constexpr int kTileKeys = 128, kStages = 2;
   /// Steps of 16 columns of Q that stay in registers; the others are read from shared memory by every product.
@@ -82,10 +90,11 @@ struct LatentHeads {
 };
 
 /// Keys and values of their own, for each head or for a group of heads; as many stages as there is room for, four at most.
-template <int kDqk, int kDv>
+/// kSplits_: GroupedParams::splits is more than 1.
+template <int kDqk, int kDv, bool kSplits_>
 struct GroupedHeads {
   using Params = GroupedParams;
-  static constexpr bool kGrouped = true;
+  static constexpr bool kGrouped = true, kSplits = kSplits_;
   static constexpr int kHeadDim = kDqk, kHeadDimV = kDv;
   /// Scores of 128 keys and an output of 256 columns are more than the registers hold.
   static constexpr int kTileKeys = kDv > 128 ? 64 : 128;

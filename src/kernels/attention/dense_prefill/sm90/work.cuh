@@ -37,7 +37,8 @@ struct Item<true> {
   int seq;
   int num_keys;  ///< of the sequence
   int first_begin, first_limit;
-  int first_tile, num_tiles;  ///< of keys that any row sees
+  int split;                  ///< of GroupedParams::splits
+  int first_tile, num_tiles;  ///< of keys that any row sees: the split's
 };
 
 /// What the item's last row sees ends here.
@@ -55,6 +56,11 @@ class WorkList {
       : p_(params), lane_(static_cast<int>(threadIdx.x) % 32), total_(load()) {}
 
   __device__ Item<C::kGrouped> at(int index) {
+    [[maybe_unused]] int split = 0;
+    if constexpr (C::kSplits) {
+      split = index % p_.splits;
+      index /= p_.splits;
+    }
     while (index >= before_ + total_ && first_seq_ + 32 < p_.num_seqs) {
       before_ += total_;
       first_seq_ += 32;
@@ -89,6 +95,12 @@ class WorkList {
       const int begin = max(item.first_begin, 0), end = last_limit(p_, item);
       item.first_tile = begin / C::kTileKeys;
       item.num_tiles = end > begin ? (end + C::kTileKeys - 1) / C::kTileKeys - item.first_tile : 0;
+      if constexpr (C::kSplits) {
+        const int each = (item.num_tiles + p_.splits - 1) / p_.splits;
+        item.split = split;
+        item.first_tile += split * each;
+        item.num_tiles = max(min(item.num_tiles - split * each, each), 0);
+      }
     } else {
       item.query = q_begin + tile * kTileRows;
       item.rows = min(q_length - tile * kTileRows, kTileRows);

@@ -123,7 +123,7 @@ void check_supported(const GqaArgs& a, const DecodeScheduleView& s) {
 }
 
 std::size_t gqa_workspace_size(const GqaArgs& a, const DecodeScheduleView& s, const GqaOptions& o) {
-  if (is_prefill(a, s)) return kGroupedPrefillWorkspace;
+  if (is_prefill(a, s)) return grouped_prefill_workspace_size(a);
   const Partial partial = partial_of(a, s, o);
   return partial.out_bytes + partial.lse_bytes;
 }
