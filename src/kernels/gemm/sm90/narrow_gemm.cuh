@@ -8,7 +8,7 @@
 //            is B. What 128 columns of k give is multiplied by its scales and added in registers. Warpgroup 2 copies: one
 //            thread asks the copy engine for boxes of weights, all gather rows of x.
 // Memory:    5 to 10 stages of weights (16 KB), x (2 to 16 KB) and scales: 208 KB.
-// Registers: 232 for warpgroups that multiply (64 to 128 sums, 64 of a stage), 40 for the one that copies.
+// Registers: 224 for warpgroups that multiply (64 to 128 sums, 64 of a stage), 56 for the one that copies.
 //
 // Codes:     W4A8: a code of 0 to 15 is as e4m3 itself times 2^-9 (subnormal below 8): to expand eight of them takes a shift and two
 //            masks. Their zero is 8, so that x's sum times 8 is taken off where products are scaled; the 2^9 is in x's scale.
@@ -162,7 +162,7 @@ __device__ __forceinline__ void copy(const Params& p, Shared<C>& s) {
     x.begin(tile);
     for (int step = 0; step < p.steps; ++step, ring.next()) {
       ptx::mbarrier_wait(&s.empty[ring.slot], (ring.round & 1) ^ 1);
-      if (thread == 0) load_weights(p, s, ring.slot, tile, step);
+      if (thread < 32 && ptx::elect_one()) load_weights(p, s, ring.slot, tile, step);
       x.copy(s, ring.slot, step);
       ptx::cp_async_arrive(&s.full[ring.slot]);
     }
@@ -237,25 +237,49 @@ __device__ __forceinline__ void multiply(float (&part)[C::kSums], std::uint32_t 
   ptx::wgmma_commit();
 }
 
+/// A thread's scales of a stage. Of x, W4A8: of its two rows of every 8, and their offsets.
+template <class C>
+struct StageScales {
+  static constexpr int kOfX = C::kBf16 ? 1 : C::kGroups;
+  float2 weight[2];  // of both blocks, its two rows of W
+  float2 x[kOfX], offset[kOfX];
+
+  /// By instructions that stay where they are: the compiler puts ordinary loads behind the wait for products.
+  __device__ __forceinline__ void read_weight(const Shared<C>& s, int slot, int group, int warp, int lane) {
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      weight[block] = ptx::load_shared<float2>(
+          ptx::smem_address(&s.weight_scales[slot][2 * group + block][warp * 16 + row_of<C>(lane)]));
+    }
+  }
+  __device__ __forceinline__ void read_x(const Shared<C>& s, int slot, int lane) {
+    constexpr float kOfCodes = 512.0f;
+    if constexpr (!C::kBf16) {
+#pragma unroll
+      for (int j = 0; j < C::kGroups; ++j) {
+        x[j] = ptx::load_shared<float2>(ptx::smem_address(&s.x_scales[slot][8 * j + lane % 4 * 2]));
+        offset[j] = ptx::load_shared<float2>(ptx::smem_address(&s.x_offsets[slot][8 * j + lane % 4 * 2]));
+        x[j].x *= kOfCodes;
+        x[j].y *= kOfCodes;
+      }
+    }
+  }
+};
+
 /// sums += part times its scales. A thread has rows lane / 4 and lane / 4 + 8 of its warp's 16, which are two neighbours of W,
 /// and of every 8 rows of x the two from lane % 4 * 2 on.
 template <class C>
-__device__ __forceinline__ void promote(float (&sums)[C::kSums], const float (&part)[C::kSums], float2 weight,
-                                        const float* x_scales, const float* x_offsets, int lane) {
-  constexpr float kOfCodes = 512.0f;
+__device__ __forceinline__ void promote(float (&sums)[C::kSums], const float (&part)[C::kSums],
+                                        const StageScales<C>& scales, int block) {
+  const float2 weight = scales.weight[block];
 #pragma unroll
   for (int j = 0; j < C::kGroups; ++j) {
-    float2 scale{}, offset{};
-    if constexpr (!C::kBf16) {
-      scale = *reinterpret_cast<const float2*>(x_scales + 8 * j + lane % 4 * 2);
-      offset = *reinterpret_cast<const float2*>(x_offsets + 8 * j + lane % 4 * 2);
-    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float value = part[4 * j + i];
       if constexpr (!C::kBf16) {
-        value = i % 2 == 0 ? fmaf(value, scale.x * kOfCodes, -offset.x)
-                           : fmaf(value, scale.y * kOfCodes, -offset.y);
+        value = i % 2 == 0 ? fmaf(value, scales.x[j].x, -scales.offset[j].x)
+                           : fmaf(value, scales.x[j].y, -scales.offset[j].y);
       }
       sums[4 * j + i] = fmaf(value, i < 2 ? weight.x : weight.y, sums[4 * j + i]);
     }
@@ -307,31 +331,30 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared<C>& s) {
       const auto multiply_block = [&](float(&part)[C::kSums], int block) {
         multiply<C>(part, ptx::smem_address(s.weights[slot][2 * group + block]), x, warp, lane);
       };
-      const auto add = [&](const float(&part)[C::kSums], int block) {
-        float2 weight;
-        if constexpr (C::kE4m3) {
-          weight.x = weight.y = block == 0 ? of_blocks.x : of_blocks.y;
-        } else {
-          weight = *reinterpret_cast<const float2*>(
-              &s.weight_scales[slot][2 * group + block][warp * 16 + row_of<C>(lane)]);
-        }
-        promote<C>(sums[block], part, weight, s.x_scales[slot], s.x_offsets[slot], lane);
-      };
+      StageScales<C> scales;
+      if constexpr (C::kE4m3) {
+        scales.weight[0] = make_float2(of_blocks.x, of_blocks.x);
+        scales.weight[1] = make_float2(of_blocks.y, of_blocks.y);
+      } else {
+        scales.read_weight(s, slot, group, warp, lane);
+      }
       if constexpr (C::kRows <= 64) {
+        scales.read_x(s, slot, lane);
         float part[2][C::kSums];
         multiply_block(part[0], 0);
         multiply_block(part[1], 1);
         ptx::wgmma_wait<1>();
-        add(part[0], 0);
+        promote<C>(sums[0], part[0], scales, 0);
         ptx::wgmma_wait<0>();
-        add(part[1], 1);
+        promote<C>(sums[1], part[1], scales, 1);
       } else {
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
           float part[C::kSums];
           multiply_block(part, block);
           ptx::wgmma_wait<0>();
-          add(part, block);
+          scales.read_x(s, slot, lane);  // there are no registers to have them before
+          promote<C>(sums[block], part, scales, block);
         }
       }
       __syncwarp();
@@ -364,10 +387,10 @@ __global__ __launch_bounds__(kThreads, 1) void narrow_gemm_kernel(const __grid_c
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   if (threadIdx.x < 2 * kWarpgroup) {
-    ptx::set_max_registers_up<232>();
+    ptx::set_max_registers_up<224>();
     multiply_tiles<C>(p, s);
   } else {
-    ptx::set_max_registers_down<40>();
+    ptx::set_max_registers_down<56>();
     copy<C>(p, s);
   }
 }

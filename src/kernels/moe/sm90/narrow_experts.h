@@ -125,7 +125,8 @@ inline bool takes_exact(const ExpertFfn& p, const NarrowExperts& products, doubl
 }
 inline bool takes_w4a8(const ExpertFfn& p, const NarrowExperts& products, double mean_pairs) {
   return p.int4 && !p.batch_invariant && p.tokens > 1 && mean_pairs >= p.fp8_rows && p.x_stride % 8 == 0 &&
-         fits_narrow_gemm(products.gate_up) && fits_narrow_gemm(products.down);
+         reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0 && fits_narrow_gemm(products.gate_up) &&
+         fits_narrow_gemm(products.down);
 }
 
 }  // namespace flash_mla::sm90

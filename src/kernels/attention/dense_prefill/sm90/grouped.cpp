@@ -106,7 +106,8 @@ int num_splits(const GqaArgs& a) {
   constexpr std::int64_t kLeastTiles = 4;
   const std::int64_t tiles = max_keys(a) / kernel_for(a.q.size(2), a.out.size(2))->tile_keys;
   const std::int64_t items = std::max<std::int64_t>(max_items(a), 1);
-  return static_cast<int>(std::max<std::int64_t>(std::min(num_sms(a) / items, tiles / kLeastTiles), 1));
+  return static_cast<int>(
+      std::clamp<std::int64_t>(std::min(num_sms(a) / items, tiles / kLeastTiles), 1, prefill::kMaxSplits));
 }
 
 constexpr std::size_t kCounterBytes = 256;

@@ -25,8 +25,11 @@ extern __shared__ std::byte grouped_smem[];
 
 inline constexpr int kCombineThreads = 128;
 
-/// Whether a query, counted over all sequences, sees a key.
-__device__ inline bool row_of_batch_sees(const GroupedParams& p, std::int64_t token) {
+/// Of a query, counted over all sequences: whether it sees a key, and whether it is one of a sequence's at all.
+struct QueryOfBatch {
+  bool is_one, sees;
+};
+__device__ inline QueryOfBatch query_of_batch(const GroupedParams& p, std::int64_t token) {
   const flash_mla::gqa::Problem& problem = p.problem;
   int low = 0, high = problem.batch - 1;  // the last sequence that begins at or before it, and is not empty
   if (problem.cu_q == nullptr) {
@@ -41,9 +44,9 @@ __device__ inline bool row_of_batch_sees(const GroupedParams& p, std::int64_t to
       }
     }
   }
-  const flash_mla::gqa::Range seen =
-      problem.visible(token - problem.first_query(low), problem.queries(low), problem.keys(low));
-  return seen.end > seen.begin;
+  const std::int64_t query = token - problem.first_query(low);
+  const flash_mla::gqa::Range seen = problem.visible(query, problem.queries(low), problem.keys(low));
+  return {query<problem.queries(low), seen.end> seen.begin};
 }
 
 /// C: GroupedHeads.
@@ -80,46 +83,48 @@ __global__ void __launch_bounds__(kCombineThreads) grouped_combine(const __grid_
   const std::int64_t rows = p.total_q * problem.h_q;
   for (std::int64_t row = std::int64_t{blockIdx.x} * warps + threadIdx.x / 32; row < rows;
        row += std::int64_t{gridDim.x} * warps) {
-    // Of the parts that this lane looks at: the highest first, so that no weight is above 1.
-    float best = -INFINITY;
-    for (int s = lane; s < p.splits; s += 32) {
-      const float x = p.partial_lse[s * rows + row];
-      best = x > best || x != x ? x : best;
-    }
+    const std::int64_t token = row / problem.h_q, head = row - token * problem.h_q;
+    const QueryOfBatch query = query_of_batch(p, token);
+    if (!query.is_one) continue;
+    // A lane looks after one part, of 32 at most.
+    const float own = lane < p.splits ? p.partial_lse[lane * rows + row] : -INFINITY;
+    float best = own;
     for (int i = 1; i < 32; i *= 2) {
       const float x = __shfl_xor_sync(0xFFFFFFFFu, best, i);
       best = x > best || x != x ? x : best;
     }
+    // Parts without weight have left nothing to read: the best one is read instead, whose values are finite or nobody's are.
+    const float own_weight = own == -INFINITY ? 0.0f : exp2f(own - best);
+    const int some = __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, own != -INFINITY))) - 1;
     float total = 0.0f;
-    for (int s = 0; s < p.splits; ++s) {
-      const float x = p.partial_lse[s * rows + row];
-      total += x == -INFINITY ? 0.0f : exp2f(x - best);
+    constexpr int kPairs = C::kHeadDimV / 64;  // of a lane's columns
+    float2 sum[kPairs] = {};
+    for (int s = 0; s < p.splits && some >= 0; ++s) {
+      const float weight = __shfl_sync(0xFFFFFFFFu, own_weight, s);
+      const bool has = __shfl_sync(0xFFFFFFFFu, own, s) != -INFINITY;
+      const float* const from = p.partial_out + ((has ? s : some) * rows + row) * C::kHeadDimV + 2 * lane;
+      total += weight;
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const float2 part = *reinterpret_cast<const float2*>(from + 64 * i);
+        sum[i].x += weight * part.x;
+        sum[i].y += weight * part.y;
+      }
     }
-    const std::int64_t token = row / problem.h_q, head = row - token * problem.h_q;
-    const bool sees = row_of_batch_sees(p, token);
     const float lse = total == 0.0f ? -INFINITY : best + log2f(total);
     float factor = 1.0f / total;
     if (problem.sinks != nullptr && total != 0.0f)
       factor /= 1.0f + exp2f(problem.sinks[head] * 1.4426950408889634f - lse);
-    for (int c = 2 * lane; c < C::kHeadDimV; c += 64) {
-      float2 sum = make_float2(0.0f, 0.0f);
-      for (int s = 0; s < p.splits; ++s) {
-        const float x = p.partial_lse[s * rows + row];
-        if (x == -INFINITY) continue;
-        const float weight = exp2f(x - best);
-        const float2 part =
-            *reinterpret_cast<const float2*>(p.partial_out + (s * rows + row) * C::kHeadDimV + c);
-        sum.x += weight * part.x;
-        sum.y += weight * part.y;
-      }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
       // A row that sees keys, all with scores of -inf, has no average.
-      const std::uint32_t word = sees ? pack2<kBf16>(sum.x * factor, sum.y * factor) : 0;
+      const std::uint32_t word = query.sees ? pack2<kBf16>(sum[i].x * factor, sum[i].y * factor) : 0;
       *reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(p.out) + token * p.out_stride_token +
-                                        head * p.out_stride_head + c) = word;
+                                        head * p.out_stride_head + 2 * lane + 64 * i) = word;
     }
     if (p.lse != nullptr && lane == 0) {
       const float natural = lse * 0.6931471805599453f;
-      p.lse[head * p.lse_stride_head + token * p.lse_stride_token] = !sees           ? INFINITY
+      p.lse[head * p.lse_stride_head + token * p.lse_stride_token] = !query.sees     ? INFINITY
                                                                      : total == 0.0f ? NAN
                                                                                      : natural;
     }

@@ -42,13 +42,15 @@ struct GroupedParams : Params {
   /// Keys that one copy takes: those of a tile, or of a page if it has fewer.
   int copy_keys;
 
-  /// Into how many parts an item's tiles of keys are divided, where there are fewer items than multiprocessors; 1: results go
+  /// Into how many parts an item's tiles of keys are divided (kMaxSplits at most), where there are fewer items than multiprocessors; 1: results go
   /// to out. Else (splits, total_q, h_q, d_v) averages and (splits, total_q, h_q) log2 of their sums, -inf where a row has no
   /// weight in the part; grouped_combine puts them together.
   int splits;
   std::int64_t total_q;
   float *partial_out, *partial_lse;
 };
+
+inline constexpr int kMaxSplits = 32;
 
 /// Of the heads of a group that share a tile.
 constexpr int pack_log2(unsigned group) {

@@ -52,6 +52,8 @@ constexpr std::int64_t kPrefillRows = 64;
 
 /// Fixed splits are for bits that do not depend on the batch; which kernel does would.
 bool is_prefill(const GqaArgs& a, const DecodeScheduleView& s) {
+  // Of one query to a sequence a schedule knows better how keys are to be divided.
+  if (s.parts.defined() && a.q.size(0) <= batch_of(a)) return false;
   return s.fixed_split_blocks == 0 && grouped_prefill_takes(a) &&
          a.q.size(0) * grouped_prefill_heads(a) >= kPrefillRows * batch_of(a);
 }
