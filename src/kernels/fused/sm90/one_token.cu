@@ -259,8 +259,11 @@ __device__ __forceinline__ void choose_experts(const OneToken& p, Smem& s, int l
       choose(p, l, e.logits, s.choice, s.attention.routing);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(&s.chosen);
-      if (share.cta == 0 && lane < p.routing.experts_per_token + p.routing.shared_experts)
+      if (share.cta == 0 && lane < p.routing.experts_per_token + p.routing.shared_experts) {
         l.ids[lane] = s.choice.ids[lane];
+        if (l.counts != nullptr && lane < p.routing.experts_per_token)
+          atomicAdd(l.counts + s.choice.ids[lane], 1ull);
+      }
     }
     grid.expect(share.ctas);
   }

@@ -29,7 +29,8 @@ struct OneTokenLayer {
   /// moe_intermediate). Of a dense layer (2 * intermediate, hidden) and (hidden, intermediate).
   const void* gate_up = nullptr;
   const void* down = nullptr;
-  std::int32_t* ids = nullptr;  ///< out (experts_per_token + shared): the experts that were chosen
+  std::int32_t* ids = nullptr;           ///< out (experts_per_token + shared): the experts that were chosen
+  unsigned long long* counts = nullptr;  ///< (num_experts) or null: grows by one for each of the routed ones
 };
 
 inline constexpr int kMaxOneTokenLayers = 64;

@@ -150,6 +150,7 @@ __device__ void choose_token(const RouteArgs& p, std::int64_t token, float* scor
     p.ids[at] = shared_one ? p.routing.num_experts + lane - p.routing.experts_per_token : chosen;
     p.weights[at] =
         shared_one ? 1.0f : (p.routing.normalise ? weight / (sum + 1e-20f) : weight) * p.routing.scale;
+    if (p.counts != nullptr && !shared_one && p.slots[token] >= 0) atomicAdd(p.counts + chosen, 1ull);
   }
 }
 

@@ -23,6 +23,10 @@ struct RouteArgs {
   /// shared ones, num_experts, num_experts + 1, ...
   std::int32_t* ids = nullptr;
   float* weights = nullptr;  ///< out, of the same shape; 1 for the shared ones
+  /// Not null: counts[e] grows by one for every token that chooses e, (num_experts), unless its entry of `slots` (tokens) is
+  /// negative: such tokens only fill up a recorded step.
+  unsigned long long* counts = nullptr;
+  const std::int64_t* slots = nullptr;
   std::int64_t tokens = 0, hidden = 0;
   /// At most kMaxExperts experts, kMaxExpertsPerToken of a token, the shared ones counted in, 32 groups.
   Routing routing;

@@ -2,6 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <cstring>
+#include <numeric>
+
 #include "base/cuda/check.h"
 #include "flash_mla/error.h"
 #include "kernels/moe/sm90/norm_route.h"
@@ -14,7 +17,12 @@ CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWe
       correction_bias_(context.weights.vector(weights.correction_bias)),
       intermediate_(weights.intermediate),
       num_experts_(context.config.n_routed_experts + context.config.n_shared_experts),
-      index_(context.buffers.expert_ids.size()) {
+      index_(context.buffers.expert_ids.size()),
+      counts_(context.pool->allocate(static_cast<std::size_t>(context.config.n_routed_experts) *
+                                     sizeof(unsigned long long))),
+      copies_(context.stream),
+      host_counts_(allocate_pinned(counts_.bytes())) {
+  check(cudaMemsetAsync(counts_.data(), 0, counts_.bytes(), context.stream), "cudaMemsetAsync");
   context.buffers.expert_ids.emplace_back();
   if (!weights.expert) {
     make_up_experts();
@@ -140,6 +148,7 @@ void CudaMixtureOfExperts::forward(Residual& x) {
     layer.gate_up = gate_up_.values.data();
     layer.down = down_.values.data();
     layer.ids = reinterpret_cast<std::int32_t*>(ids().data());
+    layer.counts = reinterpret_cast<unsigned long long*>(counts_.data());
     return;
   }
   const Matrix h = context_.activations(context_.buffers.h, tokens, x.x.columns);
@@ -178,6 +187,8 @@ sm90::RouteArgs CudaMixtureOfExperts::route_args(const Matrix& h) {
   args.logits = reinterpret_cast<float*>(logits.data);
   args.ids = reinterpret_cast<std::int32_t*>(ids().data());
   args.weights = reinterpret_cast<float*>(context_.buffers.expert_weights.data());
+  args.counts = reinterpret_cast<unsigned long long*>(counts_.data());
+  args.slots = context_.data.slots;
   args.tokens = h.rows;
   args.hidden = h.columns;
   args.routing = config.routing();
@@ -220,6 +231,20 @@ void CudaMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
     args.norm_stride = h.stride;
   }
   check(sm90::expert_ffn(args, context_.stream), "expert_ffn");
+}
+
+// On a stream of its own: no step waits for it, and it for none.
+ExpertCounts CudaMixtureOfExperts::expert_counts() const {
+  ExpertCounts out;
+  out.counts.resize(counts_.bytes() / sizeof(unsigned long long));
+  {
+    const std::lock_guard lock(mutex_);
+    copies_.copy(host_counts_.data(), counts_.data(), counts_.bytes());
+    copies_.mark()->wait();
+    std::memcpy(out.counts.data(), host_counts_.data(), counts_.bytes());
+  }
+  out.rank_counts = {std::accumulate(out.counts.begin(), out.counts.end(), std::int64_t{0})};
+  return out;
 }
 
 std::vector<std::int32_t> CudaMixtureOfExperts::experts_taken(int num_tokens) const {

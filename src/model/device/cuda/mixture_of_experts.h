@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "base/buffer.h"
@@ -9,6 +10,7 @@
 #include "kernels/moe/sm90/moe.h"
 #include "model/device/cuda/attention.h"
 #include "model/device/cuda/context.h"
+#include "model/device/cuda/copy_queue.h"
 #include "model/device/cuda/expert_parts.h"
 #include "model/layers.h"
 #include "model/weights.h"
@@ -24,6 +26,8 @@ class CudaMixtureOfExperts : public FeedForward {
   void forward(Residual& x) override;
   void set_next(const Attention& next) override { next_ = &static_cast<const CudaAttention&>(next); }
   std::vector<std::int32_t> experts_taken(int num_tokens) const override;
+  /// As of steps that have run.
+  ExpertCounts expert_counts() const override;
 
  private:
   bool cuts_shared_experts(std::int64_t scale_columns) const;
@@ -50,6 +54,12 @@ class CudaMixtureOfExperts : public FeedForward {
   CudaMatrix down_;     ///< (num_experts, hidden, intermediate); both of one form
   std::size_t index_;   ///< among the mixture layers
   const CudaAttention* next_ = nullptr;
+  Buffer counts_;  ///< (n_routed_experts) unsigned long long: choices of each so far
+
+  // Beside the steps, for whoever looks at the counts.
+  mutable std::mutex mutex_;  ///< of what follows
+  mutable CudaCopyQueue copies_;
+  Buffer host_counts_;  ///< page-locked
 };
 
 }  // namespace flash_mla::model
