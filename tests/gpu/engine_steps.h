@@ -122,4 +122,15 @@ inline void expect_close(const std::vector<float>& a, const std::vector<float>& 
   }
 }
 
+/// From how many rows on products are made in FP8, for models that are loaded meanwhile; 0: never.
+class Fp8Rows {
+ public:
+  explicit Fp8Rows(const char* rows) { setenv(kName, rows, 1); }
+  ~Fp8Rows() { unsetenv(kName); }
+  Fp8Rows(const Fp8Rows&) = delete;
+
+ private:
+  static constexpr const char* kName = "FLASH_MLA_FP8_ROWS";
+};
+
 }  // namespace flash_mla::model

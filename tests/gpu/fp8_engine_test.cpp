@@ -43,17 +43,6 @@ struct Fp8Case {
 };
 void PrintTo(const Fp8Case& c, std::ostream* out) { *out << c.name; }
 
-/// From how many rows on products are made in FP8, for models that are loaded meanwhile; 0: never.
-class Fp8Rows {
- public:
-  explicit Fp8Rows(const char* rows) { setenv(kName, rows, 1); }
-  ~Fp8Rows() { unsetenv(kName); }
-  Fp8Rows(const Fp8Rows&) = delete;
-
- private:
-  static constexpr const char* kName = "FLASH_MLA_FP8_ROWS";
-};
-
 /// A checkpoint in FP8 and the same weights rounded to bfloat16, both on the GPU.
 class Fp8Engine : public testing::TestWithParam<Fp8Case> {
  protected:

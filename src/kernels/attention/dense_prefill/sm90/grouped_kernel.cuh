@@ -46,7 +46,7 @@ __device__ inline QueryOfBatch query_of_batch(const GroupedParams& p, std::int64
   }
   const std::int64_t query = token - problem.first_query(low);
   const flash_mla::gqa::Range seen = problem.visible(query, problem.queries(low), problem.keys(low));
-  return {query<problem.queries(low), seen.end> seen.begin};
+  return {query >= 0 && query < problem.queries(low), seen.end > seen.begin};
 }
 
 /// C: GroupedHeads.
