@@ -102,6 +102,35 @@ def test_the_answer_is_one_servers(alone):
     assert decode.stop() == 0
 
 
+@pytest.mark.parametrize("dp", ["1", "2"])
+def test_tiers_and_ranks_beside_a_role(alone, tmp_path, dp):
+    tier = ("--kv-tier", f"file:{tmp_path},1GiB", "--kv-tier-wait", "60")
+    prefill = prefill_server("--dp", dp, "--max-tokens-per-step", "256", *tier)
+    decode = decode_server(prefill, flags=("--dp", dp, "--max-tokens-per-step", "256", *tier))
+    router = Router(prefill, decode)
+    started = [(prompt, *router.start(prompt=prompt)) for prompt in (f"{i} {PROMPT}" for i in range(4))]
+    for prompt, first, whole in started:
+        assert first.result()[0] == 200
+        assert text_of(json.loads(whole.result()[1])) == alone(prompt=prompt)
+    wait_for(lambda: decode.metric("mla_transfer_handed_over_total") == 4, "not all are handed over")
+    wait_for(lambda: prefill.metric('mla_kv_tier_tokens_stored_total{tier="file"}') >= 4 * 256, "not all is stored")
+    assert prefill.stop() == 0
+    # Another, whose cache is empty, loads them and hands them over; and none loses an answer.
+    other = prefill_server("--dp", dp, "--max-tokens-per-step", "256", *tier)
+    assert text_of(decode.json("/v1/completions", body(99, prefill.bootstrap_port))) == alone()
+    fresh = decode_server(other, flags=("--dp", dp))
+    router = Router(other, fresh)
+    for prompt, _, _ in started:
+        first, whole = router.start(prompt=prompt)
+        assert first.result()[0] == 200
+        assert text_of(json.loads(whole.result()[1])) == alone(prompt=prompt)
+    assert other.metric('mla_kv_tier_tokens_loaded_total{tier="file"}') == 4 * 256
+    wait_for(lambda: fresh.metric("mla_transfer_handed_over_total") == 4, "not all are handed over")
+    for server in (other, decode, fresh):
+        server.wait_until_idle()
+        assert server.stop() == 0
+
+
 def test_a_prefill_server_that_is_killed_costs_no_answer(alone):
     # Too small a step to be done soon: they are killed at work.
     prefill = prefill_server("--max-tokens-per-step", "8", "--max-batch-size", "8")
