@@ -12,17 +12,11 @@ import pytest
 from live_server import PROGRAM, ROOT, Server, wait_for
 
 SMALL = ROOT / "models" / "small"
+# On a GPU: "--device cuda --load-format dummy", say.
+FLAGS = tuple(os.environ.get("FLASH_MLA_TRANSFER_FLAGS", "--precision fp32 --threads 1").split())
 PROMPT = "And it came to pass in those days, that there went out a decree. " * 20  # about 300 tokens
 # The last bits of a sequence's logits are the same whatever runs beside it.
-COMMON = (
-    "--precision",
-    "fp32",
-    "--batch-invariant",
-    "--threads",
-    "1",
-    "--transport",
-    os.environ.get("TRANSPORT", "shm"),
-)
+COMMON = (*FLAGS, "--batch-invariant", "--transport", os.environ.get("TRANSPORT", "shm"))
 
 
 def prefill_server(*flags, **kw):
@@ -72,7 +66,7 @@ def fallbacks(server, reason):
 
 @pytest.fixture(scope="module")
 def alone():
-    server = Server(SMALL, *COMMON[:5])
+    server = Server(SMALL, *FLAGS, "--batch-invariant")
     yield lambda **fields: text_of(server.json("/v1/completions", body(**fields)))
     assert server.stop() == 0
 
