@@ -77,6 +77,12 @@ class Server:
         with urllib.request.urlopen(self.url + "/metrics", timeout=60) as answer:
             return float(re.search(rf"^{re.escape(name)} (\S+)$", answer.read().decode(), re.M).group(1))
 
+    def bootstrap_port(self):
+        """Of a prefill server: where decode servers meet it."""
+        while not (found := re.search(r"meet it at \S+:(\d+)", pathlib.Path(self.log.name).read_text())):
+            time.sleep(0.02)
+        return int(found.group(1))
+
     def resident_bytes(self):
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) << 10

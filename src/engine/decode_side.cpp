@@ -24,15 +24,13 @@ using transfer::PageReceiver;
 class DecodeSide : public PeerSide {
  public:
   explicit DecodeSide(PeerSetup setup)
-      : model_(setup.model),
+      : PeerSide(std::move(setup.hub)),
+        model_(setup.model),
         pool_(setup.pool),
         on_news_(std::move(setup.on_news)),
-        layer_bytes_(setup.identity.bytes_per_page()),
-        transport_(make_transport(setup.options)),
+        receiver_(hub().receiver()),
         uploads_(model_.make_page_copies()),
         held_(setup.pool),
-        receiver_(*transport_, {std::move(setup.identity), setup.options.key, setup.options.peers,
-                                setup.options.lease_seconds, on_news_}),
         loader_(std::make_unique<TaskThread>("kv-load")) {}
   ~DecodeSide() override {
     loader_.reset();
@@ -56,15 +54,15 @@ class DecodeSide : public PeerSide {
     const bool wanted = usable && (cached == 0 || all - cached > kPageSize);
     auto ticket = std::make_shared<PeerTicket>();
     ticket->prefix_tokens = std::ssize(tokens);
-    count([](TransferStats& s) { ++s.rooms; });
+    hub().count([](TransferStats& s) { ++s.rooms; });
     try {
       ticket->incoming = receiver_.ask(room->host, room->port, room->room, sequence.tokens, wanted);
     } catch (const std::exception& e) {
-      fall_back("refused", e.what());
+      hub().fall_back("refused", e.what());
       return;
     }
     if (!wanted) {
-      fall_back("unneeded");
+      hub().fall_back("unneeded");
       return;
     }
     admit(sequence, std::move(ticket));
@@ -75,7 +73,7 @@ class DecodeSide : public PeerSide {
     PeerTicket& ticket = *sequence.peer_ticket;
     if (!ticket.incoming->settled()) return std::nullopt;
     if (ticket.incoming->arrived()) return ticket.prefix_tokens;
-    fall_back(trouble_name(ticket.incoming->trouble()), ticket.incoming->reason());
+    hub().fall_back(trouble_name(ticket.incoming->trouble()), ticket.incoming->reason());
     forget(sequence);
     return 0;
   }
@@ -100,19 +98,19 @@ class DecodeSide : public PeerSide {
     if (!ticket.done) return std::nullopt;
     const std::int64_t loaded = ticket.loaded;
     if (loaded == ticket.end) {
-      count([&](TransferStats& s) {
+      hub().count([&](TransferStats& s) {
         ++s.handed_over;
         s.bytes += static_cast<std::int64_t>(ticket.incoming->bytes());
         s.seconds += ticket.incoming->seconds();
       });
     } else {
       const transfer::Trouble trouble = ticket.incoming->trouble();
-      fall_back(trouble == transfer::Trouble::kNone ? "memory" : trouble_name(trouble),
-                ticket.incoming->reason());
+      hub().fall_back(trouble == transfer::Trouble::kNone ? "memory" : trouble_name(trouble),
+                      ticket.incoming->reason());
     }
     give_up(ticket);
     sequence.peer_ticket.reset();
-    --open_;
+    --hub().open;
     return loaded;
   }
 
@@ -121,7 +119,7 @@ class DecodeSide : public PeerSide {
   void forget(Sequence& sequence) override {
     const std::shared_ptr<PeerTicket> ticket = std::exchange(sequence.peer_ticket, nullptr);
     if (!ticket) return;
-    --open_;
+    --hub().open;
     if (ticket->loading && !ticket->done) {
       held_.hold(std::move(sequence.pages), [ticket] { return ticket->done.load(); });
       return;
@@ -134,7 +132,6 @@ class DecodeSide : public PeerSide {
     held_.poll();
     receiver_.poll();
   }
-  void add_to(EngineStats& stats) const override { stats.transfer = figures(TransferRole::kDecode); }
 
  private:
   void give_up(PeerTicket& ticket) {
@@ -146,7 +143,7 @@ class DecodeSide : public PeerSide {
       const Buffer bytes = model_.allocate_host(ticket.incoming->bytes());
       if (ticket.incoming->take({bytes.data(), bytes.bytes()})) {
         // What the prefix cache had is not touched: others may read it.
-        std::vector<std::int32_t> pages(bytes.bytes() / layer_bytes_, -1);
+        std::vector<std::int32_t> pages(static_cast<std::size_t>(ticket.incoming->num_pages()), -1);
         for (std::size_t i = 0; i < std::min(pages.size(), ticket.pages.size()); ++i) {
           if (static_cast<std::int64_t>(i) * kPageSize >= ticket.begin) pages[i] = ticket.pages[i];
         }
@@ -164,12 +161,9 @@ class DecodeSide : public PeerSide {
   model::Model& model_;
   kv::PagePool& pool_;
   const std::function<void()> on_news_;
-  const std::size_t layer_bytes_;  // of a page, in all layers
-  std::unique_ptr<transfer::PageTransport> transport_;
+  PageReceiver& receiver_;
   std::unique_ptr<model::PageCopies> uploads_;
   HeldPages held_;
-
-  PageReceiver receiver_;
   std::unique_ptr<TaskThread> loader_;  // last: it uses the others
 };
 

@@ -24,10 +24,6 @@ void check_options(const EngineOptions& options) {
         fmt::format("max_waiting is {}, expected 0 (no bound) or more", options.max_waiting));
   }
   if (options.dp < 1) throw InvalidArgument(fmt::format("dp is {}, expected 1 or more", options.dp));
-  if (options.dp > 1 && options.transfer.role != TransferRole::kNone) {
-    throw Unsupported(
-        fmt::format("transfer with dp {}: pages go between servers of one rank so far", options.dp));
-  }
   if (options.num_threads < 0) {
     throw InvalidArgument(fmt::format("num_threads is {}, expected 0 (all) or more", options.num_threads));
   }

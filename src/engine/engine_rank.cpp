@@ -83,18 +83,24 @@ std::unique_ptr<TierTransfers> make_tiers(model::Model& model, kv::PagePool& poo
 }
 
 // Null without a role.
-std::unique_ptr<PeerLoader> make_peers(model::Model& model, kv::PagePool& pool, const EngineOptions& options,
-                                       const std::string& weights, std::function<void()> on_news) {
+std::shared_ptr<PeerHub> make_hub(const model::Model& model, const EngineOptions& options,
+                                  const std::string& weights, std::function<void()> on_news) {
   const TransferOptions& transfer = options.transfer;
   if (transfer.role == TransferRole::kNone) return nullptr;
   check_transfer(transfer);
-  if (!options.kv_tiers.empty()) throw Unsupported("transfer: not together with kv_tiers yet");
   transfer::Identity identity{fmt::format("{}, quantize {}", weights, static_cast<int>(options.quantize)),
                               model.page_format(), kPageSize, options.batch_invariant,
                               model.layer_page_bytes()};
-  PeerSetup setup{model, pool, transfer, std::move(identity), std::move(on_news)};
-  return transfer.role == TransferRole::kPrefill ? make_prefill_side(std::move(setup))
-                                                 : make_decode_side(std::move(setup));
+  return std::make_shared<PeerHub>(transfer, std::move(identity), std::move(on_news));
+}
+
+// Null without a hub.
+std::unique_ptr<PeerLoader> make_peers(model::Model& model, kv::PagePool& pool, const EngineOptions& options,
+                                       const std::shared_ptr<PeerHub>& hub, std::function<void()> on_news) {
+  if (!hub) return nullptr;
+  PeerSetup setup{model, pool, options.transfer, hub, std::move(on_news)};
+  return options.transfer.role == TransferRole::kPrefill ? make_prefill_side(std::move(setup))
+                                                         : make_decode_side(std::move(setup));
 }
 
 // What keeps a sequence from growing further than min(model, option, cache).
@@ -126,8 +132,12 @@ EngineRank::EngineRank(int rank, const EngineRank* first, std::unique_ptr<model:
       tiers_(make_tiers(*model_, pool_, options, weights,
                         first != nullptr && first->tiers_ ? first->tiers_->tiers() : nullptr,
                         [&inbox] { inbox.wake(); })),
-      peers_(make_peers(*model_, pool_, options, weights, [&inbox] { inbox.wake(); })),
-      loader_(peers_ ? static_cast<PrefixLoader*>(peers_.get()) : tiers_.get()),
+      hub_(first != nullptr ? first->hub_ : make_hub(*model_, options, weights, [&inbox] { inbox.wake(); })),
+      peers_(make_peers(*model_, pool_, options, hub_, [&inbox] { inbox.wake(); })),
+      both_(peers_ && tiers_ ? std::make_unique<RoomsAndTiers>(*peers_, *tiers_, pool_) : nullptr),
+      loader_(both_    ? static_cast<PrefixLoader*>(both_.get())
+              : peers_ ? static_cast<PrefixLoader*>(peers_.get())
+                       : tiers_.get()),
       scheduler_({options.max_batch_size, options.max_tokens_per_step, kMaxScoredTokens,
                   max_drafts_per_step(options)},
                  pool_, loader_),
@@ -152,6 +162,7 @@ EngineRank::~EngineRank() { end_transfers(); }
 void EngineRank::end_transfers() {
   tiers_.reset();
   peers_.reset();
+  hub_.reset();
 }
 
 void EngineRank::add_to(EngineStats& stats) const {

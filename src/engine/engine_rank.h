@@ -8,9 +8,11 @@
 #include "engine/balance.h"
 #include "engine/inbox.h"
 #include "engine/module_drafts.h"
+#include "engine/peer_hub.h"
 #include "engine/peer_loader.h"
 #include "engine/prefix_loader.h"
 #include "engine/requests.h"
+#include "engine/rooms_and_tiers.h"
 #include "engine/scheduler.h"
 #include "engine/speculation.h"
 #include "engine/statistics.h"
@@ -87,8 +89,10 @@ class EngineRank {
   std::unique_ptr<kv::CacheLog> cache_log_;  // null: nobody asks; the pool writes there
   kv::PagePool pool_;
   std::unique_ptr<TierTransfers> tiers_;  // null: there are none
+  std::shared_ptr<PeerHub> hub_;          // of all ranks; null: the engine has no role
   std::unique_ptr<PeerLoader> peers_;     // null: there are none
-  PrefixLoader* loader_;                  // one of these, or null: pages come from nowhere else
+  std::unique_ptr<RoomsAndTiers> both_;   // of these, where there are both
+  PrefixLoader* loader_;                  // the last of these, or null: pages come from nowhere else
   Scheduler scheduler_;
   std::int64_t max_length_;
   Inbox& inbox_;

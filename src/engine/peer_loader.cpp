@@ -47,12 +47,3 @@ void check_transfer(const TransferOptions& o) {
 }
 
 }  // namespace flash_mla
-
-namespace flash_mla::engine {
-
-std::unique_ptr<transfer::PageTransport> make_transport(const TransferOptions& options) {
-  return options.transport == "nixl" ? transfer::make_nixl_transport(options.memory_bytes)
-                                     : transfer::make_shared_memory_transport(options.memory_bytes);
-}
-
-}  // namespace flash_mla::engine

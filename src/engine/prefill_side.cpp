@@ -3,7 +3,7 @@
 #include <chrono>
 #include <exception>
 #include <map>
-#include <mutex>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -22,25 +22,22 @@
 namespace flash_mla::engine {
 namespace {
 
-using transfer::PageSender;
-
 // Pages, in all layers, of a piece that is copied and sent as one.
 constexpr std::int64_t kPiecePages = 8;
 
 class PrefillSide : public PeerSide {
  public:
   explicit PrefillSide(PeerSetup setup)
-      : model_(setup.model),
+      : PeerSide(std::move(setup.hub)),
+        model_(setup.model),
         pool_(setup.pool),
         layerwise_tokens_(setup.options.layerwise_tokens),
-        layer_bytes_(setup.identity.layer_bytes),
-        page_bytes_(setup.identity.bytes_per_page()),
-        transport_(make_transport(setup.options)),
-        memory_(std::make_shared<ChunkMemory>(setup.model, kPiecePages * page_bytes_)),
+        layer_bytes_(setup.model.layer_page_bytes()),
+        memory_(std::make_shared<ChunkMemory>(
+            setup.model,
+            kPiecePages * std::accumulate(layer_bytes_.begin(), layer_bytes_.end(), std::size_t{0}))),
         downloads_(setup.model.make_page_copies()),
-        held_(setup.pool),
-        sender_(*transport_, {std::move(setup.identity), setup.options.host, setup.options.port,
-                              setup.options.key, setup.options.lease_seconds, std::move(setup.on_news)}) {
+        held_(setup.pool) {
     tells_layers_ = model_.set_on_layer([this](int layer) { layer_computed(layer); });
   }
   ~PrefillSide() override {
@@ -54,13 +51,13 @@ class PrefillSide : public PeerSide {
   void look_up(Sequence& sequence, std::span<const std::int32_t> /*tokens*/) override {
     const std::optional<BootstrapRoom> room = std::exchange(sequence.room, std::nullopt);
     if (!room) return;  // none, or it comes back after a preemption
-    count([](TransferStats& s) { ++s.rooms; });
+    hub().count([](TransferStats& s) { ++s.rooms; });
     auto ticket = std::make_shared<PeerTicket>();
     try {
       ticket->prompt_tokens = std::ssize(sequence.tokens);
       ticket->by_layer = ticket->prompt_tokens >= layerwise_tokens_;
       ticket->outgoing =
-          sender_.expect(room->room, transfer::digest_of(sequence.tokens), ticket->prompt_tokens);
+          hub().sender().expect(room->room, transfer::digest_of(sequence.tokens), ticket->prompt_tokens);
     } catch (const std::exception& e) {
       ticket->refused = true;
       refuse(sequence, "refused", e.what());
@@ -92,13 +89,13 @@ class PrefillSide : public PeerSide {
   void forget(Sequence& sequence) override {
     const std::shared_ptr<PeerTicket> ticket = std::exchange(sequence.peer_ticket, nullptr);
     if (!ticket) return;
-    --open_;
+    --hub().open;
     std::erase_if(refused_, [&](const auto& r) { return r.first == &sequence; });
     if (ticket->outgoing && ticket->outgoing->asked()) {
       if (!ticket->finished) {
         thread_of(*ticket).post(
             [out = ticket->outgoing] { out->fail("the prefill server has ended the request"); });
-        fall_back("ended");
+        hub().fall_back("ended");
       }
       hold(sequence, *ticket);
     }
@@ -141,22 +138,17 @@ class PrefillSide : public PeerSide {
     if (!last) return;
     ticket->finished = true;
     const bool whole = ticket->outgoing->wanted();
-    if (!whole) fall_back("left");
+    if (!whole) hub().fall_back("left");
     thread_of(*ticket).post([this, ticket, whole] {
       const bool over = ticket->outgoing->over();
       ticket->outgoing->finish();
       if (!whole) return;
       if (over) {
-        fall_back("left");
+        hub().fall_back("left");
       } else {
-        count([](TransferStats& s) { ++s.handed_over; });
+        hub().count([](TransferStats& s) { ++s.handed_over; });
       }
     });
-  }
-
-  void add_to(EngineStats& stats) const override {
-    stats.transfer = figures(TransferRole::kPrefill);
-    stats.transfer.port = sender_.port();
   }
 
  private:
@@ -235,7 +227,7 @@ class PrefillSide : public PeerSide {
     const Clock::time_point begin = Clock::now();
     const std::size_t sent = ticket.outgoing->write(layer, page, count_, bytes.data());
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-    count([&](TransferStats& s) {
+    hub().count([&](TransferStats& s) {
       s.bytes += static_cast<std::int64_t>(sent);
       s.seconds += seconds;
       if (computing) s.overlapped_seconds += seconds;
@@ -257,16 +249,14 @@ class PrefillSide : public PeerSide {
 
   void refuse(Sequence& sequence, const std::string& why, const std::string& message) {
     refused_.emplace_back(&sequence, message);
-    fall_back(why, message);
+    hub().fall_back(why, message);
   }
 
   model::Model& model_;
   kv::PagePool& pool_;
   const std::int64_t layerwise_tokens_;
   const std::vector<std::size_t> layer_bytes_;
-  const std::size_t page_bytes_;
   bool tells_layers_ = false;
-  std::unique_ptr<transfer::PageTransport> transport_;
   std::shared_ptr<ChunkMemory> memory_;
   std::unique_ptr<model::PageCopies> downloads_;
   std::shared_ptr<model::CopyMark> last_mark_;  // of all copies so far
@@ -274,7 +264,6 @@ class PrefillSide : public PeerSide {
   std::vector<Sequence*> running_;  // sequences of the step that runs whose layers go at once
   std::vector<std::pair<Sequence*, std::string>> refused_;
 
-  PageSender sender_;
   std::map<std::uint64_t, Thread> threads_;  // last: they use the others
 };
 

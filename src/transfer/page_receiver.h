@@ -39,6 +39,7 @@ class IncomingRoom {
   /// From asking to the arrival.
   double seconds() const { return seconds_; }
   std::size_t bytes() const { return layout_.bytes(); }
+  std::int64_t num_pages() const { return layout_.num_pages(); }
 
  private:
   friend class PageReceiver;

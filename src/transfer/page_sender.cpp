@@ -32,6 +32,7 @@ struct OutgoingRoom::Link {
   explicit Link(Connection c) : connection(std::move(c)) {}
   Connection connection;
   std::unique_ptr<Peer> peer;  // once it is welcome
+  std::mutex writing;          // what is made of it: one at a time, whichever rank's pages they are
   std::uint64_t id = 0;
   std::atomic<bool> ended = false;
 
@@ -65,7 +66,10 @@ std::size_t OutgoingRoom::write(int layer, std::int64_t page, std::int64_t count
     sum += piece.bytes;
   }
   try {
-    target_->write(pieces, end_);
+    {
+      const std::lock_guard lock(link_->writing);
+      target_->write(pieces, end_);
+    }
     if (over_) return 0;
     link_->connection.send({{"kind", "wrote"},
                             {"room", room_},

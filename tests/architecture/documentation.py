@@ -4,8 +4,8 @@
     python3 tests/architecture/documentation.py [ROOT]
 
 Exit code 1, with file and line of each, if a page names in `backticks` a path that does not exist, if a page
-docs/life-of-*.md names a function() that no source file does, or if docs/architecture.md leaves a room out or draws other
-arrows than tests/architecture/arrows.py allows.
+docs/life-of-*.md names a function() that no source file does, if docs/api.md leaves a public header out, or if
+docs/architecture.md leaves a room out or draws other arrows than tests/architecture/arrows.py allows.
 """
 
 import pathlib
@@ -70,6 +70,9 @@ def check(root):
     for room in sorted(p for p in (root / "src").iterdir() if p.is_dir()):
         if f"`src/{room.name}/`" not in architecture:
             complaints.append(f"docs/architecture.md: its table leaves out src/{room.name}/")
+    api = (root / "docs/api.md").read_text(encoding="utf-8")
+    headers = sorted(p.name for p in (root / "include/flash_mla").glob("*.h"))
+    complaints += [f"docs/api.md: leaves out {name}" for name in headers if f"`{name}`" not in api]
     allowed = {(room, other) for room, others in arrows.ARROWS.items() for other in others}
     drawn = drawn_arrows(architecture)
     for room, other in sorted(allowed ^ drawn):

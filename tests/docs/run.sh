@@ -18,7 +18,7 @@ awk -v dir="$work" '
   marked && /^```/ { file = dir "/example-" ++count "." substr($0, 4); marked = 0; inside = 1; next }
   inside && /^```$/ { inside = 0; close(file); next }
   inside { print >> file }
-' README.md docs/api.md docs/dynamo.md docs/sparse.md docs/shelf.md
+' README.md docs/api.md docs/dynamo.md docs/indexer.md docs/planner.md docs/sparse.md docs/shelf.md
 for language in c cpp python sh; do
   ls "$work"/example-*."$language" >/dev/null || { echo "no page has a $language example" >&2; exit 1; }
 done

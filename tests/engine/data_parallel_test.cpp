@@ -382,17 +382,5 @@ TEST(EngineOfRanks, AThrowingHandlerEndsItsRequestAlone) {
   EXPECT_EQ(ranks.core.stats().cancelled, 1);
 }
 
-TEST(EngineOfRanks, WhatItCannotDoIsRefused) {
-  EngineOptions o = Harness::defaults();
-  o.dp = 2;
-  o.transfer.role = TransferRole::kDecode;
-  try {
-    Ranks ranks(2, o);
-    ADD_FAILURE() << "a decode server of several ranks";
-  } catch (const Unsupported& e) {
-    EXPECT_STREQ(e.what(), "transfer with dp 2: pages go between servers of one rank so far");
-  }
-}
-
 }  // namespace
 }  // namespace flash_mla::engine

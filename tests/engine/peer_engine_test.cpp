@@ -17,6 +17,7 @@
 
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
+#include "model/temporary_directory.h"
 #include "sanitized.h"
 
 namespace flash_mla {
@@ -243,6 +244,133 @@ TEST(PeerTest, RanksOfEitherSide) {
   }
 }
 
+// Ranks with caches of their own have one address: a room's pages come from whichever computes them, to whichever decodes.
+TEST(PeerTest, RanksWithCachesOfTheirOwn) {
+  EngineOptions o = options();
+  o.max_tokens_per_step = 192;
+  o.transfer.layerwise_tokens = 300;
+  Engine one(kSmall, o);
+  for (const auto& [of_prefill, of_decode] : {std::pair(2, 1), std::pair(1, 2), std::pair(2, 2)}) {
+    SCOPED_TRACE(testing::Message() << of_prefill << " and " << of_decode);
+    EngineOptions ranks = o;
+    ranks.dp = of_prefill;
+    ranks.num_threads = 2;
+    Two two(ranks, kSmall, [&, n = of_decode](EngineOptions& e) { e.dp = n; });
+    // At once, so that all ranks have some.
+    const std::vector<std::size_t> lengths = {200, 210, 500, 510, 40, 64};
+    std::vector<std::shared_ptr<Outcome>> first, whole;
+    for (const std::size_t length : lengths) {
+      const Request r = two.in_room(request(length, 8, length), static_cast<std::int64_t>(length));
+      first.push_back(submit(two.prefill, r));
+      whole.push_back(submit(two.decode, r));
+    }
+    for (std::size_t i = 0; i < lengths.size(); ++i) {
+      wait_until([&] { return first[i]->over && whole[i]->over; });
+      EXPECT_EQ(first[i]->error, "");
+      const Completion alone = one.generate(std::vector{request(lengths[i], 8, lengths[i])}).at(0);
+      EXPECT_EQ(whole[i]->tokens, alone.choices[0].token_ids) << lengths[i];
+    }
+    two.expect_idle();
+    const EngineStats sent = two.prefill.stats(), received = two.decode.stats();
+    EXPECT_EQ(sent.transfer.handed_over, std::ssize(lengths));
+    EXPECT_EQ(received.transfer.handed_over, std::ssize(lengths));
+    EXPECT_EQ(sent.transfer.rooms, std::ssize(lengths));
+    EXPECT_TRUE(received.transfer.fallbacks.empty());
+    for (const EngineStats& stats : {sent, received}) {
+      for (const RankStats& rank : stats.ranks) EXPECT_GT(rank.pages_cached, 0);
+    }
+  }
+}
+
+/// Until the first tier has stored so many tokens.
+void wait_until_stored(const Engine& engine, std::int64_t tokens) {
+  wait_until([&] { return engine.stats().kv_tiers.at(0).tokens_stored >= tokens; });
+}
+
+class PeerTiersTest : public testing::TestWithParam<int> {};  // ranks with caches of their own
+
+INSTANTIATE_TEST_SUITE_P(Ranks, PeerTiersTest, testing::Values(1, 2));
+
+// What the prefill side's tiers have is sent, too, and not computed.
+TEST_P(PeerTiersTest, APrefillSideSendsWhatItsTiersHave) {
+  const TemporaryDirectory directory;
+  EngineOptions o = options();
+  o.max_tokens_per_step = 256;  // what is loaded is computed as what was stored
+  o.dp = GetParam();
+  o.num_threads = GetParam();
+  EngineOptions with_tier = o;
+  with_tier.kv_tiers = {"file:" + directory.path().string() + ",1GiB"};
+  with_tier.kv_tier_wait_seconds = 100;  // the machine may be busy
+  const Request r = request(700);
+  Completion alone;
+  {
+    Engine one(kSmall, with_tier);
+    alone = one.generate(std::vector{r}).at(0);
+    wait_until_stored(one, 512);
+  }
+  for (const std::int64_t layerwise : {8192, 300}) {
+    with_tier.transfer.layerwise_tokens = layerwise;
+    Two two(with_tier, kSmall, [](EngineOptions& e) { e.kv_tiers.clear(); });
+    expect_equal(two.run(r, 1), alone);
+    EXPECT_EQ(two.prefill.stats().kv_tiers.at(0).tokens_loaded, 512);
+    std::int64_t computed = 0;
+    for (const StepRecord& step : two.prefill.timeline()) computed += step.prefill_tokens;
+    EXPECT_EQ(computed, 700 - 512);
+    EXPECT_EQ(two.decode.stats().transfer.handed_over, 1);
+    EXPECT_TRUE(two.decode.stats().kv_tiers.empty());
+    two.expect_idle();
+    // Nothing is asked for whose pages nobody wants: a room without a decode server ends as it does without tiers.
+    RequestId id = 0;
+    const auto waits = submit(two.prefill, two.in_room(request(700, 8, 2), 2), &id);
+    two.prefill.cancel(id);
+    wait_until([&] { return waits->over.load(); });
+    EXPECT_EQ(two.prefill.stats().kv_tiers.at(0).tokens_looked_up, 512);
+    two.expect_idle();
+  }
+}
+
+// A decode side's tiers get what comes from the prefill side, and stand in for it.
+TEST_P(PeerTiersTest, ADecodeSideAsksItsTiersWhereNoPagesCome) {
+  const TemporaryDirectory directory;
+  EngineOptions o = options();
+  o.max_tokens_per_step = 256;
+  o.dp = GetParam();
+  o.num_threads = GetParam();
+  o.transfer.lease_seconds = 100;
+  Engine one(kSmall, o);
+  const auto with_tier = [&](EngineOptions& e) {
+    e.kv_tiers = {"file:" + directory.path().string() + ",1GiB"};
+    e.kv_tier_wait_seconds = 100;
+  };
+  const Request r = request(700), other = request(600, 8, 2);
+  const Completion alone = one.generate(std::vector{r}).at(0);
+  {
+    Two two(o, kSmall, with_tier);
+    expect_equal(two.run(r, 1), alone);
+    EXPECT_EQ(two.decode.stats().transfer.handed_over, 1);
+    EXPECT_EQ(two.decode.stats().kv_tiers.at(0).tokens_looked_up, 0) << "the room goes first";
+    wait_until_stored(two.decode, 512);
+    two.expect_idle();
+  }
+  // One that has none of it in its cache, and a prefill server that is gone.
+  Two two(o, kSmall, [&](EngineOptions& e) {
+    with_tier(e);
+    e.transfer.peers = {"*"};
+  });
+  Request nobody = r;
+  nobody.bootstrap = BootstrapRoom{"127.0.0.1", 1, 1};
+  const Completion loaded = two.decode.generate(std::vector{nobody}).at(0);
+  expect_equal(loaded, alone);
+  EXPECT_EQ(loaded.usage.cached_tokens, 512);
+  EXPECT_EQ(two.decode.stats().kv_tiers.at(0).tokens_loaded, 512);
+  EXPECT_EQ(fallbacks(two.decode, "gone"), 1);
+  // Without a room, and with one for what no tier has.
+  expect_equal(two.decode.generate(std::vector{other}).at(0), one.generate(std::vector{other}).at(0));
+  expect_equal(two.run(request(600, 8, 3), 3), one.generate(std::vector{request(600, 8, 3)}).at(0));
+  EXPECT_EQ(two.decode.stats().transfer.handed_over, 1);
+  two.expect_idle();
+}
+
 TEST(PeerTest, WhatARequestAsksForIsAnswered) {
   EngineOptions o = options();
   Engine one(kSmall, o);
@@ -385,7 +513,7 @@ TEST(PeerTest, OptionsAreCheckedBeforeTheModel) {
 
 // Requests of all kinds at once, in caches and memory that are too small for all of them, some cancelled on either side,
 // some given to one side alone: each ends, whole answers are what they are alone, and nothing stays behind.
-TEST(PeerTest, RandomRequestsLeakNothing) {
+void random_requests(const std::function<void(EngineOptions&)>& change) {
   const char* const asked = std::getenv("FLASH_MLA_TRANSFER_REQUESTS");
   constexpr int kCount = unless_sanitized(40, 8);
   const int count = asked != nullptr ? std::atoi(asked) : kCount;
@@ -397,6 +525,7 @@ TEST(PeerTest, RandomRequestsLeakNothing) {
   o.transfer.layerwise_tokens = 300;
   Engine one(kSmall, options());
   o.transfer.memory_bytes = 30 * one.stats().bytes_per_page;
+  change(o);
   Two two(o);
   std::mt19937 random(1);
   std::map<std::pair<std::size_t, std::size_t>, std::vector<std::int32_t>> alone;
@@ -459,6 +588,20 @@ TEST(PeerTest, RandomRequestsLeakNothing) {
       if (fs::read_symlink(file.path(), gone).string().starts_with("/memfd:flash-mla-")) return false;
     }
     return true;
+  });
+}
+
+TEST(PeerTest, RandomRequestsLeakNothing) {
+  random_requests([](EngineOptions&) {});
+}
+
+TEST(PeerTest, RandomRequestsOnRanksWithTiersLeakNothing) {
+  const TemporaryDirectory directory;
+  random_requests([&](EngineOptions& o) {
+    o.dp = 2;
+    o.num_threads = 2;
+    // Too small for all chunks; both sides share the directory.
+    o.kv_tiers = {"ram:6MiB", "file:" + directory.path().string() + ",12MiB"};
   });
 }
 

@@ -12,17 +12,11 @@ import pytest
 from live_server import PROGRAM, ROOT, Server, wait_for
 
 SMALL = ROOT / "models" / "small"
+# On a GPU: "--device cuda --load-format dummy", say.
+FLAGS = tuple(os.environ.get("FLASH_MLA_TRANSFER_FLAGS", "--precision fp32 --threads 1").split())
 PROMPT = "And it came to pass in those days, that there went out a decree. " * 20  # about 300 tokens
 # The last bits of a sequence's logits are the same whatever runs beside it.
-COMMON = (
-    "--precision",
-    "fp32",
-    "--batch-invariant",
-    "--threads",
-    "1",
-    "--transport",
-    os.environ.get("TRANSPORT", "shm"),
-)
+COMMON = (*FLAGS, "--batch-invariant", "--transport", os.environ.get("TRANSPORT", "shm"))
 
 
 def prefill_server(*flags, **kw):
@@ -72,7 +66,7 @@ def fallbacks(server, reason):
 
 @pytest.fixture(scope="module")
 def alone():
-    server = Server(SMALL, *COMMON[:5])
+    server = Server(SMALL, *FLAGS, "--batch-invariant")
     yield lambda **fields: text_of(server.json("/v1/completions", body(**fields)))
     assert server.stop() == 0
 
@@ -100,6 +94,35 @@ def test_the_answer_is_one_servers(alone):
     assert text_of(prefill.json("/v1/completions", body())) == alone()
     assert prefill.stop() == 0
     assert decode.stop() == 0
+
+
+@pytest.mark.parametrize("dp", ["1", "2"])
+def test_tiers_and_ranks_beside_a_role(alone, tmp_path, dp):
+    tier = ("--kv-tier", f"file:{tmp_path},1GiB", "--kv-tier-wait", "60")
+    prefill = prefill_server("--dp", dp, "--max-tokens-per-step", "256", *tier)
+    decode = decode_server(prefill, flags=("--dp", dp, "--max-tokens-per-step", "256", *tier))
+    router = Router(prefill, decode)
+    started = [(prompt, *router.start(prompt=prompt)) for prompt in (f"{i} {PROMPT}" for i in range(4))]
+    for prompt, first, whole in started:
+        assert first.result()[0] == 200
+        assert text_of(json.loads(whole.result()[1])) == alone(prompt=prompt)
+    wait_for(lambda: decode.metric("mla_transfer_handed_over_total") == 4, "not all are handed over")
+    wait_for(lambda: prefill.metric('mla_kv_tier_tokens_stored_total{tier="file"}') >= 4 * 256, "not all is stored")
+    assert prefill.stop() == 0
+    # Another, whose cache is empty, loads them and hands them over; and none loses an answer.
+    other = prefill_server("--dp", dp, "--max-tokens-per-step", "256", *tier)
+    assert text_of(decode.json("/v1/completions", body(99, prefill.bootstrap_port))) == alone()
+    fresh = decode_server(other, flags=("--dp", dp))
+    router = Router(other, fresh)
+    for prompt, _, _ in started:
+        first, whole = router.start(prompt=prompt)
+        assert first.result()[0] == 200
+        assert text_of(json.loads(whole.result()[1])) == alone(prompt=prompt)
+    assert other.metric('mla_kv_tier_tokens_loaded_total{tier="file"}') == 4 * 256
+    wait_for(lambda: fresh.metric("mla_transfer_handed_over_total") == 4, "not all are handed over")
+    for server in (other, decode, fresh):
+        server.wait_until_idle()
+        assert server.stop() == 0
 
 
 def test_a_prefill_server_that_is_killed_costs_no_answer(alone):

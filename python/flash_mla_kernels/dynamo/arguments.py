@@ -62,12 +62,9 @@ def _parser():
 
 def parse(argv=None):
     """The options; ends the process with what is wrong with them."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     arguments.served_model_name = arguments.served_model_name or Path(arguments.model).resolve().name
     arguments.component = arguments.component or ("prefill" if arguments.disaggregation_mode == "prefill" else "backend")
-    if arguments.kv_tier and arguments.disaggregation_mode != "agg":
-        parser.error("--kv-tier with --disaggregation-mode prefill or decode: there are no tiers beside a role yet")
     return arguments
 
 
