@@ -13,6 +13,7 @@ many different tokens the batch's requests end with; random weights in which the
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -75,14 +76,17 @@ def make_weights_of_their_own():
     import torch  # noqa: PLC0415
     from vllm.model_executor.model_loader import dummy_loader  # noqa: PLC0415
 
+    seeds = itertools.count()  # vLLM calls once for the model, or once for each layer
+
     def fill(model, *_, **__):
-        for seed, (name, weight) in enumerate(model.state_dict().items()):
+        for name, weight in model.state_dict().items():
             if not torch.is_floating_point(weight):
                 continue
-            if "norm" in name.rsplit(".", 2)[-2] or "norm" in name.rsplit(".", 1)[-1]:
+            owner, _, own_name = name.rpartition(".")
+            if "norm" in f"{type(model.get_submodule(owner)).__name__}.{own_name}".lower():
                 weight.fill_(1)
                 continue
-            generator = torch.Generator(weight.device).manual_seed(seed)
+            generator = torch.Generator(weight.device).manual_seed(next(seeds))
             if weight.element_size() > 1:
                 weight.uniform_(-0.035, 0.035, generator=generator)
             else:  # FP8 is not made in place
