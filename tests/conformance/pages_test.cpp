@@ -168,8 +168,8 @@ TEST_P(Pages, TokensWithoutAPlaceArePassedOver) {
   append_pages(a);
   std::vector<std::uint8_t> expected = pool.bytes;
   pool.download();
-  std::memcpy(&expected[(4 * 4 + 1) * 8], &key.bytes[4 * 8], 8);  // token 4: position 9, page 4
-  std::memcpy(&expected[(3 * 4 + 2) * 8], &key.bytes[5 * 8], 8);  // token 5: position 6 of the last, page 3
+  std::memcpy(&expected[std::size_t{136}], &key.bytes[std::size_t{32}], 8);  // token 4: slot 1 of page 4
+  std::memcpy(&expected[std::size_t{112}], &key.bytes[std::size_t{40}], 8);  // token 5: slot 2 of page 3
   EXPECT_EQ(pool.bytes, expected);
   // Tokens behind all sequences.
   Tensor more(*GetParam(), DType::kInt32, {9}), positions(*GetParam(), DType::kInt64, {9});
