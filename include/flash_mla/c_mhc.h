@@ -33,6 +33,7 @@ typedef struct flash_mla_mhc_options {
   float norm_eps;          /* default 1e-6 */
   int32_t sinkhorn_repeat; /* default 20 */
   int32_t num_threads;     /* default 0: as many as OpenMP would use */
+  void* stream;            /* cudaStream_t, of tensors on a GPU; default NULL */
 } flash_mla_mhc_options;
 
 /* Fills *options with the defaults. */
@@ -44,10 +45,10 @@ FLASH_MLA_API flash_mla_status flash_mla_mhc_pre(const DLTensor* residual,
                                                  const flash_mla_mhc_mixes* mixes,
                                                  const flash_mla_mhc_options* options);
 
-/* See flash_mla::mhc_post; out is written. num_threads 0: as many as OpenMP would use. */
+/* See flash_mla::mhc_post; out is written. num_threads 0: as many as OpenMP would use. stream: cudaStream_t, of tensors on a GPU. */
 FLASH_MLA_API flash_mla_status flash_mla_mhc_post(const DLTensor* x, const DLTensor* residual,
                                                   const DLTensor* post, const DLTensor* comb, DLTensor* out,
-                                                  int32_t num_threads);
+                                                  int32_t num_threads, void* stream);
 
 /* See flash_mla::mhc_post_pre; out is written. options may be NULL. */
 FLASH_MLA_API flash_mla_status flash_mla_mhc_post_pre(const DLTensor* x, const DLTensor* residual,

@@ -33,7 +33,8 @@ struct MhcOptions {
   float sinkhorn_eps = 1e-6f;
   int sinkhorn_repeat = 20;  ///< 1 to 1000
   float norm_eps = 1e-6f;    ///< of MhcWeights::norm
-  int num_threads = 0;       ///< threads to run on; 0 means as many as OpenMP would use
+  int num_threads = 0;       ///< CPU: threads to run on; 0 means as many as OpenMP would use
+  void* stream = nullptr;    ///< CUDA: the cudaStream_t to launch on
   Backend backend = Backend::kAuto;
 };
 
@@ -45,9 +46,10 @@ struct MhcMixes {
 };
 
 /// layer_input = sum over s of pre[s] * residual[s], and the token's post and comb, all of which are written. residual: (tokens,
-/// n, d) float32 | float16 | bfloat16, last dimension contiguous. Sums are float32 in an order that depends on n and d alone,
-/// results are rounded once. On the CPU; tensors of a GPU throw Unsupported. Throws InvalidArgument (argument, value, what was
-/// expected).
+/// n, d) float32 | float16 | bfloat16, last dimension contiguous. Sums are float32 in an order that depends on shapes, dtype and
+/// alignment alone, results are rounded once. On a GPU (made for bfloat16, 4 streams and d a multiple of 256) the work is queued on
+/// options.stream and may be captured; nothing is allocated. Throws InvalidArgument (argument, value, what was expected) or
+/// Unsupported.
 FLASH_MLA_API void mhc_pre(const TensorView& residual, const MhcWeights& weights, const MhcMixes& mixes,
                            const MhcOptions& options = {});
 

@@ -25,7 +25,7 @@ struct RmsNormOptions {
 };
 
 /// out = x / sqrt(mean(x^2) + eps) * (weight + weight_offset).
-/// x, out: (n, d), one dtype; weight: (d), that dtype or float32. out may be x. An out of uint8 is e4m3, on the CPU: what
+/// x, out: (n, d), one dtype; weight: (d), that dtype or float32. out may be x. An out of uint8 is e4m3: what
 /// would be rounded to x's dtype is divided by norm.out_scale and rounded to the nearest e4m3, at most 448 in magnitude.
 FLASH_MLA_API void rms_norm(const TensorView& x, const TensorView& weight, const TensorView& out,
                             const RmsNormOptions& norm = {}, const RowOptions& options = {});

@@ -1,4 +1,4 @@
-"""FlashInfer's names for hyper-connections: part of flash_mla_kernels.flashinfer, which says what holds for all of it. On the CPU."""
+"""FlashInfer's names for hyper-connections: part of flash_mla_kernels.flashinfer, which says what holds for all of it."""
 
 from typing import Optional, Tuple
 

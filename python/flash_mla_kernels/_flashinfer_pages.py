@@ -1,6 +1,6 @@
 """FlashInfer's names for pages: part of flash_mla_kernels.flashinfer, which says what holds for all of it.
 
-On the CPU the library's own calls, which check every number; on a GPU torch's indexing, in which nothing synchronises.
+The library's own calls: on the CPU they check every number, on a GPU nothing synchronises.
 """
 
 from typing import Optional, Tuple
@@ -12,10 +12,7 @@ from ._pages import append_pages, batch_positions, paged_seqlens
 
 def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
     """Tokens of each sequence; 0 of one without pages."""
-    if not kv_indptr.is_cuda:
-        return paged_seqlens(kv_indptr, kv_last_page_len, page_size)
-    pages = kv_indptr[1:] - kv_indptr[:-1]
-    return torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0).to(torch.int32)
+    return paged_seqlens(kv_indptr, kv_last_page_len, page_size)
 
 
 def get_batch_indices_positions(
@@ -30,13 +27,7 @@ def get_batch_indices_positions(
     sequences, places = (
         torch.empty(nnz, dtype=torch.int32, device=device) if x is None else x for x in (batch_indices, positions)
     )
-    if not append_indptr.is_cuda:
-        return batch_positions(append_indptr, seq_lens, nnz, out=(sequences, places))
-    counts = (append_indptr[1:] - append_indptr[:-1]).long()
-    sequences.copy_(torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=nnz))
-    first = seq_lens.to(device).long() - counts - append_indptr[:-1].long()
-    places.copy_(torch.arange(nnz, device=device) + first[sequences.long()])
-    return sequences, places
+    return batch_positions(append_indptr, seq_lens.to(device), nnz, out=(sequences, places))
 
 
 def append_paged_kv_cache(
@@ -52,12 +43,7 @@ def append_paged_kv_cache(
 ) -> None:
     """Writes keys and values (tokens, kv heads, d) to their places in the pages."""
     caches = pools(paged_kv_cache, kv_layout)
-    if not append_key.is_cuda:
-        append_pages(append_key, append_value, batch_indices, positions, kv_indptr, kv_indices, *caches)
-        return
-    places = _places(batch_indices, positions, kv_indices, kv_indptr, caches[0].shape[1])
-    for pool, rows in zip(caches, (append_key, append_value)):
-        pool[places] = rows
+    append_pages(append_key, append_value, batch_indices, positions, kv_indptr, kv_indices, *caches)
 
 
 def append_paged_mla_kv_cache(
@@ -75,11 +61,8 @@ def append_paged_mla_kv_cache(
     for rows, pool in ((append_ckv, ckv_cache), (append_kpe, kpe_cache)):
         if pool is None:
             continue
-        if rows.is_cuda:
-            pool[_places(batch_indices, positions, kv_indices, kv_indptr, pool.shape[1])] = rows
-        else:
-            heads = (rows.unsqueeze(1), None)
-            append_pages(*heads, batch_indices, positions, kv_indptr, kv_indices, pool.unsqueeze(2))
+        heads = (rows.unsqueeze(1), None)
+        append_pages(*heads, batch_indices, positions, kv_indptr, kv_indices, pool.unsqueeze(2))
 
 
 def pools(paged_kv_cache, layout: str) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -99,10 +82,3 @@ def tokens_first(x: torch.Tensor, layout: str, heads: int) -> torch.Tensor:
     if layout not in ("NHD", "HND"):
         raise ValueError(f'kv_layout is {layout!r}, expected "NHD" or "HND"')
     return x if layout == "NHD" else x.transpose(heads - 1, heads)
-
-
-def _places(batch_indices, positions, kv_indices, kv_indptr, page_size: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Page and row of each token, given its sequence and its position there."""
-    positions = positions.long()
-    pages = kv_indices.long()[kv_indptr.long()[batch_indices.long()] + positions // page_size]
-    return pages, positions % page_size

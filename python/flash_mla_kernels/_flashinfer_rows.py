@@ -38,7 +38,7 @@ def rmsnorm_quant(
     eps: float = 1e-6,
     enable_pdl: Optional[bool] = None,
 ) -> None:
-    """out (tokens, d) float8_e4m3fn: rmsnorm over scale. On the CPU."""
+    """out (tokens, d) float8_e4m3fn: rmsnorm over scale."""
     _e4m3(out)
     rms_norm(input, weight, eps=eps, out=out, out_scale=_number(scale))
 
@@ -74,7 +74,7 @@ def fused_add_rmsnorm_quant(
     eps: float = 1e-6,
     enable_pdl: Optional[bool] = None,
 ) -> None:
-    """residual += input; out (tokens, d) float8_e4m3fn = rmsnorm(residual) over scale. On the CPU."""
+    """residual += input; out (tokens, d) float8_e4m3fn = rmsnorm(residual) over scale."""
     _e4m3(out)
     add_rms_norm(input, residual, weight, eps=eps, out=out, out_scale=_number(scale))
 

@@ -3,7 +3,7 @@
 from typing import Optional, Tuple
 
 from . import _C
-from ._arrays import Array, empty, shape_of
+from ._arrays import Array, cuda_device, current_stream, empty, shape_of
 
 
 def mhc_pre(
@@ -31,14 +31,13 @@ def mhc_pre(
     columns. The layer's input is the sum of pre[s] * residual[s]; with ``norm`` (d,) its RMSNorm.
 
     Returns post (tokens, n) float32, comb (tokens, n, n) float32, from stream and to stream, and the layer's input (tokens, d)
-    of residual's dtype. ``reference`` computes in float64 and returns that. On the CPU; a GPU's tensors raise
-    NotImplementedError. Raises ValueError naming the argument.
+    of residual's dtype. ``reference`` computes in float64 and returns that, on the CPU. On a GPU the work is queued on torch's
+    current stream. Raises ValueError naming the argument.
     """
     tensors = dict(residual=residual, fn=fn, scale=scale, base=base, norm=norm)
     _put_mixes(tensors, residual, reference)
-    _C.mhc(
-        tensors, rms_eps, pre_eps, post_mult, sinkhorn_eps, sinkhorn_repeat, norm_eps, num_threads, reference=reference
-    )
+    numbers = (rms_eps, pre_eps, post_mult, sinkhorn_eps, sinkhorn_repeat, norm_eps, num_threads)
+    _C.mhc(tensors, *numbers, reference=reference, stream=current_stream(cuda_device(residual)))
     return tensors["next_post"], tensors["next_comb"], tensors["layer_input"]
 
 
@@ -60,9 +59,9 @@ def mhc_post(
     shape = shape_of(residual, "residual", 3)
     if out is None:
         out = empty(shape, residual, "float64" if reference else None)
-    _C.mhc(
-        dict(x=x, residual=residual, post=post, comb=comb, out=out), num_threads=num_threads, reference=reference
-    )
+    tensors = dict(x=x, residual=residual, post=post, comb=comb, out=out)
+    stream = current_stream(cuda_device(residual))
+    _C.mhc(tensors, num_threads=num_threads, reference=reference, stream=stream)
     return out
 
 
@@ -92,7 +91,8 @@ def mhc_post_pre(
     out = empty(shape_of(residual, "residual", 3), residual) if out is None else out
     tensors = dict(x=x, residual=residual, post=post, comb=comb, fn=fn, scale=scale, base=base, norm=norm, out=out)
     _put_mixes(tensors, residual, False)
-    _C.mhc(tensors, rms_eps, pre_eps, post_mult, sinkhorn_eps, sinkhorn_repeat, norm_eps, num_threads)
+    numbers = (rms_eps, pre_eps, post_mult, sinkhorn_eps, sinkhorn_repeat, norm_eps, num_threads)
+    _C.mhc(tensors, *numbers, stream=current_stream(cuda_device(residual)))
     return out, tensors["next_post"], tensors["next_comb"], tensors["layer_input"]
 
 

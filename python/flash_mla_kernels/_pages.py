@@ -26,13 +26,13 @@ def append_pages(
     page_indptr: (b + 1,). k_cache: (num_pages, page_size, h, d), v_cache: (num_pages, page_size, h, d_v), their last dimension
     contiguous; a pool in HND order is passed as ``pool.transpose(1, 2)``, latents as one head. Integers are int32 or int64.
 
-    On the CPU; a GPU's tensors raise NotImplementedError. All numbers are checked before anything is written. Raises ValueError
-    naming the argument.
+    On the CPU all numbers are checked before anything is written. On a GPU, where the work is queued on torch's current stream,
+    tokens whose numbers lead to no page are written nowhere. Raises ValueError naming the argument.
     """
     tensors = dict(key=key, value=value, k_cache=k_cache, v_cache=v_cache)
     tensors = {name: as_bytes(x) for name, x in tensors.items()}
     tensors.update(batch_indices=batch_indices, positions=positions, page_indptr=page_indptr, page_indices=page_indices)
-    _C.append_pages(tensors, num_threads)
+    _C.append_pages(tensors, num_threads, stream=current_stream(cuda_device(key)))
 
 
 def batch_positions(
@@ -41,21 +41,24 @@ def batch_positions(
     """The sequence and the position of each of n new tokens, those of a sequence being its last ones: both (n,) int32, or ``out``.
 
     indptr: (b + 1,), tokens indptr[i] to indptr[i + 1] - 1 belong to sequence i, from 0 to n; seqlens: (b,), with the new
-    tokens. int32 or int64, on the CPU. Raises ValueError naming the argument.
+    tokens. int32 or int64. On a GPU tokens behind indptr[b] get -1, which append_pages passes over. Raises ValueError naming the
+    argument.
     """
     n = count(n, "n", 0)
     sequences, positions = (empty((n,), indptr, "int32") for _ in range(2)) if out is None else out
-    _C.batch_positions(dict(indptr=indptr, seqlens=seqlens, batch_indices=sequences, positions=positions))
+    tensors = dict(indptr=indptr, seqlens=seqlens, batch_indices=sequences, positions=positions)
+    _C.batch_positions(tensors, stream=current_stream(cuda_device(indptr)))
     return sequences, positions
 
 
 def paged_seqlens(page_indptr: Array, last_page_len: Array, page_size: int) -> Array:
     """The length (b,) int32 of each sequence, all of whose pages but the last are full; 0 of one without pages.
 
-    page_indptr: (b + 1,), last_page_len: (b,), int32 or int64, on the CPU. Raises ValueError naming the argument.
+    page_indptr: (b + 1,), last_page_len: (b,), int32 or int64. Raises ValueError naming the argument.
     """
     seqlens = empty(shape_of(last_page_len, "last_page_len", 1), last_page_len, "int32")
-    _C.paged_seqlens(dict(page_indptr=page_indptr, last_page_len=last_page_len, seqlens=seqlens), page_size)
+    tensors = dict(page_indptr=page_indptr, last_page_len=last_page_len, seqlens=seqlens)
+    _C.paged_seqlens(tensors, page_size, stream=current_stream(cuda_device(page_indptr)))
     return seqlens
 
 
@@ -64,8 +67,8 @@ def merge_states_in_place(
 ) -> None:
     """merge_states of (out, lse) and (other_out, other_lse) into out and lse.
 
-    out, other_out: (b, s_q, h_q, d), lse, other_lse: (b, h_q, s_q) float32, as merge_states takes them. ``mask`` (b, s_q) uint8,
-    on the CPU: queries where it is 0 stay as they are.
+    out, other_out: (b, s_q, h_q, d), lse, other_lse: (b, h_q, s_q) float32, as merge_states takes them. ``mask`` (b, s_q) uint8:
+    queries where it is 0 stay as they are.
     """
     if base not in ("e", "2"):
         raise ValueError(f'base is {base!r}, expected "e" or "2"')

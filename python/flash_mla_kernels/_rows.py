@@ -21,8 +21,7 @@ def rms_norm(
 
     x: (n, d) float32, float16 or bfloat16, its last dimension contiguous; weight: (d,), x's dtype or float32. ``out``, x's
     dtype by default, may be x itself; one of float8_e4m3fn (or uint8, its bytes) gets the nearest e4m3 of value / out_scale,
-    at most 448, on the CPU. Returns ``out``. On a GPU the work is queued on torch's current stream. Raises ValueError naming
-    the argument, NotImplementedError for e4m3 on a GPU.
+    at most 448. Returns ``out``. On a GPU the work is queued on torch's current stream. Raises ValueError naming the argument.
     """
     return _norm(x, None, weight, eps, weight_offset, out, out_scale, num_threads)
 

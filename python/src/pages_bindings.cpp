@@ -14,7 +14,7 @@ using namespace nb::literals;
 namespace flash_mla::python {
 namespace {
 
-void py_append_pages(nb::dict tensors, nb::handle num_threads) {
+void py_append_pages(nb::dict tensors, nb::handle num_threads, std::uintptr_t stream) {
   Tensors t(std::move(tensors));
   PageAppendArgs args;
   args.key = t("key");
@@ -27,18 +27,24 @@ void py_append_pages(nb::dict tensors, nb::handle num_threads) {
   args.v_cache = t("v_cache");
   RowOptions options;
   options.num_threads = int_argument(num_threads, "num_threads", 0);
+  options.stream = reinterpret_cast<void*>(stream);
   nb::gil_scoped_release release;
   append_pages(args, options);
 }
 
-void py_batch_positions(nb::dict tensors) {
+void py_batch_positions(nb::dict tensors, std::uintptr_t stream) {
   Tensors t(std::move(tensors));
-  batch_positions(t("indptr"), t("seqlens"), t("batch_indices"), t("positions"));
+  RowOptions options;
+  options.stream = reinterpret_cast<void*>(stream);
+  batch_positions(t("indptr"), t("seqlens"), t("batch_indices"), t("positions"), options);
 }
 
-void py_paged_seqlens(nb::dict tensors, nb::handle page_size) {
+void py_paged_seqlens(nb::dict tensors, nb::handle page_size, std::uintptr_t stream) {
   Tensors t(std::move(tensors));
-  paged_seqlens(t("page_indptr"), t("last_page_len"), int_argument(page_size, "page_size", 1), t("seqlens"));
+  RowOptions options;
+  options.stream = reinterpret_cast<void*>(stream);
+  paged_seqlens(t("page_indptr"), t("last_page_len"), int_argument(page_size, "page_size", 1), t("seqlens"),
+                options);
 }
 
 void py_merge_states_in_place(nb::dict tensors, bool base2, std::uintptr_t stream) {
@@ -53,9 +59,9 @@ void py_merge_states_in_place(nb::dict tensors, bool base2, std::uintptr_t strea
 }  // namespace
 
 void bind_pages(nb::module_& m) {
-  m.def("append_pages", &py_append_pages, "tensors"_a, "num_threads"_a.none() = 0);
-  m.def("batch_positions", &py_batch_positions, "tensors"_a);
-  m.def("paged_seqlens", &py_paged_seqlens, "tensors"_a, "page_size"_a.none());
+  m.def("append_pages", &py_append_pages, "tensors"_a, "num_threads"_a.none() = 0, "stream"_a = 0);
+  m.def("batch_positions", &py_batch_positions, "tensors"_a, "stream"_a = 0);
+  m.def("paged_seqlens", &py_paged_seqlens, "tensors"_a, "page_size"_a.none(), "stream"_a = 0);
   m.def("merge_states_in_place", &py_merge_states_in_place, "tensors"_a, "base2"_a, "stream"_a = 0);
 }
 

@@ -35,6 +35,7 @@ MhcOptions options_of(const flash_mla_mhc_options* given) {
   options.norm_eps = o.norm_eps;
   options.sinkhorn_repeat = o.sinkhorn_repeat;
   options.num_threads = o.num_threads;
+  options.stream = o.stream;
   return options;
 }
 
@@ -43,8 +44,8 @@ MhcOptions options_of(const flash_mla_mhc_options* given) {
 void flash_mla_mhc_options_init(flash_mla_mhc_options* options) {
   if (options == nullptr) return;
   const MhcOptions o;
-  *options = {o.rms_eps,  o.pre_eps,         o.post_mult,  o.sinkhorn_eps,
-              o.norm_eps, o.sinkhorn_repeat, o.num_threads};
+  *options = {o.rms_eps,  o.pre_eps,         o.post_mult,   o.sinkhorn_eps,
+              o.norm_eps, o.sinkhorn_repeat, o.num_threads, o.stream};
 }
 
 flash_mla_status flash_mla_mhc_pre(const DLTensor* residual, const flash_mla_mhc_weights* weights,
@@ -55,10 +56,11 @@ flash_mla_status flash_mla_mhc_pre(const DLTensor* residual, const flash_mla_mhc
 }
 
 flash_mla_status flash_mla_mhc_post(const DLTensor* x, const DLTensor* residual, const DLTensor* post,
-                                    const DLTensor* comb, DLTensor* out, int32_t num_threads) {
+                                    const DLTensor* comb, DLTensor* out, int32_t num_threads, void* stream) {
   return guarded([&] {
     MhcOptions options;
     options.num_threads = num_threads;
+    options.stream = stream;
     mhc_post(view(x, "x"), view(residual, "residual"), view(post, "post"), view(comb, "comb"),
              view(out, "out"), options);
   });

@@ -71,12 +71,8 @@ void merge(const TensorView& out_a, const TensorView& lse_a, const TensorView& o
     check_same_device(mask, "mask", out_a, names.out_a);
   }
   const bool on_gpu = api::backend_of(Backend::kAuto, out_a, names.out_a) == Backend::kSm90;
-  if (on_gpu && mask.defined()) {
-    throw Unsupported(
-        fmt::format("mask is {}; merge_states_in_place takes one on the CPU alone", mask.describe()));
-  }
   if (out.numel() == 0) return;
-  if (on_gpu) return sm90::merge_states(out_a, lse_a, out_b, lse_b, out, lse, base, stream);
+  if (on_gpu) return sm90::merge_states(out_a, lse_a, out_b, lse_b, out, lse, mask, base, stream);
   cpu::merge_states(out_a, lse_a, out_b, lse_b, out, lse, base, mask);
 }
 

@@ -125,11 +125,14 @@ void check_options(const MhcOptions& o) {
   if (o.num_threads < 0) invalid("num_threads is {}, expected >= 0", o.num_threads);
 }
 
-int host_threads(const TensorView& residual, const MhcOptions& o) {
-  if (api::backend_of(o.backend, residual, "residual") != Backend::kCpu) {
-    throw Unsupported(fmt::format("residual is {}; hyper-connections run on the CPU", residual.describe()));
-  }
-  return cpu::threads_of_call(o.num_threads);
+bool on_gpu(const TensorView& residual, const MhcOptions& o) {
+  return api::backend_of(o.backend, residual, "residual") == Backend::kSm90;
+}
+
+/// A reference's tensors are the host's.
+void check_on_host(const TensorView& residual, const MhcOptions& o) {
+  if (!on_gpu(residual, o)) return;
+  throw Unsupported(fmt::format("residual is {}; the reference runs on the CPU", residual.describe()));
 }
 
 }  // namespace
@@ -140,7 +143,8 @@ void mhc_pre(const TensorView& residual, const MhcWeights& weights, const MhcMix
   checks.weights(weights);
   checks.mixes(mixes);
   check_options(options);
-  cpu::mhc_pre(residual, weights, mixes, options, host_threads(residual, options));
+  if (on_gpu(residual, options)) return sm90::mhc_pre(residual, weights, mixes, options);
+  cpu::mhc_pre(residual, weights, mixes, options, cpu::threads_of_call(options.num_threads));
 }
 
 void mhc_post(const TensorView& x, const TensorView& residual, const TensorView& post, const TensorView& comb,
@@ -148,7 +152,8 @@ void mhc_post(const TensorView& x, const TensorView& residual, const TensorView&
   const MhcPostCall call{x, residual, post, comb, out};
   Checks(residual, /*reference=*/false).post(call);
   check_options(options);
-  cpu::mhc_post(call, host_threads(residual, options));
+  if (on_gpu(residual, options)) return sm90::mhc_post(call, options);
+  cpu::mhc_post(call, cpu::threads_of_call(options.num_threads));
 }
 
 void mhc_post_pre(const TensorView& x, const TensorView& residual, const TensorView& post,
@@ -160,7 +165,8 @@ void mhc_post_pre(const TensorView& x, const TensorView& residual, const TensorV
   checks.weights(weights);
   checks.mixes(mixes);
   check_options(options);
-  cpu::mhc_post_pre(call, weights, mixes, options, host_threads(residual, options));
+  if (on_gpu(residual, options)) return sm90::mhc_post_pre(call, weights, mixes, options);
+  cpu::mhc_post_pre(call, weights, mixes, options, cpu::threads_of_call(options.num_threads));
 }
 
 namespace reference {
@@ -171,7 +177,7 @@ void mhc_pre(const TensorView& residual, const MhcWeights& weights, const MhcMix
   checks.weights(weights);
   checks.mixes(mixes);
   check_options(options);
-  host_threads(residual, options);
+  check_on_host(residual, options);
   mhc_pre_unchecked(residual, weights, mixes, options);
 }
 
@@ -180,7 +186,7 @@ void mhc_post(const TensorView& x, const TensorView& residual, const TensorView&
   const MhcPostCall call{x, residual, post, comb, out};
   Checks(residual, /*reference=*/true).post(call);
   check_options(options);
-  host_threads(residual, options);
+  check_on_host(residual, options);
   mhc_post_unchecked(call);
 }
 

@@ -17,11 +17,10 @@ using api::invalid;
 
 constexpr std::initializer_list<DType> kIntegers = {DType::kInt32, DType::kInt64};
 
-void check_on_host(const TensorView& t, const char* name, const RowOptions& options, const char* function) {
+/// Whether the call runs on a GPU, whose numbers nobody reads on the host.
+bool on_gpu(const TensorView& t, const char* name, const RowOptions& options) {
   if (options.num_threads < 0) invalid("num_threads is {}, expected >= 0", options.num_threads);
-  if (api::backend_of(options.backend, t, name) != Backend::kCpu) {
-    throw Unsupported(fmt::format("{} is {}; {} runs on the CPU", name, t.describe(), function));
-  }
+  return api::backend_of(options.backend, t, name) == Backend::kSm90;
 }
 
 /// Starts of so many runs: they begin at `first` or later and do not fall. Returns the last.
@@ -110,7 +109,7 @@ void check_output(const TensorView& t, const char* name, std::int64_t n, const c
 
 void append_pages(const PageAppendArgs& args, const RowOptions& options) {
   check_shapes(args);
-  check_on_host(args.key, "key", options, "append_pages");
+  if (on_gpu(args.key, "key", options)) return sm90::append_pages(args, options.stream);
   check_values(args);
   cpu::append_pages(args, options.num_threads);
 }
@@ -125,7 +124,9 @@ void batch_positions(const TensorView& indptr, const TensorView& seqlens, const 
   const std::int64_t n = batch_indices.size(0);
   check_output(batch_indices, "batch_indices", n, "tokens (n)", indptr, "indptr");
   check_output(positions, "positions", n, "batch_indices.shape[0] (n)", indptr, "indptr");
-  check_on_host(indptr, "indptr", options, "batch_positions");
+  if (on_gpu(indptr, "indptr", options)) {
+    return sm90::batch_positions(indptr, seqlens, batch_indices, positions, options.stream);
+  }
   if (integer_at(indptr, 0) != 0) invalid("indptr[0] is {}, expected 0", integer_at(indptr, 0));
   const std::int64_t last = check_starts(indptr, "indptr", n, "batch_indices.shape[0] (n)");
   if (last != n) {
@@ -155,9 +156,11 @@ void paged_seqlens(const TensorView& page_indptr, const TensorView& last_page_le
   check_size(page_indptr, "page_indptr", 0, b + 1, "last_page_len.shape[0] (b) + 1");
   check_same_device(last_page_len, "last_page_len", page_indptr, "page_indptr");
   check_output(seqlens, "seqlens", b, "last_page_len.shape[0] (b)", page_indptr, "page_indptr");
-  check_on_host(page_indptr, "page_indptr", options, "paged_seqlens");
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
   if (page_size < 1 || page_size > kMax) invalid("page_size is {}, expected 1 to {}", page_size, kMax);
+  if (on_gpu(page_indptr, "page_indptr", options)) {
+    return sm90::paged_seqlens(page_indptr, last_page_len, page_size, seqlens, options.stream);
+  }
   check_starts(page_indptr, "page_indptr", kMax, "the largest int32");
   for (std::int64_t i = 0; i < b; ++i) {
     const std::int64_t pages = integer_at(page_indptr, i + 1) - integer_at(page_indptr, i);

@@ -94,9 +94,9 @@ TEST(CMhc, PreAndPost) {
   EXPECT_NEAR(input[0], 4, 1e-4);
   EXPECT_NEAR(input[1], 6, 1e-4);
   EXPECT_NEAR(post[1], 1, 1e-6);
-  ASSERT_EQ(
-      flash_mla_mhc_post(&t_x.tensor, &t_residual.tensor, &t_post.tensor, &t_comb.tensor, &t_out.tensor, 0),
-      FLASH_MLA_OK);
+  ASSERT_EQ(flash_mla_mhc_post(&t_x.tensor, &t_residual.tensor, &t_post.tensor, &t_comb.tensor, &t_out.tensor,
+                               0, nullptr),
+            FLASH_MLA_OK);
   EXPECT_NEAR(out[0], 5, 1e-4);
   EXPECT_NEAR(out[3], 8, 1e-4);
   flash_mla_mhc_options options;

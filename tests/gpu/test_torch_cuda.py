@@ -514,9 +514,10 @@ def test_rows_as_on_the_cpu():
     for got, expected in zip(on(DEVICES[0]), on("cpu")):
         assert got.device == DEVICES[0]
         torch.testing.assert_close(got.cpu().float(), expected.float(), rtol=2**-7, atol=1e-5)
-    narrow = torch.empty(9, 512, dtype=torch.float8_e4m3fn, device=DEVICES[0])
-    with pytest.raises(NotImplementedError, match="e4m3"):
-        flash_mla_kernels.rms_norm(x.to(DEVICES[0]), weight.to(DEVICES[0]), out=narrow)
+    narrow = [torch.empty(9, 512, dtype=torch.float8_e4m3fn, device=d) for d in (DEVICES[0], "cpu")]
+    for out in narrow:
+        flash_mla_kernels.rms_norm(x.to(out.device), weight.to(out.device), out=out, out_scale=0.02)
+    torch.testing.assert_close(narrow[0].cpu().float(), narrow[1].float(), rtol=2**-3, atol=2**-9)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -534,3 +535,26 @@ def test_routing_as_on_the_cpu_and_sampling_is_refused(grouped):
         flash_mla_kernels.choose_experts(logits.to(DEVICES[0]).bfloat16(), 8)
     with pytest.raises(NotImplementedError, match="sampling as a call of its own runs on the CPU"):
         flash_mla_kernels.sample_tokens(logits.to(DEVICES[0]))
+
+
+def test_hyper_connections_and_pages_as_on_the_cpu():
+    g = torch.Generator().manual_seed(5)
+    residual, x = torch.randn(9, 4, 512, generator=g).bfloat16(), torch.randn(9, 512, generator=g).bfloat16()
+    weights = torch.randn(24, 2048, generator=g) * 0.02, torch.ones(3), torch.randn(24, generator=g)
+    key = torch.randn(5, 2, 64, generator=g).bfloat16()
+
+    def on(device):
+        r, y, *w = (t.to(device) for t in (residual, x, *weights))
+        post, comb, given = flash_mla_kernels.mhc_pre(r, *w)
+        mixed = flash_mla_kernels.mhc_post_pre(y, r, post, comb, *w)
+        indptr, indices, last = (torch.tensor(t, dtype=torch.int32, device=device) for t in ([0, 2, 3], [4, 1, 2], [3, 2]))
+        seqlens = flash_mla_kernels.paged_seqlens(indptr, last, 4)
+        starts = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
+        sequences, positions = flash_mla_kernels.batch_positions(starts, seqlens, 5)
+        pages = torch.zeros(6, 4, 2, 64, dtype=torch.bfloat16, device=device)
+        flash_mla_kernels.append_pages(key.to(device), None, sequences, positions, indptr, indices, pages)
+        return post, comb, given, *mixed, seqlens, sequences, positions, pages
+
+    for got, expected in zip(on(DEVICES[0]), on("cpu")):
+        assert got.device == DEVICES[0]
+        torch.testing.assert_close(got.cpu().float(), expected.float(), rtol=2**-7, atol=2e-4)

@@ -20,4 +20,14 @@ namespace cpu {
 void append_pages(const PageAppendArgs& args, int num_threads);
 }  // namespace cpu
 
+namespace sm90 {
+/// The functions of include/flash_mla/pages.h on checked shapes, queued on `stream`. Throw Unsupported where the device is none that
+/// this backend runs on.
+void append_pages(const PageAppendArgs& args, void* stream);
+void batch_positions(const TensorView& indptr, const TensorView& seqlens, const TensorView& batch_indices,
+                     const TensorView& positions, void* stream);
+void paged_seqlens(const TensorView& page_indptr, const TensorView& last_page_len, std::int64_t page_size,
+                   const TensorView& seqlens, void* stream);
+}  // namespace sm90
+
 }  // namespace flash_mla

@@ -21,6 +21,7 @@
 #include "base/cuda/launch.h"
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
+#include "kernels/quant/sm90/narrow_e4m3.cuh"
 #include "kernels/rows/row_ops.h"
 
 namespace flash_mla::sm90 {
@@ -47,20 +48,20 @@ __device__ float block_sum(float x) {
   return total;
 }
 
-template <class T, class W>
+template <class T, class W, class O>
 struct NormParams {
   const T* x;
   T* residual;  ///< may be null
   const W* weight;
-  T* out;
+  O* out;  ///< T, or e4m3 as bytes
   std::int64_t x_stride, residual_stride, out_stride;
   int d;
-  float eps, weight_offset;
+  float eps, weight_offset, out_scale;
 };
 
 /// The block's row: x plus residual, which is written, or x.
-template <class T, class W, int kVec>
-__device__ Piece<T, kVec> norm_input(const NormParams<T, W>& p, std::int64_t row, int at) {
+template <class T, class W, class O, int kVec>
+__device__ Piece<T, kVec> norm_input(const NormParams<T, W, O>& p, std::int64_t row, int at) {
   using P = Piece<T, kVec>;
   P a = *reinterpret_cast<const P*>(p.x + row * p.x_stride + at);
   if (p.residual == nullptr) return a;
@@ -72,8 +73,9 @@ __device__ Piece<T, kVec> norm_input(const NormParams<T, W>& p, std::int64_t row
   return a;
 }
 
-template <class T, class W, int kVec>
-__global__ void __launch_bounds__(kMaxNormThreads) norm_kernel(const __grid_constant__ NormParams<T, W> p) {
+template <class T, class W, class O, int kVec>
+__global__ void __launch_bounds__(kMaxNormThreads)
+    norm_kernel(const __grid_constant__ NormParams<T, W, O> p) {
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   using P = Piece<T, kVec>;
@@ -88,17 +90,32 @@ __global__ void __launch_bounds__(kMaxNormThreads) norm_kernel(const __grid_cons
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
     if (first + h * step >= p.d) continue;
-    held[h] = norm_input<T, W, kVec>(p, row, first + h * step);
+    held[h] = norm_input<T, W, O, kVec>(p, row, first + h * step);
     add(held[h]);
   }
-  for (int at = first + kHeld * step; at < p.d; at += step) add(norm_input<T, W, kVec>(p, row, at));
+  for (int at = first + kHeld * step; at < p.d; at += step) add(norm_input<T, W, O, kVec>(p, row, at));
   const float factor = rsqrtf(block_sum(squares) / static_cast<float>(p.d) + p.eps);
-  const auto store = [&](P a, int at) {
+  const auto store = [&](const P& a, int at) {
+    Piece<O, kVec> out;
+    float y[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      a.v[i] = from_float<T>(as_float(a.v[i]) * factor * (as_float(p.weight[at + i]) + p.weight_offset));
+      y[i] = as_float(a.v[i]) * factor * (as_float(p.weight[at + i]) + p.weight_offset);
+      if constexpr (std::is_same_v<O, T>) {
+        out.v[i] = from_float<T>(y[i]);
+      } else {
+        y[i] /= p.out_scale;
+      }
     }
-    *reinterpret_cast<P*>(p.out + row * p.out_stride + at) = a;
+    if constexpr (!std::is_same_v<O, T>) {
+#pragma unroll
+      for (int i = 0; i < kVec; i += 2) {
+        const std::uint16_t pair = narrow_e4m3(y[i], kVec > 1 ? y[(i + 1) % kVec] : 0.0f);
+        out.v[i] = static_cast<std::uint8_t>(pair);
+        if constexpr (kVec > 1) out.v[i + 1] = static_cast<std::uint8_t>(pair >> 8);
+      }
+    }
+    *reinterpret_cast<Piece<O, kVec>*>(p.out + row * p.out_stride + at) = out;
   };
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
@@ -226,15 +243,15 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(const __grid_constant
   }
 }
 
-/// Whether all rows of `t`, and heads where there are some, begin at multiples of 16 bytes and are as long as some.
-bool is_wide(const TensorView& t) {
+/// Whether all rows of `t`, and heads where there are some, begin at multiples of so many bytes and are as long as some.
+bool is_wide(const TensorView& t, std::int64_t bytes = 16) {
   const auto element = static_cast<std::int64_t>(dtype_size(t.dtype));
   auto all =
       static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(t.data)) | t.size(t.rank - 1) * element;
   for (int d = 0; d + 1 < t.rank; ++d) {
     if (t.size(d) > 1) all |= t.stride(d) * element;
   }
-  return all % 16 == 0;
+  return all % bytes == 0;
 }
 
 unsigned threads_for(std::int64_t pieces, unsigned most) {
@@ -263,9 +280,9 @@ void visit_row_type(DType dtype, const F& f) {
   }
 }
 
-template <class T, class W>
+template <class T, class W, class O>
 void launch_norm(const NormCall& call, cudaStream_t stream) {
-  NormParams<T, W> p{};
+  NormParams<T, W, O> p{};
   p.x = call.x.ptr<const T>();
   p.x_stride = call.x.stride(0);
   if (call.residual.defined()) {
@@ -273,15 +290,16 @@ void launch_norm(const NormCall& call, cudaStream_t stream) {
     p.residual_stride = call.residual.stride(0);
   }
   p.weight = call.weight.ptr<const W>();
-  p.out = call.out.ptr<T>();
+  p.out = call.out.ptr<O>();
   p.out_stride = call.out.stride(0);
   p.d = static_cast<int>(call.x.size(1));
+  p.out_scale = call.norm.out_scale;
   p.eps = call.norm.eps;
   p.weight_offset = call.norm.weight_offset;
   constexpr int kVec = 16 / sizeof(T);
-  const bool wide =
-      is_wide(call.x) && is_wide(call.out) && (!call.residual.defined() || is_wide(call.residual));
-  const auto kernel = wide ? norm_kernel<T, W, kVec> : norm_kernel<T, W, 1>;
+  const bool wide = is_wide(call.x) && is_wide(call.out, 16 * sizeof(O) / sizeof(T)) &&
+                    (!call.residual.defined() || is_wide(call.residual));
+  const auto kernel = wide ? norm_kernel<T, W, O, kVec> : norm_kernel<T, W, O, 1>;
   const dim3 grid(static_cast<unsigned>(call.x.size(0)));
   const unsigned threads = threads_for(p.d / (wide ? kVec : 1), kMaxNormThreads);
   check(launch(LaunchConfig(grid, threads, 0, stream).programmatic(), kernel, p), "norm_kernel");
@@ -345,10 +363,18 @@ void rms_norm(const NormCall& call, void* stream) {
   const DeviceGuard guard(call.x.device.index);
   visit_row_type(call.x.dtype, [&](auto element) {
     using T = decltype(element);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const auto with_weight = [&]<class W>(W) {
+      if (call.out.dtype == DType::kUInt8) {
+        launch_norm<T, W, std::uint8_t>(call, queue);
+      } else {
+        launch_norm<T, W, T>(call, queue);
+      }
+    };
     if (call.weight.dtype == DType::kFloat32) {
-      launch_norm<T, float>(call, static_cast<cudaStream_t>(stream));
+      with_weight(float{});
     } else if constexpr (!std::is_same_v<T, float>) {
-      launch_norm<T, T>(call, static_cast<cudaStream_t>(stream));
+      with_weight(T{});
     }
   });
 }

@@ -11,8 +11,10 @@
 #include "kernels/attention/sparse_decode/sm90/sparse_decode.h"
 #include "kernels/attention/sparse_prefill/sm90/sparse_prefill.h"
 #include "kernels/attention/top_k/sm90/top_k.h"
+#include "kernels/cache/pages.h"
 #include "kernels/cache/sm90/append.h"
 #include "kernels/cache/sm90/gather.h"
+#include "kernels/mhc/call.h"
 #include "kernels/moe/choose_call.h"
 #include "kernels/quant/sm90/quantise.h"
 #include "kernels/rows/row_ops.h"
@@ -58,7 +60,7 @@ void append_index_keys(const IndexKeyAppendArgs&, void*) { refuse(); }
 void quantise_index_queries(const IndexQueryArgs&, void*) { refuse(); }
 void index_lengths(const indexer::Rows&, std::int64_t, std::int64_t, std::int32_t*, void*) { refuse(); }
 void merge_states(const TensorView&, const TensorView&, const TensorView&, const TensorView&,
-                  const TensorView&, const TensorView&, LseBase, void*) {
+                  const TensorView&, const TensorView&, const TensorView&, LseBase, void*) {
   refuse();
 }
 void append_kv(const KvAppendArgs&, void*) { refuse(); }
@@ -82,5 +84,13 @@ void rms_norm(const NormCall&, void*) { refuse(); }
 void gated_activation(const GateCall&, void*) { refuse(); }
 void apply_rope(const RopeCall&, void*) { refuse(); }
 void choose_experts(const ChooseCall&, void*) { refuse(); }
+void mhc_pre(const TensorView&, const MhcWeights&, const MhcMixes&, const MhcOptions&) { refuse(); }
+void mhc_post(const MhcPostCall&, const MhcOptions&) { refuse(); }
+void mhc_post_pre(const MhcPostCall&, const MhcWeights&, const MhcMixes&, const MhcOptions&) { refuse(); }
+void append_pages(const PageAppendArgs&, void*) { refuse(); }
+void batch_positions(const TensorView&, const TensorView&, const TensorView&, const TensorView&, void*) {
+  refuse();
+}
+void paged_seqlens(const TensorView&, const TensorView&, std::int64_t, const TensorView&, void*) { refuse(); }
 
 }  // namespace flash_mla::sm90

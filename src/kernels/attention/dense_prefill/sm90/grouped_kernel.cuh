@@ -46,7 +46,8 @@ __device__ inline QueryOfBatch query_of_batch(const GroupedParams& p, std::int64
   }
   const std::int64_t query = token - problem.first_query(low);
   const flash_mla::gqa::Range seen = problem.visible(query, problem.queries(low), problem.keys(low));
-  return {query >= 0 && query < problem.queries(low), seen.end > seen.begin};
+  const bool is_one = query >= 0 && problem.queries(low) > query;
+  return {is_one, seen.end > seen.begin};
 }
 
 /// C: GroupedHeads.

@@ -46,6 +46,7 @@ struct MergeParams {
   Rows<const float> lse_a, lse_b;
   Rows<T> out;
   Rows<float> lse;
+  Rows<const std::uint8_t> mask;  ///< of queries; may be null
   unsigned batch, s_q, h_q, d;
   float to_base2, from_base2;
 };
@@ -160,6 +161,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 4)
   if (head >= p.h_q) return;
   for (unsigned request = blockIdx.z; request < p.batch; request += gridDim.z) {
     for (unsigned query = blockIdx.y; query < p.s_q; query += gridDim.y) {
+      if (p.mask.data != nullptr && *p.mask.at(request, query, 0) == 0) continue;
       merge_row<T, kWide>(p, request, query, head);
     }
   }
@@ -196,8 +198,8 @@ void launch_merge(const MergeParams<T>& p, bool wide, cudaStream_t stream) {
 }  // namespace
 
 void merge_states(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b,
-                  const TensorView& lse_b, const TensorView& out, const TensorView& lse, LseBase base,
-                  void* stream) {
+                  const TensorView& lse_b, const TensorView& out, const TensorView& lse,
+                  const TensorView& mask, LseBase base, void* stream) {
   require_device(out.device.index);
   const DeviceGuard guard(out.device.index);
   for (int dim = 0; dim < 4; ++dim) {
@@ -214,6 +216,7 @@ void merge_states(const TensorView& out_a, const TensorView& lse_a, const Tensor
     p.lse_a = lse_rows<const float>(lse_a);
     p.lse_b = lse_rows<const float>(lse_b);
     p.lse = lse_rows<float>(lse);
+    if (mask.defined()) p.mask = {mask.ptr<const std::uint8_t>(), mask.stride(0), mask.stride(1), 0};
     p.batch = static_cast<unsigned>(out.size(0));
     p.s_q = static_cast<unsigned>(out.size(1));
     p.h_q = static_cast<unsigned>(out.size(2));
