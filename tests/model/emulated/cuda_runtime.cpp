@@ -46,6 +46,12 @@ cudaError_t cudaGetDevice(int* out) {
   *out = 0;
   return cudaSuccess;
 }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaDeviceCanAccessPeer(int* out, int, int) {
+  *out = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* out, cudaDeviceAttr, int) {
   *out = 132;  // multiprocessors: nothing else is asked for
   return cudaSuccess;
@@ -91,6 +97,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsign
   *out = reinterpret_cast<cudaGraphExec_t>(new Graph(*graph_of(graph)));
   return cudaSuccess;
 }
+cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   delete graph_of(graph);
   return cudaSuccess;
