@@ -9,13 +9,19 @@
 #include <string>
 #include <vector>
 
+#include "base/cuda/check.h"
+#include "base/element.h"
 #include "checkpoint/config.h"
 #include "comm/communicator.h"
+#include "comm/thread_group.h"
 #include "engine_steps.h"
 #include "flash_mla/engine.h"
 #include "flash_mla/error.h"
 #include "model/deepseek.h"
 #include "model/device/cuda/cuda_device.h"
+#include "model/device/cuda/nccl_library.h"
+#include "model/device/cuda/rank_exchange.h"
+#include "model/device/cuda/stream.h"
 #include "model/parallel/expert_placement.h"
 #include "model/parallel/parallel_model.h"
 #include "model/random_checkpoint.h"
@@ -74,7 +80,7 @@ std::vector<Case> cases() {
        v3 + R"("q_lora_rank": 128,
          "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}, )" +
            whole_blocks + heads,
-       Stored::kFp8},
+       Stored::kFp8, 4},
       {"v32",
        R"("model_type": "deepseek_v32", "q_lora_rank": 64, "index_topk": 96, "index_n_heads": 16,
          "index_head_dim": 128, )" +
@@ -233,6 +239,43 @@ TEST_P(CudaRanks, EndWhereOneFails) {
     EXPECT_THROW(forward(model, {{&a, 40, 41}}, true), comm::RankError);
     EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(30));
   }
+}
+
+// The host's side of NCCL's calls with the one rank that one GPU takes.
+TEST(CudaRankNccl, AddsUpAndGathers) {
+  if (const std::string why = why_no_nccl(); !why.empty()) GTEST_SKIP() << why;
+  comm::ThreadGroup group(1);
+  const auto host = group.communicator(0);
+  const Stream stream;
+  const auto pool = std::make_shared<DevicePool>();
+  const auto exchange = make_nccl_exchange(*host, *pool, stream);
+  constexpr std::int64_t kRows = 5, kHidden = 264;
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  const auto on_gpu = [&](const std::vector<std::uint16_t>& values) {
+    Buffer out = pool->allocate(values.size() * 2);
+    check(cudaMemcpyAsync(out.data(), values.data(), values.size() * 2, cudaMemcpyHostToDevice, stream),
+          "copy");
+    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    return out;
+  };
+  std::vector<std::uint16_t> x(kRows * kHidden), partial(x.size()), expected(x.size()), got(x.size());
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    x[i] = to_bf16(normal(random)).bits;
+    partial[i] = to_bf16(normal(random)).bits;
+    expected[i] = to_bf16(to_float(Bf16{x[i]}) + to_float(Bf16{partial[i]})).bits;
+  }
+  const Buffer on_x = on_gpu(x), on_partial = on_gpu(partial);
+  const Matrix rows{on_x.data(), DType::kBFloat16, kRows, kHidden, kHidden};
+  exchange->add_sum({on_partial.data(), DType::kBFloat16, kRows, kHidden, kHidden}, rows, {});
+  const std::vector<Range> parts{{0, kHidden / 2}};
+  exchange->gather_columns({on_x.data(), DType::kFloat32, kRows, kHidden / 2, kHidden / 2}, parts);
+  check(cudaMemcpyAsync(got.data(), on_x.data(), got.size() * 2, cudaMemcpyDeviceToHost, stream), "copy");
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  EXPECT_EQ(got, expected);
+  exchange->check();
+  exchange->fail();
+  EXPECT_THROW(exchange->check(), comm::RankError);
 }
 
 TEST(CudaRankOptions, AreRefused) {

@@ -60,7 +60,7 @@ CudaContext::CudaContext(const ModelConfig& model_config, ModelQuantize quantize
       fp8_cache(fp8_latents),
       fp8_rows(fp8_rows_of_environment()),
       weights(*pool, stream, quantize),
-      exchange(links.ranks != nullptr ? make_peer_exchange(*links.ranks, stream) : nullptr),
+      exchange(links.ranks != nullptr ? make_rank_exchange(*links.ranks, *pool, stream) : nullptr),
       schedule_options_(cuda_schedule_options(device, 1, model_config.num_attention_heads, 1)) {
   const Rope rope = make_rope(config);
   inv_freq_ = weights.vector(rope.inv_freq);

@@ -74,6 +74,8 @@ class CudaDevice : public Device {
     context_.reserve(num_tokens, num_rows);
   }
   void begin_step(Step& step) override {
+    if (step.batch_invariant && context_.exchange && !context_.exchange->sums_in_order())
+      throw Unsupported("batch_invariant: NCCL adds up over ranks in an order of its own");
     watched([&] { context_.begin_step(step); });
   }
 

@@ -14,6 +14,7 @@
 #include "kernels/exchange/sm90/all_reduce_norm.h"
 #include "kernels/exchange/sm90/gather_columns.h"
 #include "model/device/cuda/copy_queue.h"
+#include "model/device/cuda/exchanged.h"
 #include "model/device/cuda/rank_exchange.h"
 
 namespace flash_mla::model {
@@ -23,18 +24,6 @@ namespace {
 // whatever else runs there and ends by itself.
 constexpr int kCtas = 128;
 constexpr int kMostCtas = 64;  // of a rank
-
-/// What a rank lays open to the others.
-template <class T>
-std::vector<T> exchanged(comm::Communicator& ranks, const T& mine) {
-  static_assert(std::is_trivially_copyable_v<T>);
-  constexpr auto kBytes = static_cast<std::int64_t>(sizeof(T));
-  std::vector<T> all(static_cast<std::size_t>(ranks.size()));
-  T own = mine;
-  ranks.all_gather({reinterpret_cast<std::byte*>(&own), DType::kUInt8, 1, kBytes, kBytes},
-                   {reinterpret_cast<std::byte*>(all.data()), DType::kUInt8, ranks.size(), kBytes, kBytes});
-  return all;
-}
 
 class PeerExchange : public RankExchange {
  public:
@@ -111,6 +100,8 @@ class PeerExchange : public RankExchange {
     sm90::gather_columns(args, stream_);
     sum_on_host(0);
   }
+
+  bool sums_in_order() const override { return true; }
 
   // Behind every launch as well: until all kernels that wait for each other are queued, no rank may do anything that waits
   // for the GPU, as loading a kernel and allocating memory can.
