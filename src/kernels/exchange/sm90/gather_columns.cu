@@ -46,13 +46,6 @@ void require(bool good, const char* name, std::int64_t value, const char* expect
     throw InvalidArgument(std::string(name) + " is " + std::to_string(value) + ", expected " + expected);
 }
 
-bool by_16(const GatherColumns& args) {
-  std::int64_t all = args.pitch | args.first | args.count;
-  for (int peer = 0; peer < args.peers.size; ++peer)
-    all |= static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(args.whole[peer]));
-  return all % 16 == 0;
-}
-
 }  // namespace
 
 void gather_columns(const GatherColumns& args, cudaStream_t stream) {
@@ -66,9 +59,8 @@ void gather_columns(const GatherColumns& args, cudaStream_t stream) {
           args.count, "a multiple of 4, up to pitch");
   require(args.ctas > 0, "ctas", args.ctas, "> 0");
   LaunchConfig config(dim3(static_cast<unsigned>(args.ctas)), kThreads, 0, stream);
-  // Ranks may differ in it: it is nothing to those that meet.
-  check(by_16(args) ? launch(config, gather_columns_kernel<int4>, args)
-                    : launch(config, gather_columns_kernel<std::uint32_t>, args),
+  check(args.by_16 ? launch(config, gather_columns_kernel<int4>, args)
+                   : launch(config, gather_columns_kernel<std::uint32_t>, args),
         "gather_columns");
 }
 

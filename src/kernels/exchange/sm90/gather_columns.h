@@ -14,6 +14,7 @@ struct GatherColumns {
   void* whole[kMaxPeers] = {};        ///< of every rank, in its memory, aligned to 4 bytes
   std::int64_t rows = 0, pitch = 0;   ///< bytes from row to row, a multiple of 4
   std::int64_t first = 0, count = 0;  ///< bytes of a row that are this rank's, multiples of 4
+  bool by_16 = false;                 ///< all of these are multiples of 16, on all ranks
   int ctas = 0;                       ///< of every rank, as AllReduceNorm's
 };
 

@@ -32,6 +32,7 @@ Matrix CudaHead::forward(const Residual& x) {
     return logits;
   }
   std::vector<Range> parts;
+  parts.reserve(static_cast<std::size_t>(context_.partition.size));
   for (int rank = 0; rank < context_.partition.size; ++rank)
     parts.push_back(context_.partition.share(config.vocab_size, rank));
   const Range own = context_.partition.share(config.vocab_size);

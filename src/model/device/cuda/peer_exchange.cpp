@@ -20,10 +20,10 @@
 namespace flash_mla::model {
 namespace {
 
-// CTAs of a kernel on a GPU, of all ranks that it has: they wait for each other, so that all must fit on it together, beside
-// whatever else runs there and ends by itself.
-constexpr int kCtas = 128;
-constexpr int kMostCtas = 64;  // of a rank
+// CTAs of a rank's kernel on a GPU of its own, and of all ranks' together on one that they share: there they wait while
+// the others' kernels must find room, of which some need half the multiprocessors of a cluster's part of the GPU at once (64
+// CTAs of each of two ranks left none for the choice of an indexer).
+constexpr int kMostCtas = 64, kSharedCtas = 8;
 
 class PeerExchange : public RankExchange {
  public:
@@ -39,7 +39,7 @@ class PeerExchange : public RankExchange {
     std::int64_t sharing = 1;
     for (const int peer : devices)
       sharing = std::max(sharing, std::int64_t{std::ranges::count(devices, peer)});
-    most_ctas_ = std::clamp(static_cast<int>(kCtas / sharing), 1, kMostCtas);
+    most_ctas_ = sharing == 1 ? kMostCtas : std::max(static_cast<int>(kSharedCtas / sharing), 1);
 
     const std::size_t bytes = sm90::peer_flags(most_ctas_);
     void* flags = nullptr;
@@ -96,6 +96,10 @@ class PeerExchange : public RankExchange {
     args.pitch = whole.stride * element;
     args.first = own.first * element;
     args.count = own.count * element;
+    // The same kernel on all ranks: loading one while another waits could take for ever.
+    args.by_16 = args.pitch % 16 == 0 && std::ranges::all_of(parts, [element](const Range& part) {
+                   return part.first * element % 16 == 0 && part.count * element % 16 == 0;
+                 });
     args.ctas = ctas(whole.rows);
     sm90::gather_columns(args, stream_);
     sum_on_host(0);
