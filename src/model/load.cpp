@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -131,11 +132,9 @@ void check_cuda(const ModelConfig& config, const ModelOptions& options, bool mod
   if (const std::string why = why_no_cuda_device(); !why.empty()) throw Unsupported("device cuda: " + why);
   DeviceMemory memory = cuda_memory();
   if (options.tp > 1) {  // of all ranks' GPUs
-    std::vector<int> devices = cuda_devices(options);
-    std::ranges::sort(devices);
-    devices.erase(std::ranges::unique(devices).begin(), devices.end());
+    const std::vector<int> devices = cuda_devices(options);
     memory = {};
-    for (const int device : devices) {
+    for (const int device : std::set<int>(devices.begin(), devices.end())) {
       const DeviceMemory more = cuda_memory(device);
       memory.free += more.free;
       memory.total += more.total;
