@@ -96,12 +96,9 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
     return make_cpu_device(seat.partition.local(config), dtype, cache_format, options, seat.partition,
                            seat.links);
   }
-  CudaSeat place{seat.partition, seat.links};
-  if (options.tp > 1) {
-    const std::vector<int> devices = cuda_devices(options);
-    place.device = devices[static_cast<std::size_t>(seat.partition.rank)];
-    place.sharing = static_cast<int>(std::ranges::count(devices, place.device));
-  }
+  const std::vector<int> devices = cuda_devices(options);
+  CudaSeat place{seat.partition, seat.links, devices[static_cast<std::size_t>(seat.partition.rank)]};
+  place.sharing = static_cast<int>(std::ranges::count(devices, place.device));
   return make_cuda_device(seat.partition.local(config), options.quantize, options.time_steps,
                           options.kv_cache == ModelKvCache::kFp8, place);
 }
@@ -130,15 +127,12 @@ void check_cuda(const ModelConfig& config, const ModelOptions& options, bool mod
         "hidden_size is {}, expected a multiple of 8 for several ranks on device cuda", config.hidden_size));
   }
   if (const std::string why = why_no_cuda_device(); !why.empty()) throw Unsupported("device cuda: " + why);
-  DeviceMemory memory = cuda_memory();
-  if (options.tp > 1) {  // of all ranks' GPUs
-    const std::vector<int> devices = cuda_devices(options);
-    memory = {};
-    for (const int device : std::set<int>(devices.begin(), devices.end())) {
-      const DeviceMemory more = cuda_memory(device);
-      memory.free += more.free;
-      memory.total += more.total;
-    }
+  const std::vector<int> devices = cuda_devices(options);
+  DeviceMemory memory;  // of all ranks' GPUs
+  for (const int device : std::set<int>(devices.begin(), devices.end())) {
+    const DeviceMemory more = cuda_memory(device);
+    memory.free += more.free;
+    memory.total += more.total;
   }
   check_fits_device(config, options.cache_pages, static_cast<double>(options.cache_bytes), fp8_cache, memory,
                     options.quantize, module);
@@ -252,6 +246,9 @@ void check(const ModelConfig& config, const ModelOptions& o) {
   };
   if (o.num_threads < 0) fail("num_threads", o.num_threads, ">= 0");
   if (o.dp < 1) fail("dp", o.dp, ">= 1");
+  if (o.device == ModelDevice::kCpu && !o.devices.empty()) {
+    throw InvalidArgument(fmt::format("devices has {} GPUs, expected none: device is cpu", o.devices.size()));
+  }
   if (o.tp < 1 || config.num_attention_heads % o.tp != 0) {
     fail("tp", o.tp, fmt::format("a divisor of {}, the attention heads", config.num_attention_heads));
   }
