@@ -239,8 +239,11 @@ struct EngineOptions {
   int draft_tokens = 3;  ///< drafts of a sequence and step, 1 to kMaxDraftTokens; with kAuto at most
   int num_threads = 0;   ///< CPU: 0 for as many as OpenMP would use; of all ranks together
   /// Ranks that share the model: attention, dense layers and the LM head are cut into `tp` parts, a divisor of its heads.
-  /// On the CPU they are threads; on a GPU only 1 so far.
+  /// On the CPU they are threads; on GPUs each has a GPU, or a stream of one (`devices`).
   int tp = 1;
+  /// Of each rank of tp, the CUDA index of its GPU; the first is 0, and those with the same GPU are streams of it. Empty: GPUs 0
+  /// to tp - 1.
+  std::vector<int> devices;
   /// Ranks that share the experts alone: each has a cache, a scheduler and all other weights of its own, and runs some of
   /// the requests, in steps that all take together. num_pages, max_batch_size and max_tokens_per_step are each rank's, and
   /// memory_bytes all ranks' together. With tp above 1 each of them is a group of tp ranks that share its attention, dense

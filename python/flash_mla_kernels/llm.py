@@ -105,7 +105,8 @@ class LLM:
     ``speculative``: "off", "ngram", "mtp" or "auto" for drafts of up to ``draft_tokens`` tokens, which a step checks and
     which leave a text as it is: what came behind the last tokens before, or those of the model's module for multi-token
     prediction; with "auto" the one or, where that has none or guesses better, the other, and only as many as pay.
-    ``tp``: ranks that share the model, a divisor of its heads, threads of this process on the CPU; ``dp``: ranks that share
+    ``tp``: ranks that share the model, a divisor of its heads, threads of this process on the CPU, and on GPUs a GPU each or
+    the one that ``devices`` has for it (``[0, 0]``: two streams of one); ``dp``: ranks that share
     the experts alone, each (with ``tp`` a group of so many) with a cache and some of the prompts; ``ep``: parts that they are divided
     into, a divisor of ``tp`` times ``dp`` (0: that many); ``expert_placement``: which rank has which experts, "linear",
     "round-robin" or a JSON file.
@@ -145,6 +146,7 @@ class LLM:
         speculative="off",
         draft_tokens=3,
         tp=1,
+        devices=(),
         dp=1,
         ep=0,
         expert_placement="linear",
@@ -176,6 +178,7 @@ class LLM:
             speculative=speculative,
             draft_tokens=draft_tokens,
             tp=tp,
+            devices=list(devices),
             dp=dp,
             ep=ep,
             expert_placement=os.fspath(expert_placement),

@@ -386,8 +386,9 @@ void bind_engine(nb::module_& m) {
              std::size_t memory_bytes, int max_batch_size, int max_tokens_per_step, bool prefix_cache,
              bool batch_invariant, bool overlap_steps, int num_threads, bool generation_config,
              const std::string& chat_template, const std::string& speculative, int draft_tokens, int tp,
-             int dp, int ep, const std::string& expert_placement, const std::vector<std::string>& kv_tiers,
-             double kv_tier_wait_seconds, bool cache_events, const TransferOptions& transfer) {
+             const std::vector<int>& devices, int dp, int ep, const std::string& expert_placement,
+             const std::vector<std::string>& kv_tiers, double kv_tier_wait_seconds, bool cache_events,
+             const TransferOptions& transfer) {
             EngineOptions o;
             o.generation_config = generation_config;
             o.chat_template = chat_template;
@@ -408,6 +409,7 @@ void bind_engine(nb::module_& m) {
             o.speculative = speculative_named(speculative);
             o.draft_tokens = draft_tokens;
             o.tp = tp;
+            o.devices = devices;
             o.dp = dp;
             o.ep = ep;
             o.expert_placement = expert_placement;
@@ -421,8 +423,9 @@ void bind_engine(nb::module_& m) {
           "directory"_a, nb::kw_only(), "device"_a, "precision"_a, "quantize"_a, "kv_cache"_a,
           "load_format"_a, "max_model_len"_a, "num_pages"_a, "memory_bytes"_a, "max_batch_size"_a,
           "max_tokens_per_step"_a, "prefix_cache"_a, "batch_invariant"_a, "overlap_steps"_a, "num_threads"_a,
-          "generation_config"_a, "chat_template"_a, "speculative"_a, "draft_tokens"_a, "tp"_a, "dp"_a, "ep"_a,
-          "expert_placement"_a, "kv_tiers"_a, "kv_tier_wait_seconds"_a, "cache_events"_a, "transfer"_a)
+          "generation_config"_a, "chat_template"_a, "speculative"_a, "draft_tokens"_a, "tp"_a, "devices"_a,
+          "dp"_a, "ep"_a, "expert_placement"_a, "kv_tiers"_a, "kv_tier_wait_seconds"_a, "cache_events"_a,
+          "transfer"_a)
       .def("generate", &generate, "requests"_a, "progress"_a.none())
       .def("tokenize", &Engine::tokenize, "text"_a, "add_special_tokens"_a, "allow_special"_a = true)
       .def(

@@ -105,6 +105,7 @@ class EngineBench {
     model_options.time_steps = true;
     model_options.quantize = quantize_;
     model_options.tp = options_.tp;
+    model_options.devices = options_.devices;
     model_options.dp = options_.dp;
     model_options.ep = options_.ep;
     if (options_.fp8_cache) model_options.kv_cache = ModelKvCache::kFp8;

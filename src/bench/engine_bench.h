@@ -18,6 +18,7 @@ struct EngineBenchOptions {
   bool fp8_weights = false;               ///< what --quantize fp8 makes of a checkpoint
   bool int4_weights = false;              ///< what --quantize w4a8 makes of one
   bool cpu = false;                       ///< on the CPU; times of the device are 0 then
+  std::vector<int> devices;               ///< GPU of each rank of tp; empty: 0 to tp - 1
   int tp = 1, ep = 0;                     ///< ranks that share the model, its experts (0: tp, or dp)
   int dp = 1;                     ///< ranks that share the experts alone: generation alone is measured
   std::vector<int> draft_tokens;  ///< measured in place of all else: drafts of a sequence and step

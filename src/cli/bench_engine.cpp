@@ -42,7 +42,10 @@ void register_bench_engine(CLI::App& app, int& exit_code) {
   sub->add_option_function<std::string>(
          "--device", [o](const std::string& name) { o->cpu = name == "cpu"; }, "cuda (the default) or cpu")
       ->check(CLI::IsMember({"cuda", "cpu"}));
-  sub->add_option("--tp", o->tp, "Ranks that share the model (CPU)")->check(CLI::Range(1, 1024));
+  sub->add_option("--tp", o->tp, "Ranks that share the model")->check(CLI::Range(1, 1024));
+  sub->add_option("--devices", o->devices,
+                  "GPU of each rank of --tp, as in 0,0 for two streams of one (default: a GPU each)")
+      ->delimiter(',');
   sub->add_option(
          "--dp", o->dp,
          "Ranks, or groups of --tp, that share the experts alone (CPU): generation by the engine is measured, and nothing else")

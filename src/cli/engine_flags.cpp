@@ -96,8 +96,11 @@ void add_engine_flags(CLI::App& app, EngineOptions& o) {
                  "Drafts of a sequence and step, 1 to 15; with auto at most")
       ->capture_default_str();
   app.add_option("--tp", o.tp,
-                 "Ranks that share the model, each with a part of every head's weights; on the CPU threads")
+                 "Ranks that share the model, each with a part of every layer's weights; on the CPU threads")
       ->capture_default_str();
+  app.add_option("--devices", o.devices,
+                 "GPU of each rank of --tp, as in 0,0 for two streams of one (default: a GPU each)")
+      ->delimiter(',');
   app.add_option(
          "--dp", o.dp,
          "Ranks that share the experts alone: each has a cache and runs some of the requests; with --tp each is a "

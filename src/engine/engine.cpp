@@ -46,6 +46,7 @@ model::ModelOptions model_options(const EngineOptions& o) {
   out.kv_cache = o.kv_cache;
   out.num_threads = o.num_threads;
   out.tp = o.tp;
+  out.devices = o.devices;
   out.dp = o.dp;
   out.ep = o.ep;
   out.expert_placement = o.expert_placement;

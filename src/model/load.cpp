@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,8 +47,8 @@ bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
     case ModelDevice::kAuto:
       break;
   }
-  return options.tp == 1 && options.dp == 1 && why_no_cuda_indexer(config).empty() &&
-         options.kv_cache != ModelKvCache::kFloat16 &&
+  const bool ranks_alike = options.dp == 1 && (options.tp == 1 || !options.devices.empty());
+  return ranks_alike && why_no_cuda_indexer(config).empty() && options.kv_cache != ModelKvCache::kFloat16 &&
          (options.kv_cache != ModelKvCache::kFp8 || config.index_topk > 0) &&
          options.precision != ModelPrecision::kFloat32 && options.quantize != ModelQuantize::kInt8 &&
          why_no_cuda_device().empty();
@@ -56,8 +58,34 @@ bool takes_cuda(const ModelConfig& config, const ModelOptions& options) {
 struct Seat {
   Partition partition;
   RankLinks links;
-  bool module = false;  ///< it has one for multi-token prediction
 };
+
+/// The GPU of each rank.
+std::vector<int> cuda_devices(const ModelOptions& options) {
+  const auto size = static_cast<std::size_t>(options.tp);
+  std::vector<int> out = options.devices;
+  if (out.empty()) {
+    out.resize(size);
+    std::iota(out.begin(), out.end(), 0);
+    if (const int gpus = num_cuda_devices(); gpus < options.tp) {
+      throw Unsupported(fmt::format(
+          "tp is {}: device cuda has {} GPUs, expected one for each rank (devices puts several on one)",
+          options.tp, gpus));
+    }
+  }
+  if (out.size() != size) {
+    throw InvalidArgument(
+        fmt::format("devices has {} GPUs, expected {}, one for each rank", out.size(), size));
+  }
+  for (std::size_t rank = 0; rank < size; ++rank) {
+    const int most = rank == 0 ? 0 : num_cuda_devices() - 1;
+    if (out[rank] >= 0 && out[rank] <= std::max(most, 0)) continue;
+    throw InvalidArgument(fmt::format(
+        "devices[{}] is {}, expected {}", rank, out[rank],
+        rank == 0 ? "0 (CUDA_VISIBLE_DEVICES says which GPU that is)" : fmt::format("0 to {}", most)));
+  }
+  return out;
+}
 
 std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOptions& options,
                                     const Seat& seat) {
@@ -68,10 +96,18 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
     return make_cpu_device(seat.partition.local(config), dtype, cache_format, options, seat.partition,
                            seat.links);
   }
-  for (const auto& [name, ranks] : {std::pair("tp", options.tp), std::pair("dp", options.dp)}) {
-    if (ranks == 1) continue;
-    throw Unsupported(
-        fmt::format("{} is {}: device cuda runs a model on one rank so far; use device cpu", name, ranks));
+  const std::vector<int> devices = cuda_devices(options);
+  CudaSeat place{seat.partition, seat.links, devices[static_cast<std::size_t>(seat.partition.rank)]};
+  place.sharing = static_cast<int>(std::ranges::count(devices, place.device));
+  return make_cuda_device(seat.partition.local(config), options.quantize, options.time_steps,
+                          options.kv_cache == ModelKvCache::kFp8, place);
+}
+
+/// Throws unless a GPU can run the model so, before anything is loaded. `module`: with one for multi-token prediction.
+void check_cuda(const ModelConfig& config, const ModelOptions& options, bool module) {
+  if (options.dp > 1) {
+    throw Unsupported(fmt::format(
+        "dp is {}: on device cuda all ranks have the same tokens so far; use tp or device cpu", options.dp));
   }
   if (const std::string why = why_no_cuda_indexer(config); !why.empty()) throw Unsupported(why);
   const bool fp8_cache = options.kv_cache == ModelKvCache::kFp8;
@@ -86,12 +122,20 @@ std::unique_ptr<Device> make_device(const ModelConfig& config, const ModelOption
   if (options.quantize == ModelQuantize::kInt8) {
     throw Unsupported("quantize is int8: device cuda keeps weights in bfloat16, fp8 or w4a8; use device cpu");
   }
-  // Before anything is loaded; make_cuda_device says what is missing where there is no GPU.
-  if (why_no_cuda_device().empty()) {
-    check_fits_device(config, options.cache_pages, static_cast<double>(options.cache_bytes), fp8_cache,
-                      cuda_memory(), options.quantize, seat.module);
+  if (options.tp > 1 && config.hidden_size % 8 != 0) {
+    throw Unsupported(fmt::format(
+        "hidden_size is {}, expected a multiple of 8 for several ranks on device cuda", config.hidden_size));
   }
-  return make_cuda_device(config, options.quantize, options.time_steps, fp8_cache);
+  if (const std::string why = why_no_cuda_device(); !why.empty()) throw Unsupported("device cuda: " + why);
+  const std::vector<int> devices = cuda_devices(options);
+  DeviceMemory memory;  // of all ranks' GPUs
+  for (const int device : std::set<int>(devices.begin(), devices.end())) {
+    const DeviceMemory more = cuda_memory(device);
+    memory.free += more.free;
+    memory.total += more.total;
+  }
+  check_fits_device(config, options.cache_pages, static_cast<double>(options.cache_bytes), fp8_cache, memory,
+                    options.quantize, module);
 }
 
 /// Weights whose reader is told of: a model asks for those of a layer once it has made the layers before.
@@ -202,6 +246,9 @@ void check(const ModelConfig& config, const ModelOptions& o) {
   };
   if (o.num_threads < 0) fail("num_threads", o.num_threads, ">= 0");
   if (o.dp < 1) fail("dp", o.dp, ">= 1");
+  if (o.device == ModelDevice::kCpu && !o.devices.empty()) {
+    throw InvalidArgument(fmt::format("devices has {} GPUs, expected none: device is cpu", o.devices.size()));
+  }
   if (o.tp < 1 || config.num_attention_heads % o.tp != 0) {
     fail("tp", o.tp, fmt::format("a divisor of {}, the attention heads", config.num_attention_heads));
   }
@@ -230,10 +277,12 @@ std::vector<std::unique_ptr<Model>> make_ranks(const ModelConfig& config, const 
     auto source = weights(*device, seat.partition);
     return make_model(config, own, seat, std::move(device), std::move(source));
   };
+  const bool cuda = takes_cuda(config, options);
+  if (cuda) check_cuda(config, options, module);
   std::vector<std::unique_ptr<Model>> out;
   const int tp = options.tp, ranks = tp * options.dp;
   if (ranks == 1) {
-    out.push_back(take_seat(options, {{}, {}, module}));
+    out.push_back(take_seat(options, {}));
     return out;
   }
   const auto experts = std::make_shared<const ExpertPlacement>(
@@ -245,7 +294,7 @@ std::vector<std::unique_ptr<Model>> make_ranks(const ModelConfig& config, const 
     if (rank > 0) own.on_load = nullptr;
     const bool own_tokens = options.dp > 1;
     return take_seat(
-        own, {{rank % tp, tp, options.batch_invariant, experts, own_tokens, rank, ranks}, links, module});
+        own, {{rank % tp, tp, options.batch_invariant && !cuda, experts, own_tokens, rank, ranks}, links});
   };
   if (options.dp == 1) {
     out.push_back(std::make_unique<ParallelModel>(tp, [&](int rank, comm::Communicator& group) {

@@ -185,8 +185,11 @@ struct ModelOptions {
   int tp = 1, ep = 0;
   /// Groups of tp ranks with tokens and a cache of their own, which share the routed experts alone with the others.
   int dp = 1;
+  /// CUDA, with tp above 1: the GPU of each rank, by its CUDA index, the first 0; empty: GPUs 0 to tp - 1. Ranks with the same
+  /// one are streams of it.
+  std::vector<int> devices;
   std::string expert_placement = "linear";  ///< or "round-robin", or a file's path (ExpertPlacement)
-  /// The steps will be batch-invariant; then they have the same bits on every number of ranks.
+  /// The steps will be batch-invariant; then they have the same bits on every number of ranks of a CPU.
   bool batch_invariant = false;
   bool draft_module =
       false;                ///< load the module for multi-token prediction too, where the checkpoint has one

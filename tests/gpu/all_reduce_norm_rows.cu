@@ -24,9 +24,9 @@
 namespace {
 
 using flash_mla::sm90::all_reduce_norm;
-using flash_mla::sm90::all_reduce_norm_flags;
 using flash_mla::sm90::AllReduceNorm;
 using flash_mla::sm90::kMaxPeers;
+using flash_mla::sm90::peer_flags;
 using Values = std::vector<__nv_bfloat16>;
 
 #define CHECK(x)                                                                              \
@@ -59,28 +59,28 @@ struct Ranks {
     };
     for (std::int64_t i = 0; i < hidden; ++i) weight.push_back(1 + 0.1f * normal(random));
     x = values();
-    args.size = size;
+    args.peers.size = size;
     args.rows = rows;
     args.hidden = hidden;
     args.eps = kEps;
     args.ctas = std::max(132 / size, 1);
-    const std::vector<std::uint32_t> zeros(all_reduce_norm_flags(args.ctas) / 4, 0);
+    const std::vector<std::uint32_t> zeros(peer_flags(args.ctas) / 4, 0);
     for (int r = 0; r < size; ++r) {
       partials.push_back(values());
       args.partial[r] = on_device(partials.back());
       args.x[r] = on_device(x);
       args.normed[r] = on_device(x);
-      args.flags[r] = on_device(zeros);
+      args.peers.flags[r] = on_device(zeros);
       weights.push_back(on_device(weight));
       CHECK(cudaStreamCreateWithFlags(&streams[r], cudaStreamNonBlocking));
     }
   }
   ~Ranks() {
-    for (int r = 0; r < args.size; ++r) {
+    for (int r = 0; r < args.peers.size; ++r) {
       cudaFree(const_cast<void*>(args.partial[r]));
       cudaFree(args.x[r]);
       cudaFree(args.normed[r]);
-      cudaFree(args.flags[r]);
+      cudaFree(args.peers.flags[r]);
       cudaFree(weights[static_cast<std::size_t>(r)]);
       cudaStreamDestroy(streams[r]);
     }
@@ -90,7 +90,7 @@ struct Ranks {
 
   void call(int r) {
     AllReduceNorm own = args;
-    own.rank = r;
+    own.peers.rank = r;
     own.weight = weights[static_cast<std::size_t>(r)];
     all_reduce_norm(own, streams[r]);
   }
@@ -123,7 +123,7 @@ int differences(Ranks& ranks) {
     }
   }
   int wrong = 0;
-  for (int r = 0; r < ranks.args.size; ++r) {
+  for (int r = 0; r < ranks.args.peers.size; ++r) {
     CHECK(cudaMemcpy(got.data(), ranks.args.x[r], got.size() * 2, cudaMemcpyDeviceToHost));
     wrong += std::memcmp(got.data(), ranks.x.data(), got.size() * 2) != 0;
     CHECK(cudaMemcpy(got.data(), ranks.args.normed[r], got.size() * 2, cudaMemcpyDeviceToHost));
@@ -166,9 +166,9 @@ double time_chain(Ranks& ranks, int count, const F& queue) {
   for (int i = 0; i < 15; ++i) {
     spin<<<1, 1, 0, ranks.streams[0]>>>(2'000'000);  // the host is ahead
     CHECK(cudaEventRecord(begin, ranks.streams[0]));
-    for (int r = 1; r < ranks.args.size; ++r) CHECK(cudaStreamWaitEvent(ranks.streams[r], begin));
+    for (int r = 1; r < ranks.args.peers.size; ++r) CHECK(cudaStreamWaitEvent(ranks.streams[r], begin));
     for (int k = 0; k < count; ++k) queue();
-    for (int r = 1; r < ranks.args.size; ++r) {
+    for (int r = 1; r < ranks.args.peers.size; ++r) {
       CHECK(cudaEventRecord(joined, ranks.streams[r]));
       CHECK(cudaStreamWaitEvent(ranks.streams[0], joined));
     }

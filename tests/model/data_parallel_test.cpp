@@ -394,7 +394,7 @@ TEST(DataParallelOptions, ThatCannotBeAreRefused) {
   options = options_of(2);
   options.device = ModelDevice::kCuda;
   EXPECT_EQ(message_of<Unsupported>([&] { make_random_models(parsed, options); }),
-            "dp is 2: device cuda runs a model on one rank so far; use device cpu");
+            "dp is 2: on device cuda all ranks have the same tokens so far; use tp or device cpu");
   // More ranks than heads go, since heads are not cut.
   options = options_of(7);
   EXPECT_EQ(make_random_models(parsed, options).size(), 7u);

@@ -36,6 +36,11 @@ def test_every_number_of_ranks_writes_the_same():
         assert len(pids) == ranks["dp"]
 
 
+def test_gpus_of_ranks_are_of_a_gpu():
+    with pytest.raises(ValueError, match="devices has 2 GPUs, expected none: device is cpu"):
+        LLM(SMALL, device="cpu", tp=2, devices=[0, 0])
+
+
 def test_a_server_tells_what_its_ranks_do():
     server = Server(SMALL, "--device", "cpu", "--dp", "2", "--threads", "2", num_pages=32)
     try:

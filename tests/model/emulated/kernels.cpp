@@ -385,6 +385,7 @@ cudaError_t expert_ffn(const ExpertFfn& a, cudaStream_t) {
       Values sum = wide(inout, a.hidden), act(static_cast<std::size_t>(a.intermediate));
       for (int i = 0; i < a.experts_per_token; ++i) {
         const std::int64_t e = a.ids[t * a.experts_per_token + i];
+        if (e < 0 && a.of_experts > 0) continue;
         for (std::int64_t n = 0; n < a.intermediate; ++n) {
           const float gate = gate_up.dot_row(x.data(), e, n);
           const float up = gate_up.dot_row(x.data(), e, a.intermediate + n);

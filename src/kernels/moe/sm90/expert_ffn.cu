@@ -121,8 +121,9 @@ __global__ __launch_bounds__(kSortThreads) void sort_pairs(const SortArgs p) {
 // ---- Combination
 
 struct CombineArgs {
-  const void* results;   // (pairs, hidden) float32 or bfloat16
-  const float* weights;  // (pairs)
+  const void* results;      // (pairs, hidden) float32 or bfloat16
+  const float* weights;     // (pairs)
+  const std::int32_t* ids;  // (pairs)
   __nv_bfloat16* inout;
   std::int64_t inout_stride, tokens, hidden;
   int experts_per_token;
@@ -153,8 +154,8 @@ __device__ __forceinline__ void add_results(float (&sum)[kWidth], float weight, 
   }
 }
 
-/// kWidth neighbouring columns of a token for each thread.
-template <int kWidth, class T>
+/// kWidth neighbouring columns of a token for each thread. `kSome`: pairs without an expert have no results.
+template <int kWidth, class T, bool kSome>
 __global__ __launch_bounds__(kRowThreads) void combine(const CombineArgs p) {
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
@@ -169,7 +170,12 @@ __global__ __launch_bounds__(kRowThreads) void combine(const CombineArgs p) {
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) sum[c] = __bfloat162float(out[c]);
 #pragma unroll 8
-  for (int e = 0; e < p.experts_per_token; ++e) add_results(sum, __ldcg(weights + e), from + e * p.hidden);
+  for (int e = 0; e < p.experts_per_token; ++e) {
+    if constexpr (kSome) {
+      if (__ldcg(p.ids + token * p.experts_per_token + e) < 0) continue;
+    }
+    add_results(sum, __ldcg(weights + e), from + e * p.hidden);
+  }
   if constexpr (kWidth == 4) {
     __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(sum[0], sum[1]), __floats2bfloat162_rn(sum[2], sum[3])};
     *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(pair);
@@ -278,9 +284,8 @@ cudaError_t launch_sort(const SortArgs& args, bool programmatic, cudaStream_t st
 
 template <class T>
 cudaError_t launch_combine(const ExpertFfn& p, const T* results, cudaStream_t stream) {
-  const CombineArgs args{
-      results,  p.weights,          static_cast<__nv_bfloat16*>(p.inout), p.inout_stride, p.tokens,
-      p.hidden, p.experts_per_token};
+  const CombineArgs args{results,        p.weights, p.ids,    static_cast<__nv_bfloat16*>(p.inout),
+                         p.inout_stride, p.tokens,  p.hidden, p.experts_per_token};
   const bool wide =
       p.hidden % 4 == 0 && p.inout_stride % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.inout) % 8 == 0;
   if (p.norm != nullptr) {
@@ -294,7 +299,8 @@ cudaError_t launch_combine(const ExpertFfn& p, const T* results, cudaStream_t st
   LaunchConfig config(static_cast<unsigned>((threads + kRowThreads - 1) / kRowThreads), kRowThreads, 0,
                       stream);
   config.programmatic(p.programmatic_launch);
-  return launch(config, wide ? combine<4, T> : combine<1, T>, args);
+  if (p.of_experts > 0) return launch(config, wide ? combine<4, T, true> : combine<1, T, true>, args);
+  return launch(config, wide ? combine<4, T, false> : combine<1, T, false>, args);
 }
 
 cudaError_t run_plain(const ExpertFfn& p, const Workspace& w, int num_sms, cudaStream_t stream) {
@@ -357,7 +363,7 @@ cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream
   const std::int64_t pairs = p.tokens * p.experts_per_token;
   WeightStream s;
   s.rows_per_unit = kSmallestUnit;
-  if (p.tokens == 1) {  // every choice is an expert of its own
+  if (p.tokens == 1 && p.of_experts == 0) {  // every choice is an expert of its own
     s.direct_ids = p.ids;
     s.max_units = s.likely_units = pairs;
   } else {
@@ -368,7 +374,7 @@ cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream
     s.num_units = w.num_units;
     s.pairs = w.pairs;
     s.max_units = unit_bound(pairs, p.num_experts, s.rows_per_unit);
-    const double missed = std::exp(-static_cast<double>(pairs) / p.num_experts);
+    const double missed = std::exp(-mean_pairs(p));
     s.likely_units = static_cast<std::int64_t>(p.num_experts * (1 - missed)) + pairs / 64;
   }
   s.m = pairs;
@@ -409,9 +415,11 @@ cudaError_t run_fast(const ExpertFfn& p, const Workspace& w, cudaStream_t stream
 
 bool valid(const ExpertFfn& p) {
   if (p.tokens < 0 || p.hidden <= 0 || p.intermediate <= 0 || p.num_experts < 1 ||
-      p.num_experts > kMaxExperts || p.experts_per_token < 1 || p.experts_per_token > p.num_experts) {
+      p.num_experts > kMaxExperts || p.experts_per_token < 1 ||
+      p.experts_per_token > std::max(p.num_experts, p.of_experts)) {
     return false;
   }
+  if (p.of_experts != 0 && (p.of_experts < p.num_experts || p.norm != nullptr)) return false;
   if ((p.gate_up_scales == nullptr) != (p.down_scales == nullptr)) return false;
   if (p.int4 && (p.gate_up_scales == nullptr || p.hidden % 8 != 0 || p.intermediate % 8 != 0)) return false;
   if (p.tokens == 0) return true;

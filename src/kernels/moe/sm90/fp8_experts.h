@@ -14,7 +14,8 @@ namespace flash_mla::sm90 {
 
 /// Pairs of an expert, on average.
 inline double mean_pairs(const ExpertFfn& p) {
-  return static_cast<double>(p.tokens * p.experts_per_token) / p.num_experts;
+  return static_cast<double>(p.tokens * p.experts_per_token) /
+         (p.of_experts > 0 ? p.of_experts : p.num_experts);
 }
 
 struct Fp8ExpertMemory {

@@ -68,6 +68,8 @@ struct ExpertFfn {
   bool whole_blocks = false;  ///< as Fp8Gemm's, of gate, of up and of down
   const std::int32_t* ids =
       nullptr;  ///< (tokens, experts_per_token), each in [0, num_experts), distinct for a token
+  /// Not 0: these are some of so many experts, and an id of -1 is one that is not among them, whose result is left out.
+  int of_experts = 0;
   const float* weights = nullptr;  ///< (tokens, experts_per_token)
   void* inout = nullptr;           ///< (tokens, hidden) bfloat16; may not be x
   std::int64_t inout_stride = 0;   ///< elements

@@ -77,6 +77,7 @@ __global__ __launch_bounds__(kPlainThreads) void plain_experts(const PlainArgs p
   for (std::int64_t i = std::int64_t(blockIdx.x) * (kPlainThreads / 32) + threadIdx.x / 32; i < count;
        i += stride) {
     const std::int64_t pair = i / columns, n = i % columns, e = f.ids[pair];
+    if (e < 0) continue;
     if constexpr (kDown) {
       const PlainRow row = plain_row(f, f.down, f.down_scales, e, f.hidden, f.intermediate, n);
       const float value = plain_dot(p.act + pair * f.intermediate, row, f.intermediate);

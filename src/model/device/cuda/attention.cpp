@@ -115,7 +115,10 @@ void CudaAttention::forward(Residual& x, Rows /*rows*/) {
     expanded_attention(chunk_q, chunk_out);
     listed_attention(chunk_q, chunk_out);
   }
-  o_.multiply_add(context_, attended, x.x);
+  if (!context_.exchange) return o_.multiply_add(context_, attended, x.x);
+  const Matrix partial = context_.partial(tokens);
+  o_.multiply(context_, attended, partial);
+  context_.exchange->add_sum(partial, x.x, {});
 }
 
 // As a layer of one_token(): the first half of its weights.

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <string_view>
+#include <utility>
 
 #include "base/cuda/check.h"
 #include "flash_mla/error.h"
@@ -51,24 +52,28 @@ bool has_sm90_prefill(const ModelConfig& config) {
          config.qk_rope_head_dim == sm90::kPrefillHeadDimRope && config.v_head_dim == sm90::kPrefillHeadDimV;
 }
 
-CudaContext::CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents)
+CudaContext::CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents,
+                         Partition part, const RankLinks& links)
     : config(model_config),
+      partition(std::move(part)),
+      device(current_device()),
       fp8_cache(fp8_latents),
       fp8_rows(fp8_rows_of_environment()),
       weights(*pool, stream, quantize),
-      schedule_options_(cuda_schedule_options(0, 1, model_config.num_attention_heads, 1)) {
+      exchange(links.ranks != nullptr ? make_rank_exchange(*links.ranks, *pool, stream) : nullptr),
+      schedule_options_(cuda_schedule_options(device, 1, model_config.num_attention_heads, 1)) {
   const Rope rope = make_rope(config);
   inv_freq_ = weights.vector(rope.inv_freq);
   rotations.inv_freq = floats(inv_freq_);
   rotations.scale = rope.scale;
   rotations.pairs = config.qk_rope_head_dim / 2;
   parts_ = pool->allocate(static_cast<std::size_t>(schedule_options_.num_parts) * sizeof(DecodePart));
-  one_token = OneTokenPass(config, *pool, stream);
+  if (!exchange) one_token = OneTokenPass(config, *pool, stream);
 }
 
 // In a batch-invariant step nothing depends on how many sequences there are.
 ScheduleOptions CudaContext::schedule_options(int sequences, bool batch_invariant) const {
-  if (!batch_invariant) return cuda_schedule_options(0, 1, config.num_attention_heads, 1, sequences);
+  if (!batch_invariant) return cuda_schedule_options(device, 1, config.num_attention_heads, 1, sequences);
   ScheduleOptions options = schedule_options_;
   options.fixed_split_blocks = kInvariantSplitBlocks;
   return options;
@@ -92,6 +97,10 @@ void CudaContext::reserve(std::int64_t num_tokens, std::int64_t num_rows) {
   activations(buffers.act, tokens, intermediate);
   for (Buffer& ids : buffers.expert_ids) activations(ids, tokens, experts_per_token(), DType::kInt32);
   activations(buffers.expert_weights, tokens, experts_per_token(), DType::kFloat32);
+  if (exchange) {
+    partial(tokens);
+    activations(buffers.local_ids, tokens, experts_per_token(), DType::kInt32);
+  }
   activations(buffers.logit_h, rows, hidden);
   activations(buffers.logits, rows, config.vocab_size, DType::kFloat32);
   activations(buffers.tokens, rows, 1, DType::kInt32);
@@ -108,8 +117,7 @@ void CudaContext::reserve(std::int64_t num_tokens, std::int64_t num_rows) {
     activations(buffers.router_logits, tokens, config.n_routed_experts, DType::kFloat32);
     grow(buffers.expert_workspace,
          sm90::expert_ffn_workspace_size(tokens, hidden, config.moe_intermediate_size,
-                                         config.n_routed_experts + config.n_shared_experts,
-                                         experts_per_token()));
+                                         config.n_routed_experts + shared_experts(), experts_per_token()));
   }
   if (tokens >= fp8_rows && widest_e4m3_ > 0) quantised_rows(buffers.quantised, tokens, widest_e4m3_);
   // Prompts that are processed whole.

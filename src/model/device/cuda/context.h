@@ -15,10 +15,12 @@
 #include "kernels/rows/sm90/rows.h"
 #include "model/device/cuda/memory.h"
 #include "model/device/cuda/one_token_pass.h"
+#include "model/device/cuda/rank_exchange.h"
 #include "model/device/cuda/rule_upload.h"
 #include "model/device/cuda/step_data.h"
 #include "model/device/cuda/stream.h"
 #include "model/device/cuda/weight_loader.h"
+#include "model/parallel/partition.h"
 #include "model/step.h"
 
 namespace flash_mla::model {
@@ -35,8 +37,9 @@ struct QuantisedRows {
 /// What the layers of a GPU share: stream and memory, the step that runs, and memory for activations that
 /// grows and stays. All activations are bfloat16 but where it says so.
 struct CudaContext {
-  /// `fp8_latents`: the latent cache is that of KvFormat::kFp8V32; only with an indexer.
-  CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents);
+  /// `fp8_latents`: the latent cache is that of KvFormat::kFp8V32; only with an indexer. On the current device.
+  CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents, Partition part = {},
+              const RankLinks& links = {});
 
   ScheduleOptions schedule_options(int sequences, bool batch_invariant) const;
   /// As Device::reserve.
@@ -60,8 +63,12 @@ struct CudaContext {
   Matrix activations(Buffer& buffer, std::int64_t rows, std::int64_t columns, DType dtype = DType::kBFloat16);
   /// Memory for the keys and values that prefill attention expands at a time.
   void grow_expanded(std::int64_t keys);
-  /// Chosen experts of a token, with the shared ones.
-  int experts_per_token() const { return config.num_experts_per_tok + config.n_shared_experts; }
+  /// Chosen experts of a token, with the shared ones unless these are a network of their own.
+  int experts_per_token() const { return config.num_experts_per_tok + shared_experts(); }
+  /// Shared experts that are experts which every token chooses: not among ranks, each of which has a share of their width.
+  int shared_experts() const { return exchange ? 0 : config.n_shared_experts; }
+  /// Of ranks: memory for what this one adds to a sum, (rows, hidden).
+  Matrix partial(std::int64_t rows) { return activations(buffers.partial, rows, config.hidden_size); }
   /// To be called when a layer has got weights in e4m3 that take `columns` inputs: they are widened, or these inputs
   /// quantised, where many rows are multiplied, and the kernel of one token takes bfloat16 alone.
   void prepare_e4m3(std::int64_t columns);
@@ -75,7 +82,9 @@ struct CudaContext {
   void download(const std::byte* from, std::size_t bytes, void* to);
   void rms_norm(const Matrix& x, const Buffer& weight, double eps, const Matrix& out) const;
 
-  const ModelConfig config;
+  const ModelConfig config;  ///< with this rank's heads
+  const Partition partition;
+  const int device;  ///< its CUDA index
   const bool fp8_cache;
   /// Rows from which on products by weights in e4m3 are made in FP8: 64, or what the environment variable
   /// FLASH_MLA_FP8_ROWS says.
@@ -84,6 +93,8 @@ struct CudaContext {
   std::shared_ptr<DevicePool> pool = std::make_shared<DevicePool>();
   sm90::CublasLt lt;
   WeightLoader weights;
+  const std::unique_ptr<RankExchange>
+      exchange;  ///< with the ranks that have the same tokens; null: there are none
 
   const Step* step = nullptr;
   bool recorded = false;      ///< the step is one of those that are replayed
@@ -101,6 +112,8 @@ struct CudaContext {
     Buffer widened;                    ///< kMaxWidenedBytes where there are weights in e4m3
     Buffer quantised;                  ///< quantised_rows() of what such weights multiply
     Buffer router_logits, expert_weights, expert_workspace;
+    Buffer partial;                  ///< of ranks: partial()
+    Buffer local_ids;                ///< of ranks: (tokens, experts_per_token()) int32
     std::vector<Buffer> expert_ids;  ///< of each mixture layer (tokens, experts_per_token()) int32
     Buffer logit_h, logits, tokens, likeliest_scratch;  ///< of the logit rows
     Buffer states, own_states,
@@ -130,9 +143,15 @@ inline const float* floats(const Buffer& buffer) {
   return buffer.bytes() > 0 ? reinterpret_cast<const float*>(buffer.data()) : nullptr;
 }
 
-/// A dense array on the GPU.
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+/// A dense array on the current GPU.
 inline TensorView on_device(const void* data, DType dtype, std::initializer_list<std::int64_t> shape) {
-  return TensorView::contiguous(const_cast<void*>(data), dtype, shape, {DeviceType::kCuda, 0});
+  return TensorView::contiguous(const_cast<void*>(data), dtype, shape, {DeviceType::kCuda, current_device()});
 }
 
 /// Whether decode attention of such a model has a kernel for Hopper; else a plain one takes it.

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "base/cuda/check.h"
+#include "base/cuda/device.h"
 
 namespace flash_mla::model {
 namespace {
@@ -32,19 +33,26 @@ class Event : public CopyMark {
 
 }  // namespace
 
+CudaCopyQueue::CudaCopyQueue(cudaStream_t steps, int device) : steps_(steps), device_(device) {
+  const DeviceGuard guard(device);
+  stream_ = std::make_unique<Stream>();
+}
+
 void CudaCopyQueue::wait_for_steps() {
+  const DeviceGuard guard(device_);
   Event behind;
   behind.record(steps_);
-  check(cudaStreamWaitEvent(stream_, behind.get(), 0), "cudaStreamWaitEvent");
+  check(cudaStreamWaitEvent(*stream_, behind.get(), 0), "cudaStreamWaitEvent");
 }
 
 void CudaCopyQueue::copy(std::byte* to, const std::byte* from, std::size_t bytes) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "cudaMemcpyAsync");
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, *stream_), "cudaMemcpyAsync");
 }
 
 std::unique_ptr<CopyMark> CudaCopyQueue::mark() {
+  const DeviceGuard guard(device_);
   auto out = std::make_unique<Event>();
-  out->record(stream_);
+  out->record(*stream_);
   return out;
 }
 

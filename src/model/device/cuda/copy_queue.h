@@ -14,8 +14,9 @@ namespace flash_mla::model {
 /// Copies on a stream of their own, which waits for the steps' stream where it is told to and holds up none of them.
 class CudaCopyQueue : public CopyQueue {
  public:
-  explicit CudaCopyQueue(cudaStream_t steps) : steps_(steps) {}
-  ~CudaCopyQueue() override { cudaStreamSynchronize(stream_); }
+  /// `steps`: a stream of the GPU of that CUDA index.
+  CudaCopyQueue(cudaStream_t steps, int device);
+  ~CudaCopyQueue() override { cudaStreamSynchronize(*stream_); }
 
   void wait_for_steps() override;
   void copy(std::byte* to, const std::byte* from, std::size_t bytes) override;
@@ -23,7 +24,8 @@ class CudaCopyQueue : public CopyQueue {
 
  private:
   cudaStream_t steps_;
-  Stream stream_;
+  int device_;
+  std::unique_ptr<Stream> stream_;
 };
 
 /// Page-locked memory of the host. Throws std::bad_alloc.

@@ -3,8 +3,10 @@
 #include <fmt/format.h>
 
 #include <exception>
+#include <utility>
 
 #include "base/cuda/check.h"
+#include "base/cuda/device.h"
 #include "flash_mla/error.h"
 #include "flash_mla/info.h"
 #include "flash_mla/schedule.h"
@@ -27,11 +29,17 @@ namespace {
 
 class CudaDevice : public Device {
  public:
-  CudaDevice(const ModelConfig& config, ModelQuantize quantize, bool time_steps, bool fp8_cache)
-      : context_(config, quantize, fp8_cache), timer_(time_steps ? std::make_unique<StepTimer>() : nullptr) {}
+  CudaDevice(const ModelConfig& config, ModelQuantize quantize, bool time_steps, bool fp8_cache,
+             const CudaSeat& seat)
+      : context_(config, quantize, fp8_cache, seat.partition, seat.links),
+        sharing_(seat.sharing),
+        timer_(time_steps ? std::make_unique<StepTimer>() : nullptr) {}
   ~CudaDevice() override { cudaStreamSynchronize(context_.stream); }
 
-  std::size_t free_memory() const override { return context_.pool->free_memory(); }
+  std::size_t free_memory() const override {
+    const DeviceGuard guard(context_.device);
+    return context_.pool->free_memory() / static_cast<std::size_t>(sharing_);
+  }
   ScheduleOptions schedule_options(int sequences, bool batch_invariant) const override {
     return context_.schedule_options(sequences, batch_invariant);
   }
@@ -65,23 +73,14 @@ class CudaDevice : public Device {
   void reserve(std::int64_t num_tokens, std::int64_t num_rows) override {
     context_.reserve(num_tokens, num_rows);
   }
-  void begin_step(Step& step) override { context_.begin_step(step); }
+  void begin_step(Step& step) override {
+    if (step.batch_invariant && context_.exchange && !context_.exchange->sums_in_order())
+      throw Unsupported("batch_invariant: NCCL adds up over ranks in an order of its own");
+    watched([&] { context_.begin_step(step); });
+  }
 
   void run(const std::function<void()>& pass) override {
-    if (timer_) timer_->begin(context_.stream);
-    const auto planned_pass = [&] {
-      context_.begin_pass();
-      pass();
-    };
-    const Step& step = *context_.step;
-    if (context_.recorded) {
-      graphs_.run({step.num_tokens(), context_.data.max_blocks, step.batch_invariant, !step.draws.empty(),
-                   step.masked, context_.selects(), step.reads},
-                  *context_.pool, context_.stream, planned_pass);
-    } else {
-      planned_pass();
-    }
-    if (timer_) timer_->end(context_.stream);
+    watched([&] { run_watched(pass); });
   }
 
   void choose(const Matrix& logits) override { choose_tokens(context_, logits); }
@@ -93,20 +92,75 @@ class CudaDevice : public Device {
   void download_logits(std::int64_t rows, float* logits) override {
     const std::size_t bytes = static_cast<std::size_t>(rows * context_.config.vocab_size) * sizeof(float);
     context_.download(context_.buffers.logits.data(), bytes, logits);
+    if (context_.exchange) context_.exchange->check();
   }
   std::unique_ptr<Download> start_token_download(std::int64_t first, std::int64_t count) override {
     constexpr auto kId = static_cast<std::int64_t>(sizeof(std::int32_t));
-    return downloader_.start(context_.buffers.tokens.data() + first * kId,
-                             static_cast<std::size_t>(count * kId), context_.stream);
+    auto out = downloader_.start(context_.buffers.tokens.data() + first * kId,
+                                 static_cast<std::size_t>(count * kId), context_.stream);
+    if (!context_.exchange) return out;
+    return std::make_unique<CheckedDownload>(std::move(out), *context_.exchange);
   }
 
   std::unique_ptr<CopyQueue> make_copy_queue() override {
-    return std::make_unique<CudaCopyQueue>(context_.stream);
+    return std::make_unique<CudaCopyQueue>(context_.stream, context_.device);
   }
   Buffer allocate_host(std::size_t bytes) override { return allocate_pinned(bytes); }
 
  private:
+  /// Of a step that ranks share.
+  class CheckedDownload : public Download {
+   public:
+    CheckedDownload(std::unique_ptr<Download> download, const RankExchange& exchange)
+        : download_(std::move(download)), exchange_(exchange) {}
+    const std::byte* wait() override {
+      const std::byte* out = download_->wait();
+      exchange_.check();
+      return out;
+    }
+
+   private:
+    std::unique_ptr<Download> download_;
+    const RankExchange& exchange_;
+  };
+
+  /// Kernels of other ranks do not wait for those that a failure here has left out.
+  template <class F>
+  void watched(F&& f) {
+    try {
+      f();
+    } catch (...) {
+      if (context_.exchange) context_.exchange->fail();
+      throw;
+    }
+  }
+
+  void run_watched(const std::function<void()>& pass) {
+    if (timer_) timer_->begin(context_.stream);
+    const auto planned_pass = [&] {
+      context_.begin_pass();
+      pass();
+    };
+    const Step& step = *context_.step;
+    RankExchange* const exchange = context_.exchange.get();
+    // Ranks replay a step or none does: what one of them has allocated moves what the others' graphs point to.
+    const auto allocations = [&] {
+      const std::size_t own = context_.pool->allocations();
+      return exchange ? static_cast<std::size_t>(exchange->sum_on_host(own)) : own;
+    };
+    if (context_.recorded) {
+      graphs_.run({step.num_tokens(), context_.data.max_blocks, step.batch_invariant, !step.draws.empty(),
+                   step.masked, context_.selects(), step.reads},
+                  allocations, context_.stream, planned_pass, exchange != nullptr);
+      if (exchange) exchange->sum_on_host(0);  // all have launched theirs
+    } else {
+      planned_pass();
+    }
+    if (timer_) timer_->end(context_.stream);
+  }
+
   CudaContext context_;
+  int sharing_;
   std::unique_ptr<StepTimer> timer_;  // or null
   Downloader downloader_;
   GraphCache graphs_;
@@ -114,27 +168,35 @@ class CudaDevice : public Device {
 
 }  // namespace
 
-std::string why_no_cuda_device() {
+std::string why_no_cuda_device(int device) {
   if (sm90::gpus().empty()) return fmt::format("this machine has {}; use cpu", sm90::why_no_gpus());
   try {
-    cuda_schedule_options(0, 1, 1, 1);
+    cuda_schedule_options(device, 1, 1, 1);
   } catch (const std::exception& e) {
     return e.what();
   }
   return sm90::why_no_cublaslt();
 }
 
-DeviceMemory cuda_memory() {
-  if (const std::string why = why_no_cuda_device(); !why.empty()) throw Unsupported("device cuda: " + why);
+int num_cuda_devices() { return static_cast<int>(sm90::gpus().size()); }
+
+DeviceMemory cuda_memory(int device) {
+  if (const std::string why = why_no_cuda_device(device); !why.empty())
+    throw Unsupported("device cuda: " + why);
+  const DeviceGuard guard(device);
   std::size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
   return {static_cast<double>(free), static_cast<double>(total)};
 }
 
 std::unique_ptr<Device> make_cuda_device(const ModelConfig& config, ModelQuantize quantize, bool time_steps,
-                                         bool fp8_cache) {
-  if (const std::string why = why_no_cuda_device(); !why.empty()) throw Unsupported("device cuda: " + why);
-  return std::make_unique<CudaDevice>(config, quantize, time_steps, fp8_cache);
+                                         bool fp8_cache, const CudaSeat& seat) {
+  if (const std::string why = why_no_cuda_device(seat.device); !why.empty())
+    throw Unsupported("device cuda: " + why);
+  int current = 0;
+  check(cudaGetDevice(&current), "cudaGetDevice");
+  if (current != seat.device) check(cudaSetDevice(seat.device), "cudaSetDevice");
+  return std::make_unique<CudaDevice>(config, quantize, time_steps, fp8_cache, seat);
 }
 
 }  // namespace flash_mla::model

@@ -16,22 +16,26 @@ void GraphCache::Graph::launch(cudaStream_t stream) const {
   check(cudaGraphLaunch(exec_, stream), "cudaGraphLaunch");
 }
 
-void GraphCache::check_memory(const DevicePool& pool) {
-  if (allocations_ == pool.allocations()) return;
-  graphs_.clear();
-  allocations_ = pool.allocations();
+void GraphCache::Graph::upload(cudaStream_t stream) const {
+  check(cudaGraphUpload(exec_, stream), "cudaGraphUpload");
 }
 
-void GraphCache::run(const Key& key, const DevicePool& pool, cudaStream_t stream,
-                     const std::function<void()>& pass) {
-  check_memory(pool);
+void GraphCache::check_memory(std::size_t allocations) {
+  if (allocations_ == allocations) return;
+  graphs_.clear();
+  allocations_ = allocations;
+}
+
+void GraphCache::run(const Key& key, const std::function<std::size_t()>& allocations, cudaStream_t stream,
+                     const std::function<void()>& pass, bool ranks) {
+  check_memory(allocations());
   if (const auto found = graphs_.find(key); found != graphs_.end()) {
     found->second.launch(stream);
     return;
   }
   // Whatever the step allocates or looks up for the first time, it does now.
   pass();
-  check_memory(pool);
+  check_memory(allocations());
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
   cudaGraph_t graph = nullptr;
   try {
@@ -42,7 +46,8 @@ void GraphCache::run(const Key& key, const DevicePool& pool, cudaStream_t stream
     throw;
   }
   check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-  graphs_.try_emplace(key, graph);
+  const Graph& made = graphs_.try_emplace(key, graph).first->second;
+  if (ranks) made.upload(stream);
 }
 
 }  // namespace flash_mla::model

@@ -8,7 +8,6 @@
 #include <map>
 #include <tuple>
 
-#include "model/device/cuda/memory.h"
 #include "model/step.h"
 
 namespace flash_mla::model {
@@ -21,9 +20,11 @@ class GraphCache {
   /// launches with the same arguments.
   using Key = std::tuple<std::int64_t, std::int64_t, bool, bool, bool, bool, ModuleStates>;
 
-  /// Replays the step of that shape, or runs and records what `pass` queues on `stream`. Memory that it takes
-  /// from `pool` the first time may not be taken for anything else.
-  void run(const Key& key, const DevicePool& pool, cudaStream_t stream, const std::function<void()>& pass);
+  /// Replays the step of that shape, or runs and records what `pass` queues on `stream`. `allocations()`: a number that
+  /// changes whenever memory is taken that `pass` may use (DevicePool::allocations). `ranks`: kernels of several graphs will
+  /// wait for each other.
+  void run(const Key& key, const std::function<std::size_t()>& allocations, cudaStream_t stream,
+           const std::function<void()>& pass, bool ranks = false);
 
  private:
   class Graph {
@@ -33,16 +34,18 @@ class GraphCache {
     Graph(const Graph&) = delete;
     Graph& operator=(const Graph&) = delete;
     void launch(cudaStream_t stream) const;
+    /// Does what the first launch would do, which may take memory.
+    void upload(cudaStream_t stream) const;
 
    private:
     cudaGraphExec_t exec_ = nullptr;
   };
 
   // Drops the graphs where something was allocated since they were made: what they point to may have moved.
-  void check_memory(const DevicePool& pool);
+  void check_memory(std::size_t allocations);
 
   std::map<Key, Graph> graphs_;
-  std::size_t allocations_ = 0;  // of the pool when graphs_ were made
+  std::size_t allocations_ = 0;  // when graphs_ were made
 };
 
 }  // namespace flash_mla::model

@@ -1,5 +1,7 @@
 #include "model/device/cuda/head.h"
 
+#include <vector>
+
 #include "kernels/rows/sm90/rows.h"
 #include "kernels/sampling/sm90/draw_rows.h"
 #include "kernels/sampling/sm90/token_rules.h"
@@ -25,7 +27,17 @@ Matrix CudaHead::forward(const Residual& x) {
   context_.rms_norm(last, norm_, config.rms_norm_eps, last);
   const Matrix logits =
       context_.activations(context_.buffers.logits, rows, config.vocab_size, DType::kFloat32);
-  weight_->multiply(context_, last, logits);
+  if (!context_.exchange) {
+    weight_->multiply(context_, last, logits);
+    return logits;
+  }
+  std::vector<Range> parts;
+  parts.reserve(static_cast<std::size_t>(context_.partition.size));
+  for (int rank = 0; rank < context_.partition.size; ++rank)
+    parts.push_back(context_.partition.share(config.vocab_size, rank));
+  const Range own = context_.partition.share(config.vocab_size);
+  weight_->multiply(context_, last, logits.column_range(own.first, own.count));
+  context_.exchange->gather_columns(logits, parts);
   return logits;
 }
 

@@ -140,8 +140,8 @@ void CudaLinear::multiply_fp8(CudaContext& context, const Matrix& x, const Matri
   check(sm90::fp8_gemm(args, context.stream), "fp8_gemm");
 }
 
-bool CudaLinear::add_feed_forward(CudaContext& context, const Matrix& x, const CudaLinear& down,
-                                  const Matrix& inout) const {
+bool CudaLinear::multiply_feed_forward(CudaContext& context, const Matrix& x, const CudaLinear& down,
+                                       const Matrix& out, bool accumulate) const {
   if (!weight_.e4m3() || !down.weight_.e4m3() || bias_.bytes() > 0 || down.bias_.bytes() > 0 ||
       !context.multiplies_fp8(x.rows) || !takes_quantise_rows(x)) {
     return false;
@@ -157,9 +157,9 @@ bool CudaLinear::add_feed_forward(CudaContext& context, const Matrix& x, const C
   gate_up.out_scales = act.scales;
   gate_up.tiles = sm90::plan_fp8_gemm(x.rows, out_features_, 1, true, num_sms);
   sm90::Fp8Gemm last = down.fp8_args(act, x.rows);
-  last.out = inout.data;
-  last.out_stride = inout.stride;
-  last.accumulate = true;
+  last.out = out.data;
+  last.out_stride = out.stride;
+  last.accumulate = accumulate;
   last.tiles = sm90::plan_fp8_gemm(x.rows, down.out_features_, 1, false, num_sms);
   if (!sm90::fits_fp8_gemm(gate_up) || !sm90::fits_fp8_gemm(last)) return false;
   quantise(context, x, quantised);

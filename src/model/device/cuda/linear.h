@@ -35,9 +35,12 @@ class CudaLinear {
   /// out = silu(x·G^T) * (x·U^T), where the rows of W are [G; U].
   void multiply_silu_mul(CudaContext& context, const Matrix& x, const Matrix& out) const;
 
-  /// inout += down · (silu(x·G^T) * (x·U^T)) in FP8; false, with nothing done, where it is not to be or cannot be.
-  bool add_feed_forward(CudaContext& context, const Matrix& x, const CudaLinear& down,
-                        const Matrix& inout) const;
+  /// out = down · (silu(x·G^T) * (x·U^T)) in FP8, or `accumulate`d to it; false, with nothing done, where it is not to be or
+  /// cannot be.
+  bool multiply_feed_forward(CudaContext& context, const Matrix& x, const CudaLinear& down, const Matrix& out,
+                             bool accumulate) const;
+  /// One of these two.
+  void run(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
 
   const std::byte* weight() const { return weight_.values.data(); }
 
@@ -49,7 +52,6 @@ class CudaLinear {
   void multiply_fp8(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
   sm90::SkinnyGemm skinny_args(const CudaContext& context, const Matrix& x, const Matrix& out) const;
   void multiply_widened(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
-  void run(CudaContext& context, const Matrix& x, const Matrix& out, bool accumulate) const;
 
   CudaMatrix weight_;
   Buffer bias_;  // empty: none

@@ -2,21 +2,32 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
 #include "base/cuda/check.h"
 #include "flash_mla/error.h"
+#include "kernels/moe/sm90/local_experts.h"
 #include "kernels/moe/sm90/norm_route.h"
 
 namespace flash_mla::model {
-CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWeights& weights)
+namespace {
+
+MixtureWeights routed_alone(MixtureWeights weights) {
+  weights.shared_gate_up = weights.shared_down = {};
+  return weights;
+}
+
+}  // namespace
+
+CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWeights& all)
     : context_(context),
-      norm_(context.weights.vector(weights.norm)),
-      router_(context.weights.float32_matrix(weights.router)),
-      correction_bias_(context.weights.vector(weights.correction_bias)),
-      intermediate_(weights.intermediate),
-      num_experts_(context.config.n_routed_experts + context.config.n_shared_experts),
+      norm_(context.weights.vector(all.norm)),
+      router_(context.weights.float32_matrix(all.router)),
+      correction_bias_(context.weights.vector(all.correction_bias)),
+      intermediate_(all.intermediate),
+      num_experts_(context.config.n_routed_experts + context.shared_experts()),
       index_(context.buffers.expert_ids.size()),
       counts_(context.pool->allocate(static_cast<std::size_t>(context.config.n_routed_experts) *
                                      sizeof(unsigned long long))),
@@ -24,6 +35,12 @@ CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWe
       host_counts_(allocate_pinned(counts_.bytes())) {
   check(cudaMemsetAsync(counts_.data(), 0, counts_.bytes(), context.stream), "cudaMemsetAsync");
   context.buffers.expert_ids.emplace_back();
+  if (context.exchange) {
+    place_experts(all.ranks);
+    if (all.shared_down.rows > 0)
+      shared_.emplace(context, all.shared_gate_up, all.shared_down, LayerKind::kShared);
+  }
+  const MixtureWeights weights = context.exchange ? routed_alone(all) : all;
   if (!weights.expert) {
     make_up_experts();
   } else if (takes_int4_experts(weights)) {
@@ -39,9 +56,31 @@ CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWe
   if (gate_up_.int4) context.prepare_int4();
 }
 
+// Of each routed expert, by the ranks that have it.
+void CudaMixtureOfExperts::place_experts(const std::vector<std::vector<int>>& ranks) {
+  std::vector<sm90::ExpertPlace> places;
+  for (int e = 0; e < context_.config.n_routed_experts; ++e) {
+    const std::vector<int>& of = ranks[static_cast<std::size_t>(e)];
+    const auto found = std::ranges::find(of, context_.partition.expert_rank);
+    sm90::ExpertPlace& place = places.emplace_back();
+    place.replicas = static_cast<std::int32_t>(of.size());
+    if (found == of.end()) continue;
+    place.index = static_cast<std::int32_t>(own_.size());
+    place.turn = static_cast<std::int32_t>(found - of.begin());
+    own_.push_back(e);
+    replicas_.push_back(place.replicas);
+  }
+  num_experts_ = static_cast<int>(own_.size());
+  const std::size_t bytes = places.size() * sizeof(sm90::ExpertPlace);
+  places_ = context_.pool->allocate(bytes);
+  check(cudaMemcpyAsync(places_.data(), places.data(), bytes, cudaMemcpyHostToDevice, context_.stream),
+        "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(context_.stream), "cudaStreamSynchronize");
+}
+
 // An expert's share of the columns of the shared ones' `down` has scales of its own.
 bool CudaMixtureOfExperts::cuts_shared_experts(std::int64_t scale_columns) const {
-  return context_.config.n_shared_experts <= 1 || intermediate_ % scale_columns == 0;
+  return context_.shared_experts() <= 1 || intermediate_ % scale_columns == 0;
 }
 
 // Whether all of them are stored in e4m3, or to be quantised so. All are of one form; else they become bfloat16.
@@ -113,7 +152,7 @@ void CudaMixtureOfExperts::upload(const ExpertParts& parts, const ReadExpert& re
     context_.weights.uploader().upload(
         {part(gate_up_.values, parts.gate_up_codes), part(down_.values, parts.down_codes),
          part(gate_up_.scales, parts.gate_up_scales), part(down_.scales, parts.down_scales)},
-        [&](std::byte* host) { read(e, host); });
+        [&](std::byte* host) { read(context_.exchange ? own_[static_cast<std::size_t>(e)] : e, host); });
   }
 }
 
@@ -155,6 +194,11 @@ void CudaMixtureOfExperts::forward(Residual& x) {
   context_.activations(context_.buffers.expert_weights, tokens, context_.experts_per_token(),
                        DType::kFloat32);
   norm_and_route(x.x, h);
+  if (context_.exchange) {
+    add_from_ranks(h, x.x);
+    x.normed_for = next_;
+    return;
+  }
   add_experts(h, x.x);
   x.normed_for = next_;
 }
@@ -192,6 +236,7 @@ sm90::RouteArgs CudaMixtureOfExperts::route_args(const Matrix& h) {
   args.tokens = h.rows;
   args.hidden = h.columns;
   args.routing = config.routing();
+  args.routing.shared_experts = context_.shared_experts();
   args.batch_invariant = context_.step->batch_invariant;
   args.programmatic_launch = true;
   return args;
@@ -211,6 +256,10 @@ void CudaMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
   args.down_scales = floats(down_.scales);
   args.int4 = gate_up_.int4;
   args.ids = reinterpret_cast<const std::int32_t*>(ids().data());
+  if (context_.exchange) {
+    args.ids = reinterpret_cast<const std::int32_t*>(context_.buffers.local_ids.data());
+    args.of_experts = context_.config.n_routed_experts;
+  }
   args.weights = reinterpret_cast<const float*>(context_.buffers.expert_weights.data());
   args.inout = x.data;
   args.inout_stride = x.stride;
@@ -224,7 +273,7 @@ void CudaMixtureOfExperts::add_experts(const Matrix& h, const Matrix& x) {
   if (context_.multiplies_fp8(h.rows)) args.fp8_rows = 0;
   args.whole_blocks = gate_up_.halves_of_blocks && down_.whole_blocks;
   args.programmatic_launch = true;
-  if (next_ != nullptr) {
+  if (next_ != nullptr && !context_.exchange) {
     args.norm = next_->norm();
     args.norm_eps = static_cast<float>(context_.config.rms_norm_eps);
     args.norm_out = h.data;
@@ -243,8 +292,46 @@ ExpertCounts CudaMixtureOfExperts::expert_counts() const {
     copies_.mark()->wait();
     std::memcpy(out.counts.data(), host_counts_.data(), counts_.bytes());
   }
-  out.rank_counts = {std::accumulate(out.counts.begin(), out.counts.end(), std::int64_t{0})};
+  std::int64_t here = std::accumulate(out.counts.begin(), out.counts.end(), std::int64_t{0});
+  if (context_.exchange) {
+    here = 0;
+    for (std::size_t i = 0; i < own_.size(); ++i)
+      here += out.counts[static_cast<std::size_t>(own_[i])] / replicas_[i];
+  }
+  out.rank_counts = {here};
   return out;
+}
+
+// Of the step's choices those that are this rank's, as its own experts are numbered.
+void CudaMixtureOfExperts::find_local(std::int64_t tokens) {
+  const Matrix local =
+      context_.activations(context_.buffers.local_ids, tokens, context_.experts_per_token(), DType::kInt32);
+  sm90::LocalExperts args;
+  args.ids = reinterpret_cast<const std::int32_t*>(ids().data());
+  args.places = reinterpret_cast<const sm90::ExpertPlace*>(places_.data());
+  args.out = reinterpret_cast<std::int32_t*>(local.data);
+  args.tokens = tokens;
+  args.experts_per_token = context_.experts_per_token();
+  args.by_turn = !context_.step->batch_invariant;
+  check(sm90::local_experts(args, context_.stream), "local_experts");
+}
+
+// The same of ranks: one sum for the shared and the routed experts.
+void CudaMixtureOfExperts::add_from_ranks(const Matrix& h, const Matrix& x) {
+  const Matrix partial = context_.partial(h.rows);
+  if (shared_) {
+    shared_->run(context_, h, partial, /*accumulate=*/false);
+  } else {
+    const auto bytes = static_cast<std::size_t>(partial.rows * partial.columns) * dtype_size(partial.dtype);
+    check(cudaMemsetAsync(partial.data, 0, bytes, context_.stream), "cudaMemsetAsync");
+  }
+  if (num_experts_ > 0) {
+    find_local(h.rows);
+    add_experts(h, partial);
+  }
+  RankExchange::Norm norm;
+  if (next_ != nullptr) norm = {next_->norm(), static_cast<float>(context_.config.rms_norm_eps), h};
+  context_.exchange->add_sum(partial, x, norm);
 }
 
 std::vector<std::int32_t> CudaMixtureOfExperts::experts_taken(int num_tokens) const {

@@ -5,11 +5,13 @@
 
 namespace flash_mla::model {
 
-std::string why_no_cuda_device() { return FLASH_MLA_NO_CUDA_ENGINE; }
+std::string why_no_cuda_device(int) { return FLASH_MLA_NO_CUDA_ENGINE; }
 
-DeviceMemory cuda_memory() { throw Unsupported("device cuda: " + why_no_cuda_device()); }
+int num_cuda_devices() { return 0; }
 
-std::unique_ptr<Device> make_cuda_device(const ModelConfig&, ModelQuantize, bool, bool) {
+DeviceMemory cuda_memory(int) { throw Unsupported("device cuda: " + why_no_cuda_device()); }
+
+std::unique_ptr<Device> make_cuda_device(const ModelConfig&, ModelQuantize, bool, bool, const CudaSeat&) {
   throw Unsupported("device cuda: " + why_no_cuda_device());
 }
 
