@@ -31,7 +31,7 @@ CudaMixtureOfExperts::CudaMixtureOfExperts(CudaContext& context, const MixtureWe
       index_(context.buffers.expert_ids.size()),
       counts_(context.pool->allocate(static_cast<std::size_t>(context.config.n_routed_experts) *
                                      sizeof(unsigned long long))),
-      copies_(context.stream),
+      copies_(context.stream, context.device),
       host_counts_(allocate_pinned(counts_.bytes())) {
   check(cudaMemsetAsync(counts_.data(), 0, counts_.bytes(), context.stream), "cudaMemsetAsync");
   context.buffers.expert_ids.emplace_back();
