@@ -423,6 +423,7 @@ SamplingParams Engine::default_sampling() const { return impl_->default_sampling
 
 EngineStats Engine::stats() const { return impl_->core.stats(); }
 EngineLoad Engine::load() const { return impl_->core.load(); }
+std::vector<EngineLoad> Engine::rank_loads() const { return impl_->core.rank_loads(); }
 std::vector<CacheEvent> Engine::take_cache_events() { return impl_->core.take_cache_events(); }
 std::vector<ExpertCounts> Engine::expert_counts() const { return impl_->core.expert_counts(); }
 std::vector<StepRecord> Engine::timeline() const { return impl_->core.timeline(); }
