@@ -271,6 +271,7 @@ struct Engine::Impl {
     out.prompt_token_ids = prompt_tokens(request);
     out.sampling = std::move(request.sampling);
     out.bootstrap = std::move(request.bootstrap);
+    out.data_parallel_rank = request.data_parallel_rank;
     for (const std::string& word : out.sampling.bad_words) add_bad_word(word, out.sampling.bad_token_ids);
     core.check(out);
     return out;
