@@ -162,7 +162,7 @@ def tier(arguments, prompt, expected, name, spec):
 def copy_rate():
     """Of this machine's memory, by one thread: bytes that are copied in a second, of 64 MiB."""
     source = memoryview(bytearray(random.Random(2).randbytes(1 << 26)))
-    target = bytearray(1 << 26)
+    target = memoryview(bytearray(1 << 26))
     seconds = []
     for _ in range(10):
         begin = time.perf_counter()

@@ -116,6 +116,9 @@ struct Request {
   bool allow_special = true;
   /// For engines with EngineOptions::transfer: where a prefill and a decode engine meet for the request.
   std::optional<BootstrapRoom> bootstrap;
+  /// For a router that has chosen: which of the ranks with caches of their own (EngineOptions::dp) runs it. None: the one
+  /// that is expected to come to its tokens first.
+  std::optional<int> data_parallel_rank;
   SamplingParams sampling;
 };
 
@@ -462,6 +465,8 @@ class Engine {
   EngineStats stats() const;
   /// Of stats() what changes from step to step, without the rest's price: for somebody who asks many times a second.
   EngineLoad load() const;
+  /// Of each rank with a cache of its own (EngineOptions::dp). Requests that have none yet count in load() alone.
+  std::vector<EngineLoad> rank_loads() const;
   /// What has come into the prefix cache, or left it, since the last call; in the order in which it happened, of each rank.
   /// Empty without EngineOptions::cache_events. If nobody calls it, it costs no more than two events of each page.
   std::vector<CacheEvent> take_cache_events();

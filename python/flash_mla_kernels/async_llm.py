@@ -48,13 +48,15 @@ class AsyncLLM:
         request_id: Optional[str] = None,
         *,
         bootstrap: Optional[Tuple[str, int, int]] = None,
+        data_parallel_rank: Optional[int] = None,
     ) -> AsyncIterator[Dict]:
         """The request's events, as they come: dicts with ``index`` (which of the n continuations), ``token_ids``, ``text``,
         ``logprobs``, ``finish_reason`` ("" while it goes on, then "stop", "length", "cancelled" or "error" with ``error``),
         ``prompt_tokens``, ``cached_tokens`` and ``completion_tokens``; the last one of all has ``last``.
 
         ``request_id``: the caller's name for it, for ``abort``. ``bootstrap``: host, port and room where a prefill and a decode
-        engine meet (``transfer``). A generator that is closed, or whose task is cancelled, before its end ends the request.
+        engine meet (``transfer``). ``data_parallel_rank``: which of the ranks with caches of their own (``dp``) runs it; None: the
+        engine chooses. A generator that is closed, or whose task is cancelled, before its end ends the request.
         Raises ``ValueError`` for a request that cannot run, or whose name another one has that runs.
         """
         loop = asyncio.get_running_loop()
@@ -67,7 +69,12 @@ class AsyncLLM:
         try:
             # A grammar takes up to a second.
             await loop.run_in_executor(None, self._engine.prepare, sampling_params)
-            request = _C.Request(prompt_token_ids=list(prompt_token_ids), sampling=sampling_params, bootstrap=bootstrap)
+            request = _C.Request(
+                prompt_token_ids=list(prompt_token_ids),
+                sampling=sampling_params,
+                bootstrap=bootstrap,
+                data_parallel_rank=data_parallel_rank,
+            )
             named.number = self._engine.submit(request, self._queue)
             events = self._requests[named.number] = asyncio.Queue()
             if named.aborted:
@@ -110,6 +117,10 @@ class AsyncLLM:
         """How full the engine is: ``running`` and ``waiting`` sequences, ``pages_used``, ``pages_cached`` and ``pages_total``,
         ``prefix_tokens_looked_up`` and ``prefix_tokens_hit``. Cheap."""
         return self._engine.load()
+
+    def rank_loads(self) -> List[Dict[str, int]]:
+        """``load`` of each rank with a cache of its own (``dp``). Requests that have no rank yet count in ``load`` alone."""
+        return self._engine.rank_loads()
 
     def take_cache_events(self) -> List[Dict]:
         """With ``cache_events=True``, what has come into the prefix cache, or left it, since the last call, in its order: dicts

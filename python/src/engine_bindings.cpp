@@ -358,8 +358,10 @@ void bind_engine(nb::module_& m) {
           [](Request* self, std::string prompt, std::vector<std::int32_t> prompt_token_ids,
              const std::vector<std::pair<std::string, std::string>>& messages, const SamplingParams& sampling,
              std::string suffix, bool continue_final_message, std::string chat_variables,
-             const std::optional<std::tuple<std::string, int, std::int64_t>>& bootstrap) {
+             const std::optional<std::tuple<std::string, int, std::int64_t>>& bootstrap,
+             std::optional<int> data_parallel_rank) {
             Request r;
+            r.data_parallel_rank = data_parallel_rank;
             if (bootstrap) {
               const auto& [host, port, room] = *bootstrap;
               r.bootstrap = BootstrapRoom{host, port, room};
@@ -375,7 +377,8 @@ void bind_engine(nb::module_& m) {
           },
           nb::kw_only(), "prompt"_a = "", "prompt_token_ids"_a = std::vector<std::int32_t>(),
           "messages"_a = std::vector<std::pair<std::string, std::string>>(), "sampling"_a, "suffix"_a = "",
-          "continue_final_message"_a = false, "chat_variables"_a = "", "bootstrap"_a = nb::none());
+          "continue_final_message"_a = false, "chat_variables"_a = "", "bootstrap"_a = nb::none(),
+          "data_parallel_rank"_a = nb::none());
   nb::class_<Engine> engine(m, "Engine");
   engine
       .def(

@@ -52,6 +52,18 @@ nb::dict to_python(const CacheEvent& event) {
   return d;
 }
 
+nb::dict to_python(const EngineLoad& load) {
+  nb::dict d;
+  d["running"] = load.running;
+  d["waiting"] = load.waiting;
+  d["pages_used"] = load.pages_used;
+  d["pages_cached"] = load.pages_cached;
+  d["pages_total"] = load.pages_total;
+  d["prefix_tokens_looked_up"] = load.prefix_tokens_looked_up;
+  d["prefix_tokens_hit"] = load.prefix_tokens_hit;
+  return d;
+}
+
 template <class T>
 nb::list list_of(const std::vector<T>& values) {
   nb::list out;
@@ -137,19 +149,8 @@ void bind_serving(nb::class_<Engine>& engine) {
             e.prepare(sampling.format);
           },
           "sampling"_a)
-      .def("load",
-           [](const Engine& e) {
-             const EngineLoad load = e.load();
-             nb::dict d;
-             d["running"] = load.running;
-             d["waiting"] = load.waiting;
-             d["pages_used"] = load.pages_used;
-             d["pages_cached"] = load.pages_cached;
-             d["pages_total"] = load.pages_total;
-             d["prefix_tokens_looked_up"] = load.prefix_tokens_looked_up;
-             d["prefix_tokens_hit"] = load.prefix_tokens_hit;
-             return d;
-           })
+      .def("load", [](const Engine& e) { return to_python(e.load()); })
+      .def("rank_loads", [](const Engine& e) { return list_of(e.rank_loads()); })
       .def("take_cache_events", [](Engine& e) { return list_of(e.take_cache_events()); });
 }
 

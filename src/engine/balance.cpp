@@ -7,7 +7,7 @@
 namespace flash_mla::engine {
 
 std::size_t take_rank(std::span<RankLoad> loads, std::span<const std::int64_t> cached, std::int64_t length,
-                      int continuations) {
+                      int continuations, std::optional<int> chosen) {
   const auto tokens = [&](std::size_t rank) { return length - cached[rank]; };
   // And one to grow into for each.
   const auto pages = [&](std::size_t rank) {
@@ -18,8 +18,8 @@ std::size_t take_rank(std::span<RankLoad> loads, std::span<const std::int64_t> c
     return std::tuple(load.pages < pages(rank),
                       load.tokens + tokens(rank) + std::int64_t{kPageSize} * load.sequences);
   };
-  std::size_t best = 0;
-  for (std::size_t rank = 1; rank < loads.size(); ++rank) {
+  auto best = static_cast<std::size_t>(chosen.value_or(0));
+  for (std::size_t rank = 1; rank < loads.size() && !chosen; ++rank) {
     if (cost(rank) < cost(best)) best = rank;
   }
   RankLoad& load = loads[best];

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 namespace flash_mla::engine {
@@ -16,8 +17,9 @@ struct RankLoad {
 /// The rank for a prompt of `length` tokens, of which the ranks' prefix caches have `cached`, that has `continuations`: of
 /// those whose cache has room, or else of all, the one with the fewest tokens to compute before the prompt's first is
 /// chosen. A sequence counts as a page of tokens, since every step computes one of each: so a prefix that all prompts share
-/// does not bring them all to one rank. Of equals the first. Adds the prompt to that rank's load.
+/// does not bring them all to one rank. Of equals the first. `chosen`: that one, whatever it has to do. Adds the prompt to
+/// that rank's load.
 std::size_t take_rank(std::span<RankLoad> loads, std::span<const std::int64_t> cached, std::int64_t length,
-                      int continuations);
+                      int continuations, std::optional<int> chosen = std::nullopt);
 
 }  // namespace flash_mla::engine

@@ -140,19 +140,24 @@ class DecodeSide : public PeerSide {
 
   void do_load(PeerTicket& ticket) {
     try {
-      const Buffer bytes = model_.allocate_host(ticket.incoming->bytes());
-      if (ticket.incoming->take({bytes.data(), bytes.bytes()})) {
+      // On a GPU it is page-locked, which takes longer than the copy: it stays for the next.
+      if (memory_.bytes() < ticket.incoming->bytes()) {
+        memory_ = {};
+        memory_ = model_.allocate_host(ticket.incoming->bytes());
+      }
+      if (ticket.incoming->take({memory_.data(), ticket.incoming->bytes()})) {
         // What the prefix cache had is not touched: others may read it.
         std::vector<std::int32_t> pages(static_cast<std::size_t>(ticket.incoming->num_pages()), -1);
         for (std::size_t i = 0; i < std::min(pages.size(), ticket.pages.size()); ++i) {
           if (static_cast<std::int64_t>(i) * kPageSize >= ticket.begin) pages[i] = ticket.pages[i];
         }
-        uploads_->upload(pages, bytes.data());
+        uploads_->upload(pages, memory_.data());
         uploads_->mark()->wait();
         ticket.loaded = ticket.end;
       }
     } catch (const std::exception&) {
       ticket.loaded = ticket.begin;  // no memory, or the device has failed
+      memory_ = {};
     }
     ticket.done = true;
     on_news_();
@@ -164,6 +169,7 @@ class DecodeSide : public PeerSide {
   PageReceiver& receiver_;
   std::unique_ptr<model::PageCopies> uploads_;
   HeldPages held_;
+  Buffer memory_;                       // of the loader's thread
   std::unique_ptr<TaskThread> loader_;  // last: it uses the others
 };
 

@@ -271,6 +271,7 @@ struct Engine::Impl {
     out.prompt_token_ids = prompt_tokens(request);
     out.sampling = std::move(request.sampling);
     out.bootstrap = std::move(request.bootstrap);
+    out.data_parallel_rank = request.data_parallel_rank;
     for (const std::string& word : out.sampling.bad_words) add_bad_word(word, out.sampling.bad_token_ids);
     core.check(out);
     return out;
@@ -423,6 +424,7 @@ SamplingParams Engine::default_sampling() const { return impl_->default_sampling
 
 EngineStats Engine::stats() const { return impl_->core.stats(); }
 EngineLoad Engine::load() const { return impl_->core.load(); }
+std::vector<EngineLoad> Engine::rank_loads() const { return impl_->core.rank_loads(); }
 std::vector<CacheEvent> Engine::take_cache_events() { return impl_->core.take_cache_events(); }
 std::vector<ExpertCounts> Engine::expert_counts() const { return impl_->core.expert_counts(); }
 std::vector<StepRecord> Engine::timeline() const { return impl_->core.timeline(); }

@@ -153,6 +153,10 @@ void EngineCore::check(const Request& request) const {
   }
   check_tokens(request.sampling, model.vocab_size());
   if (request.bootstrap) ranks_[0]->check(*request.bootstrap);
+  const std::optional<int>& rank = request.data_parallel_rank;
+  if (rank && (*rank < 0 || *rank >= std::ssize(ranks_)))
+    throw InvalidArgument(
+        fmt::format("data_parallel_rank is {}, expected 0 to {}", *rank, ranks_.size() - 1));
   if (!has_text_ && !request.sampling.format.is_free()) {
     throw Unsupported("the format of a text: this engine has no tokenizer");
   }
@@ -176,6 +180,7 @@ RequestId EngineCore::submit(Request request, EventHandler on_event, bool bounde
   active->prompt = std::move(request.prompt_token_ids);
   active->sampling = std::move(request.sampling);
   active->room = std::move(request.bootstrap);
+  active->rank = request.data_parallel_rank;
   if (active->room && options_.transfer.role == TransferRole::kPrefill) {
     // What follows is the decode server's.
     active->sampling.max_tokens = std::min(active->sampling.max_tokens, 1);
@@ -215,7 +220,7 @@ void EngineCore::place(std::vector<std::unique_ptr<ActiveRequest>> requests) {
     cached.reserve(ranks_.size());
     for (const auto& rank : ranks_) cached.push_back(rank->cached_prefix(*request));
     const auto length = static_cast<std::int64_t>(request->prompt.size());
-    const std::size_t rank = take_rank(loads, cached, length, request->sampling.n);
+    const std::size_t rank = take_rank(loads, cached, length, request->sampling.n, request->rank);
     ranks_[rank]->begin(std::move(request));
   }
 }

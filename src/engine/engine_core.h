@@ -70,6 +70,7 @@ class EngineCore {
 
   EngineStats stats() const;
   EngineLoad load() const { return statistics_.load(); }
+  std::vector<EngineLoad> rank_loads() const { return statistics_.rank_loads(); }
   std::vector<CacheEvent> take_cache_events();
   std::vector<ExpertCounts> expert_counts() const;
   std::vector<StepRecord> timeline() const { return statistics_.timeline(); }

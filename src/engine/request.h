@@ -82,6 +82,7 @@ struct ActiveRequest {
   LogitRules rules;
   std::shared_ptr<const grammar::Grammar> grammar;  // null: the text is free
   std::optional<BootstrapRoom> room;
+  std::optional<int> rank;                     // that is to run it
   std::vector<TokenLogprobs> prompt_logprobs;  // as far as the prompt has been scored
   EventHandler on_event;
   std::uint64_t seed = 0;

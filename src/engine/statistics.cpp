@@ -162,18 +162,33 @@ EngineStats Statistics::snapshot() const {
   return out;
 }
 
+EngineLoad Statistics::Rank::whole_load() const {
+  return {load.running,        load.waiting, load.pages_used,
+          load.pages_cached,   pages_total,  scheduled.tokens_looked_up,
+          scheduled.tokens_hit};
+}
+
+std::vector<EngineLoad> Statistics::rank_loads() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<EngineLoad> out;
+  out.reserve(ranks_.size());
+  for (const Rank& rank : ranks_) out.push_back(rank.whole_load());
+  return out;
+}
+
 EngineLoad Statistics::load() const {
   const std::lock_guard lock(mutex_);
   EngineLoad out;
   out.waiting = in_inbox_;
-  for (const Rank& rank : ranks_) {
-    out.running += rank.load.running;
-    out.waiting += rank.load.waiting;
-    out.pages_used += rank.load.pages_used;
-    out.pages_cached += rank.load.pages_cached;
+  for (const Rank& of : ranks_) {
+    const EngineLoad rank = of.whole_load();
+    out.running += rank.running;
+    out.waiting += rank.waiting;
+    out.pages_used += rank.pages_used;
+    out.pages_cached += rank.pages_cached;
     out.pages_total += rank.pages_total;
-    out.prefix_tokens_looked_up += rank.scheduled.tokens_looked_up;
-    out.prefix_tokens_hit += rank.scheduled.tokens_hit;
+    out.prefix_tokens_looked_up += rank.prefix_tokens_looked_up;
+    out.prefix_tokens_hit += rank.prefix_tokens_hit;
   }
   return out;
 }

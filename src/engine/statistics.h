@@ -50,6 +50,7 @@ class Statistics {
 
   EngineStats snapshot() const;
   EngineLoad load() const;
+  std::vector<EngineLoad> rank_loads() const;
   std::vector<StepRecord> timeline() const;
 
  private:
@@ -62,6 +63,7 @@ class Statistics {
     Scheduler::Counters scheduled;
     kv::PagePool::Counters pages;
     std::vector<RankStats> ranks;
+    EngineLoad whole_load() const;
   };
 
   int in_inbox_ = 0;

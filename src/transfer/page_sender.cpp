@@ -212,7 +212,7 @@ void PageSender::take_ask(const std::shared_ptr<Link>& link, std::int64_t room, 
     Entry& entry = rooms_[room];
     expected = entry.expected.lock();
     if (entry.ask || (expected && expected->asked_)) throw TransferError("the room is in use");
-    if (!expected) entry.ask = std::move(ask);
+    if (!expected) entry.ask = ask;
   }
   if (expected) match(*expected, ask);
 }

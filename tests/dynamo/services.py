@@ -46,17 +46,10 @@ class Process:
     def __init__(self, name, command, folder, **environment):
         LOGS.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, LOGS / f"{name}.log"
-        loopback = {
-            "DYN_FILE_KV": str(folder),
-            "DYN_TCP_RPC_HOST": "127.0.0.1",
-            "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
-            "DYN_EVENT_PLANE_HOST": "127.0.0.1",
-            "DYN_SYSTEM_HOST": "127.0.0.1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        common = {"DYN_FILE_KV": str(folder), "HF_HUB_OFFLINE": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command], stdout=log, stderr=log, env={**os.environ, **loopback, **environment}
+                [sys.executable, "-m", *command], stdout=log, stderr=log, env={**os.environ, **common, **environment}
             )
         atexit.register(self.kill)
 
@@ -98,6 +91,23 @@ class Worker(Process):
 
         wait_for(up, f"{self.name} does not come up: {self.log}")
 
+    def listens_at(self):
+        """The IPv4 addresses, with ports, at which the process listens; those of IPv6 as text of 32 digits."""
+        sockets = set()
+        for file in pathlib.Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(file))
+        out = []
+        for table in ("tcp", "tcp6"):
+            for line in pathlib.Path(f"/proc/{self.process.pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                    address, port = fields[1].split(":")
+                    if table == "tcp":
+                        address = socket.inet_ntoa(bytes.fromhex(address)[::-1])
+                    out.append((address, int(port, 16)))
+        return out
+
     def wait_until_idle(self):
         wait_for(lambda: self.metric("mla_sequences_running") == 0, f"{self.name} goes on")
         assert self.metric("mla_cache_pages_used") == 0
@@ -107,7 +117,8 @@ class Frontend(Process):
     def __init__(self, folder, *flags, name="frontend"):
         self.port = free_port()
         command = ("dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(self.port), *PLANES)
-        super().__init__(name, (*command, "--router-mode", "kv", *flags), folder)
+        hosts = {f"DYN_{plane}_HOST": "127.0.0.1" for plane in ("TCP_RPC", "TCP_RESPONSE_STREAM", "EVENT_PLANE", "SYSTEM")}
+        super().__init__(name, (*command, "--router-mode", "kv", *flags), folder, **hosts)
 
     def wait_until_up(self):
         def up():

@@ -2,12 +2,13 @@
 
 import concurrent.futures
 import contextlib
+import re
 import signal
 import time
 
 import openai
 import pytest
-from services import Frontend, Worker, wait_for
+from services import Frontend, Worker, get, wait_for
 
 WORDS = "And it came to pass in those days, that there went out a decree from Caesar. "
 
@@ -51,6 +52,33 @@ def two(tmp_path_factory):
 
         wait_for(both_are_known, "one of two workers never gets a request")
         yield client, workers
+
+
+def test_a_worker_listens_on_loopback(two):
+    # But for the sockets of events: Dynamo 1.6.1 binds those to all addresses, whatever it is told to advertise.
+    _, workers = two
+    for worker in workers:
+        addresses = [address for address, _ in worker.listens_at()]
+        assert ("127.0.0.1", worker.port) in worker.listens_at()
+        assert addresses.count("127.0.0.1") >= 2, "requests and metrics"
+        assert set(addresses) == {"127.0.0.1", "0.0.0.0"} and addresses.count("0.0.0.0") <= 3, worker.listens_at()
+
+
+def test_ranks_with_caches_of_their_own_are_routed_to_one_by_one(tmp_path):
+    with cluster(tmp_path, [("--dp", "2", "--num-threads", "2")], name="ranks") as (frontend, (worker,)):
+        client = client_of(frontend)
+        prefixes = [f"{group} {WORDS * 12}" for group in range(6)]
+        with concurrent.futures.ThreadPoolExecutor(len(prefixes)) as threads:
+            list(threads.map(lambda prefix: ask(client, f"{prefix} first", tokens=40), prefixes))
+        for group, prefix in enumerate(prefixes):
+            for question in range(2):
+                time.sleep(0.3)  # blocks reach the router a moment after the answer
+                assert cached(ask(client, f"{prefix} and {question}", tokens=2)) >= 64, f"group {group}, question {question}"
+        # Both ranks are told of: by the router's own figures of the worker.
+        text = get(worker.port, "/metrics")[1]
+        ranks = set(re.findall(r'dynamo_component_total_blocks{[^}]*dp_rank="(\d+)"', text))
+        assert ranks == {"0", "1"}, [line for line in text.splitlines() if "total_blocks" in line]
+        worker.wait_until_idle()
 
 
 def test_the_openai_client_works(two):

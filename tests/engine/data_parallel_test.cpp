@@ -382,5 +382,46 @@ TEST(EngineOfRanks, AThrowingHandlerEndsItsRequestAlone) {
   EXPECT_EQ(ranks.core.stats().cancelled, 1);
 }
 
+// A router has chosen where a request runs.
+TEST(EngineOfRanks, ARequestRunsOnTheRankThatItNames) {
+  EngineOptions o = Harness::defaults();
+  o.cache_events = true;
+  Ranks ranks(3, o);
+  const auto submit = [&](std::optional<int> rank) {
+    Request r = request(Tokens(100, 5), greedy(2));
+    r.data_parallel_rank = rank;
+    ranks.core.check(r);
+    return ranks.core.submit(std::move(r), [&](const GenerationEvent& e) { ranks.take(e); });
+  };
+  // The first would go to rank 0, the others to where its prefix is cached.
+  for (const int rank : {2, 0, 2, 1}) {
+    const RequestId id = submit(rank);
+    ranks.run();
+    EXPECT_EQ(ranks.results.at(id).at(0).finish, FinishReason::kLength);
+  }
+  std::vector<int> stored;
+  for (const CacheEvent& e : ranks.core.take_cache_events()) stored.push_back(e.rank);
+  std::ranges::sort(stored);
+  EXPECT_EQ(stored, (std::vector{0, 1, 2})) << "a page of the prompt on each";
+  const std::vector<EngineLoad> loads = ranks.core.rank_loads();
+  ASSERT_EQ(loads.size(), 3u);
+  const EngineLoad all = ranks.core.load();
+  for (const auto field : {&EngineLoad::prefix_tokens_hit, &EngineLoad::prefix_tokens_looked_up})
+    EXPECT_EQ(loads[0].*field + loads[1].*field + loads[2].*field, all.*field);
+  EXPECT_EQ(loads[2].prefix_tokens_looked_up, 200);
+  EXPECT_EQ(loads[2].prefix_tokens_hit, 64);
+  EXPECT_EQ(loads[1].pages_cached, 1);
+  EXPECT_EQ(loads[1].pages_total * 3, all.pages_total);
+  for (const int wrong : {-1, 3}) {
+    try {
+      submit(wrong);
+      ADD_FAILURE() << wrong;
+    } catch (const InvalidArgument& e) {
+      EXPECT_EQ(std::string(e.what()),
+                "data_parallel_rank is " + std::to_string(wrong) + ", expected 0 to 2");
+    }
+  }
+}
+
 }  // namespace
 }  // namespace flash_mla::engine

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import importlib
+import os
 import subprocess
 import sys
 import types
@@ -126,8 +127,8 @@ class Recorder:
 
 def test_publishing_goes_on_after_a_failure_and_ends_when_told():
     load = {"pages_used": 2, "pages_total": 8, "prefix_tokens_looked_up": 0, "prefix_tokens_hit": 0}
-    pending = [[{"type": "removed", "block": 1}], [{"type": "removed", "block": 2}]]
-    engine = types.SimpleNamespace(take_cache_events=lambda: pending.pop() if pending else [], load=lambda: dict(load))
+    pending = [[{"type": "removed", "block": 1, "rank": 0}], [{"type": "removed", "block": 2, "rank": 0}]]
+    engine = types.SimpleNamespace(take_cache_events=lambda: pending.pop() if pending else [], rank_loads=lambda: [dict(load)])
     recorder = Recorder()
     recorder.fails = 1
     told = publishing.Publishing(engine, dict)
@@ -143,16 +144,42 @@ def test_publishing_goes_on_after_a_failure_and_ends_when_told():
     assert len(recorder.snapshots) == count == 1, "published without a change, or after the end"
 
 
+def test_each_rank_is_told_of_by_its_own_publisher():
+    loads = [{"pages_used": rank, "pages_total": 8, "prefix_tokens_looked_up": 4, "prefix_tokens_hit": rank} for rank in range(2)]
+    pending = [[{"type": "removed", "block": block, "rank": block % 2} for block in (1, 2, 3)]]
+    engine = types.SimpleNamespace(take_cache_events=lambda: pending.pop() if pending else [], rank_loads=lambda: loads)
+    recorders, snapshots = [Recorder(), Recorder()], Recorder()
+    recorders[0].fails = 1  # which is nothing to the other
+    told = publishing.Publishing(engine, dict)
+    told.publish_snapshots(snapshots)
+    told.publish_events(recorders[0], ranks=2, rank=0)
+    wait_for(lambda: len(snapshots.snapshots) == 2, "no snapshots")
+    assert pending, "events are taken before all ranks have a publisher"
+    told.publish_events(recorders[1], ranks=2, rank=1)
+    wait_for(lambda: recorders[1].events, "nothing is published")
+    told.stop()
+    assert [event["block_hashes"] for event in recorders[1].events] == [[1], [3]] and not recorders[0].events
+    assert [(rank, s["dp_rank"], s["kv_cache_hit_rate"]) for rank, s in snapshots.snapshots] == [(0, 0, 0.0), (1, 1, 0.25)]
+
+
 # ------------------------------------------------------------------ the command line
 
 
-def test_the_command_line(capsys):
+def test_the_command_line(monkeypatch):
+    hosts = [f"DYN_{plane}_HOST" for plane in ("TCP_RPC", "TCP_RESPONSE_STREAM", "EVENT_PLANE", "SYSTEM")]
+    for name in hosts:
+        monkeypatch.setenv(name, "")  # so that what is set here goes afterwards
+        monkeypatch.delenv(name)
     options = arguments.parse(["--model", str(SMALL), "--disaggregation-mode", "prefill"])
     assert (options.served_model_name, options.component) == ("small", "prefill")
     assert arguments.parse(["--model", str(SMALL)]).component == "backend"
-    with pytest.raises(SystemExit):
-        arguments.parse(["--model", str(SMALL), "--disaggregation-mode", "decode", "--kv-tier", "ram:1GiB"])
-    assert "--kv-tier with --disaggregation-mode" in capsys.readouterr().err
+    assert [os.environ[name] for name in hosts] == ["127.0.0.1"] * 4
+    assert options.bootstrap_host == "127.0.0.1"
+    both = ["--disaggregation-mode", "decode", "--kv-tier", "ram:1GiB", "--dp", "2", "--host", "10.0.0.1"]
+    monkeypatch.delenv(hosts[0])
+    options = arguments.parse(["--model", str(SMALL), *both])
+    assert (options.dp, options.kv_tier, options.bootstrap_host) == (2, ["ram:1GiB"], "10.0.0.1")
+    assert [os.environ[name] for name in hosts] == ["10.0.0.1", *["127.0.0.1"] * 3], "what is set goes first"
 
 
 def test_without_dynamo_it_says_what_to_install(tmp_path):
@@ -205,6 +232,10 @@ STANDINS = {
         "LLMEngine": object,
         "LlmRegistration": record("LlmRegistration"),
         "WorkerConfig": record("WorkerConfig"),
+    },
+    "dynamo.common.backend.dp_rank": {
+        "forced_dp_rank": lambda request: (request.get("routing") or {}).get("dp_rank"),
+        "validate_global_dp_rank": lambda rank, first, count, label: rank if count > 1 else None,
     },
     "dynamo.common.backend.health_check": {"build_health_check_payload": lambda bos_token_id: {"token_ids": [bos_token_id]}},
     "dynamo.common.backend.metrics": {"register_engine_registry": lambda metrics, registry: metrics.append(registry)},
@@ -306,6 +337,29 @@ def test_it_answers_and_tells_the_router(make_worker, alone):
             with pytest.raises(InvalidArgument, match="prompt has 0 tokens|prompt"):
                 await answer_of(worker, {"token_ids": []})
             assert len(await answer_of(worker, await worker.health_check_payload())) > 0
+
+    asyncio.run(main())
+
+
+def test_ranks_are_told_of_and_run_what_the_router_gives_them(make_worker, alone):
+    worker, _ = make_worker("--dp", "2")
+
+    async def main():
+        async with started(worker) as engine:
+            assert (engine.llm.data_parallel_size, engine.llm.total_kv_blocks) == (2, 64)
+            recorders, snapshots = [Recorder(), Recorder()], Recorder()
+            sources = await worker.kv_event_sources()
+            assert [source.dp_rank for source in sources] == worker.component_metrics_dp_ranks() == [0, 1]
+            for source, recorder in zip(sources, recorders):
+                source.on_ready(recorder)
+            worker.attach_snapshot_publisher(snapshots)
+            for rank in (1, 1, 0):
+                answer = await answer_of(worker, request_of(PROMPT, routing={"dp_rank": rank}))
+                assert tokens_in(answer) == alone(PROMPT)
+            for recorder in recorders:
+                wait_for(lambda r=recorder: len(r.events) >= 2, "no events")
+                assert [event["token_ids"] for event in recorder.events] == [PROMPT[:64], PROMPT[64:128]]
+            assert {rank for rank, _ in snapshots.snapshots} == {0, 1}
 
     asyncio.run(main())
 

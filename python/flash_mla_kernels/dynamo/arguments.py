@@ -24,6 +24,7 @@ def _parser():
     of("--discovery-backend", default=os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"), help="kubernetes, etcd, file or mem")
     of("--request-plane", default=os.environ.get("DYN_REQUEST_PLANE", "tcp"), help="tcp or nats")
     of("--event-plane", default=os.environ.get("DYN_EVENT_PLANE"), help="zmq or nats; default: Dynamo's")
+    of("--host", default="127.0.0.1", metavar="ADDRESS", help="of this machine, for all planes and /metrics; DYN_..._HOST go first")
     of("--endpoint-types", default="chat,completions", help="what the frontend offers")
     of("--tool-call-parser", help="of the frontend, for this model")
     of("--reasoning-parser", help="of the frontend, for this model")
@@ -32,7 +33,7 @@ def _parser():
     of = parser.add_argument_group("prefill and decode apart").add_argument
     of("--disaggregation-mode", choices=tuple(ROLES), default="agg", help="what the worker does of a request")
     of("--transport", choices=("shm", "nixl"), default="shm", help="of pages: within a machine, or NIXL's C library")
-    of("--bootstrap-host", default="127.0.0.1", help="prefill: address that decode workers connect to")
+    of("--bootstrap-host", metavar="ADDRESS", help="prefill: that decode workers connect to; default: --host")
     of("--bootstrap-port", type=int, default=0, help="prefill: port for them; 0 takes any free one")
     of("--advertise-host", help="prefill: how others name --bootstrap-host, if not by that")
     of("--peer", action="append", metavar="HOST:PORT", help="decode: a prefill worker that may be asked, as requests name it; default: any")
@@ -53,7 +54,9 @@ def _parser():
     of("--max-batch-size", type=int, default=128)
     of("--max-tokens-per-step", type=int, default=2048)
     of("--num-threads", type=int, default=0)
-    of("--tp", type=int, default=1)
+    of("--tp", type=int, default=1, help="ranks that share the model")
+    of("--dp", type=int, default=1, help="ranks with caches of their own, which the router chooses between")
+    of("--ep", type=int, default=0, help="parts that the experts are divided into")
     of("--batch-invariant", action="store_true")
     of("--speculative", choices=("off", "ngram", "mtp", "auto"), default="off")
     of("--kv-tier", action="append", metavar="SPEC", help="such as ram:4GiB; several are asked in their order")
@@ -64,7 +67,11 @@ def parse(argv=None):
     """The options; ends the process with what is wrong with them."""
     arguments = _parser().parse_args(argv)
     arguments.served_model_name = arguments.served_model_name or Path(arguments.model).resolve().name
+    arguments.bootstrap_host = arguments.bootstrap_host or arguments.host
     arguments.component = arguments.component or ("prefill" if arguments.disaggregation_mode == "prefill" else "backend")
+    # Dynamo reads these when its runtime is made. What it takes without them is any address of the machine.
+    for plane in ("TCP_RPC", "TCP_RESPONSE_STREAM", "EVENT_PLANE", "SYSTEM"):
+        os.environ.setdefault(f"DYN_{plane}_HOST", arguments.host)
     return arguments
 
 
@@ -86,7 +93,7 @@ def engine_options(arguments):
     )
     names = (
         "device", "precision", "quantize", "kv_cache", "load_format", "max_model_len", "num_pages", "memory_bytes",
-        "max_batch_size", "max_tokens_per_step", "num_threads", "tp", "batch_invariant", "speculative",
+        "max_batch_size", "max_tokens_per_step", "num_threads", "tp", "dp", "ep", "batch_invariant", "speculative",
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names}
     return {**options, "kv_tiers": arguments.kv_tier or (), "cache_events": True, "transfer": transfer}

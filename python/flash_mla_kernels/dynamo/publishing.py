@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from typing import Any, Callable, Dict, Mapping, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional
 
 PERIOD_SECONDS = 0.02  #: between two looks at the engine
 
@@ -29,16 +29,24 @@ def event_of(event: Mapping[str, Any]) -> Dict[str, Any]:
     }
 
 
-def snapshot_of(load: Mapping[str, int]) -> Dict[str, Any]:
-    """The fields of a ComponentSnapshot."""
+def snapshot_of(load: Mapping[str, int], rank: int = 0) -> Dict[str, Any]:
+    """The fields of a ComponentSnapshot of a rank."""
     used, total, looked_up = load["pages_used"], load["pages_total"], load["prefix_tokens_looked_up"]
     return {
         "kv_used_blocks": used,
         "kv_total_blocks": total,
         "gpu_cache_usage": used / total if total else 0.0,
-        "dp_rank": 0,
+        "dp_rank": rank,
         "kv_cache_hit_rate": load["prefix_tokens_hit"] / looked_up if looked_up else None,
     }
+
+
+def _try(publish, *arguments):
+    """A router that is not told guesses; the engine goes on, and other ranks are told of."""
+    try:
+        publish(*arguments)
+    except Exception:
+        _log.exception("something is not told to the router")
 
 
 class Publishing:
@@ -46,17 +54,21 @@ class Publishing:
 
     def __init__(self, engine, make_snapshot: Callable[..., Any]):
         self._engine, self._make_snapshot = engine, make_snapshot
-        self._events: Optional[Any] = None
+        self._events: Dict[int, Any] = {}  # by rank
         self._snapshots: Optional[Any] = None
-        self._last: Optional[Dict[str, Any]] = None
+        self._last: Dict[int, Dict[str, Any]] = {}  # by rank
+        self._told = False  # events to all ranks' publishers
         self._end = threading.Event()
         self._thread: Optional[threading.Thread] = None
         self._starting = threading.Lock()
 
-    def publish_events(self, publisher):
-        """From now on, blocks that come and go."""
-        self._events = publisher
-        self._start()
+    def publish_events(self, publisher, ranks: int = 1, rank: int = 0):
+        """From now on, blocks that come and go in the cache of the rank; once all ``ranks`` have a publisher, since what has
+        been taken from the engine is told once."""
+        self._events[rank] = publisher
+        if len(self._events) == ranks:
+            self._told = True
+            self._start()
 
     def publish_snapshots(self, publisher):
         """From now on, how full the engine is."""
@@ -78,18 +90,18 @@ class Publishing:
 
     def _run(self):
         while not self._end.wait(PERIOD_SECONDS):
-            try:
-                self._publish()
-            except Exception:  # a router that is not told guesses; the engine goes on
-                _log.exception("nothing is told to the router")
+            _try(self._publish)
 
     def _publish(self):
-        if self._events is not None:
-            events = self._engine.take_cache_events()
-            if events:
-                self._events.publish_batch([event_of(event) for event in events])
+        if self._told:
+            events: Dict[int, List[Dict[str, Any]]] = {}
+            for event in self._engine.take_cache_events():
+                events.setdefault(event["rank"], []).append(event_of(event))
+            for rank, of in events.items():
+                _try(self._events[rank].publish_batch, of)
         if self._snapshots is not None:
-            snapshot = snapshot_of(self._engine.load())
-            if snapshot != self._last:
-                self._snapshots.publish(0, self._make_snapshot(**snapshot))
-                self._last = snapshot
+            for rank, load in enumerate(self._engine.rank_loads()):
+                snapshot = snapshot_of(load, rank)
+                if snapshot != self._last.get(rank):
+                    _try(self._snapshots.publish, rank, self._make_snapshot(**snapshot))
+                    self._last[rank] = snapshot

@@ -1,10 +1,12 @@
 """The engine as Dynamo 1.6 wants to see one: started, asked, told to stop."""
 
 import contextlib
+import functools
 import logging
 import secrets
 
 from dynamo.common.backend import EngineConfig, LLMEngine, LlmRegistration, WorkerConfig
+from dynamo.common.backend.dp_rank import forced_dp_rank, validate_global_dp_rank
 from dynamo.common.backend.health_check import build_health_check_payload
 from dynamo.common.backend.metrics import register_engine_registry
 from dynamo.common.backend.publisher import ComponentSnapshot, PushSource
@@ -75,7 +77,8 @@ class Worker(LLMEngine):
             llm=LlmRegistration(
                 context_length=self._llm.max_length,
                 kv_cache_block_size=PAGE_SIZE,
-                total_kv_blocks=self._llm.load()["pages_total"],
+                total_kv_blocks=self._llm.rank_loads()[0]["pages_total"],
+                data_parallel_size=arguments.dp,
                 max_num_seqs=arguments.max_batch_size,
                 max_num_batched_tokens=arguments.max_tokens_per_step,
                 bootstrap_host=host,
@@ -91,7 +94,10 @@ class Worker(LLMEngine):
             if self._role == "prefill" and room:
                 # The router gives this to a decode worker at once: both sides meet while the prompt is computed.
                 yield {"token_ids": [], "index": 0, "disaggregated_params": _params_of(room)}
-            events = self._llm.generate(request["token_ids"], sampling, context.id(), bootstrap=room)
+            rank = validate_global_dp_rank(forced_dp_rank(request), 0, self._arguments.dp, "flash_mla's")
+            events = self._llm.generate(
+                request["token_ids"], sampling, context.id(), bootstrap=room, data_parallel_rank=rank
+            )
             async with contextlib.aclosing(events):  # a request whose caller is gone ends here
                 async for event in events:
                     yield chunk_of(event, self._llm.detokenize)
@@ -110,10 +116,14 @@ class Worker(LLMEngine):
     async def kv_event_sources(self):
         if self._role == "decode" or self._arguments.no_kv_events:
             return []  # prefixes are looked for where prompts are computed
-        return [PushSource(on_ready=self._publishing.publish_events)]
+        ranks = self._arguments.dp
+        return [
+            PushSource(on_ready=functools.partial(self._publishing.publish_events, ranks=ranks, rank=rank), dp_rank=rank)
+            for rank in range(ranks)
+        ]
 
     def component_metrics_dp_ranks(self):
-        return [0]
+        return list(range(self._arguments.dp))
 
     def attach_snapshot_publisher(self, publisher):
         self._publishing.publish_snapshots(publisher)
