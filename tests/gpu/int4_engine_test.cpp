@@ -112,7 +112,9 @@ TEST_P(Int4Engine, ProductsInW4A8AgreeWithTheDequantisedTwin) {
   const std::vector<float> got = run(*int4);
   expect_close(got, run(*twin), GetParam().name, 4);
   EXPECT_EQ(got, run(*int4));
+#ifndef FLASH_MLA_EMULATED  // whose products know no W4A8
   EXPECT_NE(got, run(*plain));
+#endif
   // Batch-invariant steps make none: rows may not decide.
   EXPECT_EQ(run(*int4, true), run(*plain, true));
 }
