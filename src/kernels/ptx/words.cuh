@@ -52,4 +52,11 @@ __device__ __forceinline__ std::uint32_t widen_e4m3(std::uint16_t x) {
   return h;
 }
 
+/// (x & mask) | bits in one instruction; of two constants the compiler makes two.
+__device__ __forceinline__ std::uint32_t and_or(std::uint32_t x, std::uint32_t mask, std::uint32_t bits) {
+  std::uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+
 }  // namespace flash_mla::sm90::ptx

@@ -42,7 +42,7 @@ struct Run {
     p.weight_map = {static_cast<const std::byte*>(g.weight),
                     {g.k / 2, rows, g.experts, 1, 1},
                     {2, g.k, rows * g.k, 0, 0},
-                    {64, g.e4m3 ? kBlockRows : kBlockRows / 2, 1, 1, 1}};
+                    {64, g.e4m3 ? 2 * kBlockRows : kBlockRows, 1, 1, 1}};
   }
   Run(const Run&) = delete;
 

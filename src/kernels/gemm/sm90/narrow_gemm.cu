@@ -18,7 +18,7 @@ bool aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 ==
 /// int4: two rows in k bytes. As 16-bit columns.
 CUtensorMap weight_map(const NarrowGemm& g) {
   const std::int64_t rows = g.e4m3 ? g.n : g.n / 2;
-  const int box = g.e4m3 ? narrow::kBlockRows : narrow::kBlockRows / 2;
+  const int box = g.e4m3 ? 2 * narrow::kBlockRows : narrow::kBlockRows;  // two blocks
   const TensorView view = TensorView::contiguous(const_cast<void*>(g.weight), DType::kBFloat16,
                                                  {g.experts, rows, g.k / 2}, {DeviceType::kCuda, 0});
   return tensor_map<5>("weight", view,

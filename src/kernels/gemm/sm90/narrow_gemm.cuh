@@ -40,34 +40,46 @@ namespace flash_mla::sm90::narrow {
 
 // ---- Copies
 
-/// Asks for a stage's weights and their scales.
+/// A tile's weights and their scales, as two pairs of blocks. Two warps ask for them: one would be what all wait for.
 template <class C>
-__device__ __forceinline__ void load_weights(const Params& p, Shared<C>& s, int slot, const Tile& tile,
-                                             int step) {
-  std::uint64_t* const full = &s.full[slot];
-  Block blocks[4];
-  std::uint32_t bytes = 4 * C::kBoxBytes;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    blocks[i] = block_of<C>(p, tile, i / 2, i % 2);
-    if constexpr (!C::kE4m3) bytes += static_cast<std::uint32_t>(blocks[i].count) * 4;
+struct WeightCopies {
+  const Params& p;
+  Block pairs[2];
+  int expert;
+  const float* scales;  // of the next step
+
+  __device__ explicit WeightCopies(const Params& params) : p(params) {}
+
+  __device__ void begin(const Tile& tile) {
+    pairs[0] = pair_of<C>(p, tile, 0);
+    pairs[1] = pair_of<C>(p, tile, 1);
+    expert = tile.unit.expert;
+    scales = p.gemm.weight_scales + std::int64_t{expert} * p.steps * p.gemm.n;
   }
-  ptx::mbarrier_arrive_expect_tx(full, bytes);
-  const float* const scales =
-      p.gemm.weight_scales + (std::int64_t{tile.unit.expert} * p.steps + step) * p.gemm.n;
+  __device__ void copy_weights(Shared<C>& s, int slot, int step) const {
+    ptx::mbarrier_arrive_expect_tx(&s.full[slot], 4 * C::kBlockBytes);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const Block& block = blocks[i];
-    ptx::tma_load_5d(s.weights[slot][i], &p.weight_map, full, step * (kStepK / 2),
-                     C::kE4m3 ? block.row : block.row / 2, tile.unit.expert, 0, 0);
-    if constexpr (!C::kE4m3) {
-      if (block.count > 0) {
-        ptx::bulk_load(s.weight_scales[slot][i], scales + block.row,
-                       static_cast<std::uint32_t>(block.count) * 4, full);
-      }
+    for (int i = 0; i < 2; ++i) {
+      ptx::tma_load_5d(s.weights[slot][2 * i], &p.weight_map, &s.full[slot], step * (kStepK / 2),
+                       C::kE4m3 ? pairs[i].row : pairs[i].row / 2, expert, 0, 0);
     }
   }
-}
+  /// In order of the steps. e4m3 has none: its scales are read by those who multiply.
+  __device__ void copy_scales(Shared<C>& s, int slot) {
+    if constexpr (!C::kE4m3) {
+      ptx::mbarrier_arrive_expect_tx(&s.full[slot],
+                                     static_cast<std::uint32_t>(pairs[0].count + pairs[1].count) * 4);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (pairs[i].count > 0) {
+          ptx::bulk_load(s.weight_scales[slot][2 * i], scales + pairs[i].row,
+                         static_cast<std::uint32_t>(pairs[i].count) * 4, &s.full[slot]);
+        }
+      }
+      scales += p.gemm.n;
+    }
+  }
+};
 
 /// Which row of x is a tile's `row`; -1: none.
 __device__ __forceinline__ int source_of(const NarrowGemm& g, const Tile& tile, int row) {
@@ -156,13 +168,17 @@ template <class C>
 __device__ __forceinline__ void copy(const Params& p, Shared<C>& s) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   std::conditional_t<C::kBf16, Bf16Copies<C>, CodeCopies<C>> x(p, thread);
+  WeightCopies<C> weights(p);
+  const bool is_first = thread < 32 && ptx::elect_one(), is_second = thread / 32 == 1 && ptx::elect_one();
   Ring<C> ring;
   for (Walk<C> walk(p); !walk.done(); walk.next()) {
     const Tile tile = walk.tile();
     x.begin(tile);
+    weights.begin(tile);
     for (int step = 0; step < p.steps; ++step, ring.next()) {
       ptx::mbarrier_wait(&s.empty[ring.slot], (ring.round & 1) ^ 1);
-      if (thread < 32 && ptx::elect_one()) load_weights(p, s, ring.slot, tile, step);
+      if (is_first) weights.copy_weights(s, ring.slot, step);
+      if (is_second) weights.copy_scales(s, ring.slot);
       x.copy(s, ring.slot, step);
       ptx::cp_async_arrive(&s.full[ring.slot]);
     }
@@ -249,7 +265,7 @@ struct StageScales {
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       weight[block] = ptx::load_shared<float2>(
-          ptx::smem_address(&s.weight_scales[slot][2 * group + block][warp * 16 + row_of<C>(lane)]));
+          ptx::smem_address(&s.weight_scales[slot][place_of<C>(group, block)][warp * 16 + row_of<C>(lane)]));
     }
   }
   __device__ __forceinline__ void read_x(const Shared<C>& s, int slot, int lane) {
@@ -329,7 +345,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared<C>& s) {
       }
       const std::uint64_t x = ptx::swizzled_descriptor(s.x[slot], 0, 8 * kStepK);
       const auto multiply_block = [&](float(&part)[C::kSums], int block) {
-        multiply<C>(part, ptx::smem_address(s.weights[slot][2 * group + block]), x, warp, lane);
+        multiply<C>(part, ptx::smem_address(s.weights[slot][place_of<C>(group, block)]), x, warp, lane);
       };
       StageScales<C> scales;
       if constexpr (C::kE4m3) {
@@ -377,7 +393,8 @@ __global__ __launch_bounds__(kThreads, 1) void narrow_gemm_kernel(const __grid_c
       *reinterpret_cast<Shared<C>*>((reinterpret_cast<std::uintptr_t>(dynamic_smem) + 1023) / 1024 * 1024);
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
-      ptx::mbarrier_init(&s.full[i], kWarpgroup + 1);  // every thread for its copies, and one for the boxes
+      // Every thread for its copies, one for the weights, one for their scales.
+      ptx::mbarrier_init(&s.full[i], kWarpgroup + (C::kE4m3 ? 1 : 2));
       ptx::mbarrier_init(&s.empty[i], kWarps);
     }
     ptx::fence_barrier_init();

@@ -25,13 +25,12 @@ struct Config {
   static constexpr bool kBf16 = kKind != Kind::kW4A8;   // x
   static constexpr bool kE4m3 = kKind == Kind::kW8A16;  // weights
   /// Of 64 rows of W and 128 columns; int4: two rows in 128 bytes.
-  static constexpr int kBoxRows = kE4m3 ? kBlockRows : kBlockRows / 2;
-  static constexpr int kBoxBytes = kBoxRows * kStepK;
+  static constexpr int kBlockBytes = (kE4m3 ? kBlockRows : kBlockRows / 2) * kStepK;
   static constexpr int kOutputs = kSilu ? 128 : 256;
   static constexpr int kSums = kRows / 2;                     // of a thread, of 64 rows of W
   static constexpr int kGroups = kRows / 8;                   // of 8 rows of x
   static constexpr int kRowBytes = kStepK * (kBf16 ? 2 : 1);  // of x, in a stage
-  static constexpr int kStageBytes = 4 * kBoxBytes + kRows * kRowBytes + 4 * kBlockRows * 4 + 2 * kRows * 4;
+  static constexpr int kStageBytes = 4 * kBlockBytes + kRows * kRowBytes + 4 * kBlockRows * 4 + 2 * kRows * 4;
   static constexpr int kStages = (208 << 10) / kStageBytes;
 };
 
@@ -44,8 +43,8 @@ struct Params {
 
 template <class C>
 struct Shared {
-  /// Of warpgroup g and block b, by [2 g + b]; in the 128-byte swizzle of the copy engine.
-  alignas(1024) std::uint8_t weights[C::kStages][4][C::kBoxBytes];
+  /// By place_of; in the 128-byte swizzle of the copy engine.
+  alignas(1024) std::uint8_t weights[C::kStages][4][C::kBlockBytes];
   /// In the swizzle of wgmma; bfloat16: 64 columns of all rows, then the others.
   alignas(1024) std::uint8_t x[C::kStages][C::kRows * C::kRowBytes];
   alignas(16) float weight_scales[C::kStages][4][kBlockRows];
@@ -102,6 +101,19 @@ __device__ __forceinline__ Block block_of(const Params& p, const Tile& tile, int
   const int outputs = static_cast<int>(C::kSilu ? p.gemm.n / 2 : p.gemm.n);
   const int output = tile.column + (C::kSilu ? group : 2 * group + block) * kBlockRows;
   return {output + (C::kSilu && block == 1 ? outputs : 0), min(max(outputs - output, 0), kBlockRows)};
+}
+
+/// Where a warpgroup's block is among a stage's four: every two that follow each other in W are copied together.
+template <class C>
+constexpr int place_of(int group, int block) {
+  return C::kSilu ? 2 * block + group : 2 * group + block;
+}
+/// The two blocks from place 2 `pair` on.
+template <class C>
+__device__ __forceinline__ Block pair_of(const Params& p, const Tile& tile, int pair) {
+  const Block first = C::kSilu ? block_of<C>(p, tile, 0, pair) : block_of<C>(p, tile, pair, 0);
+  const Block second = C::kSilu ? block_of<C>(p, tile, 1, pair) : block_of<C>(p, tile, pair, 1);
+  return {first.row, first.count + second.count};
 }
 
 /// Of the 16 rows of W that a warp multiplies, the first of the two neighbours that a lane has the results of, as rows lane / 4

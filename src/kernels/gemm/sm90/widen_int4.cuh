@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernels/ptx/words.cuh"
+
 namespace flash_mla::sm90 {
 
 /// Eight columns of a row, exactly. A code of 4 bits below the exponent of 128 is 128 + code.
@@ -15,7 +17,7 @@ __device__ __forceinline__ uint4 expand_int4(std::uint32_t codes) {
   std::uint32_t out[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const std::uint32_t bits = ((codes >> (4 * i)) & 0x000F000Fu) | 0x43004300u;
+    const std::uint32_t bits = ptx::and_or(codes >> (4 * i), 0x000F000Fu, 0x43004300u);
     const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(bits), zero);
     out[i] = reinterpret_cast<const std::uint32_t&>(value);
   }

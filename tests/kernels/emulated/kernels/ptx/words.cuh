@@ -29,4 +29,6 @@ inline std::uint32_t widen_e4m3(std::uint16_t x) {
   std::memcpy(&bits, &h, 4);
   return bits;
 }
+inline std::uint32_t and_or(std::uint32_t x, std::uint32_t mask, std::uint32_t bits) { return (x & mask) | bits; }
+
 }  // namespace flash_mla::sm90::ptx
