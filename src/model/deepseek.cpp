@@ -134,8 +134,7 @@ std::vector<ExpertCounts> DeepSeek::expert_counts() const {
 std::string DeepSeek::why_no_expert_counts() const {
   if (!expert_counts().empty()) return {};
   for (int i = 0; i < config_.num_hidden_layers; ++i) {
-    if (config_.is_moe_layer(i))
-      return "this device does not count how often experts are chosen";
+    if (config_.is_moe_layer(i)) return "this device does not count how often experts are chosen";
   }
   return "the model has no mixture of experts";
 }

@@ -41,7 +41,11 @@ std::vector<fs::path> chunk_files(const fs::path& directory) {
 
 std::uintmax_t bytes_in(const fs::path& directory) {
   std::uintmax_t out = 0;
-  for (const fs::path& file : chunk_files(directory)) out += fs::file_size(file);
+  for (const fs::path& file : chunk_files(directory)) {
+    std::error_code gone;  // evicted in the meantime
+    const std::uintmax_t bytes = fs::file_size(file, gone);
+    if (!gone) out += bytes;
+  }
   return out;
 }
 

@@ -106,7 +106,8 @@ TEST_P(Int4Engine, AgreesWithTheCpu) {
 
 // The prompt's chunks of 150 and of 80 tokens go through W4A8, whose inputs are quantised.
 TEST_P(Int4Engine, ProductsInW4A8AgreeWithTheDequantisedTwin) {
-  const auto twin = load(twin_directory_, ModelDevice::kCuda), int4 = load(int4_directory_, ModelDevice::kCuda);
+  const auto twin = load(twin_directory_, ModelDevice::kCuda),
+             int4 = load(int4_directory_, ModelDevice::kCuda);
   const Fp8Rows never("0");
   const auto plain = load(int4_directory_, ModelDevice::kCuda);
   const std::vector<float> got = run(*int4);

@@ -10,7 +10,7 @@ mkdir -p "$work"
 [ -x "$venv/bin/python" ] || /usr/bin/python3 -m venv "$venv"
 if ! cmp -s requirements/transfer.txt "$venv/transfer.stamp"; then
   echo "run: installing requirements/transfer.txt into $venv" >&2
-  "$venv/bin/python" -m pip --disable-pip-version-check install -r requirements/transfer.txt >"$work/pip.log" 2>&1 || {
+  "$venv/bin/python" -m pip --disable-pip-version-check install --no-deps -r requirements/transfer.txt >"$work/pip.log" 2>&1 || {
     cat "$work/pip.log" >&2
     exit 1
   }
