@@ -74,6 +74,11 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   queue([=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
+cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from, const size_t* sizes, size_t count,
+                                 cudaMemcpyAttributes*, size_t*, size_t, cudaStream_t) {
+  for (size_t i = 0; i < count; ++i) cudaMemcpyAsync(to[i], from[i], sizes[i], cudaMemcpyDefault, nullptr);
+  return cudaSuccess;
+}
 cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t bytes,
                               size_t rows, cudaMemcpyKind, cudaStream_t) {
   queue([=] {

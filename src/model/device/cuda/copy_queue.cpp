@@ -1,7 +1,9 @@
 #include "model/device/cuda/copy_queue.h"
 
+#include <algorithm>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "base/cuda/check.h"
 #include "base/cuda/device.h"
@@ -46,10 +48,45 @@ void CudaCopyQueue::wait_for_steps() {
 }
 
 void CudaCopyQueue::copy(std::byte* to, const std::byte* from, std::size_t bytes) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, *stream_), "cudaMemcpyAsync");
+  while (bytes > 0) {
+    const std::size_t some = std::min(bytes, kBatchBytes - bytes_);
+    to_.push_back(to);
+    from_.push_back(from);
+    sizes_.push_back(some);
+    to += some;
+    from += some;
+    bytes -= some;
+    bytes_ += some;
+    if (bytes_ == kBatchBytes) flush();
+  }
+}
+
+void CudaCopyQueue::flush() {
+  if (bytes_ == 0) return;
+  const DeviceGuard guard(device_);
+  if (under_way_[0]) under_way_[0]->wait();
+#if CUDART_VERSION >= 13000
+  cudaMemcpyAttributes attributes{};
+  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+  std::size_t first = 0;
+  check(cudaMemcpyBatchAsync(to_.data(), from_.data(), sizes_.data(), to_.size(), &attributes, &first, 1,
+                             *stream_),
+        "cudaMemcpyBatchAsync");
+#else
+  for (std::size_t i = 0; i < to_.size(); ++i)
+    check(cudaMemcpyAsync(to_[i], from_[i], sizes_[i], cudaMemcpyDefault, *stream_), "cudaMemcpyAsync");
+#endif
+  to_.clear();
+  from_.clear();
+  sizes_.clear();
+  bytes_ = 0;
+  auto behind = std::make_unique<Event>();
+  behind->record(*stream_);
+  under_way_ = {std::move(under_way_[1]), std::move(behind)};
 }
 
 std::unique_ptr<CopyMark> CudaCopyQueue::mark() {
+  flush();
   const DeviceGuard guard(device_);
   auto out = std::make_unique<Event>();
   out->record(*stream_);
