@@ -20,6 +20,7 @@ typedef struct flash_mla_sampling_options {
   int32_t probabilities; /* default 0: scores are logits */
   int32_t joint;         /* default 0: top_p is of what top_k leaves */
   int32_t num_threads;   /* default 0: as many as OpenMP would use */
+  void* stream;          /* cudaStream_t, of tensors on a GPU; default NULL */
 } flash_mla_sampling_options;
 
 /* Fills *options with the defaults. */

@@ -8,8 +8,10 @@
 
 namespace flash_mla {
 
-/// Which tokens stay in the running, for every row alike, and what everything here runs on. On the CPU; tensors of a GPU throw
-/// Unsupported (the engine draws there by itself).
+/// Which tokens stay in the running, for every row alike, and what everything here runs on: on a GPU the work is queued on `stream`,
+/// may be captured, and gives the CPU's tokens. Nobody reads a GPU's numbers on the host: options of rows that are out of their range
+/// there have no meaning, a row in which no token is possible, or whose largest score is NaN or +inf, has the token -1 (and nothing
+/// stays of it), other scores that are NaN count as impossible.
 ///
 /// A token's weight is a whole number, 2^44 for the likeliest token of a row and proportionally less for others (0 below
 /// 2^-44 of it), so that sums depend on no order and a draw has the same bits on every machine. Of the tokens whose
@@ -25,7 +27,8 @@ struct SamplingOptions {
   /// top_p is of the sum before top_k cuts, and both have to let a token through.
   bool joint = false;
   std::uint64_t seed = 0, position = 0;  ///< of draws that no tensor has a number for
-  int num_threads = 0;                   ///< threads to run on; 0 means as many as OpenMP would use
+  int num_threads = 0;                   ///< CPU: threads to run on; 0 means as many as OpenMP would use
+  void* stream = nullptr;                ///< CUDA: the cudaStream_t to launch on
   Backend backend = Backend::kAuto;
 };
 
@@ -58,7 +61,7 @@ struct SampleArgs {
       valid{};  ///< optional, (m) uint8; written: 0 where a row has no token to draw, whose token is -1; else 1
 };
 
-/// Draws a token from each row. Without args.valid a row in which no token is possible throws. Everything is checked before
+/// Draws a token from each row. On the CPU a row in which no token is possible throws without args.valid. Everything is checked before
 /// anything is written; NaN, +inf and negative probabilities throw. Throws InvalidArgument (argument, value, what was expected).
 FLASH_MLA_API void sample_tokens(const SampleArgs& args, const SamplingOptions& options = {});
 

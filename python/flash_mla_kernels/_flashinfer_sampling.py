@@ -1,6 +1,6 @@
 """FlashInfer's names for choices of tokens and experts: part of flash_mla_kernels.flashinfer, which says what holds for all of it.
 
-Draws are the library's: a seed and an offset give the same tokens on every machine, not those that FlashInfer draws. On the CPU.
+Draws are the library's: a seed and an offset give the same tokens on every machine, not those that FlashInfer draws.
 """
 
 from typing import Optional, Tuple, Union
@@ -213,7 +213,9 @@ def _floats(x: Union[torch.Tensor, float]):
 
 
 def _positive(top_k: Union[torch.Tensor, int]):
-    if (top_k < 1).any() if isinstance(top_k, torch.Tensor) else top_k < 1:
+    tensor = isinstance(top_k, torch.Tensor)
+    # A GPU's numbers are not read on the host.
+    if (not top_k.is_cuda and (top_k < 1).any()) if tensor else top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected >= 1")
     return top_k
 

@@ -4,7 +4,7 @@ import operator
 from typing import Optional, Tuple, Union
 
 from . import _C
-from ._arrays import Array, cuda_device, empty, shape_of
+from ._arrays import Array, cuda_device, current_stream, empty, shape_of
 
 Number = Union[float, Array]
 
@@ -31,7 +31,7 @@ def sample_tokens(
     """A token from each row: of those whose weight is at least min_p of the likeliest's the top_k likeliest, of these the fewest
     that together reach top_p of their sum (``joint``: of the sum before top_k cuts), and of these one at random.
 
-    scores: (n, vocab) float32, float16 or bfloat16 on the CPU, vocab up to 2^20 - 1: logits, of which -inf excludes a token, or
+    scores: (n, vocab) float32, float16 or bfloat16, vocab up to 2^20 - 1: logits, of which -inf excludes a token, or
     ``probabilities`` >= 0, which need not add up to 1. temperature (0: the likeliest token), top_k (0: all), top_p and min_p
     are a number for all rows or an array (n,). Weights are whole numbers, 2^44 for the likeliest token of a row, so that a draw
     has the same bits on every machine; of equally likely tokens the one with the smaller id counts as likelier.
@@ -41,8 +41,8 @@ def sample_tokens(
     of its continuation and the token's position. ``rows`` (m,) int32 or int64: the row of each draw, each its own by default.
 
     Returns tokens (m,) int32, or ``out``. ``valid`` (m,) uint8 gets 0 where a row has no token that is possible, whose token is
-    -1; without it that raises ValueError, as NaN, +inf and negative probabilities do. A GPU's tensors raise
-    NotImplementedError.
+    -1; without it that raises ValueError on the CPU, as NaN, +inf and negative probabilities do. On a GPU, where nobody reads
+    scores on the host, the work is queued on torch's current stream.
     """
     n, _ = shape_of(scores, "scores", 2)
     tensors = dict(scores=scores, rows=rows, indices=indices, valid=valid)
@@ -112,7 +112,7 @@ def speculative_sampling(
     i-th token has the position ``position`` + i.
 
     Returns tokens (b, n + 1) int32, -1 behind the last; accepted (b,) int32, drafts that would be accepted each by itself; and
-    emitted (b,) int32, those before the first that was not. CPU. Raises ValueError naming the argument.
+    emitted (b,) int32, those before the first that was not. Raises ValueError naming the argument.
     """
     b, n, _ = shape_of(draft_probs, "draft_probs", 3)
     tensors = dict(draft_probs=draft_probs, draft_tokens=draft_tokens, target_probs=target_probs, indices=indices)
@@ -127,7 +127,7 @@ def speculative_sampling(
 def _options(tensors, probabilities, joint, num_threads, *limits) -> dict:
     """The numbers of a call; limits that are arrays go to ``tensors``."""
     options = dict(_LIMITS, probabilities=bool(probabilities), joint=bool(joint), num_threads=num_threads)
-    options.update(seed=0, position=0)
+    options.update(seed=0, position=0, stream=current_stream(cuda_device(next(iter(tensors.values())))))
     for name, value in zip(_LIMITS, limits):
         _put(tensors, options, name, name, value, int if name == "top_k" else float)
     return options

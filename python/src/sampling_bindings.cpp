@@ -29,6 +29,7 @@ SamplingOptions options_of(const nb::dict& given) {
   o.seed = nb::cast<std::uint64_t>(given["seed"]);
   o.position = nb::cast<std::uint64_t>(given["position"]);
   o.num_threads = int_argument(given["num_threads"], "num_threads", 0);
+  o.stream = reinterpret_cast<void*>(nb::cast<std::uintptr_t>(given["stream"]));
   return o;
 }
 

@@ -28,6 +28,7 @@ SamplingOptions options_of(const flash_mla_sampling_options* given) {
   options.seed = o.seed;
   options.position = o.position;
   options.num_threads = o.num_threads;
+  options.stream = o.stream;
   return options;
 }
 
@@ -47,7 +48,7 @@ DrawKeys keys_of(const flash_mla_draw_keys& k) {
 void flash_mla_sampling_options_init(flash_mla_sampling_options* options) {
   if (options == nullptr) return;
   const SamplingOptions o;
-  *options = {o.temperature, o.top_p, o.min_p, o.top_k, o.seed, o.position, 0, 0, o.num_threads};
+  *options = {o.temperature, o.top_p, o.min_p, o.top_k, o.seed, o.position, 0, 0, o.num_threads, o.stream};
 }
 
 flash_mla_status flash_mla_sample_tokens(const flash_mla_sample_args* args,

@@ -25,12 +25,10 @@ void check_scores(const TensorView& t, const char* name, int rank) {
   }
 }
 
-void check_on_host(const TensorView& t, const char* name, const SamplingOptions& options) {
+/// Whether the call runs on a GPU, whose numbers nobody reads on the host.
+bool on_gpu(const TensorView& t, const char* name, const SamplingOptions& options) {
   if (options.num_threads < 0) invalid("num_threads is {}, expected >= 0", options.num_threads);
-  if (backend_of(options.backend, t, name) != Backend::kCpu) {
-    throw Unsupported(
-        fmt::format("{} is {}; sampling as a call of its own runs on the CPU", name, t.describe()));
-  }
+  return backend_of(options.backend, t, name) == Backend::kSm90;
 }
 
 /// An optional vector with an element for each of `n`.
@@ -56,7 +54,17 @@ void check_keys(const DrawKeys& keys, std::int64_t m, const TensorView& beside, 
   check_vector(keys.positions, "positions", m, "draws (m)", {DType::kInt64}, beside, beside_name);
 }
 
-void check_limits(const SamplingRows& rows, const SamplingOptions& o, std::int64_t n) {
+/// `gpu`: those of single rows are not looked at.
+void check_limits(SamplingRows rows, const SamplingOptions& o, std::int64_t n, bool gpu) {
+  if (gpu) {
+    // What a tensor stands for is not used.
+    SamplingOptions used = o;
+    if (rows.temperature.defined()) used.temperature = 1;
+    if (rows.top_k.defined()) used.top_k = 0;
+    if (rows.top_p.defined()) used.top_p = 1;
+    if (rows.min_p.defined()) used.min_p = 0;
+    return check_limits({}, used, n > 0 ? 1 : 0, false);
+  }
   const auto where = [](const TensorView& t, const char* name, std::int64_t row) {
     return t.defined() ? fmt::format("{}[{}]", name, row) : std::string(name);
   };
@@ -119,7 +127,7 @@ int threads_of(const SamplingOptions& options) { return cpu::threads_of_call(opt
 void sample_tokens(const SampleArgs& a, const SamplingOptions& options) {
   using namespace api;
   check_scores(a.scores, "scores", 2);
-  check_on_host(a.scores, "scores", options);
+  const bool gpu = on_gpu(a.scores, "scores", options);
   check_tensor(a.tokens, "tokens", 1, {DType::kInt32, DType::kInt64});
   const std::int64_t n = a.scores.size(0), m = a.tokens.size(0);
   if (!a.rows.defined()) check_size(a.tokens, "tokens", 0, n, "scores.shape[0] (n)");
@@ -130,7 +138,8 @@ void sample_tokens(const SampleArgs& a, const SamplingOptions& options) {
   if (a.valid.defined()) check_no_overlap(a.valid, "valid");
   check_rows(a.options, n, a.scores, "scores");
   check_keys(a.keys, m, a.scores, "scores");
-  check_limits(a.options, options, n);
+  check_limits(a.options, options, n, gpu);
+  if (gpu) return sm90::sample_tokens(a, options);
   for (std::int64_t i = 0; a.rows.defined() && i < m; ++i) {
     const std::int64_t row = integer_at(a.rows, i);
     if (row < 0 || row >= n) {
@@ -145,7 +154,7 @@ void filter_tokens(const TensorView& scores, const SamplingRows& rows, const Ten
                    const SamplingOptions& options) {
   using namespace api;
   check_scores(scores, "scores", 2);
-  check_on_host(scores, "scores", options);
+  const bool gpu = on_gpu(scores, "scores", options);
   check_tensor(out, "out", 2, {scores.dtype});
   check_size(out, "out", 0, scores.size(0), "scores.shape[0] (n)");
   check_size(out, "out", 1, scores.size(1), "scores.shape[1] (vocab)");
@@ -153,7 +162,8 @@ void filter_tokens(const TensorView& scores, const SamplingRows& rows, const Ten
   check_no_overlap(out, "out");
   check_same_device(out, "out", scores, "scores");
   check_rows(rows, scores.size(0), scores, "scores");
-  check_limits(rows, options, scores.size(0));
+  check_limits(rows, options, scores.size(0), gpu);
+  if (gpu) return sm90::filter_tokens(scores, rows, out, options);
   check_values(scores, "scores", options.probabilities, /*one_possible=*/true, threads_of(options));
   cpu::filter_tokens(scores, rows, out, options, threads_of(options));
 }
@@ -162,7 +172,7 @@ void token_probabilities(const TensorView& logits, const SamplingRows& rows, con
                          const SamplingOptions& options) {
   using namespace api;
   check_scores(logits, "logits", 2);
-  check_on_host(logits, "logits", options);
+  const bool gpu = on_gpu(logits, "logits", options);
   check_tensor(out, "out", 2, {logits.dtype, DType::kFloat32});
   check_size(out, "out", 0, logits.size(0), "logits.shape[0] (n)");
   check_size(out, "out", 1, logits.size(1), "logits.shape[1] (vocab)");
@@ -171,7 +181,8 @@ void token_probabilities(const TensorView& logits, const SamplingRows& rows, con
   check_same_device(out, "out", logits, "logits");
   if (options.probabilities) invalid("probabilities is true, expected logits");
   check_rows(rows, logits.size(0), logits, "logits");
-  check_limits(rows, options, logits.size(0));
+  check_limits(rows, options, logits.size(0), gpu);
+  if (gpu) return sm90::token_probabilities(logits, rows, out, options);
   check_values(logits, "logits", /*probabilities=*/false, /*one_possible=*/true, threads_of(options));
   cpu::token_probabilities(logits, rows, out, options, threads_of(options));
 }
@@ -179,7 +190,7 @@ void token_probabilities(const TensorView& logits, const SamplingRows& rows, con
 void speculative_sampling(const SpeculativeArgs& a, const SamplingOptions& options) {
   using namespace api;
   check_scores(a.draft_probs, "draft_probs", 3);
-  check_on_host(a.draft_probs, "draft_probs", options);
+  const bool gpu = on_gpu(a.draft_probs, "draft_probs", options);
   const std::int64_t b = a.draft_probs.size(0), n = a.draft_probs.size(1), vocab = a.draft_probs.size(2);
   check_tensor(a.target_probs, "target_probs", 3, {a.draft_probs.dtype});
   check_last_dim_contiguous(a.target_probs, "target_probs");
@@ -201,6 +212,7 @@ void speculative_sampling(const SpeculativeArgs& a, const SamplingOptions& optio
     if (t.defined()) check_no_overlap(t, name);
   }
   check_keys(a.keys, b, a.draft_probs, "draft_probs");
+  if (gpu) return sm90::speculative_sampling(a, options);
   for (std::int64_t i = 0; i < b * n; ++i) {
     TensorView chain = a.draft_tokens;
     chain.data = a.draft_tokens.ptr<std::uint8_t>() +

@@ -16,16 +16,12 @@
 #include "base/philox.h"
 #include "flash_mla/error.h"
 #include "kernels/sampling/cpu/draw.h"
+#include "tensor.h"
 
-namespace flash_mla {
+namespace flash_mla::conformance {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-template <class T>
-TensorView view(std::vector<T>& v, DType dtype, std::initializer_list<std::int64_t> shape) {
-  return TensorView::contiguous(v.data(), dtype, shape);
-}
 
 std::vector<float> random_logits(std::size_t n, unsigned seed, float spread = 2.0f) {
   std::mt19937 rng(seed);
@@ -104,10 +100,19 @@ std::vector<SamplingOptions> grid() {
   return all;
 }
 
-class Draws : public testing::TestWithParam<std::tuple<bool, DType>> {};
+class Sampling : public testing::TestWithParam<std::shared_ptr<BackendUnderTest>> {
+ protected:
+  template <class T>
+  Tensor tensor(DType dtype, const std::vector<std::int64_t>& shape, const std::vector<T>& values) const {
+    return {*GetParam(), dtype, shape, values};
+  }
+  Tensor none(DType dtype, const std::vector<std::int64_t>& shape) const {
+    return {*GetParam(), dtype, shape};
+  }
+  void expect_draws(bool probabilities, DType dtype) const;
+};
 
-TEST_P(Draws, AreDistributedAsTheDefinitionSays) {
-  const auto [probabilities, dtype] = GetParam();
+void Sampling::expect_draws(bool probabilities, DType dtype) const {
   constexpr std::int64_t kVocab = 60, kDraws = 20000;
   std::vector<float> scores = random_logits(kVocab, 3);
   if (probabilities) {
@@ -115,75 +120,77 @@ TEST_P(Draws, AreDistributedAsTheDefinitionSays) {
   }
   scores[7] = probabilities ? 0.0f : -kInf;
   scores[20] = scores[30] = scores[40];  // a tie
-  std::vector<std::uint16_t> narrow(kVocab);
-  TensorView row = view(scores, DType::kFloat32, {1, kVocab});
-  if (dtype == DType::kBFloat16) {
-    for (std::size_t i = 0; i < narrow.size(); ++i) {
-      narrow[i] = to_bf16(scores[i]).bits;
-      scores[i] = to_float(Bf16{narrow[i]});
-    }
-    row = view(narrow, dtype, {1, kVocab});
-  }
-  std::vector<std::int32_t> rows(kDraws, 0);
-  std::vector<std::int64_t> tokens(kDraws), positions(kDraws);
-  std::iota(positions.begin(), positions.end(), 0);
+  const Tensor row = tensor(dtype, {1, kVocab}, scores);
+  for (std::size_t i = 0; i < scores.size(); ++i) scores[i] = static_cast<float>(row[i]);
+  const Tensor rows = tensor(DType::kInt32, {kDraws}, std::vector<int>(kDraws, 0)),
+               wide = tensor(DType::kFloat32, {1, kVocab}, scores);
+  std::vector<std::int64_t> order(kDraws);
+  std::iota(order.begin(), order.end(), 0);
+  const Tensor positions = tensor(DType::kInt64, {kDraws}, order);
+  Tensor tokens = none(DType::kInt64, {kDraws}), filtered = none(DType::kFloat32, {1, kVocab});
   for (SamplingOptions options : grid()) {
     options.probabilities = probabilities;
     if (probabilities) options.temperature = 1;
     options.seed = 42;
     SampleArgs args;
-    args.scores = row;
-    args.rows = view(rows, DType::kInt32, {kDraws});
-    args.keys.positions = view(positions, DType::kInt64, {kDraws});
-    args.tokens = view(tokens, DType::kInt64, {kDraws});
+    args.scores = row.view;
+    args.rows = rows.view;
+    args.keys.positions = positions.view;
+    args.tokens = tokens.view;
     sample_tokens(args, options);
+    tokens.download();
     std::vector<std::int64_t> counts(kVocab);
-    for (const std::int64_t token : tokens) ++counts[static_cast<std::size_t>(token)];
+    for (std::size_t i = 0; i < tokens.size(); ++i) ++counts.at(static_cast<std::size_t>(tokens[i]));
     const std::vector<double> expected = distribution(scores, options);
     SCOPED_TRACE(testing::Message() << "top_k " << options.top_k << " top_p " << options.top_p << " min_p "
                                     << options.min_p << " joint " << options.joint);
     expect_distribution(counts, expected);
 
     // filter_tokens leaves the same tokens.
-    std::vector<float> filtered(kVocab);
-    TensorView out = view(filtered, DType::kFloat32, {1, kVocab}),
-               in = view(scores, DType::kFloat32, {1, kVocab});
-    filter_tokens(in, {}, out, options);
+    filter_tokens(wide.view, {}, filtered.view, options);
+    filtered.download();
     for (std::size_t i = 0; i < filtered.size(); ++i) {
       if (probabilities) {
-        EXPECT_NEAR(static_cast<double>(filtered[i]), expected[i], 1e-6 * expected[i]);
+        EXPECT_NEAR(filtered[i], expected[i], 1e-6 * expected[i]);
       } else {
-        EXPECT_EQ(filtered[i], expected[i] > 0 ? scores[i] : -kInf) << i;
+        EXPECT_EQ(filtered[i], static_cast<double>(expected[i] > 0 ? scores[i] : -kInf)) << i;
       }
     }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Sampling, Draws,
-                         testing::Combine(testing::Bool(),
-                                          testing::Values(DType::kFloat32, DType::kBFloat16)),
-                         [](const auto& p) {
-                           return std::string(std::get<0>(p.param) ? "probabilities_" : "logits_") +
-                                  dtype_name(std::get<1>(p.param));
-                         });
+TEST_P(Sampling, DrawsFromLogitsAreDistributedAsTheDefinitionSays) {
+  expect_draws(false, DType::kFloat32);
+  expect_draws(false, DType::kBFloat16);
+}
 
-TEST(Sampling, DrawsAreTheEnginesAndDependOnNothingElse) {
+TEST_P(Sampling, DrawsFromProbabilitiesAreDistributedAsTheDefinitionSays) {
+  expect_draws(true, DType::kFloat32);
+  expect_draws(true, DType::kBFloat16);
+}
+
+TEST_P(Sampling, DrawsAreTheEnginesAndDependOnNothingElse) {
   constexpr std::int64_t kRows = 6, kVocab = 5000;
-  std::vector<float> logits = random_logits(kRows * kVocab, 9);
-  std::vector<std::int64_t> seeds{1, 1, -5, 7, 7, 7}, indices{0, 3, 0, 1, 1, 1},
+  const std::vector<float> logits = random_logits(kRows * kVocab, 9);
+  const std::vector<std::int64_t> seeds{1, 1, -5, 7, 7, 7}, indices{0, 3, 0, 1, 1, 1},
       positions{0, 0, 9, 9, 10, 11};
-  std::vector<std::int32_t> tokens(kRows), top_k{0, 40, 0, 7, 0, 1};
-  std::vector<double> top_p{1, 0.9, 0.95, 1, 0.5, 1}, temperature{1, 0.7, 1.3, 1, 0.9, 1};
+  const std::vector<int> top_k{0, 40, 0, 7, 0, 1};
+  const std::vector<double> top_p{1, 0.9, 0.95, 1, 0.5, 1}, temperature{1, 0.7, 1.3, 1, 0.9, 1};
+  const Tensor t_logits = tensor(DType::kFloat32, {kRows, kVocab}, logits),
+               t_seeds = tensor(DType::kInt64, {kRows}, seeds),
+               t_indices = tensor(DType::kInt64, {kRows}, indices),
+               t_positions = tensor(DType::kInt64, {kRows}, positions),
+               t_top_k = tensor(DType::kInt32, {kRows}, top_k),
+               t_top_p = tensor(DType::kFloat64, {kRows}, top_p),
+               t_temperature = tensor(DType::kFloat64, {kRows}, temperature);
+  Tensor tokens = none(DType::kInt32, {kRows});
   SampleArgs args;
-  args.scores = view(logits, DType::kFloat32, {kRows, kVocab});
-  args.options = {view(temperature, DType::kFloat64, {kRows}),
-                  view(top_k, DType::kInt32, {kRows}),
-                  view(top_p, DType::kFloat64, {kRows}),
-                  {}};
-  args.keys = {view(seeds, DType::kInt64, {kRows}), view(indices, DType::kInt64, {kRows}),
-               view(positions, DType::kInt64, {kRows})};
-  args.tokens = view(tokens, DType::kInt32, {kRows});
+  args.scores = t_logits.view;
+  args.options = {t_temperature.view, t_top_k.view, t_top_p.view, {}};
+  args.keys = {t_seeds.view, t_indices.view, t_positions.view};
+  args.tokens = tokens.view;
   sample_tokens(args);
+  tokens.download();
   cpu::DrawScratch scratch;
   for (std::size_t i = 0; i < kRows; ++i) {
     const std::span<const float> row(logits.data() + i * kVocab, kVocab);
@@ -197,59 +204,131 @@ TEST(Sampling, DrawsAreTheEnginesAndDependOnNothingElse) {
                            (logits.begin() + 5 * kVocab));  // top_k 1
 }
 
-TEST(Sampling, GreedyTiesAndRowsWithoutAToken) {
-  std::vector<float> logits{1, 3, 3, 2, -kInf, -kInf, -kInf, -kInf};
-  std::vector<std::int32_t> tokens(2);
-  std::vector<std::uint8_t> valid(2);
+// Whatever a backend does, its tokens and what it leaves are the CPU's: vocabularies of one block and of many, cuts that keep
+// few tokens and thousands, flat rows and peaked ones, ties.
+TEST_P(Sampling, EveryBackendHasTheCpusTokens) {
+  unsigned seed = 100;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const std::int64_t vocab : {1, 37, 3000, 32000, 129280}) {
+      for (const float spread : {0.3f, 3.0f}) {
+        for (const bool probabilities : {false, true}) {
+          constexpr std::int64_t kRows = 9;
+          std::vector<float> values = random_logits(static_cast<std::size_t>(kRows * vocab), seed++, spread);
+          if (probabilities) {
+            for (float& x : values) x = std::exp(x - 3);
+          }
+          Tensor scores = tensor(dtype, {kRows, vocab}, values);
+          Tensor top_k = tensor(DType::kInt64, {kRows}, std::vector{0, 50, 0, 2500, 1, 5, 20000, 0, 400}),
+                 top_p = tensor(DType::kFloat32, {kRows},
+                                std::vector{1.0, 1.0, 0.9, 0.97, 0.5, 0.3, 0.99, 0.0, 1.0}),
+                 min_p = tensor(DType::kFloat64, {kRows},
+                                std::vector{0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.02}),
+                 temperature = tensor(DType::kFloat32, {kRows},
+                                      std::vector{1.0, 0.7, 1.0, 1.3, 1.0, 2.0, 1.0, 1.0, 0.0});
+          for (const bool joint : {false, true}) {
+            SamplingOptions options;
+            options.probabilities = probabilities;
+            options.joint = joint;
+            options.seed = seed;
+            SamplingRows rows{{}, top_k.view, top_p.view, min_p.view},
+                host{{}, top_k.host(), top_p.host(), min_p.host()};
+            if (!probabilities) rows.temperature = temperature.view, host.temperature = temperature.host();
+            SampleArgs args;
+            args.scores = scores.view;
+            args.options = rows;
+            Tensor tokens = none(DType::kInt32, {kRows}), expected = none(DType::kInt32, {kRows});
+            args.tokens = tokens.view;
+            sample_tokens(args, options);
+            tokens.download();
+            SampleArgs on_host = args;
+            on_host.scores = scores.host();
+            on_host.options = host;
+            on_host.tokens = expected.host();
+            sample_tokens(on_host, options);
+            EXPECT_EQ(tokens.values(), expected.values())
+                << dtype_name(dtype) << " vocab " << vocab << " spread " << spread << " probabilities "
+                << probabilities << " joint " << joint;
+            Tensor left = none(dtype, {kRows, vocab}), expected_left = none(dtype, {kRows, vocab});
+            filter_tokens(scores.view, rows, left.view, options);
+            left.download();
+            filter_tokens(scores.host(), host, expected_left.host(), options);
+            std::size_t wrong = 0;
+            for (std::size_t i = 0; i < left.size(); ++i) {
+              const double a = left[i], b = expected_left[i];
+              wrong += a == b || std::abs(a - b) <= 1e-6 * std::abs(b) ? 0 : 1;
+            }
+            EXPECT_EQ(wrong, 0U) << dtype_name(dtype) << " vocab " << vocab << " spread " << spread
+                                 << " probabilities " << probabilities << " joint " << joint;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Sampling, GreedyTiesAndRowsWithoutAToken) {
+  const Tensor logits =
+      tensor(DType::kFloat32, {2, 4}, std::vector<float>{1, 3, 3, 2, -kInf, -kInf, -kInf, -kInf});
+  Tensor tokens = none(DType::kInt32, {2}), valid = none(DType::kUInt8, {2});
   SampleArgs args;
-  args.scores = view(logits, DType::kFloat32, {2, 4});
-  args.tokens = view(tokens, DType::kInt32, {2});
-  args.valid = view(valid, DType::kUInt8, {2});
+  args.scores = logits.view;
+  args.tokens = tokens.view;
+  args.valid = valid.view;
   SamplingOptions options;
   options.temperature = 0;
   sample_tokens(args, options);
-  EXPECT_EQ(tokens, (std::vector<std::int32_t>{1, -1}));
-  EXPECT_EQ(valid, (std::vector<std::uint8_t>{1, 0}));
+  tokens.download();
+  valid.download();
+  EXPECT_EQ(tokens.values(), (std::vector<double>{1, -1}));
+  EXPECT_EQ(valid.values(), (std::vector<double>{1, 0}));
   // The second of two equals goes first.
   options.temperature = 1;
   options.top_k = 1;
   sample_tokens(args, options);
-  EXPECT_EQ(tokens[0], 1);
+  tokens.download();
+  EXPECT_EQ(tokens.values(), (std::vector<double>{1, -1}));
 }
 
-TEST(Sampling, LogitsThatNoDrawReachesStayWhereOnlyTopKCuts) {
-  std::vector<float> logits{0, -100, -200, 5, -300};
-  std::vector<float> out(5);
+TEST_P(Sampling, LogitsThatNoDrawReachesStayWhereOnlyTopKCuts) {
+  Tensor logits = tensor(DType::kFloat32, {1, 5}, std::vector<float>{0, -100, -200, 5, -300}),
+         out = none(DType::kFloat32, {1, 5});
+  const std::vector<double> expected{0, -100, -200, 5, -INFINITY};
   SamplingOptions options;
   options.top_k = 4;
-  filter_tokens(view(logits, DType::kFloat32, {1, 5}), {}, view(out, DType::kFloat32, {1, 5}), options);
-  EXPECT_EQ(out, (std::vector<float>{0, -100, -200, 5, -kInf}));
+  filter_tokens(logits.view, {}, out.view, options);
+  out.download();
+  EXPECT_EQ(out.values(), expected);
   // In place.
-  filter_tokens(view(logits, DType::kFloat32, {1, 5}), {}, view(logits, DType::kFloat32, {1, 5}), options);
-  EXPECT_EQ(out, logits);
+  filter_tokens(logits.view, {}, logits.view, options);
+  logits.download();
+  EXPECT_EQ(logits.values(), expected);
 }
 
-TEST(Sampling, ProbabilitiesOfLogits) {
+TEST_P(Sampling, ProbabilitiesOfLogits) {
   constexpr std::int64_t kVocab = 1000;
-  std::vector<float> logits = random_logits(2 * kVocab, 11, 5), out(2 * kVocab);
-  std::vector<float> temperature{0.5f, 0};
+  const std::vector<float> logits = random_logits(2 * kVocab, 11, 5);
+  const Tensor t_logits = tensor(DType::kFloat32, {2, kVocab}, logits),
+               temperature = tensor(DType::kFloat32, {2}, std::vector{0.5, 0.0});
+  Tensor out = none(DType::kFloat32, {2, kVocab});
   SamplingRows rows;
-  rows.temperature = view(temperature, DType::kFloat32, {2});
-  token_probabilities(view(logits, DType::kFloat32, {2, kVocab}), rows,
-                      view(out, DType::kFloat32, {2, kVocab}));
+  rows.temperature = temperature.view;
+  token_probabilities(t_logits.view, rows, out.view);
+  out.download();
   SamplingOptions half;
   half.temperature = 0.5;
   const std::vector<double> expected = distribution({logits.begin(), logits.begin() + kVocab}, half);
+  double of_greedy = 0;
   for (std::size_t i = 0; i < kVocab; ++i) {
-    EXPECT_NEAR(static_cast<double>(out[i]), expected[i], 2e-7 * expected[i] + 1e-30);
+    EXPECT_NEAR(out[i], expected[i], 2e-7 * expected[i] + 1e-30);
+    of_greedy += out[kVocab + i];
   }
-  EXPECT_EQ(std::accumulate(out.begin() + kVocab, out.end(), 0.0f), 1.0f);
+  EXPECT_EQ(of_greedy, 1.0);
   EXPECT_EQ(out[static_cast<std::size_t>(kVocab + (std::max_element(logits.begin() + kVocab, logits.end()) -
                                                    (logits.begin() + kVocab)))],
-            1.0f);
+            1.0);
 }
 
-TEST(SpeculativeSampling, TokensAreTheTargets) {
+TEST_P(Sampling, SpeculativeTokensAreTheTargets) {
   // One chain of two drafts, many times: the first token is q0's and, of those with q0's token t, the second q1's.
   constexpr std::int64_t kVocab = 12, kChains = 40000, kDrafts = 2;
   std::vector<std::vector<float>> p(kDrafts), q(kDrafts + 1);
@@ -264,7 +343,7 @@ TEST(SpeculativeSampling, TokensAreTheTargets) {
   for (unsigned i = 0; i < kDrafts; ++i) p[i] = normalised(random_logits(kVocab, i + 1, 1), i + 4);
   for (unsigned i = 0; i <= kDrafts; ++i) q[i] = normalised(random_logits(kVocab, i + 11, 1), i);
   std::mt19937_64 rng(5);
-  std::vector<std::int32_t> drafts, tokens(kChains * (kDrafts + 1)), accepted(kChains), emitted(kChains);
+  std::vector<std::int32_t> drafts;
   for (std::int64_t c = 0; c < kChains; ++c) {
     for (const auto& x : p) {
       draft_probs.insert(draft_probs.end(), x.begin(), x.end());
@@ -272,25 +351,32 @@ TEST(SpeculativeSampling, TokensAreTheTargets) {
     }
     for (const auto& x : q) target_probs.insert(target_probs.end(), x.begin(), x.end());
   }
-  SpeculativeArgs args;
-  args.draft_probs = view(draft_probs, DType::kFloat32, {kChains, kDrafts, kVocab});
-  args.draft_tokens = view(drafts, DType::kInt32, {kChains, kDrafts});
-  args.target_probs = view(target_probs, DType::kFloat32, {kChains, kDrafts + 1, kVocab});
-  args.tokens = view(tokens, DType::kInt32, {kChains, kDrafts + 1});
-  args.accepted = view(accepted, DType::kInt32, {kChains});
-  args.emitted = view(emitted, DType::kInt32, {kChains});
+  Tensor t_draft = tensor(DType::kFloat32, {kChains, kDrafts, kVocab}, draft_probs),
+         t_target = tensor(DType::kFloat32, {kChains, kDrafts + 1, kVocab}, target_probs),
+         t_drafts = tensor(DType::kInt32, {kChains, kDrafts}, drafts),
+         tokens = none(DType::kInt32, {kChains, kDrafts + 1}), accepted = none(DType::kInt32, {kChains}),
+         emitted = none(DType::kInt32, {kChains});
+  const SpeculativeArgs args{t_draft.view, t_drafts.view, t_target.view, {},
+                             tokens.view,  accepted.view, emitted.view};
   SamplingOptions options;
   options.seed = 77;
   speculative_sampling(args, options);
+  for (Tensor* t : {&tokens, &accepted, &emitted}) t->download();
+  {
+    Tensor same = none(DType::kInt32, {kChains, kDrafts + 1});
+    speculative_sampling({t_draft.host(), t_drafts.host(), t_target.host(), {}, same.host(), {}, {}},
+                         options);
+    EXPECT_TRUE(same.bytes == tokens.bytes);  // the CPU's
+  }
   std::vector<std::vector<std::int64_t>> counts(kDrafts + 1, std::vector<std::int64_t>(kVocab));
   double acceptable = 0;
   for (std::size_t c = 0; c < kChains; ++c) {
-    const std::int32_t* row = &tokens[c * (kDrafts + 1)];
+    const auto row = [&](std::size_t i) { return static_cast<std::int32_t>(tokens[c * (kDrafts + 1) + i]); };
     const auto n = static_cast<std::size_t>(emitted[c]);
     for (std::size_t i = 0; i <= kDrafts; ++i) {
-      if (i <= n) ++counts[i][static_cast<std::size_t>(row[i])];
+      if (i <= n) ++counts[i][static_cast<std::size_t>(row(i))];
       if (i != n) {
-        ASSERT_EQ(row[i], i < n ? drafts[c * kDrafts + i] : -1);
+        ASSERT_EQ(row(i), i < n ? drafts[c * kDrafts + i] : -1);
       }
     }
     ASSERT_GE(accepted[c], emitted[c]);
@@ -308,17 +394,19 @@ TEST(SpeculativeSampling, TokensAreTheTargets) {
   EXPECT_NEAR(acceptable / kChains, overlap, 0.02);
 }
 
-TEST(Sampling, BadInputIsNamed) {
-  std::vector<float> scores{1, 2, 3, 4};
-  std::vector<std::int32_t> tokens(2), rows{0, 2};
-  std::vector<float> top_p{0.5f, 1.5f};
+TEST_P(Sampling, BadInputIsNamed) {
+  const Tensor tokens = none(DType::kInt32, {2}), one = none(DType::kInt32, {1}),
+               rows = tensor(DType::kInt32, {2}, std::vector{0, 2}),
+               top_p = tensor(DType::kFloat32, {2}, std::vector{0.5, 1.5});
+  std::vector<float> scores;
   const auto message = [&](const auto& change) -> std::string {
     scores = {1, 2, 3, 4};
     SampleArgs args;
-    args.scores = view(scores, DType::kFloat32, {2, 2});
-    args.tokens = view(tokens, DType::kInt32, {2});
+    args.tokens = tokens.view;
     SamplingOptions options;
     change(args, options);
+    const Tensor t_scores = tensor(DType::kFloat32, {2, 2}, scores);
+    args.scores = t_scores.view;
     try {
       sample_tokens(args, options);
     } catch (const InvalidArgument& e) {
@@ -336,20 +424,41 @@ TEST(Sampling, BadInputIsNamed) {
   EXPECT_EQ(of([](SamplingOptions& o) { o.min_p = std::nan(""); }), "min_p is nan, expected 0 to 1");
   EXPECT_EQ(of([](SamplingOptions& o) { o.probabilities = true, o.temperature = 2; }),
             "temperature is 2, expected 1 with probabilities, which a temperature has made");
-  EXPECT_EQ(
-      message([&](SampleArgs& a, SamplingOptions&) { a.options.top_p = view(top_p, DType::kFloat32, {2}); }),
-      "top_p[1] is 1.5, expected 0 to 1");
-  EXPECT_EQ(message([&](SampleArgs& a, SamplingOptions&) { a.rows = view(rows, DType::kInt32, {2}); }),
-            "rows[1] is 2, expected 0 to scores.shape[0] - 1 = 1");
-  EXPECT_EQ(message([&](SampleArgs&, SamplingOptions&) { scores[2] = std::nanf(""); }),
-            "scores[1][0] is nan, expected a logit: a number below infinity");
-  EXPECT_EQ(message([&](SampleArgs&, SamplingOptions& o) { scores[1] = -0.5f, o.probabilities = true; }),
-            "scores[0][1] is -0.5, expected a probability: finite and >= 0");
-  EXPECT_EQ(message([&](SampleArgs&, SamplingOptions&) { scores[2] = scores[3] = -kInf; }),
-            "scores[1] has no token that is possible, expected one at least");
-  EXPECT_EQ(message([&](SampleArgs& a, SamplingOptions&) { a.tokens = view(tokens, DType::kInt32, {1}); }),
+  EXPECT_EQ(message([&](SampleArgs& a, SamplingOptions&) { a.tokens = one.view; }),
             "tokens.shape[0] is 1, expected scores.shape[0] (n) = 2");
+  const auto changed = [&](const auto& change) {
+    return message([&](SampleArgs& a, SamplingOptions& o) { change(a, o); });
+  };
+  if (!GetParam()->checks_values()) {
+    // A row that is none, and a row of NaN, have no token.
+    Tensor got = none(DType::kInt32, {2});
+    EXPECT_EQ(changed([&](SampleArgs& a, SamplingOptions&) { a.rows = rows.view, a.tokens = got.view; }),
+              "accepted");
+    got.download();
+    EXPECT_EQ(got[1], -1);
+    EXPECT_EQ(changed([&](SampleArgs& a, SamplingOptions&) {
+                scores[0] = scores[1] = std::nanf(""), a.tokens = got.view;
+              }),
+              "accepted");
+    got.download();
+    EXPECT_EQ(got[0], -1);
+    EXPECT_GE(got[1], 0);
+    return;
+  }
+  EXPECT_EQ(changed([&](SampleArgs& a, SamplingOptions&) { a.options.top_p = top_p.view; }),
+            "top_p[1] is 1.5, expected 0 to 1");
+  EXPECT_EQ(changed([&](SampleArgs& a, SamplingOptions&) { a.rows = rows.view; }),
+            "rows[1] is 2, expected 0 to scores.shape[0] - 1 = 1");
+  EXPECT_EQ(changed([&](SampleArgs&, SamplingOptions&) { scores[2] = std::nanf(""); }),
+            "scores[1][0] is nan, expected a logit: a number below infinity");
+  EXPECT_EQ(changed([&](SampleArgs&, SamplingOptions& o) { scores[1] = -0.5f, o.probabilities = true; }),
+            "scores[0][1] is -0.5, expected a probability: finite and >= 0");
+  EXPECT_EQ(changed([&](SampleArgs&, SamplingOptions&) { scores[2] = scores[3] = -kInf; }),
+            "scores[1] has no token that is possible, expected one at least");
 }
 
+INSTANTIATE_TEST_SUITE_P(Backends, Sampling, testing::ValuesIn(backends_under_test()),
+                         [](const auto& backend) { return backend.param->name(); });
+
 }  // namespace
-}  // namespace flash_mla
+}  // namespace flash_mla::conformance

@@ -521,7 +521,7 @@ def test_rows_as_on_the_cpu():
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_routing_as_on_the_cpu_and_sampling_is_refused(grouped):
+def test_routing_as_on_the_cpu(grouped):
     logits = torch.randn(70, 256, generator=torch.Generator().manual_seed(2))
     bias = 0.1 * torch.randn(256, generator=torch.Generator().manual_seed(3))
     options = dict(scores="sigmoid", normalise=True, scale=2.5)
@@ -533,8 +533,22 @@ def test_routing_as_on_the_cpu_and_sampling_is_refused(grouped):
     torch.testing.assert_close(weights.cpu(), expected[1], rtol=1e-5, atol=0)
     with pytest.raises(NotImplementedError, match="float32"):
         flash_mla_kernels.choose_experts(logits.to(DEVICES[0]).bfloat16(), 8)
-    with pytest.raises(NotImplementedError, match="sampling as a call of its own runs on the CPU"):
-        flash_mla_kernels.sample_tokens(logits.to(DEVICES[0]))
+
+
+def test_sampling_has_the_cpus_tokens():
+    g = torch.Generator().manual_seed(4)
+    logits, top_p = torch.randn(40, 32000, generator=g), torch.rand(40, generator=g)
+    draft, target = torch.rand(6, 3, 500, generator=g).softmax(-1), torch.rand(6, 4, 500, generator=g).softmax(-1)
+
+    def on(device):
+        x, p, q, r = (t.to(device) for t in (logits, top_p, draft, target))
+        tokens = flash_mla_kernels.sample_tokens(x, temperature=0.8, top_k=50, top_p=p, seed=7)
+        left = flash_mla_kernels.filter_tokens(x, top_p=p)
+        drafts = flash_mla_kernels.sample_tokens(q.flatten(0, 1), probabilities=True, seed=2).view(6, 3)
+        return tokens, left, drafts, *flash_mla_kernels.speculative_sampling(q, drafts, r, seed=3)
+
+    for got, expected in zip(on(DEVICES[0]), on("cpu")):
+        assert got.device == DEVICES[0] and torch.equal(got.cpu(), expected)
 
 
 def test_hyper_connections_and_pages_as_on_the_cpu():

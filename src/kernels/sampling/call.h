@@ -36,6 +36,9 @@ inline KeyOfDraw key_of(const DrawKeys& keys, const SamplingOptions& o, std::int
           static_cast<std::uint32_t>(keys.indices.defined() ? integer_at(keys.indices, i) : i)};
 }
 
+/// What a token's second random number is for: the draw that takes a refused draft's place.
+inline constexpr std::uint32_t kReplacesDraft = 1;
+
 namespace cpu {
 void sample_tokens(const SampleArgs& args, const SamplingOptions& options, int num_threads);
 void filter_tokens(const TensorView& scores, const SamplingRows& rows, const TensorView& out,
@@ -44,5 +47,15 @@ void token_probabilities(const TensorView& logits, const SamplingRows& rows, con
                          const SamplingOptions& options, int num_threads);
 void speculative_sampling(const SpeculativeArgs& args, const SamplingOptions& options, int num_threads);
 }  // namespace cpu
+
+namespace sm90 {
+/// Queued on options.stream. Throw Unsupported where the device is none that this backend runs on.
+void sample_tokens(const SampleArgs& args, const SamplingOptions& options);
+void filter_tokens(const TensorView& scores, const SamplingRows& rows, const TensorView& out,
+                   const SamplingOptions& options);
+void token_probabilities(const TensorView& logits, const SamplingRows& rows, const TensorView& out,
+                         const SamplingOptions& options);
+void speculative_sampling(const SpeculativeArgs& args, const SamplingOptions& options);
+}  // namespace sm90
 
 }  // namespace flash_mla

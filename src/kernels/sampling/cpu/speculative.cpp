@@ -9,9 +9,6 @@
 namespace flash_mla::cpu {
 namespace {
 
-/// What a token's second random number is for: the draw that takes a refused draft's place.
-constexpr std::uint32_t kReplaces = 1;
-
 double element(const TensorView& t, std::int64_t at) {
   return visit_float_type(
       t.dtype, [&](auto e) { return static_cast<double>(to_float(t.ptr<const decltype(e)>()[at])); });
@@ -70,7 +67,7 @@ void speculative_sampling(const SpeculativeArgs& a, const SamplingOptions& optio
       // Nothing is left where both are one distribution but for rounding: then it is the target's.
       if (any) from = w.rest;
     }
-    const std::int32_t last = draw_from(from, u(emitted, emitted < n ? kReplaces : 0), w.draw);
+    const std::int32_t last = draw_from(from, u(emitted, emitted < n ? kReplacesDraft : 0), w.draw);
     put_integer(a.tokens, at(a.tokens, chain, emitted), last);
     for (std::int64_t i = emitted + 1; i <= n; ++i) put_integer(a.tokens, at(a.tokens, chain, i), -1);
     const auto tell = [&](const TensorView& t, std::int64_t count) {

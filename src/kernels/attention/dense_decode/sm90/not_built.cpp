@@ -18,6 +18,7 @@
 #include "kernels/moe/choose_call.h"
 #include "kernels/quant/sm90/quantise.h"
 #include "kernels/rows/row_ops.h"
+#include "kernels/sampling/call.h"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -87,6 +88,14 @@ void choose_experts(const ChooseCall&, void*) { refuse(); }
 void mhc_pre(const TensorView&, const MhcWeights&, const MhcMixes&, const MhcOptions&) { refuse(); }
 void mhc_post(const MhcPostCall&, const MhcOptions&) { refuse(); }
 void mhc_post_pre(const MhcPostCall&, const MhcWeights&, const MhcMixes&, const MhcOptions&) { refuse(); }
+void sample_tokens(const SampleArgs&, const SamplingOptions&) { refuse(); }
+void filter_tokens(const TensorView&, const SamplingRows&, const TensorView&, const SamplingOptions&) {
+  refuse();
+}
+void token_probabilities(const TensorView&, const SamplingRows&, const TensorView&, const SamplingOptions&) {
+  refuse();
+}
+void speculative_sampling(const SpeculativeArgs&, const SamplingOptions&) { refuse(); }
 void append_pages(const PageAppendArgs&, void*) { refuse(); }
 void batch_positions(const TensorView&, const TensorView&, const TensorView&, const TensorView&, void*) {
   refuse();
