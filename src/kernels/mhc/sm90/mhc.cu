@@ -34,12 +34,13 @@ __global__ void __launch_bounds__(kThreads) post_kernel(const __grid_constant__ 
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   const std::int64_t token = blockIdx.x;
+  const int at = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kVec, within = min(at, p.d - kVec);
+  const PostPiece<T, kVec, kMost> piece(p, token, within);  // under way before the weights are waited for
   for (int i = static_cast<int>(threadIdx.x); i < p.n * (p.n + 1); i += static_cast<int>(blockDim.x)) {
     weights[i] = post_weight(p, token, i);
   }
   __syncthreads();
-  const int at = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kVec;
-  if (at < p.d) post_piece<T, kVec, kMost>(p, token, at, weights);
+  if (at < p.d) piece.store(p, token, at, weights);
 }
 
 template <class T>
@@ -61,9 +62,10 @@ __device__ float warp_sum(float x) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) pre_row_kernel(const __grid_constant__ RowParams<T> p) {
-  __shared__ float sums[kMaxSums], pre[kMaxMhcStreams], squares_of[kWarps];
+  __shared__ float sums[kMaxSums], scales[3 + kMaxSums], pre[kMaxMhcStreams], squares_of[kWarps];
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
+  load_scales(p.token, p.n, scales);
   const std::int64_t token = blockIdx.x;
   const T* residual = p.residual.at(token);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) pre_row_kernel(const __grid_constant
   }
   __syncthreads();
   if (thread == 0) {
-    weigh_token<kMaxMhcStreams>(sums, sums[mixes], token, p.n, p.d, p.token, pre, /*writes=*/true);
+    weigh_token<kMaxMhcStreams>(sums, sums[mixes], token, p.n, p.d, p.token, scales, pre, /*writes=*/true);
   }
   __syncthreads();
   T* input = p.input.at(token);
@@ -212,7 +214,8 @@ void launch_pre_rows(const TensorView& residual, const MhcWeights& w, const MhcM
 
 bool takes_tiles(const TensorView& residual, const MhcWeights& w, const MhcMixes& m) {
   return residual.dtype == DType::kBFloat16 && residual.size(1) == kTileStreams &&
-         residual.size(2) % kTileWidth == 0 && is_wide(residual) && is_wide(w.fn) && is_wide(m.layer_input);
+         residual.size(2) % kTileWidth == 0 && residual.size(2) <= kMaxTileWidth && is_wide(residual) &&
+         is_wide(w.fn) && is_wide(m.layer_input);
 }
 
 /// `call`: the post step before it, or none.

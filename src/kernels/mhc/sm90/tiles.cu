@@ -29,6 +29,8 @@ constexpr int kMixes = kTileStreams * (kTileStreams + 2), kRowTiles = 2, kMixTil
 constexpr int kRows = 16 * kRowTiles;
 constexpr int kSums = kMixes + 1;  // and of squares
 constexpr int kStep = 32, kVec = 8;
+constexpr int kChunk = kWarp * kVec,
+              kMaxChunks = kMaxTileWidth / kBlocks / kChunk;  // columns that a warp has at a time
 constexpr int kPostWeights = kTileStreams * (kTileStreams + 1);
 
 struct Shared {
@@ -39,6 +41,8 @@ struct Shared {
   float block_sums[kRows][kSums];
   float pre[kRows][kTileStreams];
   float squares[kRows];  // of the layer's input, this block's columns
+  float chunk_squares[kRows][kMaxChunks];
+  float scales[3 + kMixes];
 };
 
 /// Two neighbours of fn as three pairs of bfloat16, the largest first.
@@ -139,51 +143,83 @@ __device__ void keep_sums(Sums& sums, Shared& shared) {
   }
 }
 
-/// The layer's input of the warp's tokens in the block's columns, and its squares.
+/// f(row, chunk, column) for every chunk of the block's columns of every row, the warps in turn; the lane's columns begin there.
+template <class F>
+__device__ void for_chunks(int rows, int begin, int end, const F& f) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int chunks = (end - begin + kChunk - 1) / kChunk;
+  for (int item = warp; item < rows * chunks; item += kWarps) {
+    const int row = item / chunks, chunk = item - row * chunks;
+    f(row, chunk, begin + chunk * kChunk + lane * kVec);
+  }
+}
+
+/// The layer's input in the block's columns, and its squares.
 __device__ void make_inputs(const TileParams& p, std::int64_t first_token, int rows, int begin, int end,
                             Shared& shared) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int row = warp; row < rows; row += kWarps) {
-    const Bf16* residual = p.residual.at(first_token + row);
-    Bf16* input = p.input.at(first_token + row);
+  using P = Piece<Bf16, kVec>;
+  for_chunks(rows, begin, end, [&](int row, int chunk, int at) {
     float squares = 0;
-    for (int at = begin + lane * kVec; at < end; at += kWarp * kVec) {
+    if (at < end) {
+      const Bf16* residual = p.residual.at(first_token + row) + at;
+      P x[kTileStreams];
+#pragma unroll
+      for (int s = 0; s < kTileStreams; ++s)
+        x[s] = *reinterpret_cast<const P*>(residual + s * p.residual.inner);
       float sum[kVec] = {};
 #pragma unroll
       for (int s = 0; s < kTileStreams; ++s) {
-        const auto x = *reinterpret_cast<const Piece<Bf16, kVec>*>(residual + s * p.residual.inner + at);
         const float weight = shared.pre[row][s];
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) sum[i] = fmaf(weight, as_float(x.v[i]), sum[i]);
+        for (int i = 0; i < kVec; ++i) sum[i] = fmaf(weight, as_float(x[s].v[i]), sum[i]);
       }
-      Piece<Bf16, kVec> out;
+      const P out = narrow<Bf16, kVec>(sum);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        out.v[i] = from_float<Bf16>(sum[i]);
-        squares = fmaf(as_float(out.v[i]), as_float(out.v[i]), squares);
-      }
-      *reinterpret_cast<Piece<Bf16, kVec>*>(input + at) = out;
+      for (int i = 0; i < kVec; ++i) squares = fmaf(as_float(out.v[i]), as_float(out.v[i]), squares);
+      *reinterpret_cast<P*>(p.input.at(first_token + row) + at) = out;
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-    if (lane == 0) shared.squares[row] = squares;
-  }
+    if (threadIdx.x % kWarp == 0) shared.chunk_squares[row][chunk] = squares;
+  });
 }
 
 /// What make_inputs wrote, normalised; every thread reads what it has written itself.
 __device__ void normalise(const TileParams& p, std::int64_t first_token, int rows, int begin, int end,
                           const float* factors) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int row = warp; row < rows; row += kWarps) {
-    Bf16* input = p.input.at(first_token + row);
-    for (int at = begin + lane * kVec; at < end; at += kWarp * kVec) {
-      auto x = *reinterpret_cast<const Piece<Bf16, kVec>*>(input + at);
+  using P = Piece<Bf16, kVec>;
+  for_chunks(rows, begin, end, [&](int row, int, int at) {
+    if (at >= end) return;
+    Bf16* input = p.input.at(first_token + row) + at;
+    const P x = *reinterpret_cast<const P*>(input);
+    float y[kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const float weight = p.norm_wide != nullptr ? p.norm_wide[at + i] : as_float(p.norm_narrow[at + i]);
-        x.v[i] = from_float<Bf16>(as_float(x.v[i]) * factors[row] * weight);
-      }
-      *reinterpret_cast<Piece<Bf16, kVec>*>(input + at) = x;
+    for (int i = 0; i < kVec; ++i) {
+      const float weight = p.norm_wide != nullptr ? p.norm_wide[at + i] : as_float(p.norm_narrow[at + i]);
+      y[i] = as_float(x.v[i]) * factors[row] * weight;
     }
+    *reinterpret_cast<P*>(input) = narrow<Bf16, kVec>(y);
+  });
+}
+
+/// The block's columns of what is read from memory: all of it under way at once.
+template <bool kPosts>
+__device__ void prefetch_tile(const TileParams& p, std::int64_t first_token, int rows, int begin, int width) {
+  constexpr int kLine = 64;  // elements
+  const auto& residual = kPosts ? p.post.residual : p.residual;
+  const int lines = (width + kLine - 1) / kLine, streams = kTileStreams + (kPosts ? 1 : 0);
+  for (int i = static_cast<int>(threadIdx.x); i < rows * streams * lines; i += kThreads) {
+    const int line = i % lines, s = i / lines % streams, row = i / lines / streams;
+    const Bf16* from = s < kTileStreams ? residual.at(first_token + row) + s * residual.inner
+                                        : p.post.x.at(first_token + row);
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + begin + line * kLine));
+  }
+  // Of few tokens, waiting for fn is what takes time; of many, most find it in the L2 cache.
+  if (p.tile == kRows) return;
+  const int fn_lines = (width + kLine / 2 - 1) / (kLine / 2);
+  for (int i = static_cast<int>(threadIdx.x); i < kMixes * kTileStreams * fn_lines; i += kThreads) {
+    const int line = i % fn_lines, s = i / fn_lines % kTileStreams, mix = i / fn_lines / kTileStreams;
+    const float* from = p.fn + mix * p.fn_stride + std::int64_t{s} * p.d + begin + line * (kLine / 2);
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
   }
 }
 
@@ -195,22 +231,24 @@ __global__ void __launch_bounds__(kThreads, 2) pre_kernel(const __grid_constant_
   ptx::grid_dependency_launch();
   cg::cluster_group cluster = cg::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank());
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
   const std::int64_t first_token = std::int64_t{blockIdx.x / kBlocks} * p.tile;
   const int rows = static_cast<int>(min(std::int64_t{p.tile}, p.tokens - first_token));
   const int width = p.d / kBlocks, begin = rank * width, end = begin + width;
 
+  prefetch_tile<kPosts>(p, first_token, rows, begin, width);
+  load_scales(p.token, kTileStreams, shared.scales);
   if constexpr (kPosts) {
     for (int i = thread; i < rows * kPostWeights; i += kThreads) {
       shared.post_weights[i / kPostWeights][i % kPostWeights] =
           post_weight(p.post, first_token + i / kPostWeights, i % kPostWeights);
     }
     __syncthreads();
-    for (int row = warp; row < rows; row += kWarps) {
-      for (int at = begin + lane * kVec; at < end; at += kWarp * kVec) {
-        post_piece<Bf16, kVec, kTileStreams>(p.post, first_token + row, at, shared.post_weights[row]);
-      }
-    }
+    for_chunks(rows, begin, end, [&](int row, int, int at) {
+      if (at >= end) return;
+      const PostPiece<Bf16, kVec, kTileStreams> piece(p.post, first_token + row, at);
+      piece.store(p.post, first_token + row, at, shared.post_weights[row]);
+    });
     __syncthreads();
   }
 
@@ -243,11 +281,17 @@ __global__ void __launch_bounds__(kThreads, 2) pre_kernel(const __grid_constant_
   if (thread < rows) {
     const float* sums_of_token = sums_of_all + thread * kSums;
     weigh_token<kTileStreams>(sums_of_token, sums_of_token[kMixes], first_token + thread, kTileStreams, p.d,
-                              p.token, shared.pre[thread], thread % kBlocks == rank);
+                              p.token, shared.scales, shared.pre[thread], thread % kBlocks == rank);
   }
   __syncthreads();
   make_inputs(p, first_token, rows, begin, end, shared);
   if (p.norm_wide != nullptr || p.norm_narrow != nullptr) {
+    __syncthreads();
+    if (thread < rows) {
+      float squares = 0;
+      for (int chunk = 0; chunk * kChunk < width; ++chunk) squares += shared.chunk_squares[thread][chunk];
+      shared.squares[thread] = squares;
+    }
     cluster.sync();
     if (thread < rows) {
       float squares = 0;

@@ -8,7 +8,7 @@ namespace flash_mla::sm90::mhc {
 
 /// mhc_pre of bfloat16 on tensor cores: of rows of 4 streams, whose width is a multiple of kTileWidth, whose rows begin at
 /// multiples of 16 bytes.
-inline constexpr int kTileStreams = 4, kTileWidth = 256;
+inline constexpr int kTileStreams = 4, kTileWidth = 256, kMaxTileWidth = 16384;
 
 struct TileParams {
   Plane<const Bf16> residual;  ///< inner: a stream's stride

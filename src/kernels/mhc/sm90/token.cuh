@@ -7,6 +7,7 @@
 
 #include "base/cuda/element.cuh"
 #include "flash_mla/mhc.h"
+#include "kernels/rows/sm90/piece.cuh"
 
 namespace flash_mla::sm90::mhc {
 
@@ -56,7 +57,7 @@ __device__ void sinkhorn(float (&comb)[kMost * kMost], int n, float eps, int rep
         float sum = eps;
 #pragma unroll
         for (int i = 0; i < kMost; ++i) sum += comb[row * kMost + i];
-        const float factor = row < n ? __frcp_rn(sum) : 0.0f;
+        const float factor = row < n ? __fdividef(1.0f, sum) : 0.0f;
 #pragma unroll
         for (int i = 0; i < kMost; ++i) comb[row * kMost + i] *= factor;
       }
@@ -66,21 +67,26 @@ __device__ void sinkhorn(float (&comb)[kMost * kMost], int n, float eps, int rep
       float sum = eps;
 #pragma unroll
       for (int i = 0; i < kMost; ++i) sum += comb[i * kMost + column];
-      const float factor = column < n ? __frcp_rn(sum) : 0.0f;
+      const float factor = column < n ? __fdividef(1.0f, sum) : 0.0f;
 #pragma unroll
       for (int i = 0; i < kMost; ++i) comb[i * kMost + column] *= factor;
     }
   }
 }
 
+/// scale (3), and base (n * (n + 2)) behind it, into shared memory, by the whole block.
+__device__ inline void load_scales(const TokenParams& p, int n, float* scales) {
+  for (int i = static_cast<int>(threadIdx.x); i < 3 + n * (n + 2); i += static_cast<int>(blockDim.x)) {
+    scales[i] = i < 3 ? p.scale[i * p.scale_stride] : p.base[(i - 3) * p.base_stride];
+  }
+}
+
 /// From the token's sums, fn f (n * (n + 2)) and f^2, to its weights: `pre` gets n; post and comb are written where `writes`.
 template <int kMost>
 __device__ void weigh_token(const float* sums, float squares, std::int64_t token, int n, std::int64_t d,
-                            const TokenParams& p, float* pre, bool writes) {
+                            const TokenParams& p, const float* scales, float* pre, bool writes) {
   const float factor = 1.0f / sqrtf(squares / static_cast<float>(n * d) + p.rms_eps);
-  const auto mix = [&](int i, int kind) {
-    return fmaf(sums[i] * factor, p.scale[kind * p.scale_stride], p.base[i * p.base_stride]);
-  };
+  const auto mix = [&](int i, int kind) { return fmaf(sums[i] * factor, scales[kind], scales[3 + i]); };
   for (int s = 0; s < n; ++s) pre[s] = sigmoid(mix(s, 0)) + p.pre_eps;
   if (!writes) return;
   for (int s = 0; s < n; ++s) p.post.at(token)[s * p.post.last] = sigmoid(mix(n + s, 1)) * p.post_mult;
@@ -110,11 +116,6 @@ __device__ float mix_streams(float post, const float* comb, int step, float y, c
   return sum;
 }
 
-template <class T, int kVec>
-struct alignas(sizeof(T) * kVec) Piece {
-  T v[kVec];
-};
-
 template <class T>
 struct PostParams {
   Plane<const T> x, residual;  ///< residual, out: inner is a stream's stride
@@ -125,34 +126,41 @@ struct PostParams {
   int d;
 };
 
-/// kVec elements from column `at` on of all streams of a token. `weights`: post (n), and comb (n, n) behind it.
+/// kVec columns from `at` on of all streams of a token.
 template <class T, int kVec, int kMost>
-__device__ void post_piece(const PostParams<T>& p, std::int64_t token, int at, const float* weights) {
+struct PostPiece {
   using P = Piece<T, kVec>;
-  const P x = *reinterpret_cast<const P*>(p.x.at(token) + at);
-  P streams[kMost], out[kMost];
-#pragma unroll
-  for (int s = 0; s < kMost; ++s) {
-    if (s < p.n) streams[s] = *reinterpret_cast<const P*>(p.residual.at(token) + s * p.residual.inner + at);
-  }
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    float from[kMost];
+  P x, streams[kMost];
+
+  __device__ PostPiece(const PostParams<T>& p, std::int64_t token, int at) {
+    x = *reinterpret_cast<const P*>(p.x.at(token) + at);
 #pragma unroll
     for (int s = 0; s < kMost; ++s) {
-      if (s < p.n) from[s] = as_float(streams[s].v[i]);
+      if (s < p.n) streams[s] = *reinterpret_cast<const P*>(p.residual.at(token) + s * p.residual.inner + at);
     }
-    const float y = as_float(x.v[i]);
+  }
+  /// Their next residual to its place. `weights`: post (n), and comb (n, n) behind it.
+  __device__ void store(const PostParams<T>& p, std::int64_t token, int at, const float* weights) const {
+    float out[kMost][kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      float from[kMost];
+#pragma unroll
+      for (int s = 0; s < kMost; ++s) {
+        if (s < p.n) from[s] = as_float(streams[s].v[i]);
+      }
+      const float y = as_float(x.v[i]);
+#pragma unroll
+      for (int t = 0; t < kMost; ++t) {
+        if (t < p.n) out[t][i] = mix_streams(weights[t], weights + p.n + t, p.n, y, from, p.n);
+      }
+    }
 #pragma unroll
     for (int t = 0; t < kMost; ++t) {
-      if (t < p.n) out[t].v[i] = from_float<T>(mix_streams(weights[t], weights + p.n + t, p.n, y, from, p.n));
+      if (t < p.n) *reinterpret_cast<P*>(p.out.at(token) + t * p.out.inner + at) = narrow<T, kVec>(out[t]);
     }
   }
-#pragma unroll
-  for (int t = 0; t < kMost; ++t) {
-    if (t < p.n) *reinterpret_cast<P*>(p.out.at(token) + t * p.out.inner + at) = out[t];
-  }
-}
+};
 
 /// Weight i of a token, in the order that post_piece takes them.
 template <class T>

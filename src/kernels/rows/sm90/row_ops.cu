@@ -2,7 +2,7 @@
 //
 // Tile:      a row for each block (norms), or part of one; 16 bytes a thread at a time where rows, strides and addresses allow
 //            it, else an element.
-// Threads:   up to 256, all alike, and up to 1024 for norms of long rows.
+// Threads:   up to 256, all alike; of norms a quarter of a row's pieces, up to 1024.
 // Memory:    a sum for each warp; of rotations a token's cosines and sines.
 // Registers: up to 40: what limits these kernels is memory. A norm keeps its row in registers between its two passes where that
 //            takes at most 4 pieces a thread.
@@ -21,8 +21,8 @@
 #include "base/cuda/launch.h"
 #include "flash_mla/error.h"
 #include "kernels/attention/dense_decode/sm90/dense_decode.h"
-#include "kernels/quant/sm90/narrow_e4m3.cuh"
 #include "kernels/rows/row_ops.h"
+#include "kernels/rows/sm90/piece.cuh"
 
 namespace flash_mla::sm90 {
 namespace {
@@ -31,11 +31,6 @@ constexpr unsigned kWarp = 32;
 constexpr unsigned kMaxThreads = 256, kMaxNormThreads = 1024;
 constexpr int kHeld = 4;  // pieces of a row that a thread keeps
 constexpr std::int64_t kMaxRows = INT32_MAX;
-
-template <class T, int kVec>
-struct alignas(sizeof(T) * kVec) Piece {
-  T v[kVec];
-};
 
 /// Sum over the block, in every thread, in an order that depends on the number of threads alone.
 __device__ float block_sum(float x) {
@@ -59,70 +54,66 @@ struct NormParams {
   float eps, weight_offset, out_scale;
 };
 
-/// The block's row: x plus residual, which is written, or x.
-template <class T, class W, class O, int kVec>
-__device__ Piece<T, kVec> norm_input(const NormParams<T, W, O>& p, std::int64_t row, int at) {
-  using P = Piece<T, kVec>;
-  P a = *reinterpret_cast<const P*>(p.x + row * p.x_stride + at);
-  if (p.residual == nullptr) return a;
-  P* residual = reinterpret_cast<P*>(p.residual + row * p.residual_stride + at);
-  const P b = *residual;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) a.v[i] = from_float<T>(as_float(b.v[i]) + as_float(a.v[i]));
-  *residual = a;
-  return a;
-}
-
 template <class T, class W, class O, int kVec>
 __global__ void __launch_bounds__(kMaxNormThreads)
     norm_kernel(const __grid_constant__ NormParams<T, W, O> p) {
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   using P = Piece<T, kVec>;
-  const std::int64_t row = blockIdx.x;
+  const T* x = p.x + blockIdx.x * p.x_stride;
+  T* residual = p.residual == nullptr ? nullptr : p.residual + blockIdx.x * p.residual_stride;
+  O* out = p.out + blockIdx.x * p.out_stride;
   const int step = static_cast<int>(blockDim.x) * kVec, first = static_cast<int>(threadIdx.x) * kVec;
-  P held[kHeld];
   float squares = 0.0f;
-  const auto add = [&](const P& a) {
+  /// x plus residual, which is written, or x.
+  const auto sum_at = [&](P a, const P& b, int at) {
+    if (residual != nullptr) {
+      float sum[kVec];
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum[i] = as_float(b.v[i]) + as_float(a.v[i]);
+      a = narrow<T, kVec>(sum);
+      *reinterpret_cast<P*>(residual + at) = a;
+    }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) squares += as_float(a.v[i]) * as_float(a.v[i]);
+    return a;
   };
+  // All of a thread's loads are under way before the first is waited for.
+  P held[kHeld], other[kHeld];
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
-    if (first + h * step >= p.d) continue;
-    held[h] = norm_input<T, W, O, kVec>(p, row, first + h * step);
-    add(held[h]);
+    const int at = first + h * step;
+    if (at >= p.d) continue;
+    held[h] = *reinterpret_cast<const P*>(x + at);
+    if (residual != nullptr) other[h] = *reinterpret_cast<const P*>(residual + at);
   }
-  for (int at = first + kHeld * step; at < p.d; at += step) add(norm_input<T, W, O, kVec>(p, row, at));
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    if (first + h * step < p.d) held[h] = sum_at(held[h], other[h], first + h * step);
+  }
+  for (int at = first + kHeld * step; at < p.d; at += step) {
+    P b{};
+    if (residual != nullptr) b = *reinterpret_cast<const P*>(residual + at);
+    sum_at(*reinterpret_cast<const P*>(x + at), b, at);
+  }
   const float factor = rsqrtf(block_sum(squares) / static_cast<float>(p.d) + p.eps);
+  const float divisor = std::is_same_v<O, T> ? 1.0f : p.out_scale;
   const auto store = [&](const P& a, int at) {
-    Piece<O, kVec> out;
+    const auto weight = *reinterpret_cast<const Piece<W, kVec>*>(p.weight + at);
     float y[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      y[i] = as_float(a.v[i]) * factor * (as_float(p.weight[at + i]) + p.weight_offset);
-      if constexpr (std::is_same_v<O, T>) {
-        out.v[i] = from_float<T>(y[i]);
-      } else {
-        y[i] /= p.out_scale;
-      }
+      y[i] = as_float(a.v[i]) * factor * (as_float(weight.v[i]) + p.weight_offset);
+      if constexpr (!std::is_same_v<O, T>) y[i] /= divisor;
     }
-    if constexpr (!std::is_same_v<O, T>) {
-#pragma unroll
-      for (int i = 0; i < kVec; i += 2) {
-        const std::uint16_t pair = narrow_e4m3(y[i], kVec > 1 ? y[(i + 1) % kVec] : 0.0f);
-        out.v[i] = static_cast<std::uint8_t>(pair);
-        if constexpr (kVec > 1) out.v[i + 1] = static_cast<std::uint8_t>(pair >> 8);
-      }
-    }
-    *reinterpret_cast<Piece<O, kVec>*>(p.out + row * p.out_stride + at) = out;
+    *reinterpret_cast<Piece<O, kVec>*>(out + at) = narrow<O, kVec>(y);
   };
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
     if (first + h * step < p.d) store(held[h], first + h * step);
   }
   // A thread reads again what it has written itself.
-  const T* again = p.residual != nullptr ? p.residual + row * p.residual_stride : p.x + row * p.x_stride;
+  const T* again = residual != nullptr ? residual : x;
   for (int at = first + kHeld * step; at < p.d; at += step)
     store(*reinterpret_cast<const P*>(again + at), at);
 }
@@ -298,10 +289,13 @@ void launch_norm(const NormCall& call, cudaStream_t stream) {
   p.weight_offset = call.norm.weight_offset;
   constexpr int kVec = 16 / sizeof(T);
   const bool wide = is_wide(call.x) && is_wide(call.out, 16 * sizeof(O) / sizeof(T)) &&
+                    is_wide(call.weight, 16 * sizeof(W) / sizeof(T)) &&
                     (!call.residual.defined() || is_wide(call.residual));
   const auto kernel = wide ? norm_kernel<T, W, O, kVec> : norm_kernel<T, W, O, 1>;
   const dim3 grid(static_cast<unsigned>(call.x.size(0)));
-  const unsigned threads = threads_for(p.d / (wide ? kVec : 1), kMaxNormThreads);
+  // As many pieces a thread as it keeps: several loads under way, few sums to add up.
+  const std::int64_t pieces = p.d / (wide ? kVec : 1);
+  const unsigned threads = threads_for((pieces + kHeld - 1) / kHeld, kMaxNormThreads);
   check(launch(LaunchConfig(grid, threads, 0, stream).programmatic(), kernel, p), "norm_kernel");
 }
 
