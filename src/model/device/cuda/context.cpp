@@ -45,6 +45,25 @@ std::int64_t fp8_rows_of_environment() {
   return rows > 0 ? rows : std::numeric_limits<std::int64_t>::max();
 }
 
+// Whether an absorbed token is the next of the sequence of the one in front of it: their pages are the same.
+bool follows(const Step& step, std::int64_t token) {
+  const auto at = static_cast<std::size_t>(token), blocks = static_cast<std::size_t>(step.max_blocks);
+  if (step.absorbed_lens[at] != step.absorbed_lens[at - 1] + 1) return false;
+  const auto row = step.absorbed_table.begin() + static_cast<std::ptrdiff_t>(at * blocks);
+  const auto before = row - static_cast<std::ptrdiff_t>(blocks);
+  return std::equal(before, before + (step.absorbed_lens[at - 1] + kPageSize - 1) / kPageSize, row);
+}
+
+// Absorbed tokens from the first on that are one sequence's.
+std::int64_t length_of_first_run(const Step& step, std::int64_t tokens) {
+  std::int64_t length = std::min<std::int64_t>(tokens, 1);
+  while (length < tokens && follows(step, length)) ++length;
+  return length;
+}
+
+// Query rows that decode attention has in one tile: up to as many it takes a token's time for several.
+constexpr std::int64_t kDecodeRows = 64;
+
 }  // namespace
 
 bool has_sm90_prefill(const ModelConfig& config) {
@@ -72,8 +91,8 @@ CudaContext::CudaContext(const ModelConfig& model_config, ModelQuantize quantize
 }
 
 // In a batch-invariant step nothing depends on how many sequences there are.
-ScheduleOptions CudaContext::schedule_options(int sequences, bool batch_invariant) const {
-  if (!batch_invariant) return cuda_schedule_options(device, 1, config.num_attention_heads, 1, sequences);
+ScheduleOptions CudaContext::schedule_options(int sequences, bool batch_invariant, int tokens) const {
+  if (!batch_invariant) return cuda_schedule_options(device, tokens, config.num_attention_heads, 1, sequences);
   ScheduleOptions options = schedule_options_;
   options.fixed_split_blocks = kInvariantSplitBlocks;
   return options;
@@ -156,13 +175,16 @@ bool CudaContext::has_to_select(const Step& next) const {
 
 void CudaContext::begin_step(Step& next) {
   recorded = next.chunks.empty() && next.num_tokens() <= kMaxRecordedTokens;
-  if (recorded) pad(next);
   step = &next;
+  const std::int64_t unpadded = next.num_absorbed;
+  if (recorded) pad(next);
   grow_step_buffers(next.num_tokens(), next.num_absorbed, std::ssize(next.logit_rows));
   const std::int64_t key_bytes =
       std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim) * kElement;
   selects_ = has_to_select(next);
+  tokens_per_request_ = count_tokens_per_request(next, unpadded);
   StepCut cut;
+  cut.tokens_per_request = tokens_per_request_;
   cut.most_keys = kMaxExpandedBytes / key_bytes;
   cut.index_topk = config.index_topk;
   if (selects_) cut.dense_keys = fp8_cache || !has_sm90_prefill(config) ? 0 : config.index_topk;
@@ -172,17 +194,31 @@ void CudaContext::begin_step(Step& next) {
 void CudaContext::begin_pass() {
   one_token.begin();
   if (step->num_absorbed == 0 || !has_sm90_decode(config) || is_one_token_step() || selects_) return;
-  // Of the step's absorbed tokens, each a request.
-  const ScheduleOptions options =
-      schedule_options(static_cast<int>(step->num_absorbed), step->batch_invariant);
-  schedule = schedule_view(options);
-  build_decode_schedule(on_device(data.lens, DType::kInt32, {step->num_absorbed}), options, schedule, stream);
+  const std::int64_t requests = step->num_absorbed / tokens_per_request_;
+  const ScheduleOptions options = schedule_options(static_cast<int>(requests), step->batch_invariant,
+                                                   static_cast<int>(tokens_per_request_));
+  schedule = schedule_view(options, requests);
+  build_decode_schedule(on_device(data.request_lens, DType::kInt32, {requests}), options, schedule, stream);
 }
 
 // Not batch-invariant ones: larger batches take other kernels. Nor the module's, which has a layer of its own.
 bool CudaContext::is_one_token_step() const {
   return one_token.fits() && recorded && step->num_tokens() == 1 && !step->batch_invariant &&
          step->reads == ModuleStates::kNone;
+}
+
+// Where all sequences check as many drafts. Not in batch-invariant steps: a request of several tokens has other bits.
+std::int64_t CudaContext::count_tokens_per_request(const Step& next, std::int64_t unpadded) const {
+  if (next.batch_invariant || selects_ || !has_sm90_decode(config)) return 1;
+  const std::int64_t each = length_of_first_run(next, unpadded);
+  if (each <= 1 || each * config.num_attention_heads > kDecodeRows || unpadded % each != 0 ||
+      next.num_absorbed % each != 0) {
+    return 1;
+  }
+  for (std::int64_t i = each; i < unpadded; ++i) {
+    if (i % each != 0 && !follows(next, i)) return 1;
+  }
+  return each;
 }
 
 void CudaContext::finish_layers(const Matrix& x) {
@@ -271,10 +307,10 @@ void CudaContext::grow_step_buffers(std::int64_t tokens, std::int64_t absorbed, 
   }
 }
 
-DecodeScheduleView CudaContext::schedule_view(const ScheduleOptions& options) const {
+DecodeScheduleView CudaContext::schedule_view(const ScheduleOptions& options, std::int64_t requests) const {
   DecodeScheduleView view;
   view.parts = on_device(parts_.data(), DType::kInt32, {options.num_parts, 8});
-  view.num_splits = on_device(num_splits_.data(), DType::kInt32, {step->num_absorbed + 1});
+  view.num_splits = on_device(num_splits_.data(), DType::kInt32, {requests + 1});
   view.block_size = options.block_size;
   view.fixed_split_blocks = options.fixed_split_blocks;
   return view;
