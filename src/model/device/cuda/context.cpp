@@ -177,7 +177,8 @@ void CudaContext::begin_step(Step& next) {
   recorded = next.chunks.empty() && next.num_tokens() <= kMaxRecordedTokens;
   step = &next;
   const std::int64_t unpadded = next.num_absorbed;
-  if (recorded) pad(next);
+  // Tokens that fill a step up would choose experts of their own.
+  if (recorded) pad(next, is_one_token_step() ? next.num_tokens() : padded(next.num_tokens()));
   grow_step_buffers(next.num_tokens(), next.num_absorbed, std::ssize(next.logit_rows));
   const std::int64_t key_bytes =
       std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim) * kElement;
@@ -192,7 +193,7 @@ void CudaContext::begin_step(Step& next) {
 }
 
 void CudaContext::begin_pass() {
-  one_token.begin();
+  one_token.begin(step->reads == ModuleStates::kNone);
   if (step->num_absorbed == 0 || !has_sm90_decode(config) || is_one_token_step() || selects_) return;
   const std::int64_t requests = step->num_absorbed / tokens_per_request_;
   const ScheduleOptions options = schedule_options(static_cast<int>(requests), step->batch_invariant,
@@ -201,13 +202,14 @@ void CudaContext::begin_pass() {
   build_decode_schedule(on_device(data.request_lens, DType::kInt32, {requests}), options, schedule, stream);
 }
 
-// Not batch-invariant ones: larger batches take other kernels. Nor the module's, which has a layer of its own.
+// Not batch-invariant ones: larger batches take other kernels.
 bool CudaContext::is_one_token_step() const {
-  return one_token.fits() && recorded && step->num_tokens() == 1 && !step->batch_invariant &&
-         step->reads == ModuleStates::kNone;
+  return one_token.fits(step->reads == ModuleStates::kNone) && recorded && !step->batch_invariant &&
+         step->num_tokens() <= sm90::kMaxOneTokens && step->num_absorbed > 0 &&
+         length_of_first_run(*step, step->num_absorbed) == step->num_absorbed;
 }
 
-// Where all sequences check as many drafts. Not in batch-invariant steps: a request of several tokens has other bits.
+// Where all sequences check as many drafts. Not in batch-invariant steps: the bits of a request of several tokens are others.
 std::int64_t CudaContext::count_tokens_per_request(const Step& next, std::int64_t unpadded) const {
   if (next.batch_invariant || selects_ || !has_sm90_decode(config)) return 1;
   const std::int64_t each = length_of_first_run(next, unpadded);
@@ -279,8 +281,8 @@ std::int64_t CudaContext::padded(std::int64_t num_tokens) const {
 }
 
 // To a size that is recorded: with tokens that see no key and are not cached, and with logits for all.
-void CudaContext::pad(Step& next) const {
-  const auto size = static_cast<std::size_t>(padded(next.num_tokens()));
+void CudaContext::pad(Step& next, std::int64_t num_tokens) {
+  const auto size = static_cast<std::size_t>(num_tokens);
   next.token_ids.resize(size, 0);
   next.positions.resize(size, 0);
   next.slots.resize(size, -1);

@@ -150,7 +150,8 @@ class CudaDevice : public Device {
     };
     if (context_.recorded) {
       graphs_.run({step.num_tokens(), context_.data.max_blocks, step.batch_invariant, !step.draws.empty(),
-                   step.masked, context_.selects(), step.reads, context_.tokens_per_request()},
+                   step.masked, context_.selects(), step.reads, context_.is_one_token_step(),
+                   context_.tokens_per_request()},
                   allocations, context_.stream, planned_pass, exchange != nullptr);
       if (exchange) exchange->sum_on_host(0);  // all have launched theirs
     } else {
