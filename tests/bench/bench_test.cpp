@@ -307,7 +307,8 @@ TEST(Preset, IsBuiltIntoTheProgramByName) {
     read_preset("h200");
     FAIL() << "read a preset that does not exist";
   } catch (const InvalidArgument& e) {
-    EXPECT_NE(std::string(e.what()).find("built-in presets are cpu-house, h200-dense, h200-sparse, smoke"),
+    EXPECT_NE(std::string(e.what()).find(
+                  "built-in presets are cpu-house, h200-dense, h200-shelf, h200-sparse, smoke"),
               std::string::npos)
         << e.what();
   }

@@ -144,7 +144,7 @@ class MlaPrefill : public OwnKeys {
     slots_ = DeviceArray<std::int32_t>::of(slots);
     args_.q = view(q_, {queries(), c.h_q, kNope + kRope});
     args_.k_nope = view(kv_, {n, c.h_q, kNope});
-    args_.k_nope.strides = {std::int64_t{c.h_q} * 2 * kNope, 2 * kNope, 1};
+    args_.k_nope.strides = {std::int64_t{c.h_q} * 2 * kNope, std::int64_t{2} * kNope, 1};
     args_.v = args_.k_nope;
     args_.v.data = kv_.data() + kNope;
     args_.k_rope = view(latents_, {n, kRope});

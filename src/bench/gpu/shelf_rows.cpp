@@ -59,7 +59,7 @@ struct Pages {
     const int requests = std::min(tokens, 32), each = (tokens + requests - 1) / requests;
     constexpr int kPrefix = 100;
     const int per_request = (kPrefix + each + kPage - 1) / kPage;
-    count = requests * per_request;
+    count = std::int64_t{requests} * per_request;
     std::vector<std::int32_t> at(size(requests + 1)), table(size(count)), batch, position;
     for (int i = 0; i <= requests; ++i) at[size(i)] = i * per_request;
     std::iota(table.begin(), table.end(), 0);
