@@ -6,7 +6,7 @@
 
 A block stands between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`; it is empty where there are no results. They are
 bench/results/h200-dense-decode.json, written by `flash-mla bench --preset h200-dense --json FILE`, and
-bench/results/h200-sparse.json, of `--preset h200-sparse`.
+bench/results/h200-sparse.json, of `--preset h200-sparse`, and those that shelf_table.py names.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import pathlib
 import re
 import sys
 import textwrap
+
+import shelf_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = "bench/results/h200-dense-decode.json"
@@ -221,11 +223,16 @@ def sparse_page(results):
     ]
 
 
+def shelf_page(results):
+    return shelf_table.shelf_page(results, table, paragraph, short_commit)
+
+
 BLOCKS = [
     ("README.md", "h200-dense-decode", RESULTS, readme),
     ("docs/kernels/dense-decode-sm90.md", "h200-dense-decode", RESULTS, kernel_page),
     ("README.md", "h200-sparse", SPARSE_RESULTS, sparse_readme),
     ("docs/sparse.md", "h200-sparse", SPARSE_RESULTS, sparse_page),
+    ("docs/benchmarks.md", "h200-shelf", shelf_table.RESULTS, shelf_page),
 ]
 
 
