@@ -1,4 +1,5 @@
-// All layers for one token in one kernel, against fp64 sums on the host that round where the kernel does.
+// All layers for one token in one kernel, against fp64 sums on the host that round where the kernel does; and for a
+// few tokens of a sequence, against the same tokens one by one.
 
 #include "kernels/fused/sm90/one_token.h"
 
@@ -22,7 +23,7 @@ using checkpoint::ModelConfig;
 using sm90::OneToken;
 using sm90::OneTokenLayer;
 
-constexpr int kRank = 512, kRope = 64, kKey = kRank + kRope, kPage = 64;
+constexpr int kRank = 512, kRope = 64, kKey = kRank + kRope, kPage = 64, kTokens = sm90::kMaxOneTokens;
 using Bits = std::vector<std::uint16_t>;
 
 struct Shape {
@@ -97,7 +98,7 @@ struct LayerData {
         kv_norm_device(kv_norm),
         router_device(router),
         correction_device(correction),
-        ids(std::size_t(c.num_experts_per_tok + c.n_shared_experts + 1)) {}
+        ids(std::size_t(kTokens * (c.num_experts_per_tok + c.n_shared_experts) + 1)) {}
 
   static Bits weight(Random& random, int rows, int k) {
     return random.bf16(std::size_t(rows) * k, 1 / std::sqrt(float(k)));
@@ -140,11 +141,11 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
   OneTokenTest()
       : random_(61),
         config_(configuration(GetParam(), std::string(GetParam().name) == "Groups")),
-        pages_((GetParam().len + kPage - 1) / kPage + 3),
-        x_before_(random_.bf16(std::size_t(config_.hidden_size), 1.0f)),
+        pages_((GetParam().len + kTokens - 1 + kPage - 1) / kPage + 3),
+        x_before_(random_.bf16(std::size_t(kTokens * config_.hidden_size), 1.0f)),
         x_(x_before_),
-        cosines_(random_.fp32(kRope / 2, 0.7f)),
-        sines_(random_.fp32(kRope / 2, 0.7f)),
+        cosines_(random_.fp32(kTokens * kRope / 2, 0.7f)),
+        sines_(random_.fp32(kTokens * kRope / 2, 0.7f)),
         cosines_device_(cosines_),
         sines_device_(sines_),
         workspace_(sm90::one_token_workspace_size()) {
@@ -153,10 +154,11 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
     std::iota(table_.begin(), table_.end(), 0);
     for (int i = 0; i < pages_; ++i)
       std::swap(table_[std::size_t(i)], table_[std::size_t(i + random_.below(pages_ - i))]);
-    slot_ = slot_of(len - 1);
+    for (int i = 0; i < kTokens; ++i) slots_.push_back(slot_of(len - 1 + i)), lens_.push_back(len + i);
+    slot_ = slots_[0];
     for (int i = 0; i < config_.num_hidden_layers; ++i) {
       layers_.push_back(std::make_unique<LayerData>(random_, config_, config_.is_moe_layer(i)));
-      // What no key may be read from is NaN: the token's own slot, those behind it, other pages.
+      // What no key may be read from is NaN: the tokens' own slots, those behind them, other pages.
       Bits cache(std::size_t(pages_) * kPage * kKey, 0x7FC0);
       for (int key = 0; key < len - 1; ++key) {
         const Bits row = random_.bf16(kKey, 1.0f);
@@ -166,10 +168,10 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
       cache_before_.push_back(std::move(cache));
     }
     // Entries behind the sequence's pages may be anything.
-    std::fill(table_.begin() + (len + kPage - 1) / kPage, table_.end(), 2147480000);
+    std::fill(table_.begin() + (len + kTokens - 1 + kPage - 1) / kPage, table_.end(), 2147480000);
     table_device_ = std::make_unique<OnDevice<std::int32_t>>(table_);
-    len_device_ = std::make_unique<OnDevice<std::int32_t>>(std::vector<std::int32_t>{len});
-    slot_device_ = std::make_unique<OnDevice<std::int64_t>>(std::vector<std::int64_t>{slot_});
+    len_device_ = std::make_unique<OnDevice<std::int32_t>>(lens_);
+    slot_device_ = std::make_unique<OnDevice<std::int64_t>>(slots_);
     check(cudaMemset(workspace_.get(), 0, sm90::one_token_workspace_size()), "cudaMemset");
   }
 
@@ -177,15 +179,17 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
     return std::int64_t{table_[std::size_t(key / kPage)]} * kPage + key % kPage;
   }
 
-  OneToken arguments() const {
+  /// Of `count` tokens, the first of them the `first`-th.
+  OneToken arguments(int first = 0, int count = 1) const {
     OneToken a = model::one_token_of(config_);
+    a.num_tokens = count;
     a.softmax_scale = kScale;
-    a.cosines = cosines_device_.get();
-    a.sines = sines_device_.get();
-    a.slot = slot_device_->get();
-    a.len = len_device_->get();
+    a.cosines = cosines_device_.get() + first * (kRope / 2);
+    a.sines = sines_device_.get() + first * (kRope / 2);
+    a.slot = slot_device_->get() + first;
+    a.len = len_device_->get() + first;
     a.table = table_device_->get();
-    a.x = x_.get();
+    a.x = x_.get() + first * config_.hidden_size;
     a.workspace = workspace_.get();
     for (std::size_t i = 0; i < layers_.size(); ++i) {
       const LayerData& l = *layers_[i];
@@ -203,10 +207,11 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
       if (!l.is_mixture) continue;
       to.router = l.router_device.get();
       to.correction = config_.topk_method == TopkMethod::kNoAuxTc ? l.correction_device.get() : nullptr;
-      to.ids = l.ids.get();
+      to.ids = l.ids.get() + first * width();
     }
     return a;
   }
+  int width() const { return config_.num_experts_per_tok + config_.n_shared_experts; }
 
   Bits run(const OneToken& a) {
     x_.upload(x_before_);
@@ -316,7 +321,9 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
   OnDevice<float> cosines_device_, sines_device_;
   OnDevice<std::byte> workspace_;
   std::vector<std::int32_t> table_;
-  std::int64_t slot_ = 0;
+  std::vector<std::int64_t> slots_;
+  std::vector<std::int32_t> lens_;
+  std::int64_t slot_ = 0;  // of the first token
   std::vector<std::unique_ptr<LayerData>> layers_;
   std::vector<std::unique_ptr<OnDevice<std::uint16_t>>> caches_;
   std::vector<Bits> cache_before_;
@@ -338,7 +345,10 @@ TEST_P(OneTokenTest, MatchesFp64Sums) {
   ASSERT_TRUE(model::fits_one_token(config_));
   const Bits got = run(arguments());
   Row x;
-  for (const std::uint16_t bits : x_before_) x.push_back(double(from_bf16(bits)));
+  for (int i = 0; i < config_.hidden_size; ++i) x.push_back(double(from_bf16(x_before_[std::size_t(i)])));
+  EXPECT_TRUE(
+      std::equal(got.begin() + config_.hidden_size, got.end(), x_before_.begin() + config_.hidden_size))
+      << "x of other tokens";
   for (std::size_t i = 0; i < layers_.size(); ++i) {
     Bits key;
     std::vector<std::int32_t> ids;
@@ -354,8 +364,9 @@ TEST_P(OneTokenTest, MatchesFp64Sums) {
     EXPECT_EQ(cache, expected) << "cache of layer " << i;
     if (!layers_[i]->is_mixture) continue;
     std::vector<std::int32_t> got_ids = layers_[i]->ids.host();
-    EXPECT_EQ(got_ids.back(), -1) << "written past the end";
-    got_ids.pop_back();
+    for (std::size_t k = ids.size(); k < got_ids.size(); ++k)
+      EXPECT_EQ(got_ids[k], -1) << "written past the end";
+    got_ids.resize(ids.size());
     EXPECT_EQ(got_ids, ids) << "layer " << i;
   }
   EXPECT_LT(distance(got, x), 0.01);
@@ -383,6 +394,55 @@ TEST_P(OneTokenTest, SameBitsEveryTimeAndInAGraph) {
   cudaGraphExecDestroy(exec);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
+}
+
+// Two to four tokens at once: the bits of the same tokens one by one. Numbers of tokens take turns with one workspace,
+// and every launch begins with NaN where keys, and -1 where experts go.
+TEST_P(OneTokenTest, SeveralTokensHaveTheBitsOfEachAlone) {
+  ASSERT_TRUE(model::fits_one_token(config_));
+  struct Outcome {
+    Bits x;
+    std::vector<Bits> caches;
+    std::vector<std::vector<std::int32_t>> ids;
+  };
+  const auto outcome_of = [&](int count, bool together) {
+    x_.upload(x_before_);
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      caches_[i]->upload(cache_before_[i]);
+      layers_[i]->ids.upload(std::vector<std::int32_t>(layers_[i]->ids.host().size(), -1));
+    }
+    if (together) {
+      check(sm90::one_token(arguments(0, count), nullptr), "one_token");
+    } else {
+      for (int t = 0; t < count; ++t) check(sm90::one_token(arguments(t), nullptr), "one_token");
+    }
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    Outcome out{x_.host(), {}, {}};
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      out.caches.push_back(caches_[i]->host());
+      out.ids.push_back(layers_[i]->ids.host());
+    }
+    return out;
+  };
+  for (const int count : {2, 3, 4, 2, 4, 3}) {
+    SCOPED_TRACE(std::to_string(count) + " tokens");
+    const Outcome alone = outcome_of(count, false), together = outcome_of(count, true);
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      EXPECT_EQ(alone.ids[i], together.ids[i]) << "experts of layer " << i;
+      EXPECT_TRUE(alone.caches[i] == together.caches[i]) << "cache of layer " << i;
+    }
+    const std::size_t hidden = std::size_t(config_.hidden_size);
+    for (int t = 0; t < kTokens; ++t) {
+      const auto begin = std::ptrdiff_t(t) * std::ptrdiff_t(hidden), end = begin + std::ptrdiff_t(hidden);
+      const Bits a(alone.x.begin() + begin, alone.x.begin() + end);
+      const Bits b(together.x.begin() + begin, together.x.begin() + end);
+      Row want;
+      for (const std::uint16_t bits : a) want.push_back(double(from_bf16(bits)));
+      EXPECT_TRUE(a == b) << "x of token " << t << " is off by " << distance(b, want);
+      EXPECT_LT(distance(b, want), 0.01);
+    }
+    if (HasFailure()) break;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, OneTokenTest, testing::ValuesIn(kShapes),

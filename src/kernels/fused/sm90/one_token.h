@@ -1,7 +1,7 @@
 #pragma once
 
-// All layers of a model for one token in one kernel: what a decode step at batch 1 takes.
-// docs/cuda-engine.md.
+// All layers of a model for one token, or a few of one sequence, in one kernel: what a decode step at batch 1 takes,
+// and one that checks drafts. docs/cuda-engine.md.
 
 #include <cuda_runtime_api.h>
 
@@ -29,24 +29,29 @@ struct OneTokenLayer {
   /// moe_intermediate). Of a dense layer (2 * intermediate, hidden) and (hidden, intermediate).
   const void* gate_up = nullptr;
   const void* down = nullptr;
-  std::int32_t* ids = nullptr;  ///< out (experts_per_token + shared): the experts that were chosen
+  /// out (num_tokens, experts_per_token + shared): the experts that were chosen
+  std::int32_t* ids = nullptr;
 };
 
 inline constexpr int kMaxOneTokenLayers = 64;
+inline constexpr int kMaxOneTokens = 4;                        ///< of a sequence
 inline constexpr int kOneTokenRank = 512, kOneTokenRope = 64;  ///< of the cache's rows
 
 struct OneToken {
+  int num_tokens = 1;  ///< one behind the other in their sequence; 1 to kMaxOneTokens
   int num_layers = 0, hidden = 0, heads = 0, nope = 0, v = 0;
   int moe_intermediate = 0, intermediate = 0;  ///< of an expert, and of a dense layer
   Routing routing;                             ///< of mixture layers
   float eps = 0, latent_eps = 0, softmax_scale = 0;
 
-  const float* cosines = nullptr;       ///< (32), of the token's position
-  const float* sines = nullptr;         ///< (32)
-  const std::int64_t* slot = nullptr;   ///< where its key goes, page * 64 + offset: that of key len - 1
-  const std::int32_t* len = nullptr;    ///< keys that it sees, its own included; at least 1
+  const float* cosines = nullptr;  ///< (num_tokens, 32), of the tokens' positions
+  const float* sines = nullptr;    ///< (num_tokens, 32)
+  /// (num_tokens): where their keys go, page * 64 + offset: the first's that of key len - 1
+  const std::int64_t* slot = nullptr;
+  /// Keys that the first token sees, its own included; at least 1. Each of the others sees one more.
+  const std::int32_t* len = nullptr;
   const std::int32_t* table = nullptr;  ///< pages of the sequence
-  void* x = nullptr;                    ///< inout (hidden) bfloat16: embedding, then the last layer's output
+  void* x = nullptr;  ///< inout (num_tokens, hidden) bfloat16: embeddings, then the last layer's output
   void* workspace = nullptr;  ///< one_token_workspace_size(), aligned to 256, zeroed before its first use
   OneTokenLayer layers[kMaxOneTokenLayers];
 };
@@ -60,8 +65,8 @@ bool fits_one_token(const OneToken& sizes, bool dense, bool mixture);
 std::size_t one_token_workspace_size();
 
 /// Queues the kernel: one CTA on every multiprocessor, all resident at a time (cooperative launch), which
-/// wait for each other. May be captured in a CUDA graph. The same input gives the same bits. Launches that
-/// share a workspace must follow one another.
+/// wait for each other. May be captured in a CUDA graph. The same input gives the same bits, whether tokens come one
+/// by one or together. Launches that share a workspace must follow one another.
 cudaError_t one_token(const OneToken& args, cudaStream_t stream);
 
 }  // namespace flash_mla::sm90

@@ -1,7 +1,7 @@
 #pragma once
 
 // Attention of one token, at most 16 heads, over its cached keys: a CTA takes a stretch of them in tiles
-// of 32.
+// of 32. Of several tokens each has stretches of its own, those it has alone, and a CTA takes them in turn.
 //
 // Scores: products of 16 heads x 16 keys for each warp, a quarter of the 576 columns each; the quarters are
 // summed by the warps that own the rows, two each, which also keep the softmax's maximum and sum. Values: 64
@@ -26,28 +26,36 @@ inline constexpr int kScorePitch = kTileKeys + 8;
 inline constexpr int kMaxSplits = 128;
 inline constexpr int kVectors = kKey / 8;  // of a row of Q or a key
 
+/// Vectors of activations that a warp has at a time.
+template <int kTokens>
+inline constexpr int kActVectors = kTokens > 1 ? 2 : 1;
+
+struct QueryAndKeys {
+  bf16 q[kHeads][kPitch];
+  bf16 keys[kTileKeys][kPitch];
+};
+template <int kTokens>
 struct alignas(16) AttentionSmem {
   union {
-    bf16 q[kHeads][kPitch];
+    QueryAndKeys tile;
     float routing[2][8 * 32];  // while nobody has a query
-  };
-  union {
-    bf16 keys[kTileKeys][kPitch];
-    bf16 act[kWarps][kMaxK];  // while nobody has keys: an expert's activations for each warp
+    bf16 act[kWarps][kActVectors<kTokens>]
+            [kMaxK];  // while nobody has keys: experts' activations for each warp
   };
   bf16 p[kHeads][kScorePitch];
   float rescale[kHeads];
   std::uint64_t arrived;  // the tile's keys
 };
 /// What several phases use in turn.
+template <int kTokens>
 union alignas(16) ScratchSmem {
   float scores[4][kHeads][kScorePitch];  // by quarter of the columns
-  float latent[2][kRank];                // of a head: sums over even and odd splits
-  float down[kMaxSlots][kMaxDownRows];
-  VectorSmem vector;
+  float latent[kTokens][2][kRank];       // of a head: sums over even and odd splits
+  float down[kTokens][kMaxSlots][kMaxDownRows];
+  VectorSmem<kTokens> vector;
 };
 
-/// Which keys a CTA takes: `splits` of them have some.
+/// Which of a token's keys a CTA takes: `splits` of them have some.
 struct KeyRange {
   int first, end, splits;
 
@@ -60,42 +68,74 @@ struct KeyRange {
   }
 };
 
+/// Stretches of all tokens' keys. The splits of every token are numbered behind those of the token before.
+template <int kTokens>
+struct AllSplits {
+  int count = 0;
+
+  __device__ AllSplits(int len, int ctas) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) count += KeyRange(len + t, 0, ctas).splits;
+  }
+  /// CTAs that have any.
+  __device__ unsigned ctas_with_keys(int ctas) const { return min(count, ctas); }
+};
+
+template <int kTokens>
 class Attention {
  public:
-  __device__ Attention(const OneToken& p, const Share& share, AttentionSmem& s, ScratchSmem& scratch)
+  __device__ Attention(const OneToken& p, const Share& share, AttentionSmem<kTokens>& s,
+                       ScratchSmem<kTokens>& scratch)
       : p_(p),
         share_(share),
         s_(s),
         scratch_(scratch),
-        len_(__ldg(p.len)),
+        first_len_(__ldg(p.len)),
+        len_(first_len_),
         range_(len_, share.cta, share.ctas) {}
 
+  /// Turns to the split of that number, of all tokens; false if there is none.
+  __device__ bool take(int number) {
+    split_ = number;
+#pragma unroll 1
+    for (token_ = 0; token_ < kTokens; ++token_) {
+      len_ = first_len_ + token_;
+      range_ = KeyRange(len_, split_, share_.ctas);
+      if (split_ < range_.splits) return true;
+      split_ -= range_.splits;
+    }
+    return false;
+  }
+  __device__ int token() const { return token_; }
+  __device__ int split() const { return split_; }
+
+  // Of one token.
   __device__ bool has_keys() const { return range_.first < range_.end; }
   __device__ int splits() const { return range_.splits; }
 
-  /// By warp 7: asks for the first tile's keys, but for the token's own, which is still to be made; the
+  /// By warp 7: asks for the first tile's keys, but for the step's own, which are still to be made; the
   /// others it brings into L2.
   __device__ void prefetch(const bf16* cache) {
     if (!has_keys()) return;
     load_tile(cache, range_.first);
-    for (int key = range_.first + kTileKeys + share_.lane; key < min(range_.end, len_ - 1); key += 32) {
+    for (int key = range_.first + kTileKeys + share_.lane; key < min(range_.end, first_len_ - 1); key += 32) {
       prefetch_bulk(key_at(cache, key), kKey * 2);
     }
   }
 
-  /// By all warps, with the round's q (heads, 576) and the token's own key: the partial result of the CTA's
-  /// keys, `out` (16, 512) and `stats` (16) pairs of maximum (base 2) and sum.
-  __device__ void run(const Tagged* q, const Tagged* own_key, unsigned round, const bf16* cache, float* out,
+  /// By all warps, with the round's q (heads, 576) and the step's own keys, a token's behind the other's: the partial
+  /// result of the CTA's keys, `out` (16, 512) and `stats` (16) pairs of maximum (base 2) and sum.
+  __device__ void run(const Tagged* q, const Tagged* own_keys, unsigned round, const bf16* cache, float* out,
                       float2* stats) {
     const int warp = share_.warp, lane = share_.lane;
-    load_vectors(q, own_key, round, range_.first);
+    load_vectors(q, own_keys, round, range_.first);
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of rows 2 warp and 2 warp + 1
     float o[8][4] = {};
     for (int first = range_.first; first < range_.end; first += kTileKeys) {
       if (first > range_.first) {
         sync_warps();  // the tile before has been read
         if (warp == 7) load_tile(cache, first);
-        load_own(own_key, round, first);
+        load_own(own_keys, round, first);
       }
       clear_behind(first);
       sync_warps();
@@ -129,69 +169,73 @@ class Attention {
 
   /// By one warp, a key for each lane.
   __device__ void load_tile(const bf16* cache, int first) {
-    const int key = first + share_.lane, count = max(0, min(min(range_.end, len_ - 1) - first, kTileKeys));
+    const int key = first + share_.lane,
+              count = max(0, min(min(range_.end, first_len_ - 1) - first, kTileKeys));
     if (share_.lane == 0) ptx::mbarrier_arrive_expect_tx(&s_.arrived, count * kKey * 2);
     __syncwarp();
     if (share_.lane < count) {
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              ptx::smem_address(s_.keys[share_.lane])),
+              ptx::smem_address(s_.tile.keys[share_.lane])),
           "l"(key_at(cache, key)), "r"(kKey * 2), "r"(ptx::smem_address(&s_.arrived))
           : "memory");
     }
   }
 
-  /// Where in the tile the token's own key is, if it is there.
-  __device__ __forceinline__ int own_row(int first) const { return len_ - 1 - first; }
-  __device__ __forceinline__ bool has_own(int first) const {
-    return own_row(first) >= 0 && own_row(first) < kTileKeys;
+  /// Where in the tile the step's i-th key is, if it is there.
+  __device__ __forceinline__ int own_row(int first, int i) const { return first_len_ - 1 + i - first; }
+  __device__ __forceinline__ bool has_own(int first, int i) const {
+    return i <= token_ && own_row(first, i) >= 0 && own_row(first, i) < kTileKeys;
   }
 
   /// Zeros, which a product with 0 leaves 0, behind the token's own key.
   __device__ void clear_behind(int first) {
-    if (!has_own(first)) return;
-    const int begin = own_row(first) + 1;
+    if (!has_own(first, token_)) return;
+    const int begin = own_row(first, token_) + 1;
     for (int i = threadIdx.x; i < (kTileKeys - begin) * kVectors; i += kThreads) {
-      *reinterpret_cast<uint4*>(&s_.keys[begin + i / kVectors][i % kVectors * 8]) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(&s_.tile.keys[begin + i / kVectors][i % kVectors * 8]) =
+          make_uint4(0, 0, 0, 0);
     }
     ptx::fence_async_proxy();  // the next layer's keys come by the copy engine
   }
 
-  /// Q, and the token's own key where it is in the tile at `first`.
-  __device__ void load_vectors(const Tagged* q, const Tagged* own_key, unsigned round, int first) {
-    constexpr int kEach = ((kHeads + 1) * kVectors + kThreads - 1) / kThreads;
+  /// Q, and those of the step's own keys that are in the tile at `first`.
+  __device__ void load_vectors(const Tagged* q, const Tagged* own_keys, unsigned round, int first) {
+    constexpr int kEach = ((kHeads + kTokens) * kVectors + kThreads - 1) / kThreads;
     const auto at = [](int i) { return static_cast<int>(threadIdx.x) + i * kThreads; };
-    const bool own = has_own(first);
+    const auto own = [&](int i) {  // of the vectors behind Q
+      return at(i) < (kHeads + kTokens) * kVectors && has_own(first, at(i) / kVectors - kHeads);
+    };
     uint4 v[kEach];
     await_8<kEach>(
         round,
         [&](int i) {
-          return at(i) < kHeads * kVectors ? q + at(i) * 8 : own_key + (at(i) - kHeads * kVectors) * 8;
+          return at(i) < kHeads * kVectors ? q + at(i) * 8 : own_keys + (at(i) - kHeads * kVectors) * 8;
         },
-        [&](int i) {
-          return at(i) < p_.heads * kVectors ||
-                 (own && at(i) >= kHeads * kVectors && at(i) < (kHeads + 1) * kVectors);
-        },
-        v);
+        [&](int i) { return at(i) < p_.heads * kVectors || (at(i) >= kHeads * kVectors && own(i)); }, v);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int row = at(i) / kVectors, column = at(i) % kVectors * 8;
       if (row < kHeads) {
         // Rows behind the heads: await_8 left zeros.
-        *reinterpret_cast<uint4*>(&s_.q[row][column]) = v[i];
-      } else if (row == kHeads && own) {
-        *reinterpret_cast<uint4*>(&s_.keys[own_row(first)][column]) = v[i];
+        *reinterpret_cast<uint4*>(&s_.tile.q[row][column]) = v[i];
+      } else if (own(i)) {
+        *reinterpret_cast<uint4*>(&s_.tile.keys[own_row(first, row - kHeads)][column]) = v[i];
         ptx::fence_async_proxy();
       }
     }
   }
 
-  /// The token's own key, where it is in a later tile than the first.
-  __device__ void load_own(const Tagged* own_key, unsigned round, int first) {
-    if (!has_own(first) || threadIdx.x >= kVectors) return;
-    const int column = static_cast<int>(threadIdx.x) * 8;
-    *reinterpret_cast<uint4*>(&s_.keys[own_row(first)][column]) = await_8(own_key + column, round);
-    ptx::fence_async_proxy();
+  /// The step's own keys that are in a later tile than the first.
+  __device__ void load_own(const Tagged* own_keys, unsigned round, int first) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (!has_own(first, i) || threadIdx.x >= kVectors) continue;
+      const int column = static_cast<int>(threadIdx.x) * 8;
+      *reinterpret_cast<uint4*>(&s_.tile.keys[own_row(first, i)][column]) =
+          await_8(own_keys + i * kKey + column, round);
+      ptx::fence_async_proxy();
+    }
   }
 
   __device__ void score() {
@@ -202,8 +246,8 @@ class Attention {
     for (int i = 0; i < kKey / 64; ++i) {
       const int k = (quarter * (kKey / 64) + i) * 16;
       std::uint32_t a[4], b[4];
-      ldmatrix_x4(a, ptx::smem_address(&s_.q[lane % 16][k + lane / 16 * 8]));
-      ldmatrix_x4(b, ptx::smem_address(&s_.keys[keys + lane % 8 + lane / 16 * 8][k + lane / 8 % 2 * 8]));
+      ldmatrix_x4(a, ptx::smem_address(&s_.tile.q[lane % 16][k + lane / 16 * 8]));
+      ldmatrix_x4(b, ptx::smem_address(&s_.tile.keys[keys + lane % 8 + lane / 16 * 8][k + lane / 8 % 2 * 8]));
       ptx::mma_m16n8k16_bf16(d[0], a[0], a[1], a[2], a[3], b[0], b[1]);
       ptx::mma_m16n8k16_bf16(d[1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
@@ -254,8 +298,8 @@ class Attention {
 #pragma unroll
       for (int n = 0; n < 8; n += 2) {
         std::uint32_t b[4];
-        ldmatrix_x4_transposed(b,
-                               ptx::smem_address(&s_.keys[k + lane % 16][warp * 64 + n * 8 + lane / 16 * 8]));
+        ldmatrix_x4_transposed(
+            b, ptx::smem_address(&s_.tile.keys[k + lane % 16][warp * 64 + n * 8 + lane / 16 * 8]));
         ptx::mma_m16n8k16_bf16(o[n], a[0], a[1], a[2], a[3], b[0], b[1]);
         ptx::mma_m16n8k16_bf16(o[n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
@@ -264,9 +308,11 @@ class Attention {
 
   const OneToken& p_;
   const Share& share_;
-  AttentionSmem& s_;
-  ScratchSmem& scratch_;
-  int len_;
+  AttentionSmem<kTokens>& s_;
+  ScratchSmem<kTokens>& scratch_;
+  const int first_len_;  // keys that the first token sees
+  int token_ = 0, split_ = 0;
+  int len_;  // keys that the token sees
   KeyRange range_;
   std::uint32_t phase_ = 0;
 };

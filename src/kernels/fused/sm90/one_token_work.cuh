@@ -23,8 +23,11 @@ inline constexpr int kRouterColumns = 1024;
 inline constexpr int kMaxSlots = 16;     // experts of a token, or slices of a dense layer
 inline constexpr int kMaxDownRows = 32;  // of a CTA
 
-/// The products of a layer, in order.
-enum Stage : int { kQkv, kUk, kUv, kO, kRouter, kSharedPairs, kPairs, kDown, kStages };
+/// The products of a layer, in order. Of one token kDown is W_down of all experts, of several that of the shared
+/// ones: they have more to do there, and are dealt for themselves.
+enum Stage : int { kQkv, kUk, kUv, kO, kRouter, kSharedPairs, kPairs, kDown, kRoutedDown };
+template <int kTokens>
+inline constexpr int kStages = kTokens > 1 ? kRoutedDown + 1 : kRoutedDown;
 
 /// A layer's feed-forward network as experts of `width` outputs each ("slots"): the shared ones first, then
 /// the routed ones in the order of their choice. A dense layer's is cut into slices that work like shared
@@ -94,10 +97,34 @@ struct Share {
   __device__ __forceinline__ int down_begin(int slots, int w) const { return slots * down_rows * w / kWarps; }
 };
 
+/// The routed experts that any of several tokens has chosen, each once.
+template <int kTokens>
+struct ExpertUnion {
+  static constexpr int kMost = kTokens * kMaxSlots;
+  int count;
+  std::int32_t expert[kMost];
+  std::uint32_t tokens[kMost];  // as bits
+  std::uint32_t places[kMost];  // a byte for each token: which of its choices it is
+
+  __device__ __forceinline__ int place(int i, int token) const { return places[i] >> 8 * token & 0xFF; }
+};
+template <>
+struct ExpertUnion<1> {};
+
 /// The experts of the mixture layer that was routed last.
-struct Choice {
-  std::int32_t ids[32];
-  float weights[32];
+template <int kTokens>
+struct Choice : ExpertUnion<kTokens> {
+  std::int32_t ids[kTokens][32];
+  float weights[kTokens][32];
+
+  /// The i-th routed expert that the layer needs.
+  __device__ __forceinline__ int routed(int i) const {
+    if constexpr (kTokens > 1) {
+      return this->expert[i];
+    } else {
+      return ids[0][i];
+    }
+  }
 };
 
 /// A copy: `bytes` from `from`.
@@ -108,9 +135,10 @@ struct Piece {
 
 /// Walks through the warp's pieces of all layers. Most of them lie at equal distances: what has to be quick,
 /// once for every piece, is an addition.
+template <int kTokens>
 class Walk {
  public:
-  __device__ Walk(const OneToken& p, const Share& share, const Choice& choice)
+  __device__ Walk(const OneToken& p, const Share& share, const Choice<kTokens>& choice)
       : p_(p), share_(share), choice_(choice), slices_(dense_slices(p.intermediate)) {
     enter();
   }
@@ -123,7 +151,7 @@ class Walk {
 
   /// No piece is left.
   __device__ __forceinline__ bool done() const {
-    return left_ == 0 && layer_ + 1 == p_.num_layers && stage_ + 1 == kStages && at_ >= end_;
+    return left_ == 0 && layer_ + 1 == p_.num_layers && stage_ + 1 == kStages<kTokens> && at_ >= end_;
   }
   /// Whose pieces come next.
   __device__ __forceinline__ int layer() const { return layer_; }
@@ -152,7 +180,15 @@ class Walk {
   /// The next pieces that lie at equal distances.
   __device__ __forceinline__ bool find() {
     while (at_ >= end_) {
-      if (stage_ + 1 < kStages) {
+      if constexpr (kTokens > 1) {
+        if (unknown_) {  // how many pieces there are depends on the choice
+          if (wants_choice()) return false;
+          unknown_ = false;
+          enter();
+          continue;
+        }
+      }
+      if (stage_ + 1 < kStages<kTokens>) {
         ++stage_;
       } else {
         if (layer_ + 1 >= p_.num_layers) return false;
@@ -185,13 +221,13 @@ class Walk {
       return true;
     }
     // Within one slot.
-    const int size = stage_ == kDown ? share_.down_rows : ffn_.width, slot = at_ / size;
+    const int size = stage_ >= kDown ? share_.down_rows : ffn_.width, slot = at_ / size;
     if (slot >= ffn_.shared && chosen_ != layer_) return false;
     const int row = at_ - slot * size, count = min(end_ - at_, size - row);
     const std::int64_t expert = p_.layers[layer_].router == nullptr ? slot
                                 : slot < ffn_.shared                ? p_.routing.num_experts + slot
-                                                                    : choice_.ids[slot - ffn_.shared];
-    if (stage_ != kDown) {
+                                                                    : choice_.routed(slot - ffn_.shared);
+    if (stage_ < kDown) {
       set(l.gate_up, expert * ffn_.gate_slot + std::int64_t(row) * p_.hidden, p_.hidden, 2 * count, 0);
       ahead_ = ffn_.up * 2;
       back_ = (p_.hidden - ffn_.up) * 2;
@@ -233,19 +269,31 @@ class Walk {
         end_ = share_.end_of(ffn_.shared * ffn_.width);
         break;
       case kPairs:
+        if constexpr (kTokens > 1) {
+          end_ = 0;
+          unknown_ = wants_choice();
+          if (unknown_) break;
+          if (mixture) ffn_.slots = ffn_.shared + choice_.count;
+        }
         at_ = ffn_.shared * ffn_.width + share_.begin_of((ffn_.slots - ffn_.shared) * ffn_.width);
         end_ = ffn_.shared * ffn_.width + share_.end_of((ffn_.slots - ffn_.shared) * ffn_.width);
         break;
+      case kDown: {
+        const int slots = kTokens > 1 ? ffn_.shared : ffn_.slots;
+        at_ = share_.down_begin(slots, share_.warp);
+        end_ = share_.down_begin(slots, share_.warp + 1);
+        break;
+      }
       default:
-        at_ = share_.down_begin(ffn_.slots, share_.warp);
-        end_ = share_.down_begin(ffn_.slots, share_.warp + 1);
+        at_ = ffn_.shared * share_.down_rows + share_.down_begin(ffn_.slots - ffn_.shared, share_.warp);
+        end_ = ffn_.shared * share_.down_rows + share_.down_begin(ffn_.slots - ffn_.shared, share_.warp + 1);
         break;
     }
   }
 
   const OneToken& p_;
   const Share& share_;
-  const Choice& choice_;
+  const Choice<kTokens>& choice_;
   int slices_;
   Ffn ffn_;
   int layer_ = 0, stage_ = kQkv, at_ = 0, end_ = 0;  // rows or pieces of the stage
@@ -255,6 +303,7 @@ class Walk {
   std::uint32_t bytes_ = 0;
   int left_ = 0;
   bool other_ = false;
+  bool unknown_ = false;  // the stage's pieces, until the choice is made
 };
 
 }  // namespace flash_mla::sm90::one_token_kernel

@@ -44,6 +44,19 @@ std::int64_t fp8_rows_of_environment() {
   return rows > 0 ? rows : std::numeric_limits<std::int64_t>::max();
 }
 
+// Whether the absorbed tokens of a step lie behind one another in the same pages; there is at least one.
+bool is_run_of_one_sequence(const Step& step) {
+  const auto tokens = static_cast<std::ptrdiff_t>(step.num_absorbed),
+             blocks = static_cast<std::ptrdiff_t>(step.max_blocks);
+  const auto row = [&](std::ptrdiff_t token) { return step.absorbed_table.begin() + token * blocks; };
+  for (std::ptrdiff_t i = 1; i < tokens; ++i) {
+    const auto token = static_cast<std::size_t>(i);
+    if (step.absorbed_lens[token] != step.absorbed_lens[token - 1] + 1) return false;
+    if (!std::equal(row(i), row(i + 1), row(0))) return false;
+  }
+  return tokens > 0;
+}
+
 }  // namespace
 
 bool has_sm90_prefill(const ModelConfig& config) {
@@ -148,8 +161,9 @@ bool CudaContext::has_to_select(const Step& next) const {
 
 void CudaContext::begin_step(Step& next) {
   recorded = next.chunks.empty() && next.num_tokens() <= kMaxRecordedTokens;
-  if (recorded) pad(next);
   step = &next;
+  // Tokens that fill a step up would choose experts of their own.
+  if (recorded) pad(next, is_one_token_step() ? next.num_tokens() : padded(next.num_tokens()));
   grow_step_buffers(next.num_tokens(), next.num_absorbed, std::ssize(next.logit_rows));
   const std::int64_t key_bytes =
       std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim) * kElement;
@@ -162,7 +176,7 @@ void CudaContext::begin_step(Step& next) {
 }
 
 void CudaContext::begin_pass() {
-  one_token.begin();
+  one_token.begin(step->reads == ModuleStates::kNone);
   if (step->num_absorbed == 0 || !has_sm90_decode(config) || is_one_token_step() || selects_) return;
   // Of the step's absorbed tokens, each a request.
   const ScheduleOptions options =
@@ -171,10 +185,10 @@ void CudaContext::begin_pass() {
   build_decode_schedule(on_device(data.lens, DType::kInt32, {step->num_absorbed}), options, schedule, stream);
 }
 
-// Not batch-invariant ones: larger batches take other kernels. Nor the module's, which has a layer of its own.
+// Not batch-invariant ones: larger batches take other kernels.
 bool CudaContext::is_one_token_step() const {
-  return one_token.fits() && recorded && step->num_tokens() == 1 && !step->batch_invariant &&
-         step->reads == ModuleStates::kNone;
+  return one_token.fits(step->reads == ModuleStates::kNone) && recorded && !step->batch_invariant &&
+         step->num_tokens() <= sm90::kMaxOneTokens && is_run_of_one_sequence(*step);
 }
 
 void CudaContext::finish_layers(const Matrix& x) {
@@ -235,8 +249,8 @@ std::int64_t CudaContext::padded(std::int64_t num_tokens) const {
 }
 
 // To a size that is recorded: with tokens that see no key and are not cached, and with logits for all.
-void CudaContext::pad(Step& next) const {
-  const auto size = static_cast<std::size_t>(padded(next.num_tokens()));
+void CudaContext::pad(Step& next, std::int64_t num_tokens) {
+  const auto size = static_cast<std::size_t>(num_tokens);
   next.token_ids.resize(size, 0);
   next.positions.resize(size, 0);
   next.slots.resize(size, -1);

@@ -45,7 +45,7 @@ struct CudaContext {
   void begin_step(Step& next);
   /// To be called before the layers: queues what makes the decode schedule.
   void begin_pass();
-  /// Whether one kernel does all layers of the step.
+  /// Whether one kernel does all layers of the step: it has one token, or a few of one sequence.
   bool is_one_token_step() const;
   /// To be called when x of all layers is to be read: queues that kernel, unless it has been.
   void finish_layers(const Matrix& x);
@@ -112,7 +112,7 @@ struct CudaContext {
 
  private:
   std::int64_t padded(std::int64_t num_tokens) const;
-  void pad(Step& next) const;
+  static void pad(Step& next, std::int64_t num_tokens);
   bool has_to_select(const Step& next) const;
   void reserve_index(std::int64_t tokens);
   void grow_step_buffers(std::int64_t tokens, std::int64_t absorbed, std::int64_t logit_rows);

@@ -21,6 +21,7 @@ void CudaMtpInput::keep(const Residual& x) {
 }
 
 void CudaMtpInput::keep_own(const Residual& x) {
+  context_.finish_layers(x.x);
   const auto rows = static_cast<std::int64_t>(context_.step->logit_rows.size());
   if (rows == 0) return;
   const Matrix states = context_.activations(context_.buffers.own_states, rows, x.x.columns);

@@ -33,4 +33,10 @@ inline bool fits_one_token(const checkpoint::ModelConfig& c) {
   return sm90::fits_one_token(one_token_of(c), dense, mixture);
 }
 
+/// The same of the layer of its module for multi-token prediction, where the model fits.
+inline bool module_fits_one_token(const checkpoint::ModelConfig& c) {
+  const bool mixture = c.is_moe_layer(c.num_hidden_layers);
+  return sm90::fits_one_token(one_token_of(c), !mixture, mixture);
+}
+
 }  // namespace flash_mla::model
