@@ -180,6 +180,45 @@ TEST_P(CudaEngine, BatchesAgreeWithSequencesAlone) {
                GetParam().name);
 }
 
+// Steps that check drafts: as many tokens of every sequence, which attend as one request, or fewer of some; of one
+// sequence, and of as many tokens of several.
+TEST_P(CudaEngine, AFewTokensOfASequenceAgreeWithStepsOfOne) {
+  constexpr int kTokens = 5;
+  std::vector<Sequence> sequences;
+  std::vector<std::vector<float>> alone;  // of every sequence, the logits of each token behind its prompt
+  const auto prompt = [](std::size_t i) { return 61 + 5 * static_cast<int>(i); };
+  for (std::size_t i = 0; i < 9; ++i) {
+    const int page = 4 * static_cast<int>(i);
+    sequences.push_back({random_tokens(140, 40 + static_cast<unsigned>(i)), {page + 2, page, page + 3}});
+    forward(*gpu_, {{&sequences[i], 0, prompt(i)}});
+    std::vector<float>& rows = alone.emplace_back();
+    for (int t = 0; t < kTokens; ++t) {
+      const auto row = forward(*gpu_, {{&sequences[i], prompt(i) + t, prompt(i) + t + 1}}).logits;
+      rows.insert(rows.end(), row.begin(), row.end());
+    }
+  }
+  const auto check = [&](const std::vector<int>& counts) {
+    std::vector<Part> parts;
+    std::vector<float> expected;
+    std::string what = GetParam().name;
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      parts.push_back({&sequences[i], prompt(i), prompt(i) + counts[i]});
+      expected.insert(expected.end(), alone[i].begin(), alone[i].begin() + counts[i] * kVocab);
+      what.append(" ").append(std::to_string(counts[i]));
+    }
+    const std::vector<float> together = forward(*gpu_, parts).logits;
+    expect_close(together, expected, what.c_str());
+    EXPECT_EQ(together, forward(*gpu_, parts).logits) << "a replayed step, " << what;
+  };
+  const std::vector<int> eight_of_three(8, 3), nine_of_two(9, 2), eight_of_four(8, 4);
+  const std::vector<std::vector<int>> all = {
+      {2},       {1, 1},         {2},         {3},          {4},    {1, 1, 1, 1}, {2, 2}, {4}, {5}, {4, 4},
+      {3, 3, 3}, eight_of_three, nine_of_two, {2, 1, 2, 1}, {1, 3}, eight_of_four};
+  for (const std::vector<int>& counts : all) {
+    check(counts);
+  }
+}
+
 TEST_P(CudaEngine, BatchInvariantStepsAreExact) {
   std::vector<Sequence> sequences;
   std::vector<std::vector<float>> alone;

@@ -121,19 +121,28 @@ void plain_decode(const PlainDecode& a, cudaStream_t) {
   });
 }
 
-void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView&, void*, float scale, bool, void*) {
-  PlainDecode args;
-  args.heads = static_cast<int>(a.q.size(2));
-  args.rank = static_cast<int>(a.out.size(3));
-  args.rope = static_cast<int>(a.q.size(3)) - args.rank;
-  args.q = {a.q.ptr<std::byte>(), DType::kBFloat16, a.q.size(0), a.q.stride(0), a.q.stride(0)};
-  args.out = {a.out.ptr<std::byte>(), DType::kBFloat16, a.out.size(0), a.out.stride(0), a.out.stride(0)};
-  args.cache = a.k_cache.ptr<const std::byte>();
-  args.lens = a.cache_seqlens.ptr<const std::int32_t>();
-  args.table = a.block_table.ptr<const std::int32_t>();
-  args.max_blocks = a.block_table.size(1);
-  args.scale = scale;
-  plain_decode(args, nullptr);
+void dense_decode(const DenseDecodeArgs& a, const DecodeScheduleView&, void*, float scale, bool causal,
+                  void*) {
+  queue([=] {
+    const std::int64_t queries = a.q.size(1), width = a.q.size(3), rank = a.out.size(3);
+    parallel_for(a.q.size(0) * queries, default_threads(), [&](std::int64_t t) {
+      const std::int64_t request = t / queries, i = t % queries;
+      const auto* table = a.block_table.ptr<const std::int32_t>() + request * a.block_table.stride(0);
+      const auto row = [&](std::int64_t j) {
+        return a.k_cache.ptr<const Bf16>() + (table[j / kPageSize] * kPageSize + j % kPageSize) * width;
+      };
+      const std::int64_t length = a.cache_seqlens.ptr<const std::int32_t>()[request];
+      for (std::int64_t head = 0; head < a.q.size(2); ++head) {
+        const auto q =
+            wide(a.q.ptr<const Bf16>() + request * a.q.stride(0) + i * a.q.stride(1) + head * a.q.stride(2),
+                 width);
+        attend(
+            q, std::max<std::int64_t>(causal ? length - queries + i + 1 : length, 0), scale, rank,
+            [&](const auto& x, std::int64_t j) { return dot(x.data(), row(j), width); }, row,
+            a.out.ptr<Bf16>() + request * a.out.stride(0) + i * a.out.stride(1) + head * a.out.stride(2));
+      }
+    });
+  });
 }
 
 void plain_prefill(const PlainPrefill& a, cudaStream_t) {

@@ -187,7 +187,7 @@ void CudaAttention::absorbed_attention(const Projected& projected, const Matrix&
   sm90::head_gemm(kv_b_.uv.product(out_latent, out, 0), context_.stream);
 }
 
-// Attention of the step's absorbed tokens, each a request, over the cache.
+// Attention of the step's absorbed tokens over the cache: each is a request, or those of a sequence are one.
 void CudaAttention::decode(const Matrix& q_latent, const Matrix& out_latent) {
   const ModelConfig& config = context_.config;
   const StepData& data = context_.data;
@@ -206,16 +206,19 @@ void CudaAttention::decode(const Matrix& q_latent, const Matrix& out_latent) {
     sm90::plain_decode(args, context_.stream);
     return;
   }
-  const std::int64_t n = context_.step->num_absorbed, heads = config.num_attention_heads;
+  const std::int64_t each = context_.tokens_per_request(), n = context_.step->num_absorbed / each;
+  const std::int64_t heads = config.num_attention_heads;
   const std::int64_t rank = config.kv_lora_rank, width = rank + config.qk_rope_head_dim;
   DenseDecodeArgs args;
-  args.q = on_device(q_latent.data, kType, {n, 1, heads, width});
+  args.q = on_device(q_latent.data, kType, {n, each, heads, width});
   args.k_cache = on_device(cache_.rows(), kType, {cache_.num_pages(), kPageSize, 1, width});
   args.block_table = on_device(data.table, DType::kInt32, {n, data.max_blocks});
-  args.cache_seqlens = on_device(data.lens, DType::kInt32, {n});
-  args.out = on_device(out_latent.data, kType, {n, 1, heads, rank});
+  args.block_table.strides[0] = each * data.max_blocks;
+  args.cache_seqlens = on_device(data.request_lens, DType::kInt32, {n});
+  args.out = on_device(out_latent.data, kType, {n, each, heads, rank});
   DenseDecodeOptions options;
   options.softmax_scale = static_cast<float>(config.softmax_scale());
+  options.causal = each > 1;
   options.stream = context_.stream;
   const std::size_t bytes = dense_decode_workspace_size(args, context_.schedule, options);
   context_.grow(context_.buffers.decode_workspace, bytes);

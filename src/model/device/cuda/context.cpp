@@ -44,18 +44,24 @@ std::int64_t fp8_rows_of_environment() {
   return rows > 0 ? rows : std::numeric_limits<std::int64_t>::max();
 }
 
-// Whether the absorbed tokens of a step lie behind one another in the same pages; there is at least one.
-bool is_run_of_one_sequence(const Step& step) {
-  const auto tokens = static_cast<std::ptrdiff_t>(step.num_absorbed),
-             blocks = static_cast<std::ptrdiff_t>(step.max_blocks);
-  const auto row = [&](std::ptrdiff_t token) { return step.absorbed_table.begin() + token * blocks; };
-  for (std::ptrdiff_t i = 1; i < tokens; ++i) {
-    const auto token = static_cast<std::size_t>(i);
-    if (step.absorbed_lens[token] != step.absorbed_lens[token - 1] + 1) return false;
-    if (!std::equal(row(i), row(i + 1), row(0))) return false;
-  }
-  return tokens > 0;
+// Whether an absorbed token is the next of the sequence of the one in front of it: their pages are the same.
+bool follows(const Step& step, std::int64_t token) {
+  const auto at = static_cast<std::size_t>(token), blocks = static_cast<std::size_t>(step.max_blocks);
+  if (step.absorbed_lens[at] != step.absorbed_lens[at - 1] + 1) return false;
+  const auto row = step.absorbed_table.begin() + static_cast<std::ptrdiff_t>(at * blocks);
+  const auto before = row - static_cast<std::ptrdiff_t>(blocks);
+  return std::equal(before, before + (step.absorbed_lens[at - 1] + kPageSize - 1) / kPageSize, row);
 }
+
+// Absorbed tokens from the first on that are one sequence's.
+std::int64_t length_of_first_run(const Step& step, std::int64_t tokens) {
+  std::int64_t length = std::min<std::int64_t>(tokens, 1);
+  while (length < tokens && follows(step, length)) ++length;
+  return length;
+}
+
+// Query rows that decode attention has in one tile: up to as many it takes a token's time for several.
+constexpr std::int64_t kDecodeRows = 64;
 
 }  // namespace
 
@@ -80,8 +86,8 @@ CudaContext::CudaContext(const ModelConfig& model_config, ModelQuantize quantize
 }
 
 // In a batch-invariant step nothing depends on how many sequences there are.
-ScheduleOptions CudaContext::schedule_options(int sequences, bool batch_invariant) const {
-  if (!batch_invariant) return cuda_schedule_options(0, 1, config.num_attention_heads, 1, sequences);
+ScheduleOptions CudaContext::schedule_options(int sequences, bool batch_invariant, int tokens) const {
+  if (!batch_invariant) return cuda_schedule_options(0, tokens, config.num_attention_heads, 1, sequences);
   ScheduleOptions options = schedule_options_;
   options.fixed_split_blocks = kInvariantSplitBlocks;
   return options;
@@ -162,13 +168,16 @@ bool CudaContext::has_to_select(const Step& next) const {
 void CudaContext::begin_step(Step& next) {
   recorded = next.chunks.empty() && next.num_tokens() <= kMaxRecordedTokens;
   step = &next;
+  const std::int64_t unpadded = next.num_absorbed;
   // Tokens that fill a step up would choose experts of their own.
   if (recorded) pad(next, is_one_token_step() ? next.num_tokens() : padded(next.num_tokens()));
   grow_step_buffers(next.num_tokens(), next.num_absorbed, std::ssize(next.logit_rows));
   const std::int64_t key_bytes =
       std::int64_t{config.num_attention_heads} * (config.qk_nope_head_dim + config.v_head_dim) * kElement;
   selects_ = has_to_select(next);
+  tokens_per_request_ = count_tokens_per_request(next, unpadded);
   StepCut cut;
+  cut.tokens_per_request = tokens_per_request_;
   cut.most_keys = kMaxExpandedBytes / key_bytes;
   cut.index_topk = config.index_topk;
   if (selects_) cut.dense_keys = fp8_cache || !has_sm90_prefill(config) ? 0 : config.index_topk;
@@ -178,17 +187,32 @@ void CudaContext::begin_step(Step& next) {
 void CudaContext::begin_pass() {
   one_token.begin(step->reads == ModuleStates::kNone);
   if (step->num_absorbed == 0 || !has_sm90_decode(config) || is_one_token_step() || selects_) return;
-  // Of the step's absorbed tokens, each a request.
-  const ScheduleOptions options =
-      schedule_options(static_cast<int>(step->num_absorbed), step->batch_invariant);
-  schedule = schedule_view(options);
-  build_decode_schedule(on_device(data.lens, DType::kInt32, {step->num_absorbed}), options, schedule, stream);
+  const std::int64_t requests = step->num_absorbed / tokens_per_request_;
+  const ScheduleOptions options = schedule_options(static_cast<int>(requests), step->batch_invariant,
+                                                   static_cast<int>(tokens_per_request_));
+  schedule = schedule_view(options, requests);
+  build_decode_schedule(on_device(data.request_lens, DType::kInt32, {requests}), options, schedule, stream);
 }
 
 // Not batch-invariant ones: larger batches take other kernels.
 bool CudaContext::is_one_token_step() const {
   return one_token.fits(step->reads == ModuleStates::kNone) && recorded && !step->batch_invariant &&
-         step->num_tokens() <= sm90::kMaxOneTokens && is_run_of_one_sequence(*step);
+         step->num_tokens() <= sm90::kMaxOneTokens && step->num_absorbed > 0 &&
+         length_of_first_run(*step, step->num_absorbed) == step->num_absorbed;
+}
+
+// Where all sequences check as many drafts. Not in batch-invariant steps: the bits of a request of several tokens are others.
+std::int64_t CudaContext::count_tokens_per_request(const Step& next, std::int64_t unpadded) const {
+  if (next.batch_invariant || selects_ || !has_sm90_decode(config)) return 1;
+  const std::int64_t each = length_of_first_run(next, unpadded);
+  if (each <= 1 || each * config.num_attention_heads > kDecodeRows || unpadded % each != 0 ||
+      next.num_absorbed % each != 0) {
+    return 1;
+  }
+  for (std::int64_t i = each; i < unpadded; ++i) {
+    if (i % each != 0 && !follows(next, i)) return 1;
+  }
+  return each;
 }
 
 void CudaContext::finish_layers(const Matrix& x) {
@@ -277,10 +301,10 @@ void CudaContext::grow_step_buffers(std::int64_t tokens, std::int64_t absorbed, 
   }
 }
 
-DecodeScheduleView CudaContext::schedule_view(const ScheduleOptions& options) const {
+DecodeScheduleView CudaContext::schedule_view(const ScheduleOptions& options, std::int64_t requests) const {
   DecodeScheduleView view;
   view.parts = on_device(parts_.data(), DType::kInt32, {options.num_parts, 8});
-  view.num_splits = on_device(num_splits_.data(), DType::kInt32, {step->num_absorbed + 1});
+  view.num_splits = on_device(num_splits_.data(), DType::kInt32, {requests + 1});
   view.block_size = options.block_size;
   view.fixed_split_blocks = options.fixed_split_blocks;
   return view;

@@ -38,7 +38,8 @@ struct CudaContext {
   /// `fp8_latents`: the latent cache is that of KvFormat::kFp8V32; only with an indexer.
   CudaContext(const ModelConfig& model_config, ModelQuantize quantize, bool fp8_latents);
 
-  ScheduleOptions schedule_options(int sequences, bool batch_invariant) const;
+  /// Of decode attention over sequences of `tokens` new tokens each.
+  ScheduleOptions schedule_options(int sequences, bool batch_invariant, int tokens = 1) const;
   /// As Device::reserve.
   void reserve(std::int64_t num_tokens, std::int64_t num_rows);
   /// Pads the step where it is one of those that are recorded; its metadata goes to the device.
@@ -71,6 +72,8 @@ struct CudaContext {
   bool multiplies_fp8(std::int64_t rows) const { return rows >= fp8_rows && !step->batch_invariant; }
   /// Memory for inputs in e4m3: (rows, columns) and then their scales, (rows, ceil(columns / 128)).
   QuantisedRows quantised_rows(Buffer& buffer, std::int64_t rows, std::int64_t columns);
+  /// Absorbed tokens of a sequence that attend to its cache as one request; all have as many. 1: each for itself.
+  std::int64_t tokens_per_request() const { return tokens_per_request_; }
   /// To the host; returns when everything queued has run.
   void download(const std::byte* from, std::size_t bytes, void* to);
   void rms_norm(const Matrix& x, const Buffer& weight, double eps, const Matrix& out) const;
@@ -114,11 +117,13 @@ struct CudaContext {
   std::int64_t padded(std::int64_t num_tokens) const;
   static void pad(Step& next, std::int64_t num_tokens);
   bool has_to_select(const Step& next) const;
+  std::int64_t count_tokens_per_request(const Step& next, std::int64_t unpadded) const;
   void reserve_index(std::int64_t tokens);
   void grow_step_buffers(std::int64_t tokens, std::int64_t absorbed, std::int64_t logit_rows);
-  DecodeScheduleView schedule_view(const ScheduleOptions& options) const;
+  DecodeScheduleView schedule_view(const ScheduleOptions& options, std::int64_t requests) const;
 
   bool selects_ = false;
+  std::int64_t tokens_per_request_ = 1;
   std::int64_t widest_e4m3_ = 0;      // columns
   ScheduleOptions schedule_options_;  // of batches of any size: no other has more parts
   StepUploader uploader_;

@@ -76,7 +76,8 @@ class CudaDevice : public Device {
     const Step& step = *context_.step;
     if (context_.recorded) {
       graphs_.run({step.num_tokens(), context_.data.max_blocks, step.batch_invariant, !step.draws.empty(),
-                   step.masked, context_.selects(), step.reads, context_.is_one_token_step()},
+                   step.masked, context_.selects(), step.reads, context_.is_one_token_step(),
+                   context_.tokens_per_request()},
                   *context_.pool, context_.stream, planned_pass);
     } else {
       planned_pass();

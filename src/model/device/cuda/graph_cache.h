@@ -17,9 +17,10 @@ namespace flash_mla::model {
 class GraphCache {
  public:
   /// Tokens, width of the block table, batch-invariant, whether any token is drawn, masked, whether an indexer chooses, the
-  /// states that it reads (those of a module for multi-token prediction read some), whether one kernel does all layers:
-  /// steps that agree in it make the same launches with the same arguments.
-  using Key = std::tuple<std::int64_t, std::int64_t, bool, bool, bool, bool, ModuleStates, bool>;
+  /// states that it reads (those of a module for multi-token prediction read some), whether one kernel does all layers,
+  /// tokens of a request of attention: steps that agree in it make the same launches with the same arguments.
+  using Key =
+      std::tuple<std::int64_t, std::int64_t, bool, bool, bool, bool, ModuleStates, bool, std::int64_t>;
 
   /// Replays the step of that shape, or runs and records what `pass` queues on `stream`. Memory that it takes
   /// from `pool` the first time may not be taken for anything else.

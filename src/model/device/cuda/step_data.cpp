@@ -45,6 +45,15 @@ StepData StepUploader::upload(const Step& step, const StepCut& cut, DevicePool& 
     data.states = packer.place(step.states);
     data.draws = packer.place(step.draws);
     data.lens = packer.place(step.absorbed_lens);
+    data.request_lens = data.lens;
+    if (const std::int64_t each = cut.tokens_per_request; each > 1) {
+      const auto requests = static_cast<std::size_t>(step.num_absorbed / each);
+      data.request_lens = packer.place<std::int32_t>(requests, [&](auto* to) {
+        for (std::size_t i = 0; i < requests; ++i) {
+          to[i] = step.absorbed_lens[(i + 1) * static_cast<std::size_t>(each) - 1];
+        }
+      });
+    }
     data.table = packer.place<std::int32_t>(
         static_cast<std::size_t>(step.num_absorbed * data.max_blocks), [&](auto* to) {
           const auto* from = step.absorbed_table.data();

@@ -23,7 +23,9 @@ struct StepData {
   const Draw* draws = nullptr;           ///< of the logit rows, if the step has any
   std::int32_t* lens = nullptr;          ///< of the absorbed tokens
   std::int32_t* table = nullptr;         ///< (num_absorbed, max_blocks)
-  std::int64_t max_blocks = 0;           ///< those of the step, rounded up to a power of two
+  std::int32_t* request_lens =
+      nullptr;                  ///< of every StepCut::tokens_per_request absorbed tokens the last one's
+  std::int64_t max_blocks = 0;  ///< those of the step, rounded up to a power of two
 
   /// Chunks that prefill attention takes together: their queries lie behind one another.
   struct Group {
@@ -55,6 +57,8 @@ struct StepCut {
   std::int64_t most_keys = 0;           ///< of a group of chunks, unless it is one chunk
   std::int64_t dense_keys = kAllDense;  ///< as group_chunks has it
   std::int64_t index_topk = 0;          ///< 0: there is no indexer
+  /// Of the absorbed tokens, which attend as requests of as many.
+  std::int64_t tokens_per_request = 1;
 };
 
 /// Sends a step's metadata to the device.
