@@ -71,6 +71,12 @@ ModelConfig configuration(const Shape& s, bool groups) {
 
 float round_bf16(double x) { return from_bf16(to_bf16(static_cast<float>(x))); }
 
+template <class T>
+std::vector<T> joined(std::vector<T> a, const std::vector<T>& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
 /// A layer's weights on host and device.
 struct LayerData {
   LayerData(Random& random, const ModelConfig& c, bool mixture)
@@ -140,12 +146,14 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
  protected:
   OneTokenTest()
       : random_(61),
+        more_(62),
         config_(configuration(GetParam(), std::string(GetParam().name) == "Groups")),
         pages_((GetParam().len + kTokens - 1 + kPage - 1) / kPage + 3),
-        x_before_(random_.bf16(std::size_t(kTokens * config_.hidden_size), 1.0f)),
+        x_before_(joined(random_.bf16(std::size_t(config_.hidden_size), 1.0f),
+                         more_.bf16(std::size_t((kTokens - 1) * config_.hidden_size), 1.0f))),
         x_(x_before_),
-        cosines_(random_.fp32(kTokens * kRope / 2, 0.7f)),
-        sines_(random_.fp32(kTokens * kRope / 2, 0.7f)),
+        cosines_(joined(random_.fp32(kRope / 2, 0.7f), more_.fp32((kTokens - 1) * kRope / 2, 0.7f))),
+        sines_(joined(random_.fp32(kRope / 2, 0.7f), more_.fp32((kTokens - 1) * kRope / 2, 0.7f))),
         cosines_device_(cosines_),
         sines_device_(sines_),
         workspace_(sm90::one_token_workspace_size()) {
@@ -312,7 +320,7 @@ class OneTokenTest : public testing::TestWithParam<Shape> {
   }
 
   static constexpr float kScale = 0.07f;
-  Random random_;
+  Random random_, more_;  // of the first token and all else, and of the other tokens
   ModelConfig config_;
   int pages_;
   Bits x_before_;

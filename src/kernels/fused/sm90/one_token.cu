@@ -6,8 +6,8 @@
 // Threads: 8 warps that multiply, all alike, each with a ring of weights of its own; three warps of which
 //          eight lanes fill the rings; one warp that chooses experts.
 // Memory:  rings of 5 pieces of 4 KB for each warp (160 KB: the weights that are under way, whatever phase
-//          they belong to) | Q 18 KB, the router's scores in its place | keys of a tile 37 KB,
-//          experts' activations in their place | attention scores and other scratch 10 KB | the chosen
+//          they belong to) | Q 18 KB and keys of a tile 37 KB, the router's scores or experts' activations
+//          in their place | attention scores and other scratch 10 KB | the chosen
 //          experts | barriers.
 // Registers: 168 at the start, then 216 for the warps that multiply and 72 for the others.
 //
@@ -147,8 +147,8 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem<kTokens>& s, 
   Barrier grid(&e.counter);
   Attention<kTokens> attention(p, share, s.attention, s.scratch);
   const int len = __ldg(p.len);
-  const unsigned ctas_with_keys = attention_ctas<kTokens>(len, share);
-  const bool has_keys = share.cta < static_cast<int>(ctas_with_keys);
+  const unsigned ctas_with_keys = kTokens > 1 ? attention_ctas<kTokens>(len, share) : attention.splits();
+  const bool has_keys = kTokens > 1 ? share.cta < static_cast<int>(ctas_with_keys) : attention.has_keys();
   const unsigned before = __ldcg(&e.rounds);
 
   const bf16(&v)[kTokens][kMaxK] = s.scratch.vector.x;  // the phase's vectors
@@ -228,8 +228,8 @@ __device__ __forceinline__ void run_layers(const OneToken& p, Smem<kTokens>& s, 
       grid.wait();
 #pragma unroll 1
       for (int t = 0; t < kTokens; ++t) {
-        combine_splits(e.out[t], e.stats[t], KeyRange(len + t, share.cta, share.ctas).splits, share.uv_head,
-                       share, s.scratch.latent[t]);
+        const int splits = kTokens > 1 ? KeyRange(len + t, share.cta, share.ctas).splits : attention.splits();
+        combine_splits(e.out[t], e.stats[t], splits, share.uv_head, share, s.scratch.latent[t]);
       }
       sync_warps();
       expand(p, ring, share, s.scratch.latent, e, round);

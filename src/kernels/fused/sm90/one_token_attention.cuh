@@ -185,7 +185,7 @@ class Attention {
   /// Where in the tile the step's i-th key is, if it is there.
   __device__ __forceinline__ int own_row(int first, int i) const { return first_len_ - 1 + i - first; }
   __device__ __forceinline__ bool has_own(int first, int i) const {
-    return i <= token_ && own_row(first, i) >= 0 && own_row(first, i) < kTileKeys;
+    return (kTokens == 1 || i <= token_) && own_row(first, i) >= 0 && own_row(first, i) < kTileKeys;
   }
 
   /// Zeros, which a product with 0 leaves 0, behind the token's own key.
@@ -203,7 +203,9 @@ class Attention {
   __device__ void load_vectors(const Tagged* q, const Tagged* own_keys, unsigned round, int first) {
     constexpr int kEach = ((kHeads + kTokens) * kVectors + kThreads - 1) / kThreads;
     const auto at = [](int i) { return static_cast<int>(threadIdx.x) + i * kThreads; };
+    const bool has_first = has_own(first, 0);
     const auto own = [&](int i) {  // of the vectors behind Q
+      if constexpr (kTokens == 1) return has_first && at(i) < (kHeads + 1) * kVectors;
       return at(i) < (kHeads + kTokens) * kVectors && has_own(first, at(i) / kVectors - kHeads);
     };
     uint4 v[kEach];
@@ -220,7 +222,7 @@ class Attention {
         // Rows behind the heads: await_8 left zeros.
         *reinterpret_cast<uint4*>(&s_.tile.q[row][column]) = v[i];
       } else if (own(i)) {
-        *reinterpret_cast<uint4*>(&s_.tile.keys[own_row(first, row - kHeads)][column]) = v[i];
+        *reinterpret_cast<uint4*>(&s_.tile.keys[own_row(first, kTokens > 1 ? row - kHeads : 0)][column]) = v[i];
         ptx::fence_async_proxy();
       }
     }
