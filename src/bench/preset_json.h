@@ -2,11 +2,17 @@
 
 // What preset files are read with. Everything throws InvalidArgument, which names `where`, the key and its value.
 
+#include <fmt/format.h>
+
+#include <array>
+#include <cstddef>
 #include <initializer_list>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+
+#include "flash_mla/error.h"
 
 namespace flash_mla::bench {
 
@@ -23,6 +29,24 @@ void take_string(const nlohmann::json& object, const char* key, const std::strin
 /// {"a peer": a time, ...}
 void take_times(const nlohmann::json& object, const char* key, const std::string& where,
                 std::map<std::string, double>& times);
+
+/// The one of `values` whose name the text under `key` is.
+template <class T, std::size_t kCount, class Name>
+void take_enum(const nlohmann::json& object, const char* key, const std::array<T, kCount>& values,
+               const Name& name, const std::string& where, T& value) {
+  std::string text;
+  take_string(object, key, where, text);
+  if (text.empty()) return;
+  std::string names;
+  for (const T v : values) {
+    if (text == name(v)) {
+      value = v;
+      return;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(name(v));
+  }
+  throw InvalidArgument(fmt::format("{}: \"{}\" is \"{}\", expected one of: {}", where, key, text, names));
+}
 
 void refuse_unknown_keys(const nlohmann::json& object, std::initializer_list<const char*> known,
                          const std::string& where);

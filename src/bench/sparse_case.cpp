@@ -24,24 +24,6 @@ constexpr std::array kOperations{SparseOperation::kSparseDecode, SparseOperation
                                  SparseOperation::kMerge};
 constexpr std::array kFormats{KvFormat::kBFloat16, KvFormat::kFp8V32, KvFormat::kFp8V4, KvFormat::kFp8Tensor};
 
-/// The one of `values` whose name the text under `key` is.
-template <class T, std::size_t kCount, class Name>
-void take_enum(const Json& object, const char* key, const std::array<T, kCount>& values, const Name& name,
-               const std::string& where, T& value) {
-  std::string text;
-  take_string(object, key, where, text);
-  if (text.empty()) return;
-  std::string names;
-  for (const T v : values) {
-    if (text == name(v)) {
-      value = v;
-      return;
-    }
-    names += (names.empty() ? "" : ", ") + std::string(name(v));
-  }
-  throw InvalidArgument(fmt::format("{}: \"{}\" is \"{}\", expected one of: {}", where, key, text, names));
-}
-
 SparseCase read_case(const Json& json, const std::string& where) {
   if (!json.is_object())
     throw InvalidArgument(fmt::format("{} is {}, expected an object", where, json.dump()));

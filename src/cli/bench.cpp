@@ -10,6 +10,7 @@
 #include "bench/gpu_bench.h"
 #include "bench/machine.h"
 #include "bench/preset.h"
+#include "bench/shelf_bench.h"
 #include "bench/sparse_bench.h"
 #include "cli/args.h"
 #include "cli/commands.h"
@@ -120,15 +121,16 @@ int measure_on_gpu(const BenchOptions& o, bench::Preset preset) {
   return bench::run_gpu_bench(options);
 }
 
-/// A preset of cases of sparse attention, which a GPU alone measures.
-int measure_sparse(const BenchOptions& o) {
-  bench::SparseBenchOptions options;
-  options.preset = bench::read_sparse_preset(o.preset);
-  std::erase_if(options.preset.cases,
-                [&](const bench::SparseCase& c) { return c.name.find(o.only) == std::string::npos; });
-  if (options.preset.cases.empty()) {
+/// Takes those of a GPU preset's cases whose names contain --only.
+template <class Case>
+void keep_only(const BenchOptions& o, std::vector<Case>& cases) {
+  std::erase_if(cases, [&](const Case& c) { return c.name.find(o.only) == std::string::npos; });
+  if (cases.empty())
     throw InvalidArgument(fmt::format("--only is \"{}\", which no case's name contains", o.only));
-  }
+}
+
+/// Of a preset that a GPU alone measures: refuses what is not for one.
+void require_gpu(const BenchOptions& o) {
   if (o.explain)
     throw InvalidArgument(fmt::format("--explain takes shapes, but preset {} has cases", o.preset));
   const std::string flag = o.device == "cpu" ? "--device cpu" : o.cpu_flag;
@@ -138,15 +140,39 @@ int measure_sparse(const BenchOptions& o) {
   if (const std::string why = bench::why_no_gpu({}); !why.empty()) {
     throw InvalidArgument(fmt::format("preset {} is made for a GPU: {}", o.preset, why));
   }
+}
+
+template <class Options>
+Options gpu_case_options(const BenchOptions& o) {
+  Options options;
   if (o.reps_given) options.reps = o.measure.reps;
   options.seed = o.seed;
   options.json = o.json;
   options.quiet = o.quiet;
+  return options;
+}
+
+/// A preset of cases of sparse attention.
+int measure_sparse(const BenchOptions& o) {
+  auto options = gpu_case_options<bench::SparseBenchOptions>(o);
+  options.preset = bench::read_sparse_preset(o.preset);
+  keep_only(o, options.preset.cases);
+  require_gpu(o);
   return bench::run_sparse_bench(options);
+}
+
+/// A preset of calls of attention and its neighbours.
+int measure_shelf(const BenchOptions& o) {
+  auto options = gpu_case_options<bench::ShelfBenchOptions>(o);
+  options.calls = bench::read_shelf_preset(o.preset);
+  keep_only(o, options.calls);
+  require_gpu(o);
+  return bench::run_shelf_bench(options);
 }
 
 int run_bench(const BenchOptions& o) {
   if (!o.preset.empty() && bench::is_sparse_preset(o.preset)) return measure_sparse(o);
+  if (!o.preset.empty() && bench::is_shelf_preset(o.preset)) return measure_shelf(o);
   bench::Preset preset = preset_of(o);
   if (o.explain) {
     fmt::print("{}", bench::explain(preset.shapes));
@@ -196,7 +222,7 @@ void register_bench(CLI::App& app, int& exit_code) {
   CLI::Option* preset = sub->add_option(
       "--preset", o->preset,
       "Take the shapes from this JSON file, or from the built-in preset of that name: cpu-house, "
-      "h200-dense, h200-sparse (sparse attention and FP8 caches), smoke");
+      "h200-dense, h200-sparse (sparse attention and FP8 caches), h200-shelf (prefill, GQA and rows), smoke");
   for (CLI::Option* option : shape) preset->excludes(option);
   sub->add_option("--only", o->only,
                   "Take the shapes whose names, as the table prints them, contain this text");

@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "bench/gpu/shelf.h"
 #include "bench/gpu/sparse.h"
 
 namespace flash_mla::bench::gpu {
@@ -18,6 +19,7 @@ Device device() { refuse(); }
 FirstCall measure_first_call() { refuse(); }
 Limits measure_limits() { refuse(); }
 Row measure_row(const Shape&, const RowOptions&) { refuse(); }
+ShelfRow measure_shelf(const ShelfCase&, const RowOptions&) { refuse(); }
 SparseRow measure_sparse(const SparseCase&, const RowOptions&) { refuse(); }
 
 }  // namespace flash_mla::bench::gpu

@@ -63,13 +63,6 @@ std::vector<std::int32_t> draw_lists(const SparseCase& c, int topk, std::int64_t
   return lists;
 }
 
-template <class T>
-std::vector<T> to_host(const DeviceArray<T>& array) {
-  std::vector<T> values(array.bytes() / sizeof(T));
-  check(cudaMemcpy(values.data(), array.data(), array.bytes(), cudaMemcpyDeviceToHost), "cudaMemcpy");
-  return values;
-}
-
 /// As verify.cpp's: values here have a deviation of 0.48 to the 0.1 of tolerance_for.
 Tolerance tolerance() {
   Tolerance t = tolerance_for(DType::kBFloat16);
@@ -78,7 +71,7 @@ Tolerance tolerance() {
 }
 
 /// What the three operations share: q, outputs, a check.
-class Attention : public SparseProblem {
+class Attention : public CaseProblem {
  public:
   Attention(const SparseCase& c, std::uint64_t seed, const Stream& stream) : shape_(c), seed_(seed) {
     const std::int64_t rows = std::int64_t{c.b} * c.s_q * c.h_q;
@@ -340,8 +333,8 @@ class DenseFp8Problem : public Attention {
 
 }  // namespace
 
-std::unique_ptr<SparseProblem> make_attention_problem(const SparseCase& c, std::uint64_t seed,
-                                                      const Stream& stream) {
+std::unique_ptr<CaseProblem> make_attention_problem(const SparseCase& c, std::uint64_t seed,
+                                                    const Stream& stream) {
   const std::int64_t token = kv::token_bytes(c.format, c.d_qk()), rows = std::int64_t{c.b} * c.s_q * c.h_q;
   require_memory(c.name, size(std::int64_t{c.b} * c.s_kv * token * (c.extra_topk > 0 ? 2 : 1)) +
                              size(rows * (c.d_qk() + kDimV)) * kHalf);

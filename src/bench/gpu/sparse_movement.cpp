@@ -20,29 +20,9 @@ namespace {
 constexpr int kDimV = 512;
 constexpr std::size_t kHalf = 2;
 
-template <class T>
-std::vector<T> to_host(const DeviceArray<T>& array) {
-  std::vector<T> values(array.bytes() / sizeof(T));
-  check(cudaMemcpy(values.data(), array.data(), array.bytes(), cudaMemcpyDeviceToHost), "cudaMemcpy");
-  return values;
-}
-
-/// A tensor on both sides.
-template <class T>
-struct Both {
-  Both() = default;
-  explicit Both(std::vector<T> values) : host(std::move(values)), gpu(DeviceArray<T>::of(host)) {}
-  TensorView view(bool on_gpu, DType dtype, std::initializer_list<std::int64_t> shape) {
-    return TensorView::contiguous(on_gpu ? gpu.data() : host.data(), dtype, shape,
-                                  on_gpu ? kFirstGpu : flash_mla::Device{});
-  }
-  std::vector<T> host;
-  DeviceArray<T> gpu;
-};
-
 /// Tokens of a prompt, norm and RoPE included, to random slots: latent and rope as parts of one row, as a
 /// projection leaves them.
-class AppendProblem : public SparseProblem {
+class AppendProblem : public CaseProblem {
  public:
   AppendProblem(const SparseCase& c, std::uint64_t seed, const Stream& stream) : shape_(c) {
     const int d_qk = c.d_qk();
@@ -119,7 +99,7 @@ class AppendProblem : public SparseProblem {
   KvAppendArgs args_;
 };
 
-class MergeProblem : public SparseProblem {
+class MergeProblem : public CaseProblem {
  public:
   MergeProblem(const SparseCase& c, std::uint64_t seed, const Stream& stream) : shape_(c) {
     const std::int64_t rows = std::int64_t{c.b} * c.s_q * c.h_q;
@@ -187,12 +167,12 @@ class MergeProblem : public SparseProblem {
 
 }  // namespace
 
-std::unique_ptr<SparseProblem> make_append_problem(const SparseCase& c, std::uint64_t seed,
-                                                   const Stream& stream) {
+std::unique_ptr<CaseProblem> make_append_problem(const SparseCase& c, std::uint64_t seed,
+                                                 const Stream& stream) {
   return std::make_unique<AppendProblem>(c, seed, stream);
 }
-std::unique_ptr<SparseProblem> make_merge_problem(const SparseCase& c, std::uint64_t seed,
-                                                  const Stream& stream) {
+std::unique_ptr<CaseProblem> make_merge_problem(const SparseCase& c, std::uint64_t seed,
+                                                const Stream& stream) {
   return std::make_unique<MergeProblem>(c, seed, stream);
 }
 
